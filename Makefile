@@ -1,0 +1,26 @@
+# Each target does its own set-up in .venv, and does it again only after pyproject.toml has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow
+
+demo: .venv/core  ## images of every class, and how they take shape, into outputs/
+	$(BIN)/detailflow generate --num 1 --progressive --output outputs
+
+test: .venv/dev  ## what must pass before every commit
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m "not slow"
+
+slow: .venv/dev  ## the tests that take longer
+	$(BIN)/pytest -q -m slow
+
+.venv/core: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e .
+	touch $@
+
+.venv/dev: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e '.[dev]'
+	touch .venv/core $@

@@ -1,0 +1,44 @@
+"""DetailFlow: images as 1-D token sequences that run from coarse to fine, and a model that writes such sequences.
+
+The names below are imported on first use, so that `import detailflow` and `detailflow --help` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from detailflow.errors import DetailFlowError
+
+if TYPE_CHECKING:
+    from detailflow.models.gpt import DetailFlowGPT
+    from detailflow.models.tokenizer import DetailFlowTokenizer
+    from detailflow.pipeline import DetailFlowPipeline
+    from detailflow.schedule import TokenSchedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DetailFlowError",
+    "DetailFlowGPT",
+    "DetailFlowPipeline",
+    "DetailFlowTokenizer",
+    "TokenSchedule",
+    "__version__",
+]
+
+_LAZY = {
+    "DetailFlowGPT": "detailflow.models.gpt",
+    "DetailFlowPipeline": "detailflow.pipeline",
+    "DetailFlowTokenizer": "detailflow.models.tokenizer",
+    "TokenSchedule": "detailflow.schedule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

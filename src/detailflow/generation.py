@@ -1,0 +1,120 @@
+"""The decoding loop: guidance, sampling, one step after another (method §7). It drives anything that can take a step.
+
+Every image has a noise stream of its own: one uniform number per token, drawn in advance. A token is the code at which the
+cumulative probability passes its number, so an image never depends on what else is in its batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from detailflow.errors import DetailFlowError
+from detailflow.schedule import TokenSchedule
+
+GUIDANCE_SCHEDULES = ("constant", "linear")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn from logits; `temperature` 0 is argmax, `guidance_scale` 1 is no guidance.
+
+    Raises:
+        DetailFlowError: for a value out of range.
+    """
+
+    guidance_scale: float = 1.5
+    guidance_schedule: str = "constant"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise DetailFlowError(f"guidance_scale must be 0 or more (1 is no guidance), not {self.guidance_scale!r}")
+        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise DetailFlowError(f"guidance_schedule must be {' or '.join(GUIDANCE_SCHEDULES)}, not {self.guidance_schedule!r}")
+        if not 0 <= self.temperature < float("inf"):
+            raise DetailFlowError(f"temperature must be 0 (argmax) or more, not {self.temperature!r}")
+        if self.top_k is not None and self.top_k < 1:
+            raise DetailFlowError(f"top_k must be 1 or more, not {self.top_k!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise DetailFlowError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the null class has to be computed at all."""
+        return self.guidance_scale != 1
+
+
+class Stepper(Protocol):
+    """What the loop needs of a model that keeps its own cache."""
+
+    def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        """Given all tokens (B, N), of which those before `start` are known → logits (B, end − start, K) of the next ones."""
+
+
+def image_noise(generators: Sequence[torch.Generator], num_tokens: int) -> Tensor:
+    """(B, N) float64 uniform numbers on the CPU, one row from each image's own generator."""
+    return torch.stack([torch.rand(num_tokens, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators])
+
+
+def generate(
+    model: Stepper,
+    schedule: TokenSchedule,
+    sampling: SamplingConfig,
+    noise: Tensor,
+    num_tokens: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Yield the tokens so far, (B, n) int64, after every decoding step up to n = `num_tokens`.
+
+    With guidance the model's logits carry the images twice: with their class first, then with the null class.
+    """
+    batch = noise.shape[0]
+    noise = noise.to(device, torch.float64 if device.type != "mps" else torch.float32)
+    tokens = torch.zeros(batch, schedule.num_tokens, dtype=torch.int64, device=device)
+    for start, end in schedule.steps:
+        if start >= num_tokens:
+            return
+        logits = model.step(tokens, start, end).float()
+        if sampling.guided:
+            conditional, unconditional = logits.chunk(2)
+            scale = guidance_at(sampling, schedule, start)
+            logits = unconditional + scale * (conditional - unconditional)
+        tokens[:, start:end] = sample(logits, noise[:, start:end], sampling)
+        yield tokens[:, :end].clone()
+
+
+def guidance_at(sampling: SamplingConfig, schedule: TokenSchedule, start: int) -> float:
+    """The guidance scale of the step that starts at token `start`: s, or s·(M − i + 1)/(M + 1) for group i of M (method §7)."""
+    if sampling.guidance_schedule == "constant" or start < schedule.prefix:
+        return sampling.guidance_scale
+    groups = schedule.num_tokens // schedule.group_size
+    return sampling.guidance_scale * (groups - start // schedule.group_size + 1) / (groups + 1)
+
+
+def sample(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
+    """(B, m, K) logits and (B, m) uniform numbers → (B, m) int64 codes."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits = logits.masked_fill(_outside_nucleus(logits, sampling.top_p), -torch.inf)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=noise.dtype)
+    threshold = noise[..., None] * cumulative[..., -1:]
+    ids = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
+    return ids.clamp_(max=logits.shape[-1] - 1)
+
+
+def _outside_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """True for codes outside the smallest set of most likely ones whose probabilities sum to `top_p` or more."""
+    ordered, order = logits.sort(-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)

@@ -1,0 +1,365 @@
+"""The autoregressive model: LlamaGen's transformer over grouped tokens (method §6)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detailflow import generation, hub
+from detailflow.errors import DetailFlowError
+from detailflow.generation import SamplingConfig
+from detailflow.models.attention import attend
+from detailflow.models.loading import build
+from detailflow.schedule import TokenSchedule, require_positive
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a `DetailFlowGPT` and the sampling that suits it best.
+
+    `mlp` `None` means 2/3 · 4 · width rounded up to a multiple of 256.
+
+    Raises:
+        DetailFlowError: where the values contradict each other.
+    """
+
+    num_classes: int
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp: int | None = None
+    num_tokens: int = 128
+    group_size: int = 8
+    causal_tokens: int | None = None
+    codebook_size: int = 8192
+    dropout: float = 0.1
+    rope_base: float = 10000.0
+    class_names: tuple[str, ...] | None = None
+    guidance_scale: float = 1.5
+    guidance_schedule: str = "constant"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "causal_tokens", self.schedule.causal_tokens)
+        if self.mlp is None:
+            object.__setattr__(self, "mlp", -(-(8 * self.width // 3) // 256) * 256)
+        require_positive(
+            num_classes=self.num_classes,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            codebook_size=self.codebook_size,
+        )
+        require_positive(mlp=self.hidden)
+        if self.width % self.heads or self.width // self.heads % 4:
+            raise DetailFlowError(
+                f"width must be heads times a multiple of 4 (2-D rotary positions): {self.width} is not for {self.heads} heads"
+            )
+        if not 0 <= self.dropout < 1:
+            raise DetailFlowError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise DetailFlowError(f"class_names has {len(self.class_names)} names for num_classes {self.num_classes}")
+        _ = self.sampling  # validates itself
+
+    @property
+    def hidden(self) -> int:
+        """Hidden units of the MLP."""
+        return self.mlp  # type: ignore[return-value]  # never None after __post_init__
+
+    @property
+    def schedule(self) -> TokenSchedule:
+        """The order of the tokens; resolutions are the tokenizer's affair."""
+        return TokenSchedule(self.num_tokens, self.group_size, self.causal_tokens, image_size=1, patch_size=1)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The model's own best way to sample."""
+        return SamplingConfig(self.guidance_scale, self.guidance_schedule, self.temperature, self.top_k, self.top_p)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + 1e-5) · weight, in float32 inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), eps=1e-5)
+
+
+class Cache:
+    """Keys and values of one attention layer, preallocated for all N positions."""
+
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
+        self.keys = torch.empty(batch, heads, length, head_dim, dtype=like.dtype, device=like.device)
+        self.values = torch.empty_like(self.keys)
+
+    def append(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store positions from `start` on; return everything up to them."""
+        end = start + k.shape[2]
+        self.keys[:, :, start:end], self.values[:, :, start:end] = k, v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions and a fused projection."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: Cache | None, start: int) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            k, v = cache.append(start, k, v)
+        out = attend(q, k, v, mask)
+        return F.dropout(self.proj(out.transpose(1, 2).reshape(batch, length, width)), self.dropout, self.training)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.hidden, bias=False)
+        self.up = nn.Linear(config.width, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.down(F.silu(self.gate(x)) * self.up(x)), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """x += attn(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.width)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.width)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, mask: Tensor | None = None, cache: Cache | None = None, start: int = 0
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rotation, mask, cache, start)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def rotary_table(config: GPTConfig) -> Tensor:
+    """(N, head_dim/2, 2) cosines and sines: row ⌊(i−1)/g⌋ in the first half of the pairs, column (i−1) mod g in the second.
+
+    Position 0, the class, gets zeros, so that its query and key vanish (method §6).
+    """
+    half = config.width // config.heads // 2
+    frequencies = config.rope_base ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
+    i = torch.arange(config.num_tokens - 1)
+    angles = torch.cat(((i // config.group_size)[:, None] * frequencies, (i % config.group_size)[:, None] * frequencies), -1)
+    table = torch.stack((angles.cos(), angles.sin()), -1)
+    return torch.cat((torch.zeros(1, half, 2), table))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn neighbouring pairs of x (B, heads, T, head_dim) by `rotation` (T, head_dim/2, 2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation.unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+
+
+class DetailFlowGPT(nn.Module):
+    """Class labels to sequences of codes; see `forward` and `generate`."""
+
+    rotation: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.schedule = config.schedule
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
+        self.token_embedding = nn.Embedding(config.codebook_size, config.width)
+        self.mask_embedding = nn.Embedding(config.group_size - 1, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width)
+        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.apply(_initialise)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        variant: Literal["ema", "model"] = "ema",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "DetailFlowGPT":
+        """An AR model from a local folder or a hub id, in our layout or the published one, in evaluation mode.
+
+        Args:
+            variant: "ema" (the weights to sample from, where present) or "model".
+
+        Raises:
+            DetailFlowError: where there is no such model, or it is not an AR model, or its files are damaged.
+        """
+        config, tensors = hub.load(path_or_id, "gpt", variant)
+        return build(cls, GPTConfig, config, tensors, path_or_id, dtype).to(device)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors to `directory`."""
+        hub.save(directory, "gpt", asdict(self.config), self.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    def forward(self, class_ids: Tensor, ids: Tensor) -> Tensor:
+        """Teacher forcing: (B,) class ids and (B, N) codes → (B, N, K) logits, those at position i predicting token i.
+
+        Class id `num_classes` is the null class.
+
+        Raises:
+            DetailFlowError: for codes of another length than N.
+        """
+        if ids.ndim != 2 or ids.shape[1] != self.config.num_tokens:
+            raise DetailFlowError(f"codes must have shape (images, {self.config.num_tokens}), not {tuple(ids.shape)}")
+        x = F.dropout(self._inputs(class_ids, ids, 0, self.config.num_tokens), self.config.dropout, self.training)
+        rotation = rotary_table(self.config).to(x.device)
+        mask = self.schedule.attention_mask(self.config.num_tokens, x.device)
+        for block in self.blocks:
+            x = block(x, rotation, mask)
+        return self.head(self.norm(x))
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        class_ids: Tensor,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_tokens: int | None = None,
+    ) -> Tensor:
+        """(B,) class ids → (B, n) int64 codes; `None` means the model's own best value.
+
+        Args:
+            guidance_scale: s in uncond + s·(cond − uncond); 1 is no guidance and costs none.
+            guidance_schedule: "constant" or "linear", which lowers s from group to group.
+            temperature: 0 is argmax.
+            generator: one per image, or one from which each image's own seed is drawn.
+            num_tokens: stop after the first n tokens.
+
+        Raises:
+            DetailFlowError: for an unknown class, a bad sampling value or a count of tokens that is not valid.
+        """
+        sampling = self.sampling(guidance_scale, guidance_schedule, temperature, top_k, top_p)
+        *_, ids = self.stream(class_ids, sampling, generator, num_tokens)
+        return ids
+
+    def sampling(
+        self,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> SamplingConfig:
+        """The model's own best way to sample, with what is given in its place."""
+        given = dict(
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        return replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+
+    def stream(
+        self,
+        class_ids: Tensor,
+        sampling: SamplingConfig,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_tokens: int | None = None,
+    ) -> Iterator[Tensor]:
+        """The codes so far, (B, n), after each decoding step; see `generate`."""
+        n = self.schedule.check_count(num_tokens)
+        class_ids = class_ids.to(self.device)
+        if class_ids.ndim != 1 or class_ids.is_floating_point():
+            raise DetailFlowError(f"class_ids must be a row of integers, not {tuple(class_ids.shape)} {class_ids.dtype}")
+        if class_ids.numel() == 0 or not 0 <= int(class_ids.min()) <= int(class_ids.max()) <= self.config.num_classes:
+            raise DetailFlowError(f"class ids must lie in 0 to {self.config.num_classes - 1}, and there must be at least one")
+        noise = generation.image_noise(_one_each(generator, len(class_ids)), self.config.num_tokens)
+        model = CachedGPT(self, class_ids, sampling.guided)
+        return generation.generate(model, self.schedule, sampling, noise, n, self.device)
+
+    def _inputs(self, class_ids: Tensor, ids: Tensor, start: int, end: int) -> Tensor:
+        """Input embeddings of positions `start` to `end` of [class, z_1 … z_c, m_1 … m_{g−1}, z_{c+1} … z_{N−g}] (method §6).
+
+        Position i holds token i − 1 up to c; the g − 1 masks follow; from c + g on position i holds token i − g.
+        """
+        c, g = self.schedule.prefix, self.schedule.group_size
+        parts = []
+        if start == 0:
+            parts.append(self.class_embedding(class_ids)[:, None])
+        if (first := max(start, 1)) <= (last := min(end - 1, c)):
+            parts.append(self.token_embedding(ids[:, first - 1 : last]))
+        if start <= c and end > c + 1:
+            parts.append(self.mask_embedding.weight.expand(len(class_ids), -1, -1))
+        if end > c + g:
+            parts.append(self.token_embedding(ids[:, max(start, c + g) - g : end - g]))
+        return torch.cat(parts, 1)
+
+
+class CachedGPT:
+    """One generation's state: the classes, doubled with the null class where guided, and every layer's cache."""
+
+    def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
+        config, weight = model.config, model.head.weight
+        if guided:
+            class_ids = torch.cat((class_ids, torch.full_like(class_ids, config.num_classes)))
+        self.model, self.guided, self.class_ids = model, guided, class_ids
+        self.rotation = rotary_table(config).to(weight.device)
+        self.caches = [
+            Cache(len(class_ids), config.heads, config.num_tokens, config.width // config.heads, weight)
+            for _ in range(config.depth)
+        ]
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        """(B, N) tokens, known before `start` → logits (B or 2B, end − start, K). No mask: all that is cached may be seen."""
+        if self.guided:
+            tokens = tokens.repeat(2, 1)
+        x = self.model._inputs(self.class_ids, tokens, start, end)
+        for block, cache in zip(self.model.blocks, self.caches, strict=True):
+            x = block(x, self.rotation[start:end], None, cache, start)
+        return self.model.head(self.model.norm(x))
+
+
+def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
+    """A generator per image, from a list of that length or seeded by draws from one (`None`: torch's own)."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = generator.device if generator is not None else "cpu"
+        seeds = torch.randint(2**62, (count,), generator=generator, device=device)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    if len(generator) != count:
+        raise DetailFlowError(f"generator must be one or a list of {count}, one per image, not a list of {len(generator)}")
+    return list(generator)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

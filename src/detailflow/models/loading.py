@@ -1,0 +1,94 @@
+"""From a config and tensors, as `hub.load` returns them, to a network."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from detailflow.errors import DetailFlowError
+
+Network = TypeVar("Network", bound=nn.Module)
+Config = TypeVar("Config")
+
+
+def config_from_dict(kind: type[Config], values: Mapping[str, Any], source: object) -> Config:
+    """A config dataclass from plain values, nested ones included.
+
+    Raises:
+        DetailFlowError: for a key that is unknown, missing or of the wrong type; the sentence names `source`.
+    """
+    hints = get_type_hints(kind)
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise DetailFlowError(f"{source}: unknown key {unknown[0]!r} in the config; the keys are {', '.join(known)}")
+    arguments = {}
+    for key, value in values.items():
+        hint = hints[key]
+        if is_dataclass(hint) and isinstance(value, Mapping):
+            value = config_from_dict(hint, value, source)  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            value = tuple(value)
+        _check_type(key, value, hint, source)
+        arguments[key] = value
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise DetailFlowError(f"{source}: the config is incomplete: {error}") from None
+    except DetailFlowError as error:
+        raise DetailFlowError(f"{source}: {error}") from None
+
+
+def _check_type(key: str, value: Any, hint: Any, source: object) -> None:
+    kinds = tuple(
+        getattr(k, "__origin__", None) or k
+        for k in (get_args(hint) or (hint,))
+        if isinstance(k, type) or hasattr(k, "__origin__")
+    )
+    if float in kinds:
+        kinds += (int,)
+    if value is None and type(None) in kinds:
+        return
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
+        wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
+        raise DetailFlowError(f"{source}: {key} must be {wanted}, not {value!r}")
+
+
+def build(
+    network: type[Network],
+    config_type: type,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    source: object,
+    dtype: torch.dtype,
+) -> Network:
+    """A network in evaluation mode that holds `tensors` as `dtype`; nothing is initialised first and copied over later.
+
+    Raises:
+        DetailFlowError: for a bad config, or tensors that are missing, left over or of another shape.
+    """
+    source = str(source) if isinstance(source, Path) else source
+    with torch.device("meta"):
+        model = network(config_from_dict(config_type, config, source))
+    wanted = model.state_dict()
+    for problem, names in (
+        ("lacks", wanted.keys() - tensors.keys()),
+        ("should not have", tensors.keys() - wanted.keys()),
+    ):
+        if names:
+            raise DetailFlowError(f"{source}: the checkpoint does not fit its config: it {problem} {_some(names)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise DetailFlowError(
+                f"{source}: {name} has shape {tuple(tensor.shape)}, where the config asks for {tuple(wanted[name].shape)}"
+            )
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return model.eval()
+
+
+def _some(names: set[str]) -> str:
+    first = sorted(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

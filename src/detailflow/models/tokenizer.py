@@ -1,0 +1,270 @@
+"""The 1-D tokenizer: an image to an ordered sequence of codes, and the first n of them back to an image (method §3)."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from detailflow import hub
+from detailflow.errors import DetailFlowError
+from detailflow.models.loading import build
+from detailflow.models.quantizer import VectorQuantizer
+from detailflow.models.vit import GRID, Block, KeyValue, ViTConfig, patchify, resize_positions, unpatchify
+from detailflow.schedule import TokenSchedule, require_positive
+
+WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (method §3)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes of a `DetailFlowTokenizer`; the defaults are DetailFlow-16's schedule and codebook (method §1).
+
+    Raises:
+        DetailFlowError: where the values contradict each other.
+    """
+
+    encoder: ViTConfig
+    decoder: ViTConfig
+    image_size: int = 256
+    patch_size: int = 16
+    num_tokens: int = 128
+    group_size: int = 8
+    causal_tokens: int | None = None
+    alpha: float = 1.5
+    codebook_size: int = 8192
+    codebook_dim: int = 8
+
+    def __post_init__(self) -> None:
+        require_positive(codebook_size=self.codebook_size, codebook_dim=self.codebook_dim)
+        object.__setattr__(self, "causal_tokens", self.schedule.causal_tokens)
+
+    @property
+    def schedule(self) -> TokenSchedule:
+        """The order of the tokens and the resolutions they stand for."""
+        return TokenSchedule(self.num_tokens, self.group_size, self.causal_tokens, self.image_size, self.patch_size, self.alpha)
+
+
+class Encoder(nn.Module):
+    """Image patches and query tokens in one transformer.
+
+    Patches never look at queries, so their keys and values are computed once per image (`patches`) and serve every
+    set of queries (`queries`): the clean pass and the self-correction pass.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        width, patch = config.encoder.width, config.patch_size
+        self.patch_size = patch
+        self.patch_embed = nn.Linear(patch * patch * 3, width)
+        self.pos_embed = nn.Parameter(torch.randn(GRID * GRID, width) * 0.02)
+        self.query_tokens = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
+        self.refined_tokens = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
+        self.query_pos_embed = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
+        self.refine = nn.Linear(config.codebook_dim, width)
+        self.blocks = nn.ModuleList(Block(config.encoder) for _ in range(config.encoder.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def patches(self, images: Tensor) -> list[KeyValue]:
+        """(B, 3, H, W) → keys and values of every block's patches."""
+        rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+        x = self.patch_embed(patchify(images, self.patch_size)) + resize_positions(self.pos_embed, rows, columns)
+        cache = []
+        for block in self.blocks:
+            x, own = block(x)
+            cache.append(own)
+        return cache
+
+    def queries(self, queries: Tensor, patches: list[KeyValue], schedule: TokenSchedule) -> Tensor:
+        """(B, n, width) queries without positions → (B, n, width) latents."""
+        n = queries.shape[1]
+        mask = torch.ones(n, patches[0][0].shape[2] + n, dtype=torch.bool, device=queries.device)
+        mask[:, -n:] = schedule.attention_mask(n, queries.device)
+        x = queries + self.query_pos_embed[:n]
+        for block, past in zip(self.blocks, patches, strict=True):
+            x, _ = block(x, past, mask)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """Mask tokens, one per output patch, and latents in one transformer without any mask."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        width, patch = config.decoder.width, config.patch_size
+        self.patch_size = patch
+        self.project = nn.Linear(config.codebook_dim, width)
+        self.latent_pos_embed = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
+        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(GRID * GRID, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(config.decoder) for _ in range(config.decoder.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.to_pixels = nn.Linear(width, patch * patch * 3)
+
+    def forward(self, quantized: Tensor, height: int, width: int) -> Tensor:
+        """(B, n, d) unit vectors → (B, 3, height, width) pixels in about [-1, 1]."""
+        rows, columns = height // self.patch_size, width // self.patch_size
+        latents = self.project(quantized) + self.latent_pos_embed[: quantized.shape[1]]
+        canvas = self.mask_token + resize_positions(self.pos_embed, rows, columns)
+        x = torch.cat((canvas.expand(latents.shape[0], -1, -1).to(latents.dtype), latents), 1)
+        for block in self.blocks:
+            x, _ = block(x)
+        return unpatchify(self.to_pixels(self.norm(x[:, : rows * columns])), height, width, self.patch_size)
+
+
+class DetailFlowTokenizer(nn.Module):
+    """Images to ordered codes and back; see `encode`, `decode` and `encode_correction`."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.schedule = config.schedule
+        self.encoder = Encoder(config)
+        self.quantizer = VectorQuantizer(config.encoder.width, config.codebook_size, config.codebook_dim)
+        self.decoder = Decoder(config)
+        self.apply(_initialise)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "DetailFlowTokenizer":
+        """A tokenizer from a local folder or a hub id, in our layout or the published one, in evaluation mode.
+
+        Raises:
+            DetailFlowError: where there is no such model, or it is not a tokenizer, or its files are damaged.
+        """
+        config, tensors = hub.load(path_or_id, "tokenizer")
+        return build(cls, TokenizerConfig, config, tensors, path_or_id, dtype).to(device)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors to `directory`."""
+        hub.save(directory, "tokenizer", asdict(self.config), self.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.decoder.mask_token.device
+
+    # --- the public contract -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
+        """(B, 3, R, R) pixels in [-1, 1] → (B, n) int64 codes, the first `num_tokens` (all N for `None`).
+
+        Raises:
+            DetailFlowError: for a wrong shape or a count of tokens that is not valid.
+        """
+        n = self.schedule.check_count(num_tokens)
+        return self.quantizer.nearest(self.encode_latents(self.encode_patches(images), n))
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, size: int | None = None) -> Tensor:
+        """(B, n) codes → (B, 3, s, s) pixels in about [-1, 1]; `size` `None` means D(n) (method §2).
+
+        Raises:
+            DetailFlowError: for codes that are not in the codebook, a count of them that is not valid, or a bad size.
+        """
+        if ids.ndim != 2 or ids.is_floating_point():
+            raise DetailFlowError(f"codes must be integers of shape (images, tokens), not {tuple(ids.shape)} {ids.dtype}")
+        n = self.schedule.check_count(ids.shape[1])
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.codebook_size:
+            raise DetailFlowError(
+                f"codes must lie in 0 to {self.config.codebook_size - 1}, not {int(ids.min())} to {int(ids.max())}"
+            )
+        size = self.schedule.decode_size(n) if size is None else size
+        if size < 1 or size % self.config.patch_size:
+            raise DetailFlowError(f"size must be a positive multiple of {self.config.patch_size} pixels, not {size}")
+        return self.decode_quantized(self.quantizer.lookup(ids), size)
+
+    @torch.no_grad()
+    def encode_correction(self, images: Tensor, position: int, wrong_tokens: Tensor) -> Tensor:
+        """The self-correction pass: what the later tokens become once those at `position` are wrong (method §3).
+
+        Args:
+            images: (B, 3, R, R) pixels in [-1, 1].
+            position: p, below c any token, from c on the start of a group.
+            wrong_tokens: (B, 1) codes for p < c, else (B, g).
+
+        Returns:
+            (B, N) int64: clean before p, `wrong_tokens`, then the correction.
+
+        Raises:
+            DetailFlowError: for a position that starts no step, or wrong tokens of another shape.
+        """
+        end = self.span(position)
+        expected = (images.shape[0], end - position)
+        if wrong_tokens.shape != expected:
+            raise DetailFlowError(
+                f"wrong_tokens at position {position} must have shape {expected}, not {tuple(wrong_tokens.shape)}"
+            )
+        patches = self.encode_patches(images)
+        clean = self.quantizer.nearest(self.encode_latents(patches, self.config.num_tokens))
+        clean[:, position:end] = wrong_tokens
+        corrected = self.quantizer.nearest(self.correct_latents(patches, clean, end))
+        return torch.cat((clean[:, :end], corrected[:, end:]), 1)
+
+    # --- the parts that training needs with gradients ----------------------------------------------------------
+
+    def span(self, position: int) -> int:
+        """The end of the tokens that are wrong together when those at `position` are.
+
+        Raises:
+            DetailFlowError: where no decoding step starts at `position`.
+        """
+        for start, end in self.schedule.steps:
+            if start == position:
+                return end
+        raise DetailFlowError(
+            f"position must be below {self.schedule.prefix} or a multiple of {self.config.group_size} below "
+            f"{self.config.num_tokens}, not {position}"
+        )
+
+    def encode_patches(self, images: Tensor) -> list[KeyValue]:
+        """(B, 3, R, R) → what every set of queries needs of the image.
+
+        Raises:
+            DetailFlowError: for a wrong shape.
+        """
+        side = self.config.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side) or not images.is_floating_point():
+            raise DetailFlowError(
+                f"images must be floats of shape (B, 3, {side}, {side}) in [-1, 1], not {tuple(images.shape)} {images.dtype}"
+            )
+        return self.encoder.patches(images)
+
+    def encode_latents(self, patches: list[KeyValue], n: int) -> Tensor:
+        """→ (B, n, d) unit vectors before quantization."""
+        queries = self.encoder.query_tokens[:n].expand(patches[0][0].shape[0], -1, -1)
+        return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))
+
+    def correct_latents(self, patches: list[KeyValue], given: Tensor, end: Tensor | int) -> Tensor:
+        """The self-correction pass with gradients.
+
+        Args:
+            given: (B, N) codes, of which those before `end` are written already, mistakes included; the rest is not looked at.
+            end: one position for all images, or (B, 1) positions.
+
+        Returns:
+            (B, N, d) unit vectors; those from `end` on are the tokens' latents.
+        """
+        written = torch.arange(self.config.num_tokens, device=given.device) < end
+        refined = self.encoder.refine(self.quantizer.lookup(given).detach())
+        pending = self.encoder.refined_tokens.to(refined.dtype)
+        queries = torch.where(written.expand(given.shape)[..., None], refined, pending)
+        return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))
+
+    def plant_mistakes(self, z: Tensor, candidates: int = WRONG_CANDIDATES, generator: torch.Generator | None = None) -> Tensor:
+        """(B, m, d) unit vectors → (B, m) codes, each drawn uniformly from that vector's nearest `candidates` codes."""
+        near = self.quantizer.nearest_k(z, candidates)
+        choice = torch.randint(near.shape[-1], near.shape[:-1], generator=generator).to(near.device)
+        return near.gather(-1, choice[..., None])[..., 0]
+
+    def decode_quantized(self, quantized: Tensor, size: int) -> Tensor:
+        """(B, n, d) unit vectors → (B, 3, size, size) pixels."""
+        return self.decoder(quantized, size, size)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+        nn.init.zeros_(module.bias)

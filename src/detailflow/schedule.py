@@ -1,0 +1,129 @@
+"""How many tokens make which picture: groups, valid counts, resolutions and attention masks (method §1, §2, §6). No weights here.
+
+The paper's symbols: N tokens in groups of g, the first c of them one by one; n tokens hold an image at resolution R(n),
+which is decoded at side D(n), a multiple of the patch size f.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from detailflow.errors import DetailFlowError
+
+
+def require_positive(**values: int) -> None:
+    """Raise a `DetailFlowError` that names the first value which is not a positive integer."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DetailFlowError(f"{name} must be a positive integer, not {value!r}")
+
+
+@dataclass(frozen=True)
+class TokenSchedule:
+    """The order of the tokens and the resolution that each count of them stands for.
+
+    Args:
+        num_tokens: N, tokens of a full image; a multiple of `group_size`.
+        group_size: g, tokens predicted in parallel.
+        causal_tokens: c, length of the prefix predicted token by token, a multiple of g; `None` means g.
+        image_size: R, side of a full image in pixels; a multiple of `patch_size`.
+        patch_size: f, side of a patch in pixels.
+        alpha: exponent of the resolution map.
+
+    Raises:
+        DetailFlowError: where the values contradict each other.
+    """
+
+    num_tokens: int
+    group_size: int
+    causal_tokens: int | None
+    image_size: int
+    patch_size: int
+    alpha: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.causal_tokens is None:
+            object.__setattr__(self, "causal_tokens", self.group_size)
+        n, g, c = self.num_tokens, self.group_size, self.prefix
+        require_positive(num_tokens=n, group_size=g, causal_tokens=c, image_size=self.image_size, patch_size=self.patch_size)
+        if n % g:
+            raise DetailFlowError(f"group_size must divide num_tokens, and {g} does not divide {n}")
+        if c % g or c > n:
+            raise DetailFlowError(f"causal_tokens must be a multiple of group_size ({g}) and at most num_tokens ({n}), not {c}")
+        if self.image_size % self.patch_size:
+            raise DetailFlowError(f"patch_size must divide image_size, and {self.patch_size} does not divide {self.image_size}")
+        if not self.alpha > 0:
+            raise DetailFlowError(f"alpha must be above 0, not {self.alpha!r}")
+
+    @property
+    def prefix(self) -> int:
+        """c, the number of tokens that are predicted one at a time."""
+        return self.causal_tokens  # type: ignore[return-value]  # never None after __post_init__
+
+    @cached_property
+    def valid_counts(self) -> tuple[int, ...]:
+        """1, 2, …, c, then multiples of g up to N."""
+        return (*range(1, self.prefix + 1), *range(self.prefix + self.group_size, self.num_tokens + 1, self.group_size))
+
+    @cached_property
+    def steps(self) -> tuple[tuple[int, int], ...]:
+        """(start, end) of each decoding step's tokens: c single tokens, then whole groups (method §7)."""
+        return tuple(zip((0, *self.valid_counts[:-1]), self.valid_counts, strict=True))
+
+    def check_count(self, n: int | None) -> int:
+        """`n`, or N for `None`.
+
+        Raises:
+            DetailFlowError: if n tokens are not a valid count.
+        """
+        if n is None:
+            return self.num_tokens
+        if n not in self.valid_counts:
+            raise DetailFlowError(
+                f"num_tokens must be 1 to {self.prefix} or a multiple of {self.group_size} up to {self.num_tokens}, not {n}"
+            )
+        return n
+
+    def resolution(self, n: int) -> int:
+        """R(n), the resolution in pixels that n tokens stand for (paper eq. 4)."""
+        if self.num_tokens == 1:
+            return self.image_size
+        r, last = self.image_size, self.num_tokens - 1
+        value = r - (r - 1) / last**self.alpha * (self.num_tokens - n) ** self.alpha
+        return min(max(int(value), 1), r)
+
+    def decode_size(self, n: int) -> int:
+        """D(n), the side in pixels at which n tokens are decoded: R(n) rounded up to a multiple of f."""
+        return -(-self.resolution(n) // self.patch_size) * self.patch_size
+
+    def best_count(self, side: int) -> int:
+        """The valid n with D(n) = `side` whose R(n) is closest to `side`, the later one on a tie.
+
+        Raises:
+            DetailFlowError: if no count of tokens is decoded at that side.
+        """
+        candidates = [n for n in self.valid_counts if self.decode_size(n) == side]
+        if not candidates:
+            sides = sorted({self.decode_size(n) for n in self.valid_counts})
+            raise DetailFlowError(f"no number of tokens is decoded at side {side}; the sides are {', '.join(map(str, sides))}")
+        return max(candidates, key=lambda n: (-abs(self.resolution(n) - side), n))
+
+    def group_start(self, position: int) -> int:
+        """The first of the tokens that are predicted together with the one at `position`."""
+        return position if position < self.prefix else position // self.group_size * self.group_size
+
+    def span_end(self, position: int) -> int:
+        """One past the last of the tokens that are predicted together with the one at `position`."""
+        return position + 1 if position < self.prefix else self.group_start(position) + self.group_size
+
+    def attention_mask(self, n: int, device: torch.device | str | None = None) -> Tensor:
+        """(n, n) bool, True where the row sees the column: earlier groups and its own, but nothing later within the first c.
+
+        The encoder's queries (method §3) and the AR model's positions (method §6) share this mask.
+        """
+        i = torch.arange(n, device=device)
+        row, column = i[:, None], i[None, :]
+        same_or_earlier_group = column // self.group_size <= row // self.group_size
+        return torch.where(row < self.prefix, column <= row, same_or_earlier_group)

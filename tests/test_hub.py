@@ -1,0 +1,260 @@
+"""Finding, reading and writing models."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from detailflow import hub
+from detailflow.errors import DetailFlowError
+
+TINY = Path(__file__).parent / "parity" / "tiny-32"
+CONFIG = {"num_tokens": 32, "alpha": 1.5, "class_names": ["chien", "müde"], "encoder": {"width": 8}}
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    return {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16), "scalar": torch.tensor(2.0)}
+
+
+def error_of(path_or_id: str | Path, kind: str = "tokenizer", **options: str) -> str:
+    with pytest.raises(DetailFlowError) as caught:
+        hub.load(path_or_id, kind, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    directory = tmp_path / "saved"
+    hub.save(directory, "tokenizer", CONFIG, some_tensors())
+    return directory
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A hub that serves the tiny model under any name."""
+    asked: list[str] = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        assert {"config.json", "model.safetensors", "config.yaml", "checkpoints/*.pt"} <= set(allow_patterns)
+        asked.append(repository)
+        return str(TINY / ("gpt" if repository.endswith("GPT-L") else "tokenizer"))
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_round_trip(saved: Path):
+    config, tensors = hub.load(saved, "tokenizer")
+    assert config == CONFIG
+    assert tensors.keys() == some_tensors().keys()
+    for name, tensor in some_tensors().items():
+        assert torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    written = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    assert (written["format"], written["kind"]) == ("detailflow", "tokenizer")
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
+
+
+def test_round_trip_of_views(tmp_path: Path):
+    matrix = torch.arange(6.0).reshape(2, 3).requires_grad_()
+    hub.save(tmp_path, "gpt", {}, {"transposed": matrix.T})
+    assert torch.equal(hub.load(tmp_path, "gpt")[1]["transposed"], matrix.detach().T)
+
+
+def test_loaded_tensors_survive_a_new_save(saved: Path):
+    tensors = hub.load(saved, "tokenizer")[1]
+    hub.save(saved, "tokenizer", {"new": 1}, {"b": torch.zeros(2, 3)})
+    assert torch.equal(tensors["b"], some_tensors()["b"])
+    config, new = hub.load(saved, "tokenizer")
+    assert config == {"new": 1} and new.keys() == {"b"}
+
+
+def test_a_failed_save_changes_nothing(saved: Path):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(RuntimeError), hub.replacing(saved / "config.json") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_saving_where_a_file_lies(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DetailFlowError, match="could not write the model to .*file"):
+        hub.save(tmp_path / "file", "gpt", {}, {})
+    with pytest.raises(DetailFlowError, match="could not write the model to .*deeper"):
+        hub.save(tmp_path / "file" / "deeper", "gpt", {}, {})
+
+
+def test_published_model_converts(tmp_path: Path):
+    for kind in ("tokenizer", "gpt"):
+        config, tensors = hub.load(TINY, kind)
+        hub.save(tmp_path / kind, kind, config, tensors)
+        again, loaded = hub.load(tmp_path, kind)
+        assert again == config
+        assert hub.fingerprint(again, loaded) == hub.fingerprint(config, tensors)
+
+
+def test_fingerprint_sees_every_part():
+    def variant(**changes: torch.Tensor) -> str:
+        return hub.fingerprint(CONFIG, some_tensors() | changes)
+
+    reference = variant()
+    assert len(reference) == 64
+    assert reference == hub.fingerprint(dict(reversed(CONFIG.items())), dict(reversed(some_tensors().items())))
+    tensors = some_tensors()
+    others = [
+        hub.fingerprint(CONFIG | {"alpha": 2.0}, tensors),
+        hub.fingerprint(CONFIG, {("c" if name == "b" else name): tensor for name, tensor in tensors.items()}),
+        variant(b=tensors["b"].reshape(3, 2)),
+        variant(b=tensors["b"].view(torch.int32)),
+        variant(b=tensors["b"].index_fill(1, torch.tensor([2]), 0.5)),
+        variant(scalar=torch.tensor(3.0)),
+    ]
+    assert len({reference, *others}) == len(others) + 1
+
+
+def test_fingerprint_takes_views():
+    matrix = torch.arange(6.0).reshape(2, 3)
+    assert hub.fingerprint({}, {"a": matrix.T}) == hub.fingerprint({}, {"a": matrix.T.contiguous()})
+
+
+def test_folder_with_both_kinds():
+    assert hub.resolve(TINY, "gpt") == TINY / "gpt"
+    assert hub.resolve(TINY / "gpt", "gpt") == TINY / "gpt"
+    assert hub.load(str(TINY), "gpt", variant="model")[0]["num_classes"] == 10
+
+
+def test_default_directory():
+    assert hub.default_directory("gpt").parts[-3:] == ("detailflow", "weights", "gpt")
+
+
+def test_wrong_kind_names_both(saved: Path):
+    assert "holds a tokenizer, not an AR model (gpt)" in error_of(saved, "gpt")
+    assert "holds a tokenizer, not an AR model (gpt)" in error_of(TINY / "tokenizer", "gpt")
+
+
+def test_unknown_kind(saved: Path):
+    config = json.loads((saved / "config.json").read_text())
+    for kind in ("discriminator", None, ["gpt"]):
+        (saved / "config.json").write_text(json.dumps(config | {"kind": kind}))
+        assert "not a tokenizer" in error_of(saved)
+
+
+def test_bad_variant(saved: Path):
+    for directory in (saved, TINY):
+        assert "variant must be 'ema' or 'model', not 'best'" in error_of(directory, variant="best")
+
+
+def test_typo_in_config(saved: Path):
+    path = saved / "config.json"
+    path.write_text(path.read_text().replace('"alpha": 1.5,', '"alpha": 1.5'))
+    assert "config.json is not valid JSON: Expecting ',' delimiter at line" in error_of(saved)
+
+
+def test_config_of_something_else(saved: Path):
+    (saved / "config.json").write_text('{"model_type": "bert"}')
+    assert 'it lacks "format": "detailflow"' in error_of(saved)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_missing_file(saved: Path, file: str):
+    (saved / file).unlink()
+    message = error_of(saved)
+    assert str(saved) in message and f"has no {file}" in message
+
+
+@pytest.mark.parametrize("size", [0, 4, 60, -1])
+def test_truncated_weights(saved: Path, size: int):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert "model.safetensors: it is damaged or incomplete" in error_of(saved)
+
+
+def test_weights_that_are_a_folder(saved: Path):
+    (saved / "model.safetensors").unlink()
+    (saved / "model.safetensors").mkdir()
+    assert "could not read" in error_of(saved)
+
+
+def test_empty_folder(tmp_path: Path):
+    assert "expected a model folder, or one with tokenizer/ and gpt/ inside" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["./nowhere", "/nowhere", "../nowhere/else", "a/b/c", "~/nowhere-at-all", "~nobody/x", "runs/", "/" + "x" * 300],
+)
+def test_no_such_folder(path: str, downloads: list[str]):
+    assert error_of(path) == f"there is no such folder: {path}"
+    assert downloads == []
+
+
+def test_a_path_object_is_never_downloaded(downloads: list[str]):
+    assert "no such folder" in error_of(Path("owner/name"))
+    assert "no such folder" in error_of(Path("detailflow-16"))
+    assert downloads == []
+
+
+@pytest.mark.parametrize("name", ["detailflow-17", ""])
+def test_unknown_name(name: str, downloads: list[str]):
+    assert f"unknown model {name!r}" in error_of(name) and "detailflow-16" in error_of(name)
+
+
+def test_a_file_instead_of_its_folder(saved: Path):
+    assert "is a file: give the folder" in error_of(saved / "model.safetensors")
+
+
+def test_hub_name(downloads: list[str]):
+    assert hub.load("someone/model", "tokenizer")[0]["num_tokens"] == 32
+    assert downloads == ["someone/model"]
+
+
+@pytest.mark.parametrize("name", ["detailflow-16", "detailflow-32", "detailflow-64"])
+def test_zoo_shorthand(name: str, downloads: list[str]):
+    hub.load(name, "tokenizer")
+    hub.load(name, "gpt")
+    hub_name = name.replace("detailflow", "ByteFlow-AI/DetailFlow")
+    assert downloads == [hub_name, f"{hub_name}-GPT-L"]
+
+
+def test_an_existing_folder_comes_first(downloads: list[str]):
+    shutil.copytree(TINY, "detailflow-16")
+    hub.load("detailflow-16", "gpt")
+    assert downloads == []
+
+
+@pytest.mark.parametrize(("num_tokens", "scale"), [(128, 1.45), (256, 1.5), (512, 1.32), (32, 1.5)])
+def test_guidance_of_published_models(tmp_path: Path, num_tokens: int, scale: float):
+    directory = Path(shutil.copytree(TINY / "gpt", tmp_path / "gpt"))
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_size": num_tokens}))
+    assert hub.load(directory, "gpt")[0]["guidance_scale"] == scale
+
+
+@pytest.mark.parametrize("failure", [OSError("no route\nto host."), ValueError(), KeyError("x")], ids=repr)
+def test_failed_download(monkeypatch: pytest.MonkeyPatch, failure: Exception):
+    def snapshot_download(*arguments: object, **options: object) -> str:
+        raise failure
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+    message = error_of("detailflow-16", "gpt")
+    assert "could not download 'ByteFlow-AI/DetailFlow-16-GPT-L'" in message and "local folder" in message
+
+
+def test_an_empty_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    nothing = SimpleNamespace(snapshot_download=lambda *arguments, **options: str(tmp_path))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", nothing)
+    assert "has no config.json" in error_of("someone/model")
+    nothing.snapshot_download = lambda *arguments, **options: str(tmp_path / "never-made")
+    assert "'someone/model' on the Hugging Face hub holds no DetailFlow model" in error_of("someone/model")
+
+
+def test_without_the_hub_client(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "without the package huggingface_hub" in error_of("someone/model")
