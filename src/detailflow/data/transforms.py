@@ -1,0 +1,93 @@
+"""From PIL images to crops to tensors and back, and the coarse targets of tokenizer training.
+
+Crops are uint8 arrays (H, W, 3); networks see RGB in [-1, 1], channels first. Every resize here is bicubic with
+antialiasing, done by Pillow straight from the region that the crop needs, so a large photo is never resized whole.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+
+def _crop_of_resized(image: Image.Image, side: int, left: float, top: float, size: int) -> np.ndarray:
+    """The size×size crop at (left, top) of `image` as resized to a shorter side of `side`. → (size, size, 3)"""
+    scale = min(image.size) / side  # source pixels per resized pixel
+    if scale == 1:
+        return np.asarray(image.crop((int(left), int(top), int(left) + size, int(top) + size)))
+    box = (
+        left * scale,
+        top * scale,
+        min((left + size) * scale, image.width),  # min: rounding must not step over the edge
+        min((top + size) * scale, image.height),
+    )
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _slack(image: Image.Image, side: int, size: int) -> tuple[int, int]:
+    """How far (in x, in y) a crop of `size` can move in `image` as resized to a shorter side of `side`."""
+    shorter = min(image.size)
+    return image.width * side // shorter - size, image.height * side // shorter - size
+
+
+def random_crop(
+    image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = 1.25, flip: bool = True
+) -> np.ndarray:
+    """The training crop of method §4.5: shorter side to a random integer in [size, size·max_scale], a random crop,
+    mirrored half of the time unless `flip` is off.
+
+    Always takes four draws from `rng`. → uint8 (size, size, 3)
+    """
+    scale_draw, x_draw, y_draw, flip_draw = rng.random(4)
+    largest = int(size * max_scale + 1e-6)
+    side = size + int(scale_draw * (largest - size + 1))
+    slack_x, slack_y = _slack(image, side, size)
+    crop = _crop_of_resized(image, side, int(x_draw * (slack_x + 1)), int(y_draw * (slack_y + 1)), size)
+    return crop[:, ::-1] if flip and flip_draw < 0.5 else crop
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Shorter side to `size`, then the centre. → uint8 (size, size, 3)"""
+    slack_x, slack_y = _slack(image, size, size)
+    return _crop_of_resized(image, size, slack_x // 2, slack_y // 2, size)
+
+
+def two_crops(image: Image.Image, size: int) -> np.ndarray:
+    """The centre crop and its mirror image. → uint8 (2, size, size, 3)"""
+    crop = center_crop(image, size)
+    return np.stack([crop, crop[:, ::-1]])
+
+
+def ten_crops(image: Image.Image, size: int) -> np.ndarray:
+    """Token extraction's crops (method §5): from the centre crop of side int(1.1·size), the top left, top right,
+    bottom left, bottom right and centre crops, then the mirror images of these five. → uint8 (10, size, size, 3)
+    """
+    large = center_crop(image, int(1.1 * size))
+    end = len(large) - size
+    middle = round(end / 2)
+    corners = [(0, 0), (0, end), (end, 0), (end, end), (middle, middle)]  # (top, left)
+    crops = np.stack([large[top : top + size, left : left + size] for top, left in corners])
+    return np.concatenate([crops, crops[:, :, ::-1]])
+
+
+def to_tensor(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Bytes (…, H, W, 3) → float32 (…, 3, H, W) in [-1, 1]: bytes/127.5 − 1."""
+    if isinstance(pixels, np.ndarray):
+        pixels = torch.from_numpy(pixels.copy() if not pixels.flags.writeable or min(pixels.strides) < 0 else pixels)
+    return pixels.movedim(-1, -3).contiguous().float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """Float (B, 3, H, W) in [-1, 1] → bytes (B, H, W, 3): clamp(127.5·x + 128, 0, 255), truncated (method §7)."""
+    return pixels.float().mul(127.5).add_(128.0).clamp_(0.0, 255.0).to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def coarse_target(x: torch.Tensor, resolution: int, size: int) -> torch.Tensor:
+    """What the first t tokens should show (method §4.1): `x` (B, 3, R, R) area-downsampled to `resolution` = R(t), then
+    bicubic-upsampled to `size` = D(t). At full resolution this is `x` itself. → (B, 3, size, size)
+    """
+    if resolution != x.shape[-1]:
+        x = F.interpolate(x, size=(resolution, resolution), mode="area")
+    if size != resolution:
+        x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False)
+    return x
