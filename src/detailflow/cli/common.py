@@ -1,0 +1,103 @@
+"""What the commands share: the parser, the options of a model, and how pictures are written."""
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from detailflow.errors import DetailFlowError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DTYPES = ("float32", "bfloat16", "float16")  # names in torch, the default first
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of one command, whose mistakes are `DetailFlowError`s and whose help fits a screen."""
+
+    def __init__(self, command: str, operands: str, description: str) -> None:
+        width = min(shutil.get_terminal_size().columns - 2, 98)
+        super().__init__(
+            prog=f"detailflow {command}",
+            usage=f"detailflow {command} {operands} [options]",
+            description=description,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise DetailFlowError(message)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --device and --dtype."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
+    group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], metavar="TYPE", help=f"one of {', '.join(DTYPES)}")
+
+
+def add_output_option(parser: argparse.ArgumentParser) -> None:
+    """--output."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs"), metavar="DIR", help="where to write (default: %(default)s)"
+    )
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a positive integer."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
+    return value
+
+
+def check_output(folder: Path) -> None:
+    """Prove that `folder` exists or can be made, and can be written to; leaves nothing behind.
+
+    Raises:
+        DetailFlowError: if not.
+    """
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise DetailFlowError(f"cannot write to {folder}: {existing} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def make_output(folder: Path) -> None:
+    """Make `folder` and those above it where they are missing.
+
+    Raises:
+        DetailFlowError: if that fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def write_png(image: "Image.Image", path: Path) -> None:
+    """Write a PNG file whole or not at all.
+
+    Raises:
+        DetailFlowError: if it cannot be written.
+    """
+    from detailflow.hub import replacing
+
+    try:
+        with replacing(path) as temporary:
+            image.save(temporary, format="PNG")
+    except OSError as error:
+        raise DetailFlowError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,69 @@
+"""`detailflow COMMAND …`: finds the command, and turns bad input into one sentence and exit status 2."""
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from detailflow import __version__
+from detailflow.errors import DetailFlowError
+
+COMMANDS = {  # each is the module of that name in this package, imported when asked for
+    "generate": "make images of classes",
+    "reconstruct": "encode images and decode them again, from coarse to fine",
+    "train": "train a tokenizer or an AR model on your own images",
+    "extract": "write the tokens of your images to disk, to train an AR model on",
+}
+
+HELP = f"""usage: detailflow COMMAND …
+
+Images as short sequences of tokens, from coarse to fine (arXiv 2505.21473).
+
+commands:
+{chr(10).join(f"  {name:12} {text}" for name, text in COMMANDS.items())}
+
+options:
+  -h, --help   show this help, or with a command that command's
+  --version    show the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, where a closed pipe can still be caught
+        return status
+    except DetailFlowError as error:
+        print(f"detailflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("detailflow: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"detailflow {__version__}")
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        close = get_close_matches(command, COMMANDS, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
+        raise DetailFlowError(f"unknown command {command!r}: {advice}")
+    try:
+        module = import_module(f"detailflow.cli.{command}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "detailflow":
+            raise
+        raise DetailFlowError(
+            f"{command} needs the package {error.name}: install it with pip install 'detailflow[train]'"
+        ) from error
+    return module.main(rest)

@@ -1,0 +1,79 @@
+"""`detailflow reconstruct`: images through the tokenizer and back."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detailflow.cli.common import Parser, add_model_options, add_output_option, check_output, make_output, write_png
+
+
+def parser() -> Parser:
+    """The command's options."""
+    result = Parser(
+        "reconstruct",
+        "IMAGE …",
+        "Encode images and decode them from their first 1, 2, 4, … tokens: a strip per image, and the PSNR in dB.",
+    )
+    result.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size; the centre square is used")
+    add_output_option(result)
+    add_model_options(result)
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write `NAME-strip.png` for every image and print the table of PSNRs."""
+    args = parser().parse_args(argv)
+    check_output(args.output)
+
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    from detailflow.data.images import load_rgb
+    from detailflow.data.transforms import center_crop
+    from detailflow.hub import default_directory
+    from detailflow.models.tokenizer import DetailFlowTokenizer
+    from detailflow.pictures import strip
+    from detailflow.pipeline import choose_device, reconstruct, stage_counts
+
+    source = default_directory("tokenizer") if args.model is None else args.model
+    device, dtype = choose_device(args.device), getattr(torch, args.dtype)
+    tokenizer = DetailFlowTokenizer.from_pretrained(source, device, dtype)
+    schedule = tokenizer.schedule
+    # All images are read before any work is done, but only their crops are kept.
+    reading = tqdm(args.images, desc="reading", delay=2, leave=False, disable=None, unit="image")
+    crops = [Image.fromarray(center_crop(load_rgb(path), schedule.image_size)) for path in reading]
+    names = _names([Path(path).stem for path in args.images])
+    make_output(args.output)
+
+    rows = []
+    bar = tqdm(zip(names, crops, strict=True), "reconstructing", len(crops), delay=2, leave=False, disable=None, unit="image")
+    for name, crop in bar:
+        stages = reconstruct(tokenizer, crop)
+        write_png(strip(stages, original=crop), args.output / f"{name}-strip.png")
+        rows.append([name, *(f"{stage.psnr:.2f}" for stage in stages)])
+    print(_table(["PSNR (dB) at tokens:", *map(str, stage_counts(schedule))], rows))
+    return 0
+
+
+def _names(stems: Sequence[str]) -> list[str]:
+    """A name for each file, all different, even where upper and lower case are the same."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for stem in stems:
+        name, number = stem, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in columns: the first flush left, the others flush right."""
+    lines = [header, *rows]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))])
+        for line in lines
+    )

@@ -1,0 +1,85 @@
+"""Pictures to look at: grids of images, and strips that show one image from coarse to fine. Pillow only."""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from PIL import Image, ImageDraw, ImageFont
+
+SMALLEST_TILE = 128  # pixels; smaller images are enlarged to a multiple of their side that is no less
+GAP = 4
+FONT_SIZE = 12
+LINE = 16  # pixels from one line of a caption to the next
+
+
+class StageLike(Protocol):
+    """A stage of images from the first tokens, such as `pipeline.Stage`."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def images(self) -> Sequence[Image.Image]: ...
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:
+    """Images row by row, each with its label below it.
+
+    Args:
+        images: at least one; small ones are enlarged without smoothing, to one common side.
+        columns: `None` makes the grid about square, with full rows where that can be.
+        labels: one per image.
+    """
+    columns = columns or _columns(len(images))
+    return _lay_out(images, [[label] for label in labels] if labels is not None else None, columns)
+
+
+def _columns(count: int) -> int:
+    root = math.ceil(math.sqrt(count))
+    return next((columns for columns in range(root, 2 * root) if count % columns == 0), root)
+
+
+def strip(stages: Sequence[StageLike], image: int = 0, original: Image.Image | None = None) -> Image.Image:
+    """One image from coarse to fine, side by side, with token counts (and PSNR where a stage has it) below.
+
+    Args:
+        stages: the stages, whose images are enlarged without smoothing, to one common side.
+        image: which image of the stages.
+        original: shown last, where there is one.
+    """
+    tiles = [stage.images[image] for stage in stages]
+    captions = [_caption(stage) for stage in stages]
+    if original is not None:
+        tiles, captions = [*tiles, original], [*captions, ["original"]]
+    return _lay_out(tiles, captions, len(tiles))
+
+
+def _caption(stage: StageLike) -> list[str]:
+    lines = [f"{stage.num_tokens} token{'s' if stage.num_tokens > 1 else ''}"]
+    psnr = getattr(stage, "psnr", None)
+    return lines if psnr is None else [*lines, f"{psnr:.1f} dB"]
+
+
+def _lay_out(images: Sequence[Image.Image], captions: Sequence[Sequence[str]] | None, columns: int) -> Image.Image:
+    largest = max(max(image.size) for image in images)
+    side = -(-SMALLEST_TILE // largest) * largest if largest < SMALLEST_TILE else largest
+    height = side + (LINE * max(map(len, captions)) if captions else 0)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (height + GAP) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(FONT_SIZE)
+    for i, image in enumerate(images):
+        left, top = GAP + i % columns * (side + GAP), GAP + i // columns * (height + GAP)
+        sheet.paste(image.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (left, top))
+        for line, text in enumerate(captions[i] if captions else ()):
+            place = (left + side // 2, top + side + LINE // 2 + line * LINE)
+            draw.text(place, _shortened(text, side, draw, font), "black", font, anchor="mm")
+    return sheet
+
+
+def _shortened(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text`, cut where it is wider than `width` pixels."""
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(f"{text}…", font) > width:
+        text = text[:-1]
+    return f"{text}…"

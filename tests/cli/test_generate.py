@@ -1,0 +1,145 @@
+"""`detailflow generate`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from detailflow import DetailFlowPipeline
+from detailflow.cli.main import main
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_all_classes_by_default(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path):
+    """As a user runs it: another process, in a folder of their own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "detailflow", "generate", "--model", str(model), "--device", "cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "wrote 5 images to outputs\n", "")
+    names = ["0000-airplane.png", "0001-automobile.png", "0002-bird.png", "0003-cat.png", "0004-Hot-dog.png"]
+    assert files(tmp_path / "outputs") == [*names, "grid.png"]
+    for name, expected in zip(names, pipeline(range(5)), strict=True):
+        with Image.open(tmp_path / "outputs" / name) as image:
+            assert image.tobytes() == expected.tobytes()
+
+
+def generate(model: Path, output: Path, *argv: str) -> int:
+    return main(["generate", *argv, "--model", str(model), "--output", str(output), "--device", "cpu"])
+
+
+def test_options_reach_the_pipeline(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path):
+    sampling = ["--guidance-scale", "3", "--guidance-schedule", "linear", "--temperature", "1.2", "--top-k", "50"]
+    argv = ["CAT", "2", "--num", "2", "--seed", "7", "--top-p", "0.9", "--num-tokens", "4", "--no-grid", *sampling]
+    assert generate(model, tmp_path / "a" / "b", *argv) == 0
+    assert files(tmp_path / "a" / "b") == ["0000-cat.png", "0001-cat.png", "0002-bird.png", "0003-bird.png"]
+    expected = pipeline(
+        ["cat", "bird"], 2, guidance_scale=3, guidance_schedule="linear", temperature=1.2, top_k=50, top_p=0.9, seed=7,
+        num_tokens=4,
+    )  # fmt: skip
+    for name, image in zip(files(tmp_path / "a" / "b"), expected, strict=True):
+        with Image.open(tmp_path / "a" / "b" / name) as written:
+            assert written.tobytes() == image.tobytes()
+
+
+def test_a_long_list_is_made_in_parts(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path):
+    assert generate(model, tmp_path, "cat", "bird", "--num", "20") == 0
+    assert len(files(tmp_path)) == 41
+    expected = pipeline(["cat", "bird"], 20)
+    for name, i in (("0031-bird", 31), ("0032-bird", 32), ("0039-bird", 39)):
+        with Image.open(tmp_path / f"{name}.png") as written:
+            assert written.tobytes() == expected[i].tobytes()
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.size == (20 * 132 + 4, 2 * (132 + 16) + 4)  # a row per class
+
+
+def test_strips(model: Path, tmp_path: Path):
+    assert generate(model, tmp_path, "cat", "--progressive") == 0
+    assert files(tmp_path) == ["0000-cat.png", "grid.png", "strip-0000-cat.png"]
+    with Image.open(tmp_path / "strip-0000-cat.png") as sheet:
+        assert sheet.width == 5 * 132 + 4  # 1, 2, 4, 8 and 16 tokens
+
+
+def test_a_second_run_replaces_the_files(model: Path, tmp_path: Path):
+    assert generate(model, tmp_path, "cat", "--seed", "1") == 0
+    before = (tmp_path / "0000-cat.png").read_bytes()
+    assert generate(model, tmp_path, "cat", "--seed", "2") == 0
+    assert (tmp_path / "0000-cat.png").read_bytes() != before
+    assert files(tmp_path) == ["0000-cat.png", "grid.png"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["catt"], "unknown class 'catt': did you mean cat?"),
+        (["cat", "5"], "unknown class 5: the numbers are 0 to 4"),
+        (["-1"], "unknown class -1: the numbers are 0 to 4"),
+        (["--seed", "-1"], "seed must be 0 to 2^64 - 1, not -1"),
+        (["--seed", "18446744073709551616"], "seed must be"),
+        (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
+        (["--temperature", "-1"], "temperature must be 0 (argmax) or more, not -1.0"),
+        (["--temperature", "nan"], "temperature must be"),
+        (["--guidance-scale", "-2"], "guidance_scale must be"),
+        (["--guidance-schedule", "cosine"], "guidance_schedule must be constant or linear, not 'cosine'"),
+        (["--top-k", "0"], "top_k must be 1 or more, not 0"),
+        (["--top-p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
+        (["--num-tokens", "5"], "num_tokens must be 1 to 4 or a multiple of 4 up to 16, not 5"),
+        (["--num", "0"], "argument --num: must be a positive integer, not '0'"),
+        (["--num", "many"], "argument --num: must be a positive integer, not 'many'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--device", "quantum"], "device 'quantum' cannot be used here: give another, such as cpu"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--model", "nowhere/at/all"], "there is no such folder: nowhere/at/all"),
+    ],
+)
+def test_bad_input(argv: list[str], message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "out"
+    defaults = ["--model", str(model), "--device", "cpu", "--output", str(output)]
+    assert main(["generate", *defaults, *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"detailflow: error: {message}")
+    assert err.count("\n") == 1
+    assert not output.exists()
+
+
+def test_a_file_where_the_output_folder_should_be(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("mine")
+    assert generate(model, tmp_path / "file", "cat") == 2
+    assert generate(model, tmp_path / "file" / "deeper", "cat") == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("detailflow: error: cannot write to ")
+        assert line.endswith(f"{tmp_path / 'file'} is not a folder")
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert generate(model, tmp_path / "dangling", "cat") == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tmp_path.chmod(0o500)
+    assert generate(model, tmp_path / "out", "cat") == 2
+    assert f"cannot write to {tmp_path / 'out'}: Permission denied" in capsys.readouterr().err
+
+
+def test_an_impossible_folder_name(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert generate(model, tmp_path / ("x" * 300), "cat") == 2
+    assert capsys.readouterr().err.startswith("detailflow: error: cannot write to ")
+    assert files(tmp_path) == []
+
+
+def test_a_folder_in_the_place_of_a_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "0000-cat.png").mkdir()
+    assert generate(model, tmp_path, "cat") == 2
+    assert "0000-cat.png: Is a directory" in capsys.readouterr().err
+    assert files(tmp_path) == ["0000-cat.png"]

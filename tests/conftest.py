@@ -1,0 +1,45 @@
+"""A pipeline of random weights, small enough to run in milliseconds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
+from detailflow.models.gpt import GPTConfig
+from detailflow.models.tokenizer import TokenizerConfig
+from detailflow.models.vit import ViTConfig
+
+torch.set_num_threads(1)
+
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "Hot dog")
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> DetailFlowPipeline:
+    """N = 16 tokens in groups of 4, images of side 32 from patches of 8, 64 codes and five classes."""
+    torch.manual_seed(0)
+    schedule = dict(num_tokens=16, group_size=4, codebook_size=64)
+    tokenizer = DetailFlowTokenizer(
+        TokenizerConfig(
+            encoder=ViTConfig(32, 1, 2),
+            decoder=ViTConfig(32, 1, 2),
+            image_size=32,
+            patch_size=8,
+            codebook_dim=4,
+            **schedule,
+        )
+    )
+    gpt = DetailFlowGPT(GPTConfig(num_classes=5, width=32, depth=2, heads=2, mlp=64, class_names=CLASS_NAMES, **schedule))
+    for parameter in gpt.parameters():  # as initialised all codes are about equally likely, whatever the class
+        if parameter.ndim == 2:
+            parameter.data.mul_(10)
+    return DetailFlowPipeline(tokenizer.eval(), gpt.eval())
+
+
+@pytest.fixture(scope="session")
+def model(pipeline: DetailFlowPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that pipeline."""
+    folder = tmp_path_factory.mktemp("model")
+    pipeline.save_pretrained(folder)
+    return folder

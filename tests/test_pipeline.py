@@ -1,0 +1,277 @@
+"""From labels and images to images: determinism, stages, labels and errors."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detailflow import DetailFlowError, DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, TokenSchedule
+from detailflow.data.transforms import center_crop
+from detailflow.pipeline import choose_device, image_generator, psnr, stage_counts
+
+NOISE = {(0, 0): [0.3904639972043583, 0.30718335883949344], (2**40, 7): [0.5825745527585999, 0.6969457588092554]}
+
+
+def as_bytes(images: list[Image.Image]) -> list[bytes]:
+    return [image.tobytes() for image in images]
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------- generation
+
+
+def test_images_come_in_the_order_of_the_labels(pipeline: DetailFlowPipeline):
+    images = pipeline(["cat", 0], num_images_per_class=2, seed=3)
+    assert [image.size for image in images] == [(32, 32)] * 4
+    assert all(image.mode == "RGB" for image in images)
+    assert as_bytes(pipeline([3, 3, "airplane", "AIRPLANE"], seed=3)) == as_bytes(images)
+    assert len(set(as_bytes(images))) == 4
+
+
+def test_the_seed_decides(pipeline: DetailFlowPipeline):
+    first = as_bytes(pipeline("cat", 3, seed=1))
+    assert as_bytes(pipeline("cat", 3, seed=1)) == first
+    assert not set(first) & set(as_bytes(pipeline("cat", 3, seed=2)))
+    assert as_bytes(pipeline("cat", 3)) == as_bytes(pipeline("cat", 3, seed=0))
+
+
+def test_torchs_own_random_numbers_are_left_alone(pipeline: DetailFlowPipeline):
+    state = torch.get_rng_state()
+    pipeline("cat", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_image_does_not_depend_on_its_batch(pipeline: DetailFlowPipeline):
+    labels = [0, 1, 2, 3, 4]
+    images = [np.asarray(image, np.int16) for image in pipeline(labels, seed=5)]
+    for batch_size in (1, 2, 3):
+        for image, expected in zip(pipeline(labels, seed=5, batch_size=batch_size), images, strict=True):
+            assert np.abs(np.asarray(image) - expected).max() <= 1  # floating-point rounding
+    alone = pipeline([3], seed=5, first_image=3)[0]
+    assert np.abs(np.asarray(alone) - images[3]).max() <= 1
+    other_company = pipeline([4, 4, 4, 3], seed=5)[3]
+    assert np.abs(np.asarray(other_company) - images[3]).max() <= 1
+
+
+def test_the_noise_of_an_image_stays_what_it_is():
+    assert torch.rand(2, generator=image_generator(0, 0), dtype=torch.float64).tolist() == NOISE[0, 0]
+    assert torch.rand(2, generator=image_generator(2**40, 7), dtype=torch.float64).tolist() == NOISE[2**40, 7]
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_a_stream_ends_with_the_images_of_the_plain_call(pipeline: DetailFlowPipeline, batch_size: int):
+    options = dict(num_images_per_class=3, guidance_scale=2.0, guidance_schedule="linear", seed=9, batch_size=batch_size)
+    stages = list(pipeline.stream(["cat", "bird"], **options))
+    schedule = pipeline.tokenizer.schedule
+    assert tuple(stage.num_tokens for stage in stages) == schedule.valid_counts
+    for stage in stages:
+        assert stage.size == schedule.decode_size(stage.num_tokens)
+        assert [image.size for image in stage.images] == [(stage.size, stage.size)] * 6
+    assert as_bytes(stages[-1].images) == as_bytes(pipeline(["cat", "bird"], **options))
+
+
+def test_a_stream_of_chosen_stages(pipeline: DetailFlowPipeline):
+    stages = list(pipeline.stream(["cat"], counts=[2, 16]))
+    assert [stage.num_tokens for stage in stages] == [2, 16]
+    assert as_bytes(stages[-1].images) == as_bytes(pipeline(["cat"]))
+
+
+def test_fewer_tokens_are_the_stage_of_so_many(pipeline: DetailFlowPipeline):
+    stages = {stage.num_tokens: stage for stage in pipeline.stream(["cat"], 2)}
+    for n in (1, 4, 8):
+        assert as_bytes(pipeline(["cat"], 2, num_tokens=n)) == as_bytes(stages[n].images)
+
+
+def test_progress_counts_every_step_of_every_image(pipeline: DetailFlowPipeline):
+    steps: list[int] = []
+    pipeline(["cat"], 5, batch_size=3, progress=steps.append)
+    assert steps == [3] * 7 + [2] * 7  # 4 single tokens, then 3 groups
+
+
+def test_sampling_options_have_their_effect(pipeline: DetailFlowPipeline):
+    greedy = as_bytes(pipeline(["cat"], temperature=0))
+    assert greedy == as_bytes(pipeline(["cat"], temperature=0, seed=1))
+    assert greedy == as_bytes(pipeline(["cat"], top_k=1))
+    assert greedy != as_bytes(pipeline(["cat"]))
+    assert as_bytes(pipeline(["cat"], guidance_scale=4.0)) != as_bytes(pipeline(["cat"]))
+    assert as_bytes(pipeline(["cat"], guidance_scale=1.5)) == as_bytes(pipeline(["cat"]))  # the model's own
+
+
+# ------------------------------------------------------------------------------------------------- labels and errors
+
+
+def test_labels(pipeline: DetailFlowPipeline):
+    assert pipeline.class_ids(["CAT", " hot DOG ", "2", 1, np.int64(0)]) == [3, 4, 2, 1, 0]
+    assert pipeline.class_ids("bird") == [2]
+    assert pipeline.class_ids(torch.tensor([1, 2])) == [1, 2]
+    assert [pipeline.class_name(i) for i in (3, 4)] == ["cat", "Hot dog"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["catt"], "unknown class 'catt': did you mean cat?"),
+        (["hotdog"], "did you mean Hot dog?"),
+        (["zebra"], "unknown class 'zebra': the classes are airplane, automobile, bird, cat, Hot dog"),
+        ([5], "unknown class 5: the numbers are 0 to 4"),
+        ([-1], "unknown class -1"),
+        (["17"], "unknown class 17: the numbers are 0 to 4"),
+        ([], "at least one class label"),
+    ],
+)
+def test_unknown_labels(pipeline: DetailFlowPipeline, labels: list[str | int], message: str):
+    with pytest.raises(DetailFlowError) as caught:
+        pipeline(labels)
+    assert message in str(caught.value)
+
+
+def renamed(pipeline: DetailFlowPipeline, names: tuple[str, ...] | None) -> DetailFlowPipeline:
+    gpt = DetailFlowGPT(replace(pipeline.gpt.config, class_names=names))
+    return DetailFlowPipeline(pipeline.tokenizer, gpt)
+
+
+def test_a_name_that_two_classes_have(pipeline: DetailFlowPipeline):
+    twins = renamed(pipeline, ("crane", "bird", "Crane", "cat", "dog"))
+    with pytest.raises(DetailFlowError, match="2 classes are called 'crane': give the number, one of"):
+        twins.class_ids("crane")
+
+
+def test_classes_without_names(pipeline: DetailFlowPipeline):
+    nameless = renamed(pipeline, None)
+    assert nameless.class_ids(["3", 4]) == [3, 4]
+    assert nameless.class_name(3) == "3"
+    with pytest.raises(DetailFlowError, match="no names, only the numbers 0 to 4"):
+        nameless.class_ids("cat")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": -1},
+        {"seed": 2**64},
+        {"num_images_per_class": 0},
+        {"batch_size": 0},
+        {"first_image": -1},
+        {"num_tokens": 5},
+        {"num_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"guidance_scale": -1.0},
+        {"guidance_schedule": "cosine"},
+    ],
+)
+def test_values_out_of_range(pipeline: DetailFlowPipeline, options: dict[str, int]):
+    (name,) = options
+    with pytest.raises(DetailFlowError, match=name):
+        pipeline(["cat"], **options)
+    with pytest.raises(DetailFlowError, match=name):
+        pipeline.stream(["cat"], **options)  # at once, not at the first stage
+
+
+def test_the_largest_seed(pipeline: DetailFlowPipeline):
+    assert len(pipeline(["cat"], seed=2**64 - 1)) == 1
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_tokens", 32), ("group_size", 8), ("causal_tokens", 8), ("codebook_size", 65)])
+def test_models_that_do_not_fit_together(pipeline: DetailFlowPipeline, key: str, value: int):
+    causal = {"causal_tokens": 8} if key == "group_size" else {}
+    gpt = DetailFlowGPT(replace(pipeline.gpt.config, **{key: value} | causal))
+    with pytest.raises(DetailFlowError, match=f"do not fit together: {key} is"):
+        DetailFlowPipeline(pipeline.tokenizer, gpt)
+
+
+# ------------------------------------------------------------------------------------------------- loading and saving
+
+
+def test_saved_and_loaded(pipeline: DetailFlowPipeline, model: Path):
+    loaded = DetailFlowPipeline.from_pretrained(model, device="cpu")
+    assert loaded.gpt.config == pipeline.gpt.config
+    assert loaded.tokenizer.config == pipeline.tokenizer.config
+    assert as_bytes(loaded(["cat"], seed=4)) == as_bytes(pipeline(["cat"], seed=4))
+    assert isinstance(DetailFlowTokenizer.from_pretrained(str(model)), DetailFlowTokenizer)
+
+
+def test_the_published_layout():
+    folder = Path(__file__).parent / "parity" / "tiny-32"
+    images = DetailFlowPipeline.from_pretrained(folder, device="cpu")([0, 9])
+    assert [image.size for image in images] == [(64, 64)] * 2
+
+
+def test_half_precision(model: Path):
+    half = DetailFlowPipeline.from_pretrained(model, device="cpu", dtype=torch.bfloat16)
+    assert half(["cat"])[0].size == (32, 32)
+    assert len(half.reconstruct(gradient(32, 32))) == 5
+
+
+def test_a_folder_without_a_model(tmp_path: Path):
+    with pytest.raises(DetailFlowError, match=str(tmp_path)):
+        DetailFlowPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["quantum", "cuda:99", "meta", "cpu:x"])
+def test_devices_that_cannot_be_used(device: str, model: Path):
+    with pytest.raises(DetailFlowError, match=f"device '{device}' cannot be used here"):
+        DetailFlowPipeline.from_pretrained(model, device=device)
+
+
+def test_the_device_is_the_gpu_where_there_is_one():
+    assert choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device(torch.device("cpu")) == torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------------- reconstruction
+
+
+@pytest.mark.parametrize("size", [(32, 32), (100, 60), (7, 300), (1, 1)])
+def test_reconstruction(pipeline: DetailFlowPipeline, size: tuple[int, int]):
+    image = gradient(*size)
+    stages = pipeline.reconstruct(image)
+    schedule = pipeline.tokenizer.schedule
+    assert [stage.num_tokens for stage in stages] == [1, 2, 4, 8, 16]
+    original = center_crop(image, 32)
+    for stage in stages:
+        assert stage.size == schedule.decode_size(stage.num_tokens)
+        (shown,) = stage.images
+        assert shown.size == (32, 32)
+        error = np.mean((np.asarray(shown, float) - original) ** 2)
+        assert stage.psnr == pytest.approx(10 * math.log10(255**2 / error))
+
+
+def test_reconstruction_is_decoding_what_was_encoded(pipeline: DetailFlowPipeline):
+    image = gradient(32, 32)
+    x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = pipeline.tokenizer.decode(pipeline.tokenizer.encode(x))[0].permute(1, 2, 0)
+    expected = (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).numpy()
+    (stage,) = pipeline.reconstruct(image, counts=[16])
+    np.testing.assert_array_equal(np.asarray(stage.images[0]), expected)
+
+
+def test_reconstruction_from_other_modes_and_counts(pipeline: DetailFlowPipeline):
+    stages = pipeline.reconstruct(gradient(40, 40).convert("L"), counts=[3, 12])
+    assert [stage.num_tokens for stage in stages] == [3, 12]
+    with pytest.raises(DetailFlowError, match="num_tokens must be"):
+        pipeline.reconstruct(gradient(40, 40), counts=[5])
+
+
+def test_counts_of_stages():
+    assert stage_counts(TokenSchedule(128, 8, None, 256, 16)) == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert stage_counts(TokenSchedule(36, 12, 12, 32, 4)) == [1, 2, 4, 8, 36]
+    assert stage_counts(TokenSchedule(128, 8, None, 256, 16), 24) == [1, 2, 4, 8, 16, 24]
+    assert stage_counts(TokenSchedule(128, 8, None, 256, 16), 1) == [1]
+
+
+def test_psnr():
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert psnr(black, white) == 0
+    assert psnr(black, black) == math.inf
+    assert psnr(black, black + np.uint8(1)) == pytest.approx(48.13, abs=0.01)
