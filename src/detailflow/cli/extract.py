@@ -1,0 +1,17 @@
+"""`detailflow extract`: images to a token store."""
+
+from collections.abc import Sequence
+
+from detailflow.cli.settings import parse
+
+SUMMARY = "Write the tokens of every image, with and without planted mistakes, to a token store for `detailflow train gpt`."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; the exit status."""
+    from detailflow.training.extract import Extraction, extract
+
+    if request := parse(Extraction, "extract", SUMMARY, argv):
+        store = extract(request.settings, request.output, request.device)
+        print(f"{len(store)} images, {store.info.crops} crops each, in {request.output}")
+    return 0

@@ -1,0 +1,105 @@
+"""Commands whose settings come from a YAML file, with `--key value` in place of any of them: train and extract."""
+
+import argparse
+import itertools
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+from detailflow.errors import DetailFlowError
+
+
+class Request(NamedTuple):
+    """What the user asked for: the settings, and where and on what to do it."""
+
+    settings: Any
+    output: Path
+    device: str | None
+
+
+def parse(kind: type, command: str, summary: str, argv: Sequence[str]) -> Request | None:
+    """Settings of dataclass `kind` from `argv`; `None` after `--help`.
+
+    Raises:
+        DetailFlowError: for a file that can't be read, an unknown key, or a value that is wrong or missing.
+    """
+    from jsonargparse import ArgumentParser
+
+    if not argv or "--help" in argv or "-h" in argv:
+        print(help_text(kind, command, summary), end="")
+        return None
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--output", type=str)
+    parser.add_argument("--device", type=str)
+    parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
+    for path in _config_files(argv):
+        if not Path(path).is_file():
+            raise DetailFlowError(f"--config {path}: there is no such file")
+    try:
+        namespace = parser.parse_args(list(argv))
+        output = namespace.pop("output")
+        device = namespace.pop("device")
+        namespace.pop("config")
+        settings = kind(**vars(parser.instantiate(namespace)))
+    except DetailFlowError:
+        raise
+    except (argparse.ArgumentError, ValueError, TypeError, KeyError) as error:
+        raise DetailFlowError(explain(kind, str(error))) from error
+    if output is None:
+        raise DetailFlowError("--output is missing: the folder to write to")
+    return Request(settings, Path(output), device)
+
+
+def _config_files(argv: Sequence[str]) -> list[str]:
+    after = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+    return after + [item.partition("=")[2] for item in argv if item.startswith("--config=")]
+
+
+def keys(kind: type, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted name, default or MISSING) of every setting."""
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        if is_dataclass(hints[f.name]):
+            yield from keys(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f.default
+
+
+def help_text(kind: type, command: str, summary: str) -> str:
+    """A page that names every setting with its default."""
+    named = [name if default is MISSING else f"{name}={_plain(default)}" for name, default in keys(kind)]
+    settings = textwrap.fill("  ".join(named), 96, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return (
+        f"usage: detailflow {command} --config FILE --output DIR [--device DEVICE] [--KEY VALUE …]\n\n"
+        f"{summary}\n\n"
+        "options:\n"
+        "  --config FILE    YAML with the settings below; several are laid over one another\n"
+        "  --output DIR     where to write; the same command goes on with a run that was interrupted\n"
+        "  --device DEVICE  cpu, cuda, cuda:1, … (default: the GPU where there is one)\n"
+        "  --KEY VALUE      a setting in place of the file's, such as --loop.steps 1000\n\n"
+        f"settings (with their defaults):\n{settings}\n"
+    )
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def explain(kind: type, message: str) -> str:
+    """One sentence out of jsonargparse's message."""
+    text = " ".join(message.split())
+    if match := re.search(r"(?:Option |option |arguments: )'?(?:--)?([\w.]+)'?", text):
+        names = [name for name, _ in keys(kind)]
+        wrong = match[1]
+        close = get_close_matches(wrong, [*names, *(name.rpartition(".")[2] for name in names)], n=1)
+        return f"unknown setting {wrong!r}: " + (f"did you mean {close[0]}?" if close else f"the settings are {', '.join(names)}")
+    if match := re.search(r"required: (.*)", text):
+        return f"settings are missing: {match[1]} (give them in --config FILE or as --KEY VALUE)"
+    if match := re.search(r'Parser key "([\w.]+)": (.*)', text):
+        return f"setting {match[1]} is wrong: {match[2]}"
+    return text

@@ -1,0 +1,60 @@
+"""`detailflow train`: a tokenizer, an AR model, or all in a row from a preset."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detailflow.cli.common import Parser, check_output, positive
+from detailflow.cli.settings import parse
+
+TOKENIZER = "Train a tokenizer on images: a folder of class subfolders, parquet file(s), or a hub data set."
+GPT = "Train an AR model on the tokens that `detailflow extract` wrote."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; the exit status."""
+    stage = argv[0] if argv else ""
+    if stage == "tokenizer":
+        from detailflow.training.tokenizer import TokenizerTraining, train_tokenizer
+
+        if request := parse(TokenizerTraining, "train tokenizer", TOKENIZER, argv[1:]):
+            train_tokenizer(request.settings, request.output, request.device)
+    elif stage == "gpt":
+        from detailflow.training.gpt import GPTTraining, train_gpt
+
+        if request := parse(GPTTraining, "train gpt", GPT, argv[1:]):
+            train_gpt(request.settings, request.output, request.device)
+    else:
+        _train_all(argv)
+    return 0
+
+
+def _train_all(argv: Sequence[str]) -> None:
+    from detailflow.training.presets import PRESETS, train_preset
+
+    parser = Parser(
+        "train",
+        "{tokenizer,gpt} --config FILE … | --data DATA --output DIR",
+        "Train a tokenizer or an AR model (see `detailflow train tokenizer --help`, `detailflow train gpt --help`), "
+        "or, with --data, all in a row: tokenizer, extraction, AR model. The same command goes on with an interrupted run.",
+    )
+    parser.add_argument(
+        "--data", required=True, help="a folder of images in class subfolders, parquet file(s), or a hub data set"
+    )
+    parser.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help="sizes and schedule (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets tokenizer/, tokens/ and gpt/")
+    parser.add_argument("--split", help="of the data, where it has several (default: train)")
+    parser.add_argument("--tokenizer-steps", type=positive, metavar="N", help="in place of the preset's")
+    parser.add_argument("--gpt-steps", type=positive, metavar="N", help="in place of the preset's")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
+    options = parser.parse_args(list(argv) or ["--help"])
+    check_output(options.output)
+    train_preset(
+        options.preset,
+        options.data,
+        options.output,
+        split=options.split,
+        tokenizer_steps=options.tokenizer_steps,
+        gpt_steps=options.gpt_steps,
+        device=options.device,
+    )
+    print(f"done: detailflow generate --model {options.output}")

@@ -1,0 +1,57 @@
+"""Tokenizer, extraction and AR model in a row, with the settings of a preset: the newcomer's one command."""
+
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detailflow.data.images import open_images
+from detailflow.models.loading import config_from_dict
+from detailflow.training.extract import Extraction, extract
+from detailflow.training.gpt import GPTTraining, train_gpt
+from detailflow.training.tokenizer import TokenizerTraining, train_tokenizer
+
+PRESETS = ("small-32",)
+
+
+def load_settings(preset: str, stage: str) -> dict[str, Any]:
+    """The settings of one stage ("tokenizer", "extract" or "gpt") of a recipe in `configs/`."""
+    return yaml.safe_load((files("detailflow") / "configs" / preset / f"{stage}.yaml").read_text())
+
+
+def train_preset(
+    preset: str,
+    data: str,
+    output: Path,
+    split: str | None = None,
+    tokenizer_steps: int | None = None,
+    gpt_steps: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Train into output/tokenizer, output/tokens and output/gpt; what is finished there already stays.
+
+    Raises:
+        DetailFlowError: for images that can't be read, or an output folder that can't be used.
+    """
+    images = {"data": data, "split": split}
+    source = open_images(data, split)
+    tokenizer, tokens, gpt = (str(output / name) for name in ("tokenizer", "tokens", "gpt"))
+
+    first = config_from_dict(TokenizerTraining, {**load_settings(preset, "tokenizer"), **images}, preset)
+    if len(source.class_names) < 2 and first.perceptual:
+        print("these images have one class: training goes without the perceptual loss, whose features are learnt from classes")
+        first = replace(first, perceptual=0.0)
+    if tokenizer_steps is not None:
+        first = replace(first, loop=replace(first.loop, steps=tokenizer_steps))
+    train_tokenizer(first, Path(tokenizer), device)
+
+    if not (Path(tokens) / "manifest.json").exists():
+        settings = {**load_settings(preset, "extract"), **images, "tokenizer": tokenizer}
+        extract(config_from_dict(Extraction, settings, preset), Path(tokens), device)
+
+    last = config_from_dict(GPTTraining, {**load_settings(preset, "gpt"), "tokens": tokens, "tokenizer": tokenizer}, preset)
+    if gpt_steps is not None:
+        last = replace(last, loop=replace(last.loop, steps=gpt_steps))
+    train_gpt(last, Path(gpt), device)
