@@ -10,9 +10,10 @@ from detailflow import hub
 from detailflow.errors import DetailFlowError
 from detailflow.models.loading import build
 from detailflow.models.quantizer import VectorQuantizer
-from detailflow.models.vit import GRID, Block, KeyValue, ViTConfig, patchify, resize_positions, unpatchify
+from detailflow.models.vit import Block, KeyValue, ViTConfig, initial_positions, patchify, resize_positions, unpatchify
 from detailflow.schedule import TokenSchedule, require_positive
 
+POSITION_SCALE = 0.5  # of query tokens and their positions at the start: as large as what is added to them, so that they are seen
 WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (method §3)
 
 
@@ -57,10 +58,10 @@ class Encoder(nn.Module):
         width, patch = config.encoder.width, config.patch_size
         self.patch_size = patch
         self.patch_embed = nn.Linear(patch * patch * 3, width)
-        self.pos_embed = nn.Parameter(torch.randn(GRID * GRID, width) * 0.02)
-        self.query_tokens = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
-        self.refined_tokens = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
-        self.query_pos_embed = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
+        self.pos_embed = nn.Parameter(initial_positions(width))
+        self.query_tokens = nn.Parameter(torch.randn(config.num_tokens, width) * POSITION_SCALE)
+        self.refined_tokens = nn.Parameter(torch.randn(config.num_tokens, width) * POSITION_SCALE)
+        self.query_pos_embed = nn.Parameter(torch.randn(config.num_tokens, width) * POSITION_SCALE)
         self.refine = nn.Linear(config.codebook_dim, width)
         self.blocks = nn.ModuleList(Block(config.encoder) for _ in range(config.encoder.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -94,9 +95,9 @@ class Decoder(nn.Module):
         width, patch = config.decoder.width, config.patch_size
         self.patch_size = patch
         self.project = nn.Linear(config.codebook_dim, width)
-        self.latent_pos_embed = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
-        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.pos_embed = nn.Parameter(torch.randn(GRID * GRID, width) * 0.02)
+        self.latent_pos_embed = nn.Parameter(torch.randn(config.num_tokens, width) * POSITION_SCALE)
+        self.mask_token = nn.Parameter(torch.randn(width) * POSITION_SCALE)
+        self.pos_embed = nn.Parameter(initial_positions(width))
         self.blocks = nn.ModuleList(Block(config.decoder) for _ in range(config.decoder.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.to_pixels = nn.Linear(width, patch * patch * 3)

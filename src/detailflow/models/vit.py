@@ -1,5 +1,6 @@
 """The transformer that the tokenizer's encoder and decoder share (method §3): pre-norm blocks over patches and 1-D tokens."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,15 @@ def unpatchify(patches: Tensor, height: int, width: int, patch: int) -> Tensor:
     """The inverse of `patchify` for an image of `height` × `width` pixels."""
     x = patches.reshape(patches.shape[0], height // patch, width // patch, patch, patch, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)
+
+
+def initial_positions(width: int) -> Tensor:
+    """(16·16, width) sines and cosines of row and column, to start the learned positions from: near cells are alike at once."""
+    frequencies = math.pi / GRID * torch.logspace(0, math.log10(GRID / 1.5), -(-width // 4))
+    phase = (torch.arange(GRID) + 0.5)[:, None] * frequencies
+    axis = torch.cat((phase.sin(), phase.cos()), 1)
+    rows, columns = axis[:, None].expand(GRID, GRID, -1), axis[None].expand(GRID, GRID, -1)
+    return 0.7 * torch.cat((rows, columns), -1).reshape(GRID * GRID, -1)[:, :width]
 
 
 def resize_positions(grid: Tensor, rows: int, columns: int) -> Tensor:
