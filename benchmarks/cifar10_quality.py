@@ -100,17 +100,14 @@ def correction(tokenizer: DetailFlowTokenizer, images: Tensor, clean: Tensor) ->
     for name, start in (("second group", second), ("first parallel group", schedule.prefix)):
         generator = torch.Generator().manual_seed(0)
         end = start + schedule.group_size
-        z = torch.cat([tokenizer.encode_latents(tokenizer.encode_patches(to_tensor(b)), end) for b in images.split(250)])
-        wrong = tokenizer.plant_mistakes(z[:, start:end], generator=generator)
-        uncorrected = clean.clone()
-        uncorrected[:, start:end] = wrong
-        corrected = torch.cat(
-            [
-                tokenizer.encode_correction(to_tensor(b), start, w)
-                for b, w in zip(images.split(250), wrong.split(250), strict=True)
-            ]
-        )
-        for row, ids in (("clean", clean), ("uncorrected", uncorrected), ("corrected", corrected)):
+        planted, corrected = clean.clone(), clean.clone()
+        for batch in torch.arange(len(images)).split(250):
+            patches = tokenizer.encode_patches(to_tensor(images[batch]))
+            z = tokenizer.encode_latents(patches, end)[:, start:end]
+            planted[batch, start:end] = corrected[batch, start:end] = tokenizer.plant_mistakes(z, generator=generator)
+            after = tokenizer.quantizer.nearest(tokenizer.correct_latents(patches, planted[batch], end))[:, end:]
+            corrected[batch, end:] = after
+        for row, ids in (("clean", clean), ("planted", planted), ("corrected", corrected)):
             result[f"{name}, {row}"] = round(psnr(decode(tokenizer, ids, 32), images).mean().item(), 3)
     return result
 

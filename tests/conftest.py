@@ -1,4 +1,4 @@
-"""A pipeline of random weights, small enough to run in milliseconds."""
+"""A pipeline of random weights, small enough to run in milliseconds, and real images to train on."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from detailflow.models.vit import ViTConfig
 
 torch.set_num_threads(1)
 
+CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.parquet"  # beside the checkout, where there is one
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "Hot dog")
 
 
@@ -42,4 +43,30 @@ def model(pipeline: DetailFlowPipeline, tmp_path_factory: pytest.TempPathFactory
     """The folder of that pipeline."""
     folder = tmp_path_factory.mktemp("model")
     pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 200 images of CIFAR-10 in class subfolders."""
+    if not CIFAR.exists():
+        pytest.skip(f"needs real images: there is no {CIFAR}")
+    import pyarrow.parquet
+
+    folder = tmp_path_factory.mktemp("cifar")
+    rows = next(pyarrow.parquet.ParquetFile(CIFAR).iter_batches(batch_size=200)).to_pylist()
+    for i, row in enumerate(rows):
+        path = folder / f"class{row['label']}" / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(row["image"]["bytes"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(model: Path, cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The token store of those images, two crops each, made by the tokenizer of `model`."""
+    from detailflow.training.extract import Extraction, extract
+
+    folder = tmp_path_factory.mktemp("tokens") / "store"
+    extract(Extraction(str(cifar), str(model), crops="two"), folder, "cpu")
     return folder

@@ -11,7 +11,8 @@ from PIL import Image
 
 from detailflow import DetailFlowError, DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, TokenSchedule
 from detailflow.data.transforms import center_crop
-from detailflow.pipeline import choose_device, image_generator, psnr, stage_counts
+from detailflow.device import choose_device
+from detailflow.pipeline import image_generator, psnr, stage_counts
 
 NOISE = {(0, 0): [0.3904639972043583, 0.30718335883949344], (2**40, 7): [0.5825745527585999, 0.6969457588092554]}
 

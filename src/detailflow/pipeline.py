@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow import hub
+from detailflow.data.images import to_rgb
 from detailflow.data.transforms import center_crop, to_tensor, to_uint8
+from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.tokenizer import DetailFlowTokenizer
@@ -269,7 +271,7 @@ def reconstruct(tokenizer: DetailFlowTokenizer, image: Image.Image, counts: Sequ
     schedule = tokenizer.schedule
     counts = stage_counts(schedule) if counts is None else [schedule.check_count(n) for n in counts]
     side = schedule.image_size
-    original = center_crop(image.convert("RGB"), side)
+    original = center_crop(to_rgb(image), side)
     weights = tokenizer.decoder.mask_token
     ids = tokenizer.encode(to_tensor(original)[None].to(weights.device, weights.dtype))
     stages = []
@@ -300,21 +302,6 @@ def image_generator(seed: int, image: int) -> torch.Generator:
     """The noise of image number `image` under `seed`; the mixing is fixed, so that images stay the same for good."""
     state = np.random.SeedSequence(seed, spawn_key=(image,)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
-
-
-def choose_device(device: torch.device | str | None = None) -> torch.device:
-    """A device that works here; `None` is the GPU where there is one, else the CPU.
-
-    Raises:
-        DetailFlowError: for a name that is no device, or a device that this machine lacks.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError):  # torch has one for each reason
-        raise DetailFlowError(f"device {str(device)!r} cannot be used here: give another, such as cpu") from None
-    return torch.device(device)
 
 
 def _location(path_or_id: str | Path | None, kind: hub.Kind) -> str | Path:

@@ -30,10 +30,11 @@ def main(argv: Sequence[str]) -> int:
 
     from detailflow.data.images import load_rgb
     from detailflow.data.transforms import center_crop
+    from detailflow.device import choose_device
     from detailflow.hub import default_directory
     from detailflow.models.tokenizer import DetailFlowTokenizer
     from detailflow.pictures import strip
-    from detailflow.pipeline import choose_device, reconstruct, stage_counts
+    from detailflow.pipeline import reconstruct, stage_counts
 
     source = default_directory("tokenizer") if args.model is None else args.model
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)

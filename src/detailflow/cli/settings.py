@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+from detailflow.cli.common import check_output
 from detailflow.errors import DetailFlowError
 
 
@@ -25,21 +26,21 @@ def parse(kind: type, command: str, summary: str, argv: Sequence[str]) -> Reques
     """Settings of dataclass `kind` from `argv`; `None` after `--help`.
 
     Raises:
-        DetailFlowError: for a file that can't be read, an unknown key, or a value that is wrong or missing.
+        DetailFlowError: for a file that can't be read, an unknown key, a value that is wrong or missing, or an output folder
+            that can't be written to.
     """
     from jsonargparse import ArgumentParser
 
     if not argv or "--help" in argv or "-h" in argv:
         print(help_text(kind, command, summary), end="")
         return None
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    parser = ArgumentParser(exit_on_error=False, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--output", type=str)
     parser.add_argument("--device", type=str)
     parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
     for path in _config_files(argv):
-        if not Path(path).is_file():
-            raise DetailFlowError(f"--config {path}: there is no such file")
+        _check_config_file(path)
     try:
         namespace = parser.parse_args(list(argv))
         output = namespace.pop("output")
@@ -52,7 +53,24 @@ def parse(kind: type, command: str, summary: str, argv: Sequence[str]) -> Reques
         raise DetailFlowError(explain(kind, str(error))) from error
     if output is None:
         raise DetailFlowError("--output is missing: the folder to write to")
+    check_output(Path(output))
     return Request(settings, Path(output), device)
+
+
+def _check_config_file(path: str) -> None:
+    """Say what is wrong with a file as a whole, by its name; wrong settings in it are found later."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DetailFlowError(f"--config {path}: this file can't be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise DetailFlowError(f"--config {path}: this file is not valid YAML{line}") from error
+    if not isinstance(content, dict):
+        raise DetailFlowError(f"--config {path}: this file must hold settings, each as KEY: VALUE")
 
 
 def _config_files(argv: Sequence[str]) -> list[str]:
@@ -79,7 +97,7 @@ def help_text(kind: type, command: str, summary: str) -> str:
         f"{summary}\n\n"
         "options:\n"
         "  --config FILE    YAML with the settings below; several are laid over one another\n"
-        "  --output DIR     where to write; the same command goes on with a run that was interrupted\n"
+        "  --output DIR     where to write\n"
         "  --device DEVICE  cpu, cuda, cuda:1, … (default: the GPU where there is one)\n"
         "  --KEY VALUE      a setting in place of the file's, such as --loop.steps 1000\n\n"
         f"settings (with their defaults):\n{settings}\n"
@@ -94,12 +112,13 @@ def explain(kind: type, message: str) -> str:
     """One sentence out of jsonargparse's message."""
     text = " ".join(message.split())
     if match := re.search(r"(?:Option |option |arguments: )'?(?:--)?([\w.]+)'?", text):
-        names = [name for name, _ in keys(kind)]
+        names = ["config", "output", "device", *(name for name, _ in keys(kind))]
         wrong = match[1]
         close = get_close_matches(wrong, [*names, *(name.rpartition(".")[2] for name in names)], n=1)
         return f"unknown setting {wrong!r}: " + (f"did you mean {close[0]}?" if close else f"the settings are {', '.join(names)}")
     if match := re.search(r"required: (.*)", text):
         return f"settings are missing: {match[1]} (give them in --config FILE or as --KEY VALUE)"
     if match := re.search(r'Parser key "([\w.]+)": (.*)', text):
-        return f"setting {match[1]} is wrong: {match[2]}"
+        problem = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"it must be \1, not \2", match[2])
+        return f"setting {match[1]} is wrong: {problem}"
     return text

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from detailflow.cli.common import Parser, check_output, positive
 from detailflow.cli.settings import parse
+from detailflow.errors import DetailFlowError
 
-TOKENIZER = "Train a tokenizer on images: a folder of class subfolders, parquet file(s), or a hub data set."
-GPT = "Train an AR model on the tokens that `detailflow extract` wrote."
+AGAIN = "The same command goes on with a run that was interrupted."
+TOKENIZER = "Train a tokenizer on images: a folder of class subfolders, parquet file(s), or a hub data set.\n" + AGAIN
+GPT = "Train an AR model on the tokens that `detailflow extract` wrote.\n" + AGAIN
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,6 +25,8 @@ def main(argv: Sequence[str]) -> int:
 
         if request := parse(GPTTraining, "train gpt", GPT, argv[1:]):
             train_gpt(request.settings, request.output, request.device)
+    elif stage and not stage.startswith("-"):
+        raise DetailFlowError(f"unknown stage {stage!r}: give tokenizer or gpt, or --data DATA --output DIR for all in a row")
     else:
         _train_all(argv)
     return 0

@@ -44,24 +44,25 @@ def load_rgb(source: str | os.PathLike[str] | bytes, name: str | None = None) ->
         path = Path(source)
         name, file = name or str(path), path
         if path.is_dir():
-            raise DetailFlowError(f"{name} is a folder: give the path of one image file.")
+            raise DetailFlowError(f"{name} is a folder: give the path of one image file")
         if not path.exists():
-            raise DetailFlowError(f"{name} does not exist: give the path of an image file.")
+            raise DetailFlowError(f"{name} does not exist: give the path of an image file")
     try:
         with Image.open(file) as image:
             image.load()
-            return _to_rgb(image)
+            return to_rgb(image)
     except PermissionError as error:
-        raise DetailFlowError(f"{name} cannot be opened: you have no permission to read it.") from error
+        raise DetailFlowError(f"{name} cannot be opened: you have no permission to read it") from error
     except Image.UnidentifiedImageError as error:
-        raise DetailFlowError(f"{name} is not an image: its contents are in no format that Pillow knows.") from error
+        raise DetailFlowError(f"{name} is not an image: its contents are in no format that Pillow knows") from error
     except Image.DecompressionBombError as error:
-        raise DetailFlowError(f"{name} is too large an image: it may have at most 178 million pixels.") from error
+        raise DetailFlowError(f"{name} is too large an image: it may have at most 178 million pixels") from error
     except (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError, struct.error) as error:
-        raise DetailFlowError(f"{name} is damaged and cannot be decoded ({_first_line(error)}).") from error
+        raise DetailFlowError(f"{name} is damaged and cannot be decoded ({_first_line(error)})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of a loaded image of any mode: turned upright by its EXIF data, transparency over white, 16 bits scaled to 8."""
     # The pixels may be sound where only the EXIF block is not: then take them as they are stored.
     with suppress(OSError, ValueError, TypeError, SyntaxError, LookupError, struct.error):
         ImageOps.exif_transpose(image, in_place=True)
@@ -132,15 +133,15 @@ def open_images(
         return _open_folder(path, split, image_column, label_column)
     if path.is_file():
         if path.suffix.lower() != ".parquet":
-            raise DetailFlowError(f"{data} is neither a folder of images nor a .parquet file.")
+            raise DetailFlowError(f"{data} is neither a folder of images nor a .parquet file")
         return _open_parquet([path], image_column, label_column)
     if any(character in data for character in "*?["):
         files = [Path(name) for name in sorted(glob(data, recursive=True)) if name.lower().endswith(".parquet")]
         if not files:
-            raise DetailFlowError(f"{data} matches no .parquet file: check the pattern.")
+            raise DetailFlowError(f"{data} matches no .parquet file: check the pattern")
         return _open_parquet(files, image_column, label_column)
     if not _HUB_NAME.fullmatch(data) or path.suffix.lower() in IMAGE_SUFFIXES | {".parquet"}:
-        raise DetailFlowError(f"{data} does not exist: give a folder of images, a .parquet file or a hub dataset name.")
+        raise DetailFlowError(f"{data} does not exist: give a folder of images, a .parquet file or a hub dataset name")
     return _open_hub(data, split or "train", image_column, label_column)
 
 
@@ -184,13 +185,13 @@ def _open_folder(folder: Path, split: str | None, image_column: str, label_colum
             picked = _pick_split(folder, sorted(set(splits.values())), split)
             return _open_parquet([file for file in parquet if splits[file] == picked], image_column, label_column)
     if split is not None:
-        raise DetailFlowError(f"{folder} has no split {split!r}: it has no train, test or val subfolder.")
+        raise DetailFlowError(f"{folder} has no split {split!r}: it has no train, test or val subfolder")
     if parquet:
         return _open_parquet(parquet, image_column, label_column)
 
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        raise DetailFlowError(f"{folder} holds no images: put some there, in one subfolder per class.")
+        raise DetailFlowError(f"{folder} holds no images: put some there, in one subfolder per class")
     classes = [file.relative_to(folder).parts[0] if file.parent != folder else None for file in images]
     rows = _FileRows([str(file) for file in images])
     if not any(classes):
@@ -198,10 +199,10 @@ def _open_folder(folder: Path, split: str | None, image_column: str, label_colum
     if None in classes:
         raise DetailFlowError(
             f"{folder} has images beside its class subfolders (such as {images[classes.index(None)].name}): "
-            "move each into the subfolder of its class."
+            "move each into the subfolder of its class"
         )
     if empty := set(subfolders).difference(name for name in classes if name):
-        raise DetailFlowError(f"{folder / min(empty)} holds no images: put some there or remove this class subfolder.")
+        raise DetailFlowError(f"{folder / min(empty)} holds no images: put some there or remove this class subfolder")
     return ImageSource(rows, np.searchsorted(np.array(subfolders), np.array(classes)), tuple(subfolders))
 
 
@@ -209,12 +210,12 @@ def _pick_split(folder: Path, names: list[str], split: str | None) -> str:
     """The one of `names` that is `split`; train (or the only one) where `split` is None."""
     if split is None:
         if "train" not in names and len(names) > 1:
-            raise DetailFlowError(f"{folder} has no train split: choose one of {', '.join(names)}.")
+            raise DetailFlowError(f"{folder} has no train split: choose one of {', '.join(names)}")
         return "train" if "train" in names else names[0]
     for name in names:
         if _SPLIT_ALIASES[name] == _SPLIT_ALIASES.get(split, split):
             return name
-    raise DetailFlowError(f"{folder} has no split {split!r}: it has {', '.join(names)}.")
+    raise DetailFlowError(f"{folder} has no split {split!r}: it has {', '.join(names)}")
 
 
 def _unlabelled(rows: _Rows) -> ImageSource:
@@ -243,7 +244,7 @@ class _TableRows:
         value = self.dataset.data.column(self.column)[index].as_py()
         content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
         if not content:
-            raise DetailFlowError(f"{self.name(index)} has no image: its {self.column!r} is empty.")
+            raise DetailFlowError(f"{self.name(index)} has no image: its {self.column!r} is empty")
         return load_rgb(content, self.name(index))
 
 
@@ -252,7 +253,7 @@ def _import_datasets() -> ModuleType:
         import datasets
     except ImportError as error:
         raise DetailFlowError(
-            "Parquet files and hub datasets need the datasets library: pip install 'detailflow[train]'."
+            "Parquet files and hub datasets need the datasets library: pip install 'detailflow[train]'"
         ) from error
     return datasets
 
@@ -284,7 +285,7 @@ def _open_parquet(files: list[Path], image_column: str, label_column: str) -> Im
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
         except (OSError, ValueError) as error:
-            raise DetailFlowError(f"{file} is not a readable parquet file ({_first_line(error)}).") from error
+            raise DetailFlowError(f"{file} is not a readable parquet file ({_first_line(error)})") from error
         counted.append((str(file), parquet.metadata.num_rows))
     where = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} parquet files)"
     # Plain columns, without the label names in the file's metadata: `datasets` refuses names that occur twice, and
@@ -296,7 +297,7 @@ def _open_parquet(files: list[Path], image_column: str, label_column: str) -> Im
         with _quiet(datasets, sum(file.stat().st_size for file in files) > _SHOW_PROGRESS_ABOVE):
             dataset = datasets.load_dataset("parquet", data_files=paths, features=features, split="train")
     except Exception as error:  # `datasets` raises many kinds: columns that differ, a full disk, damaged pages
-        raise DetailFlowError(f"{where} cannot be read ({_first_line(error.__cause__ or error)}).") from error
+        raise DetailFlowError(f"{where} cannot be read ({_first_line(error.__cause__ or error)})") from error
     return _from_table(dataset, where, counted, image_column, label_column, _stored_names(schema, label_column))
 
 
@@ -316,7 +317,7 @@ def _open_hub(name: str, split: str, image_column: str, label_column: str) -> Im
             dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # no network, no such dataset, no such split, gated, ...: `datasets` says which
         raise DetailFlowError(
-            f"{name} is neither a file or folder here nor a hub dataset that can be opened ({_first_line(error)})."
+            f"{name} is neither a file or folder here nor a hub dataset that can be opened ({_first_line(error)})"
         ) from error
     names = tuple(getattr(dataset.features.get(label_column), "names", ()))
     return _from_table(dataset, name, [(f"{name} {split}", len(dataset))], image_column, label_column, names)
@@ -332,16 +333,16 @@ def _from_table(
 ) -> ImageSource:
     columns = dataset.column_names
     if image_column not in columns:
-        raise DetailFlowError(f"{where} has no column {image_column!r}: its columns are {', '.join(columns)}.")
+        raise DetailFlowError(f"{where} has no column {image_column!r}: its columns are {', '.join(columns)}")
     storage = str(dataset.data.column(image_column).type)
     if "binary" not in storage:
-        raise DetailFlowError(f"{where} has no images in its column {image_column!r}: that column holds {storage}.")
+        raise DetailFlowError(f"{where} has no images in its column {image_column!r}: that column holds {storage}")
     if len(dataset) == 0:
-        raise DetailFlowError(f"{where} holds no images: it has no rows.")
+        raise DetailFlowError(f"{where} holds no images: it has no rows")
     rows = _TableRows(dataset, image_column, files)
     if label_column not in columns:
         if label_column != "label":  # asked for by name
-            raise DetailFlowError(f"{where} has no column {label_column!r}: its columns are {', '.join(columns)}.")
+            raise DetailFlowError(f"{where} has no column {label_column!r}: its columns are {', '.join(columns)}")
         return _unlabelled(rows)
     return _with_labels(rows, where, label_column, class_names)
 
@@ -352,14 +353,14 @@ def _with_labels(rows: _TableRows, where: str, column: str, class_names: tuple[s
     if missing.all():
         return _unlabelled(rows)
     if missing.any():
-        raise DetailFlowError(f"{rows.name(int(missing.argmax()))} has no label: give every row one, or none.")
+        raise DetailFlowError(f"{rows.name(int(missing.argmax()))} has no label: give every row one, or none")
     if all(isinstance(value, str) for value in values):
         names, labels = np.unique(values.astype(str), return_inverse=True)
         return ImageSource(rows, labels.astype(np.int64), tuple(names.tolist()))
     if not all(isinstance(value, int) and value >= 0 for value in values):
-        raise DetailFlowError(f"{where} has labels in column {column!r} that are neither class numbers nor names.")
+        raise DetailFlowError(f"{where} has labels in column {column!r} that are neither class numbers nor names")
     labels = values.astype(np.int64)
     class_names = class_names or tuple(map(str, range(labels.max() + 1)))
     if labels.max() >= len(class_names):
-        raise DetailFlowError(f"{where} has the label {labels.max()}, but names only {len(class_names)} classes.")
+        raise DetailFlowError(f"{where} has the label {labels.max()}, but names only {len(class_names)} classes")
     return ImageSource(rows, labels, class_names)

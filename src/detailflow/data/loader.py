@@ -36,9 +36,9 @@ class BatchOrder(Sampler[BatchKey]):
 
     def __init__(self, count: int, batch_size: int, seed: int, start_step: int = 0) -> None:
         if batch_size < 1:
-            raise DetailFlowError(f"batch size {batch_size} is not possible: it must be at least 1.")
+            raise DetailFlowError(f"batch size {batch_size} is not possible: it must be at least 1")
         if seed < 0:
-            raise DetailFlowError(f"seed {seed} is not possible: it must be 0 or greater.")
+            raise DetailFlowError(f"seed {seed} is not possible: it must be 0 or greater")
         self.count, self.batch_size, self.seed, self.start_step = count, batch_size, seed, start_step
         self.steps_per_epoch = max(1, count // batch_size)
 
@@ -122,5 +122,5 @@ class ImageBatches:
             first = "; ".join(self._crops.source.name(item) for item in sorted(self.bad)[:3])
             raise DetailFlowError(
                 f"At least {len(self.bad)} of the {len(self._crops.source)} images cannot be read, more than 1%: "
-                f"remove or replace the damaged ones (the first are {first})."
+                f"remove or replace the damaged ones (the first are {first})"
             )

@@ -43,11 +43,11 @@ class TokenStoreInfo:
         for field in ("num_tokens", "codebook_size", "crops"):
             value = getattr(self, field)
             if type(value) is not int or value < 1:
-                raise DetailFlowError(f"A token store's {field} is {value!r}: it must be a positive whole number.")
+                raise DetailFlowError(f"A token store's {field} is {value!r}: it must be a positive whole number")
         if self.codebook_size > 65536:
-            raise DetailFlowError(f"A codebook of {self.codebook_size} codes does not fit a token store: it holds at most 65536.")
+            raise DetailFlowError(f"A codebook of {self.codebook_size} codes does not fit a token store: it holds at most 65536")
         if not self.class_names or not all(isinstance(name, str) for name in self.class_names):
-            raise DetailFlowError("A token store's class_names must be a list of at least one name.")
+            raise DetailFlowError("A token store's class_names must be a list of at least one name")
 
     @property
     def codes_shape(self) -> tuple[int, int, int]:
@@ -77,16 +77,16 @@ class TokenStore:
         codes = _map(directory / _CODES, _CODE_TYPE, (images, *info.codes_shape))
         labels = np.array(_map(directory / _LABELS, _LABEL_TYPE, (images,)))
         if labels.min() < 0 or labels.max() >= len(info.class_names):
-            raise DetailFlowError(f"{directory / _LABELS} has labels beyond the store's classes: extract it again.")
+            raise DetailFlowError(f"{directory / _LABELS} has labels beyond the store's classes: extract it again")
         return cls(directory, info, codes, labels)
 
 
 def _map(file: Path, dtype: np.dtype[np.integer], shape: tuple[int, ...]) -> np.ndarray:
     if not file.is_file():
-        raise DetailFlowError(f"{file} is missing from the token store: extract the tokens again.")
+        raise DetailFlowError(f"{file} is missing from the token store: extract the tokens again")
     size, expected = file.stat().st_size, math.prod(shape) * dtype.itemsize
     if size != expected:
-        raise DetailFlowError(f"{file} has {size} bytes where the manifest says {expected}: extract the tokens again.")
+        raise DetailFlowError(f"{file} has {size} bytes where the manifest says {expected}: extract the tokens again")
     return np.memmap(file, dtype=dtype, mode="r", shape=shape)
 
 
@@ -98,18 +98,18 @@ def _read_manifest(directory: Path) -> tuple[TokenStoreInfo, int]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT:
-            raise DetailFlowError(f"{file} is not the manifest of a token store: its format is not {_FORMAT!r}.")
+            raise DetailFlowError(f"{file} is not the manifest of a token store: its format is not {_FORMAT!r}")
         if manifest["version"] != _VERSION:
             raise DetailFlowError(
-                f"{file} has version {manifest['version']}, but this DetailFlow reads {_VERSION}: extract it again."
+                f"{file} has version {manifest['version']}, but this DetailFlow reads {_VERSION}: extract it again"
             )
         fields = {name: manifest[name] for name in TokenStoreInfo.__dataclass_fields__}
         fields["class_names"] = tuple(fields["class_names"])
         images = manifest["images"]
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DetailFlowError(f"{file} is damaged ({error!r}): extract the tokens again.") from error
+        raise DetailFlowError(f"{file} is damaged ({error!r}): extract the tokens again") from error
     if type(images) is not int or images < 1:
-        raise DetailFlowError(f"{file} says that it holds {images!r} images: extract the tokens again.")
+        raise DetailFlowError(f"{file} says that it holds {images!r} images: extract the tokens again")
     return TokenStoreInfo(**fields), images
 
 
@@ -118,9 +118,9 @@ class TokenWriter:
 
     def __init__(self, directory: Path, info: TokenStoreInfo) -> None:
         if directory.exists() and not directory.is_dir():
-            raise DetailFlowError(f"{directory} is a file: choose a folder for the token store.")
+            raise DetailFlowError(f"{directory} is a file: choose a folder for the token store")
         if (directory / _MANIFEST).exists():
-            raise DetailFlowError(f"{directory} already holds a token store: delete it or choose another folder.")
+            raise DetailFlowError(f"{directory} already holds a token store: delete it or choose another folder")
         self.directory, self.info, self.images = directory, info, 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class TokenWriter:
                 for name in (_CODES, _LABELS)
             }
         except OSError as error:
-            raise DetailFlowError(f"{directory} cannot be written ({error.strerror}): choose another one.") from error
+            raise DetailFlowError(f"{directory} cannot be written ({error.strerror}): choose another one") from error
 
     def _temporary(self, name: str) -> Path:
         return self.directory / f".{name}.part"
@@ -139,13 +139,13 @@ class TokenWriter:
         codes, labels = torch.as_tensor(codes).cpu().numpy(), torch.as_tensor(labels).cpu().numpy()
         if codes.shape != (len(labels), *self.info.codes_shape):
             expected = (len(labels), *self.info.codes_shape)
-            raise DetailFlowError(f"Codes of shape {codes.shape} do not fit the token store: it takes {expected}.")
+            raise DetailFlowError(f"Codes of shape {codes.shape} do not fit the token store: it takes {expected}")
         if not len(labels):
             return
         if codes.min() < 0 or codes.max() >= self.info.codebook_size:
-            raise DetailFlowError(f"Codes must lie in 0 to {self.info.codebook_size - 1}, the store's codebook.")
+            raise DetailFlowError(f"Codes must lie in 0 to {self.info.codebook_size - 1}, the store's codebook")
         if labels.min() < 0 or labels.max() >= len(self.info.class_names):
-            raise DetailFlowError(f"Labels must lie in 0 to {len(self.info.class_names) - 1}, the store's classes.")
+            raise DetailFlowError(f"Labels must lie in 0 to {len(self.info.class_names) - 1}, the store's classes")
         self._files[_CODES].write(codes.astype(_CODE_TYPE).tobytes())
         self._files[_LABELS].write(labels.astype(_LABEL_TYPE).tobytes())
         self.images += len(labels)
@@ -154,7 +154,7 @@ class TokenWriter:
         """Put the store in place, the manifest last, and open it."""
         if not self.images:
             self.discard()
-            raise DetailFlowError(f"{self.directory} got no images: a token store needs at least one.")
+            raise DetailFlowError(f"{self.directory} got no images: a token store needs at least one")
         for file in self._files.values():
             _close_on_disk(file)
         manifest = {"format": _FORMAT, "version": _VERSION, "images": self.images, **asdict(self.info)}
@@ -197,7 +197,7 @@ class TokenBatches:
 
     def __init__(self, store: TokenStore, batch_size: int, seed: int, planted_share: float = 0.3, start_step: int = 0) -> None:
         if not 0.0 <= planted_share <= 1.0:
-            raise DetailFlowError(f"planted_share {planted_share} is not possible: it is a probability, 0 to 1.")
+            raise DetailFlowError(f"planted_share {planted_share} is not possible: it is a probability, 0 to 1")
         self.store, self.planted_share = store, planted_share
         self.order = BatchOrder(len(store), batch_size, seed, start_step)
         self.steps_per_epoch = self.order.steps_per_epoch

@@ -13,7 +13,7 @@ from detailflow import generation, hub
 from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
 from detailflow.models.attention import attend
-from detailflow.models.loading import build
+from detailflow.models.loading import build, check_ids
 from detailflow.schedule import TokenSchedule, require_positive
 
 
@@ -231,10 +231,10 @@ class DetailFlowGPT(nn.Module):
         Class id `num_classes` is the null class.
 
         Raises:
-            DetailFlowError: for codes of another length than N.
+            DetailFlowError: for codes of another shape than (B, N).
         """
-        if ids.ndim != 2 or ids.shape[1] != self.config.num_tokens:
-            raise DetailFlowError(f"codes must have shape (images, {self.config.num_tokens}), not {tuple(ids.shape)}")
+        if ids.ndim != 2 or ids.shape != (len(class_ids), self.config.num_tokens):
+            raise DetailFlowError(f"codes must have shape ({len(class_ids)}, {self.config.num_tokens}), not {tuple(ids.shape)}")
         x = F.dropout(self._inputs(class_ids, ids, 0, self.config.num_tokens), self.config.dropout, self.training)
         rotation = rotary_table(self.config).to(x.device)
         mask = self.schedule.attention_mask(self.config.num_tokens, x.device)
@@ -298,10 +298,9 @@ class DetailFlowGPT(nn.Module):
         """The codes so far, (B, n), after each decoding step; see `generate`."""
         n = self.schedule.check_count(num_tokens)
         class_ids = class_ids.to(self.device)
-        if class_ids.ndim != 1 or class_ids.is_floating_point():
-            raise DetailFlowError(f"class_ids must be a row of integers, not {tuple(class_ids.shape)} {class_ids.dtype}")
-        if class_ids.numel() == 0 or not 0 <= int(class_ids.min()) <= int(class_ids.max()) <= self.config.num_classes:
-            raise DetailFlowError(f"class ids must lie in 0 to {self.config.num_classes - 1}, and there must be at least one")
+        check_ids("class_ids", class_ids, 1, self.config.num_classes + 1)
+        if not len(class_ids):
+            raise DetailFlowError("class_ids must have at least one class")
         noise = generation.image_noise(_one_each(generator, len(class_ids)), self.config.num_tokens)
         model = CachedGPT(self, class_ids, sampling.guided)
         return generation.generate(model, self.schedule, sampling, noise, n, self.device)

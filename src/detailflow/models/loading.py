@@ -92,3 +92,15 @@ def build(
 def _some(names: set[str]) -> str:
     first = sorted(names)[:3]
     return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_ids(name: str, ids: Tensor, dimensions: int, count: int) -> None:
+    """Check that `ids` are integers below `count` in a tensor of so many dimensions.
+
+    Raises:
+        DetailFlowError: if not.
+    """
+    if ids.ndim != dimensions or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise DetailFlowError(f"{name} must be integers in {dimensions} dimension(s), not {tuple(ids.shape)} {ids.dtype}")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise DetailFlowError(f"{name} must lie in 0 to {count - 1}, not {int(ids.min())} to {int(ids.max())}")

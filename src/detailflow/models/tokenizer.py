@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError
-from detailflow.models.loading import build
+from detailflow.models.loading import build, check_ids
 from detailflow.models.quantizer import VectorQuantizer
 from detailflow.models.vit import Block, KeyValue, ViTConfig, initial_positions, patchify, resize_positions, unpatchify
 from detailflow.schedule import TokenSchedule, require_positive
@@ -165,15 +165,10 @@ class DetailFlowTokenizer(nn.Module):
         Raises:
             DetailFlowError: for codes that are not in the codebook, a count of them that is not valid, or a bad size.
         """
-        if ids.ndim != 2 or ids.is_floating_point():
-            raise DetailFlowError(f"codes must be integers of shape (images, tokens), not {tuple(ids.shape)} {ids.dtype}")
+        check_ids("codes", ids, 2, self.config.codebook_size)
         n = self.schedule.check_count(ids.shape[1])
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.codebook_size:
-            raise DetailFlowError(
-                f"codes must lie in 0 to {self.config.codebook_size - 1}, not {int(ids.min())} to {int(ids.max())}"
-            )
         size = self.schedule.decode_size(n) if size is None else size
-        if size < 1 or size % self.config.patch_size:
+        if not isinstance(size, int) or size < 1 or size % self.config.patch_size:
             raise DetailFlowError(f"size must be a positive multiple of {self.config.patch_size} pixels, not {size}")
         return self.decode_quantized(self.quantizer.lookup(ids), size)
 
@@ -198,6 +193,7 @@ class DetailFlowTokenizer(nn.Module):
             raise DetailFlowError(
                 f"wrong_tokens at position {position} must have shape {expected}, not {tuple(wrong_tokens.shape)}"
             )
+        check_ids("wrong_tokens", wrong_tokens, 2, self.config.codebook_size)
         patches = self.encode_patches(images)
         clean = self.quantizer.nearest(self.encode_latents(patches, self.config.num_tokens))
         clean[:, position:end] = wrong_tokens

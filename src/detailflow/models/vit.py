@@ -90,13 +90,14 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     """(B, 3, H, W) → (B, H/f · W/f, f·f·3), row-major, values inside a patch in (row, column, channel) order."""
     batch, channels, height, width = images.shape
     x = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, height // patch * (width // patch), patch * patch * channels)
 
 
 def unpatchify(patches: Tensor, height: int, width: int, patch: int) -> Tensor:
     """The inverse of `patchify` for an image of `height` × `width` pixels."""
-    x = patches.reshape(patches.shape[0], height // patch, width // patch, patch, patch, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)
+    channels = patches.shape[2] // patch**2
+    x = patches.reshape(patches.shape[0], height // patch, width // patch, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], channels, height, width)
 
 
 def initial_positions(width: int) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,14 @@ from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.tokens import TokenStore, TokenStoreInfo
 from detailflow.data.transforms import ten_crops, to_tensor, two_crops
+from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.schedule import require_positive
-from detailflow.training.loop import PRECISIONS, pick_device
+from detailflow.training.loop import PRECISIONS
+from detailflow.training.tokenizer import draw_position
 
-CROPS = {"ten": ten_crops, "two": two_crops}
+CROPS = {"ten": (ten_crops, 10), "two": (two_crops, 2)}
 BAD_SHARE = 0.01  # more unreadable images than this stop the extraction
 
 
@@ -47,6 +50,8 @@ class Extraction:
 
     def __post_init__(self) -> None:
         require_positive(batch_size=self.batch_size)
+        if self.workers < 0:
+            raise DetailFlowError(f"workers must be 0 or more, not {self.workers!r}")
         if self.crops not in CROPS:
             raise DetailFlowError(f"crops must be {' or '.join(CROPS)}, not {self.crops!r}")
         if self.precision not in PRECISIONS:
@@ -57,14 +62,14 @@ class _ImageCrops(Dataset[tuple[np.ndarray | None, int, str]]):
     """(crops (C, R, R, 3) or None where the image can't be read, label, what is wrong) by index."""
 
     def __init__(self, source: ImageSource, size: int, crops: str) -> None:
-        self.source, self.size, self.crops = source, size, crops
+        self.source, self.size, self.make = source, size, CROPS[crops][0]
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray | None, int, str]:
         try:
-            crops = CROPS[self.crops](self.source.image(index), self.size)
+            crops = self.make(self.source.image(index), self.size)
         except DetailFlowError as error:
             return None, 0, str(error)
         return crops, int(self.source.labels[index]), ""
@@ -104,11 +109,11 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     """
     from tqdm import tqdm
 
-    place = pick_device(device)
+    place = choose_device(device)
     model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
     source = open_images(config.data, config.split, config.image_column, config.label_column)
     dataset = _ImageCrops(source, model.config.image_size, config.crops)
-    count = len(CROPS[config.crops](source_example(source), model.config.image_size))
+    count = CROPS[config.crops][1]
     info = TokenStoreInfo(
         num_tokens=model.config.num_tokens,
         codebook_size=model.config.codebook_size,
@@ -120,9 +125,8 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     precision = PRECISIONS[config.precision]
     with TokenStore.create(output, info) as writer, tqdm(total=len(source), desc="extract", unit="img") as bar:
         for crops, labels in _batches(dataset, max(1, config.batch_size // count), config.workers, bar):
-            last = model.config.num_tokens - model.config.group_size
-            draws = torch.randint(max(last, 1), (len(labels),), generator=generator).tolist()
-            positions = torch.tensor([model.schedule.group_start(p) for p in draws]).repeat_interleave(count)
+            draws = [draw_position(model.schedule, model.config.num_tokens, generator) or 0 for _ in labels]
+            positions = torch.tensor(draws).repeat_interleave(count)
             images = to_tensor(crops.reshape(-1, *crops.shape[2:])).to(place)
             with torch.autocast(place.type, precision, enabled=precision != torch.float32):
                 rows = code_rows(model, images, positions, generator)
@@ -130,18 +134,8 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     return TokenStore.open(output)
 
 
-def source_example(source: ImageSource):  # type: ignore[no-untyped-def]  # PIL.Image, imported by nobody here
-    """The first image that can be read.
-
-    Raises:
-        DetailFlowError: where none can.
-    """
-    for index in range(len(source)):
-        try:
-            return source.image(index)
-        except DetailFlowError as error:
-            problem = error
-    raise problem
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _batches(dataset: _ImageCrops, size: int, workers: int, bar) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # type: ignore[no-untyped-def]
@@ -153,7 +147,7 @@ def _batches(dataset: _ImageCrops, size: int, workers: int, bar) -> Iterator[tup
     bad: list[str] = []
     crops: list[np.ndarray] = []
     labels: list[int] = []
-    for made, label, problem in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=lambda item: item):
+    for made, label, problem in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
         bar.update()
         if made is None:
             bad.append(problem)

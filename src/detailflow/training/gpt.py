@@ -12,13 +12,14 @@ from torch import Tensor
 
 from detailflow.data.tokens import TokenBatches, TokenStore
 from detailflow.data.transforms import to_uint8
+from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.training.extract import tokenizer_fingerprint
-from detailflow.training.loop import PRECISIONS, LoopConfig, pick_device, run
+from detailflow.training.loop import PRECISIONS, LoopConfig, run
 
 PICTURE_CLASSES, PICTURE_SAMPLES = 10, 4
 
@@ -61,22 +62,11 @@ class GPTTraining:
 class GPTStage:
     """The network, its EMA, the optimiser and one step; a `Stage` of the loop."""
 
-    def __init__(self, config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTokenizer, device: torch.device) -> None:
+    def __init__(
+        self, config: GPTTraining, sizes: GPTConfig, store: TokenStore, tokenizer: DetailFlowTokenizer, device: torch.device
+    ) -> None:
         self.config, self.store, self.tokenizer, self.device = config, store, tokenizer, device
         self.precision = PRECISIONS[config.loop.precision]
-        sizes = GPTConfig(
-            num_classes=len(store.info.class_names),
-            class_names=store.info.class_names,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            num_tokens=tokenizer.config.num_tokens,
-            group_size=tokenizer.config.group_size,
-            causal_tokens=tokenizer.config.causal_tokens,
-            codebook_size=tokenizer.config.codebook_size,
-            dropout=config.dropout,
-            **asdict(config.sampling),
-        )
         self.model = DetailFlowGPT(sizes).to(device).train()
         self.ema = DetailFlowGPT(sizes).to(device).eval().requires_grad_(False)
         self.ema.load_state_dict(self.model.state_dict())
@@ -138,17 +128,40 @@ class GPTStage:
         self.ema.save_pretrained(directory)
 
 
+def model_config(config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTokenizer) -> GPTConfig:
+    """The AR model that `config` asks for on these tokens.
+
+    Raises:
+        DetailFlowError: where its sizes contradict each other.
+    """
+    return GPTConfig(
+        num_classes=len(store.info.class_names),
+        class_names=store.info.class_names,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        num_tokens=tokenizer.config.num_tokens,
+        group_size=tokenizer.config.group_size,
+        causal_tokens=tokenizer.config.causal_tokens,
+        codebook_size=tokenizer.config.codebook_size,
+        dropout=config.dropout,
+        **asdict(config.sampling),
+    )
+
+
 def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> None:
     """Train an AR model into `output`: config.json, model.safetensors, checkpoints, pictures, TensorBoard scalars.
 
     Raises:
-        DetailFlowError: for a store that the tokenizer did not make, or an output folder that can't be used.
+        DetailFlowError: for a store that the tokenizer did not make, sizes that contradict each other, or an output folder
+            that can't be used.
     """
-    place = pick_device(device)
+    place = choose_device(device)
     store = TokenStore.open(config.tokens)
     if store.info.tokenizer_fingerprint != tokenizer_fingerprint(config.tokenizer):
         raise DetailFlowError(
             f"{config.tokens}: these tokens were made by another tokenizer than {config.tokenizer}; extract them again"
         )
     tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
-    run(lambda: GPTStage(config, store, tokenizer, place), "gpt", config, output)
+    sizes = model_config(config, store, tokenizer)
+    run(lambda: GPTStage(config, sizes, store, tokenizer, place), "gpt", config, output)

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
-from detailflow.hub import replacing
+from detailflow.hub import CONFIG_FILE, replacing
 from detailflow.schedule import require_positive
 
 RUN_FILE = "run.yaml"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "resume"  # not "checkpoints", by which the published layout is known
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,13 @@ class LoopConfig:
             raise DetailFlowError(f"learning_rate must be above 0, not {self.learning_rate!r}")
         if not 0 <= self.warmup < 1:
             raise DetailFlowError(f"warmup must be at least 0 and below 1, not {self.warmup!r}")
-        if self.workers < 0:
-            raise DetailFlowError(f"workers must be 0 or more, not {self.workers!r}")
+        if not 0 <= self.final_rate <= 1:
+            raise DetailFlowError(f"final_rate must lie in 0 to 1, not {self.final_rate!r}")
+        if not self.grad_clip > 0:
+            raise DetailFlowError(f"grad_clip must be above 0, not {self.grad_clip!r}")
+        for name in ("seed", "workers", "checkpoint_minutes"):
+            if not getattr(self, name) >= 0:
+                raise DetailFlowError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
 
     def rate_at(self, step: int) -> float:
         """Learning rate of `step` (0-based): linear warm-up, then a cosine."""
@@ -106,21 +111,6 @@ class Stage(Protocol):
         """Write the model in our layout."""
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`; a GPU where there is one for `None`.
-
-    Raises:
-        DetailFlowError: where there is no such device.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise DetailFlowError(f"there is no device {name!r} here; 'cpu' always works") from None
-    return torch.device(name)
-
-
 def run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path) -> None:
     """Train from the last checkpoint in `output`, or from the start, and export the model to `output`.
 
@@ -143,18 +133,22 @@ def run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path) -
     start = load_checkpoint(output, stage)
     if start:
         print(f"{output}: going on from step {start}")
-    writer = SummaryWriter(str(output / "tensorboard"), purge_step=start)
     stopping = _StopOnSignal()
     saved = time.monotonic()
     batches = stage.batches(start)
-    with stopping, tqdm(total=loop.steps, initial=start, desc=kind, unit="step", dynamic_ncols=True) as bar:
+    with (
+        stopping,
+        SummaryWriter(str(output / "tensorboard"), purge_step=start) as writer,
+        tqdm(total=loop.steps, initial=start, desc=kind, unit="step", dynamic_ncols=True) as bar,
+    ):
         for step in range(start, loop.steps):
+            batch = next(batches)  # before the seed: a data loader draws from torch's generator when it starts
             torch.manual_seed(loop.seed * 1_000_003 + step)
-            scalars = stage.step(step, next(batches), loop.rate_at(step))
+            scalars = stage.step(step, batch, loop.rate_at(step))
             bar.update()
             last = step + 1 == loop.steps
             if (step + 1) % loop.log_every == 0 or last:
-                values = {name: float(value) for name, value in scalars.items()}
+                values = {name: float(value.detach()) for name, value in scalars.items()}
                 _log(writer, step + 1, values, loop, bar)
             if (step + 1) % loop.pictures_every == 0 or last:
                 _keep_pictures(stage, output, writer, step + 1)
@@ -164,7 +158,6 @@ def run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path) -
             if stopping.asked:
                 raise KeyboardInterrupt
     stage.export(output)
-    writer.close()
 
 
 def claim(output: Path, kind: str, config: dict[str, Any]) -> bool:
@@ -173,25 +166,33 @@ def claim(output: Path, kind: str, config: dict[str, Any]) -> bool:
     Raises:
         DetailFlowError: if it can't be written, or belongs to a run with another config.
     """
-    try:
-        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DetailFlowError(f"{output}: the output folder can't be written ({error.strerror})") from None
     mine = {"kind": kind, **json.loads(json.dumps(config))}
     path = output / RUN_FILE
-    if path.exists():
-        theirs = yaml.safe_load(path.read_text())
-        if different := _differences(theirs, mine):
+    try:
+        finished = (output / CONFIG_FILE).exists()  # which `export` writes last
+        known = path.exists()
+        if known and (different := _differences(_read_settings(path), mine)):
             raise DetailFlowError(
                 f"{output} holds a run with another {different[0]}; repeat its settings ({RUN_FILE}) or choose another output"
             )
-        return not (output / "model.safetensors").exists()
-    try:
-        with replacing(path) as temporary:
-            Path(temporary).write_text(yaml.safe_dump(mine, sort_keys=False))
+        if finished and not known:
+            raise DetailFlowError(f"{output} holds a model that was not trained there; choose another output")
+        if finished:
+            return False
+        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        if not known:
+            with replacing(path) as temporary:
+                temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
     except OSError as error:
         raise DetailFlowError(f"{output}: the output folder can't be written ({error.strerror})") from None
     return True
+
+
+def _read_settings(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise DetailFlowError(f"{path} is damaged; remove {path.parent} to start afresh or choose another output") from None
 
 
 def _differences(theirs: Any, mine: Any, prefix: str = "") -> list[str]:
@@ -202,10 +203,19 @@ def _differences(theirs: Any, mine: Any, prefix: str = "") -> list[str]:
 
 
 def save_checkpoint(output: Path, step: int, stage: Stage) -> None:
-    """Write checkpoints/step-….pt whole or not at all; the last two stay."""
-    with replacing(output / CHECKPOINTS / f"step-{step:08d}.pt") as temporary:
-        torch.save({"step": step, "stage": stage.state()}, temporary)
-    for old in sorted((output / CHECKPOINTS).glob("step-*.pt"))[:-2]:
+    """Write resume/step-….pt whole or not at all; the last two stay.
+
+    Raises:
+        DetailFlowError: if it can't be written, as on a full disk.
+    """
+    path = output / CHECKPOINTS / f"step-{step:08d}.pt"
+    try:
+        with replacing(path) as temporary:
+            torch.save({"step": step, "stage": stage.state()}, temporary)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+        raise DetailFlowError(f"{path}: the checkpoint can't be written ({error})") from error
+    killed = path.parent.glob(".step-*.tmp")  # what a run left that was killed while it wrote
+    for old in [*sorted(path.parent.glob("step-*.pt"))[:-2], *killed]:
         old.unlink()
 
 
@@ -232,7 +242,8 @@ def load_checkpoint(output: Path, stage: Stage) -> int:
 def _log(writer: Any, step: int, values: dict[str, float], loop: LoopConfig, bar: Any) -> None:
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
         raise DetailFlowError(
-            f"{bad[0]} is not finite at step {step}: lower learning_rate (now {loop.learning_rate}) and start again"
+            f"{bad[0]} is not finite at step {step}: "
+            f"lower learning_rate (now {loop.learning_rate}) and start again in another folder"
         )
     rate = (bar.format_dict["rate"] or 0) * loop.batch_size
     for name, value in {**values, "images_per_second": rate, "learning_rate": loop.rate_at(step - 1)}.items():
@@ -251,15 +262,18 @@ def _keep_pictures(stage: Stage, output: Path, writer: Any, step: int) -> None:
 
 
 class _StopOnSignal:
-    """Turns SIGTERM into a request to save a checkpoint and stop after the current step."""
+    """Turns SIGTERM and Ctrl-C into a request to save a checkpoint and stop after this step; asked twice, it stops at once."""
 
     asked = False
 
     def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
         self.asked = True
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

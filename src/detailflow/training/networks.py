@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 FEATURE_WIDTHS = (32, 64, 128, 192)
+SMALLEST_SIDE = 2 ** (len(FEATURE_WIDTHS) - 1)  # which the last map of features halves to one pixel
 
 
 class FeatureNetwork(nn.Module):
@@ -51,7 +52,8 @@ def train_classifier(
 ) -> float:
     """Train `network` for `steps` on (images, labels), freeze it; return its accuracy over the last tenth of the steps."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.2)
+    total = max(steps, 10)  # torch divides by zero where the rise takes one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=total, pct_start=0.2)
     network.train()
     right = seen = 0
     for step, (images, labels) in zip(range(steps), batches, strict=False):

@@ -1,7 +1,9 @@
 """Tokenizer training: coarse-to-fine targets, self-correction, quantization and adversarial losses (method §4)."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from torch import Tensor
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.loader import ImageBatches
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor, to_uint8
+from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.hub import replacing
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.pictures import grid
 from detailflow.schedule import TokenSchedule, require_positive
-from detailflow.training.loop import PRECISIONS, LoopConfig, pick_device, run
+from detailflow.training.loop import PRECISIONS, LoopConfig, run
 from detailflow.training.losses import (
     discriminator_loss,
     generator_loss,
@@ -26,10 +29,11 @@ from detailflow.training.losses import (
     quantization_loss,
     straight_through,
 )
-from detailflow.training.networks import FeatureNetwork, PatchDiscriminator, train_classifier
+from detailflow.training.networks import SMALLEST_SIDE, FeatureNetwork, PatchDiscriminator, train_classifier
 
 FEATURES_FILE = "features.pt"
 CLASSIFIER_BATCH = 256
+PICTURES = 8  # images in the picture of reconstructions
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ class TokenizerTraining:
         for name in ("pixel", "quantization", "commitment", "perceptual", "adversarial", "revive_every"):
             if not getattr(self, name) >= 0:
                 raise DetailFlowError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+        if not 1 <= self.max_scale < float("inf"):
+            raise DetailFlowError(f"max_scale must be 1 (no zoom) or more, not {self.max_scale!r}")
+        if self.perceptual and self.model.image_size < SMALLEST_SIDE:
+            raise DetailFlowError(f"the perceptual loss needs an image_size of {SMALLEST_SIDE} or more: set perceptual to 0")
 
 
 def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
@@ -86,12 +94,12 @@ def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
     return t if t <= schedule.prefix else -(-t // g) * g
 
 
-def draw_position(schedule: TokenSchedule, t: int) -> int | None:
+def draw_position(schedule: TokenSchedule, t: int, generator: torch.Generator | None = None) -> int | None:
     """p, where mistakes are planted for a step that trains t tokens; `None` where nothing would come after (method §4.2)."""
     last = t if t <= schedule.prefix else t - schedule.group_size
-    if t == 1 or last < 1:
+    if t == 1:
         return None
-    return schedule.group_start(int(torch.randint(last, ())))
+    return schedule.group_start(int(torch.randint(last, (), generator=generator)))
 
 
 class TokenizerStage:
@@ -233,7 +241,7 @@ class TokenizerStage:
 
     @staticmethod
     def _psnr(pixels: Tensor, target: Tensor) -> Tensor:
-        return 10 * torch.log10(4 / F.mse_loss(pixels.detach().clamp(-1, 1), target))
+        return 10 * torch.log10(4 / F.mse_loss(pixels.detach().clamp(-1, 1), target).clamp_min(1e-10))
 
     def state(self) -> dict[str, Any]:
         """Weights, optimisers and the codebook's usage."""
@@ -248,9 +256,9 @@ class TokenizerStage:
 
     @torch.no_grad()
     def pictures(self) -> dict[str, Image.Image]:
-        """Eight images of the data, and what 1, c, … N tokens make of them."""
+        """The first images of the data, and what 1, c/2, c, N/2 and N tokens make of them."""
         size, schedule = self.config.model.image_size, self.model.schedule
-        originals = [center_crop(self.source.image(i), size) for i in range(min(8, len(self.source)))]
+        originals = [center_crop(image, size) for image in islice(readable(self.source), PICTURES)]
         images = torch.stack([to_tensor(o) for o in originals]).to(self.device)
         self.model.eval()
         ids = self.model.encode(images)
@@ -267,6 +275,13 @@ class TokenizerStage:
         self.model.save_pretrained(directory)
 
 
+def readable(source: ImageSource) -> Iterator[Image.Image]:
+    """The images in order, without those that can't be read."""
+    for index in range(len(source)):
+        with suppress(DetailFlowError):
+            yield source.image(index)
+
+
 def crops(config: TokenizerTraining, source: ImageSource, batch_size: int, start_step: int = 0) -> ImageBatches:
     """The stream of training crops."""
     size, loop = config.model.image_size, config.loop
@@ -274,23 +289,14 @@ def crops(config: TokenizerTraining, source: ImageSource, batch_size: int, start
 
 
 def feature_network(config: TokenizerTraining, source: ImageSource, output: Path, device: torch.device) -> FeatureNetwork:
-    """The frozen classifier behind the perceptual loss: trained here, once, and kept in the run's folder.
-
-    Raises:
-        DetailFlowError: where the images have no labels to learn from.
-    """
-    classes = len(source.class_names)
-    if classes < 2:
-        raise DetailFlowError(
-            "the perceptual loss learns its features from class labels, and these images have one class only: set perceptual to 0"
-        )
-    network = FeatureNetwork(classes).to(device)
+    """The frozen classifier behind the perceptual loss: trained here, once, and kept in the run's folder."""
+    network = FeatureNetwork(len(source.class_names)).to(device)
     path = output / FEATURES_FILE
     if not path.exists():
         from tqdm import tqdm
 
         torch.manual_seed(config.loop.seed)
-        batches = crops(config, source, CLASSIFIER_BATCH)
+        batches = crops(config, source, min(CLASSIFIER_BATCH, len(source)))
         steps = config.classifier_epochs * batches.steps_per_epoch
         with tqdm(batches, total=steps, desc="features", unit="step", dynamic_ncols=True) as bar:
             accuracy = train_classifier(network, bar, steps, PRECISIONS[config.loop.precision], device)
@@ -305,8 +311,13 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
     """Train a tokenizer into `output`: config.json, model.safetensors, checkpoints, pictures, TensorBoard scalars.
 
     Raises:
-        DetailFlowError: for images that can't be read, or an output folder that can't be used.
+        DetailFlowError: for images that can't be read or have no labels for the perceptual loss to learn from, or an output
+            folder that can't be used.
     """
-    place = pick_device(device)
+    place = choose_device(device)
     source = open_images(config.data, config.split, config.image_column, config.label_column)
+    if config.perceptual and len(source.class_names) < 2:
+        raise DetailFlowError(
+            "the perceptual loss learns its features from class labels, and these images have one class only: set perceptual to 0"
+        )
     run(lambda: TokenizerStage(config, source, output, place), "tokenizer", config, output)

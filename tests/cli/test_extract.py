@@ -1,0 +1,99 @@
+"""`detailflow extract`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detailflow.cli.main import main
+from detailflow.data.tokens import TokenStore
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 tiny images in three classes, one of them no image at all."""
+    folder = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0)
+    for k in range(300):
+        path = folder / "abc"[k % 3] / f"{k:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    (folder / "b" / "100.png").write_text("These are the notes that I wanted to keep.\n")
+    return folder
+
+
+def extract(folder: Path, model: Path, output: Path, *argv: str) -> list[str]:
+    source = ["--data", str(folder), "--tokenizer", str(model), "--crops", "two"]
+    return ["extract", *source, "--output", str(output), "--device", "cpu", *argv]
+
+
+def written(folder: Path) -> list[str]:
+    return [str(p) for p in folder.rglob("*") if p.is_file()]
+
+
+def test_a_text_file_among_many_images(folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(extract(folder, model, tmp_path / "store")) == 0
+    out, err = capsys.readouterr()
+    assert f"skipped: {folder / 'b' / '100.png'} is not an image" in out
+    assert "1 of 300 images could not be read and were left out" in out
+    assert out.endswith(f"299 images, 2 crops each, in {tmp_path / 'store'}\n") and "extract" in err  # the progress bar
+    store = TokenStore.open(tmp_path / "store")
+    assert np.bincount(store.labels).tolist() == [100, 99, 100]
+    before = {p: Path(p).read_bytes() for p in written(tmp_path)}
+    assert main(extract(folder, model, tmp_path / "store")) == 2
+    assert "already holds a token store: delete it or choose another folder" in capsys.readouterr().err
+    assert {p: Path(p).read_bytes() for p in written(tmp_path)} == before
+
+
+def test_more_than_one_in_a_hundred(folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for k in range(4):
+        (folder / "a" / f"bad{k}.png").write_text("not an image")
+    try:
+        assert main(extract(folder, model, tmp_path / "store")) == 2
+    finally:
+        for k in range(4):
+            (folder / "a" / f"bad{k}.png").unlink()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("detailflow: error: 4 images can't be read, more than 1%: remove or replace them (the first: ")
+    assert written(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--crops", "three"], "crops must be ten or two, not 'three'"),
+        (["--crop", "two"], "unknown setting 'crop': did you mean crops?"),
+        (["--batch_size", "0"], "batch_size must be a positive integer, not 0"),
+        (["--batch_size", "some"], "setting batch_size is wrong: it must be int, not some"),
+        (["--workers", "-1"], "workers must be 0 or more, not -1"),
+        (["--data", "nowhere/at/all"], "nowhere/at/all does not exist"),
+        (["--tokenizer", "nowhere/at/all"], "there is no such folder: nowhere/at/all"),
+        (["--device", "quantum"], "there is no device 'quantum' here"),
+        (["--split", "test"], " has no split 'test'"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: this file can't be read"),
+    ],
+)
+def test_bad_input(argv: list[str], message: str, folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(extract(folder, model, tmp_path / "store", *argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("detailflow: error: ") and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_folders(folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for data, tokenizer, output, message in (
+        (tmp_path / "empty", model, "store", "holds no images"),
+        (folder, model / "gpt", "store", "holds an AR model (gpt), not a tokenizer"),
+        (folder, tmp_path / "empty", "store", "has no config.json"),
+        (folder, model, "file", "is not a folder"),
+    ):
+        assert main(extract(data, tokenizer, tmp_path / output)) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and message in err
+    assert written(tmp_path) == [str(tmp_path / "file")]
+    assert main(["extract", "--data", str(folder), "--tokenizer", str(model)]) == 2
+    assert capsys.readouterr().err == "detailflow: error: --output is missing: the folder to write to\n"

@@ -1,0 +1,295 @@
+"""`detailflow train`: tokenizer, gpt and all in a row; what is wrong is said in one sentence, and nothing is left behind."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from detailflow import DetailFlowPipeline, DetailFlowTokenizer
+from detailflow.cli.main import main
+from detailflow.models.loading import config_from_dict
+from detailflow.training.extract import Extraction
+from detailflow.training.gpt import GPTTraining
+from detailflow.training.presets import PRESETS, load_settings
+from detailflow.training.tokenizer import TokenizerTraining
+
+SETTINGS = {
+    "model": {
+        "image_size": 32,
+        "patch_size": 16,
+        "num_tokens": 8,
+        "group_size": 4,
+        "codebook_size": 32,
+        "codebook_dim": 4,
+        "encoder": {"width": 16, "depth": 1, "heads": 2},
+        "decoder": {"width": 16, "depth": 1, "heads": 2},
+    },
+    "loop": {"steps": 2, "batch_size": 4, "learning_rate": 0.001},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a.yaml with settings for images/, a set of two tiny classes."""
+    monkeypatch.chdir(tmp_path)
+    for k in range(8):
+        path = tmp_path / "images" / ("even", "odd")[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (30 * k, 100, 255 - 30 * k)).save(path)
+    write("a.yaml", {"data": "images", **SETTINGS})
+    return tmp_path
+
+
+def write(name: str, values: object) -> None:
+    Path(name).write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def complaint(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says on its way out with status 2: one line, no traceback."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("detailflow: error: ")
+    return err.removeprefix("detailflow: error: ").rstrip()
+
+
+TRAIN = ["train", "tokenizer", "--config", "a.yaml", "--output", "run", "--device", "cpu"]
+
+
+def test_a_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(TRAIN) == 0
+    config = DetailFlowTokenizer.from_pretrained("run").config
+    assert config.num_tokens == 8 and config.encoder.width == 16
+    made = [f for f in files(folder / "run") if not f.startswith("tensorboard/")]
+    pictures = "pictures", "pictures/reconstructions-00000002.png"
+    assert made == ["config.json", "model.safetensors", *pictures, "resume", "resume/step-00000002.pt", "run.yaml", "tensorboard"]
+    assert yaml.safe_load(Path("run/run.yaml").read_text())["loop"]["steps"] == 2
+
+
+def test_options_and_files_are_laid_over_one_another(folder: Path):
+    write("b.yaml", {"loop": {"batch_size": 3, "seed": 7}})
+    assert main([*TRAIN, "--config", "b.yaml", "--loop.steps=1", "--model.encoder.depth", "2", "--flip", "false"]) == 0
+    run = yaml.safe_load(Path("run/run.yaml").read_text())
+    assert (run["loop"]["steps"], run["loop"]["batch_size"], run["loop"]["seed"], run["flip"]) == (1, 3, 7, False)
+    assert DetailFlowTokenizer.from_pretrained("run").config.encoder.depth == 2
+
+
+def test_an_unreadable_image_among_the_first_is_not_the_end(cifar: Path, folder: Path):
+    shutil.copytree(cifar, "many")
+    Path("many/class0/000.png").write_text("not an image")
+    with pytest.warns(UserWarning, match=r"class0/000\.png .* Another image takes its place"):
+        assert main([*TRAIN, "--data", "many", "--loop.batch_size", "201"]) == 0
+    with Image.open("run/pictures/reconstructions-00000002.png") as picture:
+        assert picture.height > 8 * 32
+
+
+@pytest.mark.parametrize("split", ["tokenizer", "gpt"])
+def test_help_fits_a_screen(split: str, capsys: pytest.CaptureFixture[str]):
+    for argv in (["train", split, "--help"], ["train", split], ["extract", "--help"]):
+        assert main(argv) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert 10 < len(lines) <= 45 and max(map(len, lines)) <= 115
+        assert "loop.learning_rate" in "".join(lines) or argv[0] == "extract"
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 45
+
+
+CONFIG_CASES: list[tuple[dict | str | None, str]] = [
+    ({"perceptul": 1}, "unknown setting 'perceptul': did you mean perceptual?"),
+    ({"loop": {"lerning_rate": 1}}, "unknown setting 'lerning_rate': did you mean learning_rate?"),
+    ({"model": {"encoder": {"dpth": 1}}}, "unknown setting 'encoder.dpth': did you mean model.encoder.depth?"),
+    ({"model": {"group_size": 3}}, "group_size must divide num_tokens, and 3 does not divide 8"),
+    ({"model": {"patch_size": 5}}, "patch_size must divide image_size, and 5 does not divide 32"),
+    ({"model": {"encoder": {"heads": 3}}}, "heads must divide width, and 3 does not divide 16"),
+    ({"loop": {"steps": "many"}}, "setting loop.steps is wrong: it must be int, not many"),
+    ({"model": {"group_size": 4.5}}, "setting model.group_size is wrong: it must be int, not 4.5"),
+    ({"flip": "perhaps"}, "setting flip is wrong: it must be bool, not perhaps"),
+    ({"loop": {"learning_rate": -1}}, "learning_rate must be above 0, not -1.0"),
+    ({"loop": {"seed": -1}}, "seed must be 0 or more, not -1"),
+    ({"loop": {"precision": "fp8"}}, "precision must be bf16 or fp32, not 'fp8'"),
+    ({"max_scale": 0.5}, "max_scale must be 1 (no zoom) or more, not 0.5"),
+    ({"perceptual": -1}, "perceptual must be 0 or more, not -1.0"),
+    ({"coarse_probability": 2}, "coarse_probability must lie in 0 to 1, not 2.0"),
+    ({"model": {"image_size": 4, "patch_size": 4}, "perceptual": 1}, "the perceptual loss needs an image_size of 8 or more"),
+    ("data: [a\nmodel: }", "--config b.yaml: this file is not valid YAML (line 2)"),
+    ("- a\n- b\n", "--config b.yaml: this file must hold settings, each as KEY: VALUE"),
+    ("", "--config b.yaml: this file must hold settings, each as KEY: VALUE"),
+    (None, "--config b.yaml: this file can't be read (No such file or directory)"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), CONFIG_CASES)
+def test_bad_config_files(values: dict | str | None, message: str, folder: Path, capsys: pytest.CaptureFixture[str]):
+    if values is not None:
+        write("b.yaml", values)
+    before = files(folder)
+    assert complaint([*TRAIN, "--config", "b.yaml"], capsys).startswith(message)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--loop.stepz", "3"], "unknown setting 'loop.stepz': did you mean loop.steps?"),
+        (["--conf", "a.yaml"], "unknown setting 'conf': did you mean config?"),
+        (["--data", "nowhere/at/all"], "nowhere/at/all does not exist: give a folder of images"),
+        (["--data", "empty"], "empty holds no images"),
+        (["--data", "a.yaml"], "a.yaml is neither a folder of images nor a .parquet file"),
+        (["--device", "quantum"], "device 'quantum' cannot be used here"),
+        (["--output", "a.yaml"], "cannot write to a.yaml: "),
+        (["--output", "a.yaml/deeper"], "cannot write to a.yaml/deeper: "),
+        (["--output", "x" * 300], f"{'x' * 300}: the output folder can't be written (File name too long)"),
+        (["--config", "images"], "--config images: this file can't be read (Is a directory)"),
+        (["--data", "images/even", "--perceptual", "1"], "the perceptual loss learns its features from class labels"),
+        (["--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_bad_options(argv: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "empty").mkdir()
+    before = files(folder)
+    assert complaint([*TRAIN, *argv], capsys).startswith(message)
+    assert files(folder) == before
+
+
+def test_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert complaint(TRAIN[:4], capsys) == "--output is missing: the folder to write to"
+    assert complaint(["train", "tokenizer", "--output", "run"], capsys).startswith("settings are missing: data, model.")
+    assert complaint(["train", "gpt", "--output", "run", "--loop.steps", "3"], capsys).startswith("settings are missing: tokens,")
+    assert not Path("run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to(folder: Path, capsys: pytest.CaptureFixture[str]):
+    Path("locked").mkdir(mode=0o500)
+    assert complaint([*TRAIN, "--output", "locked/run"], capsys) == "cannot write to locked/run: Permission denied"
+
+
+def test_too_many_unreadable_images(folder: Path, capsys: pytest.CaptureFixture[str]):
+    for k in (0, 2):
+        Path(f"images/even/{k}.png").write_text("not an image")
+    with pytest.warns(UserWarning, match="Another image takes its place"):
+        assert main(TRAIN) == 2
+    assert "images cannot be read, more than 1%" in capsys.readouterr().err
+    assert not list(Path("run").rglob("*.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------- gpt
+
+
+def gpt(model: Path, tokens: Path | str, *argv: str) -> list[str]:
+    loop = ["--loop.steps", "1", "--loop.batch_size", "4", "--loop.learning_rate", "0.001"]
+    sizes = ["--width", "32", "--depth", "1", "--heads", "2"]
+    source = ["--tokens", str(tokens), "--tokenizer", str(model)]
+    return ["train", "gpt", "--output", "run", "--device", "cpu", *source, *loop, *sizes, *argv]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--width", "33"], "width must be heads times a multiple of 4 (2-D rotary positions): 33 is not for 2 heads"),
+        (["--dropout", "2"], "dropout must be at least 0 and below 1, not 2.0"),
+        (["--planted_share", "2"], "planted_share must lie in 0 to 1, not 2.0"),
+        (["--sampling.top_k", "0"], "top_k must be 1 or more, not 0"),
+        (["--sampling.guidence_scale", "2"], "unknown setting 'sampling.guidence_scale': did you mean sampling.guidance_scale?"),
+        (["--tokens", "nowhere"], "nowhere is no token store (no manifest.json): make one with `detailflow extract`"),
+        (["--tokens", "images"], "images is no token store"),
+        (["--tokenizer", "nowhere/at/all"], "there is no such folder: nowhere/at/all"),
+    ],
+)
+def test_bad_gpt_settings(
+    argv: list[str], message: str, folder: Path, model: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert complaint(gpt(model, tokens, *argv), capsys).startswith(message)
+    assert not Path("run").exists()
+
+
+def test_tokens_of_another_tokenizer(folder: Path, tokens: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([*TRAIN, "--output", "other"]) == 0
+    message = f"{tokens}: these tokens were made by another tokenizer than other; extract them again"
+    assert complaint(gpt(Path("other"), tokens), capsys) == message
+    assert complaint(gpt(tokens, tokens), capsys).startswith(f"{tokens} has no config.json")
+    assert not Path("run").exists()
+
+
+def test_gpt(folder: Path, model: Path, tokens: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(gpt(model, tokens, "--sampling.guidance_scale", "2")) == 0
+    shutil.copytree(model / "tokenizer", "pair/tokenizer")
+    shutil.copytree("run", "pair/gpt")
+    pipeline = DetailFlowPipeline.from_pretrained("pair")
+    assert pipeline.gpt.config.guidance_scale == 2 and pipeline.gpt.config.class_names == tuple(f"class{k}" for k in range(10))
+
+
+# ------------------------------------------------------------------------------------------------- all in a row
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_whole(preset: str):
+    first = config_from_dict(TokenizerTraining, {"data": "x", **load_settings(preset, "tokenizer")}, preset)
+    config_from_dict(Extraction, {"data": "x", "tokenizer": "y", **load_settings(preset, "extract")}, preset)
+    last = config_from_dict(GPTTraining, {"tokens": "x", "tokenizer": "y", **load_settings(preset, "gpt")}, preset)
+    assert (first.loop.steps, last.loop.steps, first.max_scale, last.width) == (12000, 6000, 1.25, 256)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data", "images", "--output", "run", "--preset", "big"], "argument --preset: invalid choice: 'big' (choose from "),
+        (["--data", "images"], "the following arguments are required: --output"),
+        (["--output", "run"], "the following arguments are required: --data"),
+        (["--data", "nowhere/at/all", "--output", "run"], "nowhere/at/all does not exist"),
+        (["--data", "images", "--output", "a.yaml"], "cannot write to a.yaml: "),
+        (
+            ["--data", "images", "--output", "run", "--gpt-steps", "0"],
+            "argument --gpt-steps: must be a positive integer, not '0'",
+        ),
+        (["--data", "images", "--output", "run", "--split", "val"], "images has no split 'val'"),
+        (["--data", "images", "--output", "run", "--device", "quantum"], "device 'quantum' cannot be used here"),
+        (["tokeniser", "--config", "a.yaml"], "unknown stage 'tokeniser': give tokenizer or gpt, or --data DATA --output DIR"),
+    ],
+)
+def test_bad_options_of_all_in_a_row(argv: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert complaint(["train", *argv], capsys).startswith(message)
+    assert not Path("run").exists()
+
+
+def everything(data: str, *argv: str, count: str = "3") -> list[str]:
+    steps = ["--tokenizer-steps", count, "--gpt-steps", count]
+    return ["train", "--data", data, "--preset", "small-32", "--output", "run", "--device", "cpu", *steps, *argv]
+
+
+def test_all_in_a_row_without_classes(folder: Path, cifar: Path, capsys: pytest.CaptureFixture[str]):
+    """A flat folder: one class, so no perceptual loss."""
+    Path("flat").mkdir()
+    for path in sorted(cifar.rglob("*.png"))[::20]:
+        shutil.copy(path, "flat")
+    assert main(everything("flat", count="1")) == 0
+    out = capsys.readouterr().out
+    assert "these images have one class: training goes without the perceptual loss" in out
+    assert out.endswith("done: detailflow generate --model run\n")
+    assert not Path("run/tokenizer/features.pt").exists()
+    assert main(["generate", "--model", "run", "--output", "pictures", "--no-grid"]) == 0
+    assert files(folder / "pictures") == ["0000-image.png"]
+
+
+@pytest.mark.slow
+def test_all_in_a_row(folder: Path, cifar: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(everything(str(cifar))) == 0
+    assert Path("run/tokenizer/features.pt").exists()
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(everything(str(cifar))) == 0  # what is finished stays
+    assert capsys.readouterr().out.count("is finished already") == 2
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    assert main(everything(str(cifar), "--gpt-steps", "4")) == 2
+    assert "run/gpt holds a run with another loop.steps (3, not 4)" in capsys.readouterr().err
+    assert main(["generate", "--model", "run", "--output", "pictures"]) == 0
+    assert len(files(folder / "pictures")) == 11

@@ -1,0 +1,113 @@
+"""The AR model's own properties; the published model's outputs are in test_parity.py, generation in test_generation.py."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from detailflow import DetailFlowGPT
+from detailflow.errors import DetailFlowError
+from detailflow.models.gpt import GPTConfig, rotary_table, rotate
+
+CONFIG = GPTConfig(num_classes=3, width=32, depth=2, heads=2, num_tokens=16, group_size=4, causal_tokens=8, codebook_size=32)
+
+
+@pytest.fixture(scope="module")
+def gpt() -> DetailFlowGPT:
+    torch.manual_seed(0)
+    return DetailFlowGPT(CONFIG).eval()
+
+
+def test_a_token_sees_only_earlier_steps(gpt: DetailFlowGPT):
+    """Changing a token changes no logits of its own decoding step or of earlier ones, and all later ones."""
+    classes, ids = torch.tensor([0, 2]), torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = gpt(classes, ids)
+        assert before.shape == (2, 16, 32)
+        for position in range(16):
+            changed = ids.clone()
+            changed[:, position] = (changed[:, position] + 1) % 32
+            differs = (gpt(classes, changed) != before).any(-1).any(0)
+            end = position + 1 if position < 8 else position // 4 * 4 + 4
+            assert not differs[:end].any() and differs[end:].all()
+        assert (gpt(torch.tensor([1, 2]), ids)[0] != before[0]).any(-1).all()  # the class counts everywhere
+
+
+def test_rotary_positions():
+    table = rotary_table(CONFIG)
+    assert table.shape == (16, 8, 2)
+    assert not table[0].any()  # the class: its query and key vanish
+    for i in range(1, 16):
+        row, column = (i - 1) // 4, (i - 1) % 4
+        for k in range(4):
+            for place, offset in ((row, 0), (column, 4)):
+                angle = torch.tensor(place * 10000 ** (-2 * k / 8))
+                torch.testing.assert_close(table[i, offset + k], torch.stack((angle.cos(), angle.sin())))
+    x = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    turned = torch.view_as_complex(x.unflatten(-1, (8, 2))) * torch.view_as_complex(table)
+    torch.testing.assert_close(rotate(x, table), torch.view_as_real(turned).flatten(-2))
+
+
+def test_dropout_only_in_training(gpt: DetailFlowGPT):
+    classes, ids = torch.tensor([0]), torch.zeros(1, 16, dtype=torch.int64)
+    with torch.no_grad():
+        assert torch.equal(gpt(classes, ids), gpt(classes, ids))
+        try:
+            gpt.train()
+            assert not torch.equal(gpt(classes, ids), gpt(classes, ids))
+        finally:
+            gpt.eval()
+
+
+def test_groups_of_one(tmp_path: Path):
+    """g = 1 has no mask embeddings at all: the sequence is next-token prediction throughout."""
+    torch.manual_seed(0)
+    gpt = DetailFlowGPT(replace(CONFIG, group_size=1, causal_tokens=1)).eval()
+    gpt.save_pretrained(tmp_path)
+    again = DetailFlowGPT.from_pretrained(tmp_path)
+    classes = torch.tensor([0, 1])
+    assert torch.equal(gpt.generate(classes, temperature=0), again.generate(classes, temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"heads": 3}, "width must be heads times a multiple of 4"),
+        ({"width": 34}, "width must be heads times a multiple of 4"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
+        ({"num_classes": 0}, "num_classes must be a positive integer, not 0"),
+        ({"class_names": ("a",)}, "class_names has 1 names for num_classes 3"),
+        ({"group_size": 3}, "group_size must divide num_tokens"),
+        ({"top_k": 0}, "top_k must be 1 or more"),
+        ({"mlp": 0}, "mlp must be a positive integer"),
+    ],
+)
+def test_wrong_configs(values: dict, message: str):
+    with pytest.raises(DetailFlowError, match=message):
+        replace(CONFIG, **values)
+
+
+def test_the_mlp_is_rounded_up():
+    assert [GPTConfig(num_classes=1, width=w).mlp for w in (1024, 768, 1280, 1536)] == [2816, 2048, 3584, 4096]
+
+
+def test_wrong_inputs(gpt: DetailFlowGPT):
+    with pytest.raises(DetailFlowError, match=r"codes must have shape \(1, 16\), not \(1, 8\)"):
+        gpt(torch.tensor([0]), torch.zeros(1, 8, dtype=torch.int64))
+    for classes in (torch.tensor([3 + 1]), torch.tensor([-1]), torch.tensor([], dtype=torch.int64)):
+        with pytest.raises(DetailFlowError, match="class_ids must"):
+            gpt.generate(classes)
+    with pytest.raises(DetailFlowError, match="num_tokens must be 1 to 8 or a multiple of 4 up to 16, not 9"):
+        gpt.generate(torch.tensor([0]), num_tokens=9)
+
+
+def test_bfloat16(model: Path):
+    half = DetailFlowGPT.from_pretrained(model, dtype=torch.bfloat16)
+    whole = DetailFlowGPT.from_pretrained(model)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    ids = half.generate(torch.tensor([0, 1]), temperature=0)
+    assert ids.shape == (2, 16)
+    with torch.no_grad():
+        a, b = half(torch.tensor([0, 1]), ids).float(), whole(torch.tensor([0, 1]), ids)
+    assert float((a - b).abs().mean() / b.abs().mean()) < 0.05

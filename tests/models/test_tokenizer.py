@@ -1,0 +1,220 @@
+"""The tokenizer's contract; the published model's recorded outputs are in test_parity.py."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from detailflow import DetailFlowPipeline, DetailFlowTokenizer
+from detailflow.errors import DetailFlowError
+from detailflow.models.tokenizer import TokenizerConfig
+from detailflow.models.vit import ViTConfig, patchify, unpatchify
+
+VIT = ViTConfig(32, 2, 2)
+CONFIG = TokenizerConfig(
+    VIT, VIT, image_size=32, patch_size=8, num_tokens=16, group_size=4, causal_tokens=8, codebook_size=64, codebook_dim=4
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> DetailFlowTokenizer:
+    torch.manual_seed(0)
+    return DetailFlowTokenizer(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_encode(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
+    ids = tokenizer.encode(images)
+    assert ids.shape == (3, 16) and ids.dtype == torch.int64 and 0 <= int(ids.min()) <= int(ids.max()) < 64
+    for n in tokenizer.schedule.valid_counts:  # the first tokens do not depend on how many follow
+        assert torch.equal(tokenizer.encode(images, n), ids[:, :n])
+    assert torch.equal(tokenizer.encode(images[1:2])[0], ids[1])
+
+
+def test_decode(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
+    ids = tokenizer.encode(images)
+    for n in tokenizer.schedule.valid_counts:
+        side = tokenizer.schedule.decode_size(n)
+        pixels = tokenizer.decode(ids[:, :n])
+        assert pixels.shape == (3, 3, side, side) and pixels.dtype == torch.float32
+        for size in (8, 24, 32, 64):  # a count and a size are independent inputs
+            assert tokenizer.decode(ids[:, :n], size).shape == (3, 3, size, size)
+        assert torch.equal(pixels, tokenizer.decode(ids[:, :n], side))
+
+
+def test_correction(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
+    clean = tokenizer.encode(images)
+    for start, end in tokenizer.schedule.steps:
+        wrong = (clean[:, start:end] + 7) % 64
+        corrected = tokenizer.encode_correction(images, start, wrong)
+        assert corrected.shape == clean.shape and corrected.dtype == torch.int64
+        assert torch.equal(corrected[:, :start], clean[:, :start])
+        assert torch.equal(corrected[:, start:end], wrong)
+    first = tokenizer.encode_correction(images, 0, clean[:, :1])
+    other = tokenizer.encode_correction(images, 0, (clean[:, :1] + 7) % 64)
+    assert not torch.equal(first[:, 1:], other[:, 1:])  # later tokens react to the mistake
+
+
+def test_correction_does_not_look_at_what_comes_later(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
+    patches = tokenizer.encode_patches(images)
+    given = tokenizer.encode(images)
+    changed = given.clone()
+    changed[:, 8:] = 0
+    for end in (8, torch.tensor([[8], [8], [8]])):
+        with torch.no_grad():
+            latents = tokenizer.correct_latents(patches, given, end)
+            assert torch.equal(latents, tokenizer.correct_latents(patches, changed, end))
+
+
+def test_patches_do_not_depend_on_queries(images: torch.Tensor):
+    """Keys and values of the patches are those of the same blocks with the queries left out (method §3)."""
+    torch.manual_seed(0)
+    first = DetailFlowTokenizer(CONFIG).eval()
+    second = DetailFlowTokenizer(CONFIG).eval()
+    state = first.state_dict()
+    state.update({k: v for k, v in second.state_dict().items() if "query" in k or "refine" in k})
+    second.load_state_dict(state)
+    with torch.no_grad():
+        a, b = first.encode_patches(images), second.encode_patches(images)
+        for (k, v), (other_k, other_v) in zip(a, b, strict=True):
+            assert torch.equal(k, other_k) and torch.equal(v, other_v)
+        assert not torch.equal(first.encode_latents(a, 16), second.encode_latents(b, 16))
+        before = [(k.clone(), v.clone()) for k, v in a]
+        first.encode_latents(a, 16)
+        assert all(torch.equal(x, y) for pair in zip(a, before, strict=True) for x, y in zip(*pair, strict=True))
+
+
+def test_training_and_inference_attend_alike(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
+    """With gradients attention goes another way (`attend`): the same values."""
+    with torch.no_grad():
+        plain = tokenizer.encode_latents(tokenizer.encode_patches(images), 16)
+    torch.testing.assert_close(tokenizer.encode_latents(tokenizer.encode_patches(images), 16).detach(), plain, atol=1e-5, rtol=0)
+
+
+def test_codes_are_the_nearest(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
+    with torch.no_grad():
+        z = tokenizer.encode_latents(tokenizer.encode_patches(images), 16)
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(3, 16))
+    codes = tokenizer.quantizer.codes()
+    distance = (z[:, :, None] - codes).norm(dim=-1)
+    assert torch.equal(tokenizer.quantizer.nearest(z), distance.argmin(-1))
+    assert torch.equal(tokenizer.quantizer.nearest_k(z, 5), distance.argsort(-1)[..., :5])
+    assert tokenizer.quantizer.nearest_k(z, 1000).shape == (3, 16, 64)
+
+
+def test_patches_in_their_order():
+    image = torch.arange(2 * 4 * 6 * 3).view(2, 4, 6, 3).permute(0, 3, 1, 2).float()  # a pixel's values: row, column, channel
+    patches = patchify(image, 2)
+    assert patches.shape == (2, 6, 12)
+    assert patches[0, 1].tolist() == [6, 7, 8, 9, 10, 11, 24, 25, 26, 27, 28, 29]
+    assert torch.equal(unpatchify(patches, 4, 6, 2), image)
+
+
+# ------------------------------------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (1, 3, 16, 32), (1, 3, 64, 64)])
+def test_wrong_images(tokenizer: DetailFlowTokenizer, shape: tuple[int, ...]):
+    for call in (tokenizer.encode, lambda x: tokenizer.encode_correction(x, 0, torch.zeros(shape[0], 1, dtype=torch.int64))):
+        with pytest.raises(DetailFlowError, match=r"images must be floats of shape \(B, 3, 32, 32\) in \[-1, 1\], not "):
+            call(torch.zeros(shape))
+
+
+def test_bytes_are_not_pixels(tokenizer: DetailFlowTokenizer):
+    with pytest.raises(DetailFlowError, match="not .* torch.uint8"):
+        tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("n", [0, 9, 13, 17, -1])
+def test_wrong_counts(tokenizer: DetailFlowTokenizer, images: torch.Tensor, n: int):
+    with pytest.raises(DetailFlowError, match=f"num_tokens must be 1 to 8 or a multiple of 4 up to 16, not {n}"):
+        tokenizer.encode(images, n)
+    if n >= 0:
+        with pytest.raises(DetailFlowError, match=f"not {n}$"):
+            tokenizer.decode(torch.zeros(1, n, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("ids", "size", "message"),
+    [
+        (torch.zeros(16, dtype=torch.int64), None, r"codes must be integers in 2 dimension"),
+        (torch.zeros(1, 16), None, "codes must be integers"),
+        (torch.full((1, 16), 64), None, "codes must lie in 0 to 63, not 64 to 64"),
+        (torch.full((1, 16), -1), None, "codes must lie in 0 to 63"),
+        (torch.zeros(1, 16, dtype=torch.int64), 20, "size must be a positive multiple of 8 pixels, not 20"),
+        (torch.zeros(1, 16, dtype=torch.int64), 0, "size must be a positive multiple of 8 pixels, not 0"),
+    ],
+)
+def test_wrong_codes_and_sizes(tokenizer: DetailFlowTokenizer, ids: torch.Tensor, size: int | None, message: str):
+    with pytest.raises(DetailFlowError, match=message):
+        tokenizer.decode(ids, size)
+
+
+@pytest.mark.parametrize("position", [-1, 9, 10, 16])
+def test_wrong_positions(tokenizer: DetailFlowTokenizer, images: torch.Tensor, position: int):
+    with pytest.raises(DetailFlowError, match=f"position must be below 8 or a multiple of 4 below 16, not {position}"):
+        tokenizer.encode_correction(images, position, torch.zeros(3, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("position", "shape"), [(0, (3, 4)), (8, (3, 1)), (8, (2, 4)), (8, (4,))])
+def test_wrong_tokens_of_another_shape(
+    tokenizer: DetailFlowTokenizer, images: torch.Tensor, position: int, shape: tuple[int, ...]
+):
+    with pytest.raises(DetailFlowError, match=f"wrong_tokens at position {position} must have shape"):
+        tokenizer.encode_correction(images, position, torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"group_size": 5}, "group_size must divide num_tokens"),
+        ({"patch_size": 5}, "patch_size must divide image_size"),
+        ({"causal_tokens": 6}, "causal_tokens must be a multiple of group_size"),
+        ({"codebook_size": 0}, "codebook_size must be a positive integer, not 0"),
+        ({"codebook_dim": 2.5}, "codebook_dim must be a positive integer, not 2.5"),
+        ({"alpha": 0.0}, "alpha must be above 0"),
+    ],
+)
+def test_wrong_configs(values: dict, message: str):
+    with pytest.raises(DetailFlowError, match=message):
+        replace(CONFIG, **values)
+    with pytest.raises(DetailFlowError, match="heads must divide width, and 3 does not divide 32"):
+        ViTConfig(32, 1, 3)
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def test_round_trip(tokenizer: DetailFlowTokenizer, images: torch.Tensor, tmp_path: Path):
+    tokenizer.save_pretrained(tmp_path)
+    again = DetailFlowTokenizer.from_pretrained(tmp_path)
+    assert again.config == tokenizer.config and not again.training
+    assert torch.equal(again.encode(images), tokenizer.encode(images))
+
+
+def test_bfloat16(pipeline: DetailFlowPipeline, model: Path, images: torch.Tensor):
+    half = DetailFlowTokenizer.from_pretrained(model, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    ids = half.encode(images.bfloat16())
+    agreement = (ids == pipeline.tokenizer.encode(images)).float().mean()
+    assert agreement > 0.6
+    pixels = half.decode(pipeline.tokenizer.encode(images)).float()
+    torch.testing.assert_close(pixels, pipeline.tokenizer.decode(pipeline.tokenizer.encode(images)), atol=0.1, rtol=0.05)
+    corrected = half.encode_correction(images.bfloat16(), 0, ids[:, :1])
+    assert torch.equal(corrected[:, :1], ids[:, :1])
+
+
+def test_codes_that_are_no_codes_are_refused(tokenizer: DetailFlowTokenizer, images: torch.Tensor) -> None:
+    ids = tokenizer.encode(images)
+    size = tokenizer.config.codebook_size
+    for wrong in (ids.float(), ids.bool(), ids - size, ids + size):
+        with pytest.raises(DetailFlowError, match="codes must"):
+            tokenizer.decode(wrong)
+        with pytest.raises(DetailFlowError, match="wrong_tokens must"):
+            tokenizer.encode_correction(images, 0, wrong[:, :1])
+    assert tokenizer.decode(ids[:0]).shape == (0, 3, tokenizer.config.image_size, tokenizer.config.image_size)

@@ -1,0 +1,209 @@
+"""The decoding loop: the cache against recomputing everything, guidance, and the distributions that are drawn from."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from detailflow import DetailFlowGPT
+from detailflow.errors import DetailFlowError
+from detailflow.generation import SamplingConfig, guidance_at, image_noise, sample
+from detailflow.models.gpt import GPTConfig
+
+SHAPES = [(16, 4, 4), (16, 4, 12), (8, 1, 1), (8, 1, 3), (8, 4, 8), (12, 3, 6)]  # (N, g, c)
+CLASSES = torch.tensor([0, 2, 1])
+
+
+def make(n: int, g: int, c: int, **settings: object) -> DetailFlowGPT:
+    torch.manual_seed(0)
+    config = GPTConfig(
+        num_classes=3, width=32, depth=2, heads=2, mlp=64, num_tokens=n, group_size=g, causal_tokens=c, codebook_size=32,
+        **settings,  # type: ignore[arg-type]
+    )  # fmt: skip
+    model = DetailFlowGPT(config).eval()
+    for parameter in model.parameters():  # as initialised all codes are about equally likely
+        parameter.data.mul_(8 if parameter.ndim == 2 else 1)
+    return model
+
+
+def naive(model: DetailFlowGPT, classes: torch.Tensor, sampling: SamplingConfig, noise: torch.Tensor) -> torch.Tensor:
+    """Method §6 and §7 without a cache: the whole sequence through `forward` for every step, on a double batch if guided."""
+    n, g, c = model.config.num_tokens, model.config.group_size, model.schedule.prefix
+    ids = torch.zeros(len(classes), n, dtype=torch.int64)
+    start = 0
+    while start < n:
+        end = start + (1 if start < c else g)
+        with torch.no_grad():
+            logits = model(classes, ids)[:, start:end]
+            if sampling.guidance_scale != 1:
+                null = model(torch.full_like(classes, model.config.num_classes), ids)[:, start:end]
+                scale = sampling.guidance_scale
+                if sampling.guidance_schedule == "linear" and start >= c:
+                    scale *= (n // g - start // g + 1) / (n // g + 1)
+                logits = null + scale * (logits - null)
+        ids[:, start:end] = sample(logits, noise[:, start:end], sampling)
+        start = end
+    return ids
+
+
+def seeds(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 + i) for i in range(count)]
+
+
+@pytest.mark.parametrize(("n", "g", "c"), SHAPES)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingConfig(guidance_scale=1.0),
+        SamplingConfig(guidance_scale=2.0),
+        SamplingConfig(guidance_scale=3.0, guidance_schedule="linear", temperature=1.3),
+        SamplingConfig(guidance_scale=1.5, temperature=0),
+        SamplingConfig(guidance_scale=0.0, top_k=5, top_p=0.9),
+    ],
+    ids=str,
+)
+def test_the_cache_is_exact(n: int, g: int, c: int, sampling: SamplingConfig):
+    model = make(n, g, c)
+    values = dict(vars(sampling))
+    ids = model.generate(CLASSES, generator=seeds(3), **values)
+    assert ids.shape == (3, n) and ids.dtype == torch.int64
+    assert torch.equal(ids, naive(model, CLASSES, sampling, image_noise(seeds(3), n)))
+    for count in model.schedule.valid_counts:
+        assert torch.equal(model.generate(CLASSES, generator=seeds(3), num_tokens=count, **values), ids[:, :count])
+
+
+def test_guidance_1_makes_no_null_pass():
+    model = make(16, 4, 4)
+    sizes: list[int] = []
+    model.head.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    model.generate(CLASSES, guidance_scale=1.0)
+    assert sizes == [3] * 7  # 4 single tokens and 3 groups
+    sizes.clear()
+    model.generate(CLASSES, guidance_scale=1.5)
+    assert sizes == [6] * 7
+
+
+def test_guidance_schedules():
+    schedule = make(16, 4, 4).schedule
+    linear = SamplingConfig(guidance_scale=1.5, guidance_schedule="linear")
+    assert [guidance_at(linear, schedule, start) for start in (0, 1, 3)] == [1.5] * 3  # single tokens
+    expected = [1.5 * (4 - i + 1) / 5 for i in (1, 2, 3)]  # M = 4 groups, of which the first is the single tokens
+    assert [guidance_at(linear, schedule, start) for start in (4, 8, 12)] == expected == pytest.approx([1.2, 0.9, 0.6])
+    constant = SamplingConfig(guidance_scale=1.5)
+    assert {guidance_at(constant, schedule, start) for start in (0, 4, 12)} == {1.5}
+
+
+def test_every_image_has_its_own_noise():
+    model = make(16, 4, 4)
+    together = model.generate(CLASSES, generator=seeds(3))
+    for i in range(3):
+        alone = model.generate(CLASSES[i : i + 1], generator=[torch.Generator().manual_seed(100 + i)])
+        assert torch.equal(alone[0], together[i])
+    one = torch.Generator().manual_seed(5)
+    first = model.generate(CLASSES, generator=one)
+    assert not torch.equal(first, model.generate(CLASSES, generator=one))  # a generator goes on
+    assert torch.equal(first, model.generate(CLASSES, generator=torch.Generator().manual_seed(5)))
+    torch.manual_seed(6)
+    first = model.generate(CLASSES)
+    assert not torch.equal(first, model.generate(CLASSES))
+    torch.manual_seed(6)
+    assert torch.equal(first, model.generate(CLASSES))
+    with pytest.raises(DetailFlowError, match="a list of 3, one per image, not a list of 2"):
+        model.generate(CLASSES, generator=seeds(2))
+
+
+def test_temperature_0_is_argmax():
+    model = make(16, 4, 4)
+    ids = model.generate(CLASSES, temperature=0, guidance_scale=1.0)
+    assert torch.equal(ids, model.generate(CLASSES, temperature=0, guidance_scale=1.0))
+    with torch.no_grad():
+        assert torch.equal(model(CLASSES, ids).argmax(-1), ids)
+
+
+def test_the_models_own_best_values():
+    model = make(8, 1, 1, guidance_scale=2.5, temperature=0.7, top_k=4)
+    explicit = model.generate(CLASSES, guidance_scale=2.5, temperature=0.7, top_k=4, generator=seeds(3))
+    assert torch.equal(model.generate(CLASSES, generator=seeds(3)), explicit)
+
+
+# ------------------------------------------------------------------------------------------------- one draw
+
+
+def draws(logits: torch.Tensor, count: int, sampling: SamplingConfig) -> torch.Tensor:
+    """(K,) logits → counts of each code."""
+    noise = torch.rand(count, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.bincount(sample(logits.expand(count, 1, -1), noise, sampling)[:, 0], minlength=len(logits)).double()
+
+
+def allowed(probabilities: list[float], top_k: int | None, top_p: float | None) -> set[int]:
+    """The codes that top-k and top-p leave, by their definitions: top-k first, top-p of what that left."""
+    order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[:top_k]
+    if top_p is None:
+        return set(order)
+    total, kept = sum(probabilities[i] for i in order), 0.0
+    nucleus = set()
+    for i in order:
+        if kept / total >= top_p:
+            break
+        nucleus.add(i)
+        kept += probabilities[i]
+    return nucleus
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, None), (1, None), (5, None), (99, None), (None, 1.0), (None, 0.3), (None, 0.9), (8, 0.8)]
+)
+def test_the_distribution(temperature: float, top_k: int | None, top_p: float | None):
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(2)) * 1.5
+    probabilities = (logits.double() / temperature).softmax(-1)
+    kept = allowed(probabilities.tolist(), top_k, top_p)
+    expected = torch.tensor([p if i in kept else 0.0 for i, p in enumerate(probabilities.tolist())], dtype=torch.float64)
+    expected *= 40000 / expected.sum()
+    counts = draws(logits, 40000, SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p))
+    assert counts.sum() == 40000
+    assert float(counts[expected == 0].sum()) == 0
+    likely = expected > 0
+    statistic = float(((counts - expected)[likely] ** 2 / expected[likely]).sum())
+    freedom = max(int(likely.sum()) - 1, 1)
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("noise", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_noise(noise: float):
+    """Never a code of probability zero, at either end."""
+    logits = torch.tensor([-torch.inf, 0.0, 1.0, -torch.inf])
+    ids = sample(logits.expand(1, 1, 4), torch.full((1, 1), noise, dtype=torch.float64), SamplingConfig())
+    assert ids.item() == (1 if noise == 0 else 2)
+
+
+def test_generated_tokens_follow_the_model():
+    """The first token of many images of one class, against the softmax of the model's logits."""
+    model = make(8, 1, 1)
+    with torch.no_grad():
+        logits = model(torch.tensor([1]), torch.zeros(1, 8, dtype=torch.int64))[0, 0]
+    generator = torch.Generator().manual_seed(0)
+    ids = model.generate(torch.full((5000,), 1), guidance_scale=1.0, num_tokens=1, generator=generator)[:, 0]
+    expected = logits.double().softmax(-1) * 5000
+    drawn = Counter(ids.tolist())
+    common = [i for i in range(32) if expected[i] > 5]
+    statistic = sum((drawn[i] - float(expected[i])) ** 2 / float(expected[i]) for i in common)
+    assert len(common) > 3 and statistic < len(common) + 5 * (2 * len(common)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"guidance_scale": -1.0}, "guidance_scale must be 0 or more"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be"),
+        ({"guidance_schedule": "cosine"}, "guidance_schedule must be constant or linear, not 'cosine'"),
+        ({"temperature": -0.1}, "temperature must be 0"),
+        ({"top_k": 0}, "top_k must be 1 or more, not 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
+    ],
+)
+def test_values_out_of_range(values: dict, message: str):
+    with pytest.raises(DetailFlowError, match=message):
+        SamplingConfig(**values)
+    with pytest.raises(DetailFlowError, match=message):
+        make(8, 1, 1).generate(CLASSES, **values)

@@ -1,0 +1,86 @@
+"""The schedule against plain enumeration; the published model's own numbers are in test_parity.py."""
+
+import pytest
+import torch
+
+from detailflow.errors import DetailFlowError
+from detailflow.schedule import TokenSchedule
+
+SHAPES = [(128, 8, 8), (32, 4, 8), (16, 4, 16), (12, 1, 3), (12, 3, 6), (8, 8, 8), (1, 1, 1)]  # (N, g, c)
+
+
+def make(n: int, g: int, c: int | None) -> TokenSchedule:
+    return TokenSchedule(n, g, c, 64, 16)
+
+
+@pytest.mark.parametrize(("n", "g", "c"), SHAPES)
+def test_counts_and_steps(n: int, g: int, c: int):
+    schedule = make(n, g, c)
+    valid = [k for k in range(1, n + 1) if k <= c or k % g == 0]
+    assert list(schedule.valid_counts) == valid
+    assert [end for _, end in schedule.steps] == valid
+    assert [start for start, _ in schedule.steps] == [0, *valid[:-1]]
+    assert len(schedule.steps) == c + n // g - c // g
+    assert schedule.check_count(None) == n
+    for k in range(-1, n + 2):
+        if k in valid:
+            assert schedule.check_count(k) == k
+        else:
+            with pytest.raises(DetailFlowError, match=f"not {k}$"):
+                schedule.check_count(k)
+    for start, end in schedule.steps:
+        for position in range(start, end):
+            assert (schedule.group_start(position), schedule.span_end(position)) == (start, end)
+
+
+@pytest.mark.parametrize(("n", "g", "c"), SHAPES)
+def test_the_mask(n: int, g: int, c: int):
+    mask = make(n, g, c).attention_mask(n)
+    for i in range(n):
+        for j in range(n):
+            assert bool(mask[i, j]) == (j <= i if i < c else j // g <= i // g)
+    for k in make(n, g, c).valid_counts:
+        assert torch.equal(make(n, g, c).attention_mask(k), mask[:k, :k])  # what comes later changes nothing
+
+
+@pytest.mark.parametrize(("n", "g", "c"), SHAPES)
+def test_resolutions_only_grow(n: int, g: int, c: int):
+    schedule = make(n, g, c)
+    resolutions = [schedule.resolution(k) for k in schedule.valid_counts]
+    assert resolutions == sorted(resolutions) and resolutions[-1] == 64
+    assert n == 1 or resolutions[0] == 1
+    for k in schedule.valid_counts:
+        side = schedule.decode_size(k)
+        assert side % 16 == 0 and 0 <= side - schedule.resolution(k) < 16 <= side <= 64
+        best = schedule.best_count(side)
+        assert schedule.decode_size(best) == side
+        assert abs(schedule.resolution(best) - side) <= abs(schedule.resolution(k) - side)
+
+
+def test_a_side_that_no_count_has():
+    with pytest.raises(DetailFlowError, match="no number of tokens is decoded at side 20; the sides are 16, 32, 48, 64"):
+        make(32, 4, 8).best_count(20)
+
+
+def test_causal_tokens_default_to_a_group():
+    assert make(16, 4, None).causal_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((16, 5, 5, 64, 16), "group_size must divide num_tokens, and 5 does not divide 16"),
+        ((16, 4, 6, 64, 16), r"causal_tokens must be a multiple of group_size \(4\) and at most num_tokens \(16\), not 6"),
+        ((16, 4, 20, 64, 16), "causal_tokens must be a multiple"),
+        ((16, 4, 4, 60, 16), "patch_size must divide image_size, and 16 does not divide 60"),
+        ((0, 4, 4, 64, 16), "num_tokens must be a positive integer, not 0"),
+        ((16, 0, 4, 64, 16), "group_size must be a positive integer, not 0"),
+        ((16, 4, 0, 64, 16), "causal_tokens must be a positive integer, not 0"),
+        ((16.0, 4, 4, 64, 16), "num_tokens must be a positive integer, not 16.0"),
+        ((16, 4, 4, 64, 16, 0.0), "alpha must be above 0, not 0.0"),
+        ((16, 4, 4, 64, 16, float("nan")), "alpha must be above 0, not nan"),
+    ],
+)
+def test_values_that_contradict_each_other(values: tuple, message: str):
+    with pytest.raises(DetailFlowError, match=message):
+        TokenSchedule(*values)

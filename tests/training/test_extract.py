@@ -1,0 +1,178 @@
+"""Token extraction (method §5) against the tokenizer's public contract."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from detailflow import DetailFlowTokenizer
+from detailflow.data.images import open_images
+from detailflow.data.tokens import CLEAN, INPUT, LABEL, TokenStore
+from detailflow.data.transforms import ten_crops, to_tensor, two_crops
+from detailflow.errors import DetailFlowError
+from detailflow.training.extract import Extraction, code_rows, extract
+from detailflow.training.gpt import GPTTraining, train_gpt
+from detailflow.training.loop import LoopConfig
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> DetailFlowTokenizer:
+    return DetailFlowTokenizer.from_pretrained(model)
+
+
+@pytest.fixture
+def folder(cifar: Path, tmp_path: Path) -> Path:
+    """A copy of 20 of the images, in two classes, to do harm to."""
+    for k, path in enumerate(sorted(cifar.rglob("*.png"))[:20]):
+        copy = tmp_path / "images" / ("even", "odd")[k % 2] / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    return tmp_path / "images"
+
+
+def run(data: Path, model: Path, output: Path, **settings: object) -> TokenStore:
+    return extract(Extraction(str(data), str(model), **settings), output, "cpu")  # type: ignore[arg-type]
+
+
+def test_rows_agree_with_the_public_contract(tokenizer: DetailFlowTokenizer, cifar: Path):
+    """Every position of the schedule at once, one per image."""
+    source, schedule = open_images(cifar), tokenizer.schedule
+    starts = [start for start, _ in schedule.steps]
+    images = torch.stack([to_tensor(two_crops(source.image(i), 32)[0]) for i in range(len(starts))])
+    with torch.no_grad():
+        rows = code_rows(tokenizer, images, torch.tensor(starts), torch.Generator().manual_seed(0))
+    assert rows.shape == (len(starts), 3, 16) and rows.dtype == torch.int64
+    for image, p, (clean, given, wanted) in zip(images[:, None], starts, rows, strict=True):
+        end = p + 1 if p < 4 else p + 4
+        assert torch.equal(clean[None], tokenizer.encode(image))
+        assert torch.equal(given[None], tokenizer.encode_correction(image, p, given[None, p:end]))
+        assert torch.equal(wanted, torch.cat((given[:p], clean[p:end], given[end:])))
+        assert torch.equal(given[:p], clean[:p])
+        z = tokenizer.encode_latents(tokenizer.encode_patches(image), 16)[0, p:end]
+        nearest = torch.cdist(z, tokenizer.quantizer.codes()).argsort(-1)[:, :50]  # of 64 codes
+        assert (nearest == given[p:end, None]).any(-1).all()
+
+
+def test_mistakes_are_uniform_over_the_nearest_50(tokenizer: DetailFlowTokenizer):
+    z = torch.nn.functional.normalize(torch.randn(1, 1, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    nearest = torch.cdist(z[0], tokenizer.quantizer.codes()).argsort(-1)[0, :50].tolist()
+    drawn = tokenizer.plant_mistakes(z.expand(1, 20000, 4), generator=torch.Generator().manual_seed(1))[0]
+    counts = torch.bincount(drawn, minlength=64)[nearest].double()
+    assert counts.sum() == 20000
+    assert float(((counts - 400) ** 2 / 400).sum()) < 49 + 5 * 98**0.5
+
+
+def test_a_folder(tokenizer: DetailFlowTokenizer, tokens: Path, cifar: Path):
+    store, source = TokenStore.open(tokens), open_images(cifar)
+    assert len(store) == 200 and store.codes.shape == (200, 2, 3, 16)
+    assert store.info.class_names == source.class_names == tuple(f"class{k}" for k in range(10))
+    np.testing.assert_array_equal(store.labels, source.labels)
+    for i in (0, 77, 199):
+        crops = to_tensor(two_crops(source.image(i), 32))
+        np.testing.assert_array_equal(store.codes[i, :, CLEAN], tokenizer.encode(crops))
+
+
+def test_one_position_per_image(tokens: Path):
+    """All crops of an image have their mistakes at one place, and over the images every step is such a place (method §4.2)."""
+    store = TokenStore.open(tokens)
+    differ = store.codes[:, :, INPUT] != store.codes[:, :, LABEL]  # a mistake may be right by chance: 1 in 50
+    starts = []
+    for image in differ:
+        at = np.flatnonzero(image.any(0))
+        if not len(at):
+            continue
+        group = at[0] // 4 * 4
+        start = at[0] if at[0] < 4 else group
+        assert at[-1] < (start + 1 if start < 4 else start + 4)
+        starts.append(int(start))
+    shares = np.bincount(starts, minlength=16) / len(starts)  # p uniform in [0, 12): 1/12 each below c, 1/3 per group
+    assert shares[:4] == pytest.approx(1 / 12, abs=0.08)
+    assert shares[[4, 8]] == pytest.approx(1 / 3, abs=0.13)
+    assert shares[12] == 0
+
+
+def test_ten_crops(tokenizer: DetailFlowTokenizer, folder: Path, model: Path, tmp_path: Path):
+    store = run(folder, model, tmp_path / "store")
+    assert store.codes.shape == (20, 10, 3, 16) and store.info.crops == 10
+    crops = to_tensor(ten_crops(open_images(folder).image(7), 32))
+    np.testing.assert_array_equal(store.codes[7, :, CLEAN], tokenizer.encode(crops))
+
+
+def test_the_same_whatever_the_workers_and_another_with_another_seed(folder: Path, model: Path, tmp_path: Path):
+    first = run(folder, model, tmp_path / "a", crops="two")
+    again = run(folder, model, tmp_path / "b", crops="two", workers=2)
+    other = run(folder, model, tmp_path / "c", crops="two", seed=1)
+    np.testing.assert_array_equal(first.codes, again.codes)
+    np.testing.assert_array_equal(first.codes[:, :, CLEAN], other.codes[:, :, CLEAN])
+    assert (first.codes[:, :, INPUT] != other.codes[:, :, INPUT]).any()
+
+
+def test_a_whole_prefix(folder: Path, tmp_path: Path):
+    """c = N: every token is predicted alone, and the last may be wrong too."""
+    from detailflow.models.tokenizer import TokenizerConfig
+    from detailflow.models.vit import ViTConfig
+
+    torch.manual_seed(0)
+    vit = ViTConfig(16, 1, 2)
+    config = TokenizerConfig(vit, vit, 32, 16, num_tokens=2, group_size=1, causal_tokens=2, codebook_size=64, codebook_dim=4)
+    DetailFlowTokenizer(config).save_pretrained(tmp_path / "model")
+    store = run(folder, tmp_path / "model", tmp_path / "store", crops="two")
+    at = (store.codes[:, :, INPUT] != store.codes[:, :, LABEL]).any((0, 1))
+    assert at.tolist() == [True, True]
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_unreadable_image_is_left_out(
+    first: bool, folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = folder / "even" / "000.png" if first else folder / "odd" / "zzz.png"
+    path.write_text("not an image")
+    count = len(open_images(folder))
+    store = run(folder, model, tmp_path / "store", crops="two")
+    assert len(store) == count - 1
+    printed = "".join(capsys.readouterr())
+    assert str(path) in printed and f"1 of {count} images could not be read and were left out" in printed
+
+
+def test_more_than_one_in_a_hundred_stop_it(folder: Path, model: Path, tmp_path: Path):
+    for path in sorted(folder.rglob("*.png"))[:2]:
+        path.write_text("not an image")
+    with pytest.raises(DetailFlowError, match="2 images can't be read, more than 1%"):
+        run(folder, model, tmp_path / "store", crops="two")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and "store" in p.parts]
+
+
+def test_nothing_that_can_be_read(model: Path, tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("not an image")
+    with pytest.raises(DetailFlowError, match="no images"):
+        run(tmp_path / "images", model, tmp_path / "store")
+
+
+def test_wrong_settings():
+    for setting, message in (
+        ({"crops": "three"}, "crops must be ten or two, not 'three'"),
+        ({"batch_size": 0}, "batch_size must be a positive integer"),
+        ({"precision": "fp8"}, "precision must be bf16 or fp32"),
+        ({"workers": -1}, "workers must be 0 or more"),
+    ):
+        with pytest.raises(DetailFlowError, match=message):
+            Extraction("images", "model", **setting)  # type: ignore[arg-type]
+
+
+def test_a_store_is_tied_to_its_tokenizer(tokens: Path, model: Path, tmp_path: Path):
+    other = DetailFlowTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        other.quantizer.codebook[0, 0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    settings = dict(tokens=str(tokens), loop=LoopConfig(1, 4, 1e-3), width=32, depth=1, heads=2)
+    with pytest.raises(DetailFlowError, match="these tokens were made by another tokenizer than .*other; extract them again"):
+        train_gpt(GPTTraining(tokenizer=str(tmp_path / "other"), **settings), tmp_path / "gpt", "cpu")  # type: ignore[arg-type]
+    assert not (tmp_path / "gpt").exists()
+    train_gpt(GPTTraining(tokenizer=str(model), **settings), tmp_path / "gpt", "cpu")  # type: ignore[arg-type]
+    assert (tmp_path / "gpt" / "config.json").exists()

@@ -1,0 +1,165 @@
+"""The loop's parts: the learning rate, the run's folder, checkpoints. What they are for is in test_resume.py."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from detailflow.errors import DetailFlowError
+from detailflow.training.loop import RUN_FILE, LoopConfig, claim, load_checkpoint, save_checkpoint
+
+
+def test_the_learning_rate():
+    loop = LoopConfig(steps=200, batch_size=1, learning_rate=0.5, warmup=0.1, final_rate=0.02)
+    rates = [loop.rate_at(step) for step in range(200)]
+    for step in range(20):  # linear, from one part in 21
+        assert rates[step] == pytest.approx(0.5 * (step + 1) / 21)
+    assert rates[20] == max(rates) == 0.5
+    for step in (20, 65, 110, 199):
+        cosine = (1 + math.cos(math.pi * (step - 20) / 180)) / 2
+        assert rates[step] == pytest.approx(0.5 * 0.02 + 0.5 * 0.98 * cosine)
+    assert rates[110] == pytest.approx(0.5 * (1.02 / 2))
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert 0.01 <= rates[199] < 0.0101
+
+
+def test_no_warm_up_and_a_single_step():
+    assert LoopConfig(steps=10, batch_size=1, learning_rate=0.5, warmup=0).rate_at(0) == 0.5
+    assert 0 < LoopConfig(steps=1, batch_size=1, learning_rate=0.5).rate_at(0) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"steps": 0}, "steps must be a positive integer, not 0"),
+        ({"batch_size": 2.5}, "batch_size must be a positive integer, not 2.5"),
+        ({"log_every": 0}, "log_every must be a positive integer"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0"),
+        ({"warmup": 1.0}, "warmup must be at least 0 and below 1"),
+        ({"final_rate": 1.1}, "final_rate must lie in 0 to 1"),
+        ({"grad_clip": 0.0}, "grad_clip must be above 0"),
+        ({"precision": "fp8"}, "precision must be bf16 or fp32, not 'fp8'"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"workers": -1}, "workers must be 0 or more"),
+        ({"checkpoint_minutes": -1.0}, "checkpoint_minutes must be 0 or more"),
+    ],
+)
+def test_wrong_settings(setting: dict, message: str):
+    with pytest.raises(DetailFlowError, match=message):
+        LoopConfig(**({"steps": 1, "batch_size": 1, "learning_rate": 0.1} | setting))
+
+
+# ------------------------------------------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class Settings:
+    loop: LoopConfig
+    names: tuple[str, ...] = ("a", "b")
+
+
+LOOP = LoopConfig(steps=5, batch_size=1, learning_rate=0.1)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path):
+    output = tmp_path / "deep" / "run"
+    assert claim(output, "gpt", asdict(Settings(LOOP)))
+    (output / "resume").rmdir()  # as the message about checkpoints that can't be read advises
+    assert claim(output, "gpt", asdict(Settings(LOOP)))  # tuples came back as lists
+    assert (output / "resume").is_dir()
+    with pytest.raises(DetailFlowError, match=r"another names \(\['a', 'b'\], not \['a'\]\)"):
+        claim(output, "gpt", asdict(Settings(LOOP, ("a",))))
+    with pytest.raises(DetailFlowError, match=r"another kind \('gpt', not 'tokenizer'\)"):
+        claim(output, "tokenizer", asdict(Settings(LOOP)))
+    (output / "config.json").write_text("{}")
+    assert not claim(output, "gpt", asdict(Settings(LOOP)))
+
+
+def test_a_model_from_elsewhere_is_not_overwritten(model: Path):
+    before = (model / "tokenizer" / "config.json").read_bytes()
+    with pytest.raises(DetailFlowError, match="holds a model that was not trained there"):
+        claim(model / "tokenizer", "tokenizer", asdict(Settings(LOOP)))
+    assert sorted(p.name for p in (model / "tokenizer").iterdir()) == ["config.json", "model.safetensors"]
+    assert (model / "tokenizer" / "config.json").read_bytes() == before
+
+
+def test_a_damaged_run_file(tmp_path: Path):
+    (tmp_path / RUN_FILE).write_text("kind: [")
+    with pytest.raises(DetailFlowError, match=f"{RUN_FILE} is damaged"):
+        claim(tmp_path, "gpt", asdict(Settings(LOOP)))
+
+
+@pytest.mark.parametrize("name", ["file", "file/deeper", "x" * 300])
+def test_a_folder_that_cannot_be_made(name: str, tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DetailFlowError, match="the output folder can't be written"):
+        claim(tmp_path / name, "gpt", asdict(Settings(LOOP)))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Counter:
+    """A stage whose whole state is one number."""
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(3)
+
+    def state(self) -> dict:
+        return {"value": self.value}
+
+    def restore(self, state: dict) -> None:
+        self.value = state["value"]
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Counter:
+    """Checkpoints of steps 1 to 4 lie in the folder, as far as they are kept."""
+    (tmp_path / "resume").mkdir()
+    stage = Counter()
+    for step in range(1, 5):
+        stage.value += 1
+        save_checkpoint(tmp_path, step, stage)  # type: ignore[arg-type]
+    stage.value = torch.full((3,), -1.0)
+    return stage
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "resume").iterdir())
+
+
+def test_the_last_two_stay(stage: Counter, tmp_path: Path):
+    assert names(tmp_path) == ["step-00000003.pt", "step-00000004.pt"]
+    assert load_checkpoint(tmp_path, stage) == 4  # type: ignore[arg-type]
+    assert stage.value.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -1])
+def test_a_truncated_one_gives_way_to_the_one_before(
+    length: int, stage: Counter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "resume" / "step-00000004.pt"
+    path.write_bytes(path.read_bytes()[:length])
+    assert load_checkpoint(tmp_path, stage) == 3  # type: ignore[arg-type]
+    assert stage.value.tolist() == [3, 3, 3]
+    assert "this checkpoint can't be read" in capsys.readouterr().out
+
+
+def test_none_that_can_be_read(stage: Counter, tmp_path: Path):
+    for path in (tmp_path / "resume").iterdir():
+        path.write_bytes(b"rubbish")
+    with pytest.raises(DetailFlowError, match="none of the checkpoints can be read"):
+        load_checkpoint(tmp_path, stage)  # type: ignore[arg-type]
+
+
+def test_no_checkpoint_is_a_start(tmp_path: Path):
+    assert load_checkpoint(tmp_path, Counter()) == 0  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path: Path):
+    with pytest.raises(DetailFlowError, match="the checkpoint can't be written"):
+        save_checkpoint(tmp_path / "missing", 1, Counter())  # type: ignore[arg-type]

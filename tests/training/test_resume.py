@@ -1,0 +1,171 @@
+"""Runs that are killed, stopped, repeated and damaged, as a user meets them: another process, real images, every file real."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from detailflow.cli.main import main
+
+TOKENIZER = {
+    "model": {
+        "image_size": 32,
+        "patch_size": 8,
+        "num_tokens": 16,
+        "group_size": 4,
+        "codebook_size": 64,
+        "codebook_dim": 4,
+        "encoder": {"width": 32, "depth": 1, "heads": 2},
+        "decoder": {"width": 32, "depth": 1, "heads": 2},
+    },
+    "correction_share": 0.5,
+    "perceptual": 0.1,
+    "classifier_epochs": 1,
+    "adversarial_from": 0.2,  # so that the discriminator has a state to lose
+    "revive_every": 4,  # and so has the count of the used codes
+    "loop": {"steps": 24, "batch_size": 8, "learning_rate": 1e-3, "pictures_every": 10, "log_every": 5, "checkpoint_minutes": 0},
+}
+GPT = {"width": 32, "depth": 2, "heads": 2, "loop": TOKENIZER["loop"]}
+
+
+@pytest.fixture(scope="module")
+def commands(cifar: Path, model: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The command line of each stage, but for --output."""
+    folder = tmp_path_factory.mktemp("settings")
+    settings = {
+        "tokenizer": {"data": str(cifar), **TOKENIZER},
+        "gpt": {"tokens": str(tokens), "tokenizer": str(model), **GPT},
+    }
+    for stage, values in settings.items():
+        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
+    return {s: ["train", s, "--config", str(folder / f"{s}.yaml"), "--device", "cpu", "--output"] for s in settings}
+
+
+@pytest.fixture(scope="module")
+def finished(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each stage's run that nothing happened to."""
+    outputs = {stage: tmp_path_factory.mktemp("whole") / stage for stage in commands}
+    for stage, command in commands.items():
+        assert main([*command, str(outputs[stage])]) == 0
+    return outputs
+
+
+@contextmanager
+def started(*argv: str) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-m", "detailflow", *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def weights(output: Path) -> bytes:
+    return (output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
+def test_killed_and_started_again(
+    stage: str, commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """SIGKILL at a random moment; the same command ends with the same weights, bit for bit."""
+    output = tmp_path / "run"
+    with started(*commands[stage], str(output)) as process:
+        wait_for(output, f"resume/step-{random.randint(2, 14):08d}.pt", process)
+        time.sleep(random.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (output / "model.safetensors").exists()
+    assert main([*commands[stage], str(output)]) == 0
+    assert "going on from step" in capsys.readouterr().out
+    assert weights(output) == weights(finished[stage])
+    assert not list(output.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.slow), "gpt"])
+def test_a_damaged_checkpoint(
+    stage: str, commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Stopped after some steps, the newest checkpoint then cut short: the one before leads to the same weights."""
+    output = tmp_path / "run"
+    with started(*commands[stage], str(output)) as process:
+        wait_for(output, "resume/step-00000005.pt", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 130
+    newest = sorted((output / "resume").glob("step-*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    assert main([*commands[stage], str(output)]) == 0
+    out = capsys.readouterr().out
+    assert f"{newest}: this checkpoint can't be read" in out
+    assert f"going on from step {int(newest.stem[-8:]) - 1}" in out
+    assert weights(output) == weights(finished[stage])
+
+
+@pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.slow), "gpt"])
+def test_sigterm_saves_and_exits(stage: str, commands: dict[str, list[str]], tmp_path: Path):
+    """Long before the next checkpoint is due."""
+    output = tmp_path / "run"
+    more = ["--loop.steps", "1000000", "--loop.checkpoint_minutes", "60"]
+    with started(*commands[stage], str(output), *more) as process:
+        wait_for(output, "tensorboard/*", process)
+        time.sleep(0.3)
+        assert not list((output / "resume").iterdir())
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert err.endswith("detailflow: interrupted\n") and "Traceback" not in err
+    assert len(list((output / "resume").glob("step-*.pt"))) == 1
+    assert not (output / "model.safetensors").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
+def test_a_finished_run(
+    stage: str, commands: dict[str, list[str]], finished: dict[str, Path], capsys: pytest.CaptureFixture[str]
+):
+    output = finished[stage]
+    assert [p.name for p in sorted((output / "resume").iterdir())] == ["step-00000023.pt", "step-00000024.pt"]
+    assert len(list((output / "pictures").iterdir())) == 3  # after 10, 20 and all steps
+    before = contents(output)
+    assert main([*commands[stage], str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}: this {stage} is finished already\n"
+    assert main([*commands[stage], str(output), "--loop.batch_size", "9"]) == 2
+    assert capsys.readouterr().err == (
+        f"detailflow: error: {output} holds a run with another loop.batch_size (8, not 9); "
+        "repeat its settings (run.yaml) or choose another output\n"
+    )
+    assert contents(output) == before
+
+
+def test_killed_before_the_model_was_written(commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):
+    """All steps are done, the model is not there or there in half."""
+    import shutil
+
+    output = tmp_path / "run"
+    shutil.copytree(finished["gpt"], output)
+    (output / "config.json").unlink()
+    (output / "model.safetensors").write_bytes(b"half")
+    assert main([*commands["gpt"], str(output)]) == 0
+    assert contents(output)["config.json"] == contents(finished["gpt"])["config.json"]
+    assert weights(output) == weights(finished["gpt"])
