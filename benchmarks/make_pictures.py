@@ -1,0 +1,145 @@
+"""The pictures of README.md and docs/, made with a model's own schedule, samples and reconstructions.
+
+    python benchmarks/make_pictures.py [--model DIR] [--photos FILE] [--output DIR]
+
+Writes samples.png (images of every class), coarse-to-fine.png (photographs and samples by number of tokens), masks.png
+(who attends to whom) and resolution.png (what n tokens show). The last two need matplotlib, from the `train` extra.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+from detailflow import DetailFlowError, DetailFlowPipeline, TokenSchedule
+from detailflow.data.images import open_images
+from detailflow.data.transforms import center_crop
+from detailflow.pictures import GAP, grid, strip
+from detailflow.pipeline import Stage, stage_counts
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOS = ROOT.parent / "shared/data/cifar10/test.parquet"
+CLASSES = 10  # as many as a row of samples.png shows
+DETAILFLOW_16 = TokenSchedule(num_tokens=128, group_size=8, causal_tokens=8, image_size=256, patch_size=16)
+
+
+def samples(pipeline: DetailFlowPipeline, rows: int, seed: int) -> Image.Image:
+    """`rows` images of each of the first classes, one class per column."""
+    classes = list(range(min(CLASSES, pipeline.gpt.config.num_classes)))
+    images = pipeline(classes, num_images_per_class=rows, seed=seed)
+    by_row = [images[column * rows + row] for row in range(rows) for column in classes]
+    return grid(by_row, columns=len(classes), labels=[pipeline.class_name(i) for i in classes] * rows)
+
+
+def generated(pipeline: DetailFlowPipeline, count: int, seed: int) -> list[Image.Image]:
+    """A strip from coarse to fine of one sample of each of `count` classes that lie far apart."""
+    classes = pipeline.gpt.config.num_classes
+    labels = [i * classes // count for i in range(min(count, classes))]
+    stages = list(pipeline.stream(labels, seed=seed, counts=stage_counts(pipeline.tokenizer.schedule)))
+    side = pipeline.tokenizer.schedule.image_size
+    # Enlarged as `reconstruct` enlarges them, so that all strips can be compared.
+    shown = [Stage(s.num_tokens, s.size, [i.resize((side, side), Image.Resampling.BICUBIC) for i in s.images]) for s in stages]
+    return [strip(shown, i) for i in range(len(labels))]
+
+
+def photographs(pipeline: DetailFlowPipeline, path: Path, count: int) -> list[Image.Image]:
+    """A strip from coarse to fine, with the original, of the first image of each of `count` classes of a set."""
+    source = open_images(path)
+    firsts = np.unique(source.labels, return_index=True)[1]
+    rows = sorted(firsts.tolist())[:count]
+    side = pipeline.tokenizer.schedule.image_size
+    crops = [Image.fromarray(center_crop(source.image(row), side)) for row in rows]
+    return [strip(pipeline.reconstruct(crop), original=crop) for crop in crops]
+
+
+def stack(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures one below the other, flush left on white."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height + GAP for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height + GAP
+    return sheet
+
+
+def masks(schedule: TokenSchedule) -> Figure:
+    """The encoder's attention, and the AR model's: a row attends to the columns that are dark."""
+    n, c, g = schedule.num_tokens, schedule.prefix, schedule.group_size
+    patches = (schedule.image_size // schedule.patch_size) ** 2
+    own = schedule.attention_mask(n)
+    encoder = torch.zeros(patches + n, patches + n, dtype=torch.bool)
+    encoder[:, :patches] = True  # everything sees the patches, and patches see nothing else
+    encoder[patches:, patches:] = own
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.6), layout="constrained")
+    _show_mask(left, encoder, f"tokenizer's encoder: {patches} patches, then {n} queries")
+    left.axhline(patches - 0.5, color="tab:red", linewidth=1)
+    left.axvline(patches - 0.5, color="tab:red", linewidth=1)
+    _show_mask(right, own, f"AR model: {c} positions one by one, then groups of {g}")
+    for start in range(c, n, g):
+        right.axhline(start - 0.5, color="tab:red", linewidth=0.5)
+    return figure
+
+
+def _show_mask(axes: Axes, mask: torch.Tensor, title: str) -> None:
+    axes.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+    axes.set(title=title, xlabel="is seen", ylabel="looks")
+
+
+def resolution(schedules: list[TokenSchedule]) -> Figure:
+    """R(n), and the side D(n) at which n tokens are decoded, of each schedule."""
+    figure, panels = plt.subplots(1, len(schedules), figsize=(5.5 * len(schedules), 4), layout="constrained", squeeze=False)
+    for axes, schedule in zip(panels[0], schedules, strict=True):
+        every = range(1, schedule.num_tokens + 1)
+        valid = schedule.valid_counts
+        axes.plot(every, [schedule.resolution(n) for n in every], label="R(n), the resolution")
+        axes.plot(valid, [schedule.decode_size(n) for n in valid], "o", markersize=3, label="D(n), the side decoded at")
+        title = f"N = {schedule.num_tokens}, R = {schedule.image_size}, f = {schedule.patch_size}, α = {schedule.alpha}"
+        axes.set(title=title, xlabel="tokens n", ylabel="pixels", ylim=(0, None))
+        axes.legend(loc="lower right")
+    return figure
+
+
+def main() -> None:
+    """Write the four pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder with tokenizer/ and gpt/ (default: the shipped model)")
+    parser.add_argument(
+        "--photos", type=Path, help="images for coarse-to-fine.png (default: the CIFAR-10 test set, where present)"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/images", help="default: docs/images")
+    parser.add_argument("--rows", type=int, default=4, help="samples of each class (default: %(default)s)")
+    parser.add_argument(
+        "--strips", type=int, default=3, help="photographs, and samples, from coarse to fine (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    photos = options.photos or (PHOTOS if PHOTOS.exists() else None)
+    try:
+        pipeline = DetailFlowPipeline.from_pretrained(options.model)
+        strips = photographs(pipeline, photos, options.strips) if photos else []
+        pictures = {
+            "samples": samples(pipeline, options.rows, options.seed),
+            "coarse-to-fine": stack(strips + generated(pipeline, options.strips, options.seed)),
+        }
+    except DetailFlowError as error:
+        parser.error(str(error))
+    schedule = pipeline.tokenizer.schedule
+    figures = {"masks": masks(schedule), "resolution": resolution([schedule, DETAILFLOW_16])}
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        picture.save(options.output / f"{name}.png", optimize=True)
+    for name, figure in figures.items():
+        figure.savefig(options.output / f"{name}.png", dpi=100)
+    print(f"wrote {', '.join([*pictures, *figures])} to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
