@@ -48,7 +48,10 @@ def frechet(a: GAUSSIAN, b: GAUSSIAN) -> float:
 @torch.inference_mode()
 def features_of(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Features (n, 256) and recognised classes (n,) of uint8 images."""
-    outs = [network(to_tensor(batch)) for batch in tqdm(images.split(250), desc="features", leave=False)]
+    outs = [
+        network(to_tensor(batch).contiguous(memory_format=torch.channels_last))
+        for batch in tqdm(images.split(250), desc="features", leave=False)
+    ]
     return torch.cat([f for f, _ in outs]), torch.cat([logits.argmax(-1) for _, logits in outs])
 
 

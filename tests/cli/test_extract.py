@@ -69,7 +69,7 @@ def test_more_than_one_in_a_hundred(folder: Path, model: Path, tmp_path: Path, c
         (["--workers", "-1"], "workers must be 0 or more, not -1"),
         (["--data", "nowhere/at/all"], "nowhere/at/all does not exist"),
         (["--tokenizer", "nowhere/at/all"], "there is no such folder: nowhere/at/all"),
-        (["--device", "quantum"], "there is no device 'quantum' here"),
+        (["--device", "quantum"], "device 'quantum' cannot be used here"),
         (["--split", "test"], " has no split 'test'"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: this file can't be read"),
     ],

@@ -1,0 +1,46 @@
+"""The model in the package: there, small, and as good on real photographs as docs/shipped-model.md says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from detailflow import DetailFlowPipeline
+from detailflow.data.images import open_images
+from detailflow.hub import default_directory
+from detailflow.pipeline import psnr, reconstruct
+
+TEST_IMAGES = Path(__file__).resolve().parents[2] / "shared/data/cifar10/test.parquet"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@pytest.fixture(scope="module")
+def shipped() -> DetailFlowPipeline:
+    return DetailFlowPipeline.from_pretrained()
+
+
+def test_is_small_and_knows_its_classes(shipped: DetailFlowPipeline) -> None:
+    files = [f for kind in ("tokenizer", "gpt") for f in default_directory(kind).iterdir()]
+    assert sum(f.stat().st_size for f in files) <= 30e6
+    assert shipped.gpt.config.class_names == CLASSES
+
+
+def test_classes_look_different_and_images_are_no_noise(shipped: DetailFlowPipeline) -> None:
+    images = [np.asarray(image, np.float64) for image in shipped(list(CLASSES), seed=1)]
+    assert all(image.shape == (32, 32, 3) and image.std() > 15 for image in images)
+    assert len({image.tobytes() for image in images}) == len(CLASSES)
+    steps = np.mean([np.abs(np.diff(image, axis=1)).mean() for image in images])
+    assert steps < 25  # neighbouring pixels are alike; of uniform noise they differ by 85
+
+
+@pytest.mark.skipif(not TEST_IMAGES.exists(), reason="shared/data is not beside the checkout")
+def test_more_tokens_come_closer_to_real_photographs(shipped: DetailFlowPipeline) -> None:
+    source = open_images(str(TEST_IMAGES))
+    schedule = shipped.tokenizer.schedule
+    originals = [source.image(i) for i in range(100)]
+    counts = [1, schedule.prefix, schedule.num_tokens]
+    decibels = np.array([[s.psnr for s in reconstruct(shipped.tokenizer, o, counts)] for o in originals]).mean(0)
+    colour = np.mean([psnr(np.broadcast_to(np.asarray(o).mean((0, 1)).round(), (32, 32, 3)), np.asarray(o)) for o in originals])
+    assert decibels[0] < decibels[1] < decibels[2]
+    assert decibels[1] > colour + 1
+    assert decibels[2] > 20.5
