@@ -99,7 +99,7 @@ def test_ctrl_c(model: Path, tmp_path: Path):
         while not (tmp_path / "out" / "0000-airplane.png").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert (process.returncode, out, err) == (130, "", "detailflow: interrupted\n")
