@@ -157,9 +157,9 @@ def save(directory: str | Path, kind: Kind, config: Mapping[str, Any], tensors: 
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` to write to: it takes the place of `path` at the end, or vanishes on an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files for their owner only
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files for their owner only
         yield temporary
         temporary.chmod(mode)
         with temporary.open("rb+") as file:
