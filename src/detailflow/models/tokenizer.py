@@ -208,9 +208,8 @@ class DetailFlowTokenizer(nn.Module):
         Raises:
             DetailFlowError: where no decoding step starts at `position`.
         """
-        for start, end in self.schedule.steps:
-            if start == position:
-                return end
+        if any(start == position for start, _ in self.schedule.steps):
+            return self.schedule.span_end(position)
         raise DetailFlowError(
             f"position must be below {self.schedule.prefix} or a multiple of {self.config.group_size} below "
             f"{self.config.num_tokens}, not {position}"
