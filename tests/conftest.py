@@ -1,5 +1,8 @@
-"""A pipeline of random weights, small enough to run in milliseconds, and real images to train on."""
+"""Models of random weights, small enough to run in milliseconds, and real images to train on."""
 
+import argparse
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,21 @@ def model(pipeline: DetailFlowPipeline, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("model")
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The AR model of tests/parity/tiny-32 with 1,000 classes instead of 10, beside its tokenizer."""
+    folder = Path(shutil.copytree(Path(__file__).parent / "parity" / "tiny-32", tmp_path_factory.mktemp("published") / "tiny"))
+    path = folder / "gpt" / "checkpoints" / "32.pt"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, weights_only=True)
+    for variant in ("model", "ema"):
+        checkpoint[variant]["cls_embedding.embedding_table.weight"] = torch.randn(1001, 64)
+    torch.save(checkpoint, path)
+    config = json.loads((folder / "gpt" / "config.json").read_text())
+    (folder / "gpt" / "config.json").write_text(json.dumps(config | {"num_classes": 1000}))
+    return folder / "gpt"
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import torch
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError
+from detailflow.storage import replacing
 
 TINY = Path(__file__).parent / "parity" / "tiny-32"
 CONFIG = {"num_tokens": 32, "alpha": 1.5, "class_names": ["chien", "müde"], "encoder": {"width": 8}}
@@ -77,7 +78,7 @@ def test_loaded_tensors_survive_a_new_save(saved: Path):
 
 def test_a_failed_save_changes_nothing(saved: Path):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    with pytest.raises(RuntimeError), hub.replacing(saved / "config.json") as temporary:
+    with pytest.raises(RuntimeError), replacing(saved / "config.json") as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -252,9 +253,52 @@ def test_an_empty_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", nothing)
     assert "has no config.json" in error_of("someone/model")
     nothing.snapshot_download = lambda *arguments, **options: str(tmp_path / "never-made")
-    assert "'someone/model' on the Hugging Face hub holds no DetailFlow model" in error_of("someone/model")
+    assert "'someone/model' on the Hugging Face hub holds no such model" in error_of("someone/model")
 
 
 def test_without_the_hub_client(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "without the package huggingface_hub" in error_of("someone/model")
+
+
+def test_a_folder_with_two_models_of_any_name(tmp_path: Path):
+    shutil.copytree(TINY / "tokenizer", tmp_path / "DetailFlow-16")
+    shutil.copytree(TINY / "gpt", tmp_path / "DetailFlow-16-GPT-L")
+    (tmp_path / "else").mkdir()
+    assert hub.resolve(tmp_path, "tokenizer").name == "DetailFlow-16"
+    assert hub.resolve(tmp_path, "gpt").name == "DetailFlow-16-GPT-L"
+    shutil.copytree(TINY / "gpt", tmp_path / "GPT-XL")
+    assert "holds several models of that kind (DetailFlow-16-GPT-L, GPT-XL): give one" in error_of(tmp_path, "gpt")
+
+
+def test_a_checkpoint_by_its_path(tmp_path: Path):
+    gpt = Path(shutil.copytree(TINY / "gpt", tmp_path / "gpt"))
+    first = gpt / "checkpoints" / "32.pt"
+    first.rename(gpt / "checkpoints" / "early.pt")
+    shutil.copy(gpt / "checkpoints" / "early.pt", gpt / "checkpoints" / "late.pt")
+    assert "(early.pt, late.pt) but no 32.pt: give one of them by its path" in error_of(gpt, "gpt")
+    chosen = gpt / "checkpoints" / "late.pt"
+    assert hub.load(str(chosen), "gpt")[0]["num_tokens"] == 32
+    assert "holds an AR model (gpt), not a tokenizer" in error_of(chosen, "tokenizer")
+    assert "is a file: give the folder" in error_of(gpt / "config.json", "gpt")
+
+
+def test_either_half_of_a_zoo_pair_stands_for_both(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def snapshot_download(repository: str, **options: object) -> str:
+        asked.append(repository)
+        return str(TINY / ("gpt" if "GPT" in repository else "tokenizer"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for name in ("detailflow-32", "ByteFlow-AI/DetailFlow-32", "ByteFlow-AI/DetailFlow-32-GPT-L"):
+        hub.load(name, "tokenizer")
+        hub.load(name, "gpt")
+    assert asked == ["ByteFlow-AI/DetailFlow-32", "ByteFlow-AI/DetailFlow-32-GPT-L"] * 3
+
+
+def test_the_config_alone(saved: Path):
+    assert hub.load_config(TINY, "gpt") == hub.load(TINY, "gpt")[0]
+    assert hub.load_config(TINY, "tokenizer") == hub.load(TINY, "tokenizer")[0]
+    (saved / "model.safetensors").unlink()
+    assert hub.load_config(saved, "tokenizer") == CONFIG

@@ -77,10 +77,41 @@ def test_causal_tokens_default_to_a_group():
         ((16, 0, 4, 64, 16), "group_size must be a positive integer, not 0"),
         ((16, 4, 0, 64, 16), "causal_tokens must be a positive integer, not 0"),
         ((16.0, 4, 4, 64, 16), "num_tokens must be a positive integer, not 16.0"),
-        ((16, 4, 4, 64, 16, 0.0), "alpha must be above 0, not 0.0"),
-        ((16, 4, 4, 64, 16, float("nan")), "alpha must be above 0, not nan"),
+        ((16, 4, 4, 64, 16, 0.0), "alpha must be above 0 and at most 20, not 0.0"),
+        ((16, 4, 4, 64, 16, float("nan")), "alpha must be above 0 and at most 20, not nan"),
     ],
 )
 def test_values_that_contradict_each_other(values: tuple, message: str):
     with pytest.raises(DetailFlowError, match=message):
         TokenSchedule(*values)
+
+
+def test_shapes_that_are_not_square():
+    schedule = TokenSchedule(128, 8, 8, 256, 16)
+    for n in schedule.valid_counts:
+        assert schedule.decode_shape(n, 256, 256) == (schedule.decode_size(n),) * 2
+        height, width = schedule.decode_shape(n, 192, 320)
+        assert height % 16 == width % 16 == 0
+        assert 192 * schedule.resolution(n) / 256 <= height < 192 * schedule.resolution(n) / 256 + 16
+        assert 320 * schedule.resolution(n) / 256 <= width < 320 * schedule.resolution(n) / 256 + 16
+    assert schedule.decode_shape(128, 192, 320) == (192, 320)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((256, 256), (256, 256)),
+        ((1000, 1000), (256, 256)),
+        ((272, 272), (256, 256)),
+        ((192, 320), (192, 320)),  # its own
+        ((191, 320), (192, 336)),
+        ((384, 640), (192, 336)),
+        ((640, 384), (336, 192)),
+        ((1, 100_000), (16, 4096)),
+        ((100_000, 1), (4096, 16)),
+    ],
+)
+def test_how_a_photo_of_another_shape_is_encoded(shape: tuple[int, int], expected: tuple[int, int]):
+    schedule = TokenSchedule(128, 8, 8, 256, 16)
+    assert schedule.full_shape(*shape) == expected
+    assert schedule.full_shape(*expected) == expected  # and stays so

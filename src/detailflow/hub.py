@@ -1,29 +1,29 @@
 """Where models lie and how they are read and written. Knows no network.
 
 Our layout is a directory with `config.json` ("format": "detailflow", "kind", then the model's own keys) and
-`model.safetensors`; the published layout (method §9) is recognised and translated by `published`.
+`model.safetensors`, or its shards; the published layout (method §9) is recognised and translated by `published`.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
-from detailflow.published import Kind, check_kind, is_published, load_published, read_config
+from detailflow.published import Kind, check_kind, is_published, kind_of, load_published, published_config
+from detailflow.storage import INDEX_FILE, SHARD_SIZE, WEIGHTS_FILE, read_json, read_tensors, replacing, write_tensors
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+KINDS: tuple[Kind, ...] = ("tokenizer", "gpt")
 
 
 @dataclass(frozen=True)
@@ -43,46 +43,130 @@ ZOO = {
 }
 
 
+def zoo_model(name: str | Path) -> ZooModel | None:
+    """The published pair that a shorthand, or the hub name of either half, stands for."""
+    return next((model for short, model in ZOO.items() if name in (short, model.tokenizer, model.gpt)), None)
+
+
 def default_directory(kind: Kind) -> Path:
     """The small model that is shipped in the package."""
     return Path(__file__).parent / "weights" / kind
 
 
 def resolve(path_or_id: str | Path, kind: Kind) -> Path:
-    """The local directory of a model.
+    """The local folder of a model, or one checkpoint file in it.
 
-    `path_or_id` is a folder, a folder with tokenizer/ and gpt/ inside, a zoo shorthand or a hub name (owner/name).
+    `path_or_id` is a folder, one with tokenizer/ and gpt/ or any two such folders inside, a checkpoint of the published layout
+    (FOLDER/checkpoints/NAME.pt), a zoo shorthand or a hub name (owner/name; that of either half of a zoo pair stands for both).
     Whatever is an existing folder is taken as one; hub models are downloaded into the hub's cache.
 
     Raises:
         DetailFlowError: if there is no such folder or the download fails.
     """
     name = str(path_or_id)
-    directory = Path(os.path.expanduser(name))
-    if name and os.path.isdir(directory):  # os.path, which takes an impossible name for a missing one
-        nested = directory / kind
-        return nested if nested.is_dir() and not (directory / CONFIG_FILE).exists() else directory
-    if os.path.isfile(directory):
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):  # os.path, which takes an impossible name for a missing one
+        return _nested(path, kind)
+    if os.path.isfile(path):
+        if path.suffix == ".pt" and is_published(path.absolute()):
+            return path.absolute()
         raise DetailFlowError(f"{name} is a file: give the folder that holds {CONFIG_FILE} and the weights")
-    if isinstance(path_or_id, str) and name in ZOO:
-        return _download(getattr(ZOO[name], kind), kind)
-    if isinstance(path_or_id, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-        return _download(name, kind)
+    if isinstance(path_or_id, str):
+        if pair := zoo_model(name):
+            return download(getattr(pair, kind), kind)
+        if is_hub_name(name):
+            return download(name, kind)
     if "/" in name or isinstance(path_or_id, Path):
         raise DetailFlowError(f"there is no such folder: {name}")
     raise DetailFlowError(f"unknown model {name!r}: give a folder, a hub name (owner/name) or one of {', '.join(ZOO)}")
 
 
-def _download(repository: str, kind: Kind) -> Path:
+def is_hub_name(name: str) -> bool:
+    """Whether it is written as the hub's names are, owner/name."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
+
+
+def _nested(directory: Path, kind: Kind) -> Path:
+    """The folder itself where it holds a model, else the one inside that holds a model of that kind."""
+    if os.path.exists(directory / CONFIG_FILE):
+        return directory
+    if os.path.isdir(directory / kind):
+        return directory / kind
+    try:
+        inside = [child for child in sorted(directory.iterdir()) if os.path.isfile(child / CONFIG_FILE)]
+    except OSError as error:
+        raise DetailFlowError(f"could not read {directory}: {error.strerror or error}") from error
+    found = []
+    for child in inside:
+        with suppress(DetailFlowError):  # whatever else lies there
+            found += [child] if read_kind(child) == kind else []
+    if len(found) > 1:
+        raise DetailFlowError(f"{directory} holds several models of that kind ({', '.join(f.name for f in found)}): give one")
+    return found[0] if found else directory
+
+
+def read_kind(path: Path) -> Any:
+    """The kind that a model's config states, or `None`.
+
+    Raises:
+        DetailFlowError: if the config can't be read.
+    """
+    if is_published(path):
+        return kind_of(read_json((path.parent.parent if path.suffix == ".pt" else path) / CONFIG_FILE))
+    return read_json(path / CONFIG_FILE).get("kind")
+
+
+def find(path_or_id: str | Path) -> dict[Kind, Path]:
+    """The models of a place, one or both kinds of them; see `resolve`.
+
+    Raises:
+        DetailFlowError: if there is none.
+    """
+    name = str(path_or_id)
+    local = isinstance(path_or_id, Path) or os.path.exists(os.path.expanduser(name))
+    if not local and is_hub_name(name) and not zoo_model(name):
+        path_or_id = fetch(name, [pattern for kind in KINDS for pattern in _patterns(kind)])
+    places = {kind: resolve(path_or_id, kind) for kind in KINDS}
+    found = {kind: place for kind, place in places.items() if not place.is_dir() or (place / CONFIG_FILE).exists()}
+    if not found:
+        read_kind(places["tokenizer"])  # raises
+    if len(set(found.values())) == len(found):
+        return found
+    (place,) = set(found.values())
+    kind = read_kind(place)
+    if kind not in KINDS:
+        raise DetailFlowError(f"{place} holds neither a tokenizer nor an AR model")
+    return {kind: place}
+
+
+def download(repository: str, kind: Kind) -> Path:
+    """A model's folder in the hub's cache, after its files were fetched there.
+
+    Raises:
+        DetailFlowError: if that fails.
+    """
+    return resolve(fetch(repository, _patterns(kind)), kind)
+
+
+def _patterns(kind: Kind) -> list[str]:
+    files = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors", "config.yaml", "checkpoints/*.pt")
+    return [f"{folder}{file}" for folder in ("", f"{kind}/") for file in files]
+
+
+def fetch(repository: str, patterns: Sequence[str]) -> Path:
+    """The folder in the hub's cache where a repository's files of these patterns are.
+
+    Raises:
+        DetailFlowError: if they cannot be downloaded.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise DetailFlowError(
             f"could not download {repository!r} without the package huggingface_hub: install it, or give a local folder"
         ) from error
-    ours = [f"{folder}{file}" for folder in ("", f"{kind}/") for file in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
-        directory = Path(snapshot_download(repository, allow_patterns=[*ours, "config.yaml", "checkpoints/*.pt"]))
+        directory = Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except Exception as error:  # connection, name, permission, disk: the hub's client has an exception type for each
         lines = str(error).strip().splitlines()
         reason = lines[0].rstrip(".") if lines else type(error).__name__
@@ -91,49 +175,70 @@ def _download(repository: str, kind: Kind) -> Path:
             "check the name and the connection, or give a local folder instead"
         ) from error
     if not directory.is_dir():  # what the hub's client returns where no file matches
-        raise DetailFlowError(f"{repository!r} on the Hugging Face hub holds no DetailFlow model")
-    return resolve(directory, kind)
+        raise DetailFlowError(f"{repository!r} on the Hugging Face hub holds no such model")
+    return directory
 
 
 def load(
-    path_or_id: str | Path, kind: Kind, variant: Literal["ema", "model"] = "ema"
+    path_or_id: str | Path, kind: Kind, variant: Literal["ema", "model"] = "ema", dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors of a model, in our keys and names whatever its layout, on the CPU.
+
+    No more than the tensors as `dtype` and a small piece of the file are in memory at any time.
 
     Args:
         path_or_id: as in `resolve`.
         kind: "tokenizer" or "gpt".
         variant: which weights of a published checkpoint: "ema" where present, or "model". Our layout has one set.
+        dtype: of the tensors; `None` is as they are stored.
 
     Raises:
         DetailFlowError: if the model cannot be found, is damaged or is of the other kind.
     """
     if variant not in ("ema", "model"):
         raise DetailFlowError(f"variant must be 'ema' or 'model', not {variant!r}")
-    directory = resolve(path_or_id, kind)
-    if is_published(directory):
-        config, tensors = load_published(directory, kind, variant)
-        if kind == "gpt":
-            scales = {model.num_tokens: model.guidance_scale for model in ZOO.values()}
-            config["guidance_scale"] = scales.get(config["num_tokens"], config["guidance_scale"])
-        return config, tensors
-    config = read_config(directory / CONFIG_FILE)
+    path = resolve(path_or_id, kind)
+    if is_published(path):
+        config, tensors = load_published(path, kind, variant, dtype)
+        return _with_guidance(config, kind), tensors
+    return _read_config(path, kind), read_tensors(path, dtype)
+
+
+def load_config(path_or_id: str | Path, kind: Kind) -> dict[str, Any]:
+    """The config alone of what `load` reads, without its weights.
+
+    Raises:
+        DetailFlowError: as `load`.
+    """
+    path = resolve(path_or_id, kind)
+    return _with_guidance(published_config(path, kind), kind) if is_published(path) else _read_config(path, kind)
+
+
+def _with_guidance(config: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    if kind == "gpt":
+        scales = {model.num_tokens: model.guidance_scale for model in ZOO.values()}
+        config["guidance_scale"] = scales.get(config["num_tokens"], config["guidance_scale"])
+    return config
+
+
+def _read_config(directory: Path, kind: Kind) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    config = read_json(path)
     if config.pop("format", None) != "detailflow":
-        raise DetailFlowError(f'{directory / CONFIG_FILE} is no DetailFlow config: it lacks "format": "detailflow"')
+        raise DetailFlowError(f'{path} is no DetailFlow config: it lacks "format": "detailflow"')
     check_kind(directory, config.pop("kind", None), kind)
-    path = directory / WEIGHTS_FILE
-    try:
-        return config, load_file(path)
-    except FileNotFoundError:
-        raise DetailFlowError(f"{directory} has no {WEIGHTS_FILE}, which must lie beside {CONFIG_FILE}") from None
-    except OSError as error:
-        raise DetailFlowError(f"could not read {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise DetailFlowError(f"could not read {path}: it is damaged or incomplete ({error})") from error
+    config.pop("published", None)  # what `convert` keeps of the published config
+    return config
 
 
-def save(directory: str | Path, kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a model in our layout, making the directory if needed.
+def save(
+    directory: str | Path,
+    kind: Kind,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    shard_size: str = SHARD_SIZE,
+) -> None:
+    """Write a model in our layout, making the directory if needed; in shards where it is larger than `shard_size`.
 
     Each file is replaced at once, the config last: an interrupted first save leaves no model, not half of one.
 
@@ -144,29 +249,12 @@ def save(directory: str | Path, kind: Kind, config: Mapping[str, Any], tensors: 
     text = json.dumps({"format": "detailflow", "kind": kind, **config}, indent=2, ensure_ascii=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with replacing(directory / WEIGHTS_FILE) as path:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        write_tensors(directory, tensors, shard_size)
         with replacing(directory / CONFIG_FILE) as path:
             path.write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise DetailFlowError(f"could not write the model to {directory}: {reason or error}") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to: it takes the place of `path` at the end, or vanishes on an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files for their owner only
-        yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -25,7 +25,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, labels: Sequ
     """Images row by row, each with its label below it.
 
     Args:
-        images: at least one; small ones are enlarged without smoothing, to one common side.
+        images: at least one; small ones are enlarged without smoothing, to one common size.
         columns: `None` makes the grid about square, with full rows where that can be.
         labels: one per image.
     """
@@ -42,7 +42,7 @@ def strip(stages: Sequence[StageLike], image: int = 0, original: Image.Image | N
     """One image from coarse to fine, side by side, with token counts (and PSNR where a stage has it) below.
 
     Args:
-        stages: the stages, whose images are enlarged without smoothing, to one common side.
+        stages: the stages, whose images are enlarged without smoothing, to one common size.
         image: which image of the stages.
         original: shown last, where there is one.
     """
@@ -60,19 +60,20 @@ def _caption(stage: StageLike) -> list[str]:
 
 
 def _lay_out(images: Sequence[Image.Image], captions: Sequence[Sequence[str]] | None, columns: int) -> Image.Image:
-    largest = max(max(image.size) for image in images)
-    side = -(-SMALLEST_TILE // largest) * largest if largest < SMALLEST_TILE else largest
-    height = side + (LINE * max(map(len, captions)) if captions else 0)
+    largest = max((image.size for image in images), key=max)
+    scale = max(1, -(-SMALLEST_TILE // max(largest)))
+    width, height = scale * largest[0], scale * largest[1]
+    below = LINE * max(map(len, captions)) if captions else 0
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (height + GAP) + GAP), "white")
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + below + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(FONT_SIZE)
     for i, image in enumerate(images):
-        left, top = GAP + i % columns * (side + GAP), GAP + i // columns * (height + GAP)
-        sheet.paste(image.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (left, top))
+        left, top = GAP + i % columns * (width + GAP), GAP + i // columns * (height + below + GAP)
+        sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
         for line, text in enumerate(captions[i] if captions else ()):
-            place = (left + side // 2, top + side + LINE // 2 + line * LINE)
-            draw.text(place, _shortened(text, side, draw, font), "black", font, anchor="mm")
+            place = (left + width // 2, top + height + LINE // 2 + line * LINE)
+            draw.text(place, _shortened(text, width, draw, font), "black", font, anchor="mm")
     return sheet
 
 

@@ -1,11 +1,8 @@
 """From class labels, or an image, to PIL images at any stage of detail: the tokenizer and the AR model together."""
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +12,10 @@ from torch import Tensor
 
 from detailflow import hub
 from detailflow.data.images import to_rgb
-from detailflow.data.transforms import center_crop, to_tensor, to_uint8
+from detailflow.data.transforms import center_crop, resized, to_tensor, to_uint8
 from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
+from detailflow.labels import ClassLabels, Label
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.schedule import TokenSchedule, require_positive
@@ -25,23 +23,21 @@ from detailflow.schedule import TokenSchedule, require_positive
 BATCH_SIZE = 32
 LARGEST_SEED = 2**64 - 1
 
-Label = int | str
-
 
 @dataclass(frozen=True)
 class Stage:
-    """The images as the first `num_tokens` tokens show them, `size` pixels a side."""
+    """The images as the first `num_tokens` tokens show them, `size` pixels a side, or (height, width) where not square."""
 
     num_tokens: int
-    size: int
+    size: int | tuple[int, int]
     images: list[Image.Image]
 
 
 @dataclass(frozen=True)
 class Reconstruction(Stage):
-    """One image from its own first `num_tokens` tokens: decoded at side `size`, then enlarged to the full side R.
+    """One image from its own first `num_tokens` tokens: decoded at `size`, then enlarged to the full size.
 
-    `psnr` is in dB, over the bytes of the enlarged image and of the original's centre crop.
+    `psnr` is in dB, over the bytes of the enlarged image and of the original, as it was encoded.
     """
 
     psnr: float
@@ -63,6 +59,7 @@ class DetailFlowPipeline:
                 )
         self.tokenizer = tokenizer
         self.gpt = gpt
+        self.labels = ClassLabels(gpt.config.class_names, gpt.config.num_classes)
 
     @classmethod
     def from_pretrained(
@@ -70,22 +67,23 @@ class DetailFlowPipeline:
         path_or_id: str | Path | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        tokenizer: str | Path | None = None,
     ) -> "DetailFlowPipeline":
         """Load both models, ready to generate.
 
         Args:
-            path_or_id: a folder with tokenizer/ and gpt/ inside, a model-zoo shorthand such as "detailflow-16" or a
-                hub name; `None` is the small model in the package, which needs no download.
+            path_or_id: a folder with tokenizer/ and gpt/ (or any two such folders) inside, a model-zoo shorthand such as
+                "detailflow-16" or a hub name; `None` is the small model in the package, which needs no download.
             device: `None` is the GPU where there is one, else the CPU.
             dtype: of the weights and of the arithmetic; `None` is float32.
+            tokenizer: where the tokenizer is, if it does not lie with the AR model.
 
         Raises:
             DetailFlowError: where a model cannot be found or is damaged, or the device cannot be used.
         """
         device, dtype = choose_device(device), dtype or torch.float32
-        tokenizer = DetailFlowTokenizer.from_pretrained(_location(path_or_id, "tokenizer"), device, dtype)
-        gpt = DetailFlowGPT.from_pretrained(_location(path_or_id, "gpt"), device=device, dtype=dtype)
-        return cls(tokenizer, gpt)
+        codes = DetailFlowTokenizer.from_pretrained(tokenizer or _location(path_or_id, "tokenizer"), device, dtype)
+        return cls(codes, DetailFlowGPT.from_pretrained(_location(path_or_id, "gpt"), device=device, dtype=dtype))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write both models to `directory`, as tokenizer/ and gpt/.
@@ -117,7 +115,7 @@ class DetailFlowPipeline:
         the batch (up to floating-point rounding), and a long list may be made in parts.
 
         Args:
-            labels: class numbers or names; upper and lower case are the same.
+            labels: class numbers, names or, for ImageNet's classes, WordNet ids; upper and lower case are the same.
             num_images_per_class: images of each label.
             guidance_scale: strength of classifier-free guidance, 1 is none; `None` is the model's own best value, here
                 and for the next four.
@@ -222,64 +220,58 @@ class DetailFlowPipeline:
         return (start(first) for first in range(0, len(class_ids), batch_size))
 
     def class_ids(self, labels: Label | Sequence[Label]) -> list[int]:
-        """The class numbers of labels, which are numbers or names.
+        """The class numbers of labels, which are numbers, names or WordNet ids; see `ClassLabels.index`.
 
         Raises:
-            DetailFlowError: for a class that the model does not have, or no label at all.
+            DetailFlowError: for a label that means none of the model's classes or several, or no label at all.
         """
         labels = [labels] if isinstance(labels, int | str) else list(labels)
         if not labels:
             raise DetailFlowError("there must be at least one class label")
-        return [self._class_id(label) for label in labels]
+        return [self.labels.index(label) for label in labels]
 
     def class_name(self, class_id: int) -> str:
-        """The name of a class, or its number where the model's classes have no names."""
-        names = self.gpt.config.class_names
-        return names[class_id] if names else str(class_id)
+        """The short name of a class, or its number where the model's classes have no names."""
+        return self.labels.name(class_id)
 
-    def _class_id(self, label: Label) -> int:
-        names, count = self.gpt.config.class_names or (), self.gpt.config.num_classes
-        if isinstance(label, str):
-            wanted = label.strip().casefold()
-            matches = [i for i, name in enumerate(names) if name.casefold() == wanted]
-            if len(matches) > 1:
-                raise DetailFlowError(f"{len(matches)} classes are called {label!r}: give the number, one of {matches}")
-            if matches:
-                return matches[0]
-            if not re.fullmatch("-?[0-9]+", wanted):
-                raise DetailFlowError(f"unknown class {label!r}: {_advice(wanted, names, count)}")
-        number = int(label) if isinstance(label, str) else index(label)
-        if not 0 <= number < count:
-            raise DetailFlowError(f"unknown class {label}: the numbers are 0 to {count - 1}")
-        return number
-
-    def reconstruct(self, image: Image.Image, counts: Sequence[int] | None = None) -> list[Reconstruction]:
+    def reconstruct(self, image: Image.Image, counts: Sequence[int] | None = None, whole: bool = False) -> list[Reconstruction]:
         """See `reconstruct`, which needs the tokenizer alone."""
-        return reconstruct(self.tokenizer, image, counts)
+        return list(reconstruct(self.tokenizer, fit(self.tokenizer.schedule, image, whole), counts))
 
 
-def reconstruct(tokenizer: DetailFlowTokenizer, image: Image.Image, counts: Sequence[int] | None = None) -> list[Reconstruction]:
-    """Encode an image once and decode it from its first 1, 2, 4, … N tokens.
+def fit(schedule: TokenSchedule, image: Image.Image, whole: bool = False) -> Image.Image:
+    """An image as it is encoded: its centre square at side R, or with `whole` all of it in about its own shape
+    (`TokenSchedule.full_shape`).
+    """
+    image = to_rgb(image)
+    if not whole:
+        return Image.fromarray(center_crop(image, schedule.image_size))
+    return Image.fromarray(resized(image, *schedule.full_shape(image.height, image.width)))
+
+
+def reconstruct(
+    tokenizer: DetailFlowTokenizer, original: Image.Image, counts: Sequence[int] | None = None
+) -> Iterator[Reconstruction]:
+    """Encode an image once and decode it from its first 1, 2, 4, … N tokens, one after the other.
 
     Args:
-        image: of any size; its shorter side is resized to R and the centre cropped.
+        original: as `fit` returns it.
         counts: how many tokens instead of `stage_counts`.
 
     Raises:
-        DetailFlowError: for a count of tokens that is not valid.
+        DetailFlowError: for a count of tokens that is not valid, or sides that are no multiples of f.
     """
     schedule = tokenizer.schedule
     counts = stage_counts(schedule) if counts is None else [schedule.check_count(n) for n in counts]
-    side = schedule.image_size
-    original = center_crop(to_rgb(image), side)
-    weights = tokenizer.decoder.mask_token
-    ids = tokenizer.encode(to_tensor(original)[None].to(weights.device, weights.dtype))
-    stages = []
+    pixels, weights = np.asarray(original), tokenizer.decoder.mask_token
+    ids = tokenizer.encode(to_tensor(pixels)[None].to(weights.device, weights.dtype))
+
     for n in counts:
-        picture = _decode(tokenizer, ids[:, :n])[0]
-        shown = picture.resize((side, side), Image.Resampling.BICUBIC)
-        stages.append(Reconstruction(n, picture.width, [shown], psnr(np.asarray(shown), original)))
-    return stages
+        height, width = schedule.decode_shape(n, original.height, original.width)
+        picture = _decode(tokenizer, ids[:, :n], (height, width))[0]
+        shown = picture.resize(original.size, Image.Resampling.BICUBIC)
+        size = height if height == width else (height, width)
+        yield Reconstruction(n, size, [shown], psnr(np.asarray(shown), pixels))
 
 
 def stage_counts(schedule: TokenSchedule, num_tokens: int | None = None) -> list[int]:
@@ -308,17 +300,6 @@ def _location(path_or_id: str | Path | None, kind: hub.Kind) -> str | Path:
     return hub.default_directory(kind) if path_or_id is None else path_or_id
 
 
-def _decode(tokenizer: DetailFlowTokenizer, ids: Tensor) -> list[Image.Image]:
-    """(B, n) codes → B images of side D(n)."""
-    return [Image.fromarray(pixels) for pixels in to_uint8(tokenizer.decode(ids.to(tokenizer.device))).cpu().numpy()]
-
-
-def _advice(wanted: str, names: Sequence[str], count: int) -> str:
-    """What to write instead of an unknown class name."""
-    if not names:
-        return f"this model's classes have no names, only the numbers 0 to {count - 1}"
-    known = {name.casefold(): name for name in names}
-    if close := get_close_matches(wanted, known):
-        return f"did you mean {' or '.join(known[name] for name in close)}?"
-    some = list(names) if count <= 20 else [*names[:5], f"… ({count} in all)"]
-    return f"the classes are {', '.join(some)}"
+def _decode(tokenizer: DetailFlowTokenizer, ids: Tensor, size: tuple[int, int] | None = None) -> list[Image.Image]:
+    """(B, n) codes → B images of side D(n), or (height, width)."""
+    return [Image.fromarray(pixels) for pixels in to_uint8(tokenizer.decode(ids.to(tokenizer.device), size)).cpu().numpy()]

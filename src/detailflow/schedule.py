@@ -12,6 +12,8 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 
+LARGEST_ALPHA = 20  # beyond, R(n) jumps from 1 to R, and its powers leave floating-point numbers
+
 
 def require_positive(**values: int) -> None:
     """Raise a `DetailFlowError` that names the first value which is not a positive integer."""
@@ -54,8 +56,8 @@ class TokenSchedule:
             raise DetailFlowError(f"causal_tokens must be a multiple of group_size ({g}) and at most num_tokens ({n}), not {c}")
         if self.image_size % self.patch_size:
             raise DetailFlowError(f"patch_size must divide image_size, and {self.patch_size} does not divide {self.image_size}")
-        if not self.alpha > 0:
-            raise DetailFlowError(f"alpha must be above 0, not {self.alpha!r}")
+        if not 0 < self.alpha <= LARGEST_ALPHA:
+            raise DetailFlowError(f"alpha must be above 0 and at most {LARGEST_ALPHA}, not {self.alpha!r}")
 
     @property
     def prefix(self) -> int:
@@ -97,6 +99,27 @@ class TokenSchedule:
     def decode_size(self, n: int) -> int:
         """D(n), the side in pixels at which n tokens are decoded: R(n) rounded up to a multiple of f."""
         return -(-self.resolution(n) // self.patch_size) * self.patch_size
+
+    def decode_shape(self, n: int, height: int, width: int) -> tuple[int, int]:
+        """D(n) of a picture that is not square: (height, width), each the part R(n)/R of its full side, rounded up to a multiple
+        of f. R stands for √(height·width) there.
+        """
+        r, unit = self.resolution(n), self.image_size * self.patch_size
+        rows, columns = (-(-side * r // unit) * self.patch_size for side in (height, width))
+        return rows, columns
+
+    def full_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width), multiples of f, at which a photo of another shape is encoded: its own where it is about as large as
+        R × R, else about that area in its own aspect ratio.
+        """
+        f, area = self.patch_size, self.image_size**2
+        if height == width:
+            return self.image_size, self.image_size
+        if height % f == width % f == 0 and 0.6 <= height * width / area <= 1.6:
+            return height, width
+        ideal = (area * height / width) ** 0.5, (area * width / height) ** 0.5
+        rows, columns = (min(max(round(side / f) * f, f), area // f) for side in ideal)
+        return rows, columns
 
     def best_count(self, side: int) -> int:
         """The valid n with D(n) = `side` whose R(n) is closest to `side`, the later one on a tie.

@@ -36,6 +36,19 @@ def test_a_strip_and_a_row_per_image(
         assert [float(cell) for cell in row[9:].split()] == [round(s.psnr, 2) for s in pipeline.reconstruct(image)]
 
 
+def test_the_whole_image(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    wide = Image.effect_noise((90, 50), 60).convert("RGB")
+    wide.save(tmp_path / "wide.png")
+    assert main(["reconstruct", str(tmp_path / "wide.png"), "--whole", "--model", str(model), "--output", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "wide-strip.png") as sheet:
+        assert sheet.size == (6 * (4 * 40 + 4) + 4, 4 * 24 + 32 + 8)  # 40×24 pixels, four times enlarged, with two lines below
+    stages = pipeline.reconstruct(wide, whole=True)
+    assert [stage.images[0].size for stage in stages] == [(40, 24)] * 5
+    assert stages[-1].size == (24, 40) and stages[0].size == 8
+    shown = [float(cell) for cell in capsys.readouterr().out.splitlines()[1].split()[1:]]
+    assert shown == [round(stage.psnr, 2) for stage in stages]
+
+
 def any_image(mode: str) -> Image.Image:
     values = np.arange(40 * 30).reshape(30, 40)
     if mode == "I;16":

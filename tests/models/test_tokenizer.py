@@ -118,10 +118,13 @@ def test_patches_in_their_order():
 # ------------------------------------------------------------------------------------------------- bad inputs
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (1, 3, 16, 32), (1, 3, 64, 64)])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (1, 3, 20, 32), (1, 3, 32, 0)])
 def test_wrong_images(tokenizer: DetailFlowTokenizer, shape: tuple[int, ...]):
     for call in (tokenizer.encode, lambda x: tokenizer.encode_correction(x, 0, torch.zeros(shape[0], 1, dtype=torch.int64))):
-        with pytest.raises(DetailFlowError, match=r"images must be floats of shape \(B, 3, 32, 32\) in \[-1, 1\], not "):
+        with pytest.raises(
+            DetailFlowError,
+            match=r"images must be floats of shape .*, or with other multiples of 8 as sides, not ",
+        ):
             call(torch.zeros(shape))
 
 
@@ -146,8 +149,16 @@ def test_wrong_counts(tokenizer: DetailFlowTokenizer, images: torch.Tensor, n: i
         (torch.zeros(1, 16), None, "codes must be integers"),
         (torch.full((1, 16), 64), None, "codes must lie in 0 to 63, not 64 to 64"),
         (torch.full((1, 16), -1), None, "codes must lie in 0 to 63"),
-        (torch.zeros(1, 16, dtype=torch.int64), 20, "size must be a positive multiple of 8 pixels, not 20"),
-        (torch.zeros(1, 16, dtype=torch.int64), 0, "size must be a positive multiple of 8 pixels, not 0"),
+        (
+            torch.zeros(1, 16, dtype=torch.int64),
+            20,
+            "size must be a positive multiple of 8 pixels, or .*, not 20",
+        ),
+        (
+            torch.zeros(1, 16, dtype=torch.int64),
+            0,
+            "size must be a positive multiple of 8 pixels, or .*, not 0",
+        ),
     ],
 )
 def test_wrong_codes_and_sizes(tokenizer: DetailFlowTokenizer, ids: torch.Tensor, size: int | None, message: str):
@@ -218,3 +229,20 @@ def test_codes_that_are_no_codes_are_refused(tokenizer: DetailFlowTokenizer, ima
         with pytest.raises(DetailFlowError, match="wrong_tokens must"):
             tokenizer.encode_correction(images, 0, wrong[:, :1])
     assert tokenizer.decode(ids[:0]).shape == (0, 3, tokenizer.config.image_size, tokenizer.config.image_size)
+
+
+def test_rectangles(tokenizer: DetailFlowTokenizer):
+    images = torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids = tokenizer.encode(images)
+    assert ids.shape == (2, 16)
+    assert tokenizer.decode(ids, (24, 40)).shape == (2, 3, 24, 40)
+    assert tokenizer.encode_correction(images, 0, ids[:, :1]).shape == (2, 16)
+    assert torch.equal(tokenizer.decode(ids, (32, 32)), tokenizer.decode(ids))
+    upright = tokenizer.encode(images.transpose(2, 3))
+    assert upright.shape == ids.shape and not torch.equal(upright, ids)
+
+
+@pytest.mark.parametrize("size", [(24,), (24, 40, 8), (24, 20), (0, 8), (8.0, 8)])
+def test_rectangles_that_are_none(tokenizer: DetailFlowTokenizer, size: tuple):
+    with pytest.raises(DetailFlowError, match="size must be a positive multiple of 8 pixels, or .height, width. of such, not"):
+        tokenizer.decode(torch.zeros(1, 16, dtype=torch.int64), size)

@@ -94,7 +94,7 @@ def write_png(image: "Image.Image", path: Path) -> None:
     Raises:
         DetailFlowError: if it cannot be written.
     """
-    from detailflow.hub import replacing
+    from detailflow.storage import replacing
 
     try:
         with replacing(path) as temporary:

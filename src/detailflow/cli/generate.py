@@ -24,7 +24,9 @@ GRID_IMAGES = 400  # about as many as a grid shows where there are more
 def parser() -> Parser:
     """The command's options."""
     result = Parser("generate", "[CLASS …]", "Make images of classes with an AR model and its tokenizer.")
-    result.add_argument("classes", nargs="*", metavar="CLASS", help="names or numbers (default: all of the model's)")
+    result.add_argument(
+        "classes", nargs="*", metavar="CLASS", help="names or numbers, as `detailflow classes` lists them (default: all)"
+    )
     result.add_argument("--num", type=positive, default=1, metavar="N", help="images per class (default: %(default)s)")
     result.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default: %(default)s)")
     result.add_argument("--num-tokens", type=int, metavar="N", help="stop after N tokens, for coarse images (default: all)")
@@ -38,6 +40,7 @@ def parser() -> Parser:
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely codes only")
     group.add_argument("--top-p", type=float, metavar="P", help="draw from the most likely codes that sum to P only")
     add_model_options(result)
+    result.add_argument("--tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
     return result
 
 
@@ -56,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     sampling = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     SamplingConfig(**sampling)  # raises before a large model is loaded
-    pipeline = DetailFlowPipeline.from_pretrained(args.model, args.device, getattr(torch, args.dtype))
+    pipeline = DetailFlowPipeline.from_pretrained(args.model, args.device, getattr(torch, args.dtype), args.tokenizer)
     schedule = pipeline.tokenizer.schedule
     num_tokens = schedule.check_count(args.num_tokens)
     counts = stage_counts(schedule, num_tokens) if args.progressive else [num_tokens]

@@ -11,8 +11,10 @@ from detailflow.errors import DetailFlowError
 
 COMMANDS = {  # each is the module of that name in this package, imported when asked for
     "generate": "make images of classes",
+    "classes": "list the classes that a model can make images of",
     "reconstruct": "encode images and decode them again, from coarse to fine",
     "train": "train a tokenizer or an AR model on your own images",
+    "convert": "write models in another layout: safetensors or the published one",
     "extract": "write the tokens of your images to disk, to train an AR model on",
 }
 

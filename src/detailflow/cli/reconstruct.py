@@ -14,6 +14,7 @@ def parser() -> Parser:
         "Encode images and decode them from their first 1, 2, 4, … tokens: a strip per image, and the PSNR in dB.",
     )
     result.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size; the centre square is used")
+    result.add_argument("--whole", action="store_true", help="use the whole image in its own shape")
     add_output_option(result)
     add_model_options(result)
     return result
@@ -25,34 +26,35 @@ def main(argv: Sequence[str]) -> int:
     check_output(args.output)
 
     import torch
-    from PIL import Image
     from tqdm import tqdm
 
     from detailflow.data.images import load_rgb
-    from detailflow.data.transforms import center_crop
     from detailflow.device import choose_device
     from detailflow.hub import default_directory
     from detailflow.models.tokenizer import DetailFlowTokenizer
     from detailflow.pictures import strip
-    from detailflow.pipeline import reconstruct, stage_counts
+    from detailflow.pipeline import fit, reconstruct, stage_counts
 
     source = default_directory("tokenizer") if args.model is None else args.model
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
     tokenizer = DetailFlowTokenizer.from_pretrained(source, device, dtype)
     schedule = tokenizer.schedule
-    # All images are read before any work is done, but only their crops are kept.
+    # All images are read before any work is done, but only what is encoded of them is kept.
     reading = tqdm(args.images, desc="reading", delay=2, leave=False, disable=None, unit="image")
-    crops = [Image.fromarray(center_crop(load_rgb(path), schedule.image_size)) for path in reading]
+    images = [fit(schedule, load_rgb(path), args.whole) for path in reading]
     names = _names([Path(path).stem for path in args.images])
     make_output(args.output)
 
-    rows = []
-    bar = tqdm(zip(names, crops, strict=True), "reconstructing", len(crops), delay=2, leave=False, disable=None, unit="image")
-    for name, crop in bar:
-        stages = reconstruct(tokenizer, crop)
-        write_png(strip(stages, original=crop), args.output / f"{name}-strip.png")
-        rows.append([name, *(f"{stage.psnr:.2f}" for stage in stages)])
-    print(_table(["PSNR (dB) at tokens:", *map(str, stage_counts(schedule))], rows))
+    rows, counts = [], stage_counts(schedule)
+    with tqdm(desc="reconstructing", total=len(images) * len(counts), delay=2, leave=False, disable=None, unit="picture") as bar:
+        for name, image in zip(names, images, strict=True):
+            stages = []
+            for stage in reconstruct(tokenizer, image, counts):
+                stages.append(stage)
+                bar.update()
+            write_png(strip(stages, original=image), args.output / f"{name}-strip.png")
+            rows.append([name, *(f"{stage.psnr:.2f}" for stage in stages)])
+    print(_table(["PSNR (dB) at tokens:", *map(str, counts)], rows))
     return 0
 
 

@@ -4,7 +4,7 @@ import argparse
 import itertools
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,8 +22,12 @@ class Request(NamedTuple):
     device: str | None
 
 
-def parse(kind: type, command: str, summary: str, argv: Sequence[str]) -> Request | None:
+def parse(
+    kind: type, command: str, summary: str, argv: Sequence[str], sizes: Callable[[str], dict[str, Any]] | None = None
+) -> Request | None:
     """Settings of dataclass `kind` from `argv`; `None` after `--help`.
+
+    `sizes`: what the model that `--init` names says of the settings; files and options go before it.
 
     Raises:
         DetailFlowError: for a file that can't be read, an unknown key, a value that is wrong or missing, or an output folder
@@ -39,8 +43,10 @@ def parse(kind: type, command: str, summary: str, argv: Sequence[str]) -> Reques
     parser.add_argument("--output", type=str)
     parser.add_argument("--device", type=str)
     parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
-    for path in _config_files(argv):
-        _check_config_file(path)
+    files = [_check_config_file(path) for path in _values(argv, "--config")]
+    init = ([content.get("init") for content in files] + _values(argv, "--init"))[-1:]  # what is given last counts
+    if sizes and init and init[0] not in (None, "", "null"):
+        parser.set_defaults(dict(_flat(sizes(str(init[0])))))
     try:
         namespace = parser.parse_args(list(argv))
         output = namespace.pop("output")
@@ -57,8 +63,8 @@ def parse(kind: type, command: str, summary: str, argv: Sequence[str]) -> Reques
     return Request(settings, Path(output), device)
 
 
-def _check_config_file(path: str) -> None:
-    """Say what is wrong with a file as a whole, by its name; wrong settings in it are found later."""
+def _check_config_file(path: str) -> dict[str, Any]:
+    """The file's settings; says what is wrong with a file as a whole, by its name, and leaves wrong settings to others."""
     import yaml
 
     try:
@@ -71,11 +77,21 @@ def _check_config_file(path: str) -> None:
         raise DetailFlowError(f"--config {path}: this file is not valid YAML{line}") from error
     if not isinstance(content, dict):
         raise DetailFlowError(f"--config {path}: this file must hold settings, each as KEY: VALUE")
+    return content
 
 
-def _config_files(argv: Sequence[str]) -> list[str]:
-    after = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
-    return after + [item.partition("=")[2] for item in argv if item.startswith("--config=")]
+def _values(argv: Sequence[str], option: str) -> list[str]:
+    after = [value for flag, value in itertools.pairwise(argv) if flag == option]
+    return after + [item.partition("=")[2] for item in argv if item.startswith(f"{option}=")]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting in nested ones."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def keys(kind: type, prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -1,7 +1,9 @@
 """`detailflow train`: a tokenizer, an AR model, or all in a row from a preset."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from detailflow.cli.common import Parser, check_output, positive
 from detailflow.cli.settings import parse
@@ -18,18 +20,37 @@ def main(argv: Sequence[str]) -> int:
     if stage == "tokenizer":
         from detailflow.training.tokenizer import TokenizerTraining, train_tokenizer
 
-        if request := parse(TokenizerTraining, "train tokenizer", TOKENIZER, argv[1:]):
+        if request := parse(TokenizerTraining, "train tokenizer", TOKENIZER, argv[1:], _tokenizer_sizes):
             train_tokenizer(request.settings, request.output, request.device)
     elif stage == "gpt":
         from detailflow.training.gpt import GPTTraining, train_gpt
 
-        if request := parse(GPTTraining, "train gpt", GPT, argv[1:]):
+        if request := parse(GPTTraining, "train gpt", GPT, argv[1:], _gpt_sizes):
             train_gpt(request.settings, request.output, request.device)
     elif stage and not stage.startswith("-"):
         raise DetailFlowError(f"unknown stage {stage!r}: give tokenizer or gpt, or --data DATA --output DIR for all in a row")
     else:
         _train_all(argv)
     return 0
+
+
+def _tokenizer_sizes(source: str) -> dict[str, Any]:
+    """The settings that a tokenizer to start from implies."""
+    from detailflow import hub
+    from detailflow.models.loading import config_from_dict
+    from detailflow.models.tokenizer import TokenizerConfig
+
+    return {"model": asdict(config_from_dict(TokenizerConfig, hub.load_config(source, "tokenizer"), source))}
+
+
+def _gpt_sizes(source: str) -> dict[str, Any]:
+    """The settings that an AR model to start from implies."""
+    from detailflow import hub
+    from detailflow.models.gpt import GPTConfig
+    from detailflow.models.loading import config_from_dict
+
+    config = config_from_dict(GPTConfig, hub.load_config(source, "gpt"), source)
+    return {key: getattr(config, key) for key in ("width", "depth", "heads", "dropout")} | {"sampling": asdict(config.sampling)}
 
 
 def _train_all(argv: Sequence[str]) -> None:

@@ -52,6 +52,12 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return _crop_of_resized(image, size, slack_x // 2, slack_y // 2, size)
 
 
+def resized(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """The whole image, enlarged or reduced. → uint8 (height, width, 3)"""
+    whole = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(whole)
+
+
 def two_crops(image: Image.Image, size: int) -> np.ndarray:
     """The centre crop and its mirror image. → uint8 (2, size, size, 3)"""
     crop = center_crop(image, size)

@@ -63,8 +63,13 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise DetailFlowError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise DetailFlowError(f"class_names has {len(self.class_names)} names for num_classes {self.num_classes}")
+        if not 0 < self.rope_base < float("inf"):
+            raise DetailFlowError(f"rope_base must be above 0, not {self.rope_base!r}")
+        if self.class_names is not None:
+            if len(self.class_names) != self.num_classes:
+                raise DetailFlowError(f"class_names has {len(self.class_names)} names for num_classes {self.num_classes}")
+            if wrong := [name for name in self.class_names if not isinstance(name, str)]:
+                raise DetailFlowError(f"class_names must be strings, not {wrong[0]!r}")
         _ = self.sampling  # validates itself
 
     @property
@@ -213,7 +218,7 @@ class DetailFlowGPT(nn.Module):
         Raises:
             DetailFlowError: where there is no such model, or it is not an AR model, or its files are damaged.
         """
-        config, tensors = hub.load(path_or_id, "gpt", variant)
+        config, tensors = hub.load(path_or_id, "gpt", variant, dtype)
         return build(cls, GPTConfig, config, tensors, path_or_id, dtype).to(device)
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -1,6 +1,6 @@
 """From a config and tensors, as `hub.load` returns them, to a network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -33,6 +33,11 @@ def config_from_dict(kind: type[Config], values: Mapping[str, Any], source: obje
         elif isinstance(value, list):
             value = tuple(value)
         _check_type(key, value, hint, source)
+        if isinstance(value, int) and not isinstance(value, bool) and hint is float:
+            try:
+                value = float(value)
+            except OverflowError:
+                raise DetailFlowError(f"{source}: {key} is too large a number") from None
         arguments[key] = value
     try:
         return kind(**arguments)
@@ -63,33 +68,68 @@ def build(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     source: object,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> Network:
-    """A network in evaluation mode that holds `tensors` as `dtype`; nothing is initialised first and copied over later.
+    """A network in evaluation mode that holds `tensors` as `dtype`, or as they are; nothing is initialised and copied over later.
 
     Raises:
         DetailFlowError: for a bad config, or tensors that are missing, left over or of another shape.
     """
     source = str(source) if isinstance(source, Path) else source
-    with torch.device("meta"):
-        model = network(config_from_dict(config_type, config, source))
+    sizes: Any = config_from_dict(config_type, config, source)
+    if (depth := _depth(sizes)) > len(tensors):
+        raise DetailFlowError(f"{source}: the checkpoint does not fit its config: {len(tensors)} tensors are no {depth} layers")
+    try:
+        with torch.device("meta"):
+            model = network(sizes)
+    except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes beyond what a tensor can have
+        raise DetailFlowError(f"{source}: the config asks for impossible sizes: {str(error).splitlines()[0]}") from error
+    load_weights(model, {name: tensor.to(dtype) for name, tensor in tensors.items()}, source, assign=True)
+    return model.eval()
+
+
+def _depth(config: Any) -> int:
+    """The depth that a config asks for, or one nested in it."""
+    values = [getattr(config, f.name) for f in fields(config)]
+    return max([getattr(config, "depth", 0), *(_depth(value) for value in values if is_dataclass(value))])
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: object, assign: bool = False) -> None:
+    """Copy `tensors` into a network, or put them in place of its own.
+
+    Raises:
+        DetailFlowError: if tensors are missing, left over or of another shape.
+    """
     wanted = model.state_dict()
     for problem, names in (
         ("lacks", wanted.keys() - tensors.keys()),
         ("should not have", tensors.keys() - wanted.keys()),
     ):
         if names:
-            raise DetailFlowError(f"{source}: the checkpoint does not fit its config: it {problem} {_some(names)}")
+            raise DetailFlowError(f"{source}: the checkpoint does not fit its config: it {problem} {some_names(names)}")
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise DetailFlowError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, where the config asks for {tuple(wanted[name].shape)}"
             )
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
-    return model.eval()
+    model.load_state_dict(tensors, assign=assign)
 
 
-def _some(names: set[str]) -> str:
+def require_same(ours: object, theirs: object, keys: Sequence[str], source: object) -> None:
+    """Check that weights made for one config fit a network of another.
+
+    Raises:
+        DetailFlowError: that names the first of `keys` which differs.
+    """
+    for key in keys:
+        if getattr(ours, key) != getattr(theirs, key):
+            raise DetailFlowError(
+                f"the weights of {source} do not fit: {key} is {getattr(theirs, key)} there and {getattr(ours, key)} here"
+            )
+
+
+def some_names(names: set[str]) -> str:
+    """The first few of many names, for a sentence."""
     first = sorted(names)[:3]
     return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

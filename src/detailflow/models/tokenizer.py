@@ -134,7 +134,7 @@ class DetailFlowTokenizer(nn.Module):
         Raises:
             DetailFlowError: where there is no such model, or it is not a tokenizer, or its files are damaged.
         """
-        config, tensors = hub.load(path_or_id, "tokenizer")
+        config, tensors = hub.load(path_or_id, "tokenizer", dtype=dtype)
         return build(cls, TokenizerConfig, config, tensors, path_or_id, dtype).to(device)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -150,7 +150,9 @@ class DetailFlowTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
-        """(B, 3, R, R) pixels in [-1, 1] → (B, n) int64 codes, the first `num_tokens` (all N for `None`).
+        """(B, 3, H, W) pixels in [-1, 1] → (B, n) int64 codes, the first `num_tokens` (all N for `None`).
+
+        H and W are R as a rule. Any other multiples of f will do, of which those with √(H·W) near R suit the model best.
 
         Raises:
             DetailFlowError: for a wrong shape or a count of tokens that is not valid.
@@ -159,8 +161,10 @@ class DetailFlowTokenizer(nn.Module):
         return self.quantizer.nearest(self.encode_latents(self.encode_patches(images), n))
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, size: int | None = None) -> Tensor:
+    def decode(self, ids: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
         """(B, n) codes → (B, 3, s, s) pixels in about [-1, 1]; `size` `None` means D(n) (method §2).
+
+        `size` may be (height, width) as well; `TokenSchedule.decode_shape` has the D(n) of such shapes.
 
         Raises:
             DetailFlowError: for codes that are not in the codebook, a count of them that is not valid, or a bad size.
@@ -168,8 +172,11 @@ class DetailFlowTokenizer(nn.Module):
         check_ids("codes", ids, 2, self.config.codebook_size)
         n = self.schedule.check_count(ids.shape[1])
         size = self.schedule.decode_size(n) if size is None else size
-        if not isinstance(size, int) or size < 1 or size % self.config.patch_size:
-            raise DetailFlowError(f"size must be a positive multiple of {self.config.patch_size} pixels, not {size}")
+        sides = size if isinstance(size, tuple) else (size, size)
+        if len(sides) != 2 or any(not isinstance(s, int) or s < 1 or s % self.config.patch_size for s in sides):
+            raise DetailFlowError(
+                f"size must be a positive multiple of {self.config.patch_size} pixels, or (height, width) of such, not {size}"
+            )
         return self.decode_quantized(self.quantizer.lookup(ids), size)
 
     @torch.no_grad()
@@ -177,7 +184,7 @@ class DetailFlowTokenizer(nn.Module):
         """The self-correction pass: what the later tokens become once those at `position` are wrong (method §3).
 
         Args:
-            images: (B, 3, R, R) pixels in [-1, 1].
+            images: (B, 3, H, W) pixels in [-1, 1], as for `encode`.
             position: p, below c any token, from c on the start of a group.
             wrong_tokens: (B, 1) codes for p < c, else (B, g).
 
@@ -216,15 +223,17 @@ class DetailFlowTokenizer(nn.Module):
         )
 
     def encode_patches(self, images: Tensor) -> list[KeyValue]:
-        """(B, 3, R, R) → what every set of queries needs of the image.
+        """(B, 3, H, W) → what every set of queries needs of the image.
 
         Raises:
             DetailFlowError: for a wrong shape.
         """
-        side = self.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side) or not images.is_floating_point():
+        side, patch = self.config.image_size, self.config.patch_size
+        fits = images.ndim == 4 and images.shape[1] == 3 and all(s > 0 and s % patch == 0 for s in images.shape[2:])
+        if not fits or not images.is_floating_point():
             raise DetailFlowError(
-                f"images must be floats of shape (B, 3, {side}, {side}) in [-1, 1], not {tuple(images.shape)} {images.dtype}"
+                f"images must be floats of shape (B, 3, {side}, {side}) in [-1, 1], or with other multiples of {patch} as sides, "
+                f"not {tuple(images.shape)} {images.dtype}"
             )
         return self.encoder.patches(images)
 
@@ -255,9 +264,10 @@ class DetailFlowTokenizer(nn.Module):
         choice = torch.randint(near.shape[-1], near.shape[:-1], generator=generator).to(near.device)
         return near.gather(-1, choice[..., None])[..., 0]
 
-    def decode_quantized(self, quantized: Tensor, size: int) -> Tensor:
-        """(B, n, d) unit vectors → (B, 3, size, size) pixels."""
-        return self.decoder(quantized, size, size)
+    def decode_quantized(self, quantized: Tensor, size: int | tuple[int, int]) -> Tensor:
+        """(B, n, d) unit vectors → (B, 3, size, size) pixels, or (B, 3, height, width)."""
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return self.decoder(quantized, height, width)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from detailflow import hub
 from detailflow.data.tokens import TokenBatches, TokenStore
 from detailflow.data.transforms import to_uint8
 from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
+from detailflow.labels import ClassLabels
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
+from detailflow.models.loading import config_from_dict, load_weights, require_same
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.training.extract import tokenizer_fingerprint
-from detailflow.training.loop import PRECISIONS, LoopConfig, run
+from detailflow.training.loop import PRECISIONS, LoopConfig, has_checkpoint, run
 
 PICTURE_CLASSES, PICTURE_SAMPLES = 10, 4
 
@@ -31,6 +34,7 @@ class GPTTraining:
     Attributes:
         tokens: a token store's folder.
         tokenizer: the tokenizer that made it; gives the groups, and decodes the samples to look at.
+        init: an AR model to start from: a folder, hub name or zoo name. Its classes are matched by name.
         planted_share: share of the samples whose input has planted mistakes.
         label_dropout: share of the samples whose class is replaced by the null class.
         weight_decay: on matrices only.
@@ -41,6 +45,7 @@ class GPTTraining:
     tokens: str
     tokenizer: str
     loop: LoopConfig
+    init: str | None = None
     width: int = 1024
     depth: int = 24
     heads: int = 16
@@ -63,11 +68,19 @@ class GPTStage:
     """The network, its EMA, the optimiser and one step; a `Stage` of the loop."""
 
     def __init__(
-        self, config: GPTTraining, sizes: GPTConfig, store: TokenStore, tokenizer: DetailFlowTokenizer, device: torch.device
+        self,
+        config: GPTTraining,
+        sizes: GPTConfig,
+        store: TokenStore,
+        tokenizer: DetailFlowTokenizer,
+        device: torch.device,
+        resuming: bool = False,
     ) -> None:
         self.config, self.store, self.tokenizer, self.device = config, store, tokenizer, device
         self.precision = PRECISIONS[config.loop.precision]
         self.model = DetailFlowGPT(sizes).to(device).train()
+        if config.init and not resuming:
+            load_weights(self.model, initial_weights(config.init, sizes), config.init)
         self.ema = DetailFlowGPT(sizes).to(device).eval().requires_grad_(False)
         self.ema.load_state_dict(self.model.state_dict())
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
@@ -128,13 +141,37 @@ class GPTStage:
         self.ema.save_pretrained(directory)
 
 
+def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
+    """The weights of another AR model for a network of these sizes.
+
+    The class table is made anew: a class that the other model knows by name keeps its row, any other starts from the null
+    class. Where the other model has no names and as many classes, its table stays.
+
+    Raises:
+        DetailFlowError: if the model can't be had or its sizes differ.
+    """
+    settings, tensors = hub.load(source, "gpt", dtype=torch.float32)
+    theirs = config_from_dict(GPTConfig, settings, source)
+    keys = ("width", "depth", "heads", "mlp", "num_tokens", "group_size", "causal_tokens", "codebook_size")
+    require_same(sizes, theirs, keys, source)
+    if theirs.class_names is None and theirs.num_classes == sizes.num_classes:
+        return tensors
+    known, null = ClassLabels(theirs.class_names, theirs.num_classes), theirs.num_classes
+    rows = [null if (row := known.find(name)) is None else row for name in sizes.class_names or ()]
+    tensors["class_embedding.weight"] = tensors["class_embedding.weight"][[*rows, null]]
+    return tensors
+
+
 def model_config(config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTokenizer) -> GPTConfig:
     """The AR model that `config` asks for on these tokens.
 
     Raises:
-        DetailFlowError: where its sizes contradict each other.
+        DetailFlowError: where its sizes contradict each other, or the model that it starts from can't be read.
     """
+    start = config_from_dict(GPTConfig, hub.load_config(config.init, "gpt"), config.init) if config.init else None
     return GPTConfig(
+        mlp=start.mlp if start else None,
+        rope_base=start.rope_base if start else 10000.0,
         num_classes=len(store.info.class_names),
         class_names=store.info.class_names,
         width=config.width,
@@ -164,4 +201,4 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
         )
     tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
     sizes = model_config(config, store, tokenizer)
-    run(lambda: GPTStage(config, sizes, store, tokenizer, place), "gpt", config, output)
+    run(lambda: GPTStage(config, sizes, store, tokenizer, place, has_checkpoint(output)), "gpt", config, output)

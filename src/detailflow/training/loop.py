@@ -6,6 +6,7 @@ step, the rest. So a run that was killed and goes on from a checkpoint ends with
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
-from detailflow.hub import CONFIG_FILE, replacing
+from detailflow.hub import CONFIG_FILE
 from detailflow.schedule import require_positive
+from detailflow.storage import replacing
 
 RUN_FILE = "run.yaml"
 CHECKPOINTS = "resume"  # not "checkpoints", by which the published layout is known
@@ -122,6 +124,7 @@ def run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path) -
         DetailFlowError: if `output` holds a run with another config, or can't be written.
     """
     loop: LoopConfig = config.loop
+    fresh = not os.path.exists(output / RUN_FILE)
     if not claim(output, kind, asdict(config)):
         print(f"{output}: this {kind} is finished already")
         return
@@ -129,7 +132,12 @@ def run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path) -
     from tqdm import tqdm
 
     torch.manual_seed(loop.seed)
-    stage = make_stage()
+    try:
+        stage = make_stage()
+    except DetailFlowError:
+        if fresh:  # nothing has happened yet that other settings could contradict
+            (output / RUN_FILE).unlink()
+        raise
     start = load_checkpoint(output, stage)
     if start:
         print(f"{output}: going on from step {start}")
@@ -217,6 +225,11 @@ def save_checkpoint(output: Path, step: int, stage: Stage) -> None:
     killed = path.parent.glob(".step-*.tmp")  # what a run left that was killed while it wrote
     for old in [*sorted(path.parent.glob("step-*.pt"))[:-2], *killed]:
         old.unlink()
+
+
+def has_checkpoint(output: Path) -> bool:
+    """Whether a run in `output` will go on from a checkpoint."""
+    return any((output / CHECKPOINTS).glob("step-*.pt"))
 
 
 def load_checkpoint(output: Path, stage: Stage) -> int:

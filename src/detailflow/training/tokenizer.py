@@ -12,16 +12,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.loader import ImageBatches
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor, to_uint8
 from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
-from detailflow.hub import replacing
+from detailflow.models.loading import config_from_dict, load_weights, require_same
+from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.pictures import grid
 from detailflow.schedule import TokenSchedule, require_positive
-from detailflow.training.loop import PRECISIONS, LoopConfig, run
+from detailflow.storage import replacing
+from detailflow.training.loop import PRECISIONS, LoopConfig, has_checkpoint, run
 from detailflow.training.losses import (
     discriminator_loss,
     generator_loss,
@@ -42,6 +45,8 @@ class TokenizerTraining:
 
     Attributes:
         data: a folder of images in class subfolders, parquet file(s), or a hub data set.
+        init: a tokenizer to start from: a folder, hub name or zoo name; `model` must have its sizes.
+        encoder_init: SigLIP2's vision tower to start the encoder from: a hub name, folder or file (method §3).
         flip, max_scale: training crops are mirrored half of the time, out of images enlarged by up to `max_scale`.
         coarse_probability: share of the steps that train fewer than all N tokens (paper table 3).
         correction_share: share of each batch that also goes through the self-correction pass.
@@ -55,6 +60,8 @@ class TokenizerTraining:
     data: str
     model: TokenizerConfig
     loop: LoopConfig
+    init: str | None = None
+    encoder_init: str | None = None
     split: str | None = None
     image_column: str = "image"
     label_column: str = "label"
@@ -73,6 +80,8 @@ class TokenizerTraining:
 
     def __post_init__(self) -> None:
         require_positive(classifier_epochs=self.classifier_epochs)
+        if self.init and self.encoder_init:
+            raise DetailFlowError("init and encoder_init exclude each other: a tokenizer has an encoder already")
         for name in ("coarse_probability", "correction_share", "adversarial_from"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DetailFlowError(f"{name} must lie in 0 to 1, not {getattr(self, name)!r}")
@@ -111,7 +120,7 @@ class TokenizerStage:
         self.precision = PRECISIONS[loop.precision]
         self.features = feature_network(config, source, output, device) if config.perceptual else None
         torch.manual_seed(loop.seed)
-        self.model = DetailFlowTokenizer(config.model).to(device).train()
+        self.model = initial_tokenizer(config, resuming=has_checkpoint(output)).to(device).train()
         self.discriminator = PatchDiscriminator().to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
         self.judge = torch.optim.Adam(self.discriminator.parameters(), lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -273,6 +282,23 @@ class TokenizerStage:
     def export(self, directory: Path) -> None:
         """Write the tokenizer."""
         self.model.save_pretrained(directory)
+
+
+def initial_tokenizer(config: TokenizerTraining, resuming: bool = False) -> DetailFlowTokenizer:
+    """The network that training begins with; where it resumes, nothing is read that a checkpoint then replaces.
+
+    Raises:
+        DetailFlowError: if the weights to start from can't be had or don't fit.
+    """
+    model = DetailFlowTokenizer(config.model)
+    if config.init and not resuming:
+        settings, tensors = hub.load(config.init, "tokenizer", dtype=torch.float32)
+        keys = ("encoder", "decoder", "patch_size", "num_tokens", "codebook_size", "codebook_dim")
+        require_same(config.model, config_from_dict(TokenizerConfig, settings, config.init), keys, config.init)
+        load_weights(model, tensors, config.init)
+    elif config.encoder_init and not resuming:
+        initialise_encoder(model.encoder, config.encoder_init)
+    return model
 
 
 def readable(source: ImageSource) -> Iterator[Image.Image]:

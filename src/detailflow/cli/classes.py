@@ -1,0 +1,38 @@
+"""`detailflow classes`: the classes of a model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detailflow.cli.common import Parser
+from detailflow.labels import ClassLabels, default_names
+
+
+def parser() -> Parser:
+    """The command's options."""
+    result = Parser("classes", "[--search WORD]", "List a model's classes: number, WordNet id where there is one, and names.")
+    result.add_argument("--search", metavar="WORD", help="only the classes with WORD in a name")
+    result.add_argument("--model", help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a line for each class."""
+    args = parser().parse_args(argv)
+    labels = _labels(args.model)
+    for i in range(labels.count) if args.search is None else labels.search(args.search):
+        number = str(i).rjust(len(str(labels.count - 1)))
+        print(number, *labels.wnids[i : i + 1], *labels.names[i : i + 1], sep="  ")
+    return 0
+
+
+def _labels(model: str | None) -> ClassLabels:
+    """The classes of a model by its config alone, as its weights may be large."""
+    from detailflow import hub
+    from detailflow.models.gpt import GPTConfig
+    from detailflow.models.loading import config_from_dict
+
+    if model and hub.zoo_model(model) and not Path(model).exists():
+        return ClassLabels(default_names(1000), 1000)
+    source = hub.default_directory("gpt") if model is None else model
+    gpt = config_from_dict(GPTConfig, hub.load_config(source, "gpt"), source)
+    return ClassLabels(gpt.class_names, gpt.num_classes)

@@ -1,0 +1,39 @@
+"""`detailflow convert`: models from the published layout to ours and back."""
+
+from collections.abc import Sequence
+
+from detailflow.cli.common import DTYPES, Parser, add_output_option, check_output
+
+
+def parser() -> Parser:
+    """The command's options."""
+    result = Parser(
+        "convert",
+        "SOURCE",
+        "Write a model, or a tokenizer and its AR model, as safetensors or in the published layout.",
+    )
+    result.add_argument("source", metavar="SOURCE", help="a folder, checkpoint (.pt), hub name or zoo name like detailflow-16")
+    add_output_option(result)
+    result.add_argument("--to", choices=("detailflow", "published"), default="detailflow", help="layout (default: %(default)s)")
+    result.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"one of {', '.join(DTYPES)} (default: as it is)")
+    result.add_argument("--variant", choices=("ema", "model"), default="ema", help="weights of an AR model (default: ema)")
+    result.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: %(default)s)")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Convert and say what was written."""
+    args = parser().parse_args(argv)
+    check_output(args.output)
+
+    import torch
+
+    from detailflow.convert import convert
+    from detailflow.published import KIND_NAMES
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    written = convert(args.source, args.output, args.to, dtype, args.variant, args.shard_size)
+    for kind, path in written.items():
+        files = [*path.glob("model*.safetensors")] if args.to == "detailflow" else [*path.glob("checkpoints/*.pt")]
+        print(f"wrote {KIND_NAMES[kind]} to {path} ({sum(file.stat().st_size for file in files) / 1e6:.1f} MB)")
+    return 0

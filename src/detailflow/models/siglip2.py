@@ -1,0 +1,171 @@
+"""SigLIP2's vision tower (NaFlex): what the tokenizer's encoder starts from, and the frozen teacher of the alignment loss.
+
+Tschannen et al., SigLIP 2 (arXiv 2502.14786); method §3 and §4. Its blocks are those of the tokenizer, under the same names.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from detailflow import hub
+from detailflow.errors import DetailFlowError
+from detailflow.models.loading import config_from_dict, some_names
+from detailflow.models.tokenizer import Encoder
+from detailflow.models.vit import Block, ViTConfig, initial_positions, patchify, resize_positions
+from detailflow.published import heads_of, layer_count, vit_names
+from detailflow.storage import INDEX_FILE, WEIGHTS_FILE, read_headers, read_tensors
+
+SIGLIP2 = "google/siglip2-so400m-patch16-naflex"
+_PREFIX = (
+    "vision_model."  # beside it lie the text tower and the pooling head, which nothing here needs; a tower saved alone has none
+)
+Names = dict[str, tuple[str, ...]]  # ours → those stacked to make it
+_HUB_FILES = (WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
+
+
+class SigLIP2(nn.Module):
+    """Image patches in a transformer; see `from_pretrained`, `forward` and `alignment_target`."""
+
+    def __init__(self, config: ViTConfig, patch_size: int = 16) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.patch_embed = nn.Linear(patch_size * patch_size * 3, config.width)
+        self.pos_embed = nn.Parameter(initial_positions(config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path = SIGLIP2,
+        depth: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "SigLIP2":
+        """The frozen tower, in evaluation mode; its sizes are those of the stored tensors.
+
+        Args:
+            path_or_id: a folder with model.safetensors or its shards, one .safetensors file, or a hub name (owner/name).
+            depth: how many layers, from the first on; `None` is all. No other layers are read.
+            device: where the weights go.
+            dtype: of the weights.
+
+        Raises:
+            DetailFlowError: where there is no such model, it has fewer layers, it is no such tower or its files are damaged.
+        """
+        path, names, tower = _find(path_or_id, depth)
+        tower.load_state_dict(_read(path, names, dtype), assign=True)
+        return tower.requires_grad_(False).eval().to(device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in [-1, 1] → (B, H/f · W/f, width), the last hidden state after the final LN.
+
+        Raises:
+            DetailFlowError: for a wrong shape.
+        """
+        patch = self.patch_size
+        fits = images.ndim == 4 and images.shape[1] == 3 and all(side and side % patch == 0 for side in images.shape[2:])
+        if not fits or not images.is_floating_point():
+            raise DetailFlowError(
+                f"images must be floats of shape (B, 3, H, W) in [-1, 1], H and W multiples of {patch}, "
+                f"not {tuple(images.shape)} {images.dtype}"
+            )
+        rows, columns = images.shape[2] // patch, images.shape[3] // patch
+        patches = patchify(images, patch).to(self.pos_embed.dtype)
+        x = self.patch_embed(patches) + resize_positions(self.pos_embed, rows, columns)
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def alignment_target(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in [-1, 1] → (B, width) float32, the mean over the patches of `forward` (method §4.4).
+
+        Raises:
+            DetailFlowError: for a wrong shape.
+        """
+        return self(images).float().mean(1)
+
+
+def initialise_encoder(encoder: Encoder, path_or_id: str | Path = SIGLIP2) -> None:
+    """Copy the patch embedding, the position grid, as many layers as the encoder has and the final LN into it (method §3).
+
+    Its query tokens, their positions and `refine` stay as they are.
+
+    Raises:
+        DetailFlowError: as `SigLIP2.from_pretrained`, or where width, heads, MLP or patch size differ; nothing is copied then.
+    """
+    path, names, tower = _find(path_or_id, len(encoder.blocks))
+    ours, theirs = _sizes(encoder), _sizes(tower)
+    differing = [what for what in ours if ours[what] != theirs[what]]
+    if differing:
+        has, had = (", ".join(f"{what} {sizes[what]}" for what in differing) for sizes in (ours, theirs))
+        raise DetailFlowError(f"the encoder cannot start from {path_or_id}: it has {has}, where that has {had}")
+    encoder.load_state_dict(_read(path, names, encoder.pos_embed.dtype), strict=False)  # the rest is not there
+
+
+def _sizes(network: Encoder | SigLIP2) -> dict[str, int]:
+    block = cast(Block, network.blocks[0])
+    return {
+        "width": network.pos_embed.shape[1],
+        "heads": block.attn.heads,
+        "MLP size": block.mlp.fc1.out_features,
+        "patch size": network.patch_size,
+    }
+
+
+def _find(path_or_id: str | Path, depth: int | None) -> tuple[Path, Names, SigLIP2]:
+    """Where the tensors are, their names, and a tower without weights (on the meta device) that they fit."""
+    name = str(path_or_id)
+    path = Path(os.path.expanduser(name))
+    if not name or not os.path.exists(path):  # os.path, which takes an impossible name for a missing one
+        if not isinstance(path_or_id, str) or not hub.is_hub_name(name):
+            raise DetailFlowError(f"there is no such folder or file: {name!r}")
+        path = hub.fetch(name, _HUB_FILES)
+    headers = read_headers(path)
+    prefix = _PREFIX if any(header.startswith(_PREFIX) for header in headers) else ""
+    count = layer_count(headers, f"{prefix}encoder.")
+    if not count:
+        raise DetailFlowError(f"{name} holds no SigLIP2 vision tower: it has no tensors under {_PREFIX}encoder.layers")
+    depth = count if depth is None else depth
+    if not isinstance(depth, int) or not 1 <= depth <= count:
+        raise DetailFlowError(f"depth must be 1 to {count}, the number of layers in {name}, not {depth}")
+    names = dict(vit_names("", prefix, depth))
+    wanted = {theirs for sources in names.values() for theirs in sources}
+    if not wanted <= headers.keys():
+        raise DetailFlowError(f"{name} holds no whole SigLIP2 vision tower: it lacks {some_names(wanted - headers.keys())}")
+    shapes = {theirs: headers[theirs][1] for theirs in wanted}
+    with torch.device("meta"):
+        tower = SigLIP2(*_config(shapes, names, depth, name))
+    for ours, tensor in tower.state_dict().items():
+        for theirs in names[ours]:
+            kind, found = headers[theirs]
+            expected = (tensor.shape[0] // len(names[ours]), *tensor.shape[1:])
+            if found != expected or not kind.startswith(("F", "BF")):
+                raise DetailFlowError(f"{theirs} in {name} must be floats of shape {expected}, not {kind} of shape {found}")
+    return path, names, tower
+
+
+def _config(shapes: dict[str, tuple[int, ...]], names: Names, depth: int, source: str) -> tuple[ViTConfig, int]:
+    """The sizes and the patch size, from the two tensors that tell."""
+    (patches,), (hidden,) = names["patch_embed.weight"], names["blocks.0.mlp.fc1.weight"]
+    for name in (patches, hidden):
+        if len(shapes[name]) != 2:
+            raise DetailFlowError(f"{name} in {source} must be a matrix, as in a NaFlex SigLIP2, not of shape {shapes[name]}")
+    mlp, width = shapes[hidden]
+    config = config_from_dict(ViTConfig, dict(width=width, depth=depth, heads=heads_of(width), mlp=mlp), source)
+    return config, math.isqrt(shapes[patches][1] // 3)
+
+
+def _read(path: Path, names: Names, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors that `_find` has checked, under our names; no others are read."""
+    stored = read_tensors(path, dtype, {theirs for sources in names.values() for theirs in sources})
+    tensors = {}
+    for ours, sources in names.items():
+        parts = [stored.pop(theirs) for theirs in sources]
+        tensors[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return tensors

@@ -1,0 +1,193 @@
+"""Files: replaced as a whole or not at all, and tensors in safetensors, in one file or in shards as the hub has them."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from detailflow.errors import DetailFlowError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_SIZE = "5GB"  # the hub's convention
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+PIECE = 64 * 2**20  # bytes
+
+Key = TypeVar("Key")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to: it takes the place of `path` at the end, or vanishes on an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files for their owner only
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        DetailFlowError: if the file is missing or holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DetailFlowError(
+            f"{path.parent} has no {path.name}: expected a model folder, or one with tokenizer/ and gpt/ inside"
+        ) from None
+    except OSError as error:
+        raise DetailFlowError(f"could not read {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise DetailFlowError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise DetailFlowError(f"{path} is not valid JSON: it must be UTF-8 text with one object") from error
+    if not isinstance(content, dict):
+        raise DetailFlowError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def in_pieces(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
+    """The keys in lists of about `PIECE` bytes.
+
+    A file that is mapped into memory holds on to the pages that were read. Whoever copies its tensors maps it anew for
+    each of these lists, so that no more than a piece of it is in memory at once.
+    """
+    piece: list[Key] = []
+    held = 0
+    for key, size in sizes.items():
+        piece.append(key)
+        held += size
+        if held >= PIECE:
+            yield piece
+            piece, held = [], 0
+    if piece:
+        yield piece
+
+
+def read_tensors(path: Path, dtype: torch.dtype | None = None, wanted: Container[str] | None = None) -> dict[str, Tensor]:
+    """Copies of the tensors in a folder's model.safetensors or its shards, or in one such file.
+
+    Args:
+        path: the folder or the file.
+        dtype: of the tensors; `None` is as they are stored.
+        wanted: names of those to read; `None` is all.
+
+    Raises:
+        DetailFlowError: if a file is missing or damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _files(path):
+        shapes = {name: shape for name, (_, shape) in _header(file).items() if wanted is None or name in wanted}
+        for names in in_pieces({name: 4 * math.prod(shape) for name, shape in shapes.items()}):
+            with _opened(file) as opened:
+                for name in names:
+                    tensor = opened.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise DetailFlowError(
+                            f"{name} in {file} is of type {tensor.dtype}, where weights are floating-point numbers"
+                        )
+                    tensors[name] = tensor.to(dtype, copy=True)
+    return tensors
+
+
+def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The stored type ("F32", "BF16", …) and shape of each tensor that `read_tensors` would read.
+
+    Raises:
+        DetailFlowError: if a file is missing or damaged.
+    """
+    return {name: header for file in _files(path) for name, header in _header(file).items()}
+
+
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    with _opened(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except FileNotFoundError:
+        raise DetailFlowError(f"{file.parent} has no {file.name}, which must lie beside config.json") from None
+    except OSError as error:
+        raise DetailFlowError(f"could not read {file}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise DetailFlowError(f"could not read {file}: it is damaged or incomplete ({error})") from error
+
+
+def _files(directory: Path) -> list[Path]:
+    if directory.is_file():
+        return [directory]
+    index = directory / INDEX_FILE
+    if (directory / WEIGHTS_FILE).exists() or not index.exists():
+        return [directory / WEIGHTS_FILE]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise DetailFlowError(f"{index} must name the file of each tensor under 'weight_map'")
+    for name in shards.values():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise DetailFlowError(f"{index} names {name!r}, which is no .safetensors file beside it")
+    return [directory / name for name in sorted(set(shards.values()))]
+
+
+def shard_bytes(size: str) -> int:
+    """The bytes in "5GB", "200MB" or "1.5KB".
+
+    Raises:
+        DetailFlowError: if it is no such size.
+    """
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([KMGT]B)", size.strip().upper())
+    count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if count < 1:
+        raise DetailFlowError(f"the shard size must be like 5GB or 200MB, not {size!r}")
+    return count
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], shard_size: str = SHARD_SIZE) -> None:
+    """Write model.safetensors, or shards of at most `shard_size` ("5GB", "200MB") and their index.
+
+    All are written first and then put in place; where that is interrupted among shards, there is no index.
+
+    Raises:
+        OSError, SafetensorError: if that fails.
+        DetailFlowError: for a size that can't be understood.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(whole, max_shard_size=shard_bytes(shard_size))
+    index = directory / INDEX_FILE
+    with ExitStack() as stack:
+        for name, members in split.filename_to_tensors.items():
+            path = stack.enter_context(replacing(directory / name))
+            save_file({member: whole[member] for member in members}, path, metadata={"format": "pt"})
+        index.unlink(missing_ok=True)
+    if split.is_sharded:
+        with replacing(index) as path:
+            content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    digits = "[0-9]" * 5
+    for path in (*directory.glob(f"model-{digits}-of-{digits}.safetensors"), directory / WEIGHTS_FILE):
+        if path.name not in split.filename_to_tensors:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+"""From the published layout to ours and back."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
+from detailflow.cli.main import main
+from detailflow.convert import convert
+from detailflow.errors import DetailFlowError
+
+TINY = Path(__file__).parent / "parity" / "tiny-32"
+
+
+def checkpoint(folder: Path) -> dict:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(folder / "checkpoints" / "32.pt", weights_only=True)
+
+
+def error_of(*arguments: object, **options: object) -> str:
+    with pytest.raises(DetailFlowError) as caught:
+        convert(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    assert convert(TINY, tmp_path / "ours") == {k: tmp_path / "ours" / k for k in ("tokenizer", "gpt")}
+    return tmp_path / "ours"
+
+
+def test_there_and_back_bit_for_bit(ours: Path, tmp_path: Path):
+    assert sorted(p.name for p in (ours / "gpt").iterdir()) == ["config.json", "model.safetensors"]
+    convert(ours, tmp_path / "back", to="published")
+    for kind, variant in (("tokenizer", "model"), ("gpt", "ema")):
+        first, last = TINY / kind, tmp_path / "back" / kind
+        before, after = checkpoint(first)[variant], checkpoint(last)["model"]
+        kept = {name for name in before if name != "quantize.codebook_used"}
+        assert after.keys() == kept
+        for name in kept:
+            assert after[name].dtype == before[name].dtype and torch.equal(after[name], before[name]), name
+        assert json.loads((last / "config.json").read_text()) == json.loads((first / "config.json").read_text())
+        assert (last / "config.yaml").read_text() == (first / "config.yaml").read_text()
+    assert checkpoint(tmp_path / "back" / "gpt").keys() == {"model", "ema"}  # no optimizer
+    convert(tmp_path / "back", tmp_path / "again")
+    for kind in ("tokenizer", "gpt"):
+        for file in ("config.json", "model.safetensors"):
+            assert (tmp_path / "again" / kind / file).read_bytes() == (ours / kind / file).read_bytes()
+
+
+def test_every_path_gives_the_same_tokens(ours: Path, tmp_path: Path):
+    convert(ours, tmp_path / "shards", shard_size="100KB")
+    assert len(list((tmp_path / "shards" / "gpt").glob("model-*-of-*.safetensors"))) > 2
+    convert(ours, tmp_path / "back", to="published")
+    convert(TINY / "gpt" / "checkpoints" / "32.pt", tmp_path / "single")
+    images, classes = torch.rand(2, 3, 64, 64) * 2 - 1, torch.tensor([1, 10])
+    codes = DetailFlowTokenizer.from_pretrained(TINY).encode(images)
+    tokens = DetailFlowGPT.from_pretrained(TINY).generate(classes, temperature=0, guidance_scale=2.0)
+    for folder in (ours, tmp_path / "shards", tmp_path / "back"):
+        pipeline = DetailFlowPipeline.from_pretrained(folder, device="cpu")
+        assert torch.equal(pipeline.tokenizer.encode(images), codes)
+        assert torch.equal(pipeline.gpt.generate(classes, temperature=0, guidance_scale=2.0), tokens)
+    single = DetailFlowGPT.from_pretrained(tmp_path / "single")
+    assert torch.equal(single.generate(classes, temperature=0, guidance_scale=2.0), tokens)
+
+
+def test_raw_weights_and_bfloat16(tmp_path: Path):
+    convert(TINY / "gpt", tmp_path / "raw", variant="model", dtype=torch.bfloat16)
+    half = DetailFlowGPT.from_pretrained(tmp_path / "raw", dtype=torch.bfloat16).head.weight
+    assert torch.equal(half, checkpoint(TINY / "gpt")["model"]["output.weight"].bfloat16())
+    assert (tmp_path / "raw" / "model.safetensors").stat().st_size < 420_000  # two bytes a weight
+
+
+def test_a_model_that_never_was_published(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path):
+    convert(model / "gpt", tmp_path / "gpt", to="published")
+    again = DetailFlowGPT.from_pretrained(tmp_path / "gpt")
+    classes = torch.tensor([0, 4])
+    wanted = pipeline.gpt.generate(classes, temperature=0, guidance_scale=2.0)
+    assert torch.equal(again.generate(classes, temperature=0, guidance_scale=2.0), wanted)
+    message = error_of(model / "tokenizer", tmp_path / "tokenizer", to="published")
+    assert message == ("the published layout cannot hold this tokenizer: there, width 32 means 1 heads, and this encoder has 2")
+    assert not (tmp_path / "tokenizer").exists()
+
+
+@pytest.mark.parametrize("to", ["detailflow", "published"])
+def test_only_whole_models_are_converted(to: str, model: Path, tmp_path: Path):
+    broken = Path(shutil.copytree(model / "gpt", tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["norm.weight"]
+    save_file(tensors, broken / "model.safetensors")
+    assert "it lacks norm.weight" in error_of(broken, tmp_path / "x", to=to)
+    config = json.loads((model / "gpt" / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"codebook_size": 32}))
+    shutil.copy(model / "gpt" / "model.safetensors", broken)
+    assert "has shape (64, 32), where the config asks for (32, 32)" in error_of(broken, tmp_path / "x", to=to)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_config_with_defaults_left_out(model: Path, tmp_path: Path):
+    short = Path(shutil.copytree(model / "gpt", tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    for key in ("causal_tokens", "mlp", "rope_base", "dropout"):
+        del config[key]
+    (short / "config.json").write_text(json.dumps(config | {"mlp": 64, "published": "what?"}))
+    convert(short, tmp_path / "published", to="published")
+    assert DetailFlowGPT.from_pretrained(tmp_path / "published").config.causal_tokens == 4
+
+
+def test_the_card(ours: Path, tmp_path: Path):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(ours / "README.md")
+    assert card.data.library_name == "detailflow" and card.data.pipeline_tag == "unconditional-image-generation"
+    assert "DetailFlowPipeline.from_pretrained" in card.text and "2505.21473" in card.text
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("my words")
+    convert(TINY / "tokenizer", tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "my words"
+    assert card.data.tags == ["detailflow", "image-tokenizer", "class-conditional"]
+    convert(ours, ours, dtype=torch.bfloat16)
+    assert (ours / "gpt" / "model.safetensors").stat().st_size < 420_000
+
+
+def test_what_cannot_be_converted(ours: Path, tmp_path: Path):
+    assert "already holds a model in the other layout" in error_of(TINY / "gpt", ours / "gpt", to="published")
+    assert "holds an AR model (gpt), not a tokenizer" in error_of(TINY / "tokenizer", ours / "gpt")
+    assert "already holds a model, where a pair would lie unseen" in error_of(TINY, ours / "gpt")
+    (tmp_path / "half" / "checkpoints").mkdir(parents=True)  # of a conversion that was interrupted
+    assert "already holds a model in the other layout" in error_of(TINY / "gpt", tmp_path / "half")
+    convert(TINY / "gpt", tmp_path / "half", to="published")
+    assert error_of(TINY, tmp_path / "x", to="onnx") == "the layout must be detailflow or published, not 'onnx'"
+    assert error_of(tmp_path / "nowhere", tmp_path / "x").startswith("there is no such folder")
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in error_of(tmp_path / "empty", tmp_path / "x")
+    (tmp_path / "file").write_text("")
+    assert "could not write the model" in error_of(TINY, tmp_path / "file")
+    assert "could not write the model" in error_of(TINY, tmp_path / "file", to="published")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out"
+    assert main(["convert", str(TINY / "gpt"), "--output", str(out), "--dtype", "bfloat16", "--shard-size", "100KB"]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote an AR model (gpt) to {out} (0.4 MB)")
+    assert (out / "README.md").exists()
+    for argv, message in (
+        (["convert", "nowhere"], "unknown model 'nowhere'"),
+        (["convert", str(TINY), "--to", "onnx"], "invalid choice: 'onnx'"),
+        (["convert", str(TINY), "--shard-size", "1X"], "the shard size must be like 5GB"),
+        (["convert"], "the following arguments are required: SOURCE"),
+    ):
+        assert main([*argv, "--output", str(tmp_path / "bad")]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1

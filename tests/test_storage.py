@@ -1,0 +1,131 @@
+"""Tensors on disk: one file or shards, and how much of them is in memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from detailflow.errors import DetailFlowError
+from detailflow.storage import PIECE, in_pieces, read_headers, read_tensors, write_tensors
+
+
+def some_tensors(count: int = 6) -> dict[str, torch.Tensor]:
+    return {f"t{i}": torch.randn(100, 10) for i in range(count)}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_shards_and_back_to_one_file(tmp_path: Path):
+    tensors = some_tensors()
+    write_tensors(tmp_path, tensors, "10KB")
+    assert names(tmp_path) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)] + ["model.safetensors.index.json"]
+    assert same(read_tensors(tmp_path), tensors)
+    assert read_headers(tmp_path)["t3"] == ("F32", (100, 10))
+    write_tensors(tmp_path, tensors, "20KB")
+    assert names(tmp_path) == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)] + ["model.safetensors.index.json"]
+    assert same(read_tensors(tmp_path), tensors)
+    write_tensors(tmp_path, tensors)
+    assert names(tmp_path) == ["model.safetensors"]
+    assert same(read_tensors(tmp_path), tensors)
+
+
+def test_a_type_and_a_choice_of_tensors(tmp_path: Path):
+    tensors = some_tensors()
+    write_tensors(tmp_path, tensors)
+    assert same(read_tensors(tmp_path, torch.bfloat16), {name: t.bfloat16() for name, t in tensors.items()})
+    assert same(read_tensors(tmp_path, wanted={"t2", "t5", "t9"}), {name: tensors[name] for name in ("t2", "t5")})
+
+
+def test_the_tensors_are_copies(tmp_path: Path):
+    write_tensors(tmp_path, some_tensors())
+    tensors = read_tensors(tmp_path)
+    save_file({"t0": torch.zeros(600, 10)}, tmp_path / "model.safetensors")  # written over in place
+    assert not any((tensor == 0).all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "must hold a JSON object, not a list"),
+        ("{}", "must name the file of each tensor under 'weight_map'"),
+        ('{"weight_map": ["a.safetensors"]}', "must name the file of each tensor"),
+        ('{"weight_map": {"t0": 3}}', "names 3, which is no .safetensors file beside it"),
+        ('{"weight_map": {"t0": "../other/model.safetensors"}}', "names '../other/model.safetensors', which is no"),
+        ('{"weight_map": {"t0": "model.pt"}}', "names 'model.pt', which is no .safetensors file beside it"),
+        ('{"weight_map": {"t0": "model-00009-of-00009.safetensors"}}', "has no model-00009-of-00009.safetensors"),
+    ],
+)
+def test_a_damaged_index(index: str, message: str, tmp_path: Path):
+    write_tensors(tmp_path, some_tensors(), "10KB")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(DetailFlowError, match=message):
+        read_tensors(tmp_path)
+
+
+def test_a_truncated_shard(tmp_path: Path):
+    write_tensors(tmp_path, some_tensors(), "10KB")
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(DetailFlowError, match="model-00002-of-00003.safetensors: it is damaged or incomplete"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["5X", "", "GB", "0GB", "-5GB", "infGB", "1e999GB", "12"])
+def test_a_shard_size_that_is_none(size: str, tmp_path: Path):
+    with pytest.raises(DetailFlowError, match="the shard size must be like 5GB or 200MB, not"):
+        write_tensors(tmp_path, some_tensors(), size)
+    assert names(tmp_path) == []
+
+
+def test_pieces():
+    sizes = {"a": PIECE // 2, "b": PIECE // 2, "c": 3 * PIECE, "d": 1, "e": 1}
+    assert list(in_pieces(sizes)) == [["a", "b"], ["c"], ["d", "e"]]
+    assert list(in_pieces({})) == []
+
+
+LOAD = """
+import sys, torch
+from pathlib import Path
+from detailflow import DetailFlowGPT
+
+def peak():
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+before = peak()
+model = DetailFlowGPT.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+size = sum(p.nbytes for p in model.parameters())
+print(size, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
+def test_loading_holds_little_more_than_the_model(tmp_path: Path):
+    """Published checkpoints carry optimizer state and are in float32; ours may be as well."""
+    from detailflow import DetailFlowGPT
+    from detailflow.convert import save_published
+    from detailflow.models.gpt import GPTConfig
+
+    model = DetailFlowGPT(GPTConfig(num_classes=10, width=768, depth=10, heads=12))  # 75M parameters, 151 MB in bfloat16
+    model.save_pretrained(tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    save_published(tmp_path / "published", "gpt", config, model.state_dict())
+    path = tmp_path / "published" / "checkpoints" / "128.pt"
+    state = torch.load(path, weights_only=True, mmap=True)
+    moments = {name: tensor.clone() for name, tensor in state["model"].items()}
+    torch.save({**state, "model": moments, "optimizer": {"state": {0: moments}}, "steps": 1}, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+    for folder in ("ours", "published"):
+        run = subprocess.run([sys.executable, "-c", LOAD, tmp_path / folder], capture_output=True, text=True, check=True)
+        size, held = map(int, run.stdout.split())
+        assert size > 100e6 and held < 1.3 * size + 200e6, folder
