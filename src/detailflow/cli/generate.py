@@ -1,9 +1,7 @@
 """`detailflow generate`: images of classes."""
 
 import argparse
-import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from detailflow.cli.common import (
     Parser,
@@ -14,10 +12,9 @@ from detailflow.cli.common import (
     positive,
     write_png,
 )
+from detailflow.errors import DetailFlowError
 
-if TYPE_CHECKING:
-    from detailflow.pipeline import DetailFlowPipeline
-
+FORMATS = ("png", "npz", "webdataset")
 GRID_IMAGES = 400  # about as many as a grid shows where there are more
 
 
@@ -31,6 +28,10 @@ def parser() -> Parser:
     result.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default: %(default)s)")
     result.add_argument("--num-tokens", type=int, metavar="N", help="stop after N tokens, for coarse images (default: all)")
     add_output_option(result)
+    many = result.add_argument_group("many images, by one process or, with torchrun or accelerate launch, by several")
+    many.add_argument("--num-images", type=positive, metavar="N", help="N in all, of the classes in turn; again to go on")
+    many.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="of these N (default: %(default)s)")
+    many.add_argument("--batch-size", type=positive, metavar="N", help="made at once (default: 32, or 128 on a GPU)")
     result.add_argument("--grid", action=argparse.BooleanOptionalAction, default=True, help="write grid.png too")
     result.add_argument("--progressive", action="store_true", help="write a strip per image, from coarse to fine, too")
     group = result.add_argument_group("sampling (default: the model's own best values)")
@@ -55,15 +56,30 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.generation import SamplingConfig
     from detailflow.pictures import grid, strip
     from detailflow.pipeline import BATCH_SIZE, DetailFlowPipeline, stage_counts
+    from detailflow.samples import Processes, file_label, generate_many
 
+    if args.num_images is None and args.format != FORMATS[0]:
+        raise DetailFlowError(f"--format {args.format} is for --num-images")
+    if args.num_images and (args.progressive or args.num > 1):
+        raise DetailFlowError("--num-images counts all images and makes no strips: leave out --num and --progressive")
+    processes = Processes.of_this_launch(cpu=args.device == "cpu") if args.num_images else Processes()
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     sampling = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     SamplingConfig(**sampling)  # raises before a large model is loaded
-    pipeline = DetailFlowPipeline.from_pretrained(args.model, args.device, getattr(torch, args.dtype), args.tokenizer)
+    pipeline = DetailFlowPipeline.from_pretrained(
+        args.model, processes.device or args.device, getattr(torch, args.dtype), args.tokenizer
+    )
     schedule = pipeline.tokenizer.schedule
     num_tokens = schedule.check_count(args.num_tokens)
     counts = stage_counts(schedule, num_tokens) if args.progressive else [num_tokens]
     classes = pipeline.class_ids(args.classes or range(pipeline.gpt.config.num_classes))
+    if args.num_images:
+        labels = [classes[i % len(classes)] for i in range(args.num_images)]
+        batch_size = args.batch_size or (128 if pipeline.gpt.device.type == "cuda" else BATCH_SIZE)
+        generate_many(
+            pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling
+        )
+        return 0
     labels = [label for label in classes for _ in range(args.num)]
     per_class = min(args.num, max(1, GRID_IMAGES // len(classes)))
 
@@ -80,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
             stages = list(pipeline.stream(batch, first_image=first, **options))
             make_output(args.output)
             for i, image in enumerate(stages[-1].images):
-                name = f"{first + i:04d}-{_slug(pipeline, batch[i])}.png"
+                name = f"{first + i:04d}-{file_label(pipeline, batch[i])}.png"
                 write_png(image, args.output / name)
                 if args.progressive:
                     write_png(strip(stages, i), args.output / f"strip-{name}")
@@ -91,8 +107,3 @@ def main(argv: Sequence[str]) -> int:
         write_png(grid(shown, per_class if per_class > 1 else None, captions), args.output / "grid.png")
     print(f"wrote {len(labels)} image{'s' if len(labels) > 1 else ''} to {args.output}")
     return 0
-
-
-def _slug(pipeline: "DetailFlowPipeline", class_id: int) -> str:
-    """The class's name, fit for a file name."""
-    return re.sub(r"\W+", "-", pipeline.class_name(class_id)).strip("-")[:50] or str(class_id)

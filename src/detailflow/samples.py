@@ -1,0 +1,275 @@
+"""Many generated images on disk: written part by part by any number of processes, and gone on with where they stopped.
+
+A part is a run of image numbers that is made in the same batches whoever makes it, and image i's noise depends on the seed and
+i alone, so one process and many write the same files. A part is written whole or not at all; those that are there are skipped.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from detailflow.errors import DetailFlowError
+from detailflow.hub import fingerprint
+from detailflow.pipeline import DetailFlowPipeline
+from detailflow.storage import replacing
+
+SETTINGS_FILE = "samples.json"
+SHARD_IMAGES = 1000  # about as many are in one tar file
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's number among all of those that write together, and how it waits for the others."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device | None = None
+    wait: Callable[[], None] = lambda: None
+
+    @classmethod
+    def of_this_launch(cls, cpu: bool = False) -> "Processes":
+        """As `torchrun` or `accelerate launch` started them; one where neither did.
+
+        Raises:
+            DetailFlowError: if Accelerate is not installed.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls()
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise DetailFlowError(
+                "several processes need the package accelerate: install it with pip install 'detailflow[train]'"
+            ) from error
+        state = PartialState(cpu=cpu)
+        return cls(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
+
+
+class Writer(Protocol):
+    """A format of many images."""
+
+    batches: int  # in a part
+
+    def is_done(self, part: int, numbers: range) -> bool:
+        """Whether the part is on disk already."""
+
+    def write(self, part: int, numbers: range, labels: Sequence[int], images: Sequence[Image.Image]) -> None:
+        """Write a part, whole or not at all."""
+
+    def finish(self, parts: int, labels: Sequence[int]) -> None:
+        """What is left to do, by one process, once all parts are there."""
+
+
+class PngWriter:
+    """A file per image, `NUMBER-NAME.png`."""
+
+    batches = 1
+
+    def __init__(self, folder: Path, labels: Sequence[int], name: Callable[[int], str]) -> None:
+        self.folder, self.labels, self.name = folder, labels, name
+        self.digits = max(4, len(str(len(labels) - 1)))
+
+    def path(self, number: int) -> Path:
+        """Of an image."""
+        return self.folder / f"{number:0{self.digits}d}-{self.name(self.labels[number])}.png"
+
+    def is_done(self, part: int, numbers: range) -> bool:
+        return all(self.path(number).exists() for number in numbers)
+
+    def write(self, part: int, numbers: range, labels: Sequence[int], images: Sequence[Image.Image]) -> None:
+        for number, image in zip(numbers, images, strict=True):
+            with replacing(self.path(number)) as path:
+                image.save(path, format="PNG")
+
+    def finish(self, parts: int, labels: Sequence[int]) -> None:
+        pass
+
+
+class NpzWriter:
+    """One `samples.npz` in the layout of the ADM evaluation suite: `arr_0` (n, H, W, 3) uint8, and the labels as `arr_1`."""
+
+    batches = 1
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _part(self, part: int) -> Path:
+        return self.folder / f"part-{part:06d}.npy"
+
+    def is_done(self, part: int, numbers: range) -> bool:
+        return self._part(part).exists() or (self.folder / "samples.npz").exists()
+
+    def write(self, part: int, numbers: range, labels: Sequence[int], images: Sequence[Image.Image]) -> None:
+        with replacing(self._part(part)) as path, path.open("wb") as file:
+            np.save(file, np.stack([np.asarray(image) for image in images]))
+
+    def finish(self, parts: int, labels: Sequence[int]) -> None:
+        if (self.folder / "samples.npz").exists():
+            return
+        shape = np.load(self._part(0), mmap_mode="r").shape[1:]
+        with replacing(self.folder / "samples.npz") as path, zipfile.ZipFile(path, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in range(parts):
+                    file.write(np.load(self._part(part)).tobytes())
+            with archive.open("arr_1.npy", "w") as file:
+                np.save(file, np.asarray(labels, np.int64))
+        for part in range(parts):
+            self._part(part).unlink()
+
+
+class WebDatasetWriter:
+    """Tar files of about a thousand images, `NUMBER.png` with its class in `NUMBER.cls`."""
+
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self.folder, self.batches = folder, max(1, SHARD_IMAGES // batch_size)
+
+    def _shard(self, part: int) -> Path:
+        return self.folder / f"samples-{part:06d}.tar"
+
+    def is_done(self, part: int, numbers: range) -> bool:
+        return self._shard(part).exists()
+
+    def write(self, part: int, numbers: range, labels: Sequence[int], images: Sequence[Image.Image]) -> None:
+        with replacing(self._shard(part)) as path, tarfile.open(path, "w") as archive:
+            for number, label, image in zip(numbers, labels, images, strict=True):
+                picture = io.BytesIO()
+                image.save(picture, format="PNG")
+                for suffix, content in (("cls", str(label).encode()), ("png", picture.getvalue())):
+                    member = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+    def finish(self, parts: int, labels: Sequence[int]) -> None:
+        pass
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Make `folder` this set of samples' own, or find that it is.
+
+    Raises:
+        DetailFlowError: if it holds samples of other settings, or can't be written.
+    """
+    path = folder / SETTINGS_FILE
+    mine = json.loads(json.dumps(settings))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
+        if not path.exists():
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
+    except ValueError:
+        theirs = None
+    if not isinstance(theirs, dict):
+        raise DetailFlowError(f"{path} is damaged: choose another output folder")
+    for key in mine:
+        if theirs.get(key) != mine[key]:
+            raise DetailFlowError(
+                f"{folder} holds samples with another {key} ({theirs.get(key)!r}, not {mine[key]!r}): choose another folder"
+            )
+
+
+def generate_many(
+    pipeline: DetailFlowPipeline,
+    labels: Sequence[int],
+    folder: Path,
+    form: str = "png",
+    seed: int = 0,
+    batch_size: int = 32,
+    processes: Processes | None = None,
+    num_tokens: int | None = None,
+    **sampling: Any,
+) -> None:
+    """Write an image of each class number in `labels` to `folder`; what is there already of the same set stays.
+
+    Args:
+        form: "png", "npz" or "webdataset".
+        batch_size: images made at once, on which floating-point rounding depends.
+        processes: those that share the work; `None` is this one alone.
+        sampling: guidance_scale and so on, as for a pipeline's call.
+
+    Raises:
+        DetailFlowError: as a pipeline's call, for a folder with another set of samples, or if a file can't be written.
+    """
+    from tqdm import tqdm
+
+    processes = processes or Processes()
+    writers: dict[str, Callable[[], Writer]] = {
+        "png": lambda: PngWriter(folder, labels, lambda label: file_label(pipeline, label)),
+        "npz": lambda: NpzWriter(folder),
+        "webdataset": lambda: WebDatasetWriter(folder, batch_size),
+    }
+    if form not in writers:
+        raise DetailFlowError(f"the format must be one of {', '.join(writers)}, not {form!r}")
+    writer = writers[form]()
+    if processes.rank == 0:
+        settings = {
+            "labels": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest(),
+            "num_images": len(labels),
+            "format": form,
+            "seed": seed,
+            "num_tokens": pipeline.tokenizer.schedule.check_count(num_tokens),
+            "batch_size": batch_size,
+            "dtype": str(pipeline.gpt.head.weight.dtype).removeprefix("torch."),
+            **asdict(pipeline.gpt.sampling(**sampling)),
+            "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),
+            "gpt": fingerprint({}, pipeline.gpt.state_dict()),
+        }
+        claim(folder, settings)
+    processes.wait()
+    done = _write_parts(pipeline, labels, writer, seed, batch_size, processes, num_tokens=num_tokens, **sampling)
+    with tqdm(total=len(labels), desc="generating", unit="image", disable=True if processes.rank else None) as bar:
+        for count in done:
+            bar.update(min(count * processes.count, len(labels) - bar.n))
+    if processes.rank == 0:
+        print(f"wrote {len(labels)} images to {folder}")
+
+
+def file_label(pipeline: DetailFlowPipeline, class_id: int) -> str:
+    """The class's name, fit for a file name."""
+    return re.sub(r"\W+", "-", pipeline.class_name(class_id)).strip("-")[:50] or str(class_id)
+
+
+def _write_parts(
+    pipeline: DetailFlowPipeline,
+    labels: Sequence[int],
+    writer: Writer,
+    seed: int,
+    batch_size: int,
+    processes: Processes,
+    **options: Any,
+) -> Iterator[int]:
+    """Make the parts that are missing of this process's share; yields how many images each has."""
+    size = batch_size * writer.batches
+    parts = -(-len(labels) // size)
+    for part in range(processes.rank, parts, processes.count):
+        numbers = range(part * size, min((part + 1) * size, len(labels)))
+        if not writer.is_done(part, numbers):
+            own = labels[numbers.start : numbers.stop]
+            images = pipeline(own, seed=seed, first_image=numbers.start, batch_size=batch_size, **options)
+            try:
+                writer.write(part, numbers, own, images)
+            except OSError as error:
+                raise DetailFlowError(f"cannot write the samples: {error.strerror or error}") from error
+        yield len(numbers)
+    processes.wait()
+    if processes.rank == 0:
+        try:
+            writer.finish(parts, labels)
+        except OSError as error:
+            raise DetailFlowError(f"cannot write the samples: {error.strerror or error}") from error

@@ -1,0 +1,135 @@
+"""Many images on disk: the same whoever writes them, in every format, and gone on with where they stopped."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detailflow import DetailFlowPipeline
+from detailflow.cli.main import main
+from detailflow.errors import DetailFlowError
+from detailflow.samples import SETTINGS_FILE, generate_many
+
+LABELS = [3, 1] * 5 + [4]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != SETTINGS_FILE}
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+@pytest.fixture
+def expected(pipeline: DetailFlowPipeline) -> np.ndarray:
+    return pixels(pipeline(LABELS, seed=2, batch_size=4))
+
+
+def test_png(pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path):
+    generate_many(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
+    names = ["cat", "automobile"] * 5 + ["Hot-dog"]
+    paths = [tmp_path / f"{i:04d}-{name}.png" for i, name in enumerate(names)]
+    assert sorted(contents(tmp_path)) == [path.name for path in paths]
+    assert np.array_equal(pixels([Image.open(path) for path in paths]), expected)
+
+
+def test_npz_in_the_layout_of_adm(pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path):
+    generate_many(pipeline, LABELS, tmp_path, "npz", seed=2, batch_size=4)
+    assert list(contents(tmp_path)) == ["samples.npz"]
+    with np.load(tmp_path / "samples.npz") as stored:
+        assert stored["arr_0"].dtype == np.uint8 and np.array_equal(stored["arr_0"], expected)
+        assert stored["arr_1"].tolist() == LABELS
+
+
+def test_webdataset(pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("detailflow.samples.SHARD_IMAGES", 8)
+    generate_many(pipeline, LABELS, tmp_path, "webdataset", seed=2, batch_size=4)
+    assert sorted(contents(tmp_path)) == ["samples-000000.tar", "samples-000001.tar"]
+    images, labels = [], []
+    for path in sorted(tmp_path.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                content = archive.extractfile(member).read()
+                (labels if member.name.endswith(".cls") else images).append(content)
+    assert [int(label) for label in labels] == LABELS
+    assert np.array_equal(pixels([Image.open(io.BytesIO(image)) for image in images]), expected)
+
+
+@pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
+def test_what_is_there_stays(form: str, pipeline: DetailFlowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("detailflow.samples.SHARD_IMAGES", 4)
+    generate_many(pipeline, LABELS, tmp_path / "whole", form, seed=2, batch_size=4)
+    calls = []
+
+    class Stops:
+        """A pipeline that is killed before its third batch."""
+
+        def __getattr__(self, name: str):
+            return getattr(pipeline, name)
+
+        def __call__(self, labels: list[int], **options: object) -> list[Image.Image]:
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            calls.append(options["first_image"])
+            return pipeline(labels, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_many(Stops(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
+    assert calls == [0, 4]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").iterdir() if path.name != SETTINGS_FILE}
+    assert times
+    more = lambda self, labels, **options: calls.append(options["first_image"]) or pipeline(labels, **options)  # noqa: E731
+    monkeypatch.setattr(Stops, "__call__", more)
+    generate_many(Stops(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
+    assert calls == [0, 4, 8]
+    assert contents(tmp_path / "part") == contents(tmp_path / "whole")
+    if form != "npz":
+        assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    generate_many(Stops(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
+    assert calls == [0, 4, 8]
+
+
+def test_another_set_is_not_mixed_in(pipeline: DetailFlowPipeline, tmp_path: Path):
+    generate_many(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
+    for options, what in (({"seed": 3}, "seed (2, not 3)"), ({"temperature": 0.5}, "temperature (1.0, not 0.5)")):
+        with pytest.raises(DetailFlowError, match="holds samples with another") as caught:
+            generate_many(pipeline, LABELS, tmp_path, **{"seed": 2, "batch_size": 4, **options})
+        assert what in str(caught.value)
+    (tmp_path / SETTINGS_FILE).write_text("no JSON")
+    with pytest.raises(DetailFlowError, match="samples.json is damaged"):
+        generate_many(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
+
+
+def test_one_process_and_several(model: Path, tmp_path: Path):
+    """Two processes as torchrun starts them write the files of one."""
+    options = ["--num-images", "11", "--batch-size", "2", "--model", str(model), "--device", "cpu"]
+    assert main(["generate", "cat", "1", *options, "--output", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "detailflow"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "generate", "cat", "1", *options, "--output", str(tmp_path / "two")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("wrote 11 images") == 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert json.loads((tmp_path / "two" / SETTINGS_FILE).read_text())["num_images"] == 11
+
+
+def test_bad_options(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for argv, message in (
+        (["--format", "npz"], "--format npz is for --num-images"),
+        (["--num-images", "5", "--progressive"], "--num-images counts all images and makes no strips"),
+        (["--num-images", "0"], "must be a positive integer"),
+        (["--num-images", "5", "--format", "gif"], "invalid choice: 'gif'"),
+    ):
+        assert main(["generate", *argv, "--model", str(model), "--output", str(tmp_path / "x")]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
