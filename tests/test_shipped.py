@@ -4,13 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import ImageOps
 
 from detailflow import DetailFlowPipeline
 from detailflow.data.images import open_images
+from detailflow.data.transforms import to_tensor
 from detailflow.hub import default_directory
 from detailflow.pipeline import psnr, reconstruct
 
 TEST_IMAGES = Path(__file__).resolve().parents[2] / "shared/data/cifar10/test.parquet"
+PHOTOGRAPHS = TEST_IMAGES.parents[1] / "imagenet-sample/val.parquet"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -42,5 +46,38 @@ def test_more_tokens_come_closer_to_real_photographs(shipped: DetailFlowPipeline
     decibels = np.array([[s.psnr for s in reconstruct(shipped.tokenizer, o, counts)] for o in originals]).mean(0)
     colour = np.mean([psnr(np.broadcast_to(np.asarray(o).mean((0, 1)).round(), (32, 32, 3)), np.asarray(o)) for o in originals])
     assert decibels[0] < decibels[1] < decibels[2]
-    assert decibels[1] > colour + 1
-    assert decibels[2] > 20.5
+    assert decibels[1] > colour + 3
+    assert decibels[2] > 22
+
+
+@pytest.mark.xfail(reason="the shipped tokenizer has not learnt self-correction yet: see docs/shipped-model.md")
+@pytest.mark.skipif(not TEST_IMAGES.exists(), reason="shared/data is not beside the checkout")
+def test_later_tokens_correct_planted_mistakes(shipped: DetailFlowPipeline) -> None:
+    """With wrong tokens in a group, the tokens that the correction pass writes after it beat the clean ones (paper figure 4a)."""
+    tokenizer = shipped.tokenizer
+    source = open_images(str(TEST_IMAGES))
+    images = to_tensor(np.stack([np.asarray(source.image(i)) for i in range(400)]))
+    g, clean = tokenizer.config.group_size, tokenizer.encode(images)
+    for start in (g, tokenizer.schedule.prefix):  # the second group, and the first that is written in parallel
+        with torch.inference_mode():
+            patches = tokenizer.encode_patches(images)
+            z = tokenizer.encode_latents(patches, start + g)[:, start:]
+            planted = clean.clone()
+            planted[:, start : start + g] = tokenizer.plant_mistakes(z, generator=torch.Generator().manual_seed(0))
+            later = tokenizer.quantizer.nearest(tokenizer.correct_latents(patches, planted, start + g))[:, start + g :]
+        corrected = torch.cat((planted[:, : start + g], later), 1)
+        error = [(tokenizer.decode(ids) - images).square().mean((1, 2, 3)) for ids in (clean, planted, corrected)]
+        assert error[0].mean() < error[2].mean() < error[1].mean()
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="shared/data is not beside the checkout")
+def test_photographs_of_any_shape(shipped: DetailFlowPipeline) -> None:
+    source = open_images(str(PHOTOGRAPHS), split=None)
+    for i, (width, height) in enumerate(((40, 24), (24, 40), (48, 20), (32, 32))):
+        photo = ImageOps.fit(source.image(i), (width, height))
+        (stage,) = shipped.reconstruct(photo, [48], whole=True)
+        assert stage.images[0].size == (width, height)
+        colour = psnr(np.broadcast_to(np.asarray(photo).mean((0, 1)).round(), (height, width, 3)), np.asarray(photo))
+        assert stage.psnr > colour + 3
+        if width == height:
+            assert stage == shipped.reconstruct(photo, [48])[0]
