@@ -93,6 +93,7 @@ def test_ctrl_c(model: Path, tmp_path: Path):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # which shells ignore in background jobs
     )
     try:
         deadline = time.monotonic() + 60
