@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from detailflow import hub
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
-from detailflow.models.loading import build, config_from_dict
+from detailflow.models.loading import build
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.published import (
     ARGUMENTS_FILE,
@@ -22,6 +22,7 @@ from detailflow.published import (
     check_kind,
     heads_of,
     is_published,
+    model_folder,
     read_arguments,
     tensor_names,
 )
@@ -79,8 +80,8 @@ def convert(
     for kind, path in tqdm(found.items(), "converting", unit="model", delay=2, leave=False, disable=None):
         network, config_type = NETWORKS[kind]
         config, tensors = hub.load(path, kind, variant, dtype)
-        model = build(network, config_type, config, tensors, path)  # proves that all is there and fits
-        configs[kind] = config = asdict(config_from_dict(config_type, config, path))
+        model: Any = build(network, config_type, config, tensors, path)  # proves that all is there and fits
+        configs[kind] = config = asdict(model.config)
         origin = _origin(path)
         if to == "published":
             save_published(targets[kind], kind, config, model.state_dict(), origin)
@@ -104,7 +105,7 @@ def _check_target(target: Path, kind: Kind, to: str) -> None:
 def _origin(path: Path) -> dict[str, Any] | None:
     """The published config, and the text of the training arguments, of a model that is, or once was, in that layout."""
     if is_published(path):
-        directory = path if path.is_dir() else path.parent.parent
+        directory = model_folder(path)
         return {"config": read_json(directory / hub.CONFIG_FILE), "arguments": read_arguments(directory)}
     origin = read_json(path / hub.CONFIG_FILE).get("published")
     known = isinstance(origin, dict) and isinstance(origin.get("config"), dict) and isinstance(origin.get("arguments"), str)

@@ -1,4 +1,4 @@
-"""Where tensors live."""
+"""Where tensors live, and in which precision networks compute."""
 
 import torch
 
@@ -18,3 +18,8 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):  # torch has one for each reason
         raise DetailFlowError(f"device {str(device)!r} cannot be used here: give another, such as cpu") from None
     return torch.device(device)
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """The context in which networks of float32 weights compute in `precision`; nothing changes for float32."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)

@@ -19,8 +19,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
-from detailflow.published import Kind, check_kind, is_published, kind_of, load_published, published_config
-from detailflow.storage import INDEX_FILE, SHARD_SIZE, WEIGHTS_FILE, read_json, read_tensors, replacing, write_tensors
+from detailflow.published import (
+    ARGUMENTS_FILE,
+    CHECKPOINTS,
+    Kind,
+    check_kind,
+    is_published,
+    kind_of,
+    load_published,
+    model_folder,
+    published_config,
+)
+from detailflow.storage import SHARD_SIZE, TENSOR_FILES, read_json, read_tensors, replacing, write_tensors
 
 CONFIG_FILE = "config.json"
 KINDS: tuple[Kind, ...] = ("tokenizer", "gpt")
@@ -111,9 +121,8 @@ def read_kind(path: Path) -> Any:
     Raises:
         DetailFlowError: if the config can't be read.
     """
-    if is_published(path):
-        return kind_of(read_json((path.parent.parent if path.suffix == ".pt" else path) / CONFIG_FILE))
-    return read_json(path / CONFIG_FILE).get("kind")
+    config = read_json(model_folder(path) / CONFIG_FILE)
+    return kind_of(config) if is_published(path) else config.get("kind")
 
 
 def find(path_or_id: str | Path) -> dict[Kind, Path]:
@@ -149,7 +158,7 @@ def download(repository: str, kind: Kind) -> Path:
 
 
 def _patterns(kind: Kind) -> list[str]:
-    files = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors", "config.yaml", "checkpoints/*.pt")
+    files = (CONFIG_FILE, *TENSOR_FILES, ARGUMENTS_FILE, f"{CHECKPOINTS}/*.pt")
     return [f"{folder}{file}" for folder in ("", f"{kind}/") for file in files]
 
 

@@ -18,7 +18,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.labels import ClassLabels, Label
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.tokenizer import DetailFlowTokenizer
-from detailflow.schedule import TokenSchedule, require_positive
+from detailflow.schedule import TokenSchedule, require_not_negative, require_positive
 
 BATCH_SIZE = 32
 LARGEST_SEED = 2**64 - 1
@@ -203,8 +203,7 @@ class DetailFlowPipeline:
         require_positive(num_images_per_class=num_images_per_class, batch_size=batch_size)
         if not 0 <= seed <= LARGEST_SEED:
             raise DetailFlowError(f"seed must be 0 to 2^64 - 1, not {seed}")
-        if first_image < 0:
-            raise DetailFlowError(f"first_image must be 0 or more, not {first_image}")
+        require_not_negative(first_image=first_image)
         n = self.tokenizer.schedule.check_count(num_tokens)
         sampling = self.gpt.sampling(guidance_scale, guidance_schedule, temperature, top_k, top_p)
         class_ids = [i for i in self.class_ids(labels) for _ in range(num_images_per_class)]

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, some_names
 from detailflow.labels import default_names
 from detailflow.storage import in_pieces, read_json
 
@@ -46,6 +46,11 @@ _REFUSED_GLOBAL = re.compile(r"(?:unsupported GLOBAL|Unsupported global: GLOBAL)
 def is_published(path: Path) -> bool:
     """Whether a folder has the published layout, or a file is a checkpoint of one."""
     return path.parent.name == CHECKPOINTS if path.is_file() else (path / CHECKPOINTS).is_dir()
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of a model that is given by it, or by one checkpoint in it."""
+    return path.parent.parent if path.is_file() else path
 
 
 def load_published(
@@ -78,7 +83,7 @@ def published_config(path: Path, kind: Kind) -> dict[str, Any]:
 
 def _inspect(path: Path, kind: Kind, variant: str) -> tuple[dict[str, Any], Path, dict[str, tuple[str, ...]]]:
     """Our config, the checkpoint, and our name of each tensor → the names it has there; no weights are read."""
-    directory = path.parent.parent if path.is_file() else path
+    directory = model_folder(path)
     config_path = directory / "config.json"
     config = read_json(config_path)
     found = kind_of(config)
@@ -261,9 +266,9 @@ def _check_names(state: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...
     present = {name for name in state if not name.startswith(_TRAINING_ONLY)}
     for what, difference in (("lacks", wanted - present), ("has the unexpected", present - wanted)):
         if difference:
-            first = ", ".join(sorted(difference)[:3])
-            more = f" and {len(difference) - 3} more" if len(difference) > 3 else ""
-            raise DetailFlowError(f"{path} is no published DetailFlow checkpoint of this kind: it {what} {first}{more}")
+            raise DetailFlowError(
+                f"{path} is no published DetailFlow checkpoint of this kind: it {what} {some_names(difference)}"
+            )
 
 
 def _translate(

@@ -22,6 +22,20 @@ def require_positive(**values: int) -> None:
             raise DetailFlowError(f"{name} must be a positive integer, not {value!r}")
 
 
+def require_not_negative(**values: float) -> None:
+    """Raise a `DetailFlowError` that names the first value which is below 0, or not a number."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise DetailFlowError(f"{name} must be 0 or more, not {value!r}")
+
+
+def require_shares(**values: float) -> None:
+    """Raise a `DetailFlowError` that names the first value which is not a share, 0 to 1."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise DetailFlowError(f"{name} must lie in 0 to 1, not {value!r}")
+
+
 @dataclass(frozen=True)
 class TokenSchedule:
     """The order of the tokens and the resolution that each count of them stands for.
@@ -98,7 +112,7 @@ class TokenSchedule:
 
     def decode_size(self, n: int) -> int:
         """D(n), the side in pixels at which n tokens are decoded: R(n) rounded up to a multiple of f."""
-        return -(-self.resolution(n) // self.patch_size) * self.patch_size
+        return self.decode_shape(n, self.image_size, self.image_size)[0]
 
     def decode_shape(self, n: int, height: int, width: int) -> tuple[int, int]:
         """D(n) of a picture that is not square: (height, width), each the part R(n)/R of its full side, rounded up to a multiple

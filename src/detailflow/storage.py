@@ -18,6 +18,7 @@ from detailflow.errors import DetailFlowError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TENSOR_FILES = (WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")  # as patterns
 SHARD_SIZE = "5GB"  # the hub's convention
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 PIECE = 64 * 2**20  # bytes

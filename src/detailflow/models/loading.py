@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, some_names
 
 Network = TypeVar("Network", bound=nn.Module)
 Config = TypeVar("Config")
@@ -126,12 +126,6 @@ def require_same(ours: object, theirs: object, keys: Sequence[str], source: obje
             raise DetailFlowError(
                 f"the weights of {source} do not fit: {key} is {getattr(theirs, key)} there and {getattr(ours, key)} here"
             )
-
-
-def some_names(names: set[str]) -> str:
-    """The first few of many names, for a sentence."""
-    first = sorted(names)[:3]
-    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_ids(name: str, ids: Tensor, dimensions: int, count: int) -> None:

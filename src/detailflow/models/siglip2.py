@@ -12,19 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from detailflow import hub
-from detailflow.errors import DetailFlowError
-from detailflow.models.loading import config_from_dict, some_names
+from detailflow.errors import DetailFlowError, some_names
+from detailflow.models.loading import config_from_dict
 from detailflow.models.tokenizer import Encoder
-from detailflow.models.vit import Block, ViTConfig, initial_positions, patchify, resize_positions
+from detailflow.models.vit import Block, ViTConfig, has_patches, initial_positions, patchify, resize_positions
 from detailflow.published import heads_of, layer_count, vit_names
-from detailflow.storage import INDEX_FILE, WEIGHTS_FILE, read_headers, read_tensors
+from detailflow.storage import TENSOR_FILES, read_headers, read_tensors
 
 SIGLIP2 = "google/siglip2-so400m-patch16-naflex"
 _PREFIX = (
     "vision_model."  # beside it lie the text tower and the pooling head, which nothing here needs; a tower saved alone has none
 )
 Names = dict[str, tuple[str, ...]]  # ours → those stacked to make it
-_HUB_FILES = (WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 
 
 class SigLIP2(nn.Module):
@@ -68,8 +67,7 @@ class SigLIP2(nn.Module):
             DetailFlowError: for a wrong shape.
         """
         patch = self.patch_size
-        fits = images.ndim == 4 and images.shape[1] == 3 and all(side and side % patch == 0 for side in images.shape[2:])
-        if not fits or not images.is_floating_point():
+        if not has_patches(images, patch):
             raise DetailFlowError(
                 f"images must be floats of shape (B, 3, H, W) in [-1, 1], H and W multiples of {patch}, "
                 f"not {tuple(images.shape)} {images.dtype}"
@@ -125,7 +123,7 @@ def _find(path_or_id: str | Path, depth: int | None) -> tuple[Path, Names, SigLI
     if not name or not os.path.exists(path):  # os.path, which takes an impossible name for a missing one
         if not isinstance(path_or_id, str) or not hub.is_hub_name(name):
             raise DetailFlowError(f"there is no such folder or file: {name!r}")
-        path = hub.fetch(name, _HUB_FILES)
+        path = hub.fetch(name, TENSOR_FILES)
     headers = read_headers(path)
     prefix = _PREFIX if any(header.startswith(_PREFIX) for header in headers) else ""
     count = layer_count(headers, f"{prefix}encoder.")

@@ -10,7 +10,16 @@ from detailflow import hub
 from detailflow.errors import DetailFlowError
 from detailflow.models.loading import build, check_ids
 from detailflow.models.quantizer import VectorQuantizer
-from detailflow.models.vit import Block, KeyValue, ViTConfig, initial_positions, patchify, resize_positions, unpatchify
+from detailflow.models.vit import (
+    Block,
+    KeyValue,
+    ViTConfig,
+    has_patches,
+    initial_positions,
+    patchify,
+    resize_positions,
+    unpatchify,
+)
 from detailflow.schedule import TokenSchedule, require_positive
 
 POSITION_SCALE = 0.5  # of query tokens and their positions at the start: as large as what is added to them, so that they are seen
@@ -229,8 +238,7 @@ class DetailFlowTokenizer(nn.Module):
             DetailFlowError: for a wrong shape.
         """
         side, patch = self.config.image_size, self.config.patch_size
-        fits = images.ndim == 4 and images.shape[1] == 3 and all(s > 0 and s % patch == 0 for s in images.shape[2:])
-        if not fits or not images.is_floating_point():
+        if not has_patches(images, patch):
             raise DetailFlowError(
                 f"images must be floats of shape (B, 3, {side}, {side}) in [-1, 1], or with other multiples of {patch} as sides, "
                 f"not {tuple(images.shape)} {images.dtype}"

@@ -86,6 +86,13 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)), own
 
 
+def has_patches(images: Tensor, patch: int) -> bool:
+    """Whether these are floats of shape (B, 3, H, W) that can be cut into patches: H and W are multiples of `patch`."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        return False
+    return all(side > 0 and side % patch == 0 for side in images.shape[2:])
+
+
 def patchify(images: Tensor, patch: int) -> Tensor:
     """(B, 3, H, W) → (B, H/f · W/f, f·f·3), row-major, values inside a patch in (row, column, channel) order."""
     batch, channels, height, width = images.shape

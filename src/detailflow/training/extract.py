@@ -14,10 +14,10 @@ from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.tokens import TokenStore, TokenStoreInfo
 from detailflow.data.transforms import ten_crops, to_tensor, two_crops
-from detailflow.device import choose_device
+from detailflow.device import autocast, choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.models.tokenizer import DetailFlowTokenizer
-from detailflow.schedule import require_positive
+from detailflow.schedule import require_not_negative, require_positive
 from detailflow.training.loop import PRECISIONS
 from detailflow.training.tokenizer import draw_position
 
@@ -50,8 +50,7 @@ class Extraction:
 
     def __post_init__(self) -> None:
         require_positive(batch_size=self.batch_size)
-        if self.workers < 0:
-            raise DetailFlowError(f"workers must be 0 or more, not {self.workers!r}")
+        require_not_negative(workers=self.workers)
         if self.crops not in CROPS:
             raise DetailFlowError(f"crops must be {' or '.join(CROPS)}, not {self.crops!r}")
         if self.precision not in PRECISIONS:
@@ -128,7 +127,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
             draws = [draw_position(model.schedule, model.config.num_tokens, generator) or 0 for _ in labels]
             positions = torch.tensor(draws).repeat_interleave(count)
             images = to_tensor(crops.reshape(-1, *crops.shape[2:])).to(place)
-            with torch.autocast(place.type, precision, enabled=precision != torch.float32):
+            with autocast(place, precision):
                 rows = code_rows(model, images, positions, generator)
             writer.append(rows.view(len(labels), count, *rows.shape[1:]).cpu().numpy(), labels)
     return TokenStore.open(output)

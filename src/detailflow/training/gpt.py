@@ -13,7 +13,7 @@ from torch import Tensor
 from detailflow import hub
 from detailflow.data.tokens import TokenBatches, TokenStore
 from detailflow.data.transforms import to_uint8
-from detailflow.device import choose_device
+from detailflow.device import autocast, choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
 from detailflow.labels import ClassLabels
@@ -21,6 +21,7 @@ from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.loading import config_from_dict, load_weights, require_same
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
+from detailflow.schedule import require_not_negative, require_shares
 from detailflow.training.extract import tokenizer_fingerprint
 from detailflow.training.loop import PRECISIONS, LoopConfig, has_checkpoint, run
 
@@ -57,11 +58,8 @@ class GPTTraining:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("planted_share", "label_dropout", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DetailFlowError(f"{name} must lie in 0 to 1, not {getattr(self, name)!r}")
-        if not self.weight_decay >= 0:
-            raise DetailFlowError(f"weight_decay must be 0 or more, not {self.weight_decay!r}")
+        require_shares(planted_share=self.planted_share, label_dropout=self.label_dropout, ema=self.ema)
+        require_not_negative(weight_decay=self.weight_decay)
 
 
 class GPTStage:
@@ -101,7 +99,7 @@ class GPTStage:
         labels, given, wanted = (tensor.to(self.device) for tensor in batch)
         dropped = torch.rand(len(labels)).to(self.device) < self.config.label_dropout
         labels = torch.where(dropped, self.model.config.num_classes, labels)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(self.device, self.precision):
             logits = self.forward(labels, given)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
         self.optimizer.zero_grad()

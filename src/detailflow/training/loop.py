@@ -21,7 +21,7 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 from detailflow.hub import CONFIG_FILE
-from detailflow.schedule import require_positive
+from detailflow.schedule import require_not_negative, require_positive, require_shares
 from detailflow.storage import replacing
 
 RUN_FILE = "run.yaml"
@@ -70,13 +70,10 @@ class LoopConfig:
             raise DetailFlowError(f"learning_rate must be above 0, not {self.learning_rate!r}")
         if not 0 <= self.warmup < 1:
             raise DetailFlowError(f"warmup must be at least 0 and below 1, not {self.warmup!r}")
-        if not 0 <= self.final_rate <= 1:
-            raise DetailFlowError(f"final_rate must lie in 0 to 1, not {self.final_rate!r}")
+        require_shares(final_rate=self.final_rate)
         if not self.grad_clip > 0:
             raise DetailFlowError(f"grad_clip must be above 0, not {self.grad_clip!r}")
-        for name in ("seed", "workers", "checkpoint_minutes"):
-            if not getattr(self, name) >= 0:
-                raise DetailFlowError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+        require_not_negative(seed=self.seed, workers=self.workers, checkpoint_minutes=self.checkpoint_minutes)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of `step` (0-based): linear warm-up, then a cosine."""

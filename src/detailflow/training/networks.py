@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from detailflow.device import autocast
+
 FEATURE_WIDTHS = (32, 64, 128, 192)
 SMALLEST_SIDE = 2 ** (len(FEATURE_WIDTHS) - 1)  # which the last map of features halves to one pixel
 
@@ -58,7 +60,7 @@ def train_classifier(
     right = seen = 0
     for step, (images, labels) in zip(range(steps), batches, strict=False):
         images, labels = images.to(device), labels.to(device)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        with autocast(device, precision):
             logits = network(images).float()
         optimizer.zero_grad()
         F.cross_entropy(logits, labels, label_smoothing=0.1).backward()

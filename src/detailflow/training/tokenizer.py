@@ -16,13 +16,13 @@ from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.loader import ImageBatches
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor, to_uint8
-from detailflow.device import choose_device
+from detailflow.device import autocast, choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.models.loading import config_from_dict, load_weights, require_same
 from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.pictures import grid
-from detailflow.schedule import TokenSchedule, require_positive
+from detailflow.schedule import TokenSchedule, require_not_negative, require_positive, require_shares
 from detailflow.storage import replacing
 from detailflow.training.loop import PRECISIONS, LoopConfig, has_checkpoint, run
 from detailflow.training.losses import (
@@ -82,12 +82,19 @@ class TokenizerTraining:
         require_positive(classifier_epochs=self.classifier_epochs)
         if self.init and self.encoder_init:
             raise DetailFlowError("init and encoder_init exclude each other: a tokenizer has an encoder already")
-        for name in ("coarse_probability", "correction_share", "adversarial_from"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DetailFlowError(f"{name} must lie in 0 to 1, not {getattr(self, name)!r}")
-        for name in ("pixel", "quantization", "commitment", "perceptual", "adversarial", "revive_every"):
-            if not getattr(self, name) >= 0:
-                raise DetailFlowError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+        require_shares(
+            coarse_probability=self.coarse_probability,
+            correction_share=self.correction_share,
+            adversarial_from=self.adversarial_from,
+        )
+        require_not_negative(
+            pixel=self.pixel,
+            quantization=self.quantization,
+            commitment=self.commitment,
+            perceptual=self.perceptual,
+            adversarial=self.adversarial,
+            revive_every=self.revive_every,
+        )
         if not 1 <= self.max_scale < float("inf"):
             raise DetailFlowError(f"max_scale must be 1 (no zoom) or more, not {self.max_scale!r}")
         if self.perceptual and self.model.image_size < SMALLEST_SIDE:
@@ -147,7 +154,7 @@ class TokenizerStage:
         position = draw_position(schedule, t)
         side = schedule.decode_size(t)
         target = coarse_target(images, schedule.resolution(t), side)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(self.device, self.precision):
             z, quantized, corrected = self._encode(images, position)
             decode = self.decode_full if t == schedule.num_tokens else self.model.decode_quantized
             pixels = decode(torch.cat([q[:, :t] for q in quantized]), side).float()
@@ -216,14 +223,14 @@ class TokenizerStage:
 
     def _perceptual(self, pixels: Tensor, target: Tensor, corrected: int) -> Tensor:
         assert self.features is not None
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(self.device, self.precision):
             with torch.no_grad():
                 wanted = self.features.features(target)
             made = self.features.features(pixels)
         return perceptual_loss(made, [torch.cat((w, w[:corrected])) for w in wanted])
 
     def _judge(self, pixels: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(self.device, self.precision):
             return self.discriminator(pixels).float()
 
     def _train_discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
