@@ -174,6 +174,31 @@ def test_where_the_correction_pass_stops_gradients(cifar: Path, images: torch.Te
     assert gradients(pairs[1][0]) == gradients(corrected)
 
 
+@pytest.mark.parametrize("mistakes", [1, 5, 64])
+def test_mistakes_are_of_so_many_nearest_codes(mistakes: int, cifar: Path, images: torch.Tensor, tmp_path: Path):
+    """Of one, the token stays as it is; of K, any code comes up."""
+    made = stage(cifar, tmp_path, mistakes=mistakes, coarse_probability=0.0)
+    model, seen = made.model, []
+    clean = model.encode(images)
+    z = model.encode_latents(model.encode_patches(images), 16).detach()
+    allowed = model.quantizer.nearest_k(z, mistakes)
+    correct_latents = model.correct_latents
+
+    def spy(patches: object, given: torch.Tensor, end: int) -> torch.Tensor:
+        seen.append(given)
+        return correct_latents(patches, given, end)
+
+    model.correct_latents = spy
+    for seed in range(40):
+        torch.manual_seed(seed)
+        made.step(0, (images, torch.zeros(6)), 1e-30)
+    assert all((allowed == given[..., None]).any(-1).all() for given in seen)
+    changed = torch.stack([given != clean for given in seen]).float().mean()
+    assert bool(changed) == (mistakes > 1)
+    ranks = {int(r) for given in seen for r in (allowed == given[..., None]).int().argmax(-1).flatten()}
+    assert max(ranks) >= mistakes * 0.8 - 1
+
+
 def test_a_share_of_the_batch_is_corrected(cifar: Path, images: torch.Tensor, tmp_path: Path):
     made = stage(cifar, tmp_path, correction_share=0.5)
     pairs, sequences, count = made._encode(images, 4)

@@ -20,7 +20,7 @@ from detailflow.device import autocast, choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.models.loading import config_from_dict, load_weights, require_same
 from detailflow.models.siglip2 import initialise_encoder
-from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
+from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer, TokenizerConfig
 from detailflow.pictures import grid
 from detailflow.schedule import TokenSchedule, require_not_negative, require_positive, require_shares
 from detailflow.storage import replacing
@@ -50,6 +50,7 @@ class TokenizerTraining:
         flip, max_scale: training crops are mirrored half of the time, out of images enlarged by up to `max_scale`.
         coarse_probability: share of the steps that train fewer than all N tokens (paper table 3).
         correction_share: share of each batch that also goes through the self-correction pass.
+        mistakes: planted mistakes are drawn from that many nearest codes.
         perceptual: weight of the distance of features; 0 for none. LPIPS needs downloaded weights; the features here are those
             of a classifier that is trained on the same images first, for `classifier_epochs`.
         adversarial: weight of the adversarial loss; 0 for none.
@@ -69,6 +70,7 @@ class TokenizerTraining:
     max_scale: float = 1.25
     coarse_probability: float = 0.2
     correction_share: float = 1.0
+    mistakes: int = WRONG_CANDIDATES
     pixel: float = 1.0
     quantization: float = 1.0
     commitment: float = 0.25
@@ -79,7 +81,7 @@ class TokenizerTraining:
     revive_every: int = 100
 
     def __post_init__(self) -> None:
-        require_positive(classifier_epochs=self.classifier_epochs)
+        require_positive(classifier_epochs=self.classifier_epochs, mistakes=self.mistakes)
         if self.init and self.encoder_init:
             raise DetailFlowError("init and encoder_init exclude each other: a tokenizer has an encoder already")
         require_shares(
@@ -198,7 +200,7 @@ class TokenizerStage:
             return [(z, codes)], [clean], 0
         end = model.span(position)
         given = ids[:count].clone()
-        given[:, position:end] = wrong = model.plant_mistakes(z[:count, position:end].detach())
+        given[:, position:end] = wrong = model.plant_mistakes(z[:count, position:end].detach(), self.config.mistakes)
         corrected = model.correct_latents([(k[:count], v[:count]) for k, v in patches], given, end)[:, end:]
         corrected_codes = model.quantizer.lookup(model.quantizer.nearest(corrected))
         sequence = torch.cat(
