@@ -1,7 +1,9 @@
 """Finding, reading and writing models."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -302,3 +304,15 @@ def test_the_config_alone(saved: Path):
     assert hub.load_config(TINY, "tokenizer") == hub.load(TINY, "tokenizer")[0]
     (saved / "model.safetensors").unlink()
     assert hub.load_config(saved, "tokenizer") == CONFIG
+
+
+def test_loading_imports_no_compiler():
+    """Building a network on the meta device must not pull in what only torch.compile needs: a second of every start."""
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "from detailflow import DetailFlowPipeline\n"
+        "DetailFlowPipeline.from_pretrained(device='cpu')\n"
+        "print(sorted(({'torch._dynamo', 'sympy', 'torch._inductor'} & set(sys.modules)) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

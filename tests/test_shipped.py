@@ -37,6 +37,21 @@ def test_classes_look_different_and_images_are_no_noise(shipped: DetailFlowPipel
     assert steps < 25  # neighbouring pixels are alike; of uniform noise they differ by 85
 
 
+def test_bfloat16_keeps_the_distribution(shipped: DetailFlowPipeline) -> None:
+    """docs/speed.md states these tolerances: logits, of standard deviation 2, are within 0.02 on average, 0.2 at most;
+    the distributions differ by less than 0.001 nats.
+    """
+    classes = torch.arange(11).repeat(2)  # the null class too
+    ids = shipped.gpt.generate(classes.clamp(max=9), generator=torch.Generator().manual_seed(0))
+    half = DetailFlowPipeline.from_pretrained(device="cpu", dtype=torch.bfloat16).gpt
+    with torch.inference_mode():
+        exact, rounded = shipped.gpt(classes, ids), half(classes, ids).float()
+    error = (rounded - exact).abs()
+    assert error.square().mean().sqrt() < 0.02 and error.max() < 0.2
+    divergence = (exact.softmax(-1) * (exact.log_softmax(-1) - rounded.log_softmax(-1))).sum(-1)
+    assert divergence.mean() < 0.001
+
+
 @pytest.mark.skipif(not TEST_IMAGES.exists(), reason="shared/data is not beside the checkout")
 def test_more_tokens_come_closer_to_real_photographs(shipped: DetailFlowPipeline) -> None:
     source = open_images(str(TEST_IMAGES))

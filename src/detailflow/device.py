@@ -1,8 +1,14 @@
 """Where tensors live, and in which precision networks compute."""
 
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 
 from detailflow.errors import DetailFlowError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:
@@ -23,3 +29,19 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The context in which networks of float32 weights compute in `precision`; nothing changes for float32."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
+    """`function` as a program for fixed shapes, made at its first call with each; for inference only.
+
+    On a CPU the weights become constants of the program (PyTorch calls it freezing), laid out once as matrix products want them.
+    """
+    program = torch.compile(function, dynamic=False)
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        from torch._inductor import config
+
+        with config.patch(freezing=device.type == "cpu"):
+            return program(*args, **kwargs)
+
+    return run

@@ -45,8 +45,10 @@ def test_rotary_positions():
                 angle = torch.tensor(place * 10000 ** (-2 * k / 8))
                 torch.testing.assert_close(table[i, offset + k], torch.stack((angle.cos(), angle.sin())))
     x = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    turned = torch.view_as_complex(x.unflatten(-1, (8, 2))) * torch.view_as_complex(table)
-    torch.testing.assert_close(rotate(x, table), torch.view_as_real(turned).flatten(-2))
+    (a, b), (cos, sin) = x.unflatten(-1, (8, 2)).unbind(-1), table.unbind(-1)
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    torch.testing.assert_close(rotate(x, table), turned)
+    torch.testing.assert_close(torch.compile(rotate, backend="eager")(x, table), turned)  # the form that a compiler sees
 
 
 def test_dropout_only_in_training(gpt: DetailFlowGPT):

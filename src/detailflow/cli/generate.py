@@ -32,14 +32,15 @@ def parser() -> Parser:
     many.add_argument("--num-images", type=positive, metavar="N", help="N in all, of the classes in turn; again to go on")
     many.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="of these N (default: %(default)s)")
     many.add_argument("--batch-size", type=positive, metavar="N", help="made at once (default: 32, or 128 on a GPU)")
+    many.add_argument("--compile", action="store_true", help="compile first: minutes on a CPU, then faster")
     result.add_argument("--grid", action=argparse.BooleanOptionalAction, default=True, help="write grid.png too")
-    result.add_argument("--progressive", action="store_true", help="write a strip per image, from coarse to fine, too")
+    result.add_argument("--progressive", action="store_true", help="write strips from coarse to fine, too")
     group = result.add_argument_group("sampling (default: the model's own best values)")
     group.add_argument("--guidance-scale", type=float, metavar="S", help="strength of the class; 1 is no guidance")
     group.add_argument("--guidance-schedule", metavar="NAME", help="constant, or linear: lower from group to group")
     group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely code")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely codes only")
-    group.add_argument("--top-p", type=float, metavar="P", help="draw from the most likely codes that sum to P only")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest codes only")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest codes that sum to P")
     add_model_options(result)
     result.add_argument("--tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
     return result
@@ -58,8 +59,8 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.pipeline import BATCH_SIZE, DetailFlowPipeline, stage_counts
     from detailflow.samples import Processes, file_label, generate_many
 
-    if args.num_images is None and args.format != FORMATS[0]:
-        raise DetailFlowError(f"--format {args.format} is for --num-images")
+    if args.num_images is None and (args.compile or args.format != FORMATS[0]):
+        raise DetailFlowError(f"{'--compile' if args.compile else f'--format {args.format}'} is for --num-images")
     if args.num_images and (args.progressive or args.num > 1):
         raise DetailFlowError("--num-images counts all images and makes no strips: leave out --num and --progressive")
     processes = Processes.of_this_launch(cpu=args.device == "cpu") if args.num_images else Processes()
@@ -76,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
     if args.num_images:
         labels = [classes[i % len(classes)] for i in range(args.num_images)]
         batch_size = args.batch_size or (128 if pipeline.gpt.device.type == "cuda" else BATCH_SIZE)
+        if args.compile:
+            pipeline.compile(batch_size)
         generate_many(
             pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling
         )

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from detailflow.errors import DetailFlowError, some_names
 
@@ -80,12 +82,22 @@ def build(
     if (depth := _depth(sizes)) > len(tensors):
         raise DetailFlowError(f"{source}: the checkpoint does not fit its config: {len(tensors)} tensors are no {depth} layers")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoDraws():
             model = network(sizes)
     except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes beyond what a tensor can have
         raise DetailFlowError(f"{source}: the config asks for impossible sizes: {str(error).splitlines()[0]}") from error
     load_weights(model, {name: tensor.to(dtype) for name, tensor in tensors.items()}, source, assign=True)
     return model.eval()
+
+
+class _NoDraws(TorchFunctionMode):
+    """Skips what only the values of initial weights need: the meta device has none, and would import a compiler for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, Tensor.normal_, Tensor.uniform_, F.normalize):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _depth(config: Any) -> int:

@@ -17,7 +17,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, width: int, size: int, dim: int) -> None:
         super().__init__()
         self.project = nn.Linear(width, dim)
-        self.codebook = nn.Parameter(F.normalize(torch.randn(size, dim), dim=-1))
+        self.codebook = nn.Parameter(F.normalize(torch.empty(size, dim).normal_(), dim=-1))
 
     def codes(self) -> Tensor:
         """(K, d) unit vectors."""

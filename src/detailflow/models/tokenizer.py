@@ -1,5 +1,6 @@
 """The 1-D tokenizer: an image to an ordered sequence of codes, and the first n of them back to an image (method §3)."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detailflow import hub
+from detailflow.device import compiled
 from detailflow.errors import DetailFlowError
 from detailflow.models.loading import build, check_ids
 from detailflow.models.quantizer import VectorQuantizer
@@ -15,6 +17,7 @@ from detailflow.models.vit import (
     KeyValue,
     ViTConfig,
     has_patches,
+    initial_normal,
     initial_positions,
     patchify,
     resize_positions,
@@ -68,9 +71,9 @@ class Encoder(nn.Module):
         self.patch_size = patch
         self.patch_embed = nn.Linear(patch * patch * 3, width)
         self.pos_embed = nn.Parameter(initial_positions(width))
-        self.query_tokens = nn.Parameter(torch.randn(config.num_tokens, width) * POSITION_SCALE)
-        self.refined_tokens = nn.Parameter(torch.randn(config.num_tokens, width) * POSITION_SCALE)
-        self.query_pos_embed = nn.Parameter(torch.randn(config.num_tokens, width) * POSITION_SCALE)
+        self.query_tokens = initial_normal(config.num_tokens, width, std=POSITION_SCALE)
+        self.refined_tokens = initial_normal(config.num_tokens, width, std=POSITION_SCALE)
+        self.query_pos_embed = initial_normal(config.num_tokens, width, std=POSITION_SCALE)
         self.refine = nn.Linear(config.codebook_dim, width)
         self.blocks = nn.ModuleList(Block(config.encoder) for _ in range(config.encoder.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -104,8 +107,8 @@ class Decoder(nn.Module):
         width, patch = config.decoder.width, config.patch_size
         self.patch_size = patch
         self.project = nn.Linear(config.codebook_dim, width)
-        self.latent_pos_embed = nn.Parameter(torch.randn(config.num_tokens, width) * POSITION_SCALE)
-        self.mask_token = nn.Parameter(torch.randn(width) * POSITION_SCALE)
+        self.latent_pos_embed = initial_normal(config.num_tokens, width, std=POSITION_SCALE)
+        self.mask_token = initial_normal(width, std=POSITION_SCALE)
         self.pos_embed = nn.Parameter(initial_positions(width))
         self.blocks = nn.ModuleList(Block(config.decoder) for _ in range(config.decoder.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -133,6 +136,8 @@ class DetailFlowTokenizer(nn.Module):
         self.quantizer = VectorQuantizer(config.encoder.width, config.codebook_size, config.codebook_dim)
         self.decoder = Decoder(config)
         self.apply(_initialise)
+        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled_for = 0
 
     @classmethod
     def from_pretrained(
@@ -275,7 +280,17 @@ class DetailFlowTokenizer(nn.Module):
     def decode_quantized(self, quantized: Tensor, size: int | tuple[int, int]) -> Tensor:
         """(B, n, d) unit vectors → (B, 3, size, size) pixels, or (B, 3, height, width)."""
         height, width = size if isinstance(size, tuple) else (size, size)
+        full = (self._compiled_for, self.config.num_tokens, self.config.image_size, self.config.image_size)
+        if self._compiled is not None and (*quantized.shape[:2], height, width) == full:
+            return self._compiled(quantized, height, width)
         return self.decoder(quantized, height, width)
+
+    def compile_decoding(self, batch_size: int) -> None:
+        """Let the decoding of `batch_size` images at a time, from all tokens at side R, run as a compiled program.
+
+        See `DetailFlowGPT.compile_generation`.
+        """
+        self._compiled, self._compiled_for = compiled(self.decoder, self.device), batch_size
 
 
 def _initialise(module: nn.Module) -> None:

@@ -107,8 +107,16 @@ def unpatchify(patches: Tensor, height: int, width: int, patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], channels, height, width)
 
 
+def initial_normal(*shape: int, std: float) -> nn.Parameter:
+    """A parameter that starts from normal numbers of standard deviation `std`."""
+    return nn.Parameter(torch.empty(*shape).normal_(std=std))
+
+
 def initial_positions(width: int) -> Tensor:
     """(16·16, width) sines and cosines of row and column, to start the learned positions from: near cells are alike at once."""
+    grid = torch.empty(GRID * GRID, width)
+    if grid.is_meta:  # only a shape is wanted, and arithmetic without data would import a compiler: a second of every start
+        return grid
     frequencies = math.pi / GRID * torch.logspace(0, math.log10(GRID / 1.5), -(-width // 4))
     phase = (torch.arange(GRID) + 0.5)[:, None] * frequencies
     axis = torch.cat((phase.sin(), phase.cos()), 1)
