@@ -1,0 +1,77 @@
+"""How the cost of generation grows with the sequence, the batch and the model, beside the law that it should follow.
+
+The law: a decoding step reads every weight once and does two operations a weight for each position that it adds, so the time is
+the larger of bytes over bandwidth and operations over speed (`detailflow.benchmark`). What is there already costs no more than
+the reading of its keys and values.
+
+    python benchmarks/growth.py [--dtype bfloat16] [--device cpu] [--repeats 3]
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from detailflow.benchmark import Ceilings, RecomputingGPT, generation_work, measure_ceilings, race
+from detailflow.device import choose_device
+from detailflow.models.gpt import CachedGPT, DetailFlowGPT, GPTConfig
+
+BASE = dict(width=512, depth=8, heads=8, num_tokens=128)
+
+
+def build(device: torch.device, dtype: torch.dtype, **sizes: int) -> DetailFlowGPT:
+    """A model of random weights."""
+    torch.manual_seed(0)
+    config = GPTConfig(num_classes=1000, **(BASE | sizes))  # type: ignore[arg-type]
+    return DetailFlowGPT(config).to(device, dtype).eval()
+
+
+def a_step(gpt: DetailFlowGPT, start: int, kind: type[CachedGPT] | type[RecomputingGPT]) -> Callable[[], object]:
+    """The step that writes the group at `start`, alone; what was there before is zeros, which costs the same."""
+    state = kind(gpt, torch.zeros(1, dtype=torch.int64, device=gpt.device), guided=True)
+    tokens = torch.zeros(1, gpt.config.num_tokens, dtype=torch.int64, device=gpt.device)
+    return lambda: state.step(tokens, start, start + gpt.config.group_size)
+
+
+def table(title: str, rows: list[tuple[str, float, float]]) -> None:
+    """Measured seconds and expected ones, each as a multiple of the first row's."""
+    print(f"\n{title}\n{'':>16}  {'ms':>8}  {'× first':>8}  {'law: × first':>12}")
+    for name, measured, expected in rows:
+        print(f"{name:>16}  {measured * 1e3:8.1f}  {measured / rows[0][1]:8.2f}  {expected / rows[0][2]:12.2f}")
+
+
+def main() -> None:
+    """Print four tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    device, dtype = choose_device(args.device), getattr(torch, args.dtype)
+    ceilings: Ceilings = measure_ceilings(device, dtype)
+    print(f"{args.dtype}: {ceilings.read / 1e9:.1f} GB/s read, {ceilings.products / 1e9:,.0f} GFLOP/s in matrix products")
+
+    def generations(title: str, cases: list[tuple[str, int, dict[str, int]]]) -> None:
+        models = {name: (build(device, dtype, **sizes), batch) for name, batch, sizes in cases}
+        runs: dict[str, Callable[[], object]] = {
+            name: (lambda gpt=gpt, batch=batch: gpt.generate(torch.zeros(batch, dtype=torch.int64)))  # type: ignore[misc]
+            for name, (gpt, batch) in models.items()
+        }
+        seconds, _ = race(runs, device, args.repeats)
+        limits = {name: ceilings.limit(generation_work(gpt, batch, True))[0] for name, (gpt, batch) in models.items()}
+        table(title, [(name, seconds[name], limits[name]) for name in models])
+
+    generations("all tokens of one image", [(f"N = {n}", 1, {"num_tokens": n}) for n in (64, 128, 256, 512)])
+    generations("all tokens of a batch", [(f"{b} images", b, {}) for b in (1, 2, 4, 8, 16, 32)])
+    widths = [(f"width {w}", 1, {"width": w, "heads": w // 64}) for w in (256, 512, 768, 1024)]
+    generations("all tokens of one image, by width", widths)
+    gpt = build(device, dtype, num_tokens=512)
+    for kind, law in ((CachedGPT, lambda start: 1.0), (RecomputingGPT, lambda start: start + 8.0)):
+        starts = (8, 64, 128, 256, 504)
+        seconds, _ = race({f"{start} there": a_step(gpt, start, kind) for start in starts}, device, args.repeats)
+        name = "with the cache" if kind is CachedGPT else "computing all again"
+        table(f"one step of 8 tokens, {name}", [(f"{s} there", seconds[f"{s} there"], law(s)) for s in starts])
+
+
+if __name__ == "__main__":
+    main()
