@@ -1,7 +1,7 @@
 """How the cost of generation grows with the sequence, the batch and the model, beside the law that it should follow.
 
 The law: a decoding step reads every weight once and does two operations a weight for each position that it adds, so the time is
-the larger of bytes over bandwidth and operations over speed (`detailflow.benchmark`). What is there already costs no more than
+the larger of bytes over bandwidth and operations over speed (`detailflow.machine`). What is there already costs no more than
 the reading of its keys and values.
 
     python benchmarks/growth.py [--dtype bfloat16] [--device cpu] [--repeats 3]
@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from detailflow.benchmark import Ceilings, RecomputingGPT, generation_work, measure_ceilings, race
+from detailflow.benchmark import Contender, RecomputingGPT, race
 from detailflow.device import choose_device
+from detailflow.machine import generation_work, measure_ceilings
 from detailflow.models.gpt import CachedGPT, DetailFlowGPT, GPTConfig
 
 BASE = dict(width=512, depth=8, heads=8, num_tokens=128)
@@ -48,18 +49,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
-    ceilings: Ceilings = measure_ceilings(device, dtype)
+    ceilings = measure_ceilings(device, dtype)
     print(f"{args.dtype}: {ceilings.read / 1e9:.1f} GB/s read, {ceilings.products / 1e9:,.0f} GFLOP/s in matrix products")
 
     def generations(title: str, cases: list[tuple[str, int, dict[str, int]]]) -> None:
         models = {name: (build(device, dtype, **sizes), batch) for name, batch, sizes in cases}
-        runs: dict[str, Callable[[], object]] = {
-            name: (lambda gpt=gpt, batch=batch: gpt.generate(torch.zeros(batch, dtype=torch.int64)))  # type: ignore[misc]
+        runs = {
+            name: Contender(lambda gpt=gpt, batch=batch: gpt.generate(torch.zeros(batch, dtype=torch.int64)), None)
             for name, (gpt, batch) in models.items()
         }
-        seconds, _ = race(runs, device, args.repeats)
+        measured = race(runs, device, args.repeats)
         limits = {name: ceilings.limit(generation_work(gpt, batch, True))[0] for name, (gpt, batch) in models.items()}
-        table(title, [(name, seconds[name], limits[name]) for name in models])
+        table(title, [(name, measured[name][0], limits[name]) for name in models])
 
     generations("all tokens of one image", [(f"N = {n}", 1, {"num_tokens": n}) for n in (64, 128, 256, 512)])
     generations("all tokens of a batch", [(f"{b} images", b, {}) for b in (1, 2, 4, 8, 16, 32)])
@@ -68,9 +69,9 @@ def main() -> None:
     gpt = build(device, dtype, num_tokens=512)
     for kind, law in ((CachedGPT, lambda start: 1.0), (RecomputingGPT, lambda start: start + 8.0)):
         starts = (8, 64, 128, 256, 504)
-        seconds, _ = race({f"{start} there": a_step(gpt, start, kind) for start in starts}, device, args.repeats)
+        measured = race({f"{s} there": Contender(a_step(gpt, s, kind), None) for s in starts}, device, args.repeats)
         name = "with the cache" if kind is CachedGPT else "computing all again"
-        table(f"one step of 8 tokens, {name}", [(f"{s} there", seconds[f"{s} there"], law(s)) for s in starts])
+        table(f"one step of 8 tokens, {name}", [(f"{s} there", measured[f"{s} there"][0], law(s)) for s in starts])
 
 
 if __name__ == "__main__":

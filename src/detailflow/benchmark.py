@@ -1,174 +1,66 @@
-"""How fast a model is on this machine: against a loop without a cache, and against what the machine can do at best.
-
-Two ceilings bound every program: the bytes that memory hands over in a second, and the operations that matrix products do in
-one. From a model's sizes follow the bytes it must read and the operations it must do; the larger of the two times is the limit.
-"""
+"""How fast a model is on this machine: against a loop without a cache, and against what the machine can do at best."""
 
 import gc
 import math
 import platform
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detailflow import generation
 from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.hub import ZOO
-from detailflow.models.gpt import DetailFlowGPT, GPTConfig
+from detailflow.machine import (
+    Ceilings,
+    PeakMemory,
+    Work,
+    decoding_work,
+    encoding_work,
+    generation_work,
+    measure_ceilings,
+    seconds,
+)
+from detailflow.models.gpt import DetailFlowGPT, GPTConfig, rotary_table
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.models.vit import ViTConfig
 from detailflow.pipeline import DetailFlowPipeline, image_generator
-from detailflow.schedule import TokenSchedule
 
 Images = Callable[[list[int]], object]  # class ids → images, in whatever form
 
-READ_BYTES = 512 * 2**20  # more than any cache holds
-PRODUCT_SIDES = (1024, 2048, 4096)
+FIRST = next(iter(ZOO))
 COLUMNS = ("what", "dtype", "images", "seconds", "s/image", "× naive", "× limit", "bound by", "peak MiB")
 
 
-# --- the machine ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine does at best: bytes read per second, and operations per second of matrix products in one dtype."""
-
-    read: float
-    products: float
-
-    def limit(self, work: "Work") -> tuple[float, str]:
-        """Seconds that `work` takes at least, and which ceiling says so."""
-        by_bytes, by_products = work.bytes / self.read, work.operations / self.products
-        return (by_bytes, "bytes") if by_bytes > by_products else (by_products, "products")
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Ceilings:
-    """Measure both, each at the best of several sizes and repeats."""
-    data = torch.ones(READ_BYTES // 4, device=device)
-    read = READ_BYTES / min(_seconds(data.sum, device) for _ in range(repeats))
-    del data
-    best = 0.0
-    for side in PRODUCT_SIDES:
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        best = max(best, *(2 * side**3 / _seconds(lambda a=a, b=b: a @ b, device) for _ in range(repeats)))  # type: ignore[misc]
-    return Ceilings(read, best)
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    function()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class PeakMemory:
-    """The most memory that was held since this was made: the GPU's own count, or on Linux the process's resident memory."""
-
-    STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.known = device, True
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            try:
-                self.RESET.write_text("5")
-            except OSError:
-                self.known = False
-
-    def mebibytes(self) -> float | None:
-        """`None` where it can't be told."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
-        if not self.known or not (match := re.search(r"VmHWM:\s*(\d+) kB", self.STATUS.read_text())):
-            return None
-        return int(match[1]) / 2**10
-
-
-# --- the work ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Work:
-    """Bytes that must be read and operations that must be done."""
-
-    bytes: float = 0.0
-    operations: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.bytes + other.bytes, self.operations + other.operations)
-
-
-def layers_work(matrices: nn.Module, width: int, depth: int, rows: int, queries: int, keys: int, itemsize: int) -> Work:
-    """One pass of `rows` sequences of `queries` positions that see `keys` positions through the matrices of a transformer.
-
-    Every matrix is read once and every cached key and value once; products are two operations a weight and position.
-    """
-    weights = sum(m.weight.numel() for m in matrices.modules() if isinstance(m, nn.Linear))
-    cached = 2 * rows * (keys - queries) * width * depth
-    attention = 4 * rows * queries * keys * width * depth
-    return Work((weights + cached) * itemsize, 2.0 * weights * rows * queries + attention)
-
-
-def generation_work(gpt: DetailFlowGPT, batch: int, guided: bool, num_tokens: int | None = None) -> Work:
-    """All steps of `batch` images' tokens, with the cache."""
-    config, itemsize = gpt.config, gpt.head.weight.itemsize
-    n = gpt.schedule.check_count(num_tokens)
-    steps = [step for step in gpt.schedule.steps if step[0] < n]
-    return sum(
-        (layers_work(gpt, config.width, config.depth, batch * (1 + guided), end - start, end, itemsize) for start, end in steps),
-        Work(),
-    )
-
-
-def decoding_work(tokenizer: DetailFlowTokenizer, batch: int, num_tokens: int | None = None) -> Work:
-    """`batch` images at side D(n) from their first n tokens."""
-    config, schedule = tokenizer.config, tokenizer.schedule
-    n = schedule.check_count(num_tokens)
-    length = n + (schedule.decode_size(n) // config.patch_size) ** 2
-    vit = config.decoder
-    return layers_work(tokenizer.decoder, vit.width, vit.depth, batch, length, length, tokenizer.decoder.mask_token.itemsize)
-
-
-def encoding_work(tokenizer: DetailFlowTokenizer, batch: int) -> Work:
-    """All tokens of `batch` images of side R."""
-    config = tokenizer.config
-    length = config.num_tokens + (config.image_size // config.patch_size) ** 2
-    vit = config.encoder
-    return layers_work(tokenizer.encoder, vit.width, vit.depth, batch, length, length, tokenizer.decoder.mask_token.itemsize)
+# --- what is timed -------------------------------------------------------------------------------------------------------
 
 
 class RecomputingGPT:
-    """A generation that keeps nothing: every step computes all positions so far again, as the published loop does."""
+    """A generation that keeps nothing: every step computes all positions so far again, and the logits of the new ones."""
 
     def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
         if guided:
             class_ids = torch.cat((class_ids, torch.full_like(class_ids, model.config.num_classes)))
         self.model, self.class_ids, self.guided = model, class_ids, guided
+        self.rotation = rotary_table(model.config).to(model.device)
+        self.mask = model.schedule.attention_mask(model.config.num_tokens, model.device)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
         """(B, N) tokens, known before `start` → logits (B or 2B, end − start, K)."""
         if self.guided:
             tokens = tokens.repeat(2, 1)
-        return self.model.logits_until(self.class_ids, tokens, end)[:, start:end]
+        x = self.model._inputs(self.class_ids, tokens, 0, end)
+        for block in self.model.blocks:
+            x = block(x, self.rotation[:end], self.mask[:end, :end])
+        return self.model.head(self.model.norm(x[:, start:]))
 
 
 def generate_naively(pipeline: DetailFlowPipeline, class_ids: Sequence[int], seed: int = 0) -> Tensor:
@@ -219,18 +111,29 @@ def random_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> Deta
     return DetailFlowPipeline(tokenizer.eval(), gpt.eval())
 
 
-def load_pipeline(model: str | None, random_weights: bool, device: torch.device, dtype: torch.dtype) -> DetailFlowPipeline:
+def load_pipeline(
+    model: str | None, tokenizer: str | None, random_weights: bool, device: torch.device, dtype: torch.dtype
+) -> DetailFlowPipeline:
     """The pipeline to time.
 
     Raises:
         DetailFlowError: where it can't be had.
     """
     if random_weights:
-        return random_pipeline(model or next(iter(ZOO)), device, dtype)
-    return DetailFlowPipeline.from_pretrained(model, device, dtype)
+        return random_pipeline(model or FIRST, device, dtype)
+    return DetailFlowPipeline.from_pretrained(model, device, dtype, tokenizer)
 
 
 # --- the table -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time: the work that it cannot do without (`None`: not known), and whether it makes whole images."""
+
+    run: Callable[[], object]
+    work: list[Work] | None
+    images: bool = False
 
 
 @dataclass(frozen=True)
@@ -294,6 +197,7 @@ def benchmark(
     batch_sizes: Sequence[int],
     dtypes: Sequence[str],
     device: str | None = None,
+    tokenizer: str | None = None,
     random_weights: bool = False,
     compile: bool = False,
     naive: bool = True,
@@ -310,107 +214,114 @@ def benchmark(
         progress: called with the name of what comes next.
 
     Raises:
-        DetailFlowError: where the model can't be had or the device can't be used.
+        DetailFlowError: where the model can't be had, the device can't be used or the images do not fit in memory.
     """
     place, ceilings, rows, text = choose_device(device), {}, [], ""
-    for name in dtypes:
-        dtype = getattr(torch, name)
-        progress(f"ceilings, {name}")
-        ceilings[name] = measure_ceilings(place, dtype)
-        pipeline = load_pipeline(model, random_weights, place, dtype)
+    for dtype in dict.fromkeys(dtypes):
+        gc.collect()
+        pipeline = load_pipeline(model, tokenizer, random_weights, place, getattr(torch, dtype))
         text = describe(pipeline, model, random_weights)
-        for batch in batch_sizes:
-            for row in _rows(pipeline, batch, name, ceilings[name], place, compile, naive, repeats, other, progress):
-                rows.append(row)
-        del pipeline
+        progress(f"ceilings, {dtype}")
+        ceilings[dtype] = measure_ceilings(place, getattr(torch, dtype))
+        for batch in dict.fromkeys(batch_sizes):
+            label = f"{batch} × {dtype}"
+            contenders = contenders_of(pipeline, batch, naive, other)
+            measured = race(contenders, place, repeats, label, progress)
+            if compile:
+                pipeline.compile(batch)
+                fast = {f"{what}, compiled": contenders[what] for what in ("generate", "decode")}
+                contenders, measured = contenders | fast, measured | race(fast, place, repeats, label, progress)
+                torch.compiler.reset()  # or the programs of many sizes would pass the compiler's limit, and run uncompiled
+            for what, contender in contenders.items():
+                rows.append(row_of(what, contender, dtype, batch, measured, ceilings[dtype]))
+        del pipeline, contenders
     return Report(machine_name(place), text, ceilings, rows)
 
 
-def _rows(
-    pipeline: DetailFlowPipeline,
-    batch: int,
-    dtype: str,
-    ceilings: Ceilings,
-    device: torch.device,
-    compile: bool,
-    naive: bool,
-    repeats: int,
-    other: Images | None,
-    progress: Callable[[str], object],
-) -> Iterator[Row]:
+def contenders_of(pipeline: DetailFlowPipeline, batch: int, naive: bool, other: Images | None) -> dict[str, Contender]:
+    """All that is timed for `batch` images at once, by name."""
     gpt, tokenizer = pipeline.gpt, pipeline.tokenizer
     class_ids = [i % gpt.config.num_classes for i in range(batch)]
-    whole = generation_work(gpt, batch, gpt.config.sampling.guided) + decoding_work(tokenizer, batch)
-    codes = torch.zeros(batch, gpt.config.num_tokens, dtype=torch.int64, device=device)
-    side = tokenizer.config.image_size
-    images = torch.zeros(batch, 3, side, side, dtype=gpt.head.weight.dtype, device=device)
-    previews = sum((decoding_work(tokenizer, batch, n) for n in tokenizer.schedule.valid_counts[:-1]), Work())
-    contenders: dict[str, tuple[Callable[[], object], Work | None]] = {}
-    if naive:
-        contenders["naive"] = (lambda: generate_naively(pipeline, class_ids), whole)
-    contenders["generate"] = (lambda: generate_cached(pipeline, class_ids), whole)
-    contenders["stream"] = (lambda: stream_cached(pipeline, class_ids), whole + previews)
+    side, like = tokenizer.config.image_size, tokenizer.decoder.mask_token
+    codes = torch.zeros(batch, gpt.config.num_tokens, dtype=torch.int64, device=like.device)
+    images = torch.zeros(batch, 3, side, side, dtype=like.dtype, device=like.device)
+    decoding = decoding_work(tokenizer, batch)
+    whole = generation_work(gpt, batch, gpt.config.sampling.guided) + decoding
+    previews = [work for n in tokenizer.schedule.valid_counts[:-1] for work in decoding_work(tokenizer, batch, n)]
+    result = {"naive": Contender(lambda: generate_naively(pipeline, class_ids), whole, images=True)} if naive else {}
+    result["generate"] = Contender(lambda: generate_cached(pipeline, class_ids), whole, images=True)
     if other is not None:
-        contenders["other"] = (lambda: other(class_ids), None)
-    contenders["decode"] = (lambda: tokenizer.decode(codes), decoding_work(tokenizer, batch))
-    contenders["encode"] = (lambda: tokenizer.encode(images), encoding_work(tokenizer, batch))
-    seconds, peaks = race({what: run for what, (run, _) in contenders.items()}, device, repeats, f"{batch} × {dtype}", progress)
-    if compile:
-        pipeline.compile(batch)
-        compiled: dict[str, tuple[Callable[[], object], Work | None]] = {
-            "generate, compiled": contenders["generate"],
-            "decode, compiled": contenders["decode"],
-        }
-        runs = {what: run for what, (run, _) in compiled.items()}
-        more = race(runs, device, repeats, f"{batch} × {dtype}", progress)
-        seconds, peaks, contenders = seconds | more[0], peaks | more[1], contenders | compiled
-    for what, (_, work) in contenders.items():
-        limit, bound = (None, None) if work is None else ceilings.limit(work)
-        whole_image = what in ("naive", "generate", "generate, compiled", "stream", "other")
-        yield Row(
-            what,
-            dtype,
-            batch,
-            seconds[what],
-            seconds[what] / seconds["naive"] if naive and whole_image else None,
-            None if limit is None else seconds[what] / limit,
-            bound,
-            peaks[what],
-        )
+        result["other"] = Contender(lambda: other(class_ids), None, images=True)
+    result["stream"] = Contender(lambda: stream_cached(pipeline, class_ids), whole + previews)
+    result["decode"] = Contender(lambda: tokenizer.decode(codes), decoding)
+    result["encode"] = Contender(lambda: tokenizer.encode(images), encoding_work(tokenizer, batch))
+    return result
 
 
 def race(
-    runs: dict[str, Callable[[], object]],
+    contenders: Mapping[str, Contender],
     device: torch.device,
     repeats: int,
     label: str = "",
     progress: Callable[[str], object] = lambda what: None,
-) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Seconds of each, the best of `repeats` after one that does not count, in turns; and each one's peak memory."""
-    seconds = dict.fromkeys(runs, math.inf)
+) -> dict[str, tuple[float, float | None]]:
+    """Seconds of each, the best of `repeats` after one that does not count, in turns; and each one's peak memory in MiB.
+
+    Raises:
+        DetailFlowError: where something does not fit in memory.
+    """
+    best = dict.fromkeys(contenders, math.inf)
     peaks: dict[str, float | None] = {}
-    for what, run in runs.items():
-        progress(f"{what}, {label}")
-        memory = PeakMemory(device)
-        run()
-        peaks[what] = memory.mebibytes()
-    for _ in range(repeats):
-        for what, run in runs.items():
+    try:
+        for what, contender in contenders.items():
             progress(f"{what}, {label}")
-            seconds[what] = min(seconds[what], _seconds(run, device))
-    return seconds, peaks
+            contender.run()
+        for _ in range(repeats):
+            for what, contender in contenders.items():
+                progress(f"{what}, {label}")
+                memory = PeakMemory(device)
+                best[what] = min(best[what], seconds(contender.run, device))
+                peaks[what] = memory.mebibytes()
+    except RuntimeError as error:  # of which both of torch's ways to run out of memory are
+        if "allocate" not in str(error):
+            raise
+        raise DetailFlowError(f"{what}, {label}: this does not fit in memory, so give smaller batch sizes") from error
+    return {what: (best[what], peaks[what]) for what in contenders}
+
+
+def row_of(
+    what: str,
+    contender: Contender,
+    dtype: str,
+    batch: int,
+    measured: Mapping[str, tuple[float, float | None]],
+    ceilings: Ceilings,
+) -> Row:
+    """A line of the table. Another implementation has a dtype of its own, and its least work is not known."""
+    time, peak = measured[what]
+    naive = measured["naive"][0] if contender.images and "naive" in measured else None
+    limit, bound = (None, None) if contender.work is None else ceilings.limit(contender.work)
+    return Row(
+        what,
+        "its own" if contender.work is None else dtype,
+        batch,
+        time,
+        None if naive is None else time / naive,
+        None if limit is None else time / limit,
+        bound,
+        peak,
+    )
 
 
 def describe(pipeline: DetailFlowPipeline, model: str | None, random_weights: bool) -> str:
     """The model in a line."""
     gpt, tokenizer = pipeline.gpt, pipeline.tokenizer
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (gpt, tokenizer.encoder, tokenizer.decoder)]
-    schedule: TokenSchedule = tokenizer.schedule
+    name = f"{model or FIRST} with random weights" if random_weights else model or "the shipped model"
+    side = tokenizer.config.image_size
     return (
-        f"{model or ('the first of the zoo' if random_weights else 'the shipped model')}"
-        f"{', random weights' if random_weights else ''}: AR model {millions[0]:.1f}M, encoder {millions[1]:.1f}M, decoder "
-        f"{millions[2]:.1f}M parameters; {tokenizer.config.image_size}×{tokenizer.config.image_size} pixels, N = "
-        f"{gpt.config.num_tokens}, {len(schedule.steps)} steps, guidance {gpt.config.guidance_scale:g}"
+        f"{name}: AR model {millions[0]:.1f}M, encoder {millions[1]:.1f}M, decoder {millions[2]:.1f}M parameters; {side}×{side} "
+        f"pixels, N = {gpt.config.num_tokens}, {len(gpt.schedule.steps)} steps, guidance {gpt.config.guidance_scale:g}"
     )
 
 
@@ -442,13 +353,20 @@ def other_implementation(text: str) -> Images:
     spec = spec_from_file_location("detailflow_other", file) if Path(file).is_file() else None
     if spec is None or spec.loader is None:
         raise DetailFlowError(f"--other {text}: there is no Python file {file}")
-    module = module_from_spec(spec)
-    sys.path.insert(0, str(Path(file).resolve().parent))
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    sys.path.append(str(Path(file).resolve().parent))  # for what lies beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody else's code raises
+    except Exception as error:  # whatever somebody else's code raises, here and below
         raise DetailFlowError(f"--other {text}: {file} can't be imported: {error}") from error
     found = getattr(module, name, None)
     if not callable(found):
         raise DetailFlowError(f"--other {text}: {file} has no function {name}")
-    return found
+
+    def run(class_ids: list[int]) -> object:
+        try:
+            return found(class_ids)
+        except Exception as error:
+            raise DetailFlowError(f"--other {text} failed: {type(error).__name__}: {error}") from error
+
+    return run

@@ -35,7 +35,16 @@ def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
     """`function` as a program for fixed shapes, made at its first call with each; for inference only.
 
     On a CPU the weights become constants of the program (PyTorch calls it freezing), laid out once as matrix products want them.
+
+    Raises:
+        DetailFlowError: where nothing can be compiled.
     """
+    try:
+        torch.compile(lambda x: (x + 1).sin())(torch.zeros(8, device=device))
+    except Exception as error:  # there is one for each thing that may be missing
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        needed = "a C++ compiler" if device.type == "cpu" else "Triton"
+        raise DetailFlowError(f"nothing can be compiled here, which needs {needed}: {reason}") from error
     program = torch.compile(function, dynamic=False)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -60,6 +60,7 @@ class DetailFlowPipeline:
         self.tokenizer = tokenizer
         self.gpt = gpt
         self.labels = ClassLabels(gpt.config.class_names, gpt.config.num_classes)
+        self.compiled_for: int | None = None  # images at a time
 
     @classmethod
     def from_pretrained(
@@ -88,10 +89,14 @@ class DetailFlowPipeline:
     def compile(self, batch_size: int = 1) -> None:
         """Compile the generation of `batch_size` images at a time: worth its minutes for thousands of images, or in a service.
 
-        Other numbers of images are made as before. Needs a C++ compiler on a CPU.
+        Other numbers of images are made as before.
+
+        Raises:
+            DetailFlowError: where nothing can be compiled, for lack of a C++ compiler for example.
         """
         self.gpt.compile_generation(batch_size)
         self.tokenizer.compile_decoding(batch_size)
+        self.compiled_for = batch_size
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write both models to `directory`, as tokenizer/ and gpt/.

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detailflow.cli.common import DTYPES, Parser, check_output, make_output, positive
+from detailflow.errors import DetailFlowError
 
 
 def parser() -> Parser:
     """The command's options."""
     result = Parser("bench", "", "Time a model on this machine: one table, with the machine's ceilings above it.")
     result.add_argument("--model", help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)")
+    result.add_argument("--tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
     result.add_argument("--random-weights", action="store_true", help="a zoo model's sizes without its weights: no download")
     result.add_argument(
         "--batch-sizes", type=positive, nargs="+", default=[1, 8], metavar="N", help="images at once (default: 1 8)"
@@ -33,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if args.json:
         check_output(args.json.parent)
+        if args.json.is_dir() or not args.json.name:
+            raise DetailFlowError(f"--json must be a file to write, and {args.json} is a folder")
 
     from tqdm import tqdm
 
@@ -42,12 +46,15 @@ def main(argv: Sequence[str]) -> int:
     other = other_implementation(args.other) if args.other else None
     with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as bar:
         report = benchmark(
-            args.model, args.batch_sizes, args.dtypes, args.device, args.random_weights, args.compile, not args.no_naive,
-            args.repeats, other, bar.set_description_str,
+            args.model, args.batch_sizes, args.dtypes, args.device, args.tokenizer, args.random_weights, args.compile,
+            not args.no_naive, args.repeats, other, bar.set_description_str,
         )  # fmt: skip
     print(report)
     if args.json:
         make_output(args.json.parent)
-        with replacing(args.json) as path:
-            path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        try:
+            with replacing(args.json) as path:
+                path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DetailFlowError(f"cannot write {args.json}: {error.strerror or error}") from error
     return 0

@@ -78,6 +78,8 @@ def main(argv: Sequence[str]) -> int:
         labels = [classes[i % len(classes)] for i in range(args.num_images)]
         batch_size = args.batch_size or (128 if pipeline.gpt.device.type == "cuda" else BATCH_SIZE)
         if args.compile:
+            if args.num_images < batch_size:
+                raise DetailFlowError(f"--compile is for batches of {batch_size}, and {args.num_images} images fill none")
             pipeline.compile(batch_size)
         generate_many(
             pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling

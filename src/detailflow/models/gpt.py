@@ -104,8 +104,8 @@ class Cache:
     """Keys and values of one attention layer, preallocated for all N positions."""
 
     def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        self.keys = torch.zeros(batch, heads, length, head_dim, dtype=like.dtype, device=like.device)
-        self.values = torch.zeros_like(self.keys)
+        self.keys = torch.empty(batch, heads, length, head_dim, dtype=like.dtype, device=like.device)
+        self.values = torch.empty_like(self.keys)
 
     def append(self, start: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store positions from `start` on; return everything up to them."""
@@ -117,6 +117,11 @@ class Cache:
 
 class StaticCache(Cache):
     """A cache that is always seen whole, so that every step of a size has the same shapes; a mask hides what is not yet there."""
+
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
+        super().__init__(batch, heads, length, head_dim, like)
+        self.keys.zero_()  # what a mask hides is still multiplied by 0, and must be a number
+        self.values.zero_()
 
     def append(self, start: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the positions that `start` lists; return everything, later positions included."""
@@ -139,8 +144,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: Cache | None, start: int | Tensor) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(qkv[:2], rotation).unbind(0)
-        v = qkv[2]
+        qk, v = qkv.split((2, 1))
+        (q, k), v = rotate(qk, rotation).unbind(0), v[0]
         if cache is not None:
             k, v = cache.append(start, k, v)
         out = attend(q, k, v, mask)
@@ -194,10 +199,10 @@ def rotary_table(config: GPTConfig) -> Tensor:
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn neighbouring pairs of x (…, T, head_dim) by `rotation` (T, head_dim/2, 2), in float32.
 
-    A pair is a complex number, and one complex product is up to ten times faster than the real ones, which only a compiler fuses.
+    A pair is a complex number, and one complex product is several times faster than the real ones, which only a compiler fuses.
     """
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
         a, b = pairs.unbind(-1)
         cos, sin = rotation.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
@@ -263,18 +268,20 @@ class DetailFlowGPT(nn.Module):
         """
         if ids.ndim != 2 or ids.shape != (len(class_ids), self.config.num_tokens):
             raise DetailFlowError(f"codes must have shape ({len(class_ids)}, {self.config.num_tokens}), not {tuple(ids.shape)}")
-        return self.logits_until(class_ids, ids, self.config.num_tokens)
-
-    def logits_until(self, class_ids: Tensor, ids: Tensor, end: int) -> Tensor:
-        """(B,) class ids and (B, N) codes → (B, end, K) logits of the first `end` positions, where a decoding step ends."""
-        x = F.dropout(self._inputs(class_ids, ids, 0, end), self.config.dropout, self.training)
-        return self._logits(x, rotary_table(self.config).to(x.device)[:end], self.schedule.attention_mask(end, x.device))
+        x = F.dropout(self._inputs(class_ids, ids, 0, self.config.num_tokens), self.config.dropout, self.training)
+        rotation = rotary_table(self.config).to(x.device)
+        return self._logits(x, rotation, self.schedule.attention_mask(self.config.num_tokens, x.device))
 
     def compile_generation(self, batch_size: int) -> None:
         """Let generation of `batch_size` images at a time run as a compiled program; any other number stays as it is.
 
-        The first images then take minutes on a CPU, and a C++ compiler is needed. Weights that change later are not seen.
+        The first images then take minutes on a CPU. Weights that change later are not seen, and each of the programs, for single
+        tokens and groups, guided or not, holds a copy of them.
+
+        Raises:
+            DetailFlowError: where nothing can be compiled, for lack of a C++ compiler for example.
         """
+        require_positive(batch_size=batch_size)
         self._compiled, self._compiled_for = compiled(self._logits, self.device), batch_size
 
     def _logits(
@@ -374,6 +381,7 @@ class DetailFlowGPT(nn.Module):
 class CachedGPT:
     """One generation's state: the classes, doubled with the null class where guided, and every layer's cache."""
 
+    @torch.inference_mode()  # here as well, or a compiled program would meet two kinds of tensors
     def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
         config, weight = model.config, model.head.weight
         self.compiled = model._compiled if len(class_ids) == model._compiled_for else None
@@ -398,7 +406,7 @@ class CachedGPT:
             return self.model._logits(x, rotation, None, self.caches, start)
         mask = torch.arange(self.model.config.num_tokens, device=x.device) < end
         positions = torch.arange(start, end, device=x.device)
-        return self.compiled(x, rotation.contiguous(), mask.expand(end - start, -1), self.caches, positions)
+        return self.compiled(x, rotation, mask.expand(end - start, -1), self.caches, positions)
 
 
 def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:

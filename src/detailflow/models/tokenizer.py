@@ -289,7 +289,11 @@ class DetailFlowTokenizer(nn.Module):
         """Let the decoding of `batch_size` images at a time, from all tokens at side R, run as a compiled program.
 
         See `DetailFlowGPT.compile_generation`.
+
+        Raises:
+            DetailFlowError: where nothing can be compiled.
         """
+        require_positive(batch_size=batch_size)
         self._compiled, self._compiled_for = compiled(self.decoder, self.device), batch_size
 
 
