@@ -5,13 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import ImageOps
 
+import detailflow
 from detailflow import DetailFlowPipeline
 from detailflow.data.images import open_images
 from detailflow.data.transforms import to_tensor
 from detailflow.hub import default_directory
+from detailflow.models.loading import config_from_dict
 from detailflow.pipeline import psnr, reconstruct
+from detailflow.training.tokenizer import TokenizerTraining
 
 TEST_IMAGES = Path(__file__).resolve().parents[2] / "shared/data/cifar10/test.parquet"
 PHOTOGRAPHS = TEST_IMAGES.parents[1] / "imagenet-sample/val.parquet"
@@ -27,6 +31,13 @@ def test_is_small_and_knows_its_classes(shipped: DetailFlowPipeline) -> None:
     files = [f for kind in ("tokenizer", "gpt") for f in default_directory(kind).iterdir()]
     assert sum(f.stat().st_size for f in files) <= 30e6
     assert shipped.gpt.config.class_names == CLASSES
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer-correction"])
+def test_the_recipes_are_those_of_the_shipped_sizes(name: str, shipped: DetailFlowPipeline) -> None:
+    settings = yaml.safe_load((Path(detailflow.__file__).parent / "configs" / "cifar10" / f"{name}.yaml").read_text())
+    recipe = config_from_dict(TokenizerTraining, settings, name)
+    assert recipe.model == shipped.tokenizer.config and recipe.perceptual > 0
 
 
 def test_classes_look_different_and_images_are_no_noise(shipped: DetailFlowPipeline) -> None:
@@ -65,7 +76,6 @@ def test_more_tokens_come_closer_to_real_photographs(shipped: DetailFlowPipeline
     assert decibels[2] > 22
 
 
-@pytest.mark.xfail(reason="the shipped tokenizer has not learnt self-correction yet: see docs/shipped-model.md")
 @pytest.mark.skipif(not TEST_IMAGES.exists(), reason="shared/data is not beside the checkout")
 def test_later_tokens_correct_planted_mistakes(shipped: DetailFlowPipeline) -> None:
     """With wrong tokens in a group, the tokens that the correction pass writes after it beat the clean ones (paper figure 4a)."""
