@@ -5,7 +5,7 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from detailflow.machine import (
     measure_ceilings,
     seconds,
 )
-from detailflow.models.gpt import DetailFlowGPT, GPTConfig, rotary_table
+from detailflow.models.gpt import DetailFlowGPT, GPTConfig, rotary_table, with_null_class
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.models.vit import ViTConfig
 from detailflow.pipeline import DetailFlowPipeline, image_generator
@@ -46,9 +46,7 @@ class RecomputingGPT:
     """A generation that keeps nothing: every step computes all positions so far again, and the logits of the new ones."""
 
     def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
-        if guided:
-            class_ids = torch.cat((class_ids, torch.full_like(class_ids, model.config.num_classes)))
-        self.model, self.class_ids, self.guided = model, class_ids, guided
+        self.model, self.class_ids, self.guided = model, with_null_class(class_ids, model.config) if guided else class_ids, guided
         self.rotation = rotary_table(model.config).to(model.device)
         self.mask = model.schedule.attention_mask(model.config.num_tokens, model.device)
 
@@ -75,16 +73,19 @@ def generate_naively(pipeline: DetailFlowPipeline, class_ids: Sequence[int], see
 
 def generate_cached(pipeline: DetailFlowPipeline, class_ids: Sequence[int], seed: int = 0) -> Tensor:
     """(B, 3, R, R) pixels, by the engine."""
-    generators = [image_generator(seed, i) for i in range(len(class_ids))]
-    return pipeline.tokenizer.decode(pipeline.gpt.generate(torch.tensor(list(class_ids)), generator=generators))
+    *_, tokens = _steps(pipeline, class_ids, seed)
+    return pipeline.tokenizer.decode(tokens)
 
 
 def stream_cached(pipeline: DetailFlowPipeline, class_ids: Sequence[int], seed: int = 0) -> list[Tensor]:
     """The same, with a preview after every decoding step: pixels of side D(n) for every valid n."""
+    return [pipeline.tokenizer.decode(tokens) for tokens in _steps(pipeline, class_ids, seed)]
+
+
+def _steps(pipeline: DetailFlowPipeline, class_ids: Sequence[int], seed: int) -> Iterator[Tensor]:
+    """The engine's codes after each decoding step."""
     generators = [image_generator(seed, i) for i in range(len(class_ids))]
-    gpt = pipeline.gpt
-    steps = gpt.stream(torch.tensor(list(class_ids)), gpt.config.sampling, generators)
-    return [pipeline.tokenizer.decode(tokens) for tokens in steps]
+    return pipeline.gpt.stream(torch.tensor(list(class_ids)), pipeline.gpt.config.sampling, generators)
 
 
 # --- models --------------------------------------------------------------------------------------------------------------

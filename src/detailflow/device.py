@@ -46,11 +46,13 @@ def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
         needed = "a C++ compiler" if device.type == "cpu" else "Triton"
         raise DetailFlowError(f"nothing can be compiled here, which needs {needed}: {reason}") from error
     program = torch.compile(function, dynamic=False)
+    if device.type != "cpu":
+        return program
 
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         from torch._inductor import config
 
-        with config.patch(freezing=device.type == "cpu"):
+        with config.patch(freezing=True):
             return program(*args, **kwargs)
 
     return run

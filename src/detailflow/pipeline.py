@@ -60,7 +60,6 @@ class DetailFlowPipeline:
         self.tokenizer = tokenizer
         self.gpt = gpt
         self.labels = ClassLabels(gpt.config.class_names, gpt.config.num_classes)
-        self.compiled_for: int | None = None  # images at a time
 
     @classmethod
     def from_pretrained(
@@ -96,7 +95,6 @@ class DetailFlowPipeline:
         """
         self.gpt.compile_generation(batch_size)
         self.tokenizer.compile_decoding(batch_size)
-        self.compiled_for = batch_size
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write both models to `directory`, as tokenizer/ and gpt/.

@@ -225,7 +225,7 @@ def generate_many(
             "seed": seed,
             "num_tokens": pipeline.tokenizer.schedule.check_count(num_tokens),
             "batch_size": batch_size,
-            "compiled_for": pipeline.compiled_for,  # on which rounding depends as well
+            "compiled_for": pipeline.gpt.compiled_for,  # on which rounding depends as well
             "dtype": str(pipeline.gpt.head.weight.dtype).removeprefix("torch."),
             **asdict(pipeline.gpt.sampling(**sampling)),
             "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),

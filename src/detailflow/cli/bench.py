@@ -4,15 +4,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from detailflow.cli.common import DTYPES, Parser, check_output, make_output, positive
+from detailflow.cli.common import DTYPES, Parser, add_model_options, check_output, make_output, positive, writing
 from detailflow.errors import DetailFlowError
 
 
 def parser() -> Parser:
     """The command's options."""
     result = Parser("bench", "", "Time a model on this machine: one table, with the machine's ceilings above it.")
-    result.add_argument("--model", help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)")
-    result.add_argument("--tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
     result.add_argument("--random-weights", action="store_true", help="a zoo model's sizes without its weights: no download")
     result.add_argument(
         "--batch-sizes", type=positive, nargs="+", default=[1, 8], metavar="N", help="images at once (default: 1 8)"
@@ -21,12 +19,12 @@ def parser() -> Parser:
         "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES[:2]), metavar="TYPE",
         help=f"of {', '.join(DTYPES)} (default: the first two)",
     )  # fmt: skip
-    result.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
     result.add_argument("--compile", action="store_true", help="time the compiled engine too (minutes to compile on a CPU)")
     result.add_argument("--no-naive", action="store_true", help="leave out the loop without a cache")
     result.add_argument("--other", metavar="FILE.py:F", help="time another implementation too: images = F(class_ids)")
     result.add_argument("--repeats", type=positive, default=3, metavar="N", help="the best of N (default: %(default)s)")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_model_options(result, tokenizer=True, dtype=False)
     return result
 
 
@@ -41,7 +39,6 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from detailflow.benchmark import benchmark, other_implementation
-    from detailflow.storage import replacing
 
     other = other_implementation(args.other) if args.other else None
     with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as bar:
@@ -52,9 +49,6 @@ def main(argv: Sequence[str]) -> int:
     print(report)
     if args.json:
         make_output(args.json.parent)
-        try:
-            with replacing(args.json) as path:
-                path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DetailFlowError(f"cannot write {args.json}: {error.strerror or error}") from error
+        with writing(args.json) as path:
+            path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     return 0

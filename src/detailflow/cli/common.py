@@ -4,6 +4,8 @@ import argparse
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -32,12 +34,15 @@ class Parser(argparse.ArgumentParser):
         raise DetailFlowError(message)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --device and --dtype."""
+def add_model_options(parser: argparse.ArgumentParser, tokenizer: bool = False, dtype: bool = True) -> None:
+    """--model and --device, and where asked for --tokenizer and --dtype."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)")
+    if tokenizer:
+        group.add_argument("--tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
-    group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], metavar="TYPE", help=f"one of {', '.join(DTYPES)}")
+    if dtype:
+        group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], metavar="TYPE", help=f"one of {', '.join(DTYPES)}")
 
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
@@ -94,10 +99,21 @@ def write_png(image: "Image.Image", path: Path) -> None:
     Raises:
         DetailFlowError: if it cannot be written.
     """
+    with writing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary file to write to, which becomes `path` whole or not at all.
+
+    Raises:
+        DetailFlowError: if it cannot be written.
+    """
     from detailflow.storage import replacing
 
     try:
         with replacing(path) as temporary:
-            image.save(temporary, format="PNG")
+            yield temporary
     except OSError as error:
         raise DetailFlowError(f"cannot write {path}: {error.strerror or error}") from error

@@ -41,8 +41,7 @@ def parser() -> Parser:
     group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely code")
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest codes only")
     group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest codes that sum to P")
-    add_model_options(result)
-    result.add_argument("--tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
+    add_model_options(result, tokenizer=True)
     return result
 
 

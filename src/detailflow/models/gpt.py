@@ -228,7 +228,7 @@ class DetailFlowGPT(nn.Module):
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.apply(_initialise)
         self._compiled: Callable[..., Tensor] | None = None
-        self._compiled_for = 0
+        self.compiled_for: int | None = None  # images at a time
 
     @classmethod
     def from_pretrained(
@@ -282,7 +282,7 @@ class DetailFlowGPT(nn.Module):
             DetailFlowError: where nothing can be compiled, for lack of a C++ compiler for example.
         """
         require_positive(batch_size=batch_size)
-        self._compiled, self._compiled_for = compiled(self._logits, self.device), batch_size
+        self._compiled, self.compiled_for = compiled(self._logits, self.device), batch_size
 
     def _logits(
         self,
@@ -378,15 +378,20 @@ class DetailFlowGPT(nn.Module):
         return torch.cat(parts, 1)
 
 
+def with_null_class(class_ids: Tensor, config: GPTConfig) -> Tensor:
+    """(B,) class ids → (2B,): these, then the null class as often, for guidance in one pass."""
+    return torch.cat((class_ids, torch.full_like(class_ids, config.num_classes)))
+
+
 class CachedGPT:
     """One generation's state: the classes, doubled with the null class where guided, and every layer's cache."""
 
     @torch.inference_mode()  # here as well, or a compiled program would meet two kinds of tensors
     def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
         config, weight = model.config, model.head.weight
-        self.compiled = model._compiled if len(class_ids) == model._compiled_for else None
+        self.compiled = model._compiled if len(class_ids) == model.compiled_for else None
         if guided:
-            class_ids = torch.cat((class_ids, torch.full_like(class_ids, config.num_classes)))
+            class_ids = with_null_class(class_ids, config)
         self.model, self.guided, self.class_ids = model, guided, class_ids
         self.rotation = rotary_table(config).to(weight.device)
         kind = StaticCache if self.compiled else Cache

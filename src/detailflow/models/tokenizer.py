@@ -137,7 +137,7 @@ class DetailFlowTokenizer(nn.Module):
         self.decoder = Decoder(config)
         self.apply(_initialise)
         self._compiled: Callable[..., Tensor] | None = None
-        self._compiled_for = 0
+        self.compiled_for: int | None = None  # images at a time
 
     @classmethod
     def from_pretrained(
@@ -280,7 +280,7 @@ class DetailFlowTokenizer(nn.Module):
     def decode_quantized(self, quantized: Tensor, size: int | tuple[int, int]) -> Tensor:
         """(B, n, d) unit vectors → (B, 3, size, size) pixels, or (B, 3, height, width)."""
         height, width = size if isinstance(size, tuple) else (size, size)
-        full = (self._compiled_for, self.config.num_tokens, self.config.image_size, self.config.image_size)
+        full = (self.compiled_for, self.config.num_tokens, self.config.image_size, self.config.image_size)
         if self._compiled is not None and (*quantized.shape[:2], height, width) == full:
             return self._compiled(quantized, height, width)
         return self.decoder(quantized, height, width)
@@ -294,7 +294,7 @@ class DetailFlowTokenizer(nn.Module):
             DetailFlowError: where nothing can be compiled.
         """
         require_positive(batch_size=batch_size)
-        self._compiled, self._compiled_for = compiled(self.decoder, self.device), batch_size
+        self._compiled, self.compiled_for = compiled(self.decoder, self.device), batch_size
 
 
 def _initialise(module: nn.Module) -> None:
