@@ -7,54 +7,25 @@ i alone, so one process and many write the same files. A part is written whole o
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
 from detailflow.errors import DetailFlowError
 from detailflow.hub import fingerprint
 from detailflow.pipeline import DetailFlowPipeline
+from detailflow.processes import Processes
 from detailflow.storage import replacing
 
 SETTINGS_FILE = "samples.json"
 SHARD_IMAGES = 1000  # about as many are in one tar file
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process's number among all of those that write together, and how it waits for the others."""
-
-    rank: int = 0
-    count: int = 1
-    device: torch.device | None = None
-    wait: Callable[[], None] = lambda: None
-
-    @classmethod
-    def of_this_launch(cls, cpu: bool = False) -> "Processes":
-        """As `torchrun` or `accelerate launch` started them; one where neither did.
-
-        Raises:
-            DetailFlowError: if Accelerate is not installed.
-        """
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls()
-        try:
-            from accelerate import PartialState
-        except ImportError as error:
-            raise DetailFlowError(
-                "several processes need the package accelerate: install it with pip install 'detailflow[train]'"
-            ) from error
-        state = PartialState(cpu=cpu)
-        return cls(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
 
 
 class Writer(Protocol):

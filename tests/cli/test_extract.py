@@ -41,8 +41,11 @@ def test_a_text_file_among_many_images(folder: Path, model: Path, tmp_path: Path
     store = TokenStore.open(tmp_path / "store")
     assert np.bincount(store.labels).tolist() == [100, 99, 100]
     before = {p: Path(p).read_bytes() for p in written(tmp_path)}
-    assert main(extract(folder, model, tmp_path / "store")) == 2
-    assert "already holds a token store: delete it or choose another folder" in capsys.readouterr().err
+    assert main(extract(folder, model, tmp_path / "store")) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'store'}: these tokens are finished already\n299 images, ")
+    assert main(extract(folder, model, tmp_path / "store", "--seed", "1")) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "holds tokens made with seed 0, not 1: repeat its settings, delete it or choose" in err
     assert {p: Path(p).read_bytes() for p in written(tmp_path)} == before
 
 
@@ -55,8 +58,11 @@ def test_more_than_one_in_a_hundred(folder: Path, model: Path, tmp_path: Path, c
         for k in range(4):
             (folder / "a" / f"bad{k}.png").unlink()
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("detailflow: error: 4 images can't be read, more than 1%: remove or replace them (the first: ")
-    assert written(tmp_path) == []
+    assert message.startswith("detailflow: error: 5 images can't be read, more than 1%: remove or replace them (the first: ")
+    assert all(f"{folder / 'a' / f'bad{k}.png'} is not an image" in message for k in range(3))
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    assert main(extract(folder, model, tmp_path / "store")) == 0  # they are removed now
+    assert len(TokenStore.open(tmp_path / "store")) == 299
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,7 @@ from PIL import Image
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
 from detailflow.cli.main import main
-from detailflow.models.loading import config_from_dict
-from detailflow.training.extract import Extraction
-from detailflow.training.gpt import GPTTraining
-from detailflow.training.presets import PRESETS, load_settings
-from detailflow.training.tokenizer import TokenizerTraining
+from detailflow.machine import Ceilings
 
 TINY = Path(__file__).parents[1] / "parity" / "tiny-32"
 SETTINGS = {
@@ -71,7 +67,7 @@ def test_a_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]):
     config = DetailFlowTokenizer.from_pretrained("run").config
     assert config.num_tokens == 8 and config.encoder.width == 16
     made = [f for f in files(folder / "run") if not f.startswith("tensorboard/")]
-    pictures = "pictures", "pictures/reconstructions-00000002.png"
+    pictures = "pictures", *(f"pictures/{name}-00000002.png" for name in ("mistakes", "reconstructions"))
     assert made == ["config.json", "model.safetensors", *pictures, "resume", "resume/step-00000002.pt", "run.yaml", "tensorboard"]
     assert yaml.safe_load(Path("run/run.yaml").read_text())["loop"]["steps"] == 2
 
@@ -82,6 +78,17 @@ def test_options_and_files_are_laid_over_one_another(folder: Path):
     run = yaml.safe_load(Path("run/run.yaml").read_text())
     assert (run["loop"]["steps"], run["loop"]["batch_size"], run["loop"]["seed"], run["flip"]) == (1, 3, 7, False)
     assert DetailFlowTokenizer.from_pretrained("run").config.encoder.depth == 2
+
+
+def test_a_setting_of_several_values(folder: Path):
+    write("b.yaml", {"loop": {"trackers": ["tensorboard"]}})
+    one_step = ["--loop.steps", "1", "--config", "b.yaml"]
+    assert main([*TRAIN, *one_step]) == 0
+    assert yaml.safe_load(Path("run/run.yaml").read_text())["loop"]["trackers"] == ["tensorboard"]
+    for output, given in (("none", "[]"), ("same", "[tensorboard]"), ("quoted", '["tensorboard"]')):
+        assert main([*TRAIN, *one_step, "--output", output, "--loop.trackers", given]) == 0
+        assert yaml.safe_load(Path(output, "run.yaml").read_text())["loop"]["trackers"] == yaml.safe_load(given)
+    assert not Path("none/tensorboard").exists() and Path("same/tensorboard").exists()
 
 
 def test_an_unreadable_image_among_the_first_is_not_the_end(cifar: Path, folder: Path):
@@ -99,7 +106,7 @@ def test_help_fits_a_screen(split: str, capsys: pytest.CaptureFixture[str]):
         assert main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
         assert 10 < len(lines) <= 45 and max(map(len, lines)) <= 115
-        assert "loop.learning_rate" in "".join(lines) or argv[0] == "extract"
+        assert ("loop.learning_rate" in "".join(lines)) == ("  --dry-run " in "".join(lines)) == (argv[0] == "train")
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--help"])
     assert stopped.value.code == 0
@@ -118,7 +125,7 @@ CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ({"flip": "perhaps"}, "setting flip is wrong: it must be bool, not perhaps"),
     ({"loop": {"learning_rate": -1}}, "learning_rate must be above 0, not -1.0"),
     ({"loop": {"seed": -1}}, "seed must be 0 or more, not -1"),
-    ({"loop": {"precision": "fp8"}}, "precision must be bf16 or fp32, not 'fp8'"),
+    ({"loop": {"precision": "fp8"}}, "precision must be bf16, fp16, fp32, not 'fp8'"),
     ({"max_scale": 0.5}, "max_scale must be 1 (no zoom) or more, not 0.5"),
     ({"perceptual": -1}, "perceptual must be 0 or more, not -1.0"),
     ({"coarse_probability": 2}, "coarse_probability must lie in 0 to 1, not 2.0"),
@@ -143,10 +150,12 @@ def test_bad_config_files(values: dict | str | None, message: str, folder: Path,
     ("argv", "message"),
     [
         (["--loop.stepz", "3"], "unknown setting 'loop.stepz': did you mean loop.steps?"),
+        (["--dry-runs", "3"], "unknown setting 'dry-runs': did you mean dry-run?"),
+        (["--loop.trackers", "tensorboard"], "setting loop.trackers is wrong: "),
         (["--conf", "a.yaml"], "unknown setting 'conf': did you mean config?"),
         (["--data", "nowhere/at/all"], "nowhere/at/all does not exist: give a folder of images"),
         (["--data", "empty"], "empty holds no images"),
-        (["--data", "a.yaml"], "a.yaml is neither a folder of images nor a .parquet file"),
+        (["--data", "a.yaml"], "a.yaml is neither a folder of images nor a .parquet"),
         (["--device", "quantum"], "device 'quantum' cannot be used here"),
         (["--output", "a.yaml"], "cannot write to a.yaml: "),
         (["--output", "a.yaml/deeper"], "cannot write to a.yaml/deeper: "),
@@ -213,8 +222,8 @@ def test_a_tokenizer_from_another(source: str, folder: Path, model: Path, capsys
 
 def test_what_does_not_fit_the_weights_of_another(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
     start = str(model / "tokenizer")
-    message = complaint(from_scratch("run", "--init", start, "--model.num_tokens", "32"), capsys)
-    assert message == f"the weights of {start} do not fit: num_tokens is 16 there and 32 here"
+    message = complaint(from_scratch("run", "--init", start, "--model.num_tokens", "8"), capsys)
+    assert message == f"the weights of {start} do not fit: num_tokens is 16 there and 8 here, and a tokenizer can only grow"
     assert "encoder is ViTConfig(" in complaint(from_scratch("run", "--init", start, "--model.encoder.depth", "2"), capsys)
     assert complaint(from_scratch("run", "--init", str(model / "gpt")), capsys).endswith("not a tokenizer")
     assert complaint(from_scratch("run", "--init", "nowhere"), capsys).startswith("unknown model 'nowhere'")
@@ -287,15 +296,64 @@ def test_gpt(folder: Path, model: Path, tokens: Path, capsys: pytest.CaptureFixt
     assert pipeline.gpt.config.guidance_scale == 2 and pipeline.gpt.config.class_names == tuple(f"class{k}" for k in range(10))
 
 
+# ------------------------------------------------------------------------------------------------- what a run will cost
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that needs no measuring, and no network to fetch anything from."""
+    monkeypatch.setattr("detailflow.training.plan.measure_ceilings", lambda *_, **__: Ceilings(1e10, 1e11))
+    monkeypatch.setattr("detailflow.hub.fetch", None)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = Path(__file__).parents[2] / "src" / "detailflow" / "configs" / "imagenet" / "tokenizer.yaml"
+    before = files(folder)
+    assert main(["train", "tokenizer", "--config", str(recipe), "--data", "images", "--dry-run", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("a tokenizer, on 8 images of 2 classes\n") and max(map(len, out.splitlines())) <= 80
+    for line in ("encoder                           184.5M  trained", "VGG-16 (LPIPS)                     14.7M  frozen"):
+        assert line in out
+    assert "the 100 GFLOP/s of bf16 products measured here on cpu" in out
+    assert main([*TRAIN, "--dry-run", "--output", "a.yaml"]) == 0  # where it would be written does not matter yet
+    assert files(folder) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_dry_run_of_an_ar_model(folder: Path, model: Path, tokens: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(gpt(model, tokens, "--dry-run")) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("an AR model, on 200 images of 10 classes, 2 crops of each\n")
+    assert "1 step of 4 images: 0.0 epochs" in out and "KiB of tokens, which are there" in out
+    assert not Path("run").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_dry_run_for_several_processes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*TRAIN, "--dry-run"]) == 0
+    assert "2 processes: 2 images of a step for each" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert main([*TRAIN, "--dry-run"]) == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    message = "a batch of 4 can't be shared evenly by 3 processes: choose a multiple"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert complaint([*TRAIN, "--dry-run"], capsys) == message
+
+
+@pytest.mark.usefixtures("quick")
+def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    assert complaint([*TRAIN, "--dry-run", "--data", "nowhere/at/all"], capsys).startswith("nowhere/at/all does not exist")
+    assert complaint([*TRAIN, "--dry-run", "--loop.stepz", "3"], capsys).startswith("unknown setting 'loop.stepz'")
+    assert complaint(gpt(model, "images", "--dry-run"), capsys).startswith("images is no token store")
+    assert complaint([*TRAIN, "--dry-run", "--device", "quantum"], capsys).startswith("device 'quantum' cannot be used")
+    extraction = ["extract", "--data", "images", "--tokenizer", str(model), "--output", "t", "--dry-run"]
+    assert complaint(extraction, capsys).startswith("unknown setting 'dry-run': the settings are config, output, device, data")
+
+
 # ------------------------------------------------------------------------------------------------- all in a row
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_whole(preset: str):
-    first = config_from_dict(TokenizerTraining, {"data": "x", **load_settings(preset, "tokenizer")}, preset)
-    config_from_dict(Extraction, {"data": "x", "tokenizer": "y", **load_settings(preset, "extract")}, preset)
-    last = config_from_dict(GPTTraining, {"tokens": "x", "tokenizer": "y", **load_settings(preset, "gpt")}, preset)
-    assert (first.loop.steps, last.loop.steps, first.max_scale, last.width) == (11000, 6000, 1.25, 256)
 
 
 @pytest.mark.parametrize(

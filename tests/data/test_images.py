@@ -1,9 +1,8 @@
 import io
 import json
+import pickle
 import sys
 import warnings
-from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -14,19 +13,13 @@ from PIL import Image
 
 from detailflow.data.images import load_rgb, open_images
 from detailflow.data.loader import ImageBatches
-from detailflow.data.transforms import center_crop, to_tensor
+from detailflow.data.transforms import center_crop, random_crop, side_for_crops, to_tensor
 from detailflow.errors import DetailFlowError
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what `datasets` caches out of the user's home."""
-    with pytest.MonkeyPatch.context() as patch:
-        if find_spec("datasets"):
-            patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def picture(index: int, size: int = 40) -> Image.Image:
@@ -141,6 +134,25 @@ def test_unreadable_images_are_named_in_one_sentence(tmp_path):
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_jpeg_may_come_smaller_with_the_same_crops(cifar):
+    original = Image.open(next(cifar.rglob("*.png")))
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    original.resize((600, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95, exif=exif)
+    whole = load_rgb(file.getvalue())
+    assert whole.size == (480, 600)
+    for least, shorter in ((None, 480), (481, 480), (241, 480), (240, 240), (121, 240), (120, 120), (8, 60)):
+        small = load_rgb(file.getvalue(), least=least)
+        assert min(small.size) == shorter and abs(small.width / small.height - 0.8) < 0.01
+    assert side_for_crops(96) == 240
+    small = load_rgb(file.getvalue(), least=240)
+    for draws in np.random.default_rng(0).random((8, 4)):
+        difference = random_crop(small, 96, draws).astype(int) - random_crop(whole, 96, draws)
+        assert np.abs(difference).mean() < 1
+    with pytest.raises(DetailFlowError, match="is damaged"):
+        load_rgb(file.getvalue()[:5000], least=60)
+
+
 # ------------------------------------------------------------------------------------------------- folders
 
 
@@ -241,10 +253,20 @@ def test_parquet_files(tmp_path, capfd):
             source.image(3)
         with pytest.raises(DetailFlowError, match="row 2 has no image"):
             source.image(4)
+        again = pickle.dumps(source)  # as it goes to a worker process that is spawned
+        assert len(again) < 20_000 and np.asarray(pickle.loads(again).image(0)).shape == (40, 40, 3)
     test = open_images(tmp_path / "d", "test")
     assert len(test) == 2 and test.name(0).endswith("test.parquet row 0")
     assert len(open_images(tmp_path / "d" / "test.parquet")) == 2
     assert capfd.readouterr() == ("", "")
+
+
+def test_splits_in_the_middle_of_file_names(tmp_path):
+    for split in ("train", "validation"):
+        write_parquet(tmp_path / f"photos-{split}-0000.parquet", [png(picture(0))], [0])
+    assert [len(open_images(tmp_path, split)) for split in (None, "train", "val")] == [1, 1, 1]
+    with pytest.raises(DetailFlowError, match="no split 'test': it has train, validation"):
+        open_images(tmp_path, "test")
 
 
 def test_parquet_labels(tmp_path):

@@ -9,9 +9,10 @@ import torch
 
 from detailflow import DetailFlowTokenizer
 from detailflow.data.images import open_images
-from detailflow.data.tokens import CLEAN, INPUT, LABEL, TokenStore
+from detailflow.data.tokens import CLEAN, INPUT, LABEL, TokenStore, TokenWriter
 from detailflow.data.transforms import ten_crops, to_tensor, two_crops
 from detailflow.errors import DetailFlowError
+from detailflow.training import extract as extraction
 from detailflow.training.extract import Extraction, code_rows, extract
 from detailflow.training.gpt import GPTTraining, train_gpt
 from detailflow.training.loop import LoopConfig
@@ -30,6 +31,14 @@ def folder(cifar: Path, tmp_path: Path) -> Path:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     return tmp_path / "images"
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
 
 
 def run(data: Path, model: Path, output: Path, **settings: object) -> TokenStore:
@@ -100,13 +109,25 @@ def test_ten_crops(tokenizer: DetailFlowTokenizer, folder: Path, model: Path, tm
     np.testing.assert_array_equal(store.codes[7, :, CLEAN], tokenizer.encode(crops))
 
 
-def test_the_same_whatever_the_workers_and_another_with_another_seed(folder: Path, model: Path, tmp_path: Path):
+def test_the_same_whatever_the_work_is_cut_into_and_another_with_another_seed(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(extraction, "CHUNK_IMAGES", 8)
     first = run(folder, model, tmp_path / "a", crops="two")
-    again = run(folder, model, tmp_path / "b", crops="two", workers=2)
+    for batch_size, workers in ((1, 0), (6, 2), (16, 1)):
+        again = run(folder, model, tmp_path / f"{batch_size}", crops="two", batch_size=batch_size, workers=workers)
+        assert files_in(again.directory) == files_in(first.directory)
     other = run(folder, model, tmp_path / "c", crops="two", seed=1)
-    np.testing.assert_array_equal(first.codes, again.codes)
     np.testing.assert_array_equal(first.codes[:, :, CLEAN], other.codes[:, :, CLEAN])
     assert (first.codes[:, :, INPUT] != other.codes[:, :, INPUT]).any()
+    first.verify()
+    assert first.ids() == names_in(folder)
+
+
+def test_fewer_candidates(folder: Path, model: Path, tmp_path: Path):
+    """The nearest code alone is no mistake."""
+    store = run(folder, model, tmp_path / "store", crops="two", mistakes=1)
+    np.testing.assert_array_equal(store.codes[:, :, INPUT], store.codes[:, :, LABEL])
 
 
 def test_a_whole_prefix(folder: Path, tmp_path: Path):
@@ -135,16 +156,31 @@ def test_one_unreadable_image_is_left_out(
     count = len(open_images(folder))
     store = run(folder, model, tmp_path / "store", crops="two")
     assert len(store) == count - 1
+    assert store.ids() == [name for name in names_in(folder) if name != str(path.relative_to(folder))]
+    np.testing.assert_array_equal(store.labels, [name.startswith("odd") for name in store.ids()])
+    clean = DetailFlowTokenizer.from_pretrained(model).encode(to_tensor(two_crops(open_images(folder).image(5), 32)))
+    np.testing.assert_array_equal(store.read(np.full(2, 5 - first), np.arange(2), np.full(2, CLEAN)), clean)
     printed = "".join(capsys.readouterr())
     assert str(path) in printed and f"1 of {count} images could not be read and were left out" in printed
 
 
-def test_more_than_one_in_a_hundred_stop_it(folder: Path, model: Path, tmp_path: Path):
-    for path in sorted(folder.rglob("*.png"))[:2]:
+def test_more_than_one_in_a_hundred_stop_it(folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once they are put right, the same command goes on."""
+    whole = files_in(run(folder, model, tmp_path / "whole", crops="two", seed=3).directory)
+    monkeypatch.setattr(extraction, "CHUNK_IMAGES", 8)
+    whole8 = files_in(run(folder, model, tmp_path / "whole8", crops="two", seed=3).directory)
+    source = open_images(folder)
+    paths = [Path(source.name(slot)) for slot in (12, 15)]
+    kept = [path.read_bytes() for path in paths]
+    for path in paths:
         path.write_text("not an image")
-    with pytest.raises(DetailFlowError, match="2 images can't be read, more than 1%"):
-        run(folder, model, tmp_path / "store", crops="two")
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and "store" in p.parts]
+    for _ in range(2):
+        with pytest.raises(DetailFlowError, match=f"2 images can't be read, more than 1%.*{paths[0]}.*; {paths[1]}"):
+            run(folder, model, tmp_path / "store", crops="two", seed=3)
+        assert [path.name for path in (tmp_path / "store").rglob("chunk-*")] == ["chunk-000000.json"]
+    for path, content in zip(paths, kept, strict=True):
+        path.write_bytes(content)
+    assert files_in(run(folder, model, tmp_path / "store", crops="two", seed=3).directory) == whole8 != whole
 
 
 def test_nothing_that_can_be_read(model: Path, tmp_path: Path):
@@ -158,11 +194,49 @@ def test_wrong_settings():
     for setting, message in (
         ({"crops": "three"}, "crops must be ten or two, not 'three'"),
         ({"batch_size": 0}, "batch_size must be a positive integer"),
-        ({"precision": "fp8"}, "precision must be bf16 or fp32"),
+        ({"precision": "fp8"}, "precision must be .*fp32, not 'fp8'"),
         ({"workers": -1}, "workers must be 0 or more"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"mistakes": 0}, "mistakes must be a positive integer"),
     ):
         with pytest.raises(DetailFlowError, match=message):
             Extraction("images", "model", **setting)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_going_on_with_other_settings(finished: bool, folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stopped(writer: TokenWriter) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "store"
+    if finished:
+        run(folder, model, output, crops="two")
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(TokenWriter, "finish", stopped)
+            run(folder, model, output, crops="two")
+    before = files_in(output)
+    other = DetailFlowTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        other.quantizer.codebook[0, 0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    shutil.copytree(folder, tmp_path / "copy")
+    for data, tokenizer, settings, message in (
+        (folder, model, {"crops": "two", "seed": 1}, "seed 0, not 1"),
+        (folder, model, {}, "crops 'two', not 'ten'"),
+        (folder, model, {"crops": "two", "precision": "bf16"}, "precision 'fp32', not 'bf16'"),
+        (tmp_path / "copy", model, {"crops": "two"}, f"data '{folder}', not '{tmp_path / 'copy'}'"),
+        (folder, tmp_path / "other", {"crops": "two"}, "another tokenizer"),
+    ):
+        with pytest.raises(DetailFlowError, match=f"store holds tokens .*{message}: repeat its settings"):
+            run(data, tokenizer, output, **settings)
+    assert files_in(output) == before
+    store = run(folder, model, output, crops="two", batch_size=4, workers=1)
+    assert len(store) == 20
+    assert all(files_in(output)[name] == before[name] for name in ("codes.bin", "ids.jsonl"))
+    (folder / "odd" / "zzz.png").write_bytes(next(folder.rglob("*.png")).read_bytes())
+    with pytest.raises(DetailFlowError, match="holds tokens of other images"):
+        run(folder, model, output, crops="two")
 
 
 def test_a_store_is_tied_to_its_tokenizer(tokens: Path, model: Path, tmp_path: Path):

@@ -1,14 +1,16 @@
 """The loop's parts: the learning rate, the run's folder, checkpoints. What they are for is in test_resume.py."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from detailflow.errors import DetailFlowError
-from detailflow.training.loop import RUN_FILE, LoopConfig, claim, load_checkpoint, save_checkpoint
+from detailflow.training.checkpoints import RUN_FILE, claim, load_checkpoint, save_checkpoint
+from detailflow.training.loop import LoopConfig
 
 
 def test_the_learning_rate():
@@ -25,6 +27,15 @@ def test_the_learning_rate():
     assert 0.01 <= rates[199] < 0.0101
 
 
+def test_a_warm_up_from_a_share_of_the_peak():
+    """Method §6: from 0.005 over 5% of the steps, to 0.01 of the peak."""
+    loop = LoopConfig(steps=1000, batch_size=1, learning_rate=2.0, warmup=0.05, initial_rate=0.005, final_rate=0.01)
+    rates = [loop.rate_at(step) for step in range(1000)]
+    for step in range(50):
+        assert rates[step] == pytest.approx(2 * (0.005 + 0.995 * (step + 1) / 51))
+    assert rates[50] == 2.0 and 0.02 < rates[-1] < 0.0201
+
+
 def test_no_warm_up_and_a_single_step():
     assert LoopConfig(steps=10, batch_size=1, learning_rate=0.5, warmup=0).rate_at(0) == 0.5
     assert 0 < LoopConfig(steps=1, batch_size=1, learning_rate=0.5).rate_at(0) <= 0.5
@@ -33,6 +44,11 @@ def test_no_warm_up_and_a_single_step():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"accumulate": 0}, "accumulate must be a positive integer, not 0"),
+        ({"keep": 0}, "keep must be a positive integer"),
+        ({"initial_rate": 1.5}, "initial_rate must lie in 0 to 1"),
+        ({"trackers": ("paper",)}, "trackers must be among tensorboard, wandb, not 'paper'"),
+        ({"milestone_every": -1}, "milestone_every must be 0 or more"),
         ({"steps": 0}, "steps must be a positive integer, not 0"),
         ({"batch_size": 2.5}, "batch_size must be a positive integer, not 2.5"),
         ({"log_every": 0}, "log_every must be a positive integer"),
@@ -41,7 +57,7 @@ def test_no_warm_up_and_a_single_step():
         ({"warmup": 1.0}, "warmup must be at least 0 and below 1"),
         ({"final_rate": 1.1}, "final_rate must lie in 0 to 1"),
         ({"grad_clip": 0.0}, "grad_clip must be above 0"),
-        ({"precision": "fp8"}, "precision must be bf16 or fp32, not 'fp8'"),
+        ({"precision": "fp8"}, "precision must be bf16, fp16, fp32, not 'fp8'"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"workers": -1}, "workers must be 0 or more"),
         ({"checkpoint_minutes": -1.0}, "checkpoint_minutes must be 0 or more"),
@@ -103,63 +119,64 @@ def test_a_folder_that_cannot_be_made(name: str, tmp_path: Path):
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
-class Counter:
-    """A stage whose whole state is one number."""
-
-    def __init__(self) -> None:
-        self.value = torch.zeros(3)
-
-    def state(self) -> dict:
-        return {"value": self.value}
-
-    def restore(self, state: dict) -> None:
-        self.value = state["value"]
-
-
 @pytest.fixture
-def stage(tmp_path: Path) -> Counter:
+def four(tmp_path: Path) -> None:
     """Checkpoints of steps 1 to 4 lie in the folder, as far as they are kept."""
     (tmp_path / "resume").mkdir()
-    stage = Counter()
     for step in range(1, 5):
-        stage.value += 1
-        save_checkpoint(tmp_path, step, stage)  # type: ignore[arg-type]
-    stage.value = torch.full((3,), -1.0)
-    return stage
+        save_checkpoint(tmp_path, step, {"value": torch.full((3,), float(step))})
 
 
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in (folder / "resume").iterdir())
 
 
-def test_the_last_two_stay(stage: Counter, tmp_path: Path):
+def test_the_last_two_stay(four: None, tmp_path: Path):
     assert names(tmp_path) == ["step-00000003.pt", "step-00000004.pt"]
-    assert load_checkpoint(tmp_path, stage) == 4  # type: ignore[arg-type]
-    assert stage.value.tolist() == [4, 4, 4]
+    step, state = load_checkpoint(tmp_path)
+    assert step == 4 and state["value"].tolist() == [4, 4, 4]
+
+
+def test_as_many_as_asked_for_and_milestones(tmp_path: Path):
+    (tmp_path / "resume").mkdir()
+    for step in range(1, 10):
+        save_checkpoint(tmp_path, step, {"value": step}, keep=3, milestone=step % 4 == 0)
+    assert names(tmp_path) == [f"step-{step:08d}.pt" for step in (7, 8, 9)]
+    assert sorted(p.name for p in (tmp_path / "milestones").iterdir()) == ["step-00000004.pt", "step-00000008.pt"]
+    assert torch.load(tmp_path / "milestones" / "step-00000004.pt", weights_only=True)["state"] == {"value": 4}
+
+
+def test_settings_that_may_change_when_a_run_goes_on(tmp_path: Path):
+    claim(tmp_path, "gpt", asdict(Settings(LOOP)))
+    more = replace(LOOP, workers=3, log_every=1, keep=5, trackers=(), accumulate=4, checkpoint_minutes=9)
+    assert claim(tmp_path, "gpt", asdict(Settings(more)))
+    assert yaml.safe_load((tmp_path / RUN_FILE).read_text())["loop"]["workers"] == 3
+    with pytest.raises(DetailFlowError, match=r"another loop.learning_rate \(0.1, not 0.2\)"):
+        claim(tmp_path, "gpt", asdict(Settings(replace(more, learning_rate=0.2))))
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, -1])
 def test_a_truncated_one_gives_way_to_the_one_before(
-    length: int, stage: Counter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    length: int, four: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "resume" / "step-00000004.pt"
     path.write_bytes(path.read_bytes()[:length])
-    assert load_checkpoint(tmp_path, stage) == 3  # type: ignore[arg-type]
-    assert stage.value.tolist() == [3, 3, 3]
+    step, state = load_checkpoint(tmp_path)
+    assert step == 3 and state["value"].tolist() == [3, 3, 3]
     assert "this checkpoint can't be read" in capsys.readouterr().out
 
 
-def test_none_that_can_be_read(stage: Counter, tmp_path: Path):
+def test_none_that_can_be_read(four: None, tmp_path: Path):
     for path in (tmp_path / "resume").iterdir():
         path.write_bytes(b"rubbish")
     with pytest.raises(DetailFlowError, match="none of the checkpoints can be read"):
-        load_checkpoint(tmp_path, stage)  # type: ignore[arg-type]
+        load_checkpoint(tmp_path)
 
 
 def test_no_checkpoint_is_a_start(tmp_path: Path):
-    assert load_checkpoint(tmp_path, Counter()) == 0  # type: ignore[arg-type]
+    assert load_checkpoint(tmp_path) == (0, {})
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path: Path):
     with pytest.raises(DetailFlowError, match="the checkpoint can't be written"):
-        save_checkpoint(tmp_path / "missing", 1, Counter())  # type: ignore[arg-type]
+        save_checkpoint(tmp_path / "missing", 1, {})

@@ -1,5 +1,6 @@
 """Every loss term against NumPy, where its gradients stop, and one whole step against the public contract."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from detailflow.data.images import open_images
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.models.vit import ViTConfig
+from detailflow.training.adversary import Draws
 from detailflow.training.loop import LoopConfig
 from detailflow.training.losses import (
     discriminator_loss,
@@ -19,7 +21,8 @@ from detailflow.training.losses import (
     quantization_loss,
     straight_through,
 )
-from detailflow.training.tokenizer import TokenizerStage, TokenizerTraining, draw_count, draw_position
+from detailflow.training.passes import draw_count, draw_position
+from detailflow.training.tokenizer import TokenizerStage, TokenizerTraining
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -127,7 +130,7 @@ def test_a_step_is_what_the_public_contract_says(t: int, position: int | None, c
     assert float(scalars["pixel"].detach()) == pytest.approx(pixel, rel=1e-4)
     assert float(scalars["quantization"].detach()) == pytest.approx(1.25 * squares.mean(), rel=1e-4)
     assert float(scalars["loss"]) == pytest.approx(pixel + 1.25 * squares.mean(), rel=1e-4)
-    psnr = 10 * np.log10(4 / ((made_pixels[0].clip(-1, 1) - target) ** 2).mean())
+    psnr = (10 * np.log10(4 / ((made_pixels[0].clip(-1, 1) - target) ** 2).mean((1, 2, 3)))).mean()
     assert float(scalars["psnr"]) == pytest.approx(psnr, rel=1e-4)
 
 
@@ -162,16 +165,16 @@ def test_where_the_correction_pass_stops_gradients(cifar: Path, images: torch.Te
         )
         return {name: g is not None and bool(g.abs().max() > 0) for name, g in zip(weights, found, strict=True)}
 
-    pairs, (clean, sequence), count = made._encode(images, position)
-    assert count == 6
+    encoded = made.networks.encode(images, position, torch.zeros(6, 4, dtype=torch.int64))
+    clean, sequence = encoded.sequences
     of_clean = dict(query_tokens=True, refined_tokens=False, refine=False, patch_embed=True, codebook=False)
     assert gradients(clean) == gradients(sequence[:, :position]) == of_clean
     assert not any(gradients(sequence[:, position : position + 4]).values())  # the wrong tokens are given
     corrected = sequence[:, position + 4 :]
     # nothing goes back through the codes that the correction pass is given
     assert gradients(corrected) == dict(query_tokens=False, refined_tokens=True, refine=True, patch_embed=True, codebook=False)
-    assert gradients(made._quantization(pairs))["codebook"]
-    assert gradients(pairs[1][0]) == gradients(corrected)
+    assert gradients(encoded.codes[0])["codebook"] and gradients(encoded.codes[1])["codebook"]
+    assert gradients(encoded.latents[1]) == gradients(corrected)
 
 
 @pytest.mark.parametrize("mistakes", [1, 5, 64])
@@ -200,18 +203,21 @@ def test_mistakes_are_of_so_many_nearest_codes(mistakes: int, cifar: Path, image
 
 
 def test_a_share_of_the_batch_is_corrected(cifar: Path, images: torch.Tensor, tmp_path: Path):
-    made = stage(cifar, tmp_path, correction_share=0.5)
-    pairs, sequences, count = made._encode(images, 4)
-    assert count == 3 and [len(s) for s in sequences] == [6, 3]
-    assert [tuple(z.shape) for z, _ in pairs] == [(6, 16, 4), (3, 11, 4)]
-    none = stage(cifar, tmp_path, correction_share=0.0)
-    assert none._encode(images, 4)[2] == 0
+    seen = []
+    for share in (0.5, 0.0):
+        made = stage(cifar, tmp_path, correction_share=share)
+        torch.manual_seed(find_seed(made, 16, 4))
+        made.networks.register_forward_hook(lambda _, given, passes: seen.append(passes))
+        made.step(0, (images, torch.zeros(6)), 1e-30)
+    half, none = seen
+    assert half.corrected == 3 and len(half.pixels) == 9 and none.corrected == 0 and len(none.pixels) == 6
+    assert [tuple(z.shape) for z in half.latents] == [(6, 16, 4), (3, 11, 4)]
 
 
 def test_the_other_terms_enter_with_their_weights(cifar: Path, images: torch.Tensor, tmp_path: Path):
     made = stage(cifar, tmp_path, perceptual=0.3, classifier_epochs=1, adversarial=0.7, adversarial_from=0.5, pixel=2.0)
     assert (tmp_path / "features.pt").exists()
-    early, late = ({k: float(v.detach()) for k, v in made.step(s, (images, None), 1e-30).items()} for s in (4, 5))
+    early, late = ({k: float(v) for k, v in made.step(s, (images, None), 1e-30).items()} for s in (4, 5))
     assert "adversarial" not in early and "discriminator" not in early
     for scalars in (early, late):
         total = 2 * scalars["pixel"] + scalars["quantization"] + 0.3 * scalars["perceptual"]
@@ -219,35 +225,63 @@ def test_the_other_terms_enter_with_their_weights(cifar: Path, images: torch.Ten
     assert late["discriminator"] == pytest.approx(1.0, abs=0.3)  # untrained: it says about 0 to everything
 
 
+def test_the_whole_objective(cifar: Path, images: torch.Tensor, tmp_path: Path):
+    """All terms of method §4.4 with their weights, the perceptual one's while it rises, and the alignment by hand."""
+    stand_ins = dict(perceptual=0.3, perceptual_warmup=8, classifier_epochs=1, alignment=0.4)
+    adversarial = dict(adversarial=0.7, adversarial_from=3, augment=True, lecam=0.1, consistency=2.0)
+    made = stage(cifar, tmp_path, coarse_probability=0.0, **stand_ins, **adversarial)
+    teacher, head, model = made.teachers.features, made.networks.head, made.model
+    assert teacher is made.teachers.alignment and head is not None
+    first = model.quantizer.lookup(model.encode(images)[:, 0])  # the straight-through value is the code's
+    made_of_it, wanted = head(first).detach().double().numpy(), teacher.features(images)[-1].mean((2, 3)).double().numpy()
+    cosine = (made_of_it * wanted).sum(1) / np.linalg.norm(made_of_it, axis=1) / np.linalg.norm(wanted, axis=1)
+    for step in (2, 6, 9):
+        scalars = {k: float(v) for k, v in made.step(step, (images, None), 1e-30).items()}
+        assert scalars["alignment"] == pytest.approx(-cosine.mean(), rel=1e-4)
+        weights = dict(pixel=1.0, quantization=1.0, perceptual=0.3 * min(1, step / 8), alignment=0.4, adversarial=0.7)
+        total = sum(weight * scalars.get(name, 0.0) for name, weight in weights.items())
+        assert scalars["loss"] == pytest.approx(total, rel=1e-5)
+        later = {"adversarial", "discriminator", "lecam", "consistency", "discriminator_gradient_norm"}
+        assert (later <= scalars.keys()) == (step >= 3) and math.isfinite(scalars["gradient_norm"])
+
+
+def test_the_codebook_is_counted(cifar: Path, images: torch.Tensor, tmp_path: Path):
+    made = stage(cifar, tmp_path)
+    scalars = made.step(0, (images, None), 1e-30)
+    counts = np.bincount(made.model.encode(images).flatten(), minlength=64)
+    shares = counts[counts > 0] / counts.sum()
+    assert float(scalars["codebook_usage"]) == pytest.approx((counts > 0).mean())
+    assert float(scalars["codebook_perplexity"]) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+
+
 def test_the_feature_network_stays_frozen_and_the_judge_learns_apart(cifar: Path, images: torch.Tensor, tmp_path: Path):
     made = stage(cifar, tmp_path, perceptual=0.3, classifier_epochs=1, adversarial=0.7, adversarial_from=0.0)
-    assert made.features is not None and not any(p.requires_grad for p in made.features.parameters())
-    features = {k: v.clone() for k, v in made.features.state_dict().items()}
-    judge = {k: v.clone() for k, v in made.discriminator.named_parameters()}
+    frozen = made.teachers.features
+    assert frozen is not None and not any(p.requires_grad for p in frozen.parameters())
+    features = {k: v.clone() for k, v in frozen.state_dict().items()}
+    judge = {k: v.clone() for k, v in made.adversary.network.named_parameters()}
     model = {k: v.clone() for k, v in made.model.named_parameters()}
     made.step(0, (images, None), 1e-2)
-    assert all(torch.equal(v, features[k]) for k, v in made.features.state_dict().items())
-    assert any(not torch.equal(v, judge[k]) for k, v in made.discriminator.named_parameters())
+    assert all(torch.equal(v, features[k]) for k, v in frozen.state_dict().items())
+    assert any(not torch.equal(v, judge[k]) for k, v in made.adversary.network.named_parameters())
     assert any(not torch.equal(v, model[k]) for k, v in made.model.named_parameters())
-    made.model.requires_grad_(False)
-    before = [p.grad.clone() for p in made.model.parameters() if p.grad is not None]
-    made._train_discriminator(images, images.flip(0))
-    after = [p.grad for p in made.model.parameters() if p.grad is not None]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    before = {k: v.clone() for k, v in made.model.named_parameters()}
+    made.adversary.step([(images, images.flip(0), Draws.make(6))], 1e-2)
+    assert all(torch.equal(v, before[k]) and v.grad is None for k, v in made.model.named_parameters())
 
 
 def test_unused_codes_move_to_latents(cifar: Path, images: torch.Tensor, tmp_path: Path):
     made = stage(cifar, tmp_path, revive_every=2)
     codebook = made.model.quantizer.codebook
     before = codebook.detach().clone()
-    made.used[:10] = True
+    made.counts[:10] = 1
     z = F.normalize(noise(2, 16, 4), dim=-1)
     made._revive(0, z)
     assert torch.equal(codebook, before)
     made._revive(1, z)
     assert torch.equal(codebook[:10], before[:10])
     distance = (codebook[10:, None].detach() - z.reshape(1, -1, 4)).norm(dim=-1).amin(1)
-    assert float(distance.max()) < 1e-6 and not made.used.any()
+    assert float(distance.max()) < 1e-6 and not made.counts.any()
     moved = codebook.detach().clone()
     made._revive(9, z)  # the second half of the run leaves them alone
     assert torch.equal(codebook, moved)

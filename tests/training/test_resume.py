@@ -100,6 +100,23 @@ def test_killed_and_started_again(
     assert not list(output.rglob("*.tmp"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
+def test_killed_ten_times(stage: str, commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):
+    """SIGKILL at ten random moments, between steps, within them and while a checkpoint is written."""
+    output = tmp_path / "run"
+    for _ in range(10):
+        newest = max((int(p.stem[-8:]) for p in (output / "resume").glob("step-*.pt")), default=0)
+        with started(*commands[stage], str(output)) as process:
+            wait_for(output, f"resume/step-{min(newest + random.randint(1, 2), 23):08d}.pt", process)
+            time.sleep(random.random() * 0.1)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert main([*commands[stage], str(output)]) == 0
+    assert weights(output) == weights(finished[stage])
+    assert not list(output.rglob("*.tmp"))
+
+
 @pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.slow), "gpt"])
 def test_a_damaged_checkpoint(
     stage: str, commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -146,7 +163,8 @@ def test_a_finished_run(
 ):
     output = finished[stage]
     assert [p.name for p in sorted((output / "resume").iterdir())] == ["step-00000023.pt", "step-00000024.pt"]
-    assert len(list((output / "pictures").iterdir())) == 3  # after 10, 20 and all steps
+    kinds = {"tokenizer": ("reconstructions", "mistakes"), "gpt": ("samples",)}[stage]
+    assert {p.stem for p in (output / "pictures").iterdir()} == {f"{kind}-{s:08d}" for kind in kinds for s in (10, 20, 24)}
     before = contents(output)
     assert main([*commands[stage], str(output)]) == 0
     assert capsys.readouterr().out == f"{output}: this {stage} is finished already\n"

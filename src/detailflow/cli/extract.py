@@ -9,9 +9,11 @@ SUMMARY = "Write the tokens of every image, with and without planted mistakes, t
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit status."""
+    from detailflow.processes import Processes
     from detailflow.training.extract import Extraction, extract
 
     if request := parse(Extraction, "extract", SUMMARY, argv):
         store = extract(request.settings, request.output, request.device)
-        print(f"{len(store)} images, {store.info.crops} crops each, in {request.output}")
+        if Processes.of_this_launch().is_main:
+            print(f"{len(store)} images, {store.info.crops} crops each, in {request.output}")
     return 0

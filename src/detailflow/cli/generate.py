@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.generation import SamplingConfig
     from detailflow.pictures import grid, strip
     from detailflow.pipeline import BATCH_SIZE, DetailFlowPipeline, stage_counts
-    from detailflow.samples import Processes, file_label, generate_many
+    from detailflow.processes import Processes
+    from detailflow.samples import file_label, generate_many
 
     if args.num_images is None and (args.compile or args.format != FORMATS[0]):
         raise DetailFlowError(f"{'--compile' if args.compile else f'--format {args.format}'} is for --num-images")

@@ -13,21 +13,31 @@ from typing import Any, NamedTuple, get_type_hints
 from detailflow.cli.common import check_output
 from detailflow.errors import DetailFlowError
 
+DRY_RUN = "--dry-run"
+
 
 class Request(NamedTuple):
-    """What the user asked for: the settings, and where and on what to do it."""
+    """What the user asked for: the settings, where and on what to do it, and whether only to say what it would cost."""
 
     settings: Any
     output: Path
     device: str | None
+    dry_run: bool
 
 
 def parse(
-    kind: type, command: str, summary: str, argv: Sequence[str], sizes: Callable[[str], dict[str, Any]] | None = None
+    kind: type,
+    command: str,
+    summary: str,
+    argv: Sequence[str],
+    sizes: Callable[[str], dict[str, Any]] | None = None,
+    can_plan: bool = False,
 ) -> Request | None:
     """Settings of dataclass `kind` from `argv`; `None` after `--help`.
 
-    `sizes`: what the model that `--init` names says of the settings; files and options go before it.
+    Args:
+        sizes: what the model that `--init` names says of the settings; files and options go before it.
+        can_plan: whether there is `--dry-run`, which needs no output folder and does not look at it.
 
     Raises:
         DetailFlowError: for a file that can't be read, an unknown key, a value that is wrong or missing, or an output folder
@@ -36,8 +46,11 @@ def parse(
     from jsonargparse import ArgumentParser
 
     if not argv or "--help" in argv or "-h" in argv:
-        print(help_text(kind, command, summary), end="")
+        print(help_text(kind, command, summary, can_plan), end="")
         return None
+    dry_run = can_plan and DRY_RUN in argv
+    if dry_run:
+        argv = [item for item in argv if item != DRY_RUN]
     parser = ArgumentParser(exit_on_error=False, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--output", type=str)
@@ -56,11 +69,12 @@ def parse(
     except DetailFlowError:
         raise
     except (argparse.ArgumentError, ValueError, TypeError, KeyError) as error:
-        raise DetailFlowError(explain(kind, str(error))) from error
-    if output is None:
-        raise DetailFlowError("--output is missing: the folder to write to")
-    check_output(Path(output))
-    return Request(settings, Path(output), device)
+        raise DetailFlowError(explain(kind, str(error), can_plan)) from error
+    if not dry_run:
+        if output is None:
+            raise DetailFlowError("--output is missing: the folder to write to")
+        check_output(Path(output))
+    return Request(settings, Path(output or ""), device, dry_run)
 
 
 def _check_config_file(path: str) -> dict[str, Any]:
@@ -104,10 +118,11 @@ def keys(kind: type, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield prefix + f.name, f.default
 
 
-def help_text(kind: type, command: str, summary: str) -> str:
+def help_text(kind: type, command: str, summary: str, can_plan: bool = False) -> str:
     """A page that names every setting with its default."""
     named = [name if default is MISSING else f"{name}={_plain(default)}" for name, default in keys(kind)]
     settings = textwrap.fill("  ".join(named), 96, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    plan = f"  {DRY_RUN}        only say what the run will cost: memory, time, disk\n" if can_plan else ""
     return (
         f"usage: detailflow {command} --config FILE --output DIR [--device DEVICE] [--KEY VALUE …]\n\n"
         f"{summary}\n\n"
@@ -115,20 +130,24 @@ def help_text(kind: type, command: str, summary: str) -> str:
         "  --config FILE    YAML with the settings below; several are laid over one another\n"
         "  --output DIR     where to write\n"
         "  --device DEVICE  cpu, cuda, cuda:1, … (default: the GPU where there is one)\n"
+        f"{plan}"
         "  --KEY VALUE      a setting in place of the file's, such as --loop.steps 1000\n\n"
         f"settings (with their defaults):\n{settings}\n"
     )
 
 
 def _plain(value: Any) -> str:
+    """As it would stand in YAML."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
     return "null" if value is None else str(value)
 
 
-def explain(kind: type, message: str) -> str:
+def explain(kind: type, message: str, can_plan: bool = False) -> str:
     """One sentence out of jsonargparse's message."""
     text = " ".join(message.split())
-    if match := re.search(r"(?:Option |option |arguments: )'?(?:--)?([\w.]+)'?", text):
-        names = ["config", "output", "device", *(name for name, _ in keys(kind))]
+    if match := re.search(r"(?:Option |option |arguments: )'?(?:--)?([\w.-]+)'?", text):
+        names = ["config", "output", "device", *([DRY_RUN[2:]] if can_plan else []), *(name for name, _ in keys(kind))]
         wrong = match[1]
         close = get_close_matches(wrong, [*names, *(name.rpartition(".")[2] for name in names)], n=1)
         return f"unknown setting {wrong!r}: " + (f"did you mean {close[0]}?" if close else f"the settings are {', '.join(names)}")

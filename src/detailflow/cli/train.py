@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from detailflow.cli.common import Parser, check_output, positive
-from detailflow.cli.settings import parse
+from detailflow.cli.settings import Request, parse
 from detailflow.errors import DetailFlowError
 
 AGAIN = "The same command goes on with a run that was interrupted."
@@ -20,18 +20,30 @@ def main(argv: Sequence[str]) -> int:
     if stage == "tokenizer":
         from detailflow.training.tokenizer import TokenizerTraining, train_tokenizer
 
-        if request := parse(TokenizerTraining, "train tokenizer", TOKENIZER, argv[1:], _tokenizer_sizes):
-            train_tokenizer(request.settings, request.output, request.device)
+        if request := parse(TokenizerTraining, "train tokenizer", TOKENIZER, argv[1:], _tokenizer_sizes, can_plan=True):
+            if request.dry_run:
+                _print_plan(request)
+            else:
+                train_tokenizer(request.settings, request.output, request.device)
     elif stage == "gpt":
         from detailflow.training.gpt import GPTTraining, train_gpt
 
-        if request := parse(GPTTraining, "train gpt", GPT, argv[1:], _gpt_sizes):
-            train_gpt(request.settings, request.output, request.device)
+        if request := parse(GPTTraining, "train gpt", GPT, argv[1:], _gpt_sizes, can_plan=True):
+            if request.dry_run:
+                _print_plan(request)
+            else:
+                train_gpt(request.settings, request.output, request.device)
     elif stage and not stage.startswith("-"):
         raise DetailFlowError(f"unknown stage {stage!r}: give tokenizer or gpt, or --data DATA --output DIR for all in a row")
     else:
         _train_all(argv)
     return 0
+
+
+def _print_plan(request: Request) -> None:
+    from detailflow.training.plan import print_plan
+
+    print_plan(request.settings, request.device)
 
 
 def _tokenizer_sizes(source: str) -> dict[str, Any]:

@@ -1,20 +1,23 @@
 """The endless, deterministic streams that training reads: what batch step k holds depends on (seed, k) alone.
 
 So a run that resumes at step k sees exactly the batches that it would have seen without the break, whatever the number
-of worker processes.
+of worker processes; and several training processes see together what one alone would.
 """
 
 import warnings
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Hashable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detailflow.data.images import ImageSource
-from detailflow.data.transforms import random_crop, to_tensor
+from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
 from detailflow.errors import DetailFlowError
+from detailflow.processes import Processes
+
+Key = TypeVar("Key", bound=Hashable)
 
 _ORDER, _SAMPLE = 0, 1  # separate the random streams that are made from one seed
 
@@ -56,27 +59,49 @@ class BatchOrder(Sampler[BatchKey]):
         return np.random.default_rng((_SAMPLE, self.seed, key.epoch, key.first_slot))
 
 
-class _Crops(Dataset[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]):
-    """Whole batches of random crops: BatchKey → bytes (B, size, size, 3), labels (B,), what could not be read."""
+def note_unreadable(bad: dict[Key, str], found: Mapping[Key, str], tolerated: int, images: str) -> None:
+    """Add what could not be read to `bad` (image → what is wrong with it), with one warning each.
 
-    def __init__(self, source: ImageSource, size: int, order: BatchOrder, flip: bool, max_scale: float) -> None:
-        self.source, self.size, self.order, self.flip, self.max_scale = source, size, order, flip, max_scale
+    Raises:
+        DetailFlowError: where `bad` are then more than `tolerated` of `images` ("the 30 images").
+    """
+    for key, problem in found.items():
+        if key not in bad:
+            bad[key] = problem
+            warnings.warn(f"{problem}. Another image takes its place.", stacklevel=3)
+    if len(bad) > tolerated:
+        first = next(iter(bad.values()))
+        raise DetailFlowError(
+            f"At least {len(bad)} of {images} cannot be read, more than 1%: remove or replace them (the first: {first})"
+        )
+
+
+class _Crops(Dataset[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]):
+    """This process's share of whole batches of random crops: BatchKey → bytes (B, size, size, 3), labels (B,), what could
+    not be read."""
+
+    def __init__(self, source: ImageSource, size: int, order: BatchOrder, share: slice, flip: bool, max_scale: float) -> None:
+        self.source, self.size, self.order, self.share = source, size, order, share
+        self.flip, self.max_scale = flip, max_scale
+        self.least = side_for_crops(size, max_scale)
         self.tolerated = max(1, len(source) // 100)
 
     def __getitem__(self, key: BatchKey) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
-        crops = np.zeros((len(key.items), self.size, self.size, 3), np.uint8)
-        labels = np.zeros(len(key.items), np.int64)
+        # One generator for the whole batch: seeding one per image would take longer than the crop of a small one.
+        draws = self.order.batch_rng(key).random((len(key.items), 4))[self.share]
+        items = key.items[self.share].tolist()
+        crops = np.zeros((len(items), self.size, self.size, 3), np.uint8)
+        labels = np.zeros(len(items), np.int64)
         bad: dict[int, str] = {}
-        rng = self.order.batch_rng(key)  # one for the batch: seeding one per image would take longer than its crop
-        for row, item in enumerate(key.items.tolist()):
+        for row, item in enumerate(items):
             while len(bad) <= self.tolerated:  # beyond that the stream ends with an error, so stop reading
                 try:
-                    image = self.source.image(item)
+                    image = self.source.image(item, self.least)
                 except DetailFlowError as error:
                     bad[item] = str(error)
                     item = (item + 1) % len(self.source)
                     continue
-                crops[row] = random_crop(image, self.size, rng, self.max_scale, self.flip)
+                crops[row] = random_crop(image, self.size, draws[row], self.max_scale, self.flip)
                 labels[row] = self.source.labels[item]
                 break
         return torch.from_numpy(crops), torch.from_numpy(labels), bad
@@ -85,9 +110,13 @@ class _Crops(Dataset[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]):
 class ImageBatches:
     """Endless training batches: images (B, 3, size, size) float32 in [-1, 1] and labels (B,) int64.
 
-    Crops and mirroring are random by (seed, step). An image that cannot be read is replaced by the
-    next one that can, with one warning, and stands in `bad` (index → what is wrong with it). More bad images than 1% of
-    the set (and more than one) end the stream with a DetailFlowError that names the first few.
+    Crops and mirroring are random by (seed, step). Of several `processes` each makes its share of the batch of `batch_size`,
+    and together they make the batch that one alone would make. An image that cannot be read is replaced by the next one
+    that can, with one warning, and stands in `bad` (index → what is wrong with it). More bad images than 1% of the set (and
+    more than one) in one process end its stream with a DetailFlowError that names the first.
+
+    Raises:
+        DetailFlowError: at once, where the batch can't be shared evenly.
     """
 
     def __init__(
@@ -100,27 +129,18 @@ class ImageBatches:
         start_step: int = 0,
         flip: bool = True,
         max_scale: float = 1.25,
+        processes: Processes | None = None,
     ) -> None:
         self.order = BatchOrder(len(source), batch_size, seed, start_step)
         self.steps_per_epoch = self.order.steps_per_epoch
         self.workers = workers
         self.bad: dict[int, str] = {}
-        self._crops = _Crops(source, size, self.order, flip, max_scale)
+        share = (processes or Processes()).share(batch_size)
+        self._crops = _Crops(source, size, self.order, share, flip, max_scale)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # batch_size=None: the keys are whole batches already, so what a worker sends is one block of bytes, not floats.
         loader = DataLoader(self._crops, sampler=self.order, batch_size=None, num_workers=self.workers)
         for crops, labels, bad in loader:
-            self._note(bad)
+            note_unreadable(self.bad, bad, self._crops.tolerated, f"the {len(self._crops.source)} images")
             yield to_tensor(crops), labels
-
-    def _note(self, bad: dict[int, str]) -> None:
-        for item in bad.keys() - self.bad.keys():
-            self.bad[item] = bad[item]
-            warnings.warn(f"{bad[item]} Another image takes its place.", stacklevel=3)
-        if len(self.bad) > self._crops.tolerated:
-            first = "; ".join(self._crops.source.name(item) for item in sorted(self.bad)[:3])
-            raise DetailFlowError(
-                f"At least {len(self.bad)} of the {len(self._crops.source)} images cannot be read, more than 1%: "
-                f"remove or replace the damaged ones (the first are {first})"
-            )

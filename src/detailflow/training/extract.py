@@ -1,9 +1,14 @@
-"""Token extraction: every training image's crops as three rows of codes in a token store (method §5)."""
+"""Token extraction: every training image's crops as three rows of codes in a token store (method §5).
+
+Any number of processes share the work by chunks of images, each of which is on disk as a whole or not at all. So the same
+command goes on after it was killed. What is random depends on (seed, chunk), and no pass through the tokenizer reaches over a
+chunk's end, so that the store's bytes depend neither on the number of processes nor on when they were killed.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +17,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
-from detailflow.data.tokens import TokenStore, TokenStoreInfo
+from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
 from detailflow.data.transforms import ten_crops, to_tensor, two_crops
 from detailflow.device import autocast, choose_device
 from detailflow.errors import DetailFlowError
-from detailflow.models.tokenizer import DetailFlowTokenizer
+from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
+from detailflow.processes import Processes
 from detailflow.schedule import require_not_negative, require_positive
 from detailflow.training.loop import PRECISIONS
-from detailflow.training.tokenizer import draw_position
+from detailflow.training.passes import draw_position
 
 CROPS = {"ten": (ten_crops, 10), "two": (two_crops, 2)}
 BAD_SHARE = 0.01  # more unreadable images than this stop the extraction
+CHUNK_IMAGES = 512  # what a killed process loses at most; seconds of work on a GPU, so that writing them takes no time
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,9 @@ class Extraction:
         tokenizer: folder or hub id.
         crops: "ten" (4 corners and centre of the image at 1.1 times the size, and their flips: the paper's) or "two" (the
             centre and its flip, for small images that fill their frame).
-        batch_size: crops per pass through the tokenizer.
+        mistakes: planted mistakes are drawn from that many nearest codes.
+        batch_size: crops per pass through the tokenizer, in each process.
+        workers: processes that decode images, for each process.
     """
 
     data: str
@@ -43,128 +52,221 @@ class Extraction:
     image_column: str = "image"
     label_column: str = "label"
     crops: str = "ten"
+    mistakes: int = WRONG_CANDIDATES
     batch_size: int = 250
     precision: str = "fp32"
     workers: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_positive(batch_size=self.batch_size)
-        require_not_negative(workers=self.workers)
+        require_positive(batch_size=self.batch_size, mistakes=self.mistakes)
+        require_not_negative(workers=self.workers, seed=self.seed)
         if self.crops not in CROPS:
             raise DetailFlowError(f"crops must be {' or '.join(CROPS)}, not {self.crops!r}")
         if self.precision not in PRECISIONS:
             raise DetailFlowError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
 
+    @property
+    def images_per_pass(self) -> int:
+        """How many images' crops go through the tokenizer at once."""
+        return max(1, self.batch_size // CROPS[self.crops][1])
 
-class _ImageCrops(Dataset[tuple[np.ndarray | None, int, str]]):
-    """(crops (C, R, R, 3) or None where the image can't be read, label, what is wrong) by index."""
 
-    def __init__(self, source: ImageSource, size: int, crops: str) -> None:
-        self.source, self.size, self.make = source, size, CROPS[crops][0]
+class _ImageCrops(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
+    """Crops (n, C, R, R, 3) in bytes of a pass's images that can be read, their slots (n,), and what is wrong with the others."""
+
+    def __init__(self, source: ImageSource, size: int, crops: str, passes: list[range]) -> None:
+        self.source, self.size, self.passes = source, size, passes
+        self.make, self.count = CROPS[crops]
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.passes)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray | None, int, str]:
-        try:
-            crops = self.make(self.source.image(index), self.size)
-        except DetailFlowError as error:
-            return None, 0, str(error)
-        return crops, int(self.source.labels[index]), ""
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, dict[int, str]]:
+        slots: list[int] = []
+        unreadable: dict[int, str] = {}
+        crops = np.empty((len(self.passes[index]), self.count, self.size, self.size, 3), np.uint8)
+        for slot in self.passes[index]:
+            try:
+                crops[len(slots)] = self.make(self.source.image(slot, least=2 * self.size), self.size)
+            except DetailFlowError as error:
+                unreadable[slot] = str(error)
+            else:
+                slots.append(slot)
+        return torch.from_numpy(crops[: len(slots)]), torch.tensor(slots, dtype=torch.int64), unreadable
 
 
-def code_rows(model: DetailFlowTokenizer, images: Tensor, positions: Tensor, generator: torch.Generator) -> Tensor:
+def code_rows(
+    model: DetailFlowTokenizer,
+    images: Tensor,
+    positions: Tensor,
+    generator: torch.Generator,
+    mistakes: int = WRONG_CANDIDATES,
+) -> Tensor:
     """The three rows of codes of each image: clean, input (mistakes planted, later tokens corrected), label (method §5).
 
     Args:
         images: (B, 3, R, R) pixels in [-1, 1].
         positions: (B,) p of each image, below c or the start of a group.
+        generator: draws g numbers for each image in turn.
+        mistakes: how many nearest codes the planted ones are drawn from.
 
     Returns:
         (B, 3, N) int64.
     """
-    schedule, n = model.schedule, model.config.num_tokens
+    schedule, n, g = model.schedule, model.config.num_tokens, model.config.group_size
     patches = model.encode_patches(images)
     z = model.encode_latents(patches, n)
     clean = model.quantizer.nearest(z)
-    at = torch.arange(n)
-    end = torch.tensor([schedule.span_end(p) for p in positions.tolist()])[:, None]
-    planted = ((at >= positions[:, None]) & (at < end)).to(images.device)
-    end = end.to(images.device)
-    given = torch.where(planted, model.plant_mistakes(z, generator=generator), clean)
-    corrected = model.quantizer.nearest(model.correct_latents(patches, given, end))
-    written = at.to(images.device) < end
-    given = torch.where(written, given, corrected)
+    at, starts = torch.arange(n), positions[:, None]
+    ends = torch.tensor([schedule.span_end(p) for p in positions.tolist()])[:, None]
+    planted = ((at >= starts) & (at < ends)).to(images.device)
+    within = (at - starts).clamp(0, g - 1).to(images.device)
+    around = (starts + torch.arange(g)).clamp(max=n - 1).to(images.device)  # (B, g): all that can be planted
+    wrong = model.plant_mistakes(z.gather(1, around[..., None].expand(-1, -1, z.shape[-1])), mistakes, generator)
+    given = torch.where(planted, wrong.gather(1, within), clean)
+    ends = ends.to(images.device)
+    corrected = model.quantizer.nearest(model.correct_latents(patches, given, ends))
+    given = torch.where(at.to(images.device) < ends, given, corrected)
     return torch.stack((clean, given, torch.where(planted, clean, given)), 1)
 
 
-@torch.no_grad()
 def extract(config: Extraction, output: Path, device: str | None = None) -> TokenStore:
-    """Write the token store at `output` and return it.
+    """Write the token store at `output`, or what is missing of it, and return it.
+
+    `batch_size` and `workers` may differ from an earlier run's. The codes are the same for any `batch_size`, but for two codes
+    that are equally near within rounding.
 
     Raises:
-        DetailFlowError: for images or a tokenizer that can't be read, or an output folder that can't be used.
+        DetailFlowError: for images or a tokenizer that can't be read, or an output folder that can't be used or holds the tokens
+            of something else.
     """
-    from tqdm import tqdm
-
-    place = choose_device(device)
+    processes = Processes.of_this_launch(cpu=device == "cpu")
+    place = choose_device(processes.device or device)
     model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
     source = open_images(config.data, config.split, config.image_column, config.label_column)
-    dataset = _ImageCrops(source, model.config.image_size, config.crops)
-    count = CROPS[config.crops][1]
     info = TokenStoreInfo(
         num_tokens=model.config.num_tokens,
         codebook_size=model.config.codebook_size,
-        crops=count,
+        crops=CROPS[config.crops][1],
         class_names=source.class_names,
         tokenizer_fingerprint=tokenizer_fingerprint(config.tokenizer),
     )
-    generator = torch.Generator().manual_seed(config.seed)
-    precision = PRECISIONS[config.precision]
-    with TokenStore.create(output, info) as writer, tqdm(total=len(source), desc="extract", unit="img") as bar:
-        for crops, labels in _batches(dataset, max(1, config.batch_size // count), config.workers, bar):
-            draws = [draw_position(model.schedule, model.config.num_tokens, generator) or 0 for _ in labels]
-            positions = torch.tensor(draws).repeat_interleave(count)
-            images = to_tensor(crops.reshape(-1, *crops.shape[2:])).to(place)
-            with autocast(place, precision):
-                rows = code_rows(model, images, positions, generator)
-            writer.append(rows.view(len(labels), count, *rows.shape[1:]).cpu().numpy(), labels)
+    writer = TokenWriter(output, info, source.labels, CHUNK_IMAGES)
+    with _together(processes):
+        if processes.is_main:
+            same = {k: v for k, v in asdict(config).items() if k not in ("tokenizer", "batch_size", "workers")}
+            writer.begin(_names(source, config.data), same)
+    if processes.any(processes.is_main and writer.finished):
+        if processes.is_main:
+            print(f"{output}: these tokens are finished already")
+        return TokenStore.open(output)
+    _Extractor(config, model, source, writer, processes).run()
+    with _together(processes):
+        if processes.is_main:
+            writer.finish()
     return TokenStore.open(output)
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
+def _names(source: ImageSource, data: str) -> Iterator[str]:
+    """The images' names, within their folder where it is one."""
+    folder = f"{Path(data).expanduser()}/"
+    return (source.name(slot).removeprefix(folder) for slot in range(len(source)))
 
 
-def _batches(dataset: _ImageCrops, size: int, workers: int, bar) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # type: ignore[no-untyped-def]
-    """Readable images in order, `size` at a time; the others are counted and named.
+@contextmanager
+def _together(processes: Processes) -> Iterator[None]:
+    """What goes wrong in one process stops them all."""
+    problem = None
+    try:
+        yield
+    except DetailFlowError as error:
+        problem = error
+    if processes.any(problem is not None):
+        raise problem or DetailFlowError("another process can't go on and says why")
 
-    Raises:
-        DetailFlowError: where more than 1% (and more than one) can't be read.
-    """
-    bad: list[str] = []
-    crops: list[np.ndarray] = []
-    labels: list[int] = []
-    for made, label, problem in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
-        bar.update()
-        if made is None:
-            bad.append(problem)
-            bar.write(f"skipped: {problem}")
-            if len(bad) > max(1, BAD_SHARE * len(dataset)):
-                raise DetailFlowError(
-                    f"{len(bad)} images can't be read, more than 1%: remove or replace them (the first: {bad[0]})"
-                )
-            continue
-        crops.append(made)
-        labels.append(label)
-        if len(crops) == size:
-            yield np.stack(crops), np.array(labels)
-            crops, labels = [], []
-    if crops:
-        yield np.stack(crops), np.array(labels)
-    if bad:
-        bar.write(f"{len(bad)} of {len(dataset)} images could not be read and were left out")
+
+class _Extractor:
+    """This process's part of the chunks that are not on disk."""
+
+    def __init__(
+        self, config: Extraction, model: DetailFlowTokenizer, source: ImageSource, writer: TokenWriter, processes: Processes
+    ) -> None:
+        self.config, self.model, self.source, self.writer, self.processes = config, model, source, writer, processes
+        written = writer.written()
+        there = torch.tensor([chunk in written for chunk in range(writer.chunks)], dtype=torch.int32, device=processes.device)
+        there = processes.gather(there)[: writer.chunks]  # as the main process sees it
+        self.todo = (there == 0).nonzero()[:, 0].tolist()
+        self.unreadable = writer.unreadable() if processes.is_main else {}  # the others know their own
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Extract them, the n-th of each process at about the same time."""
+        from tqdm import tqdm
+
+        count, total = self.processes.count, len(self.source)
+        mine = self.todo[self.processes.rank :: count]
+        passes = [part for chunk in mine for part in self._passes(chunk)]
+        cuda = self.model.device.type == "cuda"
+        data = _ImageCrops(self.source, self.model.config.image_size, self.config.crops, passes)
+        self.batches = iter(DataLoader(data, batch_size=None, num_workers=self.config.workers, pin_memory=cuda))
+        done = total - sum(len(self.writer.slots(chunk)) for chunk in self.todo)
+        if done and self.processes.is_main:
+            print(f"{self.writer.directory}: going on after {done} of {total} images")
+        hidden = not self.processes.is_main
+        with tqdm(total=total, initial=done, desc="extract", unit="img", dynamic_ncols=True, disable=hidden) as self.bar:
+            for first in range(0, len(self.todo), count):
+                chunks = self.todo[first : first + count]
+                with _together(self.processes):
+                    if self.processes.rank < len(chunks):
+                        self._extract(chunks[self.processes.rank], len(chunks))
+                self._stop_at_too_many(chunks)
+                done += sum(len(self.writer.slots(chunk)) for chunk in chunks)
+                self.bar.update(done - self.bar.n)
+            if self.processes.is_main and (unreadable := self.writer.unreadable()):
+                self.bar.write(f"{len(unreadable)} of {total} images could not be read and were left out")
+
+    def _passes(self, chunk: int) -> list[range]:
+        slots, size = self.writer.slots(chunk), self.config.images_per_pass
+        return [slots[first : first + size] for first in range(0, len(slots), size)]
+
+    def _extract(self, chunk: int, at_once: int) -> None:
+        config, model, info, slots = self.config, self.model, self.writer.info, self.writer.slots(chunk)
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((config.seed, chunk)).generate_state(1)[0]))
+        draws = [draw_position(model.schedule, info.num_tokens, generator) or 0 for _ in slots]
+        positions = torch.tensor(draws)
+        unreadable: dict[int, str] = {}
+        rows = []
+        for part in self._passes(chunk):
+            crops, found, problems = next(self.batches)
+            unreadable |= problems
+            for problem in problems.values():
+                self.bar.write(f"skipped: {problem}")
+            if len(found):
+                # The device makes floats of the bytes, and its codes stay there until the chunk's end: it need not wait for us.
+                images = to_tensor(crops.to(model.device, non_blocking=True).flatten(0, 1))
+                p = positions[found - slots.start].repeat_interleave(info.crops)
+                with autocast(model.device, PRECISIONS[config.precision]):
+                    rows.append((found, code_rows(model, images, p, generator, config.mistakes)))
+            self.bar.update(len(part) * at_once)
+        codes = np.zeros((len(slots), *info.codes_shape), np.int64)
+        if rows:
+            readable = torch.cat([found for found, _ in rows]).numpy() - slots.start
+            codes[readable] = torch.cat([made for _, made in rows]).unflatten(0, (-1, info.crops)).cpu().numpy()
+        self.writer.write(chunk, codes, unreadable)
+        self.unreadable |= unreadable
+
+    def _stop_at_too_many(self, chunks: list[int]) -> None:
+        """Raises DetailFlowError in all processes where more than 1% (and more than one) of the images can't be read."""
+        own = torch.tensor([len(self.unreadable)], device=self.processes.device)
+        count = int(self.processes.gather(own).sum())
+        if count <= max(1, BAD_SHARE * len(self.source)):
+            return
+        first = "; ".join(list(self.writer.unreadable().values())[:3])
+        self.processes.wait()  # until all have read that
+        if self.processes.rank < len(chunks):
+            self.writer.forget(chunks[self.processes.rank])  # the images may be put right
+        raise DetailFlowError(f"{count} images can't be read, more than 1%: remove or replace them (the first: {first})")
 
 
 def tokenizer_fingerprint(path_or_id: str | Path) -> str:

@@ -1,6 +1,8 @@
 """Training of the AR model on extracted tokens: teacher forcing with planted mistakes, label dropout, EMA (method §6)."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 from detailflow import hub
 from detailflow.data.tokens import TokenBatches, TokenStore
@@ -18,14 +28,19 @@ from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
 from detailflow.labels import ClassLabels
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
-from detailflow.models.loading import config_from_dict, load_weights, require_same
+from detailflow.models.growing import require_growable
+from detailflow.models.loading import config_from_dict, load_weights
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
+from detailflow.processes import Processes
 from detailflow.schedule import require_not_negative, require_shares
+from detailflow.training.checkpoints import newest
 from detailflow.training.extract import tokenizer_fingerprint
-from detailflow.training.loop import PRECISIONS, LoopConfig, has_checkpoint, run
+from detailflow.training.loop import PRECISIONS, LoopConfig, run
+from detailflow.training.updates import Updater, recompute_activations
 
 PICTURE_CLASSES, PICTURE_SAMPLES = 10, 4
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,8 @@ class GPTTraining:
     Attributes:
         tokens: a token store's folder.
         tokenizer: the tokenizer that made it; gives the groups, and decodes the samples to look at.
-        init: an AR model to start from: a folder, hub name or zoo name. Its classes are matched by name.
+        init: an AR model to start from: a folder, hub name or zoo name, of as many tokens or fewer. Its classes are matched
+            by name.
         planted_share: share of the samples whose input has planted mistakes.
         label_dropout: share of the samples whose class is replaced by the null class.
         weight_decay: on matrices only.
@@ -73,43 +89,74 @@ class GPTStage:
         tokenizer: DetailFlowTokenizer,
         device: torch.device,
         resuming: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self.config, self.store, self.tokenizer, self.device = config, store, tokenizer, device
-        self.precision = PRECISIONS[config.loop.precision]
-        self.model = DetailFlowGPT(sizes).to(device).train()
+        self.processes = processes = processes or Processes()
+        loop = config.loop
+        self.precision, self.sizes = PRECISIONS[loop.precision], sizes
+        self.model = DetailFlowGPT(sizes)
         if config.init and not resuming:
             load_weights(self.model, initial_weights(config.init, sizes), config.init)
-        self.ema = DetailFlowGPT(sizes).to(device).eval().requires_grad_(False)
-        self.ema.load_state_dict(self.model.state_dict())
+        self.ema = copy.deepcopy(self.model).to(device).eval().requires_grad_(False)
+        self.model.to(device).train()
+        self.sharded = loop.shard and processes.count > 1
+        if self.sharded:
+            for network in (self.model, self.ema):
+                _shard(network, self.precision, device)
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.loop.learning_rate, betas=(0.9, 0.95), fused=True)
-        self.forward = torch.compile(self.model, dynamic=False) if config.loop.compile else self.model
+        adam = torch.optim.AdamW(groups, lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
+        self.updater = Updater(adam, loop, device)
+        if loop.checkpoint_activations:
+            recompute_activations(self.model.blocks)
+        forward: nn.Module = self.model
+        if processes.count > 1 and not self.sharded:
+            forward = DistributedDataParallel(self.model)
+        self.forward: Callable[..., Tensor] = torch.compile(forward, dynamic=False) if loop.compile else forward
+        self.parallel = forward
 
     def batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Labels, input rows and target rows."""
+        """This process's labels, input rows and target rows."""
         loop = self.config.loop
-        return iter(TokenBatches(self.store, loop.batch_size, loop.seed, self.config.planted_share, start_step))
+        share = self.config.planted_share
+        return iter(TokenBatches(self.store, loop.batch_size, loop.seed, share, start_step, self.processes))
 
-    def step(self, step: int, batch: tuple[Tensor, Tensor, Tensor], rate: float) -> dict[str, Tensor]:
+    def step(self, step: int, batch: tuple[Tensor, Tensor, Tensor], rate: float) -> dict[str, Tensor | float]:
         """One step of method §6."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        labels, given, wanted = (tensor.to(self.device) for tensor in batch)
-        dropped = torch.rand(len(labels)).to(self.device) < self.config.label_dropout
-        labels = torch.where(dropped, self.model.config.num_classes, labels)
-        with autocast(self.device, self.precision):
-            logits = self.forward(labels, given)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.loop.grad_clip)
-        self.optimizer.step()
+        loop, processes = self.config.loop, self.processes
+        dropped = torch.rand(loop.batch_size)[processes.share(loop.batch_size)] < self.config.label_dropout
+        if processes.count > 1:  # what a process drops out of its own images is its own
+            torch.manual_seed((loop.seed * 1_000_003 + step) * processes.count + processes.rank)
+        labels, given, wanted = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        labels = torch.where(dropped.to(self.device), self.sizes.num_classes, labels)
+        size = len(labels) // loop.accumulate
+        logged: dict[str, Tensor | float] = {"loss": 0.0, "accuracy": 0.0}
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            with self._quiet(start + size < len(labels)):
+                with autocast(self.device, self.precision):
+                    logits = self.forward(labels[part], given[part])
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted[part].flatten())
+                self.updater.backward(loss * (size / len(labels)))
+            accuracy = (logits.detach().argmax(-1) == wanted[part]).float().mean()
+            logged["loss"] += loss.detach() * (size / len(labels))
+            logged["accuracy"] += accuracy * (size / len(labels))
+        logged["gradient_norm"] = self.updater.step(rate)
         self._average(step)
-        with torch.no_grad():
-            accuracy = (logits.argmax(-1) == wanted).float().mean()
-        return {"loss": loss.detach(), "accuracy": accuracy, "gradient_norm": norm}
+        return logged
+
+    @contextmanager
+    def _quiet(self, more: bool) -> Iterator[None]:
+        """Where more gradients will come, those so far stay with each process."""
+        if more and isinstance(self.parallel, DistributedDataParallel):
+            with self.parallel.no_sync():
+                yield
+        else:
+            if self.sharded:
+                self.parallel.set_requires_gradient_sync(not more)  # type: ignore[operator]
+            yield
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
@@ -118,25 +165,55 @@ class GPTStage:
             average.lerp_(weight, 1 - decay)
 
     def state(self) -> dict[str, Any]:
-        """Weights, their average and the optimiser."""
-        return {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
+        """Weights, their average and the optimiser, whole and by name, so that a run can go on parted otherwise."""
+        model, optimizer = get_state_dict(self.model, self.updater.optimizer, options=WHOLE)
+        ema = get_model_state_dict(self.ema, options=WHOLE)
+        return {"model": model, "ema": ema, "optimizer": optimizer, "scaler": self.updater.scaler.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        for name in ("model", "ema", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+        weights = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(self.model, self.updater.optimizer, **weights, options=WHOLE)
+        set_model_state_dict(self.ema, state["ema"], options=WHOLE)
+        self.updater.scaler.load_state_dict(state["scaler"])
+
+    def _averaged(self) -> DetailFlowGPT:
+        """The averaged weights in one piece; of use in the main process only."""
+        if not self.sharded:
+            return self.ema
+        weights = get_model_state_dict(self.ema, options=WHOLE)
+        whole = DetailFlowGPT(self.sizes).eval()
+        if self.processes.is_main:
+            whole.load_state_dict(weights)
+        return whole.to(self.device)
 
     def pictures(self) -> dict[str, Image.Image]:
         """Samples of the first classes by the averaged weights."""
-        classes = min(PICTURE_CLASSES, self.model.config.num_classes)
+        averaged = self._averaged()
+        if not self.processes.is_main:
+            return {}
+        classes = min(PICTURE_CLASSES, self.sizes.num_classes)
         labels = torch.arange(classes).repeat_interleave(PICTURE_SAMPLES)
-        ids = self.ema.generate(labels, generator=torch.Generator().manual_seed(self.config.loop.seed))
+        ids = averaged.generate(labels, generator=torch.Generator().manual_seed(self.config.loop.seed))
         pixels = to_uint8(self.tokenizer.decode(ids)).cpu().numpy()
         return {"samples": grid([Image.fromarray(p) for p in pixels], columns=PICTURE_SAMPLES)}
 
     def export(self, directory: Path) -> None:
         """Write the averaged weights."""
-        self.ema.save_pretrained(directory)
+        averaged = self._averaged()
+        if self.processes.is_main:
+            averaged.save_pretrained(directory)
+
+
+def _shard(network: DetailFlowGPT, precision: torch.dtype, device: torch.device) -> None:
+    """Part the weights among all processes, block by block (FSDP2)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(None if precision == torch.float32 else precision, reduce_dtype=torch.float32)
+    mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
@@ -150,8 +227,7 @@ def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
     """
     settings, tensors = hub.load(source, "gpt", dtype=torch.float32)
     theirs = config_from_dict(GPTConfig, settings, source)
-    keys = ("width", "depth", "heads", "mlp", "num_tokens", "group_size", "causal_tokens", "codebook_size")
-    require_same(sizes, theirs, keys, source)
+    require_growable(sizes, theirs, source)
     if theirs.class_names is None and theirs.num_classes == sizes.num_classes:
         return tensors
     known, null = ClassLabels(theirs.class_names, theirs.num_classes), theirs.num_classes
@@ -188,15 +264,22 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
     """Train an AR model into `output`: config.json, model.safetensors, checkpoints, pictures, TensorBoard scalars.
 
     Raises:
-        DetailFlowError: for a store that the tokenizer did not make, sizes that contradict each other, or an output folder
-            that can't be used.
+        DetailFlowError: for a store that the tokenizer did not make or that is damaged, sizes that contradict each other, or an
+            output folder that can't be used.
     """
-    place = choose_device(device)
+    processes = Processes.of_this_launch(cpu=device == "cpu")
+    place = processes.device or choose_device(device)
     store = TokenStore.open(config.tokens)
     if store.info.tokenizer_fingerprint != tokenizer_fingerprint(config.tokenizer):
         raise DetailFlowError(
             f"{config.tokens}: these tokens were made by another tokenizer than {config.tokenizer}; extract them again"
         )
+    if processes.is_main:
+        store.verify()
     tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
     sizes = model_config(config, store, tokenizer)
-    run(lambda: GPTStage(config, sizes, store, tokenizer, place, has_checkpoint(output)), "gpt", config, output)
+
+    def make() -> GPTStage:
+        return GPTStage(config, sizes, store, tokenizer, place, newest(output) is not None, processes)
+
+    run(make, "gpt", config, output, processes)

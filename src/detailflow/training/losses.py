@@ -23,10 +23,30 @@ def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss of the discriminator's logits."""
+    """Hinge loss of the discriminator's logits; the caller detaches the fake images, not their logits."""
     return (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
 
 
 def generator_loss(fake: Tensor) -> Tensor:
     """The generator's side of the hinge loss."""
     return -fake.mean()
+
+
+def lecam_loss(real: Tensor, fake: Tensor, ema_real: Tensor, ema_fake: Tensor) -> Tensor:
+    """LeCAM's regulariser of the discriminator's logits (Tseng et al. 2021, arXiv 2104.03310, equation 3).
+
+    Args:
+        real, fake: logits, with gradients.
+        ema_real, ema_fake: moving averages of their means: scalars without gradients, which the caller keeps.
+    """
+    return (real - ema_fake).square().mean() + (fake - ema_real).square().mean()
+
+
+def consistency_loss(logits: Tensor, other: Tensor) -> Tensor:
+    """Mean squared difference of the discriminator's logits on two views of the same images; both get gradients."""
+    return F.mse_loss(logits, other)
+
+
+def alignment_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """−cos of (B, width) predictions and a frozen teacher's features, which the caller gives without gradients; batch mean."""
+    return -F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()

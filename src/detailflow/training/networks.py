@@ -1,4 +1,4 @@
-"""The two small networks that train the tokenizer and are then thrown away: a feature network and a patch discriminator."""
+"""The small networks that train the tokenizer and are then thrown away."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ SMALLEST_SIDE = 2 ** (len(FEATURE_WIDTHS) - 1)  # which the last map of features
 
 
 class FeatureNetwork(nn.Module):
-    """A small residual classifier of images, whose features at four scales stand in for LPIPS's where no weights can be had.
+    """A small residual classifier of images, whose features stand in for LPIPS's and SigLIP2's where no weights can be had.
 
     It is trained on the labels of the tokenizer's own images before the tokenizer (`train_classifier`).
     """
@@ -39,6 +39,11 @@ class FeatureNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, R, R) → (B, classes) logits."""
         return self.head(self.features(images)[-1].mean((2, 3)))
+
+    @torch.no_grad()
+    def alignment_target(self, images: Tensor) -> Tensor:
+        """(B, 3, R, R) → (B, `FEATURE_WIDTHS[-1]`) float32, the mean over the last map, as `SigLIP2.alignment_target`."""
+        return self.features(images)[-1].float().mean((2, 3))
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Sequential:
@@ -90,3 +95,10 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, R, R) → (B, 1, R/4, R/4) logits, high for real."""
         return self.layers(images.contiguous(memory_format=torch.channels_last))
+
+
+class AlignmentHead(nn.Sequential):
+    """From the first token's code to what a teacher says of the whole image: (B, d) → (B, width) (method §4.4)."""
+
+    def __init__(self, d: int, width: int, hidden: int = 1024) -> None:
+        super().__init__(nn.Linear(d, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width))

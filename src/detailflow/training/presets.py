@@ -11,9 +11,10 @@ from detailflow.data.images import open_images
 from detailflow.models.loading import config_from_dict
 from detailflow.training.extract import Extraction, extract
 from detailflow.training.gpt import GPTTraining, train_gpt
+from detailflow.training.teachers import CLASSIFIER
 from detailflow.training.tokenizer import TokenizerTraining, train_tokenizer
 
-PRESETS = ("small-32",)
+PRESETS = ("small-32", "own-64", "own-128", "own-256")  # small-32 is the default
 
 
 def load_settings(preset: str, stage: str) -> dict[str, Any]:
@@ -40,9 +41,8 @@ def train_preset(
     tokenizer, tokens, gpt = (str(output / name) for name in ("tokenizer", "tokens", "gpt"))
 
     first = config_from_dict(TokenizerTraining, {**load_settings(preset, "tokenizer"), **images}, preset)
-    if len(source.class_names) < 2 and first.perceptual:
-        print("these images have one class: training goes without the perceptual loss, whose features are learnt from classes")
-        first = replace(first, perceptual=0.0)
+    if len(source.class_names) < 2:
+        first = _without_classes(first)
     if tokenizer_steps is not None:
         first = replace(first, loop=replace(first.loop, steps=tokenizer_steps))
     train_tokenizer(first, Path(tokenizer), device)
@@ -55,3 +55,12 @@ def train_preset(
     if gpt_steps is not None:
         last = replace(last, loop=replace(last.loop, steps=gpt_steps))
     train_gpt(last, Path(gpt), device)
+
+
+def _without_classes(config: TokenizerTraining) -> TokenizerTraining:
+    """The settings without the losses that a classifier of the images' classes would be learnt for."""
+    learnt = [name for name in ("perceptual", "alignment") if getattr(config, f"{name}_network") == CLASSIFIER]
+    off: dict[str, Any] = {name: 0.0 for name in learnt if getattr(config, name)}
+    for name in off:
+        print(f"these images have one class: training goes without the {name} loss, whose features are learnt from classes")
+    return replace(config, **off)

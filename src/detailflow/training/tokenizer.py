@@ -1,42 +1,43 @@
 """Tokenizer training: coarse-to-fine targets, self-correction, quantization and adversarial losses (method §4)."""
 
-from collections.abc import Iterator
-from contextlib import suppress
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
-from detailflow.data.loader import ImageBatches
+from detailflow.data.streaming import StreamedBatches, StreamSource, open_stream
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor, to_uint8
 from detailflow.device import autocast, choose_device
 from detailflow.errors import DetailFlowError
-from detailflow.models.loading import config_from_dict, load_weights, require_same
+from detailflow.models.growing import grow_tokenizer
+from detailflow.models.loading import load_weights
 from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer, TokenizerConfig
 from detailflow.pictures import grid
-from detailflow.schedule import TokenSchedule, require_not_negative, require_positive, require_shares
-from detailflow.storage import replacing
-from detailflow.training.loop import PRECISIONS, LoopConfig, has_checkpoint, run
-from detailflow.training.losses import (
-    discriminator_loss,
-    generator_loss,
-    perceptual_loss,
-    quantization_loss,
-    straight_through,
-)
-from detailflow.training.networks import SMALLEST_SIDE, FeatureNetwork, PatchDiscriminator, train_classifier
+from detailflow.processes import Processes
+from detailflow.schedule import require_not_negative, require_positive, require_shares
+from detailflow.training.adversary import PATCH, Adversary, Draws
+from detailflow.training.checkpoints import newest
+from detailflow.training.loop import PRECISIONS, LoopConfig, run
+from detailflow.training.losses import alignment_loss, quantization_loss
+from detailflow.training.networks import SMALLEST_SIDE
+from detailflow.training.passes import Passes, TokenizerNetworks, draw_count, draw_position
+from detailflow.training.teachers import CLASSIFIER, crops, find_teachers
+from detailflow.training.updates import Updater, recompute_activations
 
-FEATURES_FILE = "features.pt"
-CLASSIFIER_BATCH = 256
-PICTURES = 8  # images in the picture of reconstructions
+PICTURES = 8  # images in the pictures of reconstructions
+COUNT_STEPS = 100  # after which the uses of codes are counted anew, where no codes are replaced
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,26 @@ class TokenizerTraining:
     """A tokenizer's training run; the defaults are the paper's where it has them (method §4).
 
     Attributes:
-        data: a folder of images in class subfolders, parquet file(s), or a hub data set.
-        init: a tokenizer to start from: a folder, hub name or zoo name; `model` must have its sizes.
+        data: a folder of images in class subfolders, parquet file(s), WebDataset shards, or a hub data set.
+        streaming: whether to read a hub data set or shards as a stream, without a copy on this machine.
+        init: a tokenizer to start from: a folder, hub name or zoo name; `model` must have its sizes, but may have more tokens.
         encoder_init: SigLIP2's vision tower to start the encoder from: a hub name, folder or file (method §3).
         flip, max_scale: training crops are mirrored half of the time, out of images enlarged by up to `max_scale`.
         coarse_probability: share of the steps that train fewer than all N tokens (paper table 3).
         correction_share: share of each batch that also goes through the self-correction pass.
         mistakes: planted mistakes are drawn from that many nearest codes.
-        perceptual: weight of the distance of features; 0 for none. LPIPS needs downloaded weights; the features here are those
-            of a classifier that is trained on the same images first, for `classifier_epochs`.
+        perceptual: weight of the distance of features; 0 for none.
+        perceptual_network: "lpips" (the paper's; needs VGG-16's weights, downloaded once), a file with those weights, or
+            "classifier", a small one that learns the classes of the same images first, for `classifier_epochs`.
+        perceptual_warmup: share of the steps, or from 1 on their number, over which that weight rises linearly.
         adversarial: weight of the adversarial loss; 0 for none.
-        adversarial_from: share of the steps before the discriminator starts.
+        adversarial_network: "dino" (the paper's; needs DINO ViT-S/16's weights, downloaded once), a file with those weights, or
+            "patch", small convolutions that learn from scratch.
+        adversarial_from: share of the steps, or from 1 on their number, before the discriminator starts.
+        augment: whether the discriminator sees images through DiffAugment.
+        lecam, consistency: weights of the discriminator's two regularisers; 0 for none.
+        alignment: weight of the first token's alignment with a teacher's view of the whole image; 0 for none.
+        alignment_network: the teacher, SigLIP2's vision tower by hub name, folder or file, or "classifier", as above.
         revive_every: steps after which codes that were not used since are replaced, in the first half of the run; 0 for never.
     """
 
@@ -66,6 +76,7 @@ class TokenizerTraining:
     split: str | None = None
     image_column: str = "image"
     label_column: str = "label"
+    streaming: bool = False
     flip: bool = True
     max_scale: float = 1.25
     coarse_probability: float = 0.2
@@ -75,147 +86,170 @@ class TokenizerTraining:
     quantization: float = 1.0
     commitment: float = 0.25
     perceptual: float = 0.0
+    perceptual_network: str = CLASSIFIER
+    perceptual_warmup: float = 0.0
     classifier_epochs: int = 5
     adversarial: float = 0.2
+    adversarial_network: str = PATCH
     adversarial_from: float = 0.5
+    augment: bool = False
+    lecam: float = 0.0
+    consistency: float = 0.0
+    alignment: float = 0.0
+    alignment_network: str = CLASSIFIER
     revive_every: int = 100
 
     def __post_init__(self) -> None:
         require_positive(classifier_epochs=self.classifier_epochs, mistakes=self.mistakes)
         if self.init and self.encoder_init:
             raise DetailFlowError("init and encoder_init exclude each other: a tokenizer has an encoder already")
-        require_shares(
-            coarse_probability=self.coarse_probability,
-            correction_share=self.correction_share,
-            adversarial_from=self.adversarial_from,
-        )
+        require_shares(coarse_probability=self.coarse_probability, correction_share=self.correction_share)
         require_not_negative(
             pixel=self.pixel,
             quantization=self.quantization,
             commitment=self.commitment,
             perceptual=self.perceptual,
+            perceptual_warmup=self.perceptual_warmup,
             adversarial=self.adversarial,
+            adversarial_from=self.adversarial_from,
+            lecam=self.lecam,
+            consistency=self.consistency,
+            alignment=self.alignment,
             revive_every=self.revive_every,
         )
         if not 1 <= self.max_scale < float("inf"):
             raise DetailFlowError(f"max_scale must be 1 (no zoom) or more, not {self.max_scale!r}")
         if self.perceptual and self.model.image_size < SMALLEST_SIDE:
             raise DetailFlowError(f"the perceptual loss needs an image_size of {SMALLEST_SIDE} or more: set perceptual to 0")
-
-
-def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
-    """t, the number of tokens that one step trains: N, or now and then a smaller count (method §4.1)."""
-    n, g = schedule.num_tokens, schedule.group_size
-    if n == g or float(torch.rand(())) >= coarse_probability:
-        return n
-    t = int(torch.randint(1, n - g + 1, ()))
-    return t if t <= schedule.prefix else -(-t // g) * g
-
-
-def draw_position(schedule: TokenSchedule, t: int, generator: torch.Generator | None = None) -> int | None:
-    """p, where mistakes are planted for a step that trains t tokens; `None` where nothing would come after (method §4.2)."""
-    last = t if t <= schedule.prefix else t - schedule.group_size
-    if t == 1:
-        return None
-    return schedule.group_start(int(torch.randint(last, (), generator=generator)))
+        if self.loop.shard:
+            raise DetailFlowError("loop.shard is for AR models: a tokenizer fits one process, so leave it false")
 
 
 class TokenizerStage:
     """The networks, optimisers and one step of tokenizer training; a `Stage` of the loop."""
 
-    def __init__(self, config: TokenizerTraining, source: ImageSource, output: Path, device: torch.device) -> None:
-        loop = config.loop
-        self.config, self.source, self.device = config, source, device
+    def __init__(
+        self,
+        config: TokenizerTraining,
+        source: ImageSource | StreamSource,
+        output: Path,
+        device: torch.device,
+        processes: Processes | None = None,
+    ) -> None:
+        loop, processes = config.loop, processes or Processes()
+        self.config, self.source, self.device, self.processes = config, source, device, processes
         self.precision = PRECISIONS[loop.precision]
-        self.features = feature_network(config, source, output, device) if config.perceptual else None
+        self.teachers = find_teachers(config, source, output, device, processes)
         torch.manual_seed(loop.seed)
-        self.model = initial_tokenizer(config, resuming=has_checkpoint(output)).to(device).train()
-        self.discriminator = PatchDiscriminator().to(device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
-        self.judge = torch.optim.Adam(self.discriminator.parameters(), lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
-        self.used = torch.zeros(config.model.codebook_size, dtype=torch.bool, device=device)
-        self.decode_full = self.model.decode_quantized
+        self.model = initial_tokenizer(config, resuming=newest(output) is not None).to(device).train()
+        self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width(config.model.image_size)).to(device)
+        adam = torch.optim.Adam(self.networks.parameters(), lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
+        self.updater = Updater(adam, loop, device)
+        self.adversary: Adversary | None = None
+        if config.adversarial:
+            regularisers = (config.augment, config.lecam, config.consistency)
+            self.adversary = Adversary(config.adversarial_network, loop, *regularisers, device, processes)
+        self.counts = torch.zeros(config.model.codebook_size, device=device)  # of each code's uses since they were last set to 0
+        if loop.checkpoint_activations:
+            recompute_activations([*self.model.encoder.blocks, *self.model.decoder.blocks])
         if loop.compile:
             encoder = self.model.encoder
             encoder.patches = torch.compile(encoder.patches, dynamic=False)  # type: ignore[method-assign]
             encoder.queries = torch.compile(encoder.queries, dynamic=False)  # type: ignore[method-assign]
-            self.decode_full = torch.compile(self.decode_full, dynamic=False)
+            self.networks.decode_full = torch.compile(self.networks.decode_full, dynamic=False)
+        self.shown: np.ndarray | None = None
+        self.passes: nn.Module = self.networks
+        if processes.count > 1:  # a step leaves out what fewer tokens or no correction don't need
+            self.passes = DistributedDataParallel(self.networks, find_unused_parameters=True)
 
     def batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Crops and their labels."""
-        return iter(crops(self.config, self.source, self.config.loop.batch_size, start_step))
+        """This process's crops and their labels."""
+        config = self.config
+        return iter(crops(config, self.source, config.loop.batch_size, start_step, self.processes))
 
-    def step(self, step: int, batch: tuple[Tensor, Tensor], rate: float) -> dict[str, Tensor]:
+    def step(self, step: int, batch: tuple[Tensor, Tensor], rate: float) -> dict[str, Tensor | float]:
         """One step of method §4."""
         config, schedule = self.config, self.model.schedule
-        for optimizer in (self.optimizer, self.judge):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        images = batch[0].to(self.device)
         t = draw_count(schedule, config.coarse_probability)
         position = draw_position(schedule, t)
-        side = schedule.decode_size(t)
-        target = coarse_target(images, schedule.resolution(t), side)
+        choice = None
+        if position is not None:
+            candidates = min(config.mistakes, config.model.codebook_size)
+            drawn = torch.randint(candidates, (config.loop.batch_size, self.model.span(position) - position))
+            choice = drawn[self.processes.share(len(drawn))]
+        images = batch[0].to(self.device, non_blocking=True)
+        adversarial = self.adversary is not None and step >= count_of_steps(config.adversarial_from, config.loop.steps)
+        draws = None
+        if adversarial:
+            draws = Draws.make(config.loop.batch_size).of(self.processes.share(config.loop.batch_size))
+        size = len(images) // config.loop.accumulate
+        logged: dict[str, Tensor | float] = {}
+        latents, judged = [], []
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            some = None if choice is None else choice[part][: round(config.correction_share * size)].to(self.device)
+            with self._quiet(start + size < len(images)):
+                made, losses, pair = self._losses(step, images[part], t, position, some, draws and draws.of(part))
+                total = sum((weight * loss for weight, loss in losses.values()), torch.zeros((), device=self.device))
+                self.updater.backward(total * (size / len(images)))
+            terms = {"loss": total, "psnr": self._psnr(made.pixels[:size], pair[0]), **{k: v for k, (_, v) in losses.items()}}
+            for name, value in terms.items():
+                logged[name] = logged.get(name, 0.0) + value.detach() * (size / len(images))
+            latents.append(made.latents[0].detach())
+            self.counts += self.processes.sum(torch.bincount(made.ids.flatten(), minlength=len(self.counts)).float())
+            if draws is not None:
+                judged.append((*pair[1:], draws.of(part)))
+        logged["gradient_norm"] = norm = self.updater.step(rate)
+        if self.adversary and judged:
+            logged |= self.adversary.step(judged, rate)
+        used = self.counts / self.counts.sum()
+        logged["codebook_usage"] = (used > 0).float().mean()
+        logged["codebook_perplexity"] = torch.special.entr(used).sum().exp()
+        if math.isfinite(norm):
+            self._revive(step, torch.cat(latents))
+        return logged
+
+    def _quiet(self, more: bool) -> Any:
+        """The context in which gradients stay with each process, as more of them will come."""
+        return self.passes.no_sync() if more and isinstance(self.passes, DistributedDataParallel) else nullcontext()
+
+    def _losses(
+        self, step: int, images: Tensor, t: int, position: int | None, choice: Tensor | None, draws: Draws | None
+    ) -> tuple[Passes, dict[str, tuple[float, Tensor]], tuple[Tensor, Tensor, Tensor]]:
+        """What the networks made, (weight, value) of each term (method §4.4), and the target, which follows again with
+        the reconstruction as the discriminator sees them.
+        """
+        config, schedule, teachers = self.config, self.model.schedule, self.teachers
+        target = coarse_target(images, schedule.resolution(t), schedule.decode_size(t))
         with autocast(self.device, self.precision):
-            z, quantized, corrected = self._encode(images, position)
-            decode = self.decode_full if t == schedule.num_tokens else self.model.decode_quantized
-            pixels = decode(torch.cat([q[:, :t] for q in quantized]), side).float()
-        losses = {"pixel": F.mse_loss(pixels, torch.cat((target, target[:corrected])))}
-        losses["quantization"] = self._quantization(z)
-        wide, wide_target = self._full_size(pixels), self._full_size(target)
-        if self.features is not None:
-            losses["perceptual"] = self._perceptual(wide, wide_target, corrected)
-        adversarial = config.adversarial > 0 and step >= config.adversarial_from * config.loop.steps
-        if adversarial:
-            self.discriminator.requires_grad_(False)
-            losses["adversarial"] = generator_loss(self._judge(wide))
-        total = sum((getattr(config, name) * value for name, value in losses.items()), torch.zeros((), device=self.device))
-        self.optimizer.zero_grad()
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.loop.grad_clip)
-        self.optimizer.step()
-        scalars = {
-            "loss": total.detach(),
-            "psnr": self._psnr(pixels[: len(images)], target),
-            **losses,
-            "gradient_norm": norm,
+            made: Passes = self.passes(images, t, position, choice)
+        pixels, corrected = made.pixels, made.corrected
+        losses = {
+            "pixel": (config.pixel, F.mse_loss(pixels, torch.cat((target, target[:corrected])))),
+            "quantization": (config.quantization, self._quantization(made)),
         }
-        if adversarial:
-            scalars["discriminator"] = self._train_discriminator(wide_target, wide[: len(images)].detach())
-        scalars["codebook_usage"] = self.used.float().mean()
-        self._revive(step, z[0][0].detach())
-        return scalars
+        if config.perceptual:
+            rising = count_of_steps(config.perceptual_warmup, config.loop.steps)
+            weight = config.perceptual * min(1.0, step / rising if rising else 1.0)
+            seen, wanted = (pixels, target) if teachers.lpips else (self._full_size(pixels), self._full_size(target))
+            with autocast(self.device, self.precision):
+                losses["perceptual"] = (weight, teachers.distance(seen, wanted, corrected))
+        if made.summary is not None and teachers.alignment is not None:
+            with autocast(self.device, self.precision):
+                wanted = teachers.alignment.alignment_target(images)
+            losses["alignment"] = (config.alignment, alignment_loss(made.summary, wanted))
+        real, fake = target, pixels
+        if self.adversary and draws is not None:
+            if not self.adversary.any_side:
+                real, fake = self._full_size(target), self._full_size(pixels)
+            clean, repaired = fake.split((len(images), corrected))
+            losses["adversarial"] = (config.adversarial, self.adversary.generator_loss(clean, repaired, draws))
+        return made, losses, (target, real, fake[: len(images)].detach())
 
-    def _encode(self, images: Tensor, position: int | None) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor], int]:
-        """→ (latents, codes) pairs for the quantization loss, the sequences to decode, and how many images were corrected."""
-        model, n = self.model, self.config.model.num_tokens
-        patches = model.encode_patches(images)
-        z = model.encode_latents(patches, n)
-        ids = model.quantizer.nearest(z)
-        self.used[ids.flatten()] = True
-        codes = model.quantizer.lookup(ids)
-        clean = straight_through(z, codes)
-        count = 0 if position is None else round(self.config.correction_share * len(images))
-        if position is None or not count:
-            return [(z, codes)], [clean], 0
-        end = model.span(position)
-        given = ids[:count].clone()
-        given[:, position:end] = wrong = model.plant_mistakes(z[:count, position:end].detach(), self.config.mistakes)
-        corrected = model.correct_latents([(k[:count], v[:count]) for k, v in patches], given, end)[:, end:]
-        corrected_codes = model.quantizer.lookup(model.quantizer.nearest(corrected))
-        sequence = torch.cat(
-            (
-                clean[:count, :position],
-                model.quantizer.lookup(wrong).detach(),
-                straight_through(corrected, corrected_codes),
-            ),
-            1,
-        )
-        return [(z, codes), (corrected, corrected_codes)], [clean, sequence], count
-
-    def _quantization(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _quantization(self, made: Passes) -> Tensor:
         """The passes' losses, weighted by their token counts."""
-        total = sum(z.numel() for z, _ in pairs)
+        total = sum(z.numel() for z in made.latents)
+        pairs = zip(made.latents, made.codes, strict=True)
         terms = [quantization_loss(z, q, self.config.commitment) * (z.numel() / total) for z, q in pairs if z.numel()]
         return torch.stack(terms).sum()
 
@@ -223,74 +257,92 @@ class TokenizerStage:
         side = self.config.model.image_size
         return pixels if pixels.shape[-1] == side else F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
 
-    def _perceptual(self, pixels: Tensor, target: Tensor, corrected: int) -> Tensor:
-        assert self.features is not None
-        with autocast(self.device, self.precision):
-            with torch.no_grad():
-                wanted = self.features.features(target)
-            made = self.features.features(pixels)
-        return perceptual_loss(made, [torch.cat((w, w[:corrected])) for w in wanted])
-
-    def _judge(self, pixels: Tensor) -> Tensor:
-        with autocast(self.device, self.precision):
-            return self.discriminator(pixels).float()
-
-    def _train_discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        self.discriminator.requires_grad_(True)
-        loss = discriminator_loss(self._judge(real), self._judge(fake))
-        self.judge.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.config.loop.grad_clip)
-        self.judge.step()
-        return loss.detach()
-
     @torch.no_grad()
     def _revive(self, step: int, z: Tensor) -> None:
-        """Move codes that nothing was near to since the last time to latents of this batch."""
+        """Move codes that nothing was near to since the last time to latents of this step; count anew from time to time."""
         every, loop = self.config.revive_every, self.config.loop
-        if not every or (step + 1) % every:
+        if (step + 1) % (every or COUNT_STEPS):
             return
-        if step < loop.steps // 2:
-            dead = (~self.used).nonzero()[:, 0]
-            pool = z.reshape(-1, z.shape[-1]).float()
+        if every and step < loop.steps // 2:
+            dead = (self.counts == 0).nonzero()[:, 0]
+            pool = self.processes.gather(z).flatten(0, -2).float()
             chosen = torch.randint(len(pool), (len(dead),)).to(pool.device)
             self.model.quantizer.codebook[dead] = pool[chosen]
-        self.used.zero_()
+        self.counts.zero_()
 
     @staticmethod
     def _psnr(pixels: Tensor, target: Tensor) -> Tensor:
-        return 10 * torch.log10(4 / F.mse_loss(pixels.detach().clamp(-1, 1), target).clamp_min(1e-10))
+        """The images' mean."""
+        errors = (pixels.detach().clamp(-1, 1) - target).square().mean((1, 2, 3))
+        return (10 * torch.log10(4 / errors.clamp_min(1e-10))).mean()
 
     def state(self) -> dict[str, Any]:
         """Weights, optimisers and the codebook's usage."""
-        parts = ("model", "discriminator", "optimizer", "judge")
-        return {"used": self.used, **{name: getattr(self, name).state_dict() for name in parts}}
+        adversary = self.adversary.state() if self.adversary else {}
+        networks = self.networks.state_dict()
+        return {"networks": networks, "updater": self.updater.state(), "counts": self.counts, "adversary": adversary}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        self.used.copy_(state["used"])
-        for name in ("model", "discriminator", "optimizer", "judge"):
-            getattr(self, name).load_state_dict(state[name])
+        self.networks.load_state_dict(state["networks"])
+        self.updater.restore(state["updater"])
+        self.counts.copy_(state["counts"])
+        if self.adversary:
+            self.adversary.restore(state["adversary"])
 
     @torch.no_grad()
     def pictures(self) -> dict[str, Image.Image]:
-        """The first images of the data, and what 1, c/2, c, N/2 and N tokens make of them."""
-        size, schedule = self.config.model.image_size, self.model.schedule
-        originals = [center_crop(image, size) for image in islice(readable(self.source), PICTURES)]
-        images = torch.stack([to_tensor(o) for o in originals]).to(self.device)
+        """The first images of the data: what 1, c/2, c, N/2 and N tokens make of them, and what planted mistakes do.
+
+        In the latter the columns are the original, all tokens, mistakes at the first token alone, the tokens after it
+        corrected, mistakes in the first whole group alone, corrected.
+        """
+        if not self.processes.is_main:
+            return {}
+        schedule = self.model.schedule
+        if self.shown is None:
+            self.shown = some_images(self.source, self.config.model.image_size)
+        originals, images = self.shown, to_tensor(self.shown).to(self.device)
         self.model.eval()
         ids = self.model.encode(images)
         counts = sorted(
             {1, schedule.prefix // 2, schedule.prefix, schedule.num_tokens // 2, schedule.num_tokens} & set(schedule.valid_counts)
         )
-        columns = [to_uint8(self._full_size(self.model.decode(ids[:, :n]).float())).cpu().numpy() for n in counts]
+        by_count = [self._full_size(self.model.decode(ids[:, :n]).float()) for n in counts]
+        mistaken = [self.model.decode(ids)]
+        for position in sorted({0, schedule.prefix if schedule.prefix < schedule.num_tokens else 0}):
+            end = schedule.span_end(position)
+            z = self.model.encode_latents(self.model.encode_patches(images), schedule.num_tokens)[:, position:end]
+            corrected = self.model.encode_correction(images, position, self.model.plant_mistakes(z, self.config.mistakes))
+            alone = torch.cat((corrected[:, :end], ids[:, end:]), 1)
+            mistaken += [self.model.decode(alone), self.model.decode(corrected)]
         self.model.train()
-        rows = [Image.fromarray(a) for i, o in enumerate(originals) for a in (o, *(c[i] for c in columns))]
-        return {"reconstructions": grid(rows, columns=len(counts) + 1)}
+        return {"reconstructions": _table(originals, by_count), "mistakes": _table(originals, mistaken)}
 
     def export(self, directory: Path) -> None:
         """Write the tokenizer."""
-        self.model.save_pretrained(directory)
+        if self.processes.is_main:
+            self.model.save_pretrained(directory)
+
+
+def some_images(source: ImageSource | StreamSource, size: int) -> np.ndarray:
+    """(PICTURES, size, size, 3) bytes: the centres of the first images that can be read."""
+    if isinstance(source, StreamSource):
+        images, _ = next(iter(StreamedBatches(source, size, PICTURES, 0, flip=False, max_scale=1.0, buffer=PICTURES)))
+        return to_uint8(images).numpy()
+    return np.stack([center_crop(image, size) for image in islice(source.readable(), PICTURES)])
+
+
+def _table(originals: np.ndarray, columns: Sequence[Tensor]) -> Image.Image:
+    """A row of pictures for each image: the original, then one of each (B, 3, R, R)."""
+    made = [to_uint8(column.float()).cpu().numpy() for column in columns]
+    rows = [Image.fromarray(a) for i, o in enumerate(originals) for a in (o, *(c[i] for c in made))]
+    return grid(rows, columns=len(made) + 1)
+
+
+def count_of_steps(value: float, steps: int) -> float:
+    """A number of steps that is given as such, or below 1 as a share of all."""
+    return value if value >= 1 else value * steps
 
 
 def initial_tokenizer(config: TokenizerTraining, resuming: bool = False) -> DetailFlowTokenizer:
@@ -301,45 +353,11 @@ def initial_tokenizer(config: TokenizerTraining, resuming: bool = False) -> Deta
     """
     model = DetailFlowTokenizer(config.model)
     if config.init and not resuming:
-        settings, tensors = hub.load(config.init, "tokenizer", dtype=torch.float32)
-        keys = ("encoder", "decoder", "patch_size", "num_tokens", "codebook_size", "codebook_dim")
-        require_same(config.model, config_from_dict(TokenizerConfig, settings, config.init), keys, config.init)
-        load_weights(model, tensors, config.init)
+        start = DetailFlowTokenizer.from_pretrained(config.init)
+        load_weights(model, grow_tokenizer(start.state_dict(), start.config, model, config.init), config.init)
     elif config.encoder_init and not resuming:
         initialise_encoder(model.encoder, config.encoder_init)
     return model
-
-
-def readable(source: ImageSource) -> Iterator[Image.Image]:
-    """The images in order, without those that can't be read."""
-    for index in range(len(source)):
-        with suppress(DetailFlowError):
-            yield source.image(index)
-
-
-def crops(config: TokenizerTraining, source: ImageSource, batch_size: int, start_step: int = 0) -> ImageBatches:
-    """The stream of training crops."""
-    size, loop = config.model.image_size, config.loop
-    return ImageBatches(source, size, batch_size, loop.seed, loop.workers, start_step, config.flip, config.max_scale)
-
-
-def feature_network(config: TokenizerTraining, source: ImageSource, output: Path, device: torch.device) -> FeatureNetwork:
-    """The frozen classifier behind the perceptual loss: trained here, once, and kept in the run's folder."""
-    network = FeatureNetwork(len(source.class_names)).to(device)
-    path = output / FEATURES_FILE
-    if not path.exists():
-        from tqdm import tqdm
-
-        torch.manual_seed(config.loop.seed)
-        batches = crops(config, source, min(CLASSIFIER_BATCH, len(source)))
-        steps = config.classifier_epochs * batches.steps_per_epoch
-        with tqdm(batches, total=steps, desc="features", unit="step", dynamic_ncols=True) as bar:
-            accuracy = train_classifier(network, bar, steps, PRECISIONS[config.loop.precision], device)
-        print(f"feature network: {accuracy:.1%} of the last training images recognised")
-        with replacing(path) as temporary:
-            torch.save(network.state_dict(), temporary)
-    network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-    return network.eval().requires_grad_(False)
 
 
 def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None = None) -> None:
@@ -349,10 +367,14 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
         DetailFlowError: for images that can't be read or have no labels for the perceptual loss to learn from, or an output
             folder that can't be used.
     """
-    place = choose_device(device)
-    source = open_images(config.data, config.split, config.image_column, config.label_column)
-    if config.perceptual and len(source.class_names) < 2:
-        raise DetailFlowError(
-            "the perceptual loss learns its features from class labels, and these images have one class only: set perceptual to 0"
-        )
-    run(lambda: TokenizerStage(config, source, output, place), "tokenizer", config, output)
+    processes = Processes.of_this_launch(cpu=device == "cpu")
+    place = processes.device or choose_device(device)
+    where = (config.data, config.split, config.image_column, config.label_column)
+    source = open_stream(*where) if config.streaming else open_images(*where)
+    for name in ("perceptual", "alignment"):
+        if getattr(config, name) and getattr(config, f"{name}_network") == CLASSIFIER and len(source.class_names) < 2:
+            raise DetailFlowError(
+                f"the {name} loss learns its features from class labels, and these images have one class only: "
+                f"set {name} to 0 or {name}_network to another"
+            )
+    run(lambda: TokenizerStage(config, source, output, place, processes), "tokenizer", config, output, processes)

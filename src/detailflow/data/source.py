@@ -1,0 +1,142 @@
+"""One image as RGB, and a set of labelled images that are read one at a time.
+
+Pillow does all the decoding here, so that a damaged image is known by its name and can be skipped.
+"""
+
+import io
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from detailflow.errors import DetailFlowError
+
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+
+
+def load_rgb(source: str | os.PathLike[str] | bytes, name: str | None = None, least: int | None = None) -> Image.Image:
+    """Read one image file (path) or its bytes as RGB.
+
+    EXIF orientation is applied, transparency is laid over white, and palettes, CMYK, greyscale and 16-bit greyscale are
+    converted. A JPEG is decoded straight to 1/2, 1/4 or 1/8 of its size where its shorter side stays `least` pixels or
+    more, which takes a fraction of the time; `None` is always the whole. Raises DetailFlowError, naming the image by
+    `name` (default: its path), when it cannot be read.
+    """
+    file: Any
+    if isinstance(source, bytes):
+        name, file = name or "image", io.BytesIO(source)
+    else:
+        path = Path(source)
+        name, file = name or str(path), path
+        if path.is_dir():
+            raise DetailFlowError(f"{name} is a folder: give the path of one image file")
+        if not path.exists():
+            raise DetailFlowError(f"{name} does not exist: give the path of an image file")
+    try:
+        with Image.open(file) as image:
+            if least:
+                image.draft(None, (least, least))
+            image.load()
+            return to_rgb(image)
+    except PermissionError as error:
+        raise DetailFlowError(f"{name} cannot be opened: you have no permission to read it") from error
+    except Image.UnidentifiedImageError as error:
+        raise DetailFlowError(f"{name} is not an image: its contents are in no format that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise DetailFlowError(f"{name} is too large an image: it may have at most 178 million pixels") from error
+    except (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError, struct.error) as error:
+        raise DetailFlowError(f"{name} is damaged and cannot be decoded ({first_line(error)})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of a loaded image of any mode: turned upright by its EXIF data, transparency over white, 16 bits scaled to 8."""
+    # The pixels may be sound where only the EXIF block is not: then take them as they are stored.
+    with suppress(OSError, ValueError, TypeError, SyntaxError, LookupError, struct.error):
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8 instead of scaling them
+        values = np.asarray(image).astype(np.int64)
+        if image.mode != "I" or values.max(initial=0) > 255:
+            values = (values + 128) // 257
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, short enough for a sentence of ours."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+class Rows(Protocol):
+    """Where a set's images lie."""
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str:
+        """Of an image, for messages."""
+
+    def image(self, index: int, least: int | None = None) -> Image.Image:
+        """As RGB; see `load_rgb`."""
+
+
+class ImageSource:
+    """A set of labelled images in a fixed order; made by `open_images`.
+
+    `labels` is (len,) int64 and counts into `class_names`. A set without labels has the one class "image".
+    """
+
+    def __init__(self, rows: Rows, labels: np.ndarray, class_names: tuple[str, ...]) -> None:
+        self._rows, self.labels, self.class_names = rows, labels, class_names
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        """Where the image lies, for messages: a path, "file.parquet row 17" or "shard.tar key"."""
+        return self._rows.name(index)
+
+    def image(self, index: int, least: int | None = None) -> Image.Image:
+        """The image as RGB; a JPEG may come smaller, its shorter side at least `least` pixels. Raises DetailFlowError,
+        naming it, when it cannot be read."""
+        return self._rows.image(index, least)
+
+    def readable(self) -> Iterator[Image.Image]:
+        """The images in order, without those that cannot be read."""
+        for index in range(len(self)):
+            with suppress(DetailFlowError):
+                yield self.image(index)
+
+
+def unlabelled(rows: Rows) -> ImageSource:
+    """A set that has no labels."""
+    return ImageSource(rows, np.zeros(len(rows), np.int64), ("image",))
+
+
+def labelled(rows: Rows, where: str, values: Sequence[Any], class_names: tuple[str, ...] = ()) -> ImageSource:
+    """A set whose labels stand beside its images as class numbers or names; `None` and −1 (the hub's mark of a hidden label)
+    are none. Raises DetailFlowError where only some images have one, or for labels of another kind.
+    """
+    given = np.array(values, dtype=object)
+    missing = np.array([value is None or value == -1 for value in values])
+    if missing.all():
+        return unlabelled(rows)
+    if missing.any():
+        raise DetailFlowError(f"{rows.name(int(missing.argmax()))} has no label: give every image one, or none")
+    if all(isinstance(value, str) for value in values):
+        names, labels = np.unique(given.astype(str), return_inverse=True)
+        return ImageSource(rows, labels.astype(np.int64), tuple(names.tolist()))
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        raise DetailFlowError(f"{where} has labels that are neither class numbers nor names")
+    labels = given.astype(np.int64)
+    class_names = class_names or tuple(map(str, range(labels.max() + 1)))
+    if labels.max() >= len(class_names):
+        raise DetailFlowError(f"{where} has the label {labels.max()}, but names only {len(class_names)} classes")
+    return ImageSource(rows, labels, class_names)

@@ -1,0 +1,187 @@
+"""Parquet files and hub datasets, through the `datasets` library (the `train` extra), which never decodes an image here."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from detailflow.data.source import ImageSource, first_line, labelled, load_rgb, unlabelled
+from detailflow.errors import DetailFlowError
+
+_SHOW_PROGRESS_ABOVE = 256 * 2**20  # bytes of parquet; less is ready in seconds
+
+
+class _TableRows:
+    """Rows of a memory-mapped `datasets.Dataset`, read from its Arrow table: that never decodes an image."""
+
+    def __init__(self, dataset: Any, column: str, files: list[tuple[str, int]]) -> None:
+        self.dataset, self.column = dataset, column
+        self.file_names = [name for name, _ in files]
+        self.ends = np.cumsum([count for _, count in files])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @cached_property
+    def _values(self) -> Any:  # kept, since finding a column takes longer the more chunks a table has: 0.1 ms in ImageNet's
+        return self.dataset.data.column(self.column)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but `_values`, which would travel to a worker process with all of its images."""
+        return {name: value for name, value in self.__dict__.items() if name != "_values"}
+
+    def name(self, index: int) -> str:
+        file = int(np.searchsorted(self.ends, index, side="right"))
+        return f"{self.file_names[file]} row {index - (int(self.ends[file - 1]) if file else 0)}"
+
+    def image(self, index: int, least: int | None = None) -> Image.Image:
+        return load_rgb(stored_image(self._values[index].as_py(), self.name(index)), self.name(index), least)
+
+
+def stored_image(value: Any, name: str) -> str | bytes:
+    """The bytes or the path in one row of an image column. Raises DetailFlowError where it is empty."""
+    content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+    if not content:
+        raise DetailFlowError(f"{name} has no image: its row is empty")
+    return content
+
+
+def import_datasets() -> ModuleType:
+    """The `datasets` library. Raises DetailFlowError where it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DetailFlowError(
+            "Parquet files and hub datasets need the datasets library: pip install 'detailflow[train]'"
+        ) from error
+    return datasets
+
+
+@contextmanager
+def quiet(datasets: ModuleType, progress: bool) -> Iterator[None]:
+    """Keep `datasets` from writing to the terminal, but for a progress bar where the wait is long."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels, hide_bars = [logger.level for logger in loggers], not progress and not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    if hide_bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if hide_bars:
+            datasets.enable_progress_bars()
+
+
+class ParquetFiles(NamedTuple):
+    """What the footers of parquet files say."""
+
+    where: str
+    counted: list[tuple[str, int]]  # each file's name and its rows
+    schema: Any
+
+    @property
+    def features(self) -> Any:
+        """Plain columns, without the label names in the files' metadata: `datasets` refuses names that occur twice, and
+        ImageNet has two cranes."""
+        return import_datasets().Features.from_arrow_schema(self.schema.remove_metadata())
+
+    def class_names(self, column: str) -> tuple[str, ...]:
+        """Those that the Hugging Face metadata gives for a label column; () where none."""
+        try:
+            metadata = json.loads(self.schema.metadata[b"huggingface"])
+            return tuple(metadata["info"]["features"][column]["names"])
+        except (KeyError, TypeError, ValueError):
+            return ()
+
+
+def read_footers(files: list[Path]) -> ParquetFiles:
+    """Raises DetailFlowError for a file that is no parquet."""
+    import_datasets()
+    import pyarrow.parquet
+
+    counted = []
+    for file in files:
+        try:
+            parquet = pyarrow.parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:
+            raise DetailFlowError(f"{file} is not a readable parquet file ({first_line(error)})") from error
+        counted.append((str(file), parquet.metadata.num_rows))
+    where = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} parquet files)"
+    return ParquetFiles(where, counted, parquet.schema_arrow)
+
+
+def open_parquet(files: list[Path], image_column: str, label_column: str) -> ImageSource:
+    """Raises DetailFlowError for files that can't be read, have no such columns, or labels that can't be."""
+    datasets, parquet = import_datasets(), read_footers(files)
+    paths = [str(file) for file in files]
+    try:
+        with quiet(datasets, sum(file.stat().st_size for file in files) > _SHOW_PROGRESS_ABOVE):
+            dataset = datasets.load_dataset("parquet", data_files=paths, features=parquet.features, split="train")
+    except Exception as error:  # `datasets` raises many kinds: columns that differ, a full disk, damaged pages
+        raise DetailFlowError(f"{parquet.where} cannot be read ({first_line(error.__cause__ or error)})") from error
+    names = parquet.class_names(label_column)
+    return _from_table(dataset, parquet.where, parquet.counted, image_column, label_column, names)
+
+
+def load_hub(name: str, split: str, **options: Any) -> Any:
+    """`datasets.load_dataset`. Raises DetailFlowError where it fails."""
+    datasets = import_datasets()
+    try:
+        with quiet(datasets, True):
+            return datasets.load_dataset(name, split=split, **options)
+    except Exception as error:  # no network, no such dataset, no such split, gated, ...: `datasets` says which
+        raise DetailFlowError(
+            f"{name} is neither a file or folder here nor a hub dataset that can be opened ({first_line(error)})"
+        ) from error
+
+
+def open_hub(name: str, split: str, image_column: str, label_column: str) -> ImageSource:
+    """Raises DetailFlowError where the dataset can't be opened, has no such columns, or labels that can't be."""
+    dataset = load_hub(name, split)
+    names = stored_names(dataset.features, label_column)
+    return _from_table(dataset, name, [(f"{name} {split}", len(dataset))], image_column, label_column, names)
+
+
+def stored_names(features: Any, column: str) -> tuple[str, ...]:
+    """The class names that a dataset's features give for a label column; () where none."""
+    return tuple(getattr(features.get(column), "names", ()))
+
+
+def check_columns(where: str, features: Any, image_column: str, label_column: str) -> bool:
+    """Whether there is a label column. Raises DetailFlowError where there are no images, or no labels of a name asked for."""
+    columns = list(features)
+    if image_column not in columns:
+        raise DetailFlowError(f"{where} has no column {image_column!r}: its columns are {', '.join(columns)}")
+    storage = str(features.arrow_schema.field(image_column).type)
+    if "binary" not in storage:
+        raise DetailFlowError(f"{where} has no images in its column {image_column!r}: that column holds {storage}")
+    if label_column not in columns and label_column != "label":  # asked for by name
+        raise DetailFlowError(f"{where} has no column {label_column!r}: its columns are {', '.join(columns)}")
+    return label_column in columns
+
+
+def _from_table(
+    dataset: Any,
+    where: str,
+    files: list[tuple[str, int]],
+    image_column: str,
+    label_column: str,
+    class_names: tuple[str, ...],
+) -> ImageSource:
+    has_labels = check_columns(where, dataset.features, image_column, label_column)
+    if len(dataset) == 0:
+        raise DetailFlowError(f"{where} holds no images: it has no rows")
+    rows = _TableRows(dataset, image_column, files)
+    if not has_labels:
+        return unlabelled(rows)
+    return labelled(rows, where, dataset.data.column(label_column).to_pylist(), class_names)

@@ -1,0 +1,83 @@
+"""The processes that work on one thing together, and what they tell each other."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detailflow.errors import DetailFlowError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's number among all that work together; alone, every method returns at once."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device | None = None  # this process's own, where there are several
+
+    @classmethod
+    def of_this_launch(cls, cpu: bool = False) -> "Processes":
+        """As `torchrun` or `accelerate launch` started them; one where neither did.
+
+        Raises:
+            DetailFlowError: if Accelerate is not installed.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls()
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise DetailFlowError(
+                "several processes need the package accelerate: install it with pip install 'detailflow[train]'"
+            ) from error
+        state = PartialState(cpu=cpu)
+        device = torch.device("cpu") if state.device.type == "cpu" else state.device  # which it numbers, and torch does not
+        return cls(state.process_index, state.num_processes, device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes what only one should write."""
+        return self.rank == 0
+
+    def share(self, total: int) -> slice:
+        """This process's part of a batch of `total`, which the parts of all make up in order.
+
+        Raises:
+            DetailFlowError: where the batch can't be parted evenly.
+        """
+        if total % self.count:
+            raise DetailFlowError(f"a batch of {total} can't be shared evenly by {self.count} processes: choose a multiple")
+        size = total // self.count
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.any(False)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The average of all processes' tensors of one shape, without gradients."""
+        return self.sum(value) / self.count
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of all processes' tensors of one shape, without gradients."""
+        value = value.detach()
+        if self.count > 1:
+            value = value.clone()
+            torch.distributed.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.count == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather(self, value: Tensor) -> Tensor:
+        """(B, …) of each → (processes · B, …) in the processes' order, without gradients."""
+        if self.count == 1:
+            return value.detach()
+        parts = [torch.empty_like(value) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, value.detach().contiguous())
+        return torch.cat(parts)

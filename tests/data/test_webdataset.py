@@ -1,0 +1,157 @@
+import json
+import pickle
+import shutil
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detailflow.data.images import open_images
+from detailflow.data.loader import ImageBatches
+from detailflow.errors import DetailFlowError
+from detailflow.samples import WebDatasetWriter
+
+from .conftest import write_tar
+
+
+@pytest.fixture
+def content(cifar: Path) -> bytes:
+    """The bytes of an image."""
+    return next(cifar.rglob("*.png")).read_bytes()
+
+
+def test_shards_hold_what_the_folder_holds(cifar, shards):
+    folder, source = open_images(cifar), open_images(shards)
+    assert len(source) == 200 and source.class_names == tuple(map(str, range(10)))
+    assert source.name(57) == f"{shards}/cifar-train-001.tar 057"
+    for index in range(200):
+        path = Path(folder.name(index))
+        place = int(path.stem)
+        assert path.parent.name == f"class{source.labels[place]}"
+        np.testing.assert_array_equal(np.asarray(source.image(place)), np.asarray(folder.image(index)))
+
+
+def test_ways_to_name_shards(shards):
+    assert len(open_images(shards / "cifar-train-002.tar")) == 50
+    assert len(open_images(f"{shards}/*-00[13].tar")) == 100
+    ranged = open_images(f"{shards}/cifar-train-{{001..003}}.tar")
+    assert len(ranged) == 150 and ranged.name(0).endswith("cifar-train-001.tar 050")
+    assert len(open_images(f"{shards}/cifar-train-0{{0..0}}{{0..1}}.tar")) == 100
+    assert len(open_images(shards, "train")) == 200
+    with pytest.raises(DetailFlowError, match="no split 'val': it has train"):
+        open_images(shards, "val")
+    with pytest.raises(DetailFlowError, match=r"cifar-train-004.tar does not exist: check the range in .*\{003..004\}"):
+        open_images(f"{shards}/cifar-train-{{003..004}}.tar")
+    with pytest.raises(DetailFlowError, match="matches no .parquet file and no .tar file"):
+        open_images(f"{shards}/*.zip")
+
+
+def test_split_folders_of_shards(shards, tmp_path):
+    for split, shard in (("train", "000"), ("val", "003")):
+        (tmp_path / split).mkdir()
+        shutil.copy(shards / f"cifar-train-{shard}.tar", tmp_path / split / "images.tar")
+    assert open_images(tmp_path).name(0).endswith("train/images.tar 000")
+    assert open_images(tmp_path, "validation").name(0).endswith("val/images.tar 150")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches(shards, workers):
+    source = open_images(shards)
+    source.image(0)  # read in this process before it is copied
+    alone = list(islice(ImageBatches(source, 32, 16, seed=0), 3))
+    for (images, labels), (same, too) in zip(alone, ImageBatches(source, 32, 16, seed=0, workers=workers), strict=False):
+        assert torch.equal(images, same) and torch.equal(labels, too)
+
+
+def test_a_source_goes_to_other_processes(shards):
+    source = open_images(shards)
+    expected = np.asarray(source.image(120))
+    sent = pickle.dumps(source)
+    assert len(sent) < 20_000
+    np.testing.assert_array_equal(np.asarray(pickle.loads(sent).image(120)), expected)
+
+
+def test_what_generate_writes_can_be_opened(tmp_path, cifar):
+    source, labels = open_images(cifar), [7, 0, 7, 3]
+    images = [source.image(index) for index in range(4)]
+    writer = WebDatasetWriter(tmp_path, batch_size=500)
+    writer.write(0, range(2), labels[:2], images[:2])
+    writer.write(1, range(2, 4), labels[2:], images[2:])
+    written = open_images(tmp_path)
+    assert written.labels.tolist() == labels and len(written.class_names) == 8
+    assert written.name(3) == f"{tmp_path / 'samples-000001.tar'} 000000003"
+    for index in range(4):
+        np.testing.assert_array_equal(np.asarray(written.image(index)), np.asarray(images[index]))
+
+
+def test_labels(tmp_path, content):
+    def labels(*beside: tuple[str, str], **columns: str) -> tuple[list[int], tuple[str, ...]]:
+        members = [(f"a/{k}.PNG", content) for k in range(3)] + [(f"a/{name}", text.encode()) for name, text in beside]
+        source = open_images(write_tar(tmp_path / "a.tar", members), **columns)
+        return source.labels.tolist(), source.class_names
+
+    assert labels() == ([0, 0, 0], ("image",))
+    assert labels(("0.cls", "2"), ("1.cls", "0\n"), ("2.cls", "2")) == ([2, 0, 2], ("0", "1", "2"))
+    assert labels(("0.cls", "dog"), ("1.cls", "cat"), ("2.cls", "dog")) == ([1, 0, 1], ("cat", "dog"))
+    entries = [(f"{k}.json", json.dumps({"label": [1, 0, 1][k], "kind": "abb"[k]})) for k in range(3)]
+    assert labels(*entries) == ([1, 0, 1], ("0", "1"))
+    assert labels(*entries, ("0.cls", "5"), ("1.cls", "5"), ("2.cls", "5"))[0] == [5, 5, 5]
+    assert labels(*entries, ("0.cls", "5"), label_column="kind") == ([0, 1, 1], ("a", "b"))
+    assert labels(("0.json", "[]"), ("1.txt", "caption")) == ([0, 0, 0], ("image",))
+    with pytest.raises(DetailFlowError, match="a.tar a/1 has no label: give every image one, or none"):
+        labels(("0.cls", "2"))
+    with pytest.raises(DetailFlowError, match="neither class numbers nor names"):
+        labels(("0.cls", "dog"), *entries[1:])
+    with pytest.raises(DetailFlowError, match="no label 'breed': that is looked for in its .json files"):
+        labels(*entries, label_column="breed")
+
+
+def test_one_of_several_images(tmp_path, content):
+    Image.new("RGB", (4, 4)).save(tmp_path / "mask.bmp")
+    mask = (tmp_path / "mask.bmp").read_bytes()
+    file = write_tar(tmp_path / "a.tar", [("0.png", content), ("0.mask.bmp", mask), ("0.bmp", mask), (".hidden.png", b"")])
+    assert len(open_images(file)) == 1 and open_images(file).image(0).size == (32, 32)
+    assert open_images(file, image_column="bmp").image(0).size == (4, 4)
+    assert open_images(file, image_column="mask.bmp").image(0).size == (4, 4)
+    with pytest.raises(DetailFlowError, match="holds no .webp images"):
+        open_images(file, image_column="webp")
+
+
+def test_unreadable_shards_are_named_in_one_sentence(tmp_path, content, shards):
+    whole = (shards / "cifar-train-000.tar").read_bytes()
+    spoiled = bytearray(whole)
+    spoiled[1024:1100] = b"?" * 76  # the second header
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as archive:
+        archive.add(shards / "cifar-train-000.tar", "a")
+    contents = {
+        "text.tar": b"not a tar file " * 100,
+        "empty.tar": b"",
+        "cut.tar": whole[:60_000],
+        "header.tar": whole[: 1024 + 100],
+        "spoiled.tar": bytes(spoiled),
+        "packed.tar": (tmp_path / "packed.tar").read_bytes(),
+    }
+    for name, bad in contents.items():
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(DetailFlowError, match=f"{name} is not a readable WebDataset shard") as caught:
+            open_images(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DetailFlowError, match=r"a.tar is not a readable WebDataset shard.*\(Expecting value"):
+        open_images(write_tar(tmp_path / "a.tar", [("0.png", content), ("0.json", b"")]))
+    with pytest.raises(DetailFlowError, match="b.tar holds no images: a WebDataset shard has files such as"):
+        open_images(write_tar(tmp_path / "b.tar", [("0.txt", b"")]))
+    with pytest.raises(DetailFlowError, match="is neither a folder of images nor a .parquet or .tar file"):
+        open_images(write_tar(tmp_path / "c.tgz", []))
+
+
+def test_an_unreadable_image_is_named(tmp_path, content):
+    source = open_images(write_tar(tmp_path / "a.tar", [("0.png", content), ("1.png", content[:500])]))
+    with pytest.raises(DetailFlowError, match=r"a\.tar 1 is damaged"):
+        source.image(1)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(DetailFlowError, match=r"a\.tar 0 cannot be read \(No such file"):
+        source.image(0)

@@ -1,0 +1,107 @@
+"""Several processes do what one does: the same curves, the same weights, whichever way the work is parted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from detailflow.cli.main import main
+
+LOOP = {"steps": 50, "batch_size": 4, "learning_rate": 5e-4, "precision": "fp32", "log_every": 1, "pictures_every": 1000}
+TOKENIZER = {
+    "model": {
+        "image_size": 32,
+        "patch_size": 8,
+        "num_tokens": 16,
+        "group_size": 4,
+        "codebook_size": 16,  # few codes: where two are almost as near, rounding decides, and the curves part
+        "codebook_dim": 8,
+        "encoder": {"width": 32, "depth": 1, "heads": 2},
+        "decoder": {"width": 32, "depth": 1, "heads": 2},
+    },
+    "perceptual": 0.1,
+    "perceptual_warmup": 0.5,
+    "classifier_epochs": 1,
+    "adversarial_from": 10,
+    "augment": True,
+    "lecam": 0.001,
+    "consistency": 1.0,
+    "alignment": 0.5,
+    "revive_every": 10,
+    "loop": LOOP,
+}
+GPT = {"width": 32, "depth": 2, "heads": 2, "dropout": 0.0, "loop": LOOP}
+
+
+@pytest.fixture(scope="module")
+def commands(cifar: Path, model: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The command line of each stage."""
+    folder = tmp_path_factory.mktemp("settings")
+    settings = {
+        "tokenizer": {"data": str(cifar), **TOKENIZER},
+        "gpt": {"tokens": str(tokens), "tokenizer": str(model), **GPT},
+    }
+    for stage, values in settings.items():
+        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
+    return {s: ["train", s, "--config", str(folder / f"{s}.yaml"), "--device", "cpu"] for s in settings}
+
+
+def run(command: list[str], processes: int) -> None:
+    if processes == 1:
+        assert main(command) == 0
+        return
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, "-m", "detailflow", *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def curves(output: Path) -> dict[str, np.ndarray]:
+    events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    names = set(events.Tags()["scalars"]) - {"images_per_second"}
+    return {name: np.array([(e.step, e.value) for e in events.Scalars(name)]) for name in names}
+
+
+def assert_same(first: Path, second: Path, tolerance: float) -> None:
+    """Curves and weights."""
+    ours, theirs = curves(first), curves(second)
+    assert ours.keys() == theirs.keys() and len(ours["loss"]) == 50
+    for name in ours:
+        np.testing.assert_allclose(theirs[name], ours[name], rtol=tolerance, atol=tolerance, err_msg=name)
+    assert ours["loss"][-10:, 1].mean() < 0.95 * ours["loss"][:10, 1].mean()  # something was learnt
+    a, b = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=20 * tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
+def test_two_processes_do_what_one_does(stage: str, commands: dict[str, list[str]], tmp_path: Path):
+    """The same global batch: every curve within 1e-5 over 50 steps, and so the work in parts of one process's memory."""
+    run([*commands[stage], "--output", str(tmp_path / "one")], 1)
+    run([*commands[stage], "--output", str(tmp_path / "two")], 2)
+    assert_same(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
+def test_accumulation_changes_nothing(stage: str, commands: dict[str, list[str]], tmp_path: Path):
+    """But for the discriminator, whose batch norms see fewer images and whose spectral norms are estimated more often."""
+    command = [*commands[stage], *(["--adversarial", "0"] if stage == "tokenizer" else [])]
+    run([*command, "--output", str(tmp_path / "one")], 1)
+    more = ["--loop.accumulate", "2", "--loop.checkpoint_activations", "true"]
+    run([*command, "--output", str(tmp_path / "parts"), *more], 1)
+    assert_same(tmp_path / "one", tmp_path / "parts", 1e-5)
+
+
+def test_sharded_weights_are_the_same(commands: dict[str, list[str]], tmp_path: Path):
+    """FSDP2 beside DistributedDataParallel."""
+    run([*commands["gpt"], "--output", str(tmp_path / "whole")], 2)
+    run([*commands["gpt"], "--output", str(tmp_path / "parted"), "--loop.shard", "true"], 2)
+    assert_same(tmp_path / "whole", tmp_path / "parted", 1e-5)
