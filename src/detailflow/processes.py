@@ -2,11 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
+
+LONGEST_WAIT = timedelta(hours=3)  # for one that does what only one should, such as reading all of a token store
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Processes:
             raise DetailFlowError(
                 "several processes need the package accelerate: install it with pip install 'detailflow[train]'"
             ) from error
-        state = PartialState(cpu=cpu)
+        state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
         device = torch.device("cpu") if state.device.type == "cpu" else state.device  # which it numbers, and torch does not
         return cls(state.process_index, state.num_processes, device)
 

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from detailflow.errors import DetailFlowError
+from detailflow.processes import Processes
 from detailflow.training.checkpoints import RUN_FILE, claim, load_checkpoint, save_checkpoint
 from detailflow.training.loop import LoopConfig
 
@@ -66,6 +67,15 @@ def test_no_warm_up_and_a_single_step():
 def test_wrong_settings(setting: dict, message: str):
     with pytest.raises(DetailFlowError, match=message):
         LoopConfig(**({"steps": 1, "batch_size": 1, "learning_rate": 0.1} | setting))
+
+
+def test_parts_of_a_batch():
+    loop = LoopConfig(steps=1, batch_size=24, learning_rate=0.1, accumulate=3)
+    assert loop.images_at_once(Processes()) == 8 and loop.images_at_once(Processes(1, 4)) == 2
+    with pytest.raises(DetailFlowError, match="a batch of 24 can't be shared evenly by 5 processes"):
+        loop.images_at_once(Processes(0, 5))
+    with pytest.raises(DetailFlowError, match="accumulate must divide the images of each process, and 3 does not divide 4"):
+        loop.images_at_once(Processes(0, 6))
 
 
 # ------------------------------------------------------------------------------------------------- the folder

@@ -29,6 +29,11 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def as_bytes(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, R, R) in [-1, 1] → (B, R, R, 3), as the loader gives them."""
+    return ((images + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
+
+
 # ------------------------------------------------------------------------------------------------- the terms
 
 
@@ -68,6 +73,7 @@ def test_hinge_losses():
     real, fake = noise(2, 1, 8, 8, seed=1) * 2, noise(2, 1, 8, 8, seed=2) * 2
     expected = (np.maximum(0, 1 - real.numpy()) + np.maximum(0, 1 + fake.numpy())).mean() / 2
     assert float(discriminator_loss(real, fake)) == pytest.approx(expected, rel=1e-6)
+    assert float(discriminator_loss(real, torch.cat((fake, fake)))) == pytest.approx(expected, rel=1e-6)  # whatever their number
     assert float(generator_loss(fake)) == pytest.approx(-fake.numpy().mean(), rel=1e-5)
 
 
@@ -126,7 +132,7 @@ def test_a_step_is_what_the_public_contract_says(t: int, position: int | None, c
     squares = np.concatenate([((q - a) ** 2).numpy().ravel() for a, q in pairs])  # joined: weighted by token counts
 
     torch.manual_seed(seed)
-    scalars = made.step(0, (images, torch.zeros(6)), 1e-30)
+    scalars = made.step(0, (as_bytes(images), torch.zeros(6)), 1e-30)
     assert float(scalars["pixel"].detach()) == pytest.approx(pixel, rel=1e-4)
     assert float(scalars["quantization"].detach()) == pytest.approx(1.25 * squares.mean(), rel=1e-4)
     assert float(scalars["loss"]) == pytest.approx(pixel + 1.25 * squares.mean(), rel=1e-4)
@@ -194,7 +200,7 @@ def test_mistakes_are_of_so_many_nearest_codes(mistakes: int, cifar: Path, image
     model.correct_latents = spy
     for seed in range(40):
         torch.manual_seed(seed)
-        made.step(0, (images, torch.zeros(6)), 1e-30)
+        made.step(0, (as_bytes(images), torch.zeros(6)), 1e-30)
     assert all((allowed == given[..., None]).any(-1).all() for given in seen)
     changed = torch.stack([given != clean for given in seen]).float().mean()
     assert bool(changed) == (mistakes > 1)
@@ -208,7 +214,7 @@ def test_a_share_of_the_batch_is_corrected(cifar: Path, images: torch.Tensor, tm
         made = stage(cifar, tmp_path, correction_share=share)
         torch.manual_seed(find_seed(made, 16, 4))
         made.networks.register_forward_hook(lambda _, given, passes: seen.append(passes))
-        made.step(0, (images, torch.zeros(6)), 1e-30)
+        made.step(0, (as_bytes(images), torch.zeros(6)), 1e-30)
     half, none = seen
     assert half.corrected == 3 and len(half.pixels) == 9 and none.corrected == 0 and len(none.pixels) == 6
     assert [tuple(z.shape) for z in half.latents] == [(6, 16, 4), (3, 11, 4)]
@@ -217,7 +223,7 @@ def test_a_share_of_the_batch_is_corrected(cifar: Path, images: torch.Tensor, tm
 def test_the_other_terms_enter_with_their_weights(cifar: Path, images: torch.Tensor, tmp_path: Path):
     made = stage(cifar, tmp_path, perceptual=0.3, classifier_epochs=1, adversarial=0.7, adversarial_from=0.5, pixel=2.0)
     assert (tmp_path / "features.pt").exists()
-    early, late = ({k: float(v) for k, v in made.step(s, (images, None), 1e-30).items()} for s in (4, 5))
+    early, late = ({k: float(v) for k, v in made.step(s, (as_bytes(images), None), 1e-30).items()} for s in (4, 5))
     assert "adversarial" not in early and "discriminator" not in early
     for scalars in (early, late):
         total = 2 * scalars["pixel"] + scalars["quantization"] + 0.3 * scalars["perceptual"]
@@ -236,7 +242,7 @@ def test_the_whole_objective(cifar: Path, images: torch.Tensor, tmp_path: Path):
     made_of_it, wanted = head(first).detach().double().numpy(), teacher.features(images)[-1].mean((2, 3)).double().numpy()
     cosine = (made_of_it * wanted).sum(1) / np.linalg.norm(made_of_it, axis=1) / np.linalg.norm(wanted, axis=1)
     for step in (2, 6, 9):
-        scalars = {k: float(v) for k, v in made.step(step, (images, None), 1e-30).items()}
+        scalars = {k: float(v) for k, v in made.step(step, (as_bytes(images), None), 1e-30).items()}
         assert scalars["alignment"] == pytest.approx(-cosine.mean(), rel=1e-4)
         weights = dict(pixel=1.0, quantization=1.0, perceptual=0.3 * min(1, step / 8), alignment=0.4, adversarial=0.7)
         total = sum(weight * scalars.get(name, 0.0) for name, weight in weights.items())
@@ -247,7 +253,7 @@ def test_the_whole_objective(cifar: Path, images: torch.Tensor, tmp_path: Path):
 
 def test_the_codebook_is_counted(cifar: Path, images: torch.Tensor, tmp_path: Path):
     made = stage(cifar, tmp_path)
-    scalars = made.step(0, (images, None), 1e-30)
+    scalars = made.step(0, (as_bytes(images), None), 1e-30)
     counts = np.bincount(made.model.encode(images).flatten(), minlength=64)
     shares = counts[counts > 0] / counts.sum()
     assert float(scalars["codebook_usage"]) == pytest.approx((counts > 0).mean())
@@ -261,12 +267,12 @@ def test_the_feature_network_stays_frozen_and_the_judge_learns_apart(cifar: Path
     features = {k: v.clone() for k, v in frozen.state_dict().items()}
     judge = {k: v.clone() for k, v in made.adversary.network.named_parameters()}
     model = {k: v.clone() for k, v in made.model.named_parameters()}
-    made.step(0, (images, None), 1e-2)
+    made.step(0, (as_bytes(images), None), 1e-2)
     assert all(torch.equal(v, features[k]) for k, v in frozen.state_dict().items())
     assert any(not torch.equal(v, judge[k]) for k, v in made.adversary.network.named_parameters())
     assert any(not torch.equal(v, model[k]) for k, v in made.model.named_parameters())
     before = {k: v.clone() for k, v in made.model.named_parameters()}
-    made.adversary.step([(images, images.flip(0), Draws.make(6))], 1e-2)
+    made.adversary.step([(images, torch.cat((images.flip(0), images[:4])), Draws.make(6))], 1e-2)
     assert all(torch.equal(v, before[k]) and v.grad is None for k, v in made.model.named_parameters())
 
 

@@ -153,6 +153,31 @@ def test_sigterm_saves_and_exits(stage: str, commands: dict[str, list[str]], tmp
     assert not (output / "model.safetensors").exists()
 
 
+def test_a_full_disk(commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):
+    """A checkpoint that doesn't fit ends the run with a sentence and leaves those before it; with room again it goes on."""
+    import resource
+
+    output = tmp_path / "run"
+    with started(*commands["gpt"], str(output)) as process:
+        wait_for(output, "resume/step-00000003.pt", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 130
+    before = {p.name: p.read_bytes() for p in (output / "resume").iterdir()}
+    room = max(map(len, before.values())) // 2  # no file may grow beyond it
+    done = subprocess.run(
+        [sys.executable, "-m", "detailflow", *commands["gpt"], str(output)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith(f"detailflow: error: {output}/resume/step-"), done.stderr
+    assert "the checkpoint can't be written" in last
+    assert {p.name: p.read_bytes() for p in (output / "resume").iterdir()} == before
+    assert main([*commands["gpt"], str(output)]) == 0
+    assert weights(output) == weights(finished["gpt"])
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 

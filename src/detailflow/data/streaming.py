@@ -213,12 +213,17 @@ class StreamedBatches:
         return max(1, self.source.num_images // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return ((to_tensor(crops), labels) for crops, labels in self.as_bytes())
+
+    def as_bytes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The same with images as bytes (B, size, size, 3)."""
         records, seen = self._records(), 0
         reader, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(max(1, self.workers))
 
         def read() -> list[Future[_Made]]:
             return [decoders.submit(self._make, *record) for record in islice(records, self.share)]
 
+        pin = torch.cuda.is_available()
         try:
             batches = deque(reader.submit(read) for _ in range(_AHEAD))
             while True:
@@ -232,7 +237,7 @@ class StreamedBatches:
                 batches.popleft()
                 batches.append(reader.submit(read))
                 crops = torch.from_numpy(np.stack([image.crop for image in made if image.crop is not None]))
-                yield to_tensor(crops), torch.tensor([image.label for image in made])
+                yield crops.pin_memory() if pin else crops, torch.tensor([image.label for image in made])
         finally:
             reader.shutdown(cancel_futures=True)
             decoders.shutdown(cancel_futures=True)

@@ -18,7 +18,8 @@ from detailflow.training.networks import PatchDiscriminator
 from detailflow.training.updates import Updater
 
 PATCH = "patch"  # the discriminator that needs no download
-VIEWS = 6  # of an image in a step: the tokenizer's loss on clean and corrected, the discriminator's on real and fake, twice
+# Of each image in a step. What is made of it is two pictures, clean and corrected, whose views are neighbours.
+TOKENIZERS, REAL, FAKE, STRONG_REAL, STRONG_FAKE, VIEWS = 0, 2, 3, 5, 6, 8
 PLAIN_CUTOUT, STRONG_CUTOUT = 0.2, 0.5  # the latter for the consistency loss
 ANCHOR_DECAY = 0.999  # of LeCAM's moving averages
 
@@ -48,15 +49,19 @@ class _Judgement(nn.Module):
 
     def forward(self, real: Tensor, fake: Tensor, draws: Draws) -> tuple[Tensor, ...]:
         """Logits of real and fake, and, for the consistency loss, of both under strong augmentation."""
-        plain = (self.judge(real, draws, 2), self.judge(fake, draws, 3))
-        return (*plain, self.judge(real, draws, 4, True), self.judge(fake, draws, 5, True)) if self.consistency else plain
+        plain = (self.judge(real, draws, REAL), self.judge(fake, draws, FAKE))
+        if not self.consistency:
+            return plain
+        return (*plain, self.judge(real, draws, STRONG_REAL, True), self.judge(fake, draws, STRONG_FAKE, True))
 
     def judge(self, images: Tensor, draws: Draws, view: int, strong: bool = False) -> Tensor:
-        """(B, 3, H, W) → logits."""
+        """(B, 3, H, W) → logits; or (B + b, …), where those after the first B are made of the first b images again."""
+        more = len(images) - len(draws.views)
+        views = torch.cat((draws.views[:, view], draws.views[:more, view + 1])) if more else draws.views[:, view]
         if strong:
-            images = diff_augment(images, draws.views[:, view], STRONG_CUTOUT, probability=1.0)
+            images = diff_augment(images, views, STRONG_CUTOUT, probability=1.0)
         elif self.augment:
-            images = diff_augment(images, draws.views[:, view], PLAIN_CUTOUT)
+            images = diff_augment(images, views, PLAIN_CUTOUT)
         if isinstance(self.network, DINODiscriminator):
             return self.network(images, draws.crops[view])
         return self.network(images)
@@ -95,18 +100,16 @@ class Adversary:
         self.updater = Updater(adam, loop, device)
         self.anchors = torch.zeros(2, device=device)  # moving averages of the logits of real and fake
 
-    def generator_loss(self, clean: Tensor, corrected: Tensor, draws: Draws) -> Tensor:
-        """What the tokenizer is to make smaller: (B, 3, s, s) pixels of both sequences, the latter of the first images only."""
+    def generator_loss(self, pixels: Tensor, draws: Draws) -> Tensor:
+        """What the tokenizer is to make smaller, of (B + b, 3, s, s) pixels: clean, and corrected for the first b images."""
         self.network.requires_grad_(False)
         with autocast(self.device, self.precision):
-            logits = [self.judge(clean, draws, 0)]
-            if len(corrected):
-                logits.append(self.judge(corrected, draws.of(slice(len(corrected))), 1))
+            logits = self.judge(pixels, draws, TOKENIZERS)
         self.network.requires_grad_(True)
-        return generator_loss(torch.cat(logits).float())
+        return generator_loss(logits.float())
 
     def step(self, parts: Sequence[tuple[Tensor, Tensor, Draws]], rate: float) -> dict[str, Tensor | float]:
-        """One step on (real, fake, draws) in several parts; its loss terms, to log."""
+        """One step on (B real, B + b fake, draws) in several parts; its loss terms, to log."""
         logged: dict[str, Tensor] = {}
         means = torch.zeros(2, device=self.device)
         for i, (real, fake, draws) in enumerate(parts):

@@ -98,14 +98,18 @@ class GPTStage:
         self.model = DetailFlowGPT(sizes)
         if config.init and not resuming:
             load_weights(self.model, initial_weights(config.init, sizes), config.init)
-        self.ema = copy.deepcopy(self.model).to(device).eval().requires_grad_(False)
-        self.model.to(device).train()
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.model.train()
+        if sizes.schedule.prefix == sizes.num_tokens:  # no groups, so nothing for the mask embeddings to learn
+            self.model.mask_embedding.requires_grad_(False)
         self.sharded = loop.shard and processes.count > 1
-        if self.sharded:
-            for network in (self.model, self.ema):
-                _shard(network, self.precision, device)
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
+        for network in (self.model, self.ema):
+            if self.sharded:
+                _shard(network, device)
+            else:
+                network.to(device)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         adam = torch.optim.AdamW(groups, lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
         self.updater = Updater(adam, loop, device)
@@ -131,7 +135,7 @@ class GPTStage:
             torch.manual_seed((loop.seed * 1_000_003 + step) * processes.count + processes.rank)
         labels, given, wanted = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         labels = torch.where(dropped.to(self.device), self.sizes.num_classes, labels)
-        size = len(labels) // loop.accumulate
+        size = loop.images_at_once(processes)
         logged: dict[str, Tensor | float] = {"loss": 0.0, "accuracy": 0.0}
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
@@ -177,21 +181,23 @@ class GPTStage:
         set_model_state_dict(self.ema, state["ema"], options=WHOLE)
         self.updater.scaler.load_state_dict(state["scaler"])
 
-    def _averaged(self) -> DetailFlowGPT:
-        """The averaged weights in one piece; of use in the main process only."""
+    def _averaged(self) -> DetailFlowGPT | None:
+        """The averaged weights in one piece, for the main process alone."""
         if not self.sharded:
-            return self.ema
+            return self.ema if self.processes.is_main else None
         weights = get_model_state_dict(self.ema, options=WHOLE)
+        if not self.processes.is_main:
+            return None
         whole = DetailFlowGPT(self.sizes).eval()
-        if self.processes.is_main:
-            whole.load_state_dict(weights)
-        return whole.to(self.device)
+        whole.load_state_dict(weights)
+        return whole
 
     def pictures(self) -> dict[str, Image.Image]:
         """Samples of the first classes by the averaged weights."""
         averaged = self._averaged()
-        if not self.processes.is_main:
+        if averaged is None:
             return {}
+        averaged.to(self.device)
         classes = min(PICTURE_CLASSES, self.sizes.num_classes)
         labels = torch.arange(classes).repeat_interleave(PICTURE_SAMPLES)
         ids = averaged.generate(labels, generator=torch.Generator().manual_seed(self.config.loop.seed))
@@ -201,26 +207,25 @@ class GPTStage:
     def export(self, directory: Path) -> None:
         """Write the averaged weights."""
         averaged = self._averaged()
-        if self.processes.is_main:
+        if averaged is not None:
             averaged.save_pretrained(directory)
 
 
-def _shard(network: DetailFlowGPT, precision: torch.dtype, device: torch.device) -> None:
-    """Part the weights among all processes, block by block (FSDP2)."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def _shard(network: DetailFlowGPT, device: torch.device) -> None:
+    """Part the weights among all processes, block by block (FSDP2); each goes to its device only then, and stays float32."""
+    from torch.distributed.fsdp import fully_shard
 
-    policy = MixedPrecisionPolicy(None if precision == torch.float32 else precision, reduce_dtype=torch.float32)
     mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in network.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
 
 
 def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
     """The weights of another AR model for a network of these sizes.
 
     The class table is made anew: a class that the other model knows by name keeps its row, any other starts from the null
-    class. Where the other model has no names and as many classes, its table stays.
+    class. Where the other model has the same names, or none and as many classes, its table stays.
 
     Raises:
         DetailFlowError: if the model can't be had or its sizes differ.
@@ -228,7 +233,7 @@ def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
     settings, tensors = hub.load(source, "gpt", dtype=torch.float32)
     theirs = config_from_dict(GPTConfig, settings, source)
     require_growable(sizes, theirs, source)
-    if theirs.class_names is None and theirs.num_classes == sizes.num_classes:
+    if theirs.class_names in (None, sizes.class_names) and theirs.num_classes == sizes.num_classes:
         return tensors
     known, null = ClassLabels(theirs.class_names, theirs.num_classes), theirs.num_classes
     rows = [null if (row := known.find(name)) is None else row for name in sizes.class_names or ()]

@@ -24,6 +24,7 @@ from detailflow.schedule import require_not_negative, require_positive, require_
 from detailflow.training.checkpoints import RUN_FILE, claim, load_checkpoint, newest, save_checkpoint
 from detailflow.training.tracking import Trackers, check_trackers
 
+AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish
 BAD_STEPS = {"bf16": 5, "fp32": 5, "fp16": 25}  # in a row that stop a run; float16 may need 16 to find its loss scale
 
 
@@ -96,6 +97,20 @@ class LoopConfig:
         )
         check_trackers(self.trackers)
 
+    def images_at_once(self, processes: Processes) -> int:
+        """Of a step, those that one process works on at a time.
+
+        Raises:
+            DetailFlowError: where the batch can't be parted evenly.
+        """
+        share = processes.share(self.batch_size)
+        if (share.stop - share.start) % self.accumulate:
+            raise DetailFlowError(
+                f"accumulate must divide the images of each process, and {self.accumulate} does not divide "
+                f"{share.stop - share.start} (batch_size {self.batch_size}, {processes.count} process(es))"
+            )
+        return (share.stop - share.start) // self.accumulate
+
     def rate_at(self, step: int) -> float:
         """Learning rate of `step` (0-based): linear warm-up, then a cosine."""
         rising = self.warmup * self.steps
@@ -143,7 +158,7 @@ def run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path, p
         DetailFlowError: if `output` holds a run with another config, or can't be written; or where steps go wrong.
     """
     loop: LoopConfig = config.loop
-    processes.share(loop.batch_size)
+    loop.images_at_once(processes)
     fresh = processes.is_main and not os.path.exists(output / RUN_FILE)
     if processes.any(processes.is_main and not claim(output, kind, asdict(config))):
         if processes.is_main:
@@ -201,8 +216,10 @@ def run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path, p
                     health.good = save_checkpoint(output, done, state, loop.keep, milestone)
                 saved = time.monotonic()
             if stop:
+                processes.wait()  # or the launcher, seeing one gone, would end the one that still writes
                 raise KeyboardInterrupt
     stage.export(output)
+    processes.wait()  # what comes next may need the model
 
 
 def _means(scalars: Mapping[str, Tensor | float], processes: Processes) -> dict[str, float]:
@@ -239,18 +256,23 @@ def _keep_pictures(pictures: Mapping[str, Image.Image], output: Path, step: int)
 
 
 class _StopOnSignal:
-    """Turns SIGTERM and Ctrl-C into a request to save a checkpoint and stop after this step; asked twice, it stops at once."""
+    """Turns SIGTERM and Ctrl-C into a request to save a checkpoint and stop after this step; a later Ctrl-C stops at once.
+
+    Launchers send the same signal more than once: SIGTERM again, or Ctrl-C within a moment, changes nothing.
+    """
 
     asked = False
+    when = 0.0
 
     def __enter__(self) -> "_StopOnSignal":
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def _ask(self, *_: Any) -> None:
-        if self.asked:
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT and time.monotonic() - self.when > AGAIN_SECONDS:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self.when = True, time.monotonic()
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():

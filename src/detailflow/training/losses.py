@@ -24,7 +24,7 @@ def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Hinge loss of the discriminator's logits; the caller detaches the fake images, not their logits."""
-    return (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def generator_loss(fake: Tensor) -> Tensor:

@@ -159,12 +159,12 @@ def plan_tokenizer(config: TokenizerTraining, processes: Processes, on_cpu: bool
     """The costs of a tokenizer's run; every step is counted as one that trains all N tokens.
 
     Raises:
-        DetailFlowError: for images that can't be read, or a batch that the processes can't share evenly.
+        DetailFlowError: for images that can't be read, or a batch that can't be parted evenly.
     """
     where = (config.data, config.split, config.image_column, config.label_column)
     source = open_stream(*where) if config.streaming else open_images(*where)
     count = image_count(source)
-    processes.share(config.loop.batch_size)
+    config.loop.images_at_once(processes)
     loop, side, half = config.loop, config.model.image_size, config.loop.precision != "fp32"
     pictures = 1 + config.correction_share
     networks = tokenizer_networks(config.model, config.correction_share, half, on_cpu)
@@ -193,7 +193,7 @@ def plan_gpt(config: GPTTraining, processes: Processes, on_cpu: bool = False) ->
     known = config_from_dict(TokenizerConfig, hub.load_config(config.tokenizer, "tokenizer"), config.tokenizer)
     with torch.device("meta"):
         sizes = model_config(config, store, DetailFlowTokenizer(known))
-    processes.share(loop.batch_size)
+    loop.images_at_once(processes)
     epochs = loop.steps / BatchOrder(len(store), loop.batch_size, loop.seed).steps_per_epoch
     size = sum(path.stat().st_size for path in Path(config.tokens).rglob("*") if path.is_file())
     crops = _several(store.info.crops, "crop")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detailflow.data.images import ImageSource
@@ -16,7 +17,7 @@ from detailflow.storage import replacing
 from detailflow.training.loop import PRECISIONS
 from detailflow.training.losses import perceptual_loss
 from detailflow.training.networks import FeatureNetwork, train_classifier
-from detailflow.training.perceptual import LPIPS
+from detailflow.training.perceptual import LPIPS, SMALLEST_SIDE
 
 if TYPE_CHECKING:
     from detailflow.training.tokenizer import TokenizerTraining
@@ -43,6 +44,8 @@ class Teachers(NamedTuple):
     def distance(self, pixels: Tensor, target: Tensor, corrected: int) -> Tensor:
         """The perceptual loss of (B + corrected, 3, s, s) pixels: those of (B, …) `target`, and of its first images again."""
         if self.lpips is not None:
+            if pixels.shape[-1] < SMALLEST_SIDE:  # small patches make coarse pictures that VGG would pool to nothing
+                pixels, target = (F.interpolate(x, (SMALLEST_SIDE, SMALLEST_SIDE), mode="nearest") for x in (pixels, target))
             return self.lpips(pixels, target)
         assert self.features is not None
         with torch.no_grad():

@@ -139,16 +139,17 @@ class TokenizerStage:
         loop, processes = config.loop, processes or Processes()
         self.config, self.source, self.device, self.processes = config, source, device, processes
         self.precision = PRECISIONS[loop.precision]
-        self.teachers = find_teachers(config, source, output, device, processes)
         torch.manual_seed(loop.seed)
         self.model = initial_tokenizer(config, resuming=newest(output) is not None).to(device).train()
-        self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width(config.model.image_size)).to(device)
-        adam = torch.optim.Adam(self.networks.parameters(), lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
-        self.updater = Updater(adam, loop, device)
         self.adversary: Adversary | None = None
         if config.adversarial:
             regularisers = (config.augment, config.lecam, config.consistency)
             self.adversary = Adversary(config.adversarial_network, loop, *regularisers, device, processes)
+        self.teachers = find_teachers(config, source, output, device, processes)  # last, as it may train one
+        torch.manual_seed(loop.seed)
+        self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width(config.model.image_size)).to(device)
+        adam = torch.optim.Adam(self.networks.parameters(), lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
+        self.updater = Updater(adam, loop, device)
         self.counts = torch.zeros(config.model.codebook_size, device=device)  # of each code's uses since they were last set to 0
         if loop.checkpoint_activations:
             recompute_activations([*self.model.encoder.blocks, *self.model.decoder.blocks])
@@ -163,9 +164,9 @@ class TokenizerStage:
             self.passes = DistributedDataParallel(self.networks, find_unused_parameters=True)
 
     def batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's crops and their labels."""
+        """This process's crops, as bytes (B, R, R, 3), and their labels."""
         config = self.config
-        return iter(crops(config, self.source, config.loop.batch_size, start_step, self.processes))
+        return crops(config, self.source, config.loop.batch_size, start_step, self.processes).as_bytes()
 
     def step(self, step: int, batch: tuple[Tensor, Tensor], rate: float) -> dict[str, Tensor | float]:
         """One step of method §4."""
@@ -177,17 +178,21 @@ class TokenizerStage:
             candidates = min(config.mistakes, config.model.codebook_size)
             drawn = torch.randint(candidates, (config.loop.batch_size, self.model.span(position) - position))
             choice = drawn[self.processes.share(len(drawn))]
-        images = batch[0].to(self.device, non_blocking=True)
+        images = to_tensor(batch[0].to(self.device, non_blocking=True))
         adversarial = self.adversary is not None and step >= count_of_steps(config.adversarial_from, config.loop.steps)
         draws = None
         if adversarial:
             draws = Draws.make(config.loop.batch_size).of(self.processes.share(config.loop.batch_size))
-        size = len(images) // config.loop.accumulate
+        size = config.loop.images_at_once(self.processes)
+        first = self.processes.share(config.loop.batch_size).start  # of the whole batch, a share of which is corrected
         logged: dict[str, Tensor | float] = {}
         latents, judged = [], []
         for start in range(0, len(images), size):
             part = slice(start, start + size)
-            some = None if choice is None else choice[part][: round(config.correction_share * size)].to(self.device)
+            some = None
+            if choice is not None:
+                before, after = (round(config.correction_share * (first + end)) for end in (start, start + size))
+                some = choice[part][: after - before].to(self.device)
             with self._quiet(start + size < len(images)):
                 made, losses, pair = self._losses(step, images[part], t, position, some, draws and draws.of(part))
                 total = sum((weight * loss for weight, loss in losses.values()), torch.zeros((), device=self.device))
@@ -242,9 +247,8 @@ class TokenizerStage:
         if self.adversary and draws is not None:
             if not self.adversary.any_side:
                 real, fake = self._full_size(target), self._full_size(pixels)
-            clean, repaired = fake.split((len(images), corrected))
-            losses["adversarial"] = (config.adversarial, self.adversary.generator_loss(clean, repaired, draws))
-        return made, losses, (target, real, fake[: len(images)].detach())
+            losses["adversarial"] = (config.adversarial, self.adversary.generator_loss(fake, draws))
+        return made, losses, (target, real, fake.detach())
 
     def _quantization(self, made: Passes) -> Tensor:
         """The passes' losses, weighted by their token counts."""

@@ -36,7 +36,7 @@ class Trackers:
         if "tensorboard" in names:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step)
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else None)
         if "wandb" in names:
             import wandb  # type: ignore[import-not-found, unused-ignore]
 
