@@ -10,7 +10,7 @@ demo: .venv/core  ## images of every class, and how they take shape, into output
 test: .venv/dev  ## what must pass before every commit
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -n 2 -m "not slow"
 
 slow: .venv/dev  ## the tests that take longer
 	$(BIN)/pytest -q -m slow

@@ -88,6 +88,26 @@ def test_a_model_that_never_was_published(pipeline: DetailFlowPipeline, model: P
     assert not (tmp_path / "tokenizer").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "what"),
+    [
+        ("tokenizer", {"causal_tokens": 0}, "causal_tokens of 0"),
+        ("gpt", {"causal_tokens": 0}, "causal_tokens of 0"),
+        ("tokenizer", {"causal_encoder": False}, "an encoder without a causal mask"),
+    ],
+)
+def test_models_of_the_ablation_are_refused(kind: str, changes: dict, what: str, model: Path, tmp_path: Path):
+    other = Path(shutil.copytree(model / kind, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | changes))
+    message = error_of(other, tmp_path / "x", to="published")
+    assert message == f"the published layout cannot hold a model with {what}: keep it in ours"
+    assert not (tmp_path / "x").exists()
+    convert(other, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert {key: written[key] for key in changes} == changes
+
+
 @pytest.mark.parametrize("to", ["detailflow", "published"])
 def test_only_whole_models_are_converted(to: str, model: Path, tmp_path: Path):
     broken = Path(shutil.copytree(model / "gpt", tmp_path / "broken"))

@@ -10,7 +10,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig, guidance_at, image_noise, sample
 from detailflow.models.gpt import GPTConfig
 
-SHAPES = [(16, 4, 4), (16, 4, 12), (8, 1, 1), (8, 1, 3), (8, 4, 8), (12, 3, 6)]  # (N, g, c)
+SHAPES = [(16, 4, 4), (16, 4, 12), (8, 1, 1), (8, 1, 3), (8, 4, 8), (12, 3, 6), (16, 4, 0), (8, 1, 0)]  # (N, g, c)
 CLASSES = torch.tensor([0, 2, 1])
 
 

@@ -20,7 +20,7 @@ from detailflow.training.presets import PRESETS, load_settings
 from detailflow.training.tokenizer import TokenizerTraining, count_of_steps
 
 CONFIGS = Path(str(files("detailflow") / "configs"))
-RECIPES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+RECIPES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml"))
 IMAGENET = 1_281_167
 SIGLIP2 = "google/siglip2-so400m-patch16-naflex"
 USER_GIVES = {"tokenizer": ["data"], "extract": ["data", "tokenizer"], "gpt": ["tokens", "tokenizer"]}

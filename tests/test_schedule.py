@@ -7,6 +7,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.schedule import TokenSchedule
 
 SHAPES = [(128, 8, 8), (32, 4, 8), (16, 4, 16), (12, 1, 3), (12, 3, 6), (8, 8, 8), (1, 1, 1)]  # (N, g, c)
+SHAPES += [(16, 4, 0), (8, 8, 0), (8, 1, 0)]
 
 
 def make(n: int, g: int, c: int | None) -> TokenSchedule:
@@ -48,7 +49,7 @@ def test_resolutions_only_grow(n: int, g: int, c: int):
     schedule = make(n, g, c)
     resolutions = [schedule.resolution(k) for k in schedule.valid_counts]
     assert resolutions == sorted(resolutions) and resolutions[-1] == 64
-    assert n == 1 or resolutions[0] == 1
+    assert n == 1 or schedule.resolution(1) == 1
     for k in schedule.valid_counts:
         side = schedule.decode_size(k)
         assert side % 16 == 0 and 0 <= side - schedule.resolution(k) < 16 <= side <= 64
@@ -75,7 +76,9 @@ def test_causal_tokens_default_to_a_group():
         ((16, 4, 4, 60, 16), "patch_size must divide image_size, and 16 does not divide 60"),
         ((0, 4, 4, 64, 16), "num_tokens must be a positive integer, not 0"),
         ((16, 0, 4, 64, 16), "group_size must be a positive integer, not 0"),
-        ((16, 4, 0, 64, 16), "causal_tokens must be a positive integer, not 0"),
+        ((16, 4, -4, 64, 16), "causal_tokens must be 0 or a positive integer, not -4"),
+        ((16, 4, 4.0, 64, 16), "causal_tokens must be 0 or a positive integer, not 4.0"),
+        ((16, 4, False, 64, 16), "causal_tokens must be 0 or a positive integer, not False"),
         ((16.0, 4, 4, 64, 16), "num_tokens must be a positive integer, not 16.0"),
         ((16, 4, 4, 64, 16, 0.0), "alpha must be above 0 and at most 20, not 0.0"),
         ((16, 4, 4, 64, 16, float("nan")), "alpha must be above 0 and at most 20, not nan"),
@@ -84,6 +87,15 @@ def test_causal_tokens_default_to_a_group():
 def test_values_that_contradict_each_other(values: tuple, message: str):
     with pytest.raises(DetailFlowError, match=message):
         TokenSchedule(*values)
+
+
+def test_no_causal_prefix():
+    """Every group at once, the first too (the paper's table 2): N/g steps, and counts are multiples of g."""
+    schedule = make(16, 4, 0)
+    assert schedule.steps == ((0, 4), (4, 8), (8, 12), (12, 16))
+    with pytest.raises(DetailFlowError, match="num_tokens must be a multiple of 4 up to 16, not 1$"):
+        schedule.check_count(1)
+    assert schedule.attention_mask(4).all()
 
 
 def test_shapes_that_are_not_square():

@@ -156,8 +156,12 @@ def _published_config(kind: Kind, config: Mapping[str, Any]) -> dict[str, Any]:
     """The published keys of a model that never was in that layout.
 
     Raises:
-        DetailFlowError: where the number of heads is not the one that the layout implies.
+        DetailFlowError: where the number of heads is not the one that the layout implies, or it has no place for what the model
+            leaves out (the paper's table 2): the causal prefix, or the encoder's causal mask.
     """
+    if not config["causal_tokens"] or not config.get("causal_encoder", True):
+        what = "causal_tokens of 0" if not config["causal_tokens"] else "an encoder without a causal mask"
+        raise DetailFlowError(f"the published layout cannot hold a model with {what}: keep it in ours")
     shared = {"group_size": config["group_size"], "causal_num": config["causal_tokens"]}
     if kind == "gpt":
         names = {

@@ -1,5 +1,6 @@
 """The processes that work on one thing together, and what they tell each other."""
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +37,7 @@ class Processes:
                 "several processes need the package accelerate: install it with pip install 'detailflow[train]'"
             ) from error
         state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
+        atexit.register(state.destroy_process_group)  # or its threads may outlive what they use, and abort the program
         device = torch.device("cpu") if state.device.type == "cpu" else state.device  # which it numbers, and torch does not
         return cls(state.process_index, state.num_processes, device)
 

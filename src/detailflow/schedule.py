@@ -43,7 +43,8 @@ class TokenSchedule:
     Args:
         num_tokens: N, tokens of a full image; a multiple of `group_size`.
         group_size: g, tokens predicted in parallel.
-        causal_tokens: c, length of the prefix predicted token by token, a multiple of g; `None` means g.
+        causal_tokens: c, length of the prefix predicted token by token, a multiple of g; `None` means g. With 0 the first group
+            is predicted at once as the others are (the paper's table 2 before "first group causal").
         image_size: R, side of a full image in pixels; a multiple of `patch_size`.
         patch_size: f, side of a patch in pixels.
         alpha: exponent of the resolution map.
@@ -63,7 +64,9 @@ class TokenSchedule:
         if self.causal_tokens is None:
             object.__setattr__(self, "causal_tokens", self.group_size)
         n, g, c = self.num_tokens, self.group_size, self.prefix
-        require_positive(num_tokens=n, group_size=g, causal_tokens=c, image_size=self.image_size, patch_size=self.patch_size)
+        require_positive(num_tokens=n, group_size=g, image_size=self.image_size, patch_size=self.patch_size)
+        if isinstance(c, bool) or not isinstance(c, int) or c < 0:
+            raise DetailFlowError(f"causal_tokens must be 0 or a positive integer, not {c!r}")
         if n % g:
             raise DetailFlowError(f"group_size must divide num_tokens, and {g} does not divide {n}")
         if c % g or c > n:
@@ -97,9 +100,8 @@ class TokenSchedule:
         if n is None:
             return self.num_tokens
         if n not in self.valid_counts:
-            raise DetailFlowError(
-                f"num_tokens must be 1 to {self.prefix} or a multiple of {self.group_size} up to {self.num_tokens}, not {n}"
-            )
+            single = f"1 to {self.prefix} or " if self.prefix else ""
+            raise DetailFlowError(f"num_tokens must be {single}a multiple of {self.group_size} up to {self.num_tokens}, not {n}")
         return n
 
     def resolution(self, n: int) -> int:

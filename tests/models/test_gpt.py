@@ -72,6 +72,21 @@ def test_groups_of_one(tmp_path: Path):
     assert torch.equal(gpt.generate(classes, temperature=0), again.generate(classes, temperature=0))
 
 
+def test_without_a_causal_prefix():
+    """With c = 0 the input is [class, m_1 … m_{g−1}, z_1 … z_{N−g}]: the first group sees the class and no token."""
+    torch.manual_seed(0)
+    gpt = DetailFlowGPT(replace(CONFIG, group_size=4, causal_tokens=0)).eval()
+    ids = torch.randint(gpt.config.codebook_size, (1, 16))
+    x = gpt._inputs(torch.tensor([1]), ids, 0, 16)
+    parts = (gpt.class_embedding.weight[1:2], gpt.mask_embedding.weight, gpt.token_embedding(ids[0, :12]))
+    assert torch.equal(x[0], torch.cat(parts))
+    changed = ids.clone()
+    changed[:, :4] = (changed[:, :4] + 1) % gpt.config.codebook_size
+    with torch.no_grad():
+        a, b = gpt(torch.tensor([1]), ids), gpt(torch.tensor([1]), changed)
+    assert torch.equal(a[:, :4], b[:, :4]) and not torch.isclose(a[:, 4:], b[:, 4:]).all(-1).any()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

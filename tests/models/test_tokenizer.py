@@ -1,5 +1,6 @@
 """The tokenizer's contract; the published model's recorded outputs are in test_parity.py."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,56 @@ def test_patches_in_their_order():
     assert patches.shape == (2, 6, 12)
     assert patches[0, 1].tolist() == [6, 7, 8, 9, 10, 11, 24, 25, 26, 27, 28, 29]
     assert torch.equal(unpatchify(patches, 4, 6, 2), image)
+
+
+# ------------------------------------------------------------------------------------------------- the paper's table 2
+
+
+def test_an_encoder_without_a_causal_mask(images: torch.Tensor, tmp_path: Path):
+    """Every query counts for every other one, so the first codes are those of all N queries."""
+    torch.manual_seed(0)
+    tokenizer = DetailFlowTokenizer(replace(CONFIG, causal_encoder=False)).eval()
+    ids = tokenizer.encode(images)
+    for n in tokenizer.schedule.valid_counts:
+        assert torch.equal(tokenizer.encode(images, n), ids[:, :n])
+    tokenizer.save_pretrained(tmp_path)
+    again = DetailFlowTokenizer.from_pretrained(tmp_path)
+    assert again.config == tokenizer.config and torch.equal(again.encode(images), ids)
+    causal = DetailFlowTokenizer(CONFIG).eval()
+    causal.load_state_dict(tokenizer.state_dict())
+    with torch.no_grad():
+        patches = tokenizer.encode_patches(images)
+        z, masked = (model.encode_latents(patches, 16) for model in (tokenizer, causal))
+        before = z[:, 0].clone()
+        tokenizer.encoder.query_tokens[-1] += 1
+        assert not torch.equal(tokenizer.encode_latents(patches, 16)[:, 0], before)
+        causal.encoder.query_tokens[-1] += 1
+        assert torch.equal(causal.encode_latents(patches, 16)[:, 0], masked[:, 0])
+
+
+def test_no_causal_prefix(images: torch.Tensor):
+    """c = 0: the first group's queries see each other, and counts and corrections come in whole groups."""
+    torch.manual_seed(0)
+    tokenizer = DetailFlowTokenizer(replace(CONFIG, causal_tokens=0)).eval()
+    ids = tokenizer.encode(images)
+    assert tokenizer.schedule.valid_counts == (4, 8, 12, 16)
+    for n in tokenizer.schedule.valid_counts:
+        assert torch.equal(tokenizer.encode(images, n), ids[:, :n])
+        assert tokenizer.decode(ids[:, :n]).shape[-1] == tokenizer.schedule.decode_size(n)
+    wrong = (ids[:, :4] + 7) % 64
+    assert torch.equal(tokenizer.encode_correction(images, 0, wrong)[:, :4], wrong)
+    with pytest.raises(DetailFlowError, match="num_tokens must be a multiple of 4 up to 16, not 1$"):
+        tokenizer.encode(images, 1)
+    with pytest.raises(DetailFlowError, match="position must be a multiple of 4 below 16, not 1$"):
+        tokenizer.encode_correction(images, 1, wrong[:, :1])
+
+
+def test_a_config_of_before(tokenizer: DetailFlowTokenizer, tmp_path: Path):
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("causal_encoder") is True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert DetailFlowTokenizer.from_pretrained(tmp_path).config == CONFIG
 
 
 # ------------------------------------------------------------------------------------------------- bad inputs

@@ -14,6 +14,8 @@ COMMANDS = {  # each is the module of that name in this package, imported when a
     "classes": "list the classes that a model can make images of",
     "reconstruct": "encode images and decode them again, from coarse to fine",
     "train": "train a tokenizer or an AR model on your own images",
+    "evaluate": "measure models and images: FID, PSNR, …, as a report with plots",
+    "ablate": "run the paper's ablation on your images: a table and a plot",
     "bench": "time a model on this machine, beside the machine's own limits",
     "convert": "write models in another layout: safetensors or the published one",
     "extract": "write the tokens of your images to disk, to train an AR model on",

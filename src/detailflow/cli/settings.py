@@ -56,7 +56,7 @@ def parse(
     parser.add_argument("--output", type=str)
     parser.add_argument("--device", type=str)
     parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
-    files = [_check_config_file(path) for path in _values(argv, "--config")]
+    files = [read_settings_file(path) for path in _values(argv, "--config")]
     init = ([content.get("init") for content in files] + _values(argv, "--init"))[-1:]  # what is given last counts
     if sizes and init and init[0] not in (None, "", "null"):
         parser.set_defaults(dict(_flat(sizes(str(init[0])))))
@@ -77,7 +77,7 @@ def parse(
     return Request(settings, Path(output or ""), device, dry_run)
 
 
-def _check_config_file(path: str) -> dict[str, Any]:
+def read_settings_file(path: str) -> dict[str, Any]:
     """The file's settings; says what is wrong with a file as a whole, by its name, and leaves wrong settings to others."""
     import yaml
 

@@ -33,6 +33,8 @@ WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (me
 class TokenizerConfig:
     """Sizes of a `DetailFlowTokenizer`; the defaults are DetailFlow-16's schedule and codebook (method §1).
 
+    With `causal_encoder` off the encoder's queries all see each other, as in the baseline of the paper's table 2.
+
     Raises:
         DetailFlowError: where the values contradict each other.
     """
@@ -47,6 +49,7 @@ class TokenizerConfig:
     alpha: float = 1.5
     codebook_size: int = 8192
     codebook_dim: int = 8
+    causal_encoder: bool = True
 
     def __post_init__(self) -> None:
         require_positive(codebook_size=self.codebook_size, codebook_dim=self.codebook_dim)
@@ -68,7 +71,7 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         width, patch = config.encoder.width, config.patch_size
-        self.patch_size = patch
+        self.patch_size, self.causal = patch, config.causal_encoder
         self.patch_embed = nn.Linear(patch * patch * 3, width)
         self.pos_embed = nn.Parameter(initial_positions(width))
         self.query_tokens = initial_normal(config.num_tokens, width, std=POSITION_SCALE)
@@ -90,9 +93,10 @@ class Encoder(nn.Module):
 
     def queries(self, queries: Tensor, patches: list[KeyValue], schedule: TokenSchedule) -> Tensor:
         """(B, n, width) queries without positions → (B, n, width) latents."""
-        n = queries.shape[1]
-        mask = torch.ones(n, patches[0][0].shape[2] + n, dtype=torch.bool, device=queries.device)
-        mask[:, -n:] = schedule.attention_mask(n, queries.device)
+        n, mask = queries.shape[1], None
+        if self.causal:
+            mask = torch.ones(n, patches[0][0].shape[2] + n, dtype=torch.bool, device=queries.device)
+            mask[:, -n:] = schedule.attention_mask(n, queries.device)
         x = queries + self.query_pos_embed[:n]
         for block, past in zip(self.blocks, patches, strict=True):
             x, _ = block(x, past, mask)
@@ -231,9 +235,9 @@ class DetailFlowTokenizer(nn.Module):
         """
         if any(start == position for start, _ in self.schedule.steps):
             return self.schedule.span_end(position)
+        single = f"below {self.schedule.prefix} or " if self.schedule.prefix else ""
         raise DetailFlowError(
-            f"position must be below {self.schedule.prefix} or a multiple of {self.config.group_size} below "
-            f"{self.config.num_tokens}, not {position}"
+            f"position must be {single}a multiple of {self.config.group_size} below {self.config.num_tokens}, not {position}"
         )
 
     def encode_patches(self, images: Tensor) -> list[KeyValue]:
@@ -252,8 +256,9 @@ class DetailFlowTokenizer(nn.Module):
 
     def encode_latents(self, patches: list[KeyValue], n: int) -> Tensor:
         """→ (B, n, d) unit vectors before quantization."""
-        queries = self.encoder.query_tokens[:n].expand(patches[0][0].shape[0], -1, -1)
-        return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))
+        count = n if self.config.causal_encoder else self.config.num_tokens  # else later queries count for the first n as well
+        queries = self.encoder.query_tokens[:count].expand(patches[0][0].shape[0], -1, -1)
+        return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))[:, :n]
 
     def correct_latents(self, patches: list[KeyValue], given: Tensor, end: Tensor | int) -> Tensor:
         """The self-correction pass with gradients.

@@ -22,9 +22,9 @@ def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
 
 def draw_position(schedule: TokenSchedule, t: int, generator: torch.Generator | None = None) -> int | None:
     """p, where mistakes are planted for a step that trains t tokens; `None` where nothing would come after (method §4.2)."""
-    last = t if t <= schedule.prefix else t - schedule.group_size
-    if t == 1:
+    if t == schedule.valid_counts[0]:
         return None
+    last = t if t <= schedule.prefix else t - schedule.group_size
     return schedule.group_start(int(torch.randint(last, (), generator=generator)))
 
 

@@ -1,0 +1,251 @@
+"""`detailflow evaluate`: figures of models and of images, written as a report."""
+
+import argparse
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detailflow.cli.common import Parser, add_model_options, check_output, positive
+from detailflow.errors import DetailFlowError
+
+if TYPE_CHECKING:
+    from detailflow.evaluation.report import Report
+    from detailflow.evaluation.samples import Work
+    from detailflow.published import Kind
+
+OFF = "off"  # for --top-k and --top-p
+NONE = "none"  # for --features
+HELP = """usage: detailflow evaluate WHAT …
+
+Measure models and images by the field's standard means. Each writes a folder
+with report.json, report.md and plots, by one process or, with torchrun or
+accelerate launch, by several.
+
+what:
+  tokenizer  how well a tokenizer rebuilds images, by tokens and with planted mistakes
+  gpt        how good generated images are, over ways to sample them
+  samples    any two sets of images: folder, .npz, WebDataset, parquet
+  compare    two reports beside each other
+
+options:
+  -h, --help  show this help, or after one of these that one's
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one evaluation; the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    kinds = {"tokenizer": _tokenizer, "gpt": _gpt, "samples": _samples, "compare": _compare}
+    if argv[0] not in kinds:
+        raise DetailFlowError(f"what to evaluate must be one of {', '.join(kinds)}, not {argv[0]!r}")
+    kinds[argv[0]](argv[1:], shlex.join(["detailflow", "evaluate", *argv]))
+    return 0
+
+
+# --- options -------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_parser() -> Parser:
+    """The options of `evaluate tokenizer`."""
+    result = Parser(
+        "evaluate tokenizer", "--data DATA --output DIR", "rFID, PSNR, SSIM, LPIPS and codebook usage of reconstructions."
+    )
+    _add_data(result, "--data", "images to rebuild: a folder, parquet, WebDataset or a hub name")
+    result.add_argument("--num-images", type=positive, metavar="N", help="only N images, spread over the set")
+    result.add_argument("--num-tokens", type=positive, nargs="+", metavar="N", help="rebuild from N tokens (default: 1, 2, 4, …)")
+    result.add_argument("--size", type=positive, nargs="+", metavar="S", help="decode at side S (default: each N's own)")
+    result.add_argument(
+        "--mistakes-at", nargs="+", default=[], metavar="P", help="plant mistakes at token P, in group gP, or each group: all"
+    )
+    result.add_argument("--seed", type=int, default=0, help="of the mistakes (default: %(default)s)")
+    result.add_argument("--reference", metavar="SET", help="what rFID is to, in place of the images themselves")
+    result.add_argument("--lpips", metavar="FILE", help="VGG-16's weights (default: downloaded); none leaves LPIPS out")
+    _add_features(result, "; none: no rFID")
+    _add_output(result)
+    add_model_options(result)
+    return result
+
+
+def gpt_parser() -> Parser:
+    """The options of `evaluate gpt`."""
+    result = Parser("evaluate gpt", "--reference SET --output DIR", "gFID, sFID, IS, precision and recall of generated images.")
+    _add_data(result, "--reference", "real images, or ADM's reference .npz")
+    result.add_argument("--num-samples", type=positive, default=50_000, metavar="N", help="images (default: %(default)s)")
+    result.add_argument("--labels", default="balanced", metavar="HOW", help="balanced or random (default: %(default)s)")
+    result.add_argument("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="S", help="several show the spread")
+    result.add_argument("--keep-samples", action="store_true", help="leave the images in DIR/samples, as .npz")
+    sweep = result.add_argument_group("sampling: all combinations (default: the model's own best values)")
+    sweep.add_argument("--guidance-scale", type=float, nargs="+", default=[None], metavar="S", help="1 is no guidance")
+    sweep.add_argument("--guidance-schedule", nargs="+", default=[None], metavar="NAME", help="constant, linear")
+    sweep.add_argument("--temperature", type=float, nargs="+", default=[None], metavar="T", help="0 is argmax")
+    sweep.add_argument("--top-k", type=_or_off(int), nargs="+", default=[None], metavar="K", help="numbers, or off")
+    sweep.add_argument("--top-p", type=_or_off(float), nargs="+", default=[None], metavar="P", help="numbers, or off")
+    sweep.add_argument("--num-tokens", type=positive, nargs="+", default=[None], metavar="N", help="stop after N tokens")
+    _add_features(result)
+    _add_output(result)
+    add_model_options(result, tokenizer=True)
+    return result
+
+
+def samples_parser() -> Parser:
+    """The options of `evaluate samples`."""
+    result = Parser("evaluate samples", "SAMPLES REFERENCE --output DIR", "FID, sFID, IS, precision and recall of two sets.")
+    result.add_argument("samples", metavar="SAMPLES", help="a folder, .npz, WebDataset, parquet or a hub name")
+    result.add_argument("reference", metavar="REFERENCE", help="the same, or an .npz of ADM's reference statistics")
+    result.add_argument("--size", type=positive, metavar="S", help="bring shorter sides to S, take the centre (default: as is)")
+    result.add_argument("--num-images", type=positive, metavar="N", help="only N of the samples, spread over the set")
+    _add_features(result)
+    _add_output(result)
+    result.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
+    return result
+
+
+def compare_parser() -> Parser:
+    """The options of `evaluate compare`."""
+    result = Parser("evaluate compare", "A B", "Print two reports beside each other: what is equal, and what differs.")
+    for name in ("a", "b"):
+        result.add_argument(name, metavar=name.upper(), type=Path, help="the output folder of an evaluation, or its report.json")
+    return result
+
+
+def _add_data(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    parser.add_argument(name, required=True, metavar=name.strip("-").upper(), help=text)
+    parser.add_argument("--split", help="train, val or test, where there are such")
+
+
+def _add_features(parser: argparse.ArgumentParser, instead: str = "") -> None:
+    text = f"inception, dinov2 or an exported FILE.pt2{instead} (default: %(default)s)"
+    parser.add_argument("--features", default="inception", metavar="NAME", help=text)
+    parser.add_argument("--weights", metavar="FILE", help="of inception or dinov2 (default: downloaded)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images at once (default: 64, or 256 on a GPU)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to write the report")
+
+
+def _or_off(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return None if text == OFF else kind(text)
+
+    read.__name__ = f"{kind.__name__} or {OFF}"  # which argparse's message names
+    return read
+
+
+# --- evaluations ---------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(argv: Sequence[str], command: str) -> None:
+    args = tokenizer_parser().parse_args(argv)
+    work = _start(args)
+
+    from detailflow.evaluation.features import load_extractor
+    from detailflow.evaluation.tokenizer import evaluate_tokenizer, find_lpips
+    from detailflow.evaluation.views import parse_spans, views_by_count
+    from detailflow.hub import default_directory
+    from detailflow.models.tokenizer import DetailFlowTokenizer
+
+    tokenizer = DetailFlowTokenizer.from_pretrained(args.model or default_directory("tokenizer"), work.device, _dtype(args))
+    models = _claim(args, command, work, {"tokenizer": args.model})
+    side, mistakes = tokenizer.config.image_size, parse_spans(tokenizer.schedule, args.mistakes_at)
+    views_by_count(tokenizer.schedule, args.num_tokens, args.size)  # raises before anything is downloaded
+    images = work.open(args.data, side, args.num_images, args.split)
+    reference = work.open(args.reference, side) if args.reference else None
+    extractor = None if args.features == NONE else load_extractor(args.features, work.device, args.weights)
+    lpips, notes = find_lpips(args.lpips, side, work.device)
+    report = evaluate_tokenizer(
+        tokenizer, images, work, extractor, reference, lpips, args.num_tokens, args.size, mistakes, args.seed,
+        args.model, notes,
+    )  # fmt: skip
+    _finish(args, report, command, work, models)
+
+
+def _gpt(argv: Sequence[str], command: str) -> None:
+    args = gpt_parser().parse_args(argv)
+    work = _start(args)
+
+    from detailflow.evaluation.features import load_extractor
+    from detailflow.evaluation.gpt import Sweep, evaluate_gpt
+    from detailflow.pipeline import DetailFlowPipeline
+
+    names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "num_tokens")
+    sweep = Sweep(**{name: getattr(args, name) for name in names})
+    pipeline = DetailFlowPipeline.from_pretrained(args.model, work.device, _dtype(args), args.tokenizer)
+    sweep.settings(pipeline)  # raises before anything is downloaded
+    models = _claim(args, command, work, {"tokenizer": args.tokenizer or args.model, "gpt": args.model})
+    reference = work.open(args.reference, pipeline.tokenizer.config.image_size, split=args.split)
+    extractor = load_extractor(args.features, work.device, args.weights)
+    report = evaluate_gpt(
+        pipeline, reference, work, extractor, args.output, args.num_samples, sweep, args.labels, args.seeds, args.keep_samples,
+        args.model,
+    )  # fmt: skip
+    _finish(args, report, command, work, models)
+
+
+def _samples(argv: Sequence[str], command: str) -> None:
+    args = samples_parser().parse_args(argv)
+    work = _start(args)
+
+    from detailflow.evaluation.samples import evaluate_samples
+
+    models = _claim(args, command, work, {})
+    report = evaluate_samples(args.samples, args.reference, work, args.features, args.weights, args.size, args.num_images)
+    _finish(args, report, command, work, models)
+
+
+def _compare(argv: Sequence[str], command: str) -> None:
+    args = compare_parser().parse_args(argv)
+
+    from detailflow.evaluation.compare import compare_reports
+
+    print(compare_reports(args.a, args.b))
+
+
+def _start(args: argparse.Namespace) -> "Work":
+    """Find out what would fail only after long work, and who works."""
+    check_output(args.output)
+
+    from detailflow.evaluation.report import check_packages
+    from detailflow.evaluation.samples import Work
+
+    check_packages("matplotlib")
+    return Work.here(args.device, args.batch_size)
+
+
+def _dtype(args: argparse.Namespace) -> Any:
+    import torch
+
+    return getattr(torch, args.dtype)
+
+
+def _claim(args: argparse.Namespace, command: str, work: "Work", sources: "Mapping[Kind, str | None]") -> dict[str, Any]:
+    """What the report says of the models, once it is clear that its folder is free for it."""
+    from detailflow.evaluation.report import claim, model_entry
+
+    if not work.processes.is_main:
+        return {}
+    models: dict[str, Any] = {kind: model_entry(source, kind) for kind, source in sources.items()}
+    claim(args.output, command, models)
+    return models
+
+
+def _finish(args: argparse.Namespace, report: "Report | None", command: str, work: "Work", models: Mapping[str, Any]) -> None:
+    """Write the report with all that it was computed from, and show its tables."""
+    if report is None:
+        return
+
+    from dataclasses import replace
+    from datetime import UTC, datetime
+
+    from detailflow.evaluation.report import circumstances, section_table
+
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    around = circumstances(work.device, work.processes.count, getattr(args, "dtype", None))
+    provenance = {"command": command, "date": date, "models": dict(models), **report.provenance, **around}
+    replace(report, provenance=provenance).write(args.output)
+    for section in report.sections:
+        print(f"{section.title}\n", *section_table(section), "", sep="\n")
+    print(f"wrote {args.output / 'report.md'}")

@@ -1,0 +1,267 @@
+"""The figures of this field: Fréchet distance, inception score, precision and recall, PSNR and SSIM.
+
+What is summed over images runs in float64 and needs no second pass, so that batches of any size, and any number of processes,
+give the same figures up to its rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detailflow.errors import DetailFlowError
+from detailflow.processes import Processes
+
+NEIGHBOURS = 3  # of precision and recall, as ADM's evaluation has them
+SPLITS = 10  # of the inception score; ADM's evaluation has one per 5,000 images, which is the same for 50,000
+SMALLEST_SSIM_SIDE = 11  # pixels of its window: 3.5 σ on each side of the middle
+
+_Part = tuple[Tensor, Tensor]  # features (b, D), and the origin (D,) that they are taken from
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The mean (D,) and the unbiased covariance (D, D) of features, float64 on the CPU, and of how many images they are."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None = None  # unknown in most stored statistics
+
+
+class Moments:
+    """The running mean and covariance of rows, by the pairwise update of Chan et al. (1983)."""
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # sum of outer products about the mean
+
+    def update(self, x: Tensor) -> None:
+        """Add the rows of `x` (B, D)."""
+        if not len(x):
+            return
+        x = x.to(self.mean)
+        mean = x.mean(0)
+        total = self.count + len(x)
+        centred, shift = x - mean, mean - self.mean
+        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(x) / total)
+        self.mean += shift * (len(x) / total)
+        self.count = total
+
+    def merge(self, processes: Processes) -> None:
+        """Add what all other processes have seen; all must call it, and all hold the same afterwards."""
+        if processes.count == 1:
+            return
+        home, there = self.mean.device, processes.device or self.mean.device
+        mean, scatter = self.mean.to(there), self._scatter.to(there)
+        count = torch.tensor(float(self.count), dtype=torch.float64, device=there)
+        total = processes.sum(count)
+        common = processes.sum(mean * (count / total))
+        shift = mean - common
+        self._scatter = processes.sum(scatter + torch.outer(shift, shift) * count).to(home)
+        self.mean, self.count = common.to(home), int(total)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D), unbiased.
+
+        Raises:
+            DetailFlowError: where fewer than two rows were seen.
+        """
+        if self.count < 2:
+            raise DetailFlowError(f"a covariance needs the features of at least 2 images, not {self.count}")
+        return self._scatter / (self.count - 1)
+
+    def gaussian(self) -> Gaussian:
+        """What was seen so far. Raises DetailFlowError as `covariance`."""
+        return Gaussian(self.mean.cpu(), self.covariance.cpu(), self.count)
+
+
+def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two Gaussians (Heusel et al. 2017), in float64.
+
+    The root's trace is the sum of the singular values of Σ₁^½ Σ₂^½. That stays exact where covariances are singular, as those
+    of fewer images than dimensions are: roots of the eigenvalues of Σ₁Σ₂ would turn its rounding, 1e-16, into 1e-8.
+
+    Raises:
+        DetailFlowError: for shapes that don't fit each other, or numbers that are not finite.
+    """
+    dims = len(mean1), len(mean2)
+    if dims[0] != dims[1]:
+        raise DetailFlowError(f"features of {dims[0]} and of {dims[1]} dimensions can't be compared: use one network for both")
+    mean1, covariance1, mean2, covariance2 = (x.double() for x in (mean1, covariance1, mean2, covariance2))
+    for mean, covariance in ((mean1, covariance1), (mean2, covariance2)):
+        if covariance.shape != (dims[0], dims[0]):
+            raise DetailFlowError(f"a mean of {dims[0]} numbers needs a covariance of as many rows and columns")
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise DetailFlowError("the features' mean or covariance holds numbers that are not finite")
+    cross = torch.linalg.svdvals(_root(covariance1) @ _root(covariance2)).sum()
+    distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * cross
+    return max(float(distance), 0.0)  # which rounding may miss by 1e-13
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root (D, D)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+class InceptionScore:
+    """The running exp E KL(p(y|x) ‖ p(y)) of `total` images in splits of their order (Salimans et al. 2016), in float64.
+
+    Raises:
+        DetailFlowError: where there are fewer images than splits.
+    """
+
+    def __init__(self, classes: int, total: int, splits: int = SPLITS, device: torch.device | str = "cpu") -> None:
+        if total < splits:
+            raise DetailFlowError(f"the inception score needs at least {splits} images, one in each split, not {total}")
+        self.total, self.splits = total, splits
+        self._probabilities = torch.zeros(splits, classes, dtype=torch.float64, device=device)  # summed
+        self._entropies = torch.zeros(splits, dtype=torch.float64, device=device)  # the negative ones, summed
+
+    def update(self, logits: Tensor, first: int) -> None:
+        """Add the images of numbers `first` and following, whose class logits are (B, C)."""
+        logs = logits.to(self._probabilities).log_softmax(1)
+        probabilities = logs.exp()
+        numbers = torch.arange(first, first + len(logits), device=logs.device)
+        split = ((numbers + 1) * self.splits - 1) // self.total  # split s begins at image s·total // splits
+        self._probabilities.index_add_(0, split, probabilities)
+        self._entropies.index_add_(0, split, torch.special.xlogy(probabilities, probabilities).sum(1))
+
+    def merge(self, processes: Processes) -> None:
+        """Add what all other processes have seen; all must call it."""
+        if processes.count > 1:
+            there = processes.device or self._entropies.device
+            self._probabilities = processes.sum(self._probabilities.to(there))
+            self._entropies = processes.sum(self._entropies.to(there))
+
+    def score(self) -> tuple[float, float]:
+        """Mean and standard deviation over the splits."""
+        bounds = torch.arange(self.splits + 1) * self.total // self.splits
+        counts = bounds.diff().double()
+        mean = self._probabilities.cpu() / counts[:, None]
+        divergence = self._entropies.cpu() / counts - torch.special.xlogy(mean, mean).sum(1)
+        scores = divergence.exp()
+        return scores.mean().item(), scores.std(correction=0).item()
+
+
+def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]:
+    """Mean and standard deviation over splits of images with class logits (n, C). Raises DetailFlowError as `InceptionScore`."""
+    score = InceptionScore(logits.shape[1], len(logits), splits, logits.device)
+    score.update(logits, 0)
+    return score.score()
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS, batch: int = 2000) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) of features (n, D) and (m, D), as ADM's evaluation has them.
+
+    Precision is the share of fakes in the manifold of the real ones, the balls around each that reach its k-th nearest
+    neighbour; recall is the share of real ones in that of the fakes. Exact, in float64, with (batch, batch) distances at once.
+
+    Raises:
+        DetailFlowError: for features of other sizes, or no more than k of them.
+    """
+    if real.shape[1] != fake.shape[1]:
+        raise DetailFlowError(
+            f"features of {real.shape[1]} and of {fake.shape[1]} dimensions can't be compared: use one network for both"
+        )
+    if min(len(real), len(fake)) <= k:
+        raise DetailFlowError(f"precision and recall need at least {k + 1} images in each set, not {len(real)} and {len(fake)}")
+    origin = real.double().mean(0)  # as distances lose fewer digits there
+    real_parts, fake_parts = ([(part, origin) for part in x.split(batch)] for x in (real, fake))
+    real_radii, fake_radii = (_radii(parts, k) for parts in (real_parts, fake_parts))
+    covered = [torch.zeros(len(r), dtype=torch.bool, device=real.device) for r in real_radii]
+    inside = 0
+    for part, radii in zip(fake_parts, fake_radii, strict=True):
+        found = torch.zeros(len(radii), dtype=torch.bool, device=real.device)
+        for other, reach, hit in zip(real_parts, real_radii, covered, strict=True):
+            distances = _squared_distances(part, other)
+            found |= (distances <= reach).any(1)
+            hit |= (distances <= radii[:, None]).any(0)
+        inside += int(found.sum())
+    return inside / len(fake), sum(int(hit.sum()) for hit in covered) / len(real)
+
+
+def _radii(parts: list[_Part], k: int) -> list[Tensor]:
+    """The squared distance from each row to its k-th nearest other one, part by part."""
+    radii = []
+    for part in parts:
+        nearest = torch.empty(len(part[0]), 0, dtype=torch.float64, device=part[0].device)
+        for other in parts:
+            candidates = torch.cat((nearest, _squared_distances(part, other)), 1)
+            nearest = candidates.topk(min(k + 1, candidates.shape[1]), largest=False).values  # itself, at 0, is among them
+        radii.append(nearest[:, -1])
+    return radii
+
+
+def _squared_distances(a: _Part, b: _Part) -> Tensor:
+    """(b₁, b₂); zero where float32 features can't tell rows apart, so that equal ones are."""
+    x, y = a[0].double() - a[1], b[0].double() - b[1]
+    scale = x.square().sum(1)[:, None] + y.square().sum(1)
+    distances = scale - 2 * (x @ y.T)
+    return distances.where(distances > 1e-12 * scale, 0.0)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each pair of images: uint8 (B, H, W, 3) twice → (B,) float64, inf where equal.
+
+    Raises:
+        DetailFlowError: for images of other shapes, or without torchmetrics.
+    """
+    metric = _torchmetrics("peak_signal_noise_ratio")
+    return metric(*_pairs(a, b), data_range=255.0, reduction="none", dim=(1, 2, 3))
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of each pair of images: uint8 (B, H, W, 3) twice → (B,) float64.
+
+    The window is a Gaussian of σ = 1.5 pixels. The mean is over the places where it lies in the image, as in the paper and in
+    scikit-image; torchmetrics' own mean takes in those where the image is mirrored at its edge.
+
+    Raises:
+        DetailFlowError: for images of other shapes, or smaller than the window, or without torchmetrics.
+    """
+    metric = _torchmetrics("structural_similarity_index_measure")
+    a, b = _pairs(a, b)
+    if min(a.shape[-2:]) < SMALLEST_SSIM_SIDE:
+        raise DetailFlowError(
+            f"SSIM needs images of at least {SMALLEST_SSIM_SIDE} pixels a side, not {a.shape[-1]}×{a.shape[-2]}"
+        )
+    _, similarities = metric(a, b, data_range=255.0, return_full_image=True)  # (B, 3, H, W)
+    edge = SMALLEST_SSIM_SIDE // 2
+    return similarities[..., edge:-edge, edge:-edge].mean((1, 2, 3))
+
+
+def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """→ float64 (B, 3, H, W) twice."""
+    if a.shape != b.shape or a.ndim != 4:
+        raise DetailFlowError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} can't be compared one by one")
+    return a.movedim(-1, 1).double(), b.movedim(-1, 1).double()
+
+
+def _torchmetrics(name: str) -> Callable[..., Any]:
+    try:
+        from torchmetrics.functional import image
+    except ImportError as error:
+        raise DetailFlowError(
+            "PSNR and SSIM need the package torchmetrics: install it with pip install 'detailflow[train]'"
+        ) from error
+    return getattr(image, name)
+
+
+def bootstrap(values: Tensor, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """The mean of `values` (n,), and the bounds of the middle 95% of the means of n values drawn from them with replacement.
+
+    Raises:
+        DetailFlowError: where there are none.
+    """
+    if not len(values):
+        raise DetailFlowError("a mean needs at least one value")
+    values = values.detach().double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.stack([values[torch.randint(len(values), values.shape, generator=generator)].mean() for _ in range(draws)])
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return values.mean().item(), low, high

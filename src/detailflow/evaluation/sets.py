@@ -1,0 +1,284 @@
+"""Sets of images to measure: all that `open_images` reads, and .npz files in the layout of ADM's evaluation."""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detailflow.data.images import ImageSource, open_images
+from detailflow.data.source import first_line
+from detailflow.data.transforms import center_crop
+from detailflow.errors import DetailFlowError
+from detailflow.evaluation.metrics import Gaussian
+from detailflow.processes import Processes
+
+IMAGES = "arr_0"  # the entry of an ADM .npz that holds images, (n, H, W, 3) bytes
+_READERS = 4  # threads that decode a process's images; Pillow lets them run at once
+
+
+class Statistics(NamedTuple):
+    """What an .npz file says of a set's features."""
+
+    pool: Gaussian
+    spatial: Gaussian | None
+    kept: Tensor | None  # (n, D) float32, the features of images spread over the set
+    features: str | None  # the network's name; `None` in ADM's files, where it is Inception
+    fingerprint: str | None  # and of its weights
+
+
+def share_of(total: int, processes: Processes) -> range:
+    """The numbers of this process's images among `total`: the shares follow one another in the processes' order."""
+    return range(processes.rank * total // processes.count, (processes.rank + 1) * total // processes.count)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` of the numbers below `total`, evenly: a set may be sorted by class."""
+    return [((i + 1) * total - 1) // count for i in range(count)]
+
+
+class _Pixels(Protocol):
+    """Where images lie, each (H, W, 3) bytes of one size."""
+
+    def __len__(self) -> int: ...
+    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        """Those of these ascending numbers. Raises DetailFlowError, naming what can't be read or has another size."""
+
+
+class ImageSet:
+    """Images of one size; made by `open_set`.
+
+    Iterating gives bytes (B, H, W, 3) of this process's share, in order. `len` counts those of all processes, and is 0 for a
+    file of statistics alone. `side` is (height, width), `None` there.
+    """
+
+    def __init__(
+        self,
+        pixels: _Pixels | None,
+        numbers: Sequence[int],
+        side: tuple[int, int] | None,
+        statistics: Statistics | None,
+        about: dict[str, Any],
+        processes: Processes,
+        batch_size: int,
+    ) -> None:
+        self._pixels, self._numbers, self._about = pixels, numbers, about
+        self._processes, self._batch_size = processes, batch_size
+        self.side, self.statistics = side, statistics
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        own = share_of(len(self), self._processes)
+        if self._pixels is None or not own:
+            return
+        batch: list[np.ndarray] = []
+        for pixels in self._pixels.read(self._numbers[own.start : own.stop]):
+            batch.append(pixels)
+            if len(batch) == self._batch_size:
+                yield torch.from_numpy(np.stack(batch))
+                batch = []
+        if batch:
+            yield torch.from_numpy(np.stack(batch))
+
+    def description(self) -> dict[str, Any]:
+        """What it is, for reports: data, kind, images, height, width, preprocessing and stored statistics."""
+        height, width = self.side or (None, None)
+        stored = self.statistics and (self.statistics.features or "inception (ADM)")
+        return {**self._about, "images": len(self), "height": height, "width": width, "stored_statistics": stored}
+
+
+def open_set(
+    path: str | os.PathLike[str],
+    processes: Processes | None = None,
+    size: int | None = None,
+    count: int | None = None,
+    batch_size: int = 64,
+    split: str | None = None,
+) -> ImageSet:
+    """Open a set of images to measure.
+
+    Args:
+        path: a folder, .parquet or .tar files or the name of a hub dataset, as for `data.images.open_images`; an .npz file with
+            ADM's entries, `arr_0` (images), `mu`, `sigma`, `mu_s` and `sigma_s` (statistics of Inception's features), or either;
+            or a folder with a `samples.npz`.
+        processes: those that share the images; `None` is this one alone.
+        size: resize the shorter side to so many pixels and take the centre (ADM's reference was made so); `None` takes images
+            as they are, which must all have one size.
+        count: of the set's images, so many spread over it; `None` is all.
+        batch_size: images per batch.
+        split: as for `open_images`.
+
+    Raises:
+        DetailFlowError: if it can't be read or holds too few images; iterating raises it for an unreadable image, or one of
+            another size.
+    """
+    file = Path(path).expanduser()
+    if (file / "samples.npz").is_file():
+        file = file / "samples.npz"
+    pixels: _Npz | _Decoded | None
+    statistics = None
+    if file.suffix == ".npz":
+        if size is not None or split is not None:
+            raise DetailFlowError(f"{file} holds images of one size and has no splits: leave out its size and split")
+        pixels, statistics = _open_npz(file)
+        about = {"data": str(path), "kind": "npz", "preprocessing": "none"}
+    else:
+        source = open_images(path, split)
+        if not len(source):
+            raise DetailFlowError(f"{path} holds no images")
+        pixels = _Decoded(source, size)
+        cropped = f"shorter side to {size} pixels (bicubic with antialiasing), centre crop"
+        about = {"data": str(path), "kind": "images", "preprocessing": cropped if size else "none"}
+        if split is not None:
+            about["split"] = split
+    total = len(pixels) if pixels else 0
+    if count is not None and not 0 < count <= total:
+        raise DetailFlowError(f"{path} holds {total} images, of which {count} can't be taken")
+    if count is not None and count < total:
+        numbers: Sequence[int] = spread(total, count)
+        statistics = None  # which are of all
+    else:
+        numbers = range(total)
+    return ImageSet(pixels, numbers, pixels.side if pixels else None, statistics, about, processes or Processes(), batch_size)
+
+
+class _Decoded:
+    """Image files of any kind, decoded a few at a time ahead of their use."""
+
+    def __init__(self, source: ImageSource, size: int | None) -> None:
+        self.source, self.size = source, size
+        width, height = (size, size) if size else source.image(0).size
+        self.side = (height, width)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _decode(self, number: int) -> np.ndarray:
+        image = self.source.image(number)
+        if self.size:
+            return center_crop(image, self.size)
+        height, width = self.side
+        if image.size != (width, height):
+            raise DetailFlowError(
+                f"{self.source.name(number)} has {image.width}×{image.height} pixels and {self.source.name(0)} {width}×{height}: "
+                "give images of one size, or a size to crop them to"
+            )
+        return np.asarray(image)
+
+    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        window = 16 * _READERS
+        with ThreadPoolExecutor(_READERS) as pool:
+            ahead = [pool.submit(self._decode, number) for number in numbers[:window]]
+            for position in range(len(numbers)):
+                yield ahead[position % window].result()
+                if position + window < len(numbers):
+                    ahead[position % window] = pool.submit(self._decode, numbers[position + window])
+
+
+class _Npz:
+    """The images of an .npz file, read one by one: ADM's sets of samples have ten gigabytes."""
+
+    def __init__(self, file: Path, shape: tuple[int, ...], offset: int) -> None:
+        self.file, self.shape, self.offset = file, shape, offset
+        self.side = (shape[1], shape[2])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        image = self.shape[1:]
+        size = int(np.prod(image))
+        try:
+            with zipfile.ZipFile(self.file) as archive, archive.open(f"{IMAGES}.npy") as member:
+                for number in numbers:
+                    member.seek(self.offset + number * size)
+                    content = member.read(size)
+                    if len(content) < size:
+                        raise EOFError(f"it ends at image {number}")
+                    pixels = np.frombuffer(content, np.uint8).reshape(image)
+                    yield np.broadcast_to(pixels.reshape(*self.side, -1), (*self.side, 3))  # grey is the same in all three
+        except _DAMAGE as error:
+            raise DetailFlowError(f"{self.file} is damaged and cannot be read ({first_line(error)})") from error
+
+
+_DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+def _open_npz(file: Path) -> tuple[_Npz | None, Statistics | None]:
+    """Images and statistics; one may be missing."""
+    if not file.exists():
+        raise DetailFlowError(f"{file} does not exist: give an .npz file, a folder or another set of images")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            header = _read_header(archive, file) if IMAGES in names else None
+        statistics = _read_statistics(file, names)
+    except _DAMAGE as error:
+        raise DetailFlowError(f"{file} is damaged, or no .npz file ({first_line(error)})") from error
+    if header is None and statistics is None:
+        raise DetailFlowError(
+            f"{file} holds neither images ({IMAGES}) nor statistics (mu and sigma), only {', '.join(sorted(names)) or 'nothing'}"
+        )
+    return header, statistics
+
+
+def _read_header(archive: zipfile.ZipFile, file: Path) -> _Npz:
+    with archive.open(f"{IMAGES}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, kind = read(member)
+        offset = member.tell()
+    if kind.hasobject:
+        raise DetailFlowError(f"{file} holds pickled objects as {IMAGES}, which are not read: save the images as uint8 numbers")
+    grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
+    if kind != np.uint8 or fortran or not (grey or (len(shape) == 4 and shape[3] == 3)):
+        raise DetailFlowError(
+            f"{file} holds {kind} {tuple(shape)}{' in Fortran order' if fortran else ''} as {IMAGES}, "
+            "where images are uint8 (n, height, width, 3), or without the 3 if they are grey"
+        )
+    if 0 in shape:
+        raise DetailFlowError(f"{file} holds no images: {IMAGES} is empty")
+    return _Npz(file, shape, offset)
+
+
+def _read_statistics(file: Path, names: set[str]) -> Statistics | None:
+    if not {"mu", "sigma"} <= names:
+        return None
+    with np.load(file, allow_pickle=False) as stored:
+
+        def entry(name: str, dtype: type, *shape: int) -> np.ndarray:
+            """Raises where it is another thing; −1 in the shape is any number."""
+            try:
+                value = stored[name]
+            except ValueError as error:
+                raise DetailFlowError(f"{file} holds pickled objects as {name}, which are not read: save numbers") from error
+            fits = value.ndim == len(shape) and all(w in (-1, n) for w, n in zip(shape, value.shape, strict=True))
+            if not fits or not np.issubdtype(value.dtype, dtype) or (dtype is np.floating and not np.isfinite(value).all()):
+                raise DetailFlowError(
+                    f"{file} holds {value.dtype} {value.shape} as {name}, where statistics have finite floating-point numbers, "
+                    "a vector and a square matrix of its length"
+                )
+            return value
+
+        def gaussian(mean: str, covariance: str) -> Gaussian:
+            mu = entry(mean, np.floating, -1)
+            sigma = entry(covariance, np.floating, len(mu), len(mu))
+            return Gaussian(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), count)
+
+        count = int(entry("count", np.integer)) if "count" in names else None
+        pool = gaussian("mu", "sigma")
+        return Statistics(
+            pool,
+            gaussian("mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= names else None,
+            torch.from_numpy(entry("kept", np.floating, -1, len(pool.mean))).float() if "kept" in names else None,
+            str(entry("features", np.str_)) if "features" in names else None,
+            str(entry("fingerprint", np.str_)) if "fingerprint" in names else None,
+        )

@@ -1,0 +1,348 @@
+"""How well a tokenizer rebuilds images: by number of tokens (the paper's figure 4b) and with planted mistakes (figure 4a)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from detailflow.data.transforms import to_tensor, to_uint8
+from detailflow.errors import DetailFlowError
+from detailflow.evaluation.distances import REFERENCE_KEPT, Measured, Running, compare_sets
+from detailflow.evaluation.features import Extractor
+from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, bootstrap, psnr, ssim
+from detailflow.evaluation.published import quotes
+from detailflow.evaluation.report import Figure, Panel, Picture, Plot, Point, Report, Row, Section, place
+from detailflow.evaluation.samples import (
+    Checksum,
+    Work,
+    at_side,
+    data_entry,
+    features_entry,
+    measure_set,
+    named,
+    preprocessing_entry,
+    warnings_of,
+)
+from detailflow.evaluation.sets import ImageSet, share_of
+from detailflow.evaluation.views import Span, View, views_by_count, views_with_mistakes
+from detailflow.models.tokenizer import DetailFlowTokenizer
+from detailflow.pictures import grid
+from detailflow.pipeline import image_generator
+from detailflow.processes import Processes
+from detailflow.training.perceptual import LPIPS, SMALLEST_SIDE, VGG16_FILE
+
+PICTURES = 6  # images that the report shows
+NO_LPIPS = "none"  # in place of its weights
+GAIN = "gain of PSNR"
+INTERVAL = 2 * 1.96  # standard deviations in which 95% of a normal distribution lie
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What reconstructions are measured by; `None` is left out."""
+
+    extractor: Extractor | None = None
+    lpips: LPIPS | None = None
+
+
+class Tally:
+    """What adds up of one view: distances to each original, statistics of features, and the first pictures."""
+
+    def __init__(self, measures: Measures, total: int, processes: Processes) -> None:
+        self.measures, self.total, self.processes = measures, total, processes
+        self.distances: dict[str, list[Tensor]] = {}
+        self.running = running(measures.extractor, total, processes)
+        self.shown: list[Tensor] = []
+
+    def add(self, pixels: Tensor, originals: Tensor) -> None:
+        """A batch: uint8 (B, R, R, 3) twice."""
+        extractor, lpips = self.measures.extractor, self.measures.lpips
+        self._note("PSNR", psnr(pixels, originals))
+        if min(pixels.shape[1:3]) >= SMALLEST_SSIM_SIDE:
+            self._note("SSIM", ssim(pixels, originals))
+        if lpips is not None:
+            pairs = zip(to_tensor(pixels).split(1), to_tensor(originals).split(1), strict=True)
+            self._note("LPIPS", torch.stack([lpips(a, b) for a, b in pairs]))  # which averages over what it is given
+        if extractor is not None and self.running is not None:
+            self.running.update(extractor(pixels))
+        self.shown += list(pixels[: PICTURES - len(self.shown)].cpu())
+
+    def _note(self, measure: str, values: Tensor) -> None:
+        self.distances.setdefault(measure, []).append(values.double().cpu())
+
+    def values(self) -> dict[str, Tensor]:
+        """Each measure of all processes' images; all must call it."""
+        return {name: gather_shares(torch.cat(parts), self.total, self.processes) for name, parts in self.distances.items()}
+
+
+def running(extractor: Extractor | None, total: int, processes: Processes) -> Running | None:
+    """Statistics of a set's features that are added to batch by batch, for several sets in one go over the data."""
+    share = share_of(total, processes)
+    return None if extractor is None else Running(extractor.name, share, total, keep=0, moments=True)
+
+
+def evaluate_tokenizer(
+    tokenizer: DetailFlowTokenizer,
+    images: ImageSet,
+    work: Work,
+    extractor: Extractor | None = None,
+    reference: ImageSet | None = None,
+    lpips: LPIPS | None = None,
+    counts: Sequence[int] | None = None,
+    sides: Sequence[int] | None = None,
+    mistakes: Sequence[Span] = (),
+    seed: int = 0,
+    model: str | None = None,
+    notes: Sequence[str] = (),
+) -> Report | None:
+    """Measure reconstructions of `images` (method §3, §8), reading each image once.
+
+    Args:
+        images: of side R.
+        extractor: of the features of Fréchet distances; `None` leaves those out.
+        reference: images that these distances are to; `None` is the originals.
+        counts: numbers of tokens; `None` is 1, 2, 4, … N.
+        sides: those at which each is decoded; `None` is D(n). All pictures are then brought to side R.
+        mistakes: where to plant them, each by itself, in otherwise clean sequences of N tokens.
+        seed: of the mistakes, which depend on it, the image's number and their position alone.
+        model: the name that the user gave, by which published figures are found.
+        notes: what the report is to say first.
+
+    Returns:
+        In the main process a report whose provenance is not complete yet; `None` in others.
+
+    Raises:
+        DetailFlowError: for counts, sides or images that are not valid, or fewer images than processes.
+    """
+    processes, measures, total = work.processes, Measures(extractor, lpips), len(images)
+    views = views_by_count(tokenizer.schedule, counts, sides) + views_with_mistakes(tokenizer.schedule, mistakes)
+    if total < max(2, processes.count):
+        raise DetailFlowError(f"too few images to measure: there are {total}, where {max(2, processes.count)} are the least")
+    data: dict[str, Any] = {}
+    if reference is not None and extractor is not None:
+        wanted, data["reference"] = measure_set(extractor, reference, work, REFERENCE_KEPT)
+    tallies = [Tally(measures, total, processes) for _ in views]
+    originals = Originals(tokenizer, extractor if reference is None else None, total, processes)
+    _rebuild_all(tokenizer, images, work, views, tallies, originals, seed)
+    data = {"images": data_entry(images, originals.checksum, processes), **data}
+    rows = _means(views, [tally.values() for tally in tallies])
+    used = processes.sum(originals.used)
+    said = list(notes)
+    if extractor is not None:
+        made = [tally.running.finish(extractor, processes, None) for tally in tallies if tally.running]
+        wanted = originals.running.finish(extractor, processes, None) if originals.running else wanted
+        if processes.is_main:
+            said += warnings_of(wanted, made[0], extractor, "r", "r", kept=False)
+            rows = [_with_distances(row, wanted, found, extractor) for row, found in zip(rows, made, strict=True)]
+    if not processes.is_main:
+        return None
+    side = tokenizer.config.image_size
+    clean, planted = ([r for v, r in zip(views, rows, strict=True) if v.by_count == c] for c in (True, False))
+    return Report(
+        kind="tokenizer",
+        title=f"Reconstruction by the tokenizer of {model or 'the shipped model'}",
+        sections=_sections(side, clean, planted, used, reference is not None),
+        provenance={
+            "data": data,
+            "features": features_entry(extractor) if extractor else {},
+            "preprocessing": preprocessing_entry(extractor, side),
+            "settings": {"seed": seed, "batch_size": work.batch_size},
+        },
+        plots=_plots(views, rows),
+        pictures=[_picture(views, tallies, originals.shown)],
+        notes=said,
+        published=_quotes(tokenizer, model, clean, reference is None),
+    )
+
+
+def _means(views: Sequence[View], values: Sequence[dict[str, Tensor]]) -> list[Row]:
+    """The means over the images; after corrected mistakes also what correction gains, image by image."""
+
+    def mean(each: Tensor) -> Figure:
+        middle, low, high = bootstrap(each)
+        return Figure(middle, (high - low) / INTERVAL if math.isfinite(middle) else None)
+
+    rows = []
+    for i, view in enumerate(views):
+        figures = {name: mean(each) for name, each in values[i].items()}
+        if view.corrected:
+            figures[GAIN] = mean(values[i]["PSNR"] - values[i - 1]["PSNR"])  # the view before is the same without correction
+        rows.append(Row(view.setting, figures))
+    return rows
+
+
+def _with_distances(row: Row, reference: Measured, made: Measured, extractor: Extractor) -> Row:
+    return Row(row.setting, {**row.figures, **named(compare_sets(reference, made), extractor, "r", "r")})
+
+
+# --- what is rebuilt -----------------------------------------------------------------------------------------------------
+
+
+class Originals:
+    """What adds up of the originals: how often each code is used, statistics of features, a checksum and the first pictures."""
+
+    def __init__(self, tokenizer: DetailFlowTokenizer, extractor: Extractor | None, total: int, processes: Processes) -> None:
+        self.extractor, self.running = extractor, running(extractor, total, processes)
+        self.used = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64, device=tokenizer.device)
+        self.checksum = Checksum(share_of(total, processes).start)
+        self.shown: list[Tensor] = []
+
+    def add(self, images: Tensor, ids: Tensor) -> None:
+        """A batch: uint8 (B, R, R, 3) and its clean codes (B, N)."""
+        self.checksum.update(images)
+        self.used += torch.bincount(ids.flatten(), minlength=len(self.used))
+        if self.extractor is not None and self.running is not None:
+            self.running.update(self.extractor(images))
+        self.shown += list(images[: PICTURES - len(self.shown)].cpu())
+
+
+@torch.inference_mode()
+def _rebuild_all(
+    tokenizer: DetailFlowTokenizer,
+    images: ImageSet,
+    work: Work,
+    views: Sequence[View],
+    tallies: Sequence[Tally],
+    originals: Originals,
+    seed: int,
+) -> None:
+    """Go through this process's images once."""
+    numbers = share_of(len(images), work.processes)
+    number, hidden = numbers.start, None if work.processes.is_main else True
+    with tqdm(desc="rebuilding", total=len(numbers), unit="image", delay=2, leave=False, disable=hidden) as bar:
+        for read in images:
+            batch = read.to(work.device)
+            sequences = _sequences(tokenizer, batch, views, range(number, number + len(batch)), seed)
+            originals.add(batch, sequences[None, False])
+            for view, tally in zip(views, tallies, strict=True):
+                tally.add(rebuild(tokenizer, sequences[view.span, view.corrected][:, : view.n], view.side), batch)
+            number += len(batch)
+            bar.update(len(batch))
+
+
+def _sequences(
+    tokenizer: DetailFlowTokenizer, originals: Tensor, views: Sequence[View], numbers: range, seed: int
+) -> dict[tuple[Span | None, bool], Tensor]:
+    """The (B, N) codes of each span of mistakes, with the later tokens as they were and corrected; those of (None, False) are
+    clean.
+    """
+    dtype = tokenizer.decoder.mask_token.dtype
+    patches = tokenizer.encode_patches(to_tensor(originals).to(dtype))
+    z = tokenizer.encode_latents(patches, tokenizer.config.num_tokens)
+    clean = tokenizer.quantizer.nearest(z)
+    result: dict[tuple[Span | None, bool], Tensor] = {(None, False): clean}
+    spans = dict.fromkeys(view.span for view in views if view.span)
+    if spans:  # mistakes of an image at all positions, so that those of one span depend on no other
+        generators = [image_generator(seed, number) for number in numbers]
+        wrong = torch.cat([tokenizer.plant_mistakes(one, generator=g) for one, g in zip(z.split(1), generators, strict=True)])
+    for span in spans:
+        planted = clean.clone()
+        planted[:, span.start : span.end] = wrong[:, span.start : span.end]
+        after = tokenizer.quantizer.nearest(tokenizer.correct_latents(patches, planted, span.end))[:, span.end :]
+        result[span, False] = planted
+        result[span, True] = torch.cat((planted[:, : span.end], after), 1)
+    return result
+
+
+def rebuild(tokenizer: DetailFlowTokenizer, ids: Tensor, side: int) -> Tensor:
+    """(B, n) codes → uint8 (B, R, R, 3): decoded at `side`, then brought to side R."""
+    return at_side(to_uint8(tokenizer.decode(ids, side)), tokenizer.config.image_size)
+
+
+def gather_shares(values: Tensor, total: int, processes: Processes) -> Tensor:
+    """(share,) values of each process → (total,) of all, in the images' order."""
+    lengths = [len(share_of(total, Processes(rank, processes.count))) for rank in range(processes.count)]
+    padded = torch.zeros(max(lengths), dtype=values.dtype, device=processes.device)
+    padded[: len(values)] = values.to(padded.device)
+    parts = processes.gather(padded).view(len(lengths), -1).cpu()
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LPIPS | None, list[str]]:
+    """LPIPS, or the reason why it is left out.
+
+    Args:
+        weights: VGG-16's file; `None` is where torch.hub keeps it, or a download, and "none" no LPIPS.
+
+    Raises:
+        DetailFlowError: for a file that was given and can't be used.
+    """
+    if weights == NO_LPIPS:
+        return None, []
+    if side < SMALLEST_SIDE:
+        return None, [f"LPIPS is left out: its network takes images of {SMALLEST_SIDE} pixels a side or more, not {side}."]
+    try:
+        return LPIPS(weights).to(device), []
+    except DetailFlowError:
+        if weights is not None:
+            raise
+        return None, [f"LPIPS is left out, for want of VGG-16's weights: get {VGG16_FILE} and give its path with --lpips."]
+
+
+# --- what is said of it --------------------------------------------------------------------------------------------------
+
+
+def _sections(side: int, clean: Sequence[Row], planted: Sequence[Row], used: Tensor, referenced: bool) -> list[Section]:
+    share = used.double().cpu() / used.sum().item()
+    perplexity = torch.special.entr(share).sum().exp().item()
+    codes = {"usage": Figure((used > 0).double().mean().item()), "perplexity": Figure(perplexity)}
+    quality = (
+        f"Pictures are decoded at the side given, brought to {side}×{side} and compared with the originals, in bytes. PSNR, SSIM "
+        "and LPIPS are means over the images, ± the standard deviation of such a mean, by bootstrap over the images. Fréchet "
+        f"distances are to the {'reference' if referenced else 'originals'}."
+    )
+    mistakes = (
+        "Each wrong token is drawn from the 50 codes nearest to its latent. Later tokens are those of the clean sequence, or "
+        "those that the self-correction pass writes after the mistakes; what that gains is taken image by image."
+    )
+    return [
+        Section("Quality by number of tokens", clean, quality),
+        *([Section("Planted mistakes", planted, mistakes)] if planted else []),
+        Section("Codebook", [Row({"codes": len(used), "tokens counted": int(used.sum())}, codes)]),
+    ]
+
+
+def _plots(views: Sequence[View], rows: Sequence[Row]) -> list[Plot]:
+    """Quality by n, with a curve for each side where sides were given; and quality by place of the mistakes."""
+    clean = [(v, r.figures) for v, r in zip(views, rows, strict=True) if v.by_count]
+    planted = [(v, r.figures) for v, r in zip(views, rows, strict=True) if not v.by_count]
+    several = len(clean) > len({v.n for v, _ in clean})
+    by_count, by_place = [], []
+    for measure in rows[0].figures:
+        curves: dict[str, list[Point]] = {}
+        for view, figures in clean:
+            name = f"side {view.side}" if several else "reconstructions"
+            curves.setdefault(name, []).append((float(view.n), figures[measure]))
+        by_count.append(Panel("tokens", measure, curves, log_x=True))
+        lines: dict[str, list[Point]] = {}
+        for view, figures in planted:
+            name = "no mistakes" if view.span is None else f"later tokens {'corrected' if view.corrected else 'clean'}"
+            lines.setdefault(name, []).append((float(view.span.start) if view.span else None, figures[measure]))
+        by_place.append(Panel("first wrong token", measure, {name: sorted(points, key=place) for name, points in lines.items()}))
+    plots = [Plot("quality-by-tokens", "Quality by number of tokens", by_count)]
+    if len(planted) > 3:
+        plots.append(Plot("mistakes-by-position", "Quality with mistakes planted, by their position", by_place))
+    return plots
+
+
+def _picture(views: Sequence[View], tallies: Sequence[Tally], originals: Sequence[Tensor]) -> Picture:
+    """The first images, each a row that ends with the original."""
+    shown = [(f"{v.n} at {v.side}", tally.shown) for v, tally in zip(views, tallies, strict=True) if v.by_count]
+    columns = [*shown, ("original", originals)]
+    images = [Image.fromarray(pictures[i].numpy()) for i in range(len(originals)) for _, pictures in columns]
+    labels = [label for _ in originals for label, _ in columns]
+    caption = "The first images, by number of tokens and the side at which they are decoded"
+    return Picture("reconstructions", caption, grid(images, len(columns), labels))
+
+
+def _quotes(tokenizer: DetailFlowTokenizer, model: str | None, rows: Sequence[Row], own: bool) -> list[dict[str, Any]]:
+    """Published figures are of all tokens at the full side, and distances to the originals."""
+    full = {"tokens": tokenizer.config.num_tokens, "side": tokenizer.config.image_size}
+    measures = ("rFID", "PSNR") if own else ("PSNR",)
+    ours = next((row.figures for row in rows if row.setting == full), {})
+    return quotes(model, {m: ours[m].value for m in measures if m in ours})

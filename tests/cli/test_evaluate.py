@@ -1,0 +1,240 @@
+"""`detailflow evaluate`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detailflow.cli.main import main
+from detailflow.evaluation.report import load
+
+
+class Tiny(nn.Module):
+    """Features and five classes of images of side 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.conv(x).relu().mean((2, 3))
+        return features, 9 * self.head(features)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That network as an exported program."""
+    path = tmp_path_factory.mktemp("network") / "tiny.pt2"
+    torch.manual_seed(0)
+    shapes = {"x": {0: torch.export.Dim("batch", max=4096)}}
+    torch.export.save(torch.export.export(Tiny().eval(), (torch.zeros(2, 3, 32, 32),), dynamic_shapes=shapes), path)
+    return path
+
+
+def evaluate(*argv: object) -> int:
+    return main(["evaluate", *map(str, argv)])
+
+
+def figures(folder: Path, section: int = 0) -> list[dict[str, Any]]:
+    """The figures of every row of a report's section."""
+    rows = load(folder)["sections"][section]["rows"]
+    return [{name: figure["value"] for name, figure in row["figures"].items()} for row in rows]
+
+
+@pytest.mark.parametrize("what", [[], ["tokenizer"], ["gpt"], ["samples"], ["compare"]])
+@pytest.mark.parametrize("columns", ["80", "300"])
+def test_help_fits_a_screen(what: list[str], columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    if what:
+        with pytest.raises(SystemExit) as stopped:
+            evaluate(*what, "--help")
+        assert stopped.value.code == 0
+    else:
+        assert evaluate() == evaluate("--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 98
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys; from detailflow.cli.main import main\n"
+        "try: main(['evaluate', 'gpt', '--help'])\n"
+        "finally: assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_tokenizer(model: Path, cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    argv = [
+        "tokenizer", "--model", model, "--data", cifar, "--num-images", 30, "--num-tokens", 4, 16, "--mistakes-at", "g1",
+        "--features", network, "--lpips", "none", "--device", "cpu", "--output", tmp_path / "out",
+    ]  # fmt: skip
+    assert evaluate(*argv) == 0
+    out = capsys.readouterr().out
+    assert "| tokens | side | PSNR, dB | SSIM |" in out
+    assert out.endswith(f"wrote {tmp_path / 'out' / 'report.md'}\n")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.json", "report.md", "quality-by-tokens.png", "reconstructions.png"}
+    provenance = load(tmp_path / "out")["provenance"]
+    assert provenance["command"].split()[:5] == ["detailflow", "evaluate", "tokenizer", "--model", str(model)]
+    assert provenance["models"]["tokenizer"]["name"] == str(model)
+    assert len(provenance["models"]["tokenizer"]["fingerprint"]) == 64
+    assert provenance["features"]["network"] == "tiny.pt2"
+    assert provenance["machine"]["processes"] == 1
+    assert {"command", "date", "models", "data", "features", "preprocessing", "settings", "machine", "versions"} == set(
+        provenance
+    )
+    typed = {str(word) for word in argv}
+    for name, value in _flat(provenance):
+        assert value in typed or name == "command" or not value.startswith("/"), (name, value)
+
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    assert evaluate(*argv, "--seed", 1) == 2
+    assert "out holds the report of another evaluation (detailflow evaluate tokenizer " in capsys.readouterr().err
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+    first = figures(tmp_path / "out")
+    assert evaluate(*argv) == 0  # the same again
+    assert figures(tmp_path / "out") == first
+
+
+def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in _flat(item, key)]
+    return [(name, str(value))]
+
+
+def test_without_features(model: Path, cifar: Path, tmp_path: Path):
+    argv = ["--data", cifar, "--num-images", 5, "--features", "none", "--lpips", "none", "--device", "cpu"]
+    assert evaluate("tokenizer", "--model", model, *argv, "--output", tmp_path / "out") == 0
+    rows = figures(tmp_path / "out")
+    assert len(rows) == 5
+    assert all(set(row) == {"PSNR", "SSIM"} for row in rows)
+
+
+def test_gpt_then_its_samples_then_both_compared(
+    model: Path, cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    common = ["--features", network, "--device", "cpu"]
+    sweep = ["--guidance-scale", 1, 3, "--top-k", 20, "off", "--seeds", 5, "--keep-samples"]
+    assert evaluate(
+        "gpt", "--model", model, "--reference", cifar, "--num-samples", 25, *sweep, *common, "--output", tmp_path / "gpt"
+    ) == 0  # fmt: skip
+    report = load(tmp_path / "gpt")
+    settings = [(row["setting"]["guidance"], row["setting"]["top-k"]) for row in report["sections"][0]["rows"]]
+    assert settings == [(1.0, 20), (1.0, "off"), (3.0, 20), (3.0, "off")]
+    assert (tmp_path / "gpt" / "by-guidance.png").exists()
+    assert set(report["provenance"]["models"]) == {"tokenizer", "gpt"}
+    (kept,) = (tmp_path / "gpt" / "samples").glob("guidance-3-*-top-k-20-*-seed-5")
+    assert "wrote" not in capsys.readouterr().out.replace("wrote " + str(tmp_path / "gpt" / "report.md"), "")
+
+    assert evaluate("samples", kept / "samples.npz", cifar, *common, "--output", tmp_path / "samples") == 0
+    (row,) = figures(tmp_path / "samples")
+    ours = figures(tmp_path / "gpt")[2]
+    assert row["FD"] == pytest.approx(ours["gFD"], rel=1e-6)
+    assert (row["IS"], row["precision"], row["recall"]) == pytest.approx((ours["IS"], ours["precision"], ours["recall"]))
+
+    capsys.readouterr()
+    assert evaluate("compare", tmp_path / "gpt", tmp_path / "gpt" / "report.json") == 0
+    out = capsys.readouterr().out
+    assert out.count("| equal |") == 4 * 5
+    assert evaluate("compare", tmp_path / "gpt", tmp_path / "samples") == 2
+    assert "is a report of gpt and" in capsys.readouterr().err
+
+
+def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from PIL import Image
+
+    for i in range(12):
+        Image.effect_noise((40, 48), 60 + i).convert("RGB").save(tmp_path / f"{i}.png")
+    argv = ["samples", tmp_path, cifar, "--features", network, "--device", "cpu", "--output", tmp_path / "out"]
+    assert evaluate(*argv) == 2
+    assert f"{tmp_path} has images of 40×48 pixels and {cifar} of 32×32: give a size for both" in capsys.readouterr().err
+    assert evaluate(*argv, "--size", 32) == 0
+    (row,) = figures(tmp_path / "out")
+    assert row["FD"] > 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "too few" not in text  # six features need no more than twelve images
+    assert (
+        "| preprocessing.images | shorter side to 32 pixels (bicubic with antialiasing), centre crop; .npz as they are |" in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["everything"], "what to evaluate must be one of tokenizer, gpt, samples, compare, not 'everything'"),
+        (["tokenizer", "--output", "OUT"], "the following arguments are required: --data"),
+        (["tokenizer", "--data", "nowhere/at.parquet", "--output", "OUT"], "nowhere/at.parquet does not exist"),
+        (["tokenizer", "--data", "CIFAR"], "the following arguments are required: --output"),
+        (["tokenizer", "--data", "CIFAR", "--output", "OUT", "--features", "clip"], "features must be inception, dinov2 or"),
+        (
+            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--num-tokens", "5"],
+            "num_tokens must be 1",
+        ),
+        (["tokenizer", "--data", "CIFAR", "--output", "OUT", "--mistakes-at", "g9"], "mistakes can be planted at token 0 to 15"),
+        (["tokenizer", "--data", "CIFAR", "--output", "OUT", "--num-images", "500"], "holds 200 images, of which 500 can't be"),
+        (["gpt", "--reference", "CIFAR", "--output", "OUT", "--labels", "all", "--features", "NET"], "labels must be balanced"),
+        (["gpt", "--reference", "CIFAR", "--output", "OUT", "--top-k", "few"], "argument --top-k: invalid int or off value"),
+        (["gpt", "--reference", "CIFAR", "--output", "OUT", "--top-k", "0", "--features", "NET"], "top_k must be 1 or more"),
+        (["gpt", "--reference", "NPZ", "--output", "OUT"], "holds images of 16×8 pixels, where 32×32 are needed"),
+    ],
+)
+def test_bad_input(
+    argv: list[str], message: str, model: Path, cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import numpy as np
+
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((4, 8, 16, 3), np.uint8))
+    places = {"CIFAR": cifar, "OUT": tmp_path / "out", "NET": network, "NPZ": tmp_path / "small.npz"}
+    options = ["--model", model, "--device", "cpu"] if argv[0] in ("tokenizer", "gpt") else []
+    assert evaluate(*(places.get(word, word) for word in argv), *options) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.startswith("detailflow: error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named(model: Path, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from detailflow.evaluation import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "find_spec", lambda name: None)
+        assert evaluate("tokenizer", "--model", model, "--data", cifar, "--output", tmp_path / "out", "--device", "cpu") == 2
+    assert "evaluation needs the package matplotlib: install it with pip install" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["tokenizer", "gpt"])
+def test_two_processes_measure_what_one_does(what: str, model: Path, cifar: Path, network: Path, tmp_path: Path):
+    if what == "tokenizer":
+        argv = ["--data", cifar, "--num-images", 31, "--num-tokens", 4, 16, "--mistakes-at", "g1", "--lpips", "none"]
+    else:
+        argv = ["--reference", cifar, "--num-samples", 31, "--seeds", 0, 1, "--labels", "random"]
+    command = ["evaluate", what, "--model", model, *argv, "--features", network, "--batch-size", 8, "--device", "cpu"]
+    assert main([*map(str, command), "--output", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "detailflow"]
+    done = subprocess.run(
+        [*launch, *map(str, command), "--output", str(tmp_path / "two")],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
+    assert one["provenance"]["data"] == two["provenance"]["data"]
+    assert (one["provenance"]["machine"]["processes"], two["provenance"]["machine"]["processes"]) == (1, 2)
+    for ours, theirs in zip(one["sections"], two["sections"], strict=True):
+        for a, b in zip(ours["rows"], theirs["rows"], strict=True):
+            assert a["setting"] == b["setting"]
+            for name, figure in a["figures"].items():
+                # Other batches may round other pixels up or down.
+                assert figure["value"] == pytest.approx(b["figures"][name]["value"], rel=2e-3), name

@@ -1,0 +1,152 @@
+"""Figures of generated images, against what the pipeline's own images give."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from detailflow import DetailFlowPipeline
+from detailflow.errors import DetailFlowError
+from detailflow.evaluation.distances import compare_sets, measure
+from detailflow.evaluation.features import Features
+from detailflow.evaluation.gpt import Sweep, class_labels, evaluate_gpt, over_seeds, sweep_plot
+from detailflow.evaluation.report import Figure, Report, Row
+from detailflow.evaluation.samples import Work
+from detailflow.processes import Processes
+
+COUNT = 23
+
+
+class Blocks:
+    """Means of an image's quarters and colours; the class is the brightest of five of them."""
+
+    name, fingerprint, preprocessing = "blocks", "b" * 64, "none"
+
+    def __call__(self, images: Tensor) -> Features:
+        quarters = images.float().unflatten(1, (2, -1)).unflatten(3, (2, -1)).mean((2, 4)).flatten(1) / 255
+        return Features(quarters, None, quarters[:, :5] * 9)
+
+
+def evaluated(pipeline: DetailFlowPipeline, cifar: Path, folder: Path, batch_size: int = 8, **options: Any) -> Report:
+    work = Work(Processes(), torch.device("cpu"), batch_size)
+    report = evaluate_gpt(pipeline, work.open(str(cifar), 32), work, Blocks(), folder, COUNT, **options)
+    assert report is not None
+    return report
+
+
+def expected(pixels: Tensor, cifar: Path) -> dict[str, float]:
+    """What comparing the images themselves says."""
+    work = Work(Processes(), torch.device("cpu"), 50)
+    made = measure(Blocks(), [pixels], total=len(pixels))
+    return compare_sets(measure(Blocks(), work.open(str(cifar), 32)), made)
+
+
+def test_one_setting(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
+    report = evaluated(pipeline, cifar, tmp_path, seeds=[7])
+    labels = [i % 5 for i in range(COUNT)]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in pipeline(labels, seed=7, batch_size=8)]))
+    wanted = expected(pixels, cifar)
+    (row,) = report.sections[0].rows
+    best = pipeline.gpt.config.guidance_scale
+    assert row.setting == {
+        "guidance": best, "schedule": "constant", "temperature": 1.0, "top-k": "off", "top-p": "off", "tokens": 16,
+    }  # fmt: skip
+    assert set(row.figures) == {"gFD", "IS", "precision", "recall", "recognised"}
+    for name, key in (("gFD", "fid"), ("IS", "is"), ("precision", "precision"), ("recall", "recall")):
+        assert row.figures[name].value == pytest.approx(wanted[key], rel=1e-6)
+    said = Blocks()(pixels).logits.argmax(1)
+    assert row.figures["recognised"].value == pytest.approx((said == torch.tensor(labels)).double().mean().item())
+    assert not (tmp_path / "samples").exists()
+    assert report.provenance["data"]["samples"] == {"images": COUNT, "labels": "balanced"}
+    assert len(report.provenance["data"]["reference"]["checksum"]) == 32
+    (picture,) = report.pictures
+    assert picture.image.size == (8 * 132 + 4, 132 + 4)
+
+
+def test_coarse_images_are_measured_at_the_full_side_and_can_be_kept(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
+    report = evaluated(pipeline, cifar, tmp_path, sweep=Sweep(num_tokens=[4, 16]), keep_samples=True)
+    labels = [i % 5 for i in range(COUNT)]
+    coarse = [np.asarray(image) for image in pipeline(labels, num_tokens=4, batch_size=8)]
+    (folder,) = (tmp_path / "samples").glob("*tokens-4-seed-0")
+    with np.load(folder / "samples.npz") as stored:
+        np.testing.assert_array_equal(stored["arr_0"], np.stack(coarse))
+        assert stored["arr_1"].tolist() == labels
+    large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in coarse]
+    rows = {row.setting["tokens"]: row.figures for row in report.sections[0].rows}
+    assert rows[4]["gFD"].value == pytest.approx(expected(torch.from_numpy(np.stack(large)), cifar)["fid"], rel=1e-6)
+    assert rows[16]["gFD"].value != rows[4]["gFD"].value
+    assert [plot.name for plot in report.plots] == ["by-tokens"]
+
+
+def test_several_seeds_show_the_spread(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
+    alone = [evaluated(pipeline, cifar, tmp_path, seeds=[seed]).sections[0].rows[0].figures["gFD"].value for seed in (0, 1, 2)]
+    report = evaluated(pipeline, cifar, tmp_path, seeds=[0, 1, 2])
+    figure = report.sections[0].rows[0].figures["gFD"]
+    assert figure.values == pytest.approx(alone, rel=1e-6)
+    assert figure.value == pytest.approx(np.mean(alone))
+    assert figure.spread == pytest.approx(np.std(alone, ddof=1))
+    assert "Means over 3 seeds" in report.sections[0].note
+    assert over_seeds([]) == {}
+
+
+def test_a_sweep_is_all_combinations_once(pipeline: DetailFlowPipeline):
+    sweep = Sweep(guidance_scale=[1.0, 2.0, 1.0], temperature=[0.5, None], top_k=[None, 10], num_tokens=[None, 16])
+    settings = sweep.settings(pipeline)
+    found = [(s.sampling.guidance_scale, s.sampling.temperature, s.sampling.top_k, s.num_tokens) for s in settings]
+    assert found == [(g, t, k, 16) for g in (1.0, 2.0) for t in (0.5, 1.0) for k in (None, 10)]
+    assert len({setting.folder(0) for setting in settings}) == 8
+    with pytest.raises(DetailFlowError, match="temperature must be"):
+        Sweep(temperature=[-1.0]).settings(pipeline)
+    with pytest.raises(DetailFlowError, match="num_tokens must be"):
+        Sweep(num_tokens=[5]).settings(pipeline)
+
+
+def test_a_plot_has_a_curve_for_each_of_the_other_settings():
+    def row(guidance: float, k: int | str, value: float) -> Row:
+        return Row({"guidance": guidance, "top-k": k, "tokens": 16}, {"gFD": Figure(value)})
+
+    rows = [row(2.0, 5, 0.1), row(1.0, 5, 0.2), row(1.0, "off", 0.3), row(2.0, "off", 0.4)]
+    plot = sweep_plot("guidance", rows)
+    assert plot is not None
+    curves = {name: [(x, figure.value) for x, figure in points] for name, points in plot.panels[0].curves.items()}
+    assert curves == {"top-k 5": [(1.0, 0.2), (2.0, 0.1)], "top-k off": [(1.0, 0.3), (2.0, 0.4)]}
+    assert sweep_plot("tokens", rows) is None
+    assert sweep_plot("top-k", rows) is None  # one number and "off" make no curve
+    plot = sweep_plot("top-k", [*rows, row(1.0, 9, 0.5)])
+    assert plot is not None
+    curves = {name: [(x, figure.value) for x, figure in points] for name, points in plot.panels[0].curves.items()}
+    assert curves["guidance 1.0"] == [(5.0, 0.2), (9.0, 0.5)]
+    assert curves["top-k off, guidance 1.0"] == [(None, 0.3)]
+
+
+def test_labels():
+    assert class_labels(3, 7, "balanced", 0) == [0, 1, 2, 0, 1, 2, 0]
+    drawn = class_labels(3, 3000, "random", 0)
+    assert drawn == class_labels(3, 3000, "random", 0) != class_labels(3, 3000, "random", 1)
+    assert all(900 < drawn.count(label) < 1100 for label in range(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": "all"}, "labels must be balanced or random, not 'all'"),
+        ({"seeds": [0, -1]}, "seeds must be 0 to 2.64 - 1, not -1"),
+        ({"sweep": Sweep(top_p=[2.0])}, "top_p must be above 0 and at most 1, not 2.0"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], message: str, pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
+    with pytest.raises(DetailFlowError, match=message):
+        evaluated(pipeline, cifar, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_other_samples_is_left_alone(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
+    evaluated(pipeline, cifar, tmp_path, keep_samples=True)
+    with pytest.raises(DetailFlowError, match="holds samples with another labels"):
+        evaluated(pipeline, cifar, tmp_path, labels="random")
+    evaluated(pipeline, cifar, tmp_path)  # the same set, which was there before and is not this evaluation's to remove
+    assert len(list((tmp_path / "samples").glob("*/samples.npz"))) == 1

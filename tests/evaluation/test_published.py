@@ -1,0 +1,73 @@
+"""The published numbers are those of the method's table."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from detailflow.evaluation.published import published, quotes, zoo_name
+
+METHOD = Path(__file__).parents[3] / "shared" / "method.md"  # beside the checkout, where there is one
+
+
+def section() -> str:
+    if not METHOD.exists():
+        pytest.skip(f"needs the method's page: there is no {METHOD}")
+    return METHOD.read_text().split("\n## 8.")[1].split("\n## ")[0]
+
+
+def test_every_number_of_the_table_and_no_other():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section().splitlines() if line.startswith("|")][2:]
+    models = published()["models"]
+    assert len(models) == len(rows) + 1  # one of them stands for two settings
+    for name, rfid, psnr, gfid, score, precision, recall, tokens, steps, seconds in rows:
+        found = [model for model in models if model["name"].startswith(name)]
+        numbers = {"rFID": rfid, "PSNR": psnr, "gFID": gfid, "IS": score, "precision": precision, "recall": recall}
+        for measure, cell in numbers.items():
+            expected = [float(text) for text in re.findall(r"\d+\.\d+", cell)]
+            if len(found) == 1:
+                assert list(found[0].get(measure, {}).values()) == expected, (name, measure)
+        for key, cell in (("tokens", tokens), ("steps", steps), ("seconds", seconds)):
+            expected = [float(text) for text in re.findall(r"[\d.]+", cell.replace(",", ""))]
+            assert [model[key] for model in found if key in model] == expected, (name, key)
+    flextok = [model for model in models if model["name"].startswith("FlexTok")]
+    assert [list(model["gFID"].values()) for model in flextok] == [[1.9], [2.5]]
+    assert [model["rFID"]["paper"] for model in flextok] == [1.45, 1.45]
+
+
+def test_the_ablation_and_the_sweeps():
+    text = section()
+    ablation = text.split("Ablation")[1].split("\n")[0:3]
+    steps = re.findall(r"(\d\.\d\d)(?: \((\d+) steps\))?", " ".join(ablation).split("Guidance")[0])
+    assert [(f"{row['gFID']:.2f}", str(row.get("steps", ""))) for row in published()["ablation"]["rows"]] == steps
+    guidance = re.findall(r"(\d\.\d) → (\d\.\d\d)", text)
+    assert [(scale, f"{number:.2f}") for scale, number in published()["guidance"]["gFID"].items()] == guidance
+    groups = re.findall(r"g=(\d+) (\d\.\d\d) \((\d+) steps\)", text.split("Group size")[1])
+    rows = published()["group_size"]["rows"]
+    assert [(str(row["group_size"]), f"{row['gFID']:.2f}", str(row["steps"])) for row in rows] == groups
+
+
+@pytest.mark.parametrize("model", ["detailflow-16", "ByteFlow-AI/DetailFlow-16", "ByteFlow-AI/DetailFlow-16-GPT-L"])
+def test_a_zoo_model_has_published_figures_under_any_of_its_names(model: str):
+    assert zoo_name(model) == "detailflow-16"
+    found = quotes(model, {"rFID": 1.3, "PSNR": 19.0, "SSIM": 0.5})
+    assert [(q["measure"], q["ours"], q["published"]) for q in found] == [
+        ("rFID", 1.3, 1.22),
+        ("rFID", 1.3, 1.13),
+        ("PSNR", 19.0, 19.39),
+    ]
+    assert "ImageNet 256×256" in found[0]["conditions"]
+
+
+def test_other_models_and_other_settings_have_none():
+    assert quotes(None, {"rFID": 1.0}) == quotes("runs/mine", {"rFID": 1.0}) == []
+    assert quotes("detailflow-16", {"gFID": 3.0}, guidance=2.0) == []
+    assert quotes("detailflow-16", {"gFD": 3.0}, guidance=1.45) == []
+    assert [q["published"] for q in quotes("detailflow-16", {"gFID": 3.0}, guidance=1.45)] == [2.96, 2.96]
+
+
+def test_the_guidance_that_the_paper_swept():
+    (found,) = quotes("detailflow-32", {"gFID": 3.0, "IS": 200.0}, guidance=1.6)
+    assert (found["measure"], found["published"]) == ("gFID", 2.81)
+    assert "guidance 1.6" in found["conditions"]
+    assert len(quotes("detailflow-32", {"gFID": 3.0, "IS": 200.0}, guidance=1.5)) == 3

@@ -1,0 +1,191 @@
+"""Reports: what is written, and how two compare."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from detailflow.errors import DetailFlowError
+from detailflow.evaluation.compare import compare_reports
+from detailflow.evaluation.report import Figure, Panel, Picture, Plot, Report, Row, Section, claim, load, section_table, versions
+
+COMMAND = "detailflow evaluate tokenizer --data x"
+
+
+def report(
+    psnr: float = 20.0, spread: float | None = 0.1, checksum: str = "1a", data: str = "x", kind: str = "tokenizer", **more: Figure
+) -> Report:
+    rows = [
+        Row({"tokens": 4, "side": 32}, {"PSNR": Figure(psnr, spread), "rFD": Figure(1.5)}),
+        Row({"tokens": 8, "side": 32}, {"PSNR": Figure(math.inf), **more}),
+    ]
+    return Report(
+        kind,
+        "A title",
+        [Section("Quality", rows, "What it means.")],
+        {
+            "command": COMMAND,
+            "models": {"tokenizer": {"name": "m", "fingerprint": "f"}},
+            "data": {"images": {"data": data, "checksum": checksum, "images": 2}},
+            "features": {"network": "inception"},
+        },
+        [Plot("curve", "A caption", [Panel("tokens", "PSNR", {"a": [(4.0, Figure(1, 0.1)), (8.0, Figure(2))]}, True)])],
+        [Picture("faces", "Faces", Image.new("RGB", (4, 3)))],
+        ["Something was left out."],
+        [{"measure": "rFID", "ours": 1.5, "published": 1.22, "conditions": "theirs"}],
+    )
+
+
+def test_what_is_written(tmp_path: Path):
+    report().write(tmp_path / "a" / "b")
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["curve.png", "faces.png", "report.json", "report.md"]
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    content = json.loads((tmp_path / "a" / "b" / "report.json").read_text(), parse_constant=refuse)
+    assert content == load(tmp_path / "a" / "b") == load(tmp_path / "a" / "b" / "report.json")
+    first, second = content["sections"][0]["rows"]
+    assert first == {
+        "setting": {"tokens": 4, "side": 32},
+        "figures": {"PSNR": {"value": 20.0, "spread": 0.1, "values": []}, "rFD": {"value": 1.5, "spread": None, "values": []}},
+    }
+    assert float(second["figures"]["PSNR"]["value"]) == math.inf
+    text = (tmp_path / "a" / "b" / "report.md").read_text()
+    for line in (
+        "# A title",
+        "Something was left out.",
+        "| tokens | PSNR, dB | rFD |",
+        "| 4 | 20.000 ± 0.100 | 1.500 |",
+        "| 8 | inf | – |",
+        "In all rows: side 32.",
+        "What it means.",
+        "![A caption](curve.png)",
+        "![Faces](faces.png)",
+        "| rFID | 1.5 | 1.22 | theirs |",
+        f"| command | {COMMAND} |",
+        "| models.tokenizer.fingerprint | f |",
+    ):
+        assert line in text.splitlines(), line
+    with Image.open(tmp_path / "a" / "b" / "curve.png") as plot:
+        assert len(plot.convert("RGB").getcolors(1 << 16) or ()) > 10  # something is drawn
+    with Image.open(tmp_path / "a" / "b" / "faces.png") as picture:
+        assert picture.size == (4, 3)
+
+
+def test_one_row_shows_all_its_settings():
+    assert section_table(Section("", [Row({"codes": 8}, {"usage": Figure(0.5)})]))[0] == "| codes | usage |"
+
+
+def test_a_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    report(20.0).write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(DetailFlowError, match="cannot write the report to .*: No space left on device"):
+        report(30.0).write(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_belongs_to_one_evaluation(tmp_path: Path):
+    models = {"tokenizer": {"name": "m", "fingerprint": "f"}}
+    claim(tmp_path, COMMAND, models)
+    report().write(tmp_path)
+    claim(tmp_path, COMMAND, models)
+    with pytest.raises(DetailFlowError, match="holds the report of another evaluation .*--data x"):
+        claim(tmp_path, f"{COMMAND} --seed 1", models)
+    with pytest.raises(DetailFlowError, match="another evaluation"):
+        claim(tmp_path, COMMAND, {"tokenizer": {"name": "m", "fingerprint": "g"}})
+    (tmp_path / "report.json").write_text('{"mine": 1}')
+    with pytest.raises(DetailFlowError, match="holds a report.json that is no report of ours"):
+        claim(tmp_path, COMMAND, models)
+
+
+def test_versions_are_those_of_this_package_and_its_libraries():
+    import numpy
+    import torch
+
+    found = versions()
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["numpy"] == numpy.__version__
+    assert {"detailflow", "python", "pillow"} <= set(found)
+
+
+# --- comparing -----------------------------------------------------------------------------------------------------------
+
+
+def compared(tmp_path: Path, a: Report, b: Report) -> str:
+    for name, one in (("a", a), ("b", b)):
+        replace(one, plots=()).write(tmp_path / name)
+    return compare_reports(tmp_path / "a", tmp_path / "b")
+
+
+def line(text: str, start: str) -> str:
+    (found,) = (line for line in text.splitlines() if line.startswith(start))
+    return found
+
+
+def test_a_report_against_itself(tmp_path: Path):
+    text = compared(tmp_path, report(), report())
+    assert "Warning" not in text
+    assert line(text, "| Quality | side 32, tokens 4 | PSNR, dB |").endswith("| 20 ± 0.1 | 20 ± 0.1 | 0 | equal |")
+    assert line(text, "| Quality | side 32, tokens 8 |").endswith("| inf | inf | 0 | equal |")
+    assert line(text, "command, ")
+
+
+@pytest.mark.parametrize(
+    ("psnr", "spread", "verdict"),
+    [
+        (20.2, 0.1, "within the spread (1.4 deviations)"),
+        (20.4, 0.1, "beyond the spread (2.8 deviations)"),
+        (19.6, 0.1, "beyond the spread (2.8 deviations)"),
+        (20.15, None, "within the spread (1.5 deviations)"),
+    ],
+)
+def test_the_spread_explains_a_difference_or_not(psnr: float, spread: float | None, verdict: str, tmp_path: Path):
+    text = compared(tmp_path, report(), report(psnr, spread))
+    cells = line(text, "| Quality | side 32, tokens 4 | PSNR, dB |").split(" | ")
+    assert float(cells[-2]) == pytest.approx(psnr - 20)
+    assert cells[-1] == f"{verdict} |"
+
+
+def test_a_difference_without_spread(tmp_path: Path):
+    text = compared(tmp_path, report(spread=None), report(21.0, None))
+    assert line(text, "| Quality | side 32, tokens 4 | PSNR, dB |").endswith("| +1 | no spread is known |")
+
+
+def test_what_only_one_has(tmp_path: Path):
+    text = compared(tmp_path, report(), report(SSIM=Figure(0.5)))
+    assert line(text, "| Quality | side 32, tokens 8 | SSIM |").endswith("| – | 0.5 | – | only in B |")
+
+
+def test_other_data_is_warned_of_and_another_name_of_the_same_is_not(tmp_path: Path):
+    text = compared(tmp_path, report(), report(checksum="2b", data="y"))
+    (warning,) = (line for line in text.splitlines() if line.startswith("Warning"))
+    assert "the data (images) differs: data x, checksum 1a in A, data y, checksum 2b in B" in warning
+    text = compared(tmp_path, report(), report(data="y"))
+    assert "Warning" not in text
+    assert "| data.images.data | x | y |" in text
+
+
+def test_what_cannot_be_compared(tmp_path: Path):
+    report().write(tmp_path / "a")
+    report(kind="gpt").write(tmp_path / "b")
+    with pytest.raises(DetailFlowError, match="a is a report of tokenizer and .*b one of gpt"):
+        compare_reports(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(DetailFlowError, match="nowhere holds no report: give the output folder of an evaluation"):
+        compare_reports(tmp_path / "a", tmp_path / "nowhere")
+    (tmp_path / "a" / "report.json").write_text("{")
+    with pytest.raises(DetailFlowError, match="report.json is not valid JSON"):
+        compare_reports(tmp_path / "a", tmp_path / "b")
+    content = json.loads((tmp_path / "b" / "report.json").read_text())
+    content["sections"] = [{"title": "t", "rows": [{"setting": {}}]}]
+    (tmp_path / "b" / "report.json").write_text(json.dumps(content))
+    with pytest.raises(DetailFlowError, match="'A title' is damaged"):
+        compare_reports(tmp_path / "b", tmp_path / "b")
