@@ -2,12 +2,14 @@
 
 import atexit
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 
+from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
 
 LONGEST_WAIT = timedelta(hours=3)  # for one that does what only one should, such as reading all of a token store
@@ -73,6 +75,15 @@ class Processes:
             torch.distributed.all_reduce(value)
         return value
 
+    def gather_uneven(self, value: Tensor, counts: Sequence[int]) -> Tensor:
+        """(counts[rank], …) of each → (sum of counts, …) in the processes' order, on the CPU where there are several."""
+        if self.count == 1:
+            return value.detach()
+        padded = torch.zeros(max(counts), *value.shape[1:], dtype=value.dtype, device=self.device)
+        padded[: len(value)] = value
+        parts = self.gather(padded).cpu().split(max(counts))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
         if self.count == 1:
@@ -86,3 +97,13 @@ class Processes:
         parts = [torch.empty_like(value) for _ in range(self.count)]
         torch.distributed.all_gather(parts, value.detach().contiguous())
         return torch.cat(parts)
+
+
+def launched(device: str | None) -> tuple[Processes, torch.device]:
+    """The processes of this launch, and this one's device: its own where there are several, else the one asked for.
+
+    Raises:
+        DetailFlowError: if Accelerate is not installed, or for a device that can't be used.
+    """
+    processes = Processes.of_this_launch(cpu=device == "cpu")
+    return processes, processes.device or choose_device(device)

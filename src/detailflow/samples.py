@@ -208,8 +208,6 @@ def generate_many(
     with tqdm(total=len(labels), desc="generating", unit="image", disable=True if processes.rank else None) as bar:
         for count in done:
             bar.update(min(count * processes.count, len(labels) - bar.n))
-    if processes.rank == 0:
-        print(f"wrote {len(labels)} images to {folder}")
 
 
 def file_label(pipeline: DetailFlowPipeline, class_id: int) -> str:

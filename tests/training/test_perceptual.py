@@ -109,6 +109,13 @@ def test_corrected_images_have_the_targets_of_the_clean_ones(lpips: LPIPS):
     assert float(lpips(x, y)) != pytest.approx(float(lpips(x, torch.cat((y, y[1:])))), rel=1e-4)
 
 
+def test_each_images_own_distance(lpips: LPIPS):
+    x, y = torch.rand(2, 3, 3, 32, 32) * 2 - 1
+    each = torch.stack([lpips(a, b) for a, b in zip(x.split(1), y.split(1), strict=True)])
+    torch.testing.assert_close(lpips.distances(x, y), each)
+    torch.testing.assert_close(lpips(x, y), each.mean())
+
+
 def test_it_is_frozen_and_keeps_nothing_of_a_step(lpips: LPIPS):
     before = {k: v.clone() for k, v in lpips.state_dict().items()}
     x, y = images(1, 3, 16, 16).requires_grad_(), images(1, 3, 16, 16, seed=9)

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,16 +41,9 @@ GPT = {"width": 32, "depth": 2, "heads": 2, "dropout": 0.0, "loop": {**LOOP, "le
 
 
 @pytest.fixture(scope="module")
-def commands(cifar: Path, model: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def commands(stage_commands: Callable[..., dict[str, list[str]]]) -> dict[str, list[str]]:
     """The command line of each stage."""
-    folder = tmp_path_factory.mktemp("settings")
-    settings = {
-        "tokenizer": {"data": str(cifar), **TOKENIZER},
-        "gpt": {"tokens": str(tokens), "tokenizer": str(model), **GPT},
-    }
-    for stage, values in settings.items():
-        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
-    return {s: ["train", s, "--config", str(folder / f"{s}.yaml"), "--device", "cpu"] for s in settings}
+    return stage_commands(TOKENIZER, GPT)
 
 
 def run(command: list[str], processes: int) -> None:

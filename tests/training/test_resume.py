@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import yaml
 
 from detailflow.cli.main import main
 
@@ -37,16 +36,9 @@ GPT = {"width": 32, "depth": 2, "heads": 2, "loop": TOKENIZER["loop"]}
 
 
 @pytest.fixture(scope="module")
-def commands(cifar: Path, model: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def commands(stage_commands: Callable[..., dict[str, list[str]]]) -> dict[str, list[str]]:
     """The command line of each stage, but for --output."""
-    folder = tmp_path_factory.mktemp("settings")
-    settings = {
-        "tokenizer": {"data": str(cifar), **TOKENIZER},
-        "gpt": {"tokens": str(tokens), "tokenizer": str(model), **GPT},
-    }
-    for stage, values in settings.items():
-        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
-    return {s: ["train", s, "--config", str(folder / f"{s}.yaml"), "--device", "cpu", "--output"] for s in settings}
+    return {stage: [*command, "--output"] for stage, command in stage_commands(TOKENIZER, GPT).items()}
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,8 @@ def main(argv: Sequence[str]) -> int:
         generate_many(
             pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling
         )
+        if processes.is_main:
+            print(f"wrote {len(labels)} images to {args.output}")
         return 0
     labels = [label for label in classes for _ in range(args.num)]
     per_class = min(args.num, max(1, GRID_IMAGES // len(classes)))

@@ -180,17 +180,12 @@ class Running:
 
 
 def _gather(kept: Tensor, share: range, total: int, keep: int, processes: Processes) -> Tensor:
-    """All processes' kept features in order; their numbers differ by one or two, and what is sent must not."""
-    if processes.count == 1:
-        return kept
+    """All processes' kept features in order; their numbers differ by one or two."""
     counts = []
     for rank in range(processes.count):
         part = share_of(total, Processes(rank, processes.count))
         counts.append(part.stop * keep // total - part.start * keep // total)
-    padded = torch.zeros(max(counts), kept.shape[1], device=processes.device)
-    padded[: len(kept)] = kept
-    parts = processes.gather(padded).cpu().split(max(counts))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return processes.gather_uneven(kept, counts)
 
 
 def compare_sets(reference: Measured, samples: Measured, device: torch.device | str = "cpu") -> dict[str, float]:

@@ -4,7 +4,7 @@ import itertools
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -184,10 +184,8 @@ def _measure_samples(
     """Generate one set of images, or go on with it, and measure it at the models' full side."""
     place, processes = folder / setting.folder(seed), work.processes
     keep = keep or (place / "samples.npz").exists()  # what was there before stays
-    with redirect_stdout(None):  # which says where the images are, and they may not stay there
-        generate_many(
-            pipeline, labels, place, "npz", seed, work.batch_size, processes, setting.num_tokens, **asdict(setting.sampling)
-        )
+    sampling = asdict(setting.sampling)
+    generate_many(pipeline, labels, place, "npz", seed, work.batch_size, processes, setting.num_tokens, **sampling)
     processes.wait()
     made = measure(extractor, _full_size(work.open(str(place)), pipeline), processes, SAMPLES_KEPT, len(labels))
     processes.wait()

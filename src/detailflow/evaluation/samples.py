@@ -13,13 +13,12 @@ from torch import Tensor
 
 from detailflow import hub
 from detailflow.data.transforms import resized
-from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, SAMPLES_KEPT, Measured, cautions, compare_sets, measure
 from detailflow.evaluation.features import Extractor, Features, load_extractor
 from detailflow.evaluation.report import Figure, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, open_set, share_of
-from detailflow.processes import Processes
+from detailflow.processes import Processes, launched
 
 INCEPTION = "inception"
 BATCH_SIZE = {"cpu": 64, "cuda": 256}  # where the user gives none
@@ -46,8 +45,7 @@ class Work:
         Raises:
             DetailFlowError: for a device that can't be used.
         """
-        processes = Processes.of_this_launch(cpu=device == "cpu")
-        place = processes.device or choose_device(device)
+        processes, place = launched(device)
         return cls(processes, place, batch_size or BATCH_SIZE.get(place.type, BATCH_SIZE["cpu"]))
 
     def open(self, path: str, size: int | None = None, count: int | None = None, split: str | None = None) -> ImageSet:

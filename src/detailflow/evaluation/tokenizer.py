@@ -30,6 +30,7 @@ from detailflow.evaluation.samples import (
 )
 from detailflow.evaluation.sets import ImageSet, share_of
 from detailflow.evaluation.views import Span, View, views_by_count, views_with_mistakes
+from detailflow.models.quantizer import usage_and_perplexity
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.pipeline import image_generator
@@ -37,6 +38,7 @@ from detailflow.processes import Processes
 from detailflow.training.perceptual import LPIPS, SMALLEST_SIDE, VGG16_FILE
 
 PICTURES = 6  # images that the report shows
+LPIPS_IMAGES = 8  # at once: VGG's maps of one are 30 MiB at 256×256
 NO_LPIPS = "none"  # in place of its weights
 GAIN = "gain of PSNR"
 INTERVAL = 2 * 1.96  # standard deviations in which 95% of a normal distribution lie
@@ -66,8 +68,8 @@ class Tally:
         if min(pixels.shape[1:3]) >= SMALLEST_SSIM_SIDE:
             self._note("SSIM", ssim(pixels, originals))
         if lpips is not None:
-            pairs = zip(to_tensor(pixels).split(1), to_tensor(originals).split(1), strict=True)
-            self._note("LPIPS", torch.stack([lpips(a, b) for a, b in pairs]))  # which averages over what it is given
+            parts = zip(to_tensor(pixels).split(LPIPS_IMAGES), to_tensor(originals).split(LPIPS_IMAGES), strict=True)
+            self._note("LPIPS", torch.cat([lpips.distances(a, b) for a, b in parts]))
         if extractor is not None and self.running is not None:
             self.running.update(extractor(pixels))
         self.shown += list(pixels[: PICTURES - len(self.shown)].cpu())
@@ -257,10 +259,7 @@ def rebuild(tokenizer: DetailFlowTokenizer, ids: Tensor, side: int) -> Tensor:
 def gather_shares(values: Tensor, total: int, processes: Processes) -> Tensor:
     """(share,) values of each process → (total,) of all, in the images' order."""
     lengths = [len(share_of(total, Processes(rank, processes.count))) for rank in range(processes.count)]
-    padded = torch.zeros(max(lengths), dtype=values.dtype, device=processes.device)
-    padded[: len(values)] = values.to(padded.device)
-    parts = processes.gather(padded).view(len(lengths), -1).cpu()
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return processes.gather_uneven(values, lengths)
 
 
 def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LPIPS | None, list[str]]:
@@ -288,9 +287,8 @@ def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LP
 
 
 def _sections(side: int, clean: Sequence[Row], planted: Sequence[Row], used: Tensor, referenced: bool) -> list[Section]:
-    share = used.double().cpu() / used.sum().item()
-    perplexity = torch.special.entr(share).sum().exp().item()
-    codes = {"usage": Figure((used > 0).double().mean().item()), "perplexity": Figure(perplexity)}
+    usage, perplexity = usage_and_perplexity(used.cpu().double())
+    codes = {"usage": Figure(usage.item()), "perplexity": Figure(perplexity.item())}
     quality = (
         f"Pictures are decoded at the side given, brought to {side}×{side} and compared with the originals, in bytes. PSNR, SSIM "
         "and LPIPS are means over the images, ± the standard deviation of such a mean, by bootstrap over the images. Fréchet "

@@ -43,3 +43,9 @@ class VectorQuantizer(nn.Module):
         """(…, d) unit vectors → (…, min(k, K)) int64, the nearest codes, the nearest first."""
         with torch.autocast(z.device.type, enabled=False):
             return (z @ self.codes().to(z.dtype).T).topk(min(k, self.codebook.shape[0]), dim=-1).indices
+
+
+def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(K,) uses of each code → the share of codes that were used, and how many equally frequent ones are as hard to guess."""
+    shares = counts / counts.sum()
+    return (shares > 0).to(shares.dtype).mean(), torch.special.entr(shares).sum().exp()

@@ -79,6 +79,11 @@ class SigLIP2(nn.Module):
             x, _ = block(x)
         return self.norm(x)
 
+    @property
+    def width(self) -> int:
+        """Of `alignment_target`."""
+        return self.pos_embed.shape[1]
+
     @torch.no_grad()
     def alignment_target(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) pixels in [-1, 1] → (B, width) float32, the mean over the patches of `forward` (method §4.4).

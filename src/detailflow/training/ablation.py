@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from detailflow.data.images import open_images
-from detailflow.data.streaming import open_stream
 from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
 from detailflow.hub import CONFIG_FILE
@@ -28,7 +26,7 @@ from detailflow.schedule import require_not_negative, require_positive
 from detailflow.storage import read_json, replacing
 from detailflow.training.extract import Extraction, extract
 from detailflow.training.gpt import GPTTraining, train_gpt
-from detailflow.training.teachers import CLASSIFIER, FEATURES_FILE, feature_network
+from detailflow.training.teachers import CLASSIFIER, FEATURES_FILE, feature_network, open_source
 from detailflow.training.tokenizer import TokenizerTraining, train_tokenizer
 
 TIMES_FILE = "times.json"
@@ -203,8 +201,7 @@ def _share_classifier(config: Ablation, stages: Stages, output: Path, device: st
     first = next((key for other in config.stages(output) if (key := _classifier_of(other.tokenizer))), None)
     if not processes.any(mine is not None and mine == first and not (place / FEATURES_FILE).exists()):
         return
-    where = (settings.data, settings.split, settings.image_column, settings.label_column)
-    source = open_stream(*where) if settings.streaming else open_images(*where)
+    source = open_source(settings)
     if len(source.class_names) < 2:
         return  # training says what is wrong
     try:

@@ -1,7 +1,6 @@
 """The adversarial loss: a discriminator, how it learns, and what it asks of the tokenizer (method §4.4)."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from detailflow.training.discriminator import CROP_DRAWS, DINODiscriminator
 from detailflow.training.loop import PRECISIONS, LoopConfig
 from detailflow.training.losses import consistency_loss, discriminator_loss, generator_loss, lecam_loss
 from detailflow.training.networks import PatchDiscriminator
-from detailflow.training.updates import Updater
+from detailflow.training.updates import Updater, gradients_stay
 
 PATCH = "patch"  # the discriminator that needs no download
 # Of each image in a step. What is made of it is two pictures, clean and corrected, whose views are neighbours.
@@ -113,7 +112,7 @@ class Adversary:
         logged: dict[str, Tensor] = {}
         means = torch.zeros(2, device=self.device)
         for i, (real, fake, draws) in enumerate(parts):
-            with self._quiet(i + 1 < len(parts)):
+            with gradients_stay(self.judgement, i + 1 < len(parts)):
                 with autocast(self.device, self.precision):
                     logits = [x.float() for x in self.judgement(real, fake.detach(), draws)]
                 losses = {"discriminator": discriminator_loss(*logits[:2])}
@@ -131,10 +130,6 @@ class Adversary:
         if self.lecam and bool((means := self.processes.mean(means)).isfinite().all()):
             self.anchors.lerp_(means, 1 - ANCHOR_DECAY)
         return {**logged, "discriminator_gradient_norm": norm}
-
-    def _quiet(self, more: bool) -> Any:
-        """The context in which gradients stay with each process, as more of them will come."""
-        return self.judgement.no_sync() if more and isinstance(self.judgement, DistributedDataParallel) else nullcontext()
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -19,10 +19,10 @@ from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
 from detailflow.data.transforms import ten_crops, to_tensor, two_crops
-from detailflow.device import autocast, choose_device
+from detailflow.device import autocast
 from detailflow.errors import DetailFlowError
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
-from detailflow.processes import Processes
+from detailflow.processes import Processes, launched
 from detailflow.schedule import require_not_negative, require_positive
 from detailflow.training.loop import PRECISIONS
 from detailflow.training.passes import draw_position
@@ -141,8 +141,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
         DetailFlowError: for images or a tokenizer that can't be read, or an output folder that can't be used or holds the tokens
             of something else.
     """
-    processes = Processes.of_this_launch(cpu=device == "cpu")
-    place = choose_device(processes.device or device)
+    processes, place = launched(device)
     model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
     source = open_images(config.data, config.split, config.image_column, config.label_column)
     info = TokenStoreInfo(

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from detailflow import hub
 from detailflow.data.tokens import TokenBatches, TokenStore
 from detailflow.data.transforms import to_uint8
-from detailflow.device import autocast, choose_device
+from detailflow.device import autocast
 from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
 from detailflow.labels import ClassLabels
@@ -32,12 +31,12 @@ from detailflow.models.growing import require_growable
 from detailflow.models.loading import config_from_dict, load_weights
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
-from detailflow.processes import Processes
+from detailflow.processes import Processes, launched
 from detailflow.schedule import require_not_negative, require_shares
 from detailflow.training.checkpoints import newest
 from detailflow.training.extract import tokenizer_fingerprint
 from detailflow.training.loop import PRECISIONS, LoopConfig, run
-from detailflow.training.updates import Updater, recompute_activations
+from detailflow.training.updates import Updater, gradients_stay, recompute_activations
 
 PICTURE_CLASSES, PICTURE_SAMPLES = 10, 4
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -139,7 +138,7 @@ class GPTStage:
         logged: dict[str, Tensor | float] = {"loss": 0.0, "accuracy": 0.0}
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
-            with self._quiet(start + size < len(labels)):
+            with gradients_stay(self.parallel, start + size < len(labels)):
                 with autocast(self.device, self.precision):
                     logits = self.forward(labels[part], given[part])
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted[part].flatten())
@@ -150,17 +149,6 @@ class GPTStage:
         logged["gradient_norm"] = self.updater.step(rate)
         self._average(step)
         return logged
-
-    @contextmanager
-    def _quiet(self, more: bool) -> Iterator[None]:
-        """Where more gradients will come, those so far stay with each process."""
-        if more and isinstance(self.parallel, DistributedDataParallel):
-            with self.parallel.no_sync():
-                yield
-        else:
-            if self.sharded:
-                self.parallel.set_requires_gradient_sync(not more)  # type: ignore[operator]
-            yield
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
@@ -272,8 +260,7 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
         DetailFlowError: for a store that the tokenizer did not make or that is damaged, sizes that contradict each other, or an
             output folder that can't be used.
     """
-    processes = Processes.of_this_launch(cpu=device == "cpu")
-    place = processes.device or choose_device(device)
+    processes, place = launched(device)
     store = TokenStore.open(config.tokens)
     if store.info.tokenizer_fingerprint != tokenizer_fingerprint(config.tokenizer):
         raise DetailFlowError(

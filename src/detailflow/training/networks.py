@@ -19,6 +19,8 @@ class FeatureNetwork(nn.Module):
     It is trained on the labels of the tokenizer's own images before the tokenizer (`train_classifier`).
     """
 
+    width = FEATURE_WIDTHS[-1]  # of `alignment_target`
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         pairs = zip((3, *FEATURE_WIDTHS[:-1]), FEATURE_WIDTHS, strict=True)

@@ -54,7 +54,11 @@ class LPIPS(nn.Module):
         self.float().eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor, target: Tensor) -> Tensor:
-        """→ the distance as a scalar, computed in float32 from features of autocast's precision.
+        """→ the mean of `distances`, a scalar."""
+        return self.distances(pixels, target).mean()
+
+    def distances(self, pixels: Tensor, target: Tensor) -> Tensor:
+        """→ (M,) each image's distance, computed in float32 from features of autocast's precision.
 
         Args:
             pixels: (M, 3, R, R) in [-1, 1] or a little beyond, R at least `SMALLEST_SIDE`.
@@ -64,10 +68,10 @@ class LPIPS(nn.Module):
         with torch.no_grad():
             wanted = self._features(target)
         twice = len(pixels) - len(target)
-        total = torch.zeros((), device=pixels.device)
+        total = torch.zeros(len(pixels), device=pixels.device)
         for a, b, head in zip(self._features(pixels), wanted, self.heads, strict=True):
             difference = _normalized(a) - _normalized(torch.cat((b, b[:twice])))
-            total = total + (difference.square() * head).sum(1).mean()
+            total = total + (difference.square() * head).sum(1).mean((1, 2))
         return total
 
     def _features(self, images: Tensor) -> list[Tensor]:

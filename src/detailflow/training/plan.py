@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 
 from detailflow import hub
-from detailflow.data.images import open_images
 from detailflow.data.loader import BatchOrder
-from detailflow.data.streaming import open_stream
 from detailflow.data.tokens import TokenStore
 from detailflow.device import choose_device
 from detailflow.machine import measure_ceilings
@@ -29,7 +27,7 @@ from detailflow.training.costs import (
 )
 from detailflow.training.gpt import GPTTraining, model_config
 from detailflow.training.loop import PRECISIONS, LoopConfig
-from detailflow.training.teachers import image_count
+from detailflow.training.teachers import image_count, open_source
 from detailflow.training.tokenizer import TokenizerTraining, count_of_steps
 
 SHARES = {"cpu": 0.5, "gpu": 0.4}  # of the measured ceiling of products that training is taken to reach
@@ -161,8 +159,7 @@ def plan_tokenizer(config: TokenizerTraining, processes: Processes, on_cpu: bool
     Raises:
         DetailFlowError: for images that can't be read, or a batch that can't be parted evenly.
     """
-    where = (config.data, config.split, config.image_column, config.label_column)
-    source = open_stream(*where) if config.streaming else open_images(*where)
+    source = open_source(config)
     count = image_count(source)
     config.loop.images_at_once(processes)
     loop, side, half = config.loop, config.model.image_size, config.loop.precision != "fp32"

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detailflow.data.images import ImageSource
+from detailflow.data.images import ImageSource, open_images
 from detailflow.data.loader import ImageBatches
-from detailflow.data.streaming import StreamedBatches, StreamSource
+from detailflow.data.streaming import StreamedBatches, StreamSource, open_stream
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.processes import Processes
 from detailflow.storage import replacing
@@ -34,12 +34,10 @@ class Teachers(NamedTuple):
     lpips: LPIPS | None
     alignment: SigLIP2 | FeatureNetwork | None
 
-    def width(self, side: int) -> int | None:
-        """Of what the alignment's teacher makes of images of that side; `None` where there is none."""
-        if self.alignment is None:
-            return None
-        some = next(self.alignment.parameters())
-        return self.alignment.alignment_target(torch.zeros(1, 3, side, side, device=some.device)).shape[1]
+    @property
+    def width(self) -> int | None:
+        """Of what the alignment's teacher makes of an image; `None` where there is no teacher."""
+        return None if self.alignment is None else self.alignment.width
 
     def distance(self, pixels: Tensor, target: Tensor, corrected: int) -> Tensor:
         """The perceptual loss of (B + corrected, 3, s, s) pixels: those of (B, …) `target`, and of its first images again."""
@@ -51,6 +49,16 @@ class Teachers(NamedTuple):
         with torch.no_grad():
             wanted = self.features.features(target)
         return perceptual_loss(self.features.features(pixels), [torch.cat((w, w[:corrected])) for w in wanted])
+
+
+def open_source(config: "TokenizerTraining") -> ImageSource | StreamSource:
+    """The images of these settings.
+
+    Raises:
+        DetailFlowError: if they can't be read.
+    """
+    where = (config.data, config.split, config.image_column, config.label_column)
+    return open_stream(*where) if config.streaming else open_images(*where)
 
 
 def image_count(source: ImageSource | StreamSource) -> int | None:

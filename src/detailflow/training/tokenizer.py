@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,17 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detailflow.data.images import ImageSource, open_images
-from detailflow.data.streaming import StreamedBatches, StreamSource, open_stream
+from detailflow.data.images import ImageSource
+from detailflow.data.streaming import StreamedBatches, StreamSource
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor, to_uint8
-from detailflow.device import autocast, choose_device
+from detailflow.device import autocast
 from detailflow.errors import DetailFlowError
 from detailflow.models.growing import grow_tokenizer
 from detailflow.models.loading import load_weights
+from detailflow.models.quantizer import usage_and_perplexity
 from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer, TokenizerConfig
 from detailflow.pictures import grid
-from detailflow.processes import Processes
+from detailflow.processes import Processes, launched
 from detailflow.schedule import require_not_negative, require_positive, require_shares
 from detailflow.training.adversary import PATCH, Adversary, Draws
 from detailflow.training.checkpoints import newest
@@ -33,8 +33,8 @@ from detailflow.training.loop import PRECISIONS, LoopConfig, run
 from detailflow.training.losses import alignment_loss, quantization_loss
 from detailflow.training.networks import SMALLEST_SIDE
 from detailflow.training.passes import Passes, TokenizerNetworks, draw_count, draw_position
-from detailflow.training.teachers import CLASSIFIER, crops, find_teachers
-from detailflow.training.updates import Updater, recompute_activations
+from detailflow.training.teachers import CLASSIFIER, crops, find_teachers, open_source
+from detailflow.training.updates import Updater, gradients_stay, recompute_activations
 
 PICTURES = 8  # images in the pictures of reconstructions
 COUNT_STEPS = 100  # after which the uses of codes are counted anew, where no codes are replaced
@@ -147,7 +147,7 @@ class TokenizerStage:
             self.adversary = Adversary(config.adversarial_network, loop, *regularisers, device, processes)
         self.teachers = find_teachers(config, source, output, device, processes)  # last, as it may train one
         torch.manual_seed(loop.seed)
-        self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width(config.model.image_size)).to(device)
+        self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width).to(device)
         adam = torch.optim.Adam(self.networks.parameters(), lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
         self.updater = Updater(adam, loop, device)
         self.counts = torch.zeros(config.model.codebook_size, device=device)  # of each code's uses since they were last set to 0
@@ -193,7 +193,7 @@ class TokenizerStage:
             if choice is not None:
                 before, after = (round(config.correction_share * (first + end)) for end in (start, start + size))
                 some = choice[part][: after - before].to(self.device)
-            with self._quiet(start + size < len(images)):
+            with gradients_stay(self.passes, start + size < len(images)):
                 made, losses, pair = self._losses(step, images[part], t, position, some, draws and draws.of(part))
                 total = sum((weight * loss for weight, loss in losses.values()), torch.zeros((), device=self.device))
                 self.updater.backward(total * (size / len(images)))
@@ -207,16 +207,10 @@ class TokenizerStage:
         logged["gradient_norm"] = norm = self.updater.step(rate)
         if self.adversary and judged:
             logged |= self.adversary.step(judged, rate)
-        used = self.counts / self.counts.sum()
-        logged["codebook_usage"] = (used > 0).float().mean()
-        logged["codebook_perplexity"] = torch.special.entr(used).sum().exp()
+        logged["codebook_usage"], logged["codebook_perplexity"] = usage_and_perplexity(self.counts)
         if math.isfinite(norm):
             self._revive(step, torch.cat(latents))
         return logged
-
-    def _quiet(self, more: bool) -> Any:
-        """The context in which gradients stay with each process, as more of them will come."""
-        return self.passes.no_sync() if more and isinstance(self.passes, DistributedDataParallel) else nullcontext()
 
     def _losses(
         self, step: int, images: Tensor, t: int, position: int | None, choice: Tensor | None, draws: Draws | None
@@ -371,10 +365,8 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
         DetailFlowError: for images that can't be read or have no labels for the perceptual loss to learn from, or an output
             folder that can't be used.
     """
-    processes = Processes.of_this_launch(cpu=device == "cpu")
-    place = processes.device or choose_device(device)
-    where = (config.data, config.split, config.image_column, config.label_column)
-    source = open_stream(*where) if config.streaming else open_images(*where)
+    processes, place = launched(device)
+    source = open_source(config)
     for name in ("perceptual", "alignment"):
         if getattr(config, name) and getattr(config, f"{name}_network") == CLASSIFIER and len(source.class_names) < 2:
             raise DetailFlowError(

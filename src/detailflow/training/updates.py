@@ -3,10 +3,13 @@
 import functools
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from detailflow.training.loop import PRECISIONS, LoopConfig
@@ -54,6 +57,13 @@ class Updater:
 
     def _parameters(self) -> Iterable[Tensor]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+
+def gradients_stay(network: nn.Module, stay: bool) -> AbstractContextManager[None]:
+    """The context of a backward pass after which gradients stay with each process, as more of them will come; or don't."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(not stay)
+    return network.no_sync() if stay and isinstance(network, DistributedDataParallel) else nullcontext()
 
 
 def recompute_activations(blocks: Iterable[nn.Module]) -> None:
