@@ -15,7 +15,7 @@ from PIL import Image
 from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
-from detailflow.samples import SETTINGS_FILE, generate_many
+from detailflow.samples import SETTINGS_FILE, generate_many, remove_temporary
 
 LABELS = [3, 1] * 5 + [4]
 
@@ -106,6 +106,42 @@ def test_another_set_is_not_mixed_in(pipeline: DetailFlowPipeline, tmp_path: Pat
     (tmp_path / SETTINGS_FILE).write_text("no JSON")
     with pytest.raises(DetailFlowError, match="samples.json is damaged"):
         generate_many(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
+
+
+@pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
+def test_samples_of_unknown_settings_are_not_taken_for_parts(form: str, pipeline: DetailFlowPipeline, tmp_path: Path):
+    generate_many(pipeline, LABELS[:7], tmp_path, form, seed=2, batch_size=4)
+    (tmp_path / SETTINGS_FILE).unlink()
+    before = contents(tmp_path)
+    with pytest.raises(DetailFlowError, match="no samples.json that says how it was made: choose another folder") as caught:
+        generate_many(pipeline, LABELS, tmp_path, form, seed=3, batch_size=4)
+    assert any(name in str(caught.value) for name in before)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / SETTINGS_FILE).exists()
+    if form == "npz":
+        (tmp_path / "samples.npz").rename(tmp_path / "part-000000.npy")
+        with pytest.raises(DetailFlowError, match="holds part-000000.npy and no samples.json"):
+            generate_many(pipeline, LABELS, tmp_path, form, seed=3, batch_size=4)
+
+
+def test_temporary_samples_go_and_their_record_goes_last(pipeline: DetailFlowPipeline, tmp_path: Path):
+    for name, temporary in (("a", [True]), ("b", [True, False, True]), ("c", [False, True])):
+        for each in temporary:
+            generate_many(pipeline, LABELS, tmp_path / name, "npz", batch_size=4, temporary=each)
+    (tmp_path / "a" / "folder").mkdir()  # which is none of ours, and stops the removal
+    for name in "abc":
+        remove_temporary(tmp_path / name)
+    assert (tmp_path / "a" / SETTINGS_FILE).exists()
+    (tmp_path / "a" / "folder").rmdir()
+    remove_temporary(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert list(contents(tmp_path / "b")) == list(contents(tmp_path / "c")) == ["samples.npz"]
+
+
+def test_a_bad_seed_claims_no_folder(pipeline: DetailFlowPipeline, tmp_path: Path):
+    with pytest.raises(DetailFlowError, match="seeds must be 0 to 2.64 - 1, not -1"):
+        generate_many(pipeline, LABELS, tmp_path / "x", seed=-1)
+    assert not (tmp_path / "x").exists()
 
 
 def test_one_process_and_several(model: Path, tmp_path: Path):

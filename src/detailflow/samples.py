@@ -10,7 +10,8 @@ import json
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +21,12 @@ from PIL import Image
 
 from detailflow.errors import DetailFlowError
 from detailflow.hub import fingerprint
-from detailflow.pipeline import DetailFlowPipeline
+from detailflow.pipeline import LARGEST_SEED, DetailFlowPipeline
 from detailflow.processes import Processes
-from detailflow.storage import replacing
+from detailflow.storage import read_json, replacing
 
 SETTINGS_FILE = "samples.json"
+TEMPORARY = "temporary"  # in that file: whether the samples may go once they have served
 SHARD_IMAGES = 1000  # about as many are in one tar file
 
 
@@ -32,6 +34,9 @@ class Writer(Protocol):
     """A format of many images."""
 
     batches: int  # in a part
+
+    def found(self) -> Iterable[Path]:
+        """Files on disk that it would take for the set's."""
 
     def is_done(self, part: int, numbers: range) -> bool:
         """Whether the part is on disk already."""
@@ -56,6 +61,9 @@ class PngWriter:
         """Of an image."""
         return self.folder / f"{number:0{self.digits}d}-{self.name(self.labels[number])}.png"
 
+    def found(self) -> Iterable[Path]:
+        return filter(Path.exists, map(self.path, range(len(self.labels))))
+
     def is_done(self, part: int, numbers: range) -> bool:
         return all(self.path(number).exists() for number in numbers)
 
@@ -78,6 +86,9 @@ class NpzWriter:
 
     def _part(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.npy"
+
+    def found(self) -> Iterable[Path]:
+        return [*self.folder.glob("samples.npz"), *self.folder.glob("part-*.npy")]
 
     def is_done(self, part: int, numbers: range) -> bool:
         return self._part(part).exists() or (self.folder / "samples.npz").exists()
@@ -111,6 +122,9 @@ class WebDatasetWriter:
     def _shard(self, part: int) -> Path:
         return self.folder / f"samples-{part:06d}.tar"
 
+    def found(self) -> Iterable[Path]:
+        return self.folder.glob("samples-*.tar")
+
     def is_done(self, part: int, numbers: range) -> bool:
         return self._shard(part).exists()
 
@@ -128,31 +142,69 @@ class WebDatasetWriter:
         pass
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
+def check_seeds(*seeds: int) -> None:
+    """Raise a `DetailFlowError` that names the first seed which no image can be made from."""
+    if bad := [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]:
+        raise DetailFlowError(f"seeds must be 0 to 2^64 - 1, not {bad[0]}")
+
+
+def claim(folder: Path, settings: dict[str, Any], found: Iterable[Path] = (), temporary: bool = False) -> None:
     """Make `folder` this set of samples' own, or find that it is.
 
+    Args:
+        found: files in it that would be taken for the set's, which they are only where its record is.
+        temporary: note that `remove_temporary` may remove the set, unless it has been asked for otherwise before.
+
     Raises:
-        DetailFlowError: if it holds samples of other settings, or can't be written.
+        DetailFlowError: if it holds samples of other or unknown settings, or can't be written.
     """
     path = folder / SETTINGS_FILE
     mine = json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
         if not path.exists():
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+            if stranger := next(iter(found), None):
+                raise DetailFlowError(
+                    f"{folder} holds {stranger.name} and no {SETTINGS_FILE} that says how it was made: choose another folder"
+                )
+            _record(path, mine | ({TEMPORARY: True} if temporary else {}))
+        theirs = _recorded(path)
+        for key in mine:
+            if theirs.get(key) != mine[key]:
+                raise DetailFlowError(
+                    f"{folder} holds samples with another {key} ({theirs.get(key)!r}, not {mine[key]!r}): choose another folder"
+                )
+        if theirs.get(TEMPORARY) and not temporary:
+            _record(path, mine)
     except OSError as error:
         raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
-    except ValueError:
-        theirs = None
-    if not isinstance(theirs, dict):
-        raise DetailFlowError(f"{path} is damaged: choose another output folder")
-    for key in mine:
-        if theirs.get(key) != mine[key]:
-            raise DetailFlowError(
-                f"{folder} holds samples with another {key} ({theirs.get(key)!r}, not {mine[key]!r}): choose another folder"
-            )
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except DetailFlowError as error:
+        raise DetailFlowError(f"{path} is damaged: choose another output folder") from error
+
+
+def _record(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the samples in `folder` where all that asked for them called them temporary.
+
+    Their record goes last, so that an interruption leaves nothing that is not known for what it is.
+    """
+    record = folder / SETTINGS_FILE
+    with suppress(OSError):
+        if _recorded(record).get(TEMPORARY):
+            for path in folder.iterdir():
+                if path != record:
+                    path.unlink()
+            record.unlink()
+            folder.rmdir()
 
 
 def generate_many(
@@ -164,6 +216,7 @@ def generate_many(
     batch_size: int = 32,
     processes: Processes | None = None,
     num_tokens: int | None = None,
+    temporary: bool = False,
     **sampling: Any,
 ) -> None:
     """Write an image of each class number in `labels` to `folder`; what is there already of the same set stays.
@@ -172,6 +225,7 @@ def generate_many(
         form: "png", "npz" or "webdataset".
         batch_size: images made at once, on which floating-point rounding depends.
         processes: those that share the work; `None` is this one alone.
+        temporary: `remove_temporary` may remove them later, unless they have been asked for otherwise.
         sampling: guidance_scale and so on, as for a pipeline's call.
 
     Raises:
@@ -179,6 +233,7 @@ def generate_many(
     """
     from tqdm import tqdm
 
+    check_seeds(seed)
     processes = processes or Processes()
     writers: dict[str, Callable[[], Writer]] = {
         "png": lambda: PngWriter(folder, labels, lambda label: file_label(pipeline, label)),
@@ -202,7 +257,7 @@ def generate_many(
             "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),
             "gpt": fingerprint({}, pipeline.gpt.state_dict()),
         }
-        claim(folder, settings)
+        claim(folder, settings, writer.found(), temporary)
     processes.wait()
     done = _write_parts(pipeline, labels, writer, seed, batch_size, processes, num_tokens=num_tokens, **sampling)
     with tqdm(total=len(labels), desc="generating", unit="image", disable=True if processes.rank else None) as bar:

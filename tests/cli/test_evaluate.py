@@ -181,7 +181,16 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         ),
         (["tokenizer", "--data", "CIFAR", "--output", "OUT", "--mistakes-at", "g9"], "mistakes can be planted at token 0 to 15"),
         (["tokenizer", "--data", "CIFAR", "--output", "OUT", "--num-images", "500"], "holds 200 images, of which 500 can't be"),
+        (
+            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--features", "none", "--lpips", "none", "--seed", "-1"],
+            "seeds must be 0 to 2^64 - 1, not -1",
+        ),
+        (
+            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--features", "none", "--lpips", "none", "--reference", "CIFAR"],
+            "a reference is for Fréchet distances: give features",
+        ),
         (["gpt", "--reference", "CIFAR", "--output", "OUT", "--labels", "all", "--features", "NET"], "labels must be balanced"),
+        (["gpt", "--reference", "CIFAR", "--output", "OUT", "--num-samples", "1", "--features", "NET"], "too few images to"),
         (["gpt", "--reference", "CIFAR", "--output", "OUT", "--top-k", "few"], "argument --top-k: invalid int or off value"),
         (["gpt", "--reference", "CIFAR", "--output", "OUT", "--top-k", "0", "--features", "NET"], "top_k must be 1 or more"),
         (["gpt", "--reference", "NPZ", "--output", "OUT"], "holds images of 16×8 pixels, where 32×32 are needed"),

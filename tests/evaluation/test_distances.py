@@ -53,7 +53,8 @@ def assert_same(a: Measured, b: Measured) -> None:
         assert x is not None and y is not None and x.count == y.count
         torch.testing.assert_close(x.mean, y.mean, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(x.covariance, y.covariance, rtol=1e-10, atol=1e-12)
-    assert a.inception_score == pytest.approx(b.inception_score, rel=1e-12)
+    assert a.inception_score is not None and b.inception_score is not None
+    assert a.inception_score[0] == pytest.approx(b.inception_score[0], rel=1e-12)
     assert a.kept is not None and b.kept is not None
     torch.testing.assert_close(a.kept, b.kept, rtol=0, atol=0)
 
@@ -68,7 +69,7 @@ def test_as_in_two_passes(batch: int):
     for moments, x in ((found.pool, whole.pool), (found.spatial, whole.spatial)):
         np.testing.assert_allclose(moments.mean, x.double().numpy().mean(0), rtol=1e-6)
         np.testing.assert_allclose(moments.covariance, np.cov(x.double().numpy(), rowvar=False), rtol=1e-6)
-    assert found.inception_score == pytest.approx(inception_score(whole.logits), rel=1e-9)
+    assert found.inception_score == (pytest.approx(inception_score(whole.logits)[0], rel=1e-9), None)
     assert found.kept is not None and torch.equal(
         found.kept, whole.pool[[(i + 1) * 200 // 30 - ((i + 1) * 200 % 30 == 0) for i in range(30)]]
     )
@@ -105,7 +106,7 @@ def test_two_processes_as_one(tmp_path: Path):
             both = Measured("", "", stored.pool.count, stored.pool, stored.spatial, score, stored.kept)
             assert_same(one, both)
         assert figures == pytest.approx(compare_sets(*alone), rel=1e-6)
-        assert figures.keys() == {"fid", "sfid", "is", "is_std", "precision", "recall"}
+        assert figures.keys() == {"fid", "sfid", "is", "fid_std", "precision", "recall"}
 
 
 class TestStored:
@@ -170,10 +171,12 @@ class TestTooFew:
         """What can't be had is left out, and said."""
         real, few = (measure(Projection(), batches(noise(n), 20), total=n) for n in (50, 3))
         figures = compare_sets(real, few)
-        assert figures.keys() == {"fid", "sfid"} and all(np.isfinite(x) for x in figures.values())
+        assert figures.keys() == {"fid", "sfid", "is"} and all(np.isfinite(x) for x in figures.values())
         text = "\n".join(cautions(real, few))
         assert "fid: the 3 images of the samples are too few for the covariance of 12 features" in text
-        assert "is: there is none" in text and "precision, recall: there are none" in text
+        assert "precision, recall: there are none" in text
+        assert compare_sets(real, real).keys() == {"fid", "fid_std", "sfid", "is", "precision", "recall"}
+        assert compare_sets(real, real, neighbours=False).keys() == {"fid", "fid_std", "sfid", "is"}
         assert cautions(real, real) == []
 
     def test_shares_that_are_not_whole(self):

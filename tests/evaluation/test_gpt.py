@@ -1,5 +1,7 @@
 """Figures of generated images, against what the pipeline's own images give."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ from torch import Tensor
 
 from detailflow import DetailFlowPipeline
 from detailflow.errors import DetailFlowError
+from detailflow.evaluation import gpt
 from detailflow.evaluation.distances import compare_sets, measure
 from detailflow.evaluation.features import Features
 from detailflow.evaluation.gpt import Sweep, class_labels, evaluate_gpt, over_seeds, sweep_plot
 from detailflow.evaluation.report import Figure, Report, Row
-from detailflow.evaluation.samples import Work
+from detailflow.evaluation.samples import Checksum, Work
 from detailflow.processes import Processes
 
 COUNT = 23
@@ -31,9 +34,11 @@ class Blocks:
         return Features(quarters, None, quarters[:, :5] * 9)
 
 
-def evaluated(pipeline: DetailFlowPipeline, cifar: Path, folder: Path, batch_size: int = 8, **options: Any) -> Report:
+def evaluated(
+    pipeline: DetailFlowPipeline, cifar: Path, folder: Path, batch_size: int = 8, count: int = COUNT, **options: Any
+) -> Report:
     work = Work(Processes(), torch.device("cpu"), batch_size)
-    report = evaluate_gpt(pipeline, work.open(str(cifar), 32), work, Blocks(), folder, COUNT, **options)
+    report = evaluate_gpt(pipeline, work.open(str(cifar), 32), work, Blocks(), folder, count, **options)
     assert report is not None
     return report
 
@@ -63,6 +68,12 @@ def test_one_setting(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
     assert not (tmp_path / "samples").exists()
     assert report.provenance["data"]["samples"] == {"images": COUNT, "labels": "balanced"}
     assert len(report.provenance["data"]["reference"]["checksum"]) == 32
+    checksum = Checksum(0)
+    checksum.update(pixels)
+    assert list(report.provenance["samples"]["checksum"].values()) == [checksum.text(Processes())]
+    note = report.sections[0].note
+    assert "only where that network's classes are the model's" in note
+    assert "enlarged" not in note
     (picture,) = report.pictures
     assert picture.image.size == (8 * 132 + 4, 132 + 4)
 
@@ -80,6 +91,11 @@ def test_coarse_images_are_measured_at_the_full_side_and_can_be_kept(pipeline: D
     assert rows[4]["gFD"].value == pytest.approx(expected(torch.from_numpy(np.stack(large)), cifar)["fid"], rel=1e-6)
     assert rows[16]["gFD"].value != rows[4]["gFD"].value
     assert [plot.name for plot in report.plots] == ["by-tokens"]
+    assert "are enlarged to 32×32" in report.sections[0].note
+    assert list(report.provenance["samples"]["checksum"]) == [
+        f"guidance-{pipeline.gpt.config.guidance_scale:g}-schedule-constant-temperature-1-top-k-off-top-p-off-tokens-{n}-seed-0"
+        for n in (4, 16)
+    ]
 
 
 def test_several_seeds_show_the_spread(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
@@ -103,6 +119,21 @@ def test_a_sweep_is_all_combinations_once(pipeline: DetailFlowPipeline):
         Sweep(temperature=[-1.0]).settings(pipeline)
     with pytest.raises(DetailFlowError, match="num_tokens must be"):
         Sweep(num_tokens=[5]).settings(pipeline)
+
+
+def test_off_is_off_where_the_models_own_best_is_not(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
+    narrow = copy.copy(pipeline.gpt)
+    narrow.config = replace(narrow.config, top_k=2, top_p=0.9)
+    sweep = Sweep(top_k=["off", None, 2], top_p=["off"])
+    report = evaluated(DetailFlowPipeline(pipeline.tokenizer, narrow), cifar, tmp_path, sweep=sweep, keep_samples=True)
+    rows = [(row.setting["top-k"], row.setting["top-p"]) for row in report.sections[0].rows]
+    assert rows == [("off", "off"), (2, "off")]
+    labels = [i % 5 for i in range(COUNT)]
+    for name, top_k in (("off", None), ("2", 2)):
+        (file,) = (tmp_path / "samples").glob(f"*top-k-{name}-top-p-off*/samples.npz")
+        wanted = np.stack([np.asarray(image) for image in pipeline(labels, top_k=top_k, batch_size=8)])
+        with np.load(file) as stored:
+            np.testing.assert_array_equal(stored["arr_0"], wanted)
 
 
 def test_a_plot_has_a_curve_for_each_of_the_other_settings():
@@ -136,6 +167,7 @@ def test_labels():
         ({"labels": "all"}, "labels must be balanced or random, not 'all'"),
         ({"seeds": [0, -1]}, "seeds must be 0 to 2.64 - 1, not -1"),
         ({"sweep": Sweep(top_p=[2.0])}, "top_p must be above 0 and at most 1, not 2.0"),
+        ({"count": 1}, "too few images to measure: there are 1, where 2 are the least"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
@@ -150,3 +182,33 @@ def test_a_folder_with_other_samples_is_left_alone(pipeline: DetailFlowPipeline,
         evaluated(pipeline, cifar, tmp_path, labels="random")
     evaluated(pipeline, cifar, tmp_path)  # the same set, which was there before and is not this evaluation's to remove
     assert len(list((tmp_path / "samples").glob("*/samples.npz"))) == 1
+
+
+def test_only_what_was_asked_to_be_kept_stays(
+    pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stopped(folder: Path) -> list[Path]:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(gpt, "_full_size", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            evaluated(pipeline, cifar, folder)
+        return list((folder / "samples").glob("*/samples.npz"))
+
+    assert len(stopped(tmp_path / "a")) == len(stopped(tmp_path / "b")) == 1
+    evaluated(pipeline, cifar, tmp_path / "a")
+    assert not (tmp_path / "a" / "samples").exists()
+    evaluated(pipeline, cifar, tmp_path / "b", keep_samples=True)
+    evaluated(pipeline, cifar, tmp_path / "b")
+    assert len(list((tmp_path / "b" / "samples").glob("*/samples.npz"))) == 1
+
+
+def test_a_reference_of_photographs_is_not_adms(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
+    def notes(reference: Path, name: str) -> str:
+        work, network = Work(Processes(), torch.device("cpu"), 50), Blocks()
+        network.name = name  # type: ignore[misc]
+        report = evaluate_gpt(pipeline, work.open(str(reference), 32), work, network, tmp_path, 5)
+        assert report is not None
+        return " ".join(report.notes)
+
+    np.savez(tmp_path / "set.npz", arr_0=torch.cat(list(Work(Processes(), torch.device("cpu"), 50).open(str(cifar), 32))).numpy())
+    assert "one bicubic resize" in notes(cifar, "inception")
+    assert "one bicubic resize" not in notes(cifar, "blocks") + notes(tmp_path / "set.npz", "inception")

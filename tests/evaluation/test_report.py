@@ -174,6 +174,11 @@ def test_other_data_is_warned_of_and_another_name_of_the_same_is_not(tmp_path: P
     assert "| data.images.data | x | y |" in text
 
 
+def test_data_without_an_entry_of_its_own(tmp_path: Path):
+    a, b = (replace(report(), provenance={"data": {"training": name}}) for name in ("here", "there"))
+    assert "Warning: the data (training) differs: data here in A, data there in B" in compared(tmp_path, a, b)
+
+
 def test_what_cannot_be_compared(tmp_path: Path):
     report().write(tmp_path / "a")
     report(kind="gpt").write(tmp_path / "b")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detailflow import DetailFlowPipeline, DetailFlowTokenizer
+from detailflow import DetailFlowPipeline, DetailFlowTokenizer, hub
 from detailflow.data.transforms import to_tensor, to_uint8
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import Features
@@ -75,6 +75,7 @@ def test_quality_by_tokens_is_what_the_pipeline_says_of_each_image(pipeline: Det
         assert row["PSNR"].spread == pytest.approx(values.std() / math.sqrt(COUNT), rel=0.15)
         pixels = torch.from_numpy(np.stack([np.asarray(stages[i].images[0]) for stages in rebuilt]))
         assert row["rFD"].value == pytest.approx(frechet(features, Blocks()(pixels).pool.numpy()), rel=1e-3)
+    assert "Those of another side than 32×32 are resized to it first" in report.sections[0].note
     assert {"SSIM", "IS"} <= set(rows[0][1])
     assert "precision" not in rows[0][1]
     assert "LPIPS" not in rows[0][1]
@@ -163,6 +164,7 @@ def test_what_the_report_says_of_its_data(pipeline: DetailFlowPipeline, cifar: P
     assert (about["data"], about["images"], about["height"]) == (str(cifar), COUNT, 32)
     assert len(about["checksum"]) == 32
     assert report.provenance["features"] == {"network": "blocks", "fingerprint": "b" * 64}
+    assert "resized" not in report.sections[0].note  # at their full side
     other = evaluated(pipeline.tokenizer, cifar, count=COUNT - 1, counts=[16]).provenance["data"]["images"]
     assert other["checksum"] != about["checksum"]
     assert any("FD is the Fréchet distance of the features of blocks" in note for note in report.notes)
@@ -216,11 +218,18 @@ def test_where_mistakes_cannot_go(word: str, pipeline: DetailFlowPipeline):
         ({"counts": [5]}, "num_tokens must be 1 to 4 or a multiple of 4 up to 16, not 5"),
         ({"sides": [12]}, "the side of a picture must be a positive multiple of 8, not 12"),
         ({"count": 1}, "too few images to measure: there are 1, where 2 are the least"),
+        ({"mistakes": [Span(4, 8)], "seed": -1}, "seeds must be 0 to 2.64 - 1, not -1"),
+        ({"mistakes": [Span(4, 8)], "seed": 2**64}, "seeds must be 0 to 2.64 - 1, not 18446744073709551616"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, pipeline: DetailFlowPipeline, cifar: Path):
     with pytest.raises(DetailFlowError, match=message):
         evaluated(pipeline.tokenizer, cifar, **options)
+
+
+def test_a_reference_without_features(pipeline: DetailFlowPipeline, cifar: Path):
+    with pytest.raises(DetailFlowError, match="a reference is for Fréchet distances: give features"):
+        evaluated(pipeline.tokenizer, cifar, counts=[16], reference=work().open(str(cifar), 32))
 
 
 def test_lpips_is_left_out_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -242,11 +251,15 @@ def test_lpips_is_left_out_with_a_reason(tmp_path: Path, monkeypatch: pytest.Mon
 def test_lpips_is_each_images_own(pipeline: DetailFlowPipeline, cifar: Path, originals: Tensor):
     """A stand-in for the network."""
 
-    class Distance(torch.nn.Module):
+    class Distance(torch.nn.Linear):
         def distances(self, pixels: Tensor, target: Tensor) -> Tensor:
             return (pixels - target).square().mean((1, 2, 3)).sqrt()
 
-    row = figures(evaluated(pipeline.tokenizer, cifar, counts=[16], lpips=Distance()))[0][1]
+    network = Distance(2, 1)
+    report = evaluated(pipeline.tokenizer, cifar, counts=[16], lpips=network)
+    wanted = {"network": "VGG-16 and its five heads", "fingerprint": hub.fingerprint({}, network.state_dict())}
+    assert report.provenance["features"] == {"lpips": wanted}
+    row = figures(report)[0][1]
     pixels = to_uint8(pipeline.tokenizer.decode(pipeline.tokenizer.encode(to_tensor(originals))))
     each = (to_tensor(pixels) - to_tensor(originals)).square().mean((1, 2, 3)).sqrt()
     assert row["LPIPS"].value == pytest.approx(each.mean().item(), abs=1e-3)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if report is not None:
         for section in report.sections:
             print(f"\n{section.title}\n", *section_table(section), sep="\n")
-        print(f"\n{report.notes[0]}\n\nwrote {args.output / 'report.md'}")
+        print("", *(f"{note}\n" for note in report.notes[:1]), f"wrote {args.output / 'report.md'}", sep="\n")
     return 0
 
 

@@ -129,7 +129,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _or_off(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def read(text: str) -> Any:
-        return None if text == OFF else kind(text)
+        return text if text == OFF else kind(text)
 
     read.__name__ = f"{kind.__name__} or {OFF}"  # which argparse's message names
     return read

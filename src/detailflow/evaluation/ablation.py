@@ -3,14 +3,16 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detailflow.data.images import find
 from detailflow.errors import DetailFlowError
-from detailflow.evaluation.distances import REFERENCE_KEPT, measure, save_statistics
+from detailflow.evaluation.distances import REFERENCE_KEPT, save_statistics
 from detailflow.evaluation.features import Extractor, load_extractor
 from detailflow.evaluation.gpt import Sweep, evaluate_gpt
 from detailflow.evaluation.published import published
@@ -27,24 +29,39 @@ from detailflow.evaluation.report import (
     load,
     model_entry,
 )
-from detailflow.evaluation.samples import INCEPTION, Work, features_entry, naming_note, preprocessing_entry
-from detailflow.evaluation.sets import ImageSet
+from detailflow.evaluation.samples import (
+    INCEPTION,
+    Checksum,
+    Work,
+    data_entry,
+    features_entry,
+    measure_set,
+    naming_note,
+    preprocessing_entry,
+    spread_note,
+)
+from detailflow.evaluation.sets import ImageSet, share_of
 from detailflow.evaluation.tokenizer import evaluate_tokenizer
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pipeline import DetailFlowPipeline
-from detailflow.storage import read_json, replacing
-from detailflow.training.ablation import Ablation, Spent, Stages, spent, timed, train_variant
+from detailflow.published import Kind
+from detailflow.storage import read_json
+from detailflow.training.ablation import Ablation, Spent, Stages, spent, timed, train_variant, write_json, writing
 
 KIND = "ablation"
 FIGURES_FILE = "evaluation.json"
+STATISTICS = "reference.npz"
+MODELS: tuple[Kind, ...] = ("tokenizer", "gpt")
 PAPER = "gFID in the paper"
-SURE = 2  # standard deviations: a smaller difference may be the samples' alone
+# Quantiles that chance leaves at 5%, on both sides: of Student's t for two variants of 2, 3, … 11 seeds each, and the normal one.
+STUDENT = (4.303, 2.776, 2.447, 2.306, 2.228, 2.179, 2.145, 2.120, 2.101, 2.086)
+NORMAL = 1.960
 
 
 class Result(NamedTuple):
     """What was measured of one variant."""
 
-    models: dict[str, Any]  # the entries of its tokenizer and its AR model
+    models: dict[Kind, str]  # the fingerprints of its tokenizer and its AR model
     rebuilt: dict[str, Figure]
     generated: list[tuple[float, dict[str, Figure]]]  # by guidance scale
 
@@ -59,8 +76,8 @@ class _Measuring(NamedTuple):
     work: Work
     extractor: Extractor
     test: ImageSet
-    reference: ImageSet
-    about_reference: dict[str, Any]  # the images that its statistics are of
+    reference: ImageSet  # statistics alone
+    data: dict[str, Any]  # a report's entries of the test images and of those that the statistics are of
 
     @property
     def distance(self) -> str:
@@ -105,20 +122,69 @@ def run_ablation(
 
 
 def _prepare(config: Ablation, first: Stages, output: Path, device: str | None) -> _Measuring:
-    """Open all that training does not need, before it takes hours; the reference's statistics are measured once."""
+    """Open all that training does not need, before it takes hours; sets are read once, as long as their files stay the same."""
     work, side = Work.here(device, config.batch_size), first.tokenizer.model.image_size
     extractor = load_extractor(config.features, work.device)
-    test = work.open(config.test_data or config.data, side, config.num_reconstructions, config.test_split)
+    tested, test_split, count = config.test_data or config.data, config.test_split, config.num_reconstructions
     where, split = (config.reference, config.reference_split) if config.reference else (config.data, config.split)
-    name = hashlib.sha256(json.dumps([where, split, side, extractor.fingerprint]).encode()).hexdigest()[:12]
-    path, real = output / f"reference-{name}.npz", work.open(where, side, None, split)
-    if work.processes.any(not path.exists()):
-        with timed(output, path, "reference", path):
-            measured = measure(extractor, real, work.processes, REFERENCE_KEPT)
-            if work.processes.is_main:
-                save_statistics(path, measured)
+    test, real, statistics = work.open(tested, side, count, test_split), work.open(where, side, None, split), output / STATISTICS
+
+    def read_test() -> dict[str, Any]:
+        checksum = Checksum(share_of(len(test), work.processes).start)
+        for images in test:
+            checksum.update(images)
+        return data_entry(test, checksum, work.processes)
+
+    def measure_reference() -> dict[str, Any]:
+        measured, entry = measure_set(extractor, real, work, REFERENCE_KEPT)
+        if work.processes.is_main:
+            save_statistics(statistics, measured)
+        return entry
+
+    of_test = _digest(_files(tested, test_split), side, count)
+    of_reference = _digest(_files(where, split), side, extractor.fingerprint)
+    data = {
+        "test": _once(output / "test.json", of_test, work, read_test),
+        "reference": _once(statistics.with_suffix(".json"), of_reference, work, measure_reference, statistics),
+    }
+    return _Measuring(work, extractor, test, work.open(str(statistics)), data)
+
+
+def _files(data: str, split: str | None) -> list[Any]:
+    """What changes when a set's files do and is known without reading them: names, sizes and times; for the hub its name."""
+    place = Path(data).expanduser()
+    stored = place if place.suffix == ".npz" else place / "samples.npz"  # as `open_set` looks for them
+    files = [stored] if stored.is_file() else find(data, split).files
+    facts = ((file.name, file.stat()) for file in files)
+    return [[name, fact.st_size, fact.st_mtime_ns] for name, fact in facts] or [data, split]
+
+
+def _digest(*facts: Any) -> str:
+    """Short for values that JSON has."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _once(path: Path, of: str, work: Work, read: Callable[[], dict[str, Any]], also: Path | None = None) -> dict[str, Any]:
+    """What `read` says of a set, kept at `path` until `of` changes, as long as the file `also` is there; for the main process."""
+    main = work.processes.is_main
+    known = _content(path) if main and (also is None or also.exists()) else {}
+    if work.processes.any(main and known.get("of") != of):
+        with timed(path.parent, path.with_suffix(""), f"{path.stem} images", of=of):
+            if main:
+                write_json(path, {})  # of no set, until all is written
+            known = {"of": of, "entry": read()}
+            if main:
+                write_json(path, known)
         work.processes.wait()
-    return _Measuring(work, extractor, test, work.open(str(path)), real.description())
+    return dict(known.get("entry", {}))
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Of a JSON file; nothing where it is missing or damaged."""
+    try:
+        return read_json(path)
+    except DetailFlowError:
+        return {}
 
 
 # --- one variant ---------------------------------------------------------------------------------------------------------
@@ -127,11 +193,11 @@ def _prepare(config: Ablation, first: Stages, output: Path, device: str | None) 
 def _measure_variant(config: Ablation, stages: Stages, output: Path, using: _Measuring) -> None:
     """Write a variant's evaluation.json, unless it is there and of the same models and settings."""
     place, work, name = output / stages.variant.name, using.work, stages.variant.name
-    folders = stages.folders
-    of = _subject(config, {kind: model_entry(str(folders[kind]), kind) for kind in ("tokenizer", "gpt")}, using)
-    if work.processes.any(work.processes.is_main and _read(place, of) is not None):
+    folders, of = stages.folders, _subject(config, using)
+    models = {kind: model_entry(str(folders[kind]), kind)["fingerprint"] for kind in MODELS}
+    if work.processes.any(work.processes.is_main and _read(place, of, models) is not None):
         return
-    with timed(output, place / "evaluation", f"{name}: evaluation"):
+    with timed(output, place / "evaluation", f"{name}: evaluation", of=_digest(of, models)):
         tokenizer = DetailFlowTokenizer.from_pretrained(folders["tokenizer"], work.device)
         pipeline = DetailFlowPipeline.from_pretrained(folders["gpt"], work.device, tokenizer=folders["tokenizer"])
         n = tokenizer.config.num_tokens
@@ -143,23 +209,25 @@ def _measure_variant(config: Ablation, stages: Stages, output: Path, using: _Mea
     if rebuilt is None or made is None:
         return
     for picture in (*rebuilt.pictures, *made.pictures):
-        picture.image.save(place / f"{picture.name}.png")
+        with writing(place / f"{picture.name}.png") as path:
+            picture.image.save(path, format="PNG")
     content = {
         "of": of,
+        "models": models,
         "rebuilt": _plain(rebuilt.sections[0].rows[0].figures),
         "generated": [[row.setting["guidance"], _plain(row.figures)] for row in made.sections[0].rows],
     }
-    with replacing(place / FIGURES_FILE) as path:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(place / FIGURES_FILE, content)
 
 
-def _subject(config: Ablation, models: Mapping[str, Any], using: _Measuring) -> dict[str, Any]:
-    """All that a variant's figures depend on, as JSON has it."""
+def _subject(config: Ablation, using: _Measuring) -> dict[str, Any]:
+    """All that a variant's figures depend on beside its models, as JSON has it; the same wherever the files lie."""
+    checksums = {
+        name: {key: value for key, value in entry.items() if key.startswith("checksum")} for name, entry in using.data.items()
+    }
     subject = {
-        "models": models,
-        "features": features_entry(using.extractor),
-        "test": using.test.description(),
-        "reference": using.about_reference,
+        "features": using.extractor.fingerprint,
+        **checksums,
         "samples": [config.num_samples, config.guidance_scales, config.seeds],
     }
     plain: dict[str, Any] = json.loads(json.dumps(subject))
@@ -170,20 +238,20 @@ def _plain(figures: Mapping[str, Figure]) -> dict[str, Any]:
     return {name: asdict(figure) for name, figure in figures.items()}
 
 
-def _read(place: Path, of: Mapping[str, Any] | None = None) -> Result | None:
-    """A variant's figures, where there are any, and of that subject if one is given."""
-    path = place / FIGURES_FILE
-    if not path.exists():
-        return None
-    content = read_json(path)
-    if of is not None and content.get("of") != of:
-        return None
+def _read(place: Path, of: Mapping[str, Any], models: Mapping[Kind, str] | None = None) -> Result | None:
+    """A variant's figures, where there are any of that subject, and of these models if they are given."""
+    content = _content(place / FIGURES_FILE)
 
     def figures(plain: Mapping[str, Any]) -> dict[str, Figure]:
         return {name: Figure(one["value"], one["spread"], tuple(one["values"])) for name, one in plain.items()}
 
-    generated = [(scale, figures(plain)) for scale, plain in content["generated"]]
-    return Result(content["of"]["models"], figures(content["rebuilt"]), generated)
+    if content.get("of") != of or models not in (None, content.get("models")):
+        return None
+    try:
+        generated = [(scale, figures(plain)) for scale, plain in content["generated"]]
+        return Result({kind: content["models"][kind] for kind in MODELS}, figures(content["rebuilt"]), generated)
+    except (KeyError, TypeError, ValueError, AttributeError):  # damaged: it is measured anew
+        return None
 
 
 # --- all of them ---------------------------------------------------------------------------------------------------------
@@ -192,14 +260,16 @@ def _read(place: Path, of: Mapping[str, Any] | None = None) -> Result | None:
 def _report(config: Ablation, everything: Sequence[Stages], output: Path, using: _Measuring, command: str) -> Report:
     """One table and one plot of the variants that have figures."""
     paper = {row["name"]: row for row in published()["ablation"]["rows"]}
-    distance, took = f"g{using.distance}", spent(output)
+    distance, took, of = f"g{using.distance}", spent(output), _subject(config, using)
     rows, times, models = list[Row](), list[Row](), dict[str, Any]()
     seen: dict[str, tuple[Figure, float | None]] = {}  # our distance of generated images, and the paper's
     points: list[tuple[float, Row]] = []
+    missing: list[str] = []
     for number, stages in enumerate(everything, 1):
         name, theirs = stages.variant.name, paper.get(stages.variant.paper or "", {})
-        result = _read(output / name)
+        result = _read(output / name, of)
         if result is None:
+            missing.append(name)
             continue
         scale, figures = result.best(distance)
         setting = {
@@ -208,34 +278,36 @@ def _report(config: Ablation, everything: Sequence[Stages], output: Path, using:
             "steps": len(stages.tokenizer.model.schedule.steps),
             "steps in the paper": theirs.get("steps"),
             PAPER: theirs.get("gFID"),
-            "guidance": scale,
         }
-        wanted = ("PSNR", f"r{using.distance}")
-        row = Row(setting, {**{m: result.rebuilt[m] for m in wanted}, **figures})
+        rebuilt = {m: result.rebuilt[m] for m in ("PSNR", f"r{using.distance}")}
+        row = Row(setting, {"guidance": Figure(scale), **rebuilt, **figures})  # it comes out, and is no setting of the row
         rows.append(row)
         points.append((float(number), row))
         seen[name] = figures[distance], theirs.get("gFID")
         times.append(Row({"variant": name}, _minutes(stages, output, took)))
-        models[name] = result.models
+        models[name] = {kind: {"name": str(stages.folders[kind]), "fingerprint": result.models[kind]} for kind in MODELS}
+    notes = comparisons(seen, distance)
+    if missing:
+        notes.append(f"Not measured with these settings, so not in the table: {', '.join(missing)}.")
     return Report(
         kind=KIND,
         title="The paper's ablation at this size",
         sections=[
-            Section("Variants", rows, _table_note(config)),
+            Section("Variants", rows, _table_note(config, rows)),
             Section("What it took", times, _times_note(took)),
         ],
         provenance={
             "command": command,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "models": models,
-            "data": {"training": config.data, "test": using.test.description(), "reference": using.about_reference},
+            "data": {"training": {"data": config.data, "split": config.split}, **using.data},
             "features": features_entry(using.extractor),
             "preprocessing": preprocessing_entry(using.extractor, everything[0].tokenizer.model.image_size),
             "settings": _settings(config, everything),
             **circumstances(using.work.device, using.work.processes.count, None),
         },
         plots=[_plot(points, distance)],
-        notes=[*comparisons(seen, distance), *naming_note(using.extractor)],
+        notes=[*notes, *naming_note(using.extractor)],
     )
 
 
@@ -252,12 +324,15 @@ def comparisons(seen: Mapping[str, tuple[Figure, float | None]], distance: str) 
     unsure: list[str] = []
     for (_, before, paper_before), (name, ours, theirs) in itertools.pairwise(known):
         agrees = (ours.value < before.value) == (theirs < paper_before)
-        sure = abs(ours.value - before.value) > SURE * ((ours.spread or 0.0) ** 2 + (before.spread or 0.0) ** 2) ** 0.5
-        verdict = "as in the paper" if agrees else "the other way than in the paper"
-        if not sure:
-            verdict = "no more than samples of other seeds differ"
-        if not (agrees and sure):
-            (contrary if sure else unsure).append(name)
+        chance = by_chance(before, ours)
+        if chance is not None and abs(ours.value - before.value) <= chance:
+            unsure.append(name)
+            verdict = "no more than other samples may differ"
+        elif agrees:
+            verdict = "as in the paper"
+        else:
+            contrary.append(name)
+            verdict = "the other way than in the paper"
         lines.append(
             f"- {name}: gFID {paper_before:g} → {theirs:g} in the paper, {distance} {before.value:.3f} → {ours.value:.3f} here: "
             f"{verdict}."
@@ -268,39 +343,66 @@ def comparisons(seen: Mapping[str, tuple[Figure, float | None]], distance: str) 
     if contrary:
         summary += f" It is not seen, as figures move the other way, in: {', '.join(contrary)}."
     if unsure:
-        summary += f" It is not seen, as figures hardly move, in: {', '.join(unsure)}."
+        summary += f" It can't be told, as other samples may differ as much, in: {', '.join(unsure)}."
     once = (
         "Each variant was trained once, from one seed; how far runs of other seeds would lie apart was not measured. The paper's "
         f"figures are of {published()['ablation']['conditions']}, on ImageNet at 256×256."
     )
-    return [summary, "\n".join(lines), once]
+    return [f"{summary} {_rule(known[0][1])}", "\n".join(lines), once]
+
+
+def by_chance(a: Figure, b: Figure) -> float | None:
+    """The largest difference of two variants' figures that their samples may make by chance at a level of 5%, on both sides: by
+    Student's t where there are several seeds, as many of each; `None` where no spread is known.
+    """
+    if a.spread is None or b.spread is None:
+        return None
+    deviation, seeds = math.hypot(a.spread, b.spread), len(a.values)
+    return deviation * NORMAL if seeds < 2 else deviation / math.sqrt(seeds) * STUDENT[min(seeds, len(STUDENT) + 1) - 2]
+
+
+def _rule(figure: Figure) -> str:
+    """By what `by_chance` tells, where one variant's figure is such."""
+    if figure.spread is None:
+        return "Only directions are compared: how far the figures of other samples lie from these is not known."
+    if len(figure.values) < 2:
+        return "A step is told by a normal test at 95%, with the deviations over other samples that bootstrap finds."
+    seeds = f"{len(figure.values)} seeds of samples of each variant"
+    return f"A step is told by a two-sided t test at 95%, of {seeds}, their variances taken as equal."
 
 
 def _minutes(stages: Stages, output: Path, took: Mapping[str, Spent]) -> dict[str, Figure]:
-    """CPU minutes of each stage, and of all, by the CPU and by the clock."""
+    """CPU minutes of each stage, and of all, by the CPU and by the clock; without those that are not known."""
     parts = {**stages.folders, "evaluation": output / stages.variant.name / "evaluation"}
-    found = {name: took.get(str(folder.relative_to(output)), Spent(0, 0)) for name, folder in parts.items()}
+    keys = {name: str(folder.relative_to(output)) for name, folder in parts.items()}
+    found = {name: took[key] for name, key in keys.items() if key in took}
     minutes = {f"{name}, CPU min": Figure(value.cpu / 60) for name, value in found.items()}
+    if len(found) < len(parts):
+        return minutes
     minutes["all, CPU min"] = Figure(sum(value.cpu for value in found.values()) / 60)
     return {**minutes, "all, min": Figure(sum(value.wall for value in found.values()) / 60)}
 
 
-def _table_note(config: Ablation) -> str:
-    seeds = f", means over {len(config.seeds)} seeds, ± the standard deviation over them" if len(config.seeds) > 1 else ""
+def _table_note(config: Ablation, rows: Sequence[Row]) -> str:
+    several = len(config.seeds) > 1
+    seeds = f", means over {len(config.seeds)} seeds, ± the standard deviation over them" if several else ""
+    of_samples = {name: figure for name, figure in rows[0].figures.items() if name != "PSNR"}
     scales = ", ".join(f"{scale:g}" for scale in config.guidance_scales)
     choice = f"Of the guidance scales {scales} the one of the smallest distance is shown. " if "," in scales else ""
     return (
         "Every variant adds something to the one before it. PSNR is of the test images rebuilt from all tokens, ± the standard "
         f"deviation of the mean. {config.num_samples:,} generated images, classes in turn{seeds}. {choice}"
-        "Distances are to the reference."
-    )
+        f"Distances are to the reference. {'' if several else spread_note(of_samples)}"
+    ).strip()
 
 
 def _times_note(took: Mapping[str, Spent]) -> str:
-    cpu, wall = (sum(values) / 60 for values in zip(*took.values(), strict=True))
-    shared = {name.partition("-")[0]: value.cpu / 60 for name, value in took.items() if "/" not in name}
-    once = ", ".join(f"{name} {minutes:.1f}" for name, minutes in shared.items())
-    return f"Together {cpu:.1f} CPU minutes, {wall:.1f} by the clock. For all variants at once, in CPU minutes: {once}."
+    if not took:
+        return "It is not known, as times.json is missing."
+    cpu, wall = (sum(getattr(value, clock) for value in took.values()) / 60 for clock in ("cpu", "wall"))
+    shared = ", ".join(f"{name} {value.cpu / 60:.1f}" for name, value in took.items() if "/" not in name)
+    once = f" For all variants at once, in CPU minutes: {shared}." if shared else ""
+    return f"Together {cpu:.1f} CPU minutes, {wall:.1f} by the clock.{once} Of several processes the main one's time counts."
 
 
 def _settings(config: Ablation, everything: Sequence[Stages]) -> dict[str, Any]:

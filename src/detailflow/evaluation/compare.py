@@ -45,7 +45,7 @@ def different_meaning(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Ite
     """Of two provenances: what differs and must not, if figures are to be compared. Data of one checksum is the same data."""
     left, right = (report.get("data", {}) for report in (ours, theirs))
     for name in dict.fromkeys((*left, *right)):
-        a, b = left.get(name, {}), right.get(name, {})
+        a, b = (entry if isinstance(entry, Mapping) else {"data": entry} for entry in (left.get(name, {}), right.get(name, {})))
         checksums = [{key: value for key, value in entry.items() if key.startswith("checksum")} for entry in (a, b)]
         if a != b and (checksums[0] != checksums[1] or not checksums[0]):
             yield f"the data ({name}) differs: {_brief(a, b)} in A, {_brief(b, a)} in B"

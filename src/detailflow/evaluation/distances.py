@@ -17,10 +17,10 @@ from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import Extractor, Features
 from detailflow.evaluation.metrics import (
     NEIGHBOURS,
-    SPLITS,
     Gaussian,
     InceptionScore,
     Moments,
+    frechet_deviation,
     frechet_distance,
     precision_recall,
 )
@@ -40,7 +40,7 @@ class Measured:
     count: int | None  # images that `pool` is of; `None` where stored statistics don't say
     pool: Gaussian
     spatial: Gaussian | None
-    inception_score: tuple[float, float] | None  # mean and standard deviation over the splits
+    inception_score: tuple[float, float | None] | None  # mean, and standard deviation over the splits if there are several
     kept: Tensor | None  # (n, D) float32 on the CPU, features of images spread over the set
 
 
@@ -105,7 +105,7 @@ def _usable(images: ImageSet, extractor: Extractor) -> Statistics | None:
 
 
 def _measured(
-    extractor: Extractor, pool: Gaussian, spatial: Gaussian | None, score: tuple[float, float] | None, kept: Tensor | None
+    extractor: Extractor, pool: Gaussian, spatial: Gaussian | None, score: tuple[float, float | None] | None, kept: Tensor | None
 ) -> Measured:
     return Measured(extractor.name, extractor.fingerprint, pool.count, pool, spatial, score, kept)
 
@@ -146,7 +146,7 @@ class Running:
             if self.with_moments:
                 self.pool = Moments(found.pool.shape[1], device)
                 self.spatial = None if found.spatial is None else Moments(found.spatial.shape[1], device)
-            if found.logits is not None and self.total >= SPLITS:
+            if found.logits is not None:
                 self.score = InceptionScore(found.logits.shape[1], self.total, device=device)
         if self.pool:
             self.pool.update(found.pool)
@@ -188,17 +188,21 @@ def _gather(kept: Tensor, share: range, total: int, keep: int, processes: Proces
     return processes.gather_uneven(kept, counts)
 
 
-def compare_sets(reference: Measured, samples: Measured, device: torch.device | str = "cpu") -> dict[str, float]:
-    """The distances of samples from a reference, by the keys "fid", "sfid", "is", "is_std", "precision" and "recall".
+def compare_sets(
+    reference: Measured, samples: Measured, device: torch.device | str = "cpu", neighbours: bool = True
+) -> dict[str, float]:
+    """The distances of samples from a reference, by the keys "fid", "sfid", "is", "precision" and "recall".
 
-    "fid" and "sfid" are Fréchet distances of whichever features were measured, "is" and "is_std" the samples' inception score.
-    What can't be had is left out: "sfid" without spatial features on both sides, "is" without logits or with fewer than ten
-    images, precision and recall without kept features of at least four images on both sides.
+    "fid" and "sfid" are Fréchet distances of whichever features were measured, "is" is the samples' inception score. "fid_std"
+    says how far the first would vary with other samples, by bootstrap, "is_std" how far the score does over its splits. What
+    can't be had is left out: "sfid" without spatial features on both sides, "is" without logits, precision and recall without
+    kept features of at least four images on both sides, "fid_std" without those of more samples than features have dimensions.
 
     Args:
         reference: of the real images.
         samples: of the others.
         device: where precision and recall are computed, if it knows float64.
+        neighbours: whether to compute them.
 
     Raises:
         DetailFlowError: where the two were measured by different networks.
@@ -208,14 +212,17 @@ def compare_sets(reference: Measured, samples: Measured, device: torch.device | 
             f"the reference was measured by {reference.features} ({reference.fingerprint[:8]}) and the samples by "
             f"{samples.features} ({samples.fingerprint[:8]}): measure both by one network"
         )
+    there = "cpu" if torch.device(device).type == "mps" else device
     figures = {"fid": _distance(reference.pool, samples.pool)}
+    if samples.kept is not None and samples.count and len(samples.kept) > len(samples.pool.mean):
+        figures["fid_std"] = frechet_deviation(reference.pool, samples.kept.to(there), samples.count)
     if reference.spatial and samples.spatial:
         figures["sfid"] = _distance(reference.spatial, samples.spatial)
     if samples.inception_score:
-        figures["is"], figures["is_std"] = samples.inception_score
-    if _has_neighbours(reference) and _has_neighbours(samples):
+        figures["is"], deviation = samples.inception_score
+        figures |= {} if deviation is None else {"is_std": deviation}
+    if neighbours and _has_neighbours(reference) and _has_neighbours(samples):
         assert reference.kept is not None and samples.kept is not None
-        there = "cpu" if torch.device(device).type == "mps" else device
         figures["precision"], figures["recall"] = precision_recall(reference.kept.to(there), samples.kept.to(there))
     return figures
 
@@ -239,7 +246,7 @@ def cautions(reference: Measured, samples: Measured) -> list[str]:
                     "so the distance is much larger than that of more images"
                 )
     if samples.inception_score is None:
-        found.append(f"is: there is none without class logits, or of fewer than {SPLITS} images")
+        found.append("is: there is none, as the network gives no class logits or statistics stood in for images")
     if not (_has_neighbours(reference) and _has_neighbours(samples)):
         found.append("precision, recall: there are none, as the features of images were not kept or are too few on one side")
     elif reference.features == "inception":

@@ -4,7 +4,7 @@ import io
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +21,8 @@ from detailflow.storage import WEIGHTS_FILE, read_tensors
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"  # timm's name, and on the hub timm/…
 SPATIAL_CHANNELS = 7  # of Inception's 17×17 map, as sFID takes them (Nash et al. 2021)
+CPU_PIXELS = 64 * 32 * 32  # of as many images at once on a CPU: more would not stay in its caches, and take twice as long
+CPU_IMAGES = 8  # but no fewer
 _INSTEAD = "or another network as --features FILE.pt2"
 
 
@@ -41,6 +43,18 @@ class Extractor(Protocol):
 
     def __call__(self, images: Tensor) -> Features:
         """Bytes (B, H, W, 3) on any device → their features on the network's."""
+
+
+def _in_parts(network: Callable[[Tensor], Features], images: Tensor, device: torch.device) -> Features:
+    """The features of bytes (B, H, W, 3): on a CPU of some images after others, on a GPU without rounding to 10 bits (TF32)."""
+    if device.type != "cpu":
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return network(images)
+    count = max(CPU_IMAGES, CPU_PIXELS // (images.shape[1] * images.shape[2]))
+    parts = [network(part) for part in images.split(count)]
+    pool, *others = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+    assert pool is not None
+    return Features(pool, *others)
 
 
 def load_extractor(features: str, device: torch.device | str = "cpu", weights: str | None = None) -> Extractor:
@@ -90,7 +104,7 @@ class Inception:
         except (RuntimeError, TypeError, AttributeError) as error:  # torch's errors for tensors that don't fit
             raise _no_weights(self.name, f"{weights} does not hold", URL_INCEPTION_V3) from error
         self._network: Any = network.to(device)
-        self._device = device
+        self._device = torch.device(device)
         self._spatial: list[Tensor] = []
         self._network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: self._spatial.append(output))
         self.fingerprint = hub.fingerprint({}, network.state_dict())
@@ -98,6 +112,9 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
         """Bytes (B, H, W, 3) → features."""
+        return _in_parts(self._features, images, self._device)
+
+    def _features(self, images: Tensor) -> Features:
         self._spatial.clear()
         pool, logits = self._network(images.to(self._device).movedim(-1, 1).contiguous())
         spatial = self._spatial.pop()[:, :SPATIAL_CHANNELS].movedim(1, -1)  # channels last, as TensorFlow flattens them
@@ -134,7 +151,7 @@ class DINOv2:
             what = f"{weights} does not hold" if weights else "can't be downloaded:"
             raise _no_weights(self.name, what, f"model.safetensors of timm/{DINOV2} on the Hugging Face hub") from error
         self._network = network.requires_grad_(False).eval().to(device)
-        self._device = device
+        self._device = torch.device(device)
         self._mean, self._deviation = (
             torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         )
@@ -143,6 +160,9 @@ class DINOv2:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
         """Bytes (B, H, W, 3) → features."""
+        return _in_parts(self._features, images, self._device)
+
+    def _features(self, images: Tensor) -> Features:
         x = images.to(self._device).movedim(-1, 1).float() / 255
         side = self._network.patch_embed.img_size
         x = F.interpolate(x, side, mode="bicubic", align_corners=False, antialias=True)
@@ -204,7 +224,7 @@ class Exported:
                 f"{file} can't be read as an exported program of this PyTorch: write it anew with torch.export.save "
                 f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'})"
             ) from error
-        self._device = device
+        self._device = torch.device(device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
@@ -213,6 +233,9 @@ class Exported:
         Raises:
             DetailFlowError: if the program doesn't take images of this size, or returns anything but features and logits.
         """
+        return _in_parts(self._features, images, self._device)
+
+    def _features(self, images: Tensor) -> Features:
         try:
             found = self._network(to_tensor(images.to(self._device)))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # a guard's, or an operation's

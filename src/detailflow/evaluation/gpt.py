@@ -2,12 +2,11 @@
 
 import itertools
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from detailflow.evaluation.features import Extractor
 from detailflow.evaluation.published import quotes
 from detailflow.evaluation.report import Figure, Panel, Picture, Plot, Point, Report, Row, Section, place
 from detailflow.evaluation.samples import (
-    IS_NOTE,
+    INCEPTION,
     Watching,
     Work,
     at_side,
@@ -28,28 +27,42 @@ from detailflow.evaluation.samples import (
     measure_set,
     named,
     preprocessing_entry,
+    spread_note,
     warnings_of,
 )
-from detailflow.evaluation.sets import ImageSet, share_of
+from detailflow.evaluation.sets import ImageSet, check_total, share_of
 from detailflow.generation import SamplingConfig
 from detailflow.pictures import grid
-from detailflow.pipeline import LARGEST_SEED, DetailFlowPipeline
-from detailflow.samples import generate_many
+from detailflow.pipeline import DetailFlowPipeline
+from detailflow.samples import check_seeds, generate_many, remove_temporary
 
 LABELS = ("balanced", "random")
 PICTURES = 8  # images of each setting that the report shows
 SAMPLES = "samples"  # the folder in the output folder where images are, for a while or for good
+OFF: Literal["off"] = "off"  # top-k or top-p, whatever the model's own best is
+
+OUR_CROP = (
+    "The reference's images are brought to their size by one bicubic resize. ADM's reference, which published FIDs are to, is of "
+    "photographs that were first halved by averages where they were at least twice as large, so such figures differ a little."
+)
+RECOGNISED = (
+    "Recognised is the share of images whose likeliest class, by the network of features, has the number of the class asked for: "
+    "it means something only where that network's classes are the model's, in the same order, of which just the count is checked."
+)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Values to try of each way to sample; all their combinations are. `None` is the model's own best, and all N tokens."""
+    """Values to try of each way to sample; all their combinations are.
+
+    `None` is the model's own best, and all N tokens; "off" is no top-k and no top-p.
+    """
 
     guidance_scale: Sequence[float | None] = (None,)
     guidance_schedule: Sequence[str | None] = (None,)
     temperature: Sequence[float | None] = (None,)
-    top_k: Sequence[int | None] = (None,)
-    top_p: Sequence[float | None] = (None,)
+    top_k: Sequence[int | Literal["off"] | None] = (None,)
+    top_p: Sequence[float | Literal["off"] | None] = (None,)
     num_tokens: Sequence[int | None] = (None,)
 
     def settings(self, pipeline: DetailFlowPipeline) -> "list[Setting]":
@@ -59,15 +72,17 @@ class Sweep:
             DetailFlowError: for a value out of range.
         """
         result = []
-        for *sampling, n in itertools.product(*(getattr(self, name) for name in self.__dataclass_fields__)):
-            tokens = pipeline.tokenizer.schedule.check_count(n)
-            result.append(Setting(pipeline.gpt.sampling(*sampling), tokens))
+        for values in itertools.product(*(getattr(self, name) for name in self.__dataclass_fields__)):
+            given = dict(zip(self.__dataclass_fields__, values, strict=True))
+            tokens = pipeline.tokenizer.schedule.check_count(given.pop("num_tokens"))
+            off: dict[str, Any] = {name: None for name in ("top_k", "top_p") if given[name] == OFF}
+            result.append(Setting(replace(pipeline.gpt.sampling(**{**given, **off}), **off), tokens))
         return list(dict.fromkeys(result))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to sample."""
+    """One way to sample; a top-k or top-p of `None` is off."""
 
     sampling: SamplingConfig
     num_tokens: int
@@ -88,6 +103,15 @@ class Setting:
         """A name for the folder of its images."""
         words = [f"{key}-{value:g}" if isinstance(value, float) else f"{key}-{value}" for key, value in self.shown().items()]
         return "-".join([*words, f"seed-{seed}"])
+
+    def given(self, pipeline: DetailFlowPipeline) -> dict[str, Any]:
+        """The sampling as a pipeline's call takes it, where `None` is the model's own best: what is off keeps all codes."""
+        own, given = pipeline.gpt.config.sampling, asdict(self.sampling)
+        if own.top_k is not None and given["top_k"] is None:
+            given["top_k"] = pipeline.gpt.config.codebook_size
+        if own.top_p is not None and given["top_p"] is None:
+            given["top_p"] = 1.0
+        return given
 
 
 def evaluate_gpt(
@@ -117,15 +141,17 @@ def evaluate_gpt(
         In the main process a report whose provenance is not complete yet; `None` in others.
 
     Raises:
-        DetailFlowError: for values out of range, sets that can't be compared or a folder that can't be written to.
+        DetailFlowError: for values out of range, too few images, sets that can't be compared or a folder that can't be written
+            to or has other samples.
     """
     if labels not in LABELS:
         raise DetailFlowError(f"labels must be {' or '.join(LABELS)}, not {labels!r}")
-    if bad := [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]:
-        raise DetailFlowError(f"seeds must be 0 to 2^64 - 1, not {bad[0]}")
+    check_seeds(*seeds)
+    check_total(num_samples, work.processes)
     seeds, settings = list(dict.fromkeys(seeds)), (sweep or Sweep()).settings(pipeline)
     wanted, reference_entry = measure_set(extractor, reference, work, REFERENCE_KEPT)
     rows: list[Row] = []
+    checksums: dict[str, str] = {}
     pictures: list[Tensor] = []
     notes: list[str] = []
     for setting in settings:
@@ -135,6 +161,7 @@ def evaluate_gpt(
             watching = Watching(extractor, share_of(num_samples, work.processes).start, PICTURES)
             made = _measure_samples(pipeline, setting, classes, seed, work, watching, folder / SAMPLES, keep_samples)
             hits = recognised(watching, classes, pipeline.gpt.config.num_classes, work)
+            checksums[setting.folder(seed)] = watching.checksum.text(work.processes)
             if work.processes.is_main:
                 runs.append(named(compare_sets(wanted, made, work.device), extractor, "g") | hits)
                 pictures += watching.shown if len(runs) == 1 else []
@@ -145,16 +172,20 @@ def evaluate_gpt(
     if not keep_samples:
         with suppress(OSError):  # where others lie there
             (folder / SAMPLES).rmdir()
+    if extractor.name == INCEPTION and reference_entry["kind"] == "images":
+        notes = [*notes, OUR_CROP]
     side, count = pipeline.tokenizer.config.image_size, f"{num_samples:,} images of {labels} classes"
+    enlarged = any(pipeline.tokenizer.schedule.decode_size(setting.num_tokens) != side for setting in settings)
     return Report(
         kind="gpt",
         title=f"Images generated by {model or 'the shipped model'}",
-        sections=[Section("Quality by sampling", rows, _note(rows, count, seeds))],
+        sections=[Section("Quality by sampling", rows, _note(rows, count, seeds, side if enlarged else None))],
         provenance={
             "data": {"reference": reference_entry, "samples": {"images": num_samples, "labels": labels}},
             "features": features_entry(extractor),
             "preprocessing": preprocessing_entry(extractor, side),
             "settings": {"seeds": seeds, "batch_size": work.batch_size},
+            "samples": {"checksum": checksums},  # not among the data, which must be the same for figures to be compared
         },
         plots=[plot for key in rows[0].setting if (plot := sweep_plot(key, rows))],
         pictures=[_picture(pictures, len(settings))] if pictures else [],
@@ -183,14 +214,15 @@ def _measure_samples(
 ) -> Measured:
     """Generate one set of images, or go on with it, and measure it at the models' full side."""
     place, processes = folder / setting.folder(seed), work.processes
-    keep = keep or (place / "samples.npz").exists()  # what was there before stays
-    sampling = asdict(setting.sampling)
-    generate_many(pipeline, labels, place, "npz", seed, work.batch_size, processes, setting.num_tokens, **sampling)
+    generate_many(
+        pipeline, labels, place, "npz", seed, work.batch_size, processes, setting.num_tokens, temporary=not keep,
+        **setting.given(pipeline),
+    )  # fmt: skip
     processes.wait()
     made = measure(extractor, _full_size(work.open(str(place)), pipeline), processes, SAMPLES_KEPT, len(labels))
     processes.wait()
-    if processes.is_main and not keep:
-        shutil.rmtree(place, ignore_errors=True)
+    if processes.is_main:
+        remove_temporary(place)  # what was kept before stays
     return made
 
 
@@ -201,7 +233,9 @@ def _full_size(images: ImageSet, pipeline: DetailFlowPipeline) -> Iterator[Tenso
 
 
 def recognised(watching: Watching, labels: Sequence[int], classes: int, work: Work) -> dict[str, Figure]:
-    """The share of images whose class the network recognised, where its classes are as many as the model's."""
+    """The share of images whose class the network recognised, where its classes are as many as the model's; `RECOGNISED` says
+    what that takes for granted.
+    """
     share = share_of(len(labels), work.processes)
     said = torch.cat(watching.recognised) if watching.recognised else torch.zeros(0)
     hits = (said == torch.tensor(labels[share.start : share.stop])).sum() if len(said) == len(share) else torch.tensor(0)
@@ -220,11 +254,16 @@ def over_seeds(runs: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
     return result
 
 
-def _note(rows: Sequence[Row], count: str, seeds: Sequence[int]) -> str:
-    several = f"Means over {len(seeds)} seeds, ± the standard deviation over them; {count} for each seed."
+def _note(rows: Sequence[Row], count: str, seeds: Sequence[int], enlarged: int | None) -> str:
     if len(seeds) > 1:
-        return several
-    return f"{count}, seed {seeds[0]}. {IS_NOTE if 'IS' in rows[0].figures else ''}".strip()
+        said = [f"Means over {len(seeds)} seeds, ± the standard deviation over them; {count} for each seed."]
+    else:
+        said = [f"{count}, seed {seeds[0]}.", spread_note(rows[0].figures)]
+    if enlarged:
+        said.append(f"Images of fewer tokens, which are smaller, are enlarged to {enlarged}×{enlarged} (bicubic) to be measured.")
+    if "recognised" in rows[0].figures:
+        said.append(RECOGNISED)
+    return " ".join(filter(None, said))
 
 
 def sweep_plot(key: str, rows: Sequence[Row]) -> Plot | None:

@@ -16,13 +16,13 @@ from detailflow.data.transforms import resized
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, SAMPLES_KEPT, Measured, cautions, compare_sets, measure
 from detailflow.evaluation.features import Extractor, Features, load_extractor
+from detailflow.evaluation.metrics import IMAGES_PER_SPLIT
 from detailflow.evaluation.report import Figure, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, open_set, share_of
 from detailflow.processes import Processes, launched
 
 INCEPTION = "inception"
 BATCH_SIZE = {"cpu": 64, "cuda": 256}  # where the user gives none
-IS_NOTE = "IS is ± the standard deviation over its ten splits."
 WORDS, WORD = 4, 2**32  # of a checksum
 
 
@@ -171,7 +171,7 @@ def evaluate_samples(
     return Report(
         kind="samples",
         title="Two sets of images",
-        sections=[Section("Samples against the reference", [Row({}, figures)], IS_NOTE if "IS" in figures else "")],
+        sections=[Section("Samples against the reference", [Row({}, figures)], spread_note(figures))],
         provenance={
             "data": {"samples": samples_entry, "reference": reference_entry},
             "features": features_entry(extractor),
@@ -193,12 +193,23 @@ def names_of(extractor: Extractor, prefix: str = "", spatial: str = "") -> dict[
 
 
 def named(figures: Mapping[str, float], extractor: Extractor, prefix: str = "", spatial: str = "") -> dict[str, Figure]:
-    """`compare_sets`' figures by `names_of`; the inception score's spread is the one over its splits."""
+    """`compare_sets`' figures by `names_of`, with the deviations that `spread_note` explains."""
     return {
-        name: Figure(figures[key], figures.get("is_std") if key == "is" else None)
+        name: Figure(figures[key], figures.get(f"{key}_std"))
         for key, name in names_of(extractor, prefix, spatial).items()
         if key in figures
     }
+
+
+def spread_note(figures: Mapping[str, Figure]) -> str:
+    """What the deviations of `named` figures of one set of images are."""
+    known = [name for name, figure in figures.items() if figure.spread is not None]
+    parts = []
+    if distances := [name for name in known if name.endswith("D")]:
+        parts.append(f"{distances[0]} is ± the standard deviation over other such images, by bootstrap, for this reference.")
+    if "IS" in known:
+        parts.append(f"IS is ± the standard deviation over its splits of {IMAGES_PER_SPLIT:,} images.")
+    return " ".join(parts)
 
 
 def warnings_of(

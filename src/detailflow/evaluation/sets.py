@@ -43,6 +43,12 @@ def spread(total: int, count: int) -> list[int]:
     return [((i + 1) * total - 1) // count for i in range(count)]
 
 
+def check_total(total: int, processes: Processes) -> None:
+    """Raise a `DetailFlowError` where a set of so many images is too small to be measured by these processes."""
+    if total < max(2, processes.count):
+        raise DetailFlowError(f"too few images to measure: there are {total}, where {max(2, processes.count)} are the least")
+
+
 class _Pixels(Protocol):
     """Where images lie, each (H, W, 3) bytes of one size."""
 
@@ -110,8 +116,9 @@ def open_set(
             ADM's entries, `arr_0` (images), `mu`, `sigma`, `mu_s` and `sigma_s` (statistics of Inception's features), or either;
             or a folder with a `samples.npz`.
         processes: those that share the images; `None` is this one alone.
-        size: resize the shorter side to so many pixels and take the centre (ADM's reference was made so); `None` takes images
-            as they are, which must all have one size.
+        size: resize the shorter side to so many pixels and take the centre; `None` takes images as they are, which must all
+            have one size. It is one bicubic resize straight to the crop, where ADM's reference was made of photographs halved by
+            averages as often as they were twice as large, then resized: figures of large photographs differ a little.
         count: of the set's images, so many spread over it; `None` is all.
         batch_size: images per batch.
         split: as for `open_images`.

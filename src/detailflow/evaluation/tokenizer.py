@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from detailflow import hub
 from detailflow.data.transforms import to_tensor, to_uint8
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, Measured, Running, compare_sets
@@ -26,19 +27,22 @@ from detailflow.evaluation.samples import (
     measure_set,
     named,
     preprocessing_entry,
+    spread_note,
     warnings_of,
 )
-from detailflow.evaluation.sets import ImageSet, share_of
+from detailflow.evaluation.sets import ImageSet, check_total, share_of
 from detailflow.evaluation.views import Span, View, views_by_count, views_with_mistakes
 from detailflow.models.quantizer import usage_and_perplexity
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.pipeline import image_generator
 from detailflow.processes import Processes
+from detailflow.samples import check_seeds
 from detailflow.training.perceptual import LPIPS, SMALLEST_SIDE, VGG16_FILE
 
 PICTURES = 6  # images that the report shows
 LPIPS_IMAGES = 8  # at once: VGG's maps of one are 30 MiB at 256×256
+KEPT = 5000  # images of each view whose features the deviation of a distance is estimated from
 NO_LPIPS = "none"  # in place of its weights
 GAIN = "gain of PSNR"
 INTERVAL = 2 * 1.96  # standard deviations in which 95% of a normal distribution lie
@@ -58,7 +62,7 @@ class Tally:
     def __init__(self, measures: Measures, total: int, processes: Processes) -> None:
         self.measures, self.total, self.processes = measures, total, processes
         self.distances: dict[str, list[Tensor]] = {}
-        self.running = running(measures.extractor, total, processes)
+        self.running = running(measures.extractor, total, processes, min(KEPT, total))
         self.shown: list[Tensor] = []
 
     def add(self, pixels: Tensor, originals: Tensor) -> None:
@@ -82,10 +86,10 @@ class Tally:
         return {name: gather_shares(torch.cat(parts), self.total, self.processes) for name, parts in self.distances.items()}
 
 
-def running(extractor: Extractor | None, total: int, processes: Processes) -> Running | None:
+def running(extractor: Extractor | None, total: int, processes: Processes, keep: int = 0) -> Running | None:
     """Statistics of a set's features that are added to batch by batch, for several sets in one go over the data."""
     share = share_of(total, processes)
-    return None if extractor is None else Running(extractor.name, share, total, keep=0, moments=True)
+    return None if extractor is None else Running(extractor.name, share, total, keep)
 
 
 def evaluate_tokenizer(
@@ -119,12 +123,15 @@ def evaluate_tokenizer(
         In the main process a report whose provenance is not complete yet; `None` in others.
 
     Raises:
-        DetailFlowError: for counts, sides or images that are not valid, or fewer images than processes.
+        DetailFlowError: for counts, sides, a seed or images that are not valid, fewer images than processes, or a reference
+            without an extractor.
     """
+    check_seeds(seed)
+    if reference is not None and extractor is None:
+        raise DetailFlowError("a reference is for Fréchet distances: give features to measure them by, or no reference")
     processes, measures, total = work.processes, Measures(extractor, lpips), len(images)
     views = views_by_count(tokenizer.schedule, counts, sides) + views_with_mistakes(tokenizer.schedule, mistakes)
-    if total < max(2, processes.count):
-        raise DetailFlowError(f"too few images to measure: there are {total}, where {max(2, processes.count)} are the least")
+    check_total(total, processes)
     data: dict[str, Any] = {}
     if reference is not None and extractor is not None:
         wanted, data["reference"] = measure_set(extractor, reference, work, REFERENCE_KEPT)
@@ -140,7 +147,7 @@ def evaluate_tokenizer(
         wanted = originals.running.finish(extractor, processes, None) if originals.running else wanted
         if processes.is_main:
             said += warnings_of(wanted, made[0], extractor, "r", "r", kept=False)
-            rows = [_with_distances(row, wanted, found, extractor) for row, found in zip(rows, made, strict=True)]
+            rows = [_with_distances(row, wanted, one, extractor, work) for row, one in zip(rows, made, strict=True)]
     if not processes.is_main:
         return None
     side = tokenizer.config.image_size
@@ -151,7 +158,7 @@ def evaluate_tokenizer(
         sections=_sections(side, clean, planted, used, reference is not None),
         provenance={
             "data": data,
-            "features": features_entry(extractor) if extractor else {},
+            "features": {**(features_entry(extractor) if extractor else {}), **lpips_entry(lpips)},
             "preprocessing": preprocessing_entry(extractor, side),
             "settings": {"seed": seed, "batch_size": work.batch_size},
         },
@@ -178,8 +185,9 @@ def _means(views: Sequence[View], values: Sequence[dict[str, Tensor]]) -> list[R
     return rows
 
 
-def _with_distances(row: Row, reference: Measured, made: Measured, extractor: Extractor) -> Row:
-    return Row(row.setting, {**row.figures, **named(compare_sets(reference, made), extractor, "r", "r")})
+def _with_distances(row: Row, reference: Measured, made: Measured, extractor: Extractor, work: Work) -> Row:
+    figures = compare_sets(reference, made, work.device, neighbours=False)
+    return Row(row.setting, {**row.figures, **named(figures, extractor, "r", "r")})
 
 
 # --- what is rebuilt -----------------------------------------------------------------------------------------------------
@@ -286,14 +294,23 @@ def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LP
 # --- what is said of it --------------------------------------------------------------------------------------------------
 
 
+def lpips_entry(lpips: LPIPS | None) -> dict[str, Any]:
+    """Of a report's provenance."""
+    if lpips is None:
+        return {}
+    return {"lpips": {"network": "VGG-16 and its five heads", "fingerprint": hub.fingerprint({}, lpips.state_dict())}}
+
+
 def _sections(side: int, clean: Sequence[Row], planted: Sequence[Row], used: Tensor, referenced: bool) -> list[Section]:
     usage, perplexity = usage_and_perplexity(used.cpu().double())
     codes = {"usage": Figure(usage.item()), "perplexity": Figure(perplexity.item())}
+    others = any(row.setting["side"] != side for row in clean)
+    resized = f" Those of another side than {side}×{side} are resized to it first (bicubic), for every measure." if others else ""
     quality = (
-        f"Pictures are decoded at the side given, brought to {side}×{side} and compared with the originals, in bytes. PSNR, SSIM "
-        "and LPIPS are means over the images, ± the standard deviation of such a mean, by bootstrap over the images. Fréchet "
-        f"distances are to the {'reference' if referenced else 'originals'}."
-    )
+        f"Pictures are decoded at the side given and compared with the originals, in bytes.{resized} PSNR, SSIM and LPIPS are "
+        "means over the images, ± the standard deviation of such a mean, by bootstrap over the images. Fréchet distances are to "
+        f"the {'reference' if referenced else 'originals'}. {spread_note(clean[0].figures)}"
+    ).strip()
     mistakes = (
         "Each wrong token is drawn from the 50 codes nearest to its latent. Later tokens are those of the clean sequence, or "
         "those that the self-correction pass writes after the mistakes; what that gains is taken image by image."

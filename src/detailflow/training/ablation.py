@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
+from detailflow.generation import SamplingConfig
 from detailflow.hub import CONFIG_FILE
 from detailflow.models.loading import config_from_dict
+from detailflow.pipeline import LARGEST_SEED
 from detailflow.processes import Processes
 from detailflow.schedule import require_not_negative, require_positive
 from detailflow.storage import read_json, replacing
+from detailflow.training.checkpoints import RUN_FILE
 from detailflow.training.extract import Extraction, extract
 from detailflow.training.gpt import GPTTraining, train_gpt
 from detailflow.training.teachers import CLASSIFIER, FEATURES_FILE, feature_network, open_source
@@ -81,10 +85,10 @@ class Ablation:
         variants: in the table's order.
         test_data, test_split: the images to rebuild; `None` is `data`.
         reference, reference_split: what rebuilt and generated images are compared with; `None` is `data` and its `split`.
-        num_reconstructions: so many of the test images, the first; `None` is all.
+        num_reconstructions: so many of the test images, spread over the set; `None` is all.
         num_samples: generated images, for each seed.
         guidance_scales: to sample with each; the best distance stands in the table.
-        seeds: of the samples.
+        seeds: of the samples. What stands twice in these two lists counts once.
         batch_size: images at once where they are measured.
     """
 
@@ -127,6 +131,11 @@ class Ablation:
             if not values or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
                 raise DetailFlowError(f"{name} must be a list of numbers, with one {least} at least, not {list(values)}")
             require_not_negative(**{name: min(values)})
+            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+        if bad := [seed for seed in self.seeds if not isinstance(seed, int) or seed > LARGEST_SEED]:
+            raise DetailFlowError(f"seeds must be whole numbers, 0 to 2^64 - 1, not {bad[0]!r}")
+        for scale in self.guidance_scales:
+            SamplingConfig(scale)  # raises
         names = [variant.name for variant in self.variants]
         if not names:
             raise DetailFlowError("variants must have one at least")
@@ -179,8 +188,26 @@ def train_variant(config: Ablation, stages: Stages, output: Path, device: str | 
         train_tokenizer(stages.tokenizer, tokenizer, device)
     with timed(output, tokens, f"{name}: tokens", tokens / MANIFEST_FILE):
         extract(stages.extraction, tokens, device)
+    if Processes.of_this_launch(cpu=device == "cpu").is_main:
+        _find_again(stages)
     with timed(output, model, f"{name}: AR model", model / CONFIG_FILE):
         train_gpt(stages.gpt, model, device)
+
+
+def _find_again(stages: Stages) -> None:
+    """Let the AR model's run, which knows tokens and tokenizer by their paths, follow an output folder that was moved or is now
+    called by another name; the same places in it are the same.
+    """
+    path, mine = stages.model / RUN_FILE, {"tokens": stages.gpt.tokens, "tokenizer": stages.gpt.tokenizer}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        theirs = {key: settings[key] for key in mine}
+        same = all(Path(theirs[key]).parts[-2:] == Path(mine[key]).parts[-2:] for key in mine)  # variant and stage
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return  # training begins there, or says what is wrong
+    if same and theirs != mine:
+        with writing(path) as temporary:
+            temporary.write_text(yaml.safe_dump({**settings, **mine}, sort_keys=False), encoding="utf-8")
 
 
 def _classifier_of(config: TokenizerTraining) -> tuple[Any, ...] | None:
@@ -222,33 +249,62 @@ class Spent(NamedTuple):
 
     cpu: float
     wall: float
+    of: str = ""  # what it was spent on, where that can change
 
 
 @contextmanager
-def timed(output: Path, folder: Path, title: str, finished: Path | None = None) -> Iterator[None]:
+def timed(output: Path, folder: Path, title: str, finished: Path | None = None, of: str = "") -> Iterator[None]:
     """Add what a stage takes to times.json under its folder, whether it ends or is stopped; nothing where the file `finished` is
     there before.
 
     Only a process that is killed outright leaves nothing. Of several processes the main one's time counts.
+
+    Args:
+        of: what it works on: where that is another than before, its time starts again from 0.
+
+    Raises:
+        DetailFlowError: if the file can't be written.
     """
     if not Processes.of_this_launch().is_main or (finished and finished.exists()):
         yield
         return
     print(title)
-    started = Spent(sum(os.times()[:4]), time.monotonic())
+    cpu, wall = sum(os.times()[:4]), time.monotonic()
     try:
         yield
     finally:
-        key = str(folder.relative_to(output))
-        before = spent(output).get(key, Spent(0, 0))
-        now = Spent(sum(os.times()[:4]), time.monotonic())
-        took = Spent(*(b + n - s for b, n, s in zip(before, now, started, strict=True)))
-        everything = {name: value._asdict() for name, value in {**spent(output), key: took}.items()}
-        with replacing(output / TIMES_FILE) as path:
-            path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        key, known = str(folder.relative_to(output)), spent(output)
+        before = known[key] if key in known and known[key].of == of else Spent(0, 0)
+        took = Spent(before.cpu + sum(os.times()[:4]) - cpu, before.wall + time.monotonic() - wall, of)
+        write_json(output / TIMES_FILE, {name: value._asdict() for name, value in {**known, key: took}.items()})
 
 
 def spent(output: Path) -> dict[str, Spent]:
     """What is in times.json, by the stages' folders within `output`."""
     path = output / TIMES_FILE
     return {name: Spent(**value) for name, value in read_json(path).items()} if path.exists() else {}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """`replacing`, in a folder that is made where it is missing.
+
+    Raises:
+        DetailFlowError: if the file can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise DetailFlowError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file, whole or not at all.
+
+    Raises:
+        DetailFlowError: if it can't be written.
+    """
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
