@@ -80,6 +80,7 @@ def test_tokenizer(model: Path, cifar: Path, network: Path, tmp_path: Path, caps
     assert evaluate(*argv) == 0
     out = capsys.readouterr().out
     assert "| tokens | side | PSNR, dB | SSIM |" in out
+    assert "FD is the Fréchet distance of the features of" in out  # what the report warns of is said here as well
     assert out.endswith(f"wrote {tmp_path / 'out' / 'report.md'}\n")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"report.json", "report.md", "quality-by-tokens.png", "reconstructions.png"}

@@ -248,4 +248,6 @@ def _finish(args: argparse.Namespace, report: "Report | None", command: str, wor
     replace(report, provenance=provenance).write(args.output)
     for section in report.sections:
         print(f"{section.title}\n", *section_table(section), "", sep="\n")
+    for note in report.notes:
+        print(f"{note}\n")
     print(f"wrote {args.output / 'report.md'}")
