@@ -45,8 +45,8 @@ from detailflow.evaluation.tokenizer import evaluate_tokenizer
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.published import Kind
-from detailflow.storage import read_json
-from detailflow.training.ablation import Ablation, Spent, Stages, spent, timed, train_variant, write_json, writing
+from detailflow.storage import read_json, write_json, writing
+from detailflow.training.ablation import Ablation, Spent, Stages, spent, timed, train_variant
 
 KIND = "ablation"
 FIGURES_FILE = "evaluation.json"

@@ -24,9 +24,9 @@ from detailflow.evaluation.metrics import (
     frechet_distance,
     precision_recall,
 )
-from detailflow.evaluation.sets import ImageSet, Statistics, share_of, spread
+from detailflow.evaluation.sets import ImageSet, Statistics, check_total, share_of, spread
 from detailflow.processes import Processes
-from detailflow.storage import replacing
+from detailflow.storage import writing
 
 SAMPLES_KEPT, REFERENCE_KEPT = 50_000, 10_000  # images whose features ADM's evaluation takes precision and recall of
 
@@ -78,8 +78,7 @@ def measure(
     if stored and (stored.kept is not None or not total):
         kept = None if stored.kept is None else stored.kept[spread(len(stored.kept), min(keep, len(stored.kept)))]
         return _measured(extractor, stored.pool, stored.spatial, None, kept if keep else None)
-    if total < max(2, processes.count):
-        raise DetailFlowError(f"too few images to measure: there are {total}, where {max(2, processes.count)} are the least")
+    check_total(total, processes)
     running = Running(extractor.name, share_of(total, processes), total, min(keep, total), moments=stored is None)
     with tqdm(total=total, desc="features", unit="image", leave=False, disable=True if processes.rank else None) as bar:
         for batch in images:
@@ -275,9 +274,5 @@ def save_statistics(path: Path, measured: Measured) -> None:
     if measured.kept is not None:
         entries["kept"] = measured.kept.numpy()
     entries |= {"features": np.asarray(measured.features), "fingerprint": np.asarray(measured.fingerprint)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **entries)
-    except OSError as error:
-        raise DetailFlowError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **entries)

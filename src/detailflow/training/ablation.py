@@ -3,7 +3,6 @@
 Every stage goes on where it stopped, and stages of equal settings are run once. What each took is kept in times.json.
 """
 
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ from detailflow.models.loading import config_from_dict
 from detailflow.pipeline import LARGEST_SEED
 from detailflow.processes import Processes
 from detailflow.schedule import require_not_negative, require_positive
-from detailflow.storage import read_json, replacing
+from detailflow.storage import read_json, replacing, write_json, writing
 from detailflow.training.checkpoints import RUN_FILE
 from detailflow.training.extract import Extraction, extract
 from detailflow.training.gpt import GPTTraining, train_gpt
@@ -283,28 +282,3 @@ def spent(output: Path) -> dict[str, Spent]:
     """What is in times.json, by the stages' folders within `output`."""
     path = output / TIMES_FILE
     return {name: Spent(**value) for name, value in read_json(path).items()} if path.exists() else {}
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """`replacing`, in a folder that is made where it is missing.
-
-    Raises:
-        DetailFlowError: if the file can't be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            yield temporary
-    except OSError as error:
-        raise DetailFlowError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file, whole or not at all.
-
-    Raises:
-        DetailFlowError: if it can't be written.
-    """
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
