@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from detailflow.errors import DetailFlowError
-from detailflow.storage import PIECE, in_pieces, read_headers, read_tensors, write_tensors
+from detailflow.storage import PIECE, held, in_pieces, read_headers, read_tensors, write_tensors
 
 
 def some_tensors(count: int = 6) -> dict[str, torch.Tensor]:
@@ -91,6 +91,39 @@ def test_pieces():
     sizes = {"a": PIECE // 2, "b": PIECE // 2, "c": 3 * PIECE, "d": 1, "e": 1}
     assert list(in_pieces(sizes)) == [["a", "b"], ["c"], ["d", "e"]]
     assert list(in_pieces({})) == []
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from detailflow.storage import held
+with held(Path(sys.argv[1]), "run"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_by_one_process(tmp_path: Path):
+    folder = tmp_path / "a" / "b"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(DetailFlowError, match="another run is at work in .*b: choose another folder, or wait"),
+            held(folder, "run"),
+        ):
+            pass
+        assert folder.exists()
+        other.kill()  # and what it held is free
+    with held(folder, "run"):
+        (folder / "kept").touch()
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+    with held(tmp_path / "new", "run"):
+        assert (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(DetailFlowError, match="cannot write to .*kept: it is no folder"), held(folder / "kept", "run"):
+        pass
 
 
 LOAD = Path(__file__).with_name("load_gpt.py")

@@ -5,17 +5,19 @@ import math
 import os
 import re
 from collections.abc import Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 
+LOCK_FILE = ".lock"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TENSOR_FILES = (WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")  # as patterns
@@ -40,6 +42,38 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path, work: str) -> Iterator[None]:
+    """Keep `folder` for this process alone; it is made where it is missing, and goes again if it stays empty.
+
+    Args:
+        work: what is done there, for the message.
+
+    Raises:
+        DetailFlowError: if another process holds it, or it can't be written to.
+    """
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise DetailFlowError(f"another {work} is at work in {folder}: choose another folder, or wait for its end") from None
+    except FileExistsError:
+        raise DetailFlowError(f"cannot write to {folder}: it is no folder") from None
+    except OSError as error:
+        raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        lock.release()
+        if made:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
 
 
 @contextmanager

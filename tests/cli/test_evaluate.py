@@ -157,8 +157,11 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         Image.effect_noise((40, 48), 60 + i).convert("RGB").save(tmp_path / f"{i}.png")
     argv = ["samples", tmp_path, cifar, "--features", network, "--device", "cpu", "--output", tmp_path / "out"]
     assert evaluate(*argv) == 2
-    assert f"{tmp_path} has images of 40×48 pixels and {cifar} of 32×32: give a size for both" in capsys.readouterr().err
+    assert f"{tmp_path} has images of 40×48 pixels and {cifar} of 32×32: give a size (--size) for both" in capsys.readouterr().err
     assert evaluate(*argv, "--size", 32) == 0
+    with Image.open(tmp_path / "out" / "samples.png") as picture:
+        assert picture.size == (8 * 132 + 4, 2 * 132 + 4)
+    assert not (tmp_path / "out" / ".lock").exists()
     (row,) = figures(tmp_path / "out")
     assert row["FD"] > 0
     text = (tmp_path / "out" / "report.md").read_text()

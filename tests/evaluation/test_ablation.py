@@ -182,7 +182,7 @@ def test_what_is_refused(images: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_goes_wrong_is_one_sentence(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ablation, "load_extractor", lambda *_: Colours())
     (tmp_path / "file").touch()
-    with pytest.raises(DetailFlowError, match="cannot write .*file/"):
+    with pytest.raises(DetailFlowError, match="cannot write to .*file: it is no folder"):
         run_ablation(make(images), tmp_path / "file", (), "cpu")
     damaged = sorted(images.rglob("*.png"))[3]
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -219,7 +219,7 @@ def test_a_report_without_notes_is_printed(tmp_path: Path, monkeypatch: pytest.M
     assert capsys.readouterr().out.endswith(f"| one | 2.000 |\n\nwrote {tmp_path / 'out' / 'report.md'}\n")
 
 
-def seen(*values: tuple[float, float | None, float | None], seeds: int = 0) -> dict[str, tuple[Figure, float | None]]:
+def seen(*values: tuple[float, float | None, float | None], seeds: int = 0) -> dict[str, tuple[Figure | None, float | None]]:
     """(ours, its spread, the paper's) of variants a, b, …, ours over so many seeds."""
     return {
         name: (Figure(ours, spread, (ours,) * seeds), paper) for name, (ours, spread, paper) in zip("abcd", values, strict=False)
@@ -249,6 +249,16 @@ def test_what_is_said_of_the_ordering():
     verdicts = [line.rpartition(": ")[2] for line in lines.splitlines()]
     assert verdicts == ["the other way than in the paper.", "no more than other samples may differ.", "as in the paper."]
     assert comparisons(seen((2.0, None, 3.9), (1.0, None, None)), "gFD") == []
+
+
+def test_a_step_has_two_neighbours():
+    steps = seen((2.0, None, 3.9), (1.5, None, 3.6), (1.9, None, 4.1), (1.8, None, 5.0))
+    steps["b"] = None, 3.6  # not measured
+    summary, lines, _ = comparisons(steps, "gFD")
+    assert summary.startswith("The paper's ordering is seen in 0 of 1 steps") and lines.startswith("- d: gFID 4.1 → 5 in")
+    assert len(lines.splitlines()) == 1
+    steps["d"] = None, 5.0
+    assert comparisons(steps, "gFD") == []
 
 
 def test_two_seeds_tell_little_and_bootstrap_tells_as_well():

@@ -177,7 +177,7 @@ class TestTooFew:
         assert "precision, recall: there are none" in text
         assert compare_sets(real, real).keys() == {"fid", "fid_std", "sfid", "is", "precision", "recall"}
         assert compare_sets(real, real, neighbours=False).keys() == {"fid", "fid_std", "sfid", "is"}
-        assert cautions(real, real) == []
+        assert cautions(real, real) == ["is: it is of 50 images, where usual splits have 5,000, and lower the fewer they are"]
 
     def test_shares_that_are_not_whole(self):
         with pytest.raises(ValueError, match="30 images came where this process's share is 40"):

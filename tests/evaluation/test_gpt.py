@@ -82,6 +82,7 @@ def test_coarse_images_are_measured_at_the_full_side_and_can_be_kept(pipeline: D
     report = evaluated(pipeline, cifar, tmp_path, sweep=Sweep(num_tokens=[4, 16]), keep_samples=True)
     labels = [i % 5 for i in range(COUNT)]
     coarse = [np.asarray(image) for image in pipeline(labels, num_tokens=4, batch_size=8)]
+    assert report.pictures[0].image.size == (8 * 132 + 4, 2 * (128 + 16 + 4) + 4)  # a line of text below each row
     (folder,) = (tmp_path / "samples").glob("*tokens-4-seed-0")
     with np.load(folder / "samples.npz") as stored:
         np.testing.assert_array_equal(stored["arr_0"], np.stack(coarse))

@@ -10,7 +10,20 @@ from PIL import Image
 
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.compare import compare_reports
-from detailflow.evaluation.report import Figure, Panel, Picture, Plot, Report, Row, Section, claim, load, section_table, versions
+from detailflow.evaluation.report import (
+    Figure,
+    Panel,
+    Picture,
+    Plot,
+    Report,
+    Row,
+    Section,
+    claim,
+    draw,
+    load,
+    section_table,
+    versions,
+)
 
 COMMAND = "detailflow evaluate tokenizer --data x"
 
@@ -76,6 +89,19 @@ def test_what_is_written(tmp_path: Path):
         assert picture.size == (4, 3)
 
 
+def test_panels_stand_in_rows_of_three(tmp_path: Path):
+    panel = Panel(
+        "variant", "PSNR", {"a": [(1.0, Figure(1)), (2.0, Figure(2))], "b": [(1.0, Figure(3))]}, ticks={1.0: "one", 2.0: "two"}
+    )
+    sizes = []
+    for count in (1, 3, 4):
+        draw(Plot("p", "", [panel] * count), tmp_path / "p.png")
+        with Image.open(tmp_path / "p.png") as picture:
+            sizes.append(picture.size)
+    (width, height), three, four = sizes
+    assert three == (3 * width, height) and four == (3 * width, 2 * height)
+
+
 def test_one_row_shows_all_its_settings():
     assert section_table(Section("", [Row({"codes": 8}, {"usage": Figure(0.5)})]))[0] == "| codes | usage |"
 
@@ -134,9 +160,10 @@ def line(text: str, start: str) -> str:
 def test_a_report_against_itself(tmp_path: Path):
     text = compared(tmp_path, report(), report())
     assert "Warning" not in text
-    assert line(text, "| Quality | side 32, tokens 4 | PSNR, dB |").endswith("| 20 ± 0.1 | 20 ± 0.1 | 0 | equal |")
-    assert line(text, "| Quality | side 32, tokens 8 |").endswith("| inf | inf | 0 | equal |")
+    assert line(text, "| Quality | tokens 4 | PSNR, dB |").endswith("| 20 ± 0.1 | 20 ± 0.1 | 0 | equal |")
+    assert line(text, "| Quality | tokens 8 |").endswith("| inf | inf | 0 | equal |")
     assert line(text, "command, ")
+    assert "\nQuality, in all rows: side 32.\n" in text and "\nA says: Something was left out.\n" in text
 
 
 @pytest.mark.parametrize(
@@ -150,19 +177,24 @@ def test_a_report_against_itself(tmp_path: Path):
 )
 def test_the_spread_explains_a_difference_or_not(psnr: float, spread: float | None, verdict: str, tmp_path: Path):
     text = compared(tmp_path, report(), report(psnr, spread))
-    cells = line(text, "| Quality | side 32, tokens 4 | PSNR, dB |").split(" | ")
+    cells = line(text, "| Quality | tokens 4 | PSNR, dB |").split(" | ")
     assert float(cells[-2]) == pytest.approx(psnr - 20)
     assert cells[-1] == f"{verdict} |"
 
 
 def test_a_difference_without_spread(tmp_path: Path):
     text = compared(tmp_path, report(spread=None), report(21.0, None))
-    assert line(text, "| Quality | side 32, tokens 4 | PSNR, dB |").endswith("| +1 | no spread is known |")
+    assert line(text, "| Quality | tokens 4 | PSNR, dB |").endswith("| +1 | no spread is known |")
+
+
+def test_a_difference_of_rounding(tmp_path: Path):
+    text = compared(tmp_path, report(), report(20.000001))
+    assert line(text, "| Quality | tokens 4 | PSNR, dB |").endswith("| +1e-06 | equal but for rounding |")
 
 
 def test_what_only_one_has(tmp_path: Path):
-    text = compared(tmp_path, report(), report(SSIM=Figure(0.5)))
-    assert line(text, "| Quality | side 32, tokens 8 | SSIM |").endswith("| – | 0.5 | – | only in B |")
+    text = compared(tmp_path, report(), report(SSIM=Figure(0.5, 0.01)))
+    assert line(text, "| Quality | tokens 8 | SSIM |").endswith("| – | 0.5 ± 0.01 | – | only in B |")
 
 
 def test_other_data_is_warned_of_and_another_name_of_the_same_is_not(tmp_path: Path):

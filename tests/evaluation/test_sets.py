@@ -155,7 +155,7 @@ class TestBadNpz:
     )
     def test_contents(self, entries: dict[str, np.ndarray], message: str, tmp_path: Path):
         np.savez(tmp_path / "bad.npz", **entries)
-        with pytest.raises(DetailFlowError, match=f"bad.npz {message}"):
+        with pytest.raises(DetailFlowError, match=f"^{tmp_path / 'bad.npz'} {message}"):
             open_set(tmp_path / "bad.npz")
 
     def test_its_pickles_are_not_executed(self, tmp_path: Path):

@@ -133,8 +133,9 @@ def test_planted_mistakes_and_their_correction(pipeline: DetailFlowPipeline, cif
     assert rows["8–11", "clean"]["PSNR"] != rows["none", "clean"]["PSNR"]
     assert [plot.name for plot in report.plots] == ["quality-by-tokens", "mistakes-by-position"]
     curves = report.plots[1].panels[0].curves
-    assert list(curves) == ["no mistakes", "later tokens clean", "later tokens corrected"]
-    assert [x for x, _ in curves["later tokens corrected"]] == [2.0, 8.0]
+    states = [f"later tokens {text}, {count} wrong" for count in (1, 4) for text in ("clean", "corrected")]
+    assert list(curves) == ["no mistakes", *states]
+    assert [[x for x, _ in curves[name]] for name in states] == [[2.0], [2.0], [8.0], [8.0]]
 
 
 def test_mistakes_depend_on_the_seed_and_on_no_other_place(pipeline: DetailFlowPipeline, cifar: Path):
@@ -244,7 +245,7 @@ def test_lpips_is_left_out_with_a_reason(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(notes) == 1 and notes[0].startswith("LPIPS is left out, for want of VGG-16's weights: get https://")
     assert find_lpips(None, 8, device)[1] == ["LPIPS is left out: its network takes images of 16 pixels a side or more, not 8."]
     assert find_lpips("none", 32, device) == (None, [])
-    with pytest.raises(DetailFlowError, match="LPIPS.*missing.pth"):
+    with pytest.raises(DetailFlowError, match="missing.pth does not exist: give VGG-16's weights, https://.*, with --lpips"):
         find_lpips(str(tmp_path / "missing.pth"), 32, device)
 
 

@@ -166,9 +166,7 @@ def test_settings_that_may_change_when_a_run_goes_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, -1])
-def test_a_truncated_one_gives_way_to_the_one_before(
-    length: int, four: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_truncated_one_gives_way_to_the_one_before(length: int, four: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "resume" / "step-00000004.pt"
     path.write_bytes(path.read_bytes()[:length])
     step, state = load_checkpoint(tmp_path)

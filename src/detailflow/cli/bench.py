@@ -1,10 +1,9 @@
 """`detailflow bench`: how fast a model is here, beside a loop without a cache and the machine's own limits."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from detailflow.cli.common import DTYPES, Parser, add_model_options, check_output, make_output, positive, writing
+from detailflow.cli.common import DTYPES, Parser, add_model_options, check_output, positive
 from detailflow.errors import DetailFlowError
 
 
@@ -39,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from detailflow.benchmark import benchmark, other_implementation
+    from detailflow.storage import write_json
 
     other = other_implementation(args.other) if args.other else None
     with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as bar:
@@ -48,7 +48,5 @@ def main(argv: Sequence[str]) -> int:
         )  # fmt: skip
     print(report)
     if args.json:
-        make_output(args.json.parent)
-        with writing(args.json) as path:
-            path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, report.as_dict())
     return 0

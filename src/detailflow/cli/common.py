@@ -4,8 +4,6 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -99,21 +97,7 @@ def write_png(image: "Image.Image", path: Path) -> None:
     Raises:
         DetailFlowError: if it cannot be written.
     """
+    from detailflow.storage import writing
+
     with writing(path) as temporary:
         image.save(temporary, format="PNG")
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """A temporary file to write to, which becomes `path` whole or not at all.
-
-    Raises:
-        DetailFlowError: if it cannot be written.
-    """
-    from detailflow.storage import replacing
-
-    try:
-        with replacing(path) as temporary:
-            yield temporary
-    except OSError as error:
-        raise DetailFlowError(f"cannot write {path}: {error.strerror or error}") from error

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
     kinds = {"tokenizer": _tokenizer, "gpt": _gpt, "samples": _samples, "compare": _compare}
     if argv[0] not in kinds:
         raise DetailFlowError(f"what to evaluate must be one of {', '.join(kinds)}, not {argv[0]!r}")
-    kinds[argv[0]](argv[1:], shlex.join(["detailflow", "evaluate", *argv]))
+    with ExitStack() as stack:
+        kinds[argv[0]](argv[1:], shlex.join(["detailflow", "evaluate", *argv]), stack)
     return 0
 
 
@@ -58,7 +60,7 @@ def tokenizer_parser() -> Parser:
     result.add_argument("--num-tokens", type=positive, nargs="+", metavar="N", help="rebuild from N tokens (default: 1, 2, 4, …)")
     result.add_argument("--size", type=positive, nargs="+", metavar="S", help="decode at side S (default: each N's own)")
     result.add_argument(
-        "--mistakes-at", nargs="+", default=[], metavar="P", help="plant mistakes at token P, in group gP, or each group: all"
+        "--mistakes-at", nargs="+", default=[], metavar="P", help="mistakes at token P, in group gP, or all: each but the last"
     )
     result.add_argument("--seed", type=int, default=0, help="of the mistakes (default: %(default)s)")
     result.add_argument("--reference", metavar="SET", help="what rFID is to, in place of the images themselves")
@@ -138,9 +140,9 @@ def _or_off(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 # --- evaluations ---------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(argv: Sequence[str], command: str) -> None:
+def _tokenizer(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     args = tokenizer_parser().parse_args(argv)
-    work = _start(args)
+    work = _start(args, stack)
 
     from detailflow.evaluation.features import load_extractor
     from detailflow.evaluation.tokenizer import evaluate_tokenizer, find_lpips
@@ -163,9 +165,9 @@ def _tokenizer(argv: Sequence[str], command: str) -> None:
     _finish(args, report, command, work, models)
 
 
-def _gpt(argv: Sequence[str], command: str) -> None:
+def _gpt(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     args = gpt_parser().parse_args(argv)
-    work = _start(args)
+    work = _start(args, stack)
 
     from detailflow.evaluation.features import load_extractor
     from detailflow.evaluation.gpt import Sweep, evaluate_gpt
@@ -185,9 +187,9 @@ def _gpt(argv: Sequence[str], command: str) -> None:
     _finish(args, report, command, work, models)
 
 
-def _samples(argv: Sequence[str], command: str) -> None:
+def _samples(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     args = samples_parser().parse_args(argv)
-    work = _start(args)
+    work = _start(args, stack)
 
     from detailflow.evaluation.samples import evaluate_samples
 
@@ -196,7 +198,7 @@ def _samples(argv: Sequence[str], command: str) -> None:
     _finish(args, report, command, work, models)
 
 
-def _compare(argv: Sequence[str], command: str) -> None:
+def _compare(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     args = compare_parser().parse_args(argv)
 
     from detailflow.evaluation.compare import compare_reports
@@ -204,15 +206,19 @@ def _compare(argv: Sequence[str], command: str) -> None:
     print(compare_reports(args.a, args.b))
 
 
-def _start(args: argparse.Namespace) -> "Work":
-    """Find out what would fail only after long work, and who works."""
+def _start(args: argparse.Namespace, stack: ExitStack) -> "Work":
+    """Find out what would fail only after long work, and who works; hold the folder for them."""
     check_output(args.output)
 
     from detailflow.evaluation.report import check_packages
     from detailflow.evaluation.samples import Work
+    from detailflow.storage import held
 
     check_packages("matplotlib")
-    return Work.here(args.device, args.batch_size)
+    work = Work.here(args.device, args.batch_size)
+    if work.processes.is_main:
+        stack.enter_context(held(args.output, "evaluation"))
+    return work
 
 
 def _dtype(args: argparse.Namespace) -> Any:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +46,7 @@ from detailflow.evaluation.tokenizer import evaluate_tokenizer
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.published import Kind
-from detailflow.storage import read_json, write_json, writing
+from detailflow.storage import held, read_json, write_json, writing
 from detailflow.training.ablation import Ablation, Spent, Stages, spent, timed, train_variant
 
 KIND = "ablation"
@@ -64,6 +65,7 @@ class Result(NamedTuple):
     models: dict[Kind, str]  # the fingerprints of its tokenizer and its AR model
     rebuilt: dict[str, Figure]
     generated: list[tuple[float, dict[str, Figure]]]  # by guidance scale
+    notes: list[str]  # what a reader of its figures should know
 
     def best(self, measure: str) -> tuple[float, dict[str, Figure]]:
         """The guidance scale with the smallest distance, and its figures."""
@@ -108,23 +110,23 @@ def run_ablation(
     if (output / JSON_FILE).exists() and load(output)["kind"] != KIND:
         raise DetailFlowError(f"{output} holds the report of another evaluation: choose another folder")
     check_packages("matplotlib")
-    using = _prepare(config, everything[0], output, device)
-    report = None
-    for stages in everything:
-        if names and stages.variant.name not in names:
-            continue
-        train_variant(config, stages, output, device)
-        _measure_variant(config, stages, output, using)
-        if using.work.processes.is_main:
-            report = _report(config, everything, output, using, command)
-            report.write(output)
+    work, report = Work.here(device, config.batch_size), None
+    with held(output, "ablation") if work.processes.is_main else nullcontext():
+        using = _prepare(config, everything[0], output, work)
+        for stages in everything:
+            if names and stages.variant.name not in names:
+                continue
+            train_variant(config, stages, output, device)
+            _measure_variant(config, stages, output, using)
+            if work.processes.is_main:
+                report = _report(config, everything, output, using, command)
+                report.write(output)
     return report
 
 
-def _prepare(config: Ablation, first: Stages, output: Path, device: str | None) -> _Measuring:
+def _prepare(config: Ablation, first: Stages, output: Path, work: Work) -> _Measuring:
     """Open all that training does not need, before it takes hours; sets are read once, as long as their files stay the same."""
-    work, side = Work.here(device, config.batch_size), first.tokenizer.model.image_size
-    extractor = load_extractor(config.features, work.device)
+    extractor, side = load_extractor(config.features, work.device), first.tokenizer.model.image_size
     tested, test_split, count = config.test_data or config.data, config.test_split, config.num_reconstructions
     where, split = (config.reference, config.reference_split) if config.reference else (config.data, config.split)
     test, real, statistics = work.open(tested, side, count, test_split), work.open(where, side, None, split), output / STATISTICS
@@ -136,7 +138,7 @@ def _prepare(config: Ablation, first: Stages, output: Path, device: str | None) 
         return data_entry(test, checksum, work.processes)
 
     def measure_reference() -> dict[str, Any]:
-        measured, entry = measure_set(extractor, real, work, REFERENCE_KEPT)
+        measured, entry, _ = measure_set(extractor, real, work, REFERENCE_KEPT)
         if work.processes.is_main:
             save_statistics(statistics, measured)
         return entry
@@ -214,6 +216,7 @@ def _measure_variant(config: Ablation, stages: Stages, output: Path, using: _Mea
     content = {
         "of": of,
         "models": models,
+        "notes": list(made.notes),
         "rebuilt": _plain(rebuilt.sections[0].rows[0].figures),
         "generated": [[row.setting["guidance"], _plain(row.figures)] for row in made.sections[0].rows],
     }
@@ -249,7 +252,8 @@ def _read(place: Path, of: Mapping[str, Any], models: Mapping[Kind, str] | None 
         return None
     try:
         generated = [(scale, figures(plain)) for scale, plain in content["generated"]]
-        return Result({kind: content["models"][kind] for kind in MODELS}, figures(content["rebuilt"]), generated)
+        models_of = {kind: content["models"][kind] for kind in MODELS}
+        return Result(models_of, figures(content["rebuilt"]), generated, [str(note) for note in content.get("notes", [])])
     except (KeyError, TypeError, ValueError, AttributeError):  # damaged: it is measured anew
         return None
 
@@ -262,7 +266,8 @@ def _report(config: Ablation, everything: Sequence[Stages], output: Path, using:
     paper = {row["name"]: row for row in published()["ablation"]["rows"]}
     distance, took, of = f"g{using.distance}", spent(output), _subject(config, using)
     rows, times, models = list[Row](), list[Row](), dict[str, Any]()
-    seen: dict[str, tuple[Figure, float | None]] = {}  # our distance of generated images, and the paper's
+    seen: dict[str, tuple[Figure | None, float | None]] = {}  # our distance of generated images, and the paper's
+    warnings: list[str] = []
     points: list[tuple[float, Row]] = []
     missing: list[str] = []
     for number, stages in enumerate(everything, 1):
@@ -270,6 +275,7 @@ def _report(config: Ablation, everything: Sequence[Stages], output: Path, using:
         result = _read(output / name, of)
         if result is None:
             missing.append(name)
+            seen[name] = None, theirs.get("gFID")
             continue
         scale, figures = result.best(distance)
         setting = {
@@ -284,6 +290,7 @@ def _report(config: Ablation, everything: Sequence[Stages], output: Path, using:
         rows.append(row)
         points.append((float(number), row))
         seen[name] = figures[distance], theirs.get("gFID")
+        warnings += result.notes
         times.append(Row({"variant": name}, _minutes(stages, output, took)))
         models[name] = {kind: {"name": str(stages.folders[kind]), "fingerprint": result.models[kind]} for kind in MODELS}
     notes = comparisons(seen, distance)
@@ -307,22 +314,26 @@ def _report(config: Ablation, everything: Sequence[Stages], output: Path, using:
             **circumstances(using.work.device, using.work.processes.count, None),
         },
         plots=[_plot(points, distance)],
-        notes=[*notes, *naming_note(using.extractor)],
+        notes=[*notes, *dict.fromkeys((*warnings, *naming_note(using.extractor)))],
     )
 
 
-def comparisons(seen: Mapping[str, tuple[Figure, float | None]], distance: str) -> list[str]:
+def comparisons(seen: Mapping[str, tuple[Figure | None, float | None]], distance: str) -> list[str]:
     """Paragraphs on what each variant changes in the paper and here, which begin with where the paper's ordering is not seen.
 
     Args:
-        seen: our distance of each variant, in the table's order, and the paper's.
+        seen: our distance of each variant, in the paper's order, and the paper's; a step has two neighbours with both.
         distance: its name.
     """
     known = [(name, ours, theirs) for name, (ours, theirs) in seen.items() if theirs is not None]
+    measured: Figure | None = None
     lines: list[str] = []
     contrary: list[str] = []
     unsure: list[str] = []
     for (_, before, paper_before), (name, ours, theirs) in itertools.pairwise(known):
+        if before is None or ours is None:
+            continue
+        measured = ours
         agrees = (ours.value < before.value) == (theirs < paper_before)
         chance = by_chance(before, ours)
         if chance is not None and abs(ours.value - before.value) <= chance:
@@ -337,7 +348,7 @@ def comparisons(seen: Mapping[str, tuple[Figure, float | None]], distance: str) 
             f"- {name}: gFID {paper_before:g} → {theirs:g} in the paper, {distance} {before.value:.3f} → {ours.value:.3f} here: "
             f"{verdict}."
         )
-    if not lines:
+    if measured is None:
         return []
     summary = f"The paper's ordering is seen in {len(lines) - len(contrary) - len(unsure)} of {len(lines)} steps at this scale."
     if contrary:
@@ -348,7 +359,7 @@ def comparisons(seen: Mapping[str, tuple[Figure, float | None]], distance: str) 
         "Each variant was trained once, from one seed; how far runs of other seeds would lie apart was not measured. The paper's "
         f"figures are of {published()['ablation']['conditions']}, on ImageNet at 256×256."
     )
-    return [f"{summary} {_rule(known[0][1])}", "\n".join(lines), once]
+    return [f"{summary} {_rule(measured)}", "\n".join(lines), once]
 
 
 def by_chance(a: Figure, b: Figure) -> float | None:
@@ -426,8 +437,10 @@ def _settings(config: Ablation, everything: Sequence[Stages]) -> dict[str, Any]:
 def _plot(points: Sequence[tuple[float, Row]], distance: str) -> Plot:
     """Ours and the paper's distances beside each other, by the variant's number in the table."""
     rebuilt = distance.replace("g", "r", 1)
-    panels = [Panel("variant", m, {"ours": [(x, row.figures[m]) for x, row in points]}) for m in ("PSNR", rebuilt, distance)]
+    ticks = {x: str(row.setting["variant"]) for x, row in points}
+    ours = {m: [(x, row.figures[m]) for x, row in points] for m in ("PSNR", rebuilt, distance)}
+    panels = [Panel("variant", m, {"ours": found}, ticks=ticks) for m, found in ours.items()]
     known = [(x, row.setting[PAPER]) for x, row in points if row.setting[PAPER] is not None]
-    panels += [Panel("variant", PAPER, {"paper": [(x, Figure(value)) for x, value in known]})] if known else []
+    panels += [Panel("variant", PAPER, {"paper": [(x, Figure(value)) for x, value in known]}, ticks=ticks)] if known else []
     names = ", ".join(f"{row.setting['#']} {row.setting['variant']}" for _, row in points)
     return Plot("ablation", f"The variants: {names}", panels)

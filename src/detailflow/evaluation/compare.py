@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from detailflow.errors import DetailFlowError
-from detailflow.evaluation.report import flattened, load, table, with_unit
+from detailflow.evaluation.report import cell, flattened, load, shared_settings, table, with_unit
 
 NEEDED = ("features", "preprocessing")  # of the provenance: where these differ, figures mean different things; so does "data"
+ROUNDING = 1e-6  # as a share, or of what is below 1 itself: another order of sums makes such differences
 DEVIATIONS = 2  # a difference of so many standard deviations is called real
 
 Figures = dict[tuple[str, str, str], Mapping[str, Any]]  # section, setting, measure → figure
@@ -31,6 +32,8 @@ def compare_reports(a: Path, b: Path) -> str:
     left, right = (dict(flattened(report["provenance"])) for report in (ours, theirs))
     for difference in different_meaning(ours["provenance"], theirs["provenance"]):
         lines.append(f"Warning: {difference}. So the figures do not mean quite the same.")
+    for name, report in (("A", ours), ("B", theirs)):
+        lines += [f"{name} says: {note}" for note in report.get("notes", [])]
     lines += ["", "## Figures", "", *_figure_table(figures(ours), figures(theirs)), ""]
     lines += ["The spread is each report's own: on the same images, or from the same seeds, smaller differences can be real.", ""]
     same = [name for name in left if name in right and left[name] == right[name]]
@@ -79,17 +82,27 @@ def figures(report: Mapping[str, Any]) -> Figures:
 
 
 def _figure_table(left: Figures, right: Figures) -> list[str]:
+    """A row for each figure; what is the same in all settings of a section stands below the table, not in it."""
+    keys = list(dict.fromkeys((*left, *right)))
+    settings: dict[str, dict[str, dict[str, Any]]] = {}
+    for section, setting, _ in keys:
+        settings.setdefault(section, {})[setting] = json.loads(setting)
+    common = {section: shared_settings(list(found.values())) for section, found in settings.items()}
     rows = []
-    for key in dict.fromkeys((*left, *right)):
+    for key in keys:
         section, setting, measure = key
-        values = [f"{name} {value}" for name, value in json.loads(setting).items()]
+        values = [f"{name} {cell(value)}" for name, value in settings[section][setting].items() if name not in common[section]]
         cells = [section, ", ".join(values), with_unit(measure)]
         if key in left and key in right:
             rows.append([*cells, *_side_by_side(left[key], right[key])])
         else:
-            only = [_number(side[key]["value"]) if key in side else "–" for side in (left, right)]
+            only = [_with_spread(side[key]) if key in side else "–" for side in (left, right)]
             rows.append([*cells, *only, "–", f"only in {'A' if key in left else 'B'}"])
-    return table(["section", "setting", "measure", "A", "B", "B − A", ""], rows, right=False)
+    lines = table(["section", "setting", "measure", "A", "B", "B − A", ""], rows, right=False)
+    for section, shared in common.items():
+        if shared:
+            lines += ["", f"{section}, in all rows: {', '.join(f'{name} {cell(value)}' for name, value in shared.items())}."]
+    return lines
 
 
 def _side_by_side(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -97,6 +110,8 @@ def _side_by_side(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     difference = float(b["value"]) - float(a["value"])
     if a["value"] == b["value"]:
         verdict = "equal"
+    elif abs(difference) <= ROUNDING * max(abs(float(a["value"])), 1):
+        verdict = "equal but for rounding"
     elif a["spread"] is None and b["spread"] is None:
         verdict = "no spread is known"
     else:

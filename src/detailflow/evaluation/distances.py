@@ -16,6 +16,7 @@ from tqdm import tqdm
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import Extractor, Features
 from detailflow.evaluation.metrics import (
+    IMAGES_PER_SPLIT,
     NEIGHBOURS,
     Gaussian,
     InceptionScore,
@@ -244,6 +245,10 @@ def cautions(reference: Measured, samples: Measured) -> list[str]:
                     f"{key}: the {part.count} images of the {name} are too few for the covariance of {len(part.mean)} features, "
                     "so the distance is much larger than that of more images"
                 )
+    if samples.inception_score and samples.count and samples.count < IMAGES_PER_SPLIT:
+        found.append(
+            f"is: it is of {samples.count:,} images, where usual splits have {IMAGES_PER_SPLIT:,}, and lower the fewer they are"
+        )
     if samples.inception_score is None:
         found.append("is: there is none, as the network gives no class logits or statistics stood in for images")
     if not (_has_neighbours(reference) and _has_neighbours(samples)):

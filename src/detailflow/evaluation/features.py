@@ -121,11 +121,19 @@ class Inception:
         return Features(pool, spatial.flatten(1).float(), logits)
 
 
+def _existing(path: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise DetailFlowError(f"{path} does not exist: give a file of the network's weights, or none to download them")
+    return file
+
+
 def _inception_weights(url: str, path: str | None) -> dict[str, Tensor]:
+    file = None if path is None else _existing(path)
     try:
-        if path is None:
+        if file is None:
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        return torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # downloads and damaged files have many kinds
         raise _no_weights("inception", f"{path} can't be read as" if path else "can't be downloaded:", url) from error
 
@@ -172,7 +180,7 @@ class DINOv2:
 def _dinov2_weights(path: str | None) -> dict[str, Tensor]:
     if path is None:
         return read_tensors(hub.fetch(f"timm/{DINOV2}", [WEIGHTS_FILE]))
-    file = Path(path).expanduser()
+    file = _existing(path)
     if file.is_dir() or file.suffix == ".safetensors":
         return read_tensors(file)
     try:

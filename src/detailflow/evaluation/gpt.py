@@ -17,9 +17,22 @@ from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, SAMPLES_KEPT, Measured, compare_sets, measure
 from detailflow.evaluation.features import Extractor
 from detailflow.evaluation.published import quotes
-from detailflow.evaluation.report import Figure, Panel, Picture, Plot, Point, Report, Row, Section, place
+from detailflow.evaluation.report import (
+    Figure,
+    Panel,
+    Picture,
+    Plot,
+    Point,
+    Report,
+    Row,
+    Section,
+    cell,
+    place,
+    shared_settings,
+)
 from detailflow.evaluation.samples import (
     INCEPTION,
+    PICTURES,
     Watching,
     Work,
     at_side,
@@ -37,7 +50,6 @@ from detailflow.pipeline import DetailFlowPipeline
 from detailflow.samples import check_seeds, generate_many, remove_temporary
 
 LABELS = ("balanced", "random")
-PICTURES = 8  # images of each setting that the report shows
 SAMPLES = "samples"  # the folder in the output folder where images are, for a while or for good
 OFF: Literal["off"] = "off"  # top-k or top-p, whatever the model's own best is
 
@@ -149,7 +161,7 @@ def evaluate_gpt(
     check_seeds(*seeds)
     check_total(num_samples, work.processes)
     seeds, settings = list(dict.fromkeys(seeds)), (sweep or Sweep()).settings(pipeline)
-    wanted, reference_entry = measure_set(extractor, reference, work, REFERENCE_KEPT)
+    wanted, reference_entry, _ = measure_set(extractor, reference, work, REFERENCE_KEPT)
     rows: list[Row] = []
     checksums: dict[str, str] = {}
     pictures: list[Tensor] = []
@@ -188,7 +200,7 @@ def evaluate_gpt(
             "samples": {"checksum": checksums},  # not among the data, which must be the same for figures to be compared
         },
         plots=[plot for key in rows[0].setting if (plot := sweep_plot(key, rows))],
-        pictures=[_picture(pictures, len(settings))] if pictures else [],
+        pictures=[_picture(pictures, settings)] if pictures else [],
         notes=notes,
         published=_quotes(model, settings, rows, pipeline.gpt.config.num_tokens),
     )
@@ -283,10 +295,16 @@ def sweep_plot(key: str, rows: Sequence[Row]) -> Plot | None:
     return Plot(f"by-{re.sub('[^a-z]', '-', key)}", f"Quality by {key}", panels)
 
 
-def _picture(images: Sequence[Tensor], settings: int) -> Picture:
-    columns = len(images) // settings
-    caption = "The first images" + (", a row for each setting in the table's order" if settings > 1 else "")
-    return Picture("samples", caption, grid([Image.fromarray(image.numpy()) for image in images], columns))
+def _picture(images: Sequence[Tensor], settings: Sequence[Setting]) -> Picture:
+    """A row for each setting, with what it has otherwise than the others below its first image."""
+    columns, pictures = len(images) // len(settings), [Image.fromarray(image.numpy()) for image in images]
+    if len(settings) == 1:
+        return Picture("samples", "The first images", grid(pictures, columns))
+    rows = [setting.shown() for setting in settings]
+    common = shared_settings(rows)
+    own = [", ".join(f"{key} {cell(value)}" for key, value in row.items() if key not in common) for row in rows]
+    labels = [text if column == 0 else "" for text in own for column in range(columns)]
+    return Picture("samples", "The first images, a row for each setting", grid(pictures, columns, labels))
 
 
 def _quotes(model: str | None, settings: Sequence[Setting], rows: Sequence[Row], full: int) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ FORMAT = "detailflow-report"
 PACKAGES = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "timm", "numpy", "pillow")  # that figures depend on
 DIGITS = {"PSNR": 3, "gain of PSNR": 3, **dict.fromkeys(("SSIM", "LPIPS", "precision", "recall", "recognised", "usage"), 4)}
 SIGNIFICANT = 4  # digits of other measures
+ACROSS = 3  # panels of a plot
 UNITS = {"PSNR": "dB", "gain of PSNR": "dB"}
 
 
@@ -71,17 +72,18 @@ def place(point: Point) -> float:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes with curves by name."""
+    """One pair of axes with curves by name; `ticks` are words in place of the numbers along x."""
 
     x: str
     measure: str
     curves: Mapping[str, Sequence[Point]]
     log_x: bool = False
+    ticks: Mapping[float, str] | None = None
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Panels side by side in the file `name`.png."""
+    """Panels, up to `ACROSS` side by side, in the file `name`.png."""
 
     name: str
     caption: str
@@ -166,7 +168,7 @@ class Report:
             lines += ["## Published figures beside ours", "", *_quote_table(self.published), ""]
         lines += ["## What this was computed from", ""]
         known = flattened(_finite(dict(self.provenance)))
-        lines += table(["", ""], [[name, _cell(value)] for name, value in known], right=False)
+        lines += table(["", ""], [[name, cell(value)] for name, value in known], right=False)
         return "\n".join(lines) + "\n"
 
 
@@ -182,27 +184,31 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = Tr
 def section_table(section: Section) -> list[str]:
     """Lines: what is the same in all of several rows stands below the table, not in it."""
     settings = list(dict.fromkeys(key for row in section.rows for key in row.setting))
-    first = section.rows[0].setting
-    common = {k: v for k, v in first.items() if len(section.rows) > 1 and all(r.setting.get(k) == v for r in section.rows)}
+    common = shared_settings([row.setting for row in section.rows])
     shown = [key for key in settings if key not in common]
     measures = list(dict.fromkeys(key for row in section.rows for key in row.figures))
     cells = [
         [
-            *(_cell(row.setting.get(key, "")) for key in shown),
+            *(cell(row.setting.get(key, "")) for key in shown),
             *(row.figures[m].text(m) if m in row.figures else "–" for m in measures),
         ]
         for row in section.rows
     ]
     lines = table([*shown, *map(with_unit, measures)], cells)
     if common:
-        lines += ["", f"In all rows: {', '.join(f'{key} {_cell(value)}' for key, value in common.items())}."]
+        lines += ["", f"In all rows: {', '.join(f'{key} {cell(value)}' for key, value in common.items())}."]
     return lines
+
+
+def shared_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is the same in all of several rows."""
+    return {k: v for k, v in settings[0].items() if len(settings) > 1 and all(other.get(k) == v for other in settings)}
 
 
 def _quote_table(quotes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines: a published figure in each row, ours beside it, and where it is from."""
     header = ["measure", "ours", "published", "conditions"]
-    return table(header, [[str(q["measure"]), _cell(q["ours"]), _cell(q["published"]), str(q["conditions"])] for q in quotes])
+    return table(header, [[str(q["measure"]), cell(q["ours"]), cell(q["published"]), str(q["conditions"])] for q in quotes])
 
 
 def with_unit(measure: str) -> str:
@@ -210,7 +216,8 @@ def with_unit(measure: str) -> str:
     return f"{measure}, {UNITS[measure]}" if measure in UNITS else measure
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as it stands in a table."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -243,8 +250,12 @@ def draw(plot: Plot, path: Path) -> None:
     """Draw the panels into a PNG file."""
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(4.6 * len(plot.panels), 3.4), layout="constrained")
-    for axis, panel in zip(canvas.subplots(1, len(plot.panels), squeeze=False)[0], plot.panels, strict=True):
+    columns = min(ACROSS, len(plot.panels))
+    rows = -(-len(plot.panels) // columns)
+    canvas = Canvas(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
+    axes = canvas.subplots(rows, columns, squeeze=False).flat
+    explained: set[tuple[str, ...]] = set()
+    for axis, panel in zip(axes, plot.panels, strict=False):
         for name, points in panel.curves.items():
             levels = [figure.value for x, figure in points if x is None]
             places = [(x, figure) for x, figure in points if x is not None]
@@ -259,10 +270,15 @@ def draw(plot: Plot, path: Path) -> None:
             ticks = sorted({x for points in panel.curves.values() for x, _ in points if x is not None})
             axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axis.minorticks_off()
+        if panel.ticks:
+            axis.set_xticks(list(panel.ticks), list(panel.ticks.values()), rotation=30, ha="right")
         axis.set(xlabel=panel.x, ylabel=with_unit(panel.measure))
         axis.grid(alpha=0.3)
-        if len(panel.curves) > 1:
+        if len(panel.curves) > 1 and tuple(panel.curves) not in explained:
             axis.legend(fontsize="small")
+            explained.add(tuple(panel.curves))
+    for axis in axes:  # those that are left over
+        axis.set_axis_off()
     canvas.savefig(path, format="png", dpi=110)
 
 

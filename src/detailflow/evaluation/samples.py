@@ -1,7 +1,7 @@
 """Any two sets of images against each other, and what all evaluations share: who works, what was read, names of figures."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, SAMPLES_KEPT, Measured, cautions, compare_sets, measure
 from detailflow.evaluation.features import Extractor, Features, load_extractor
 from detailflow.evaluation.metrics import IMAGES_PER_SPLIT
-from detailflow.evaluation.report import Figure, Report, Row, Section
+from detailflow.evaluation.report import Figure, Picture, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, open_set, share_of
+from detailflow.pictures import grid
 from detailflow.processes import Processes, launched
 
 INCEPTION = "inception"
 BATCH_SIZE = {"cpu": 64, "cuda": 256}  # where the user gives none
+PICTURES = 8  # images of each set that a report shows
 WORDS, WORD = 4, 2**32  # of a checksum
 
 
@@ -107,15 +109,18 @@ class Watching:
         return features
 
 
-def measure_set(extractor: Extractor, images: ImageSet, work: Work, keep: int) -> tuple[Measured, dict[str, Any]]:
-    """What was measured of a set, and what a report says of it.
+def measure_set(
+    extractor: Extractor, images: ImageSet, work: Work, keep: int
+) -> tuple[Measured, dict[str, Any], list[Image.Image]]:
+    """What was measured of a set, what a report says of it, and its first images where pixels were read.
 
     Raises:
         DetailFlowError: as `measure`.
     """
-    watching = Watching(extractor, share_of(len(images), work.processes).start)
+    watching = Watching(extractor, share_of(len(images), work.processes).start, PICTURES)
     measured = measure(watching, images, work.processes, keep)
-    return measured, data_entry(images, watching.checksum, work.processes)
+    shown = [Image.fromarray(image.numpy()) for image in watching.shown]
+    return measured, data_entry(images, watching.checksum, work.processes), shown
 
 
 def at_side(images: Tensor, side: int) -> Tensor:
@@ -161,10 +166,12 @@ def evaluate_samples(
     ours, theirs = work.open(samples, size, num_images), work.open(reference, size)
     if ours.side and theirs.side and ours.side != theirs.side:
         sides = [f"{width}×{height}" for height, width in (ours.side, theirs.side)]
-        raise DetailFlowError(f"{samples} has images of {sides[0]} pixels and {reference} of {sides[1]}: give a size for both")
+        raise DetailFlowError(
+            f"{samples} has images of {sides[0]} pixels and {reference} of {sides[1]}: give a size (--size) for both"
+        )
     extractor = load_extractor(features, work.device, weights)
-    measured, samples_entry = measure_set(extractor, ours, work, SAMPLES_KEPT)
-    wanted, reference_entry = measure_set(extractor, theirs, work, REFERENCE_KEPT)
+    measured, samples_entry, shown = measure_set(extractor, ours, work, SAMPLES_KEPT)
+    wanted, reference_entry, shown_beside = measure_set(extractor, theirs, work, REFERENCE_KEPT)
     if not work.processes.is_main:
         return None
     figures = named(compare_sets(wanted, measured, work.device), extractor)
@@ -177,8 +184,16 @@ def evaluate_samples(
             "features": features_entry(extractor),
             "preprocessing": preprocessing_entry(extractor, size),
         },
+        pictures=[_picture(shown, shown_beside)] if shown else [],
         notes=warnings_of(wanted, measured, extractor),
     )
+
+
+def _picture(samples: Sequence[Image.Image], reference: Sequence[Image.Image]) -> Picture:
+    """A row of each set, where the reference has images."""
+    beside = reference[: len(samples)]
+    caption = "The first images of the samples" + (", and below them of the reference" if beside else "")
+    return Picture("samples", caption, grid([*samples, *beside], len(samples)))
 
 
 def names_of(extractor: Extractor, prefix: str = "", spatial: str = "") -> dict[str, str]:

@@ -176,7 +176,7 @@ class _Decoded:
         if image.size != (width, height):
             raise DetailFlowError(
                 f"{self.source.name(number)} has {image.width}×{image.height} pixels and {self.source.name(0)} {width}×{height}: "
-                "give images of one size, or a size to crop them to"
+                "give images of one size, or a size (--size) to crop them to"
             )
         return np.asarray(image)
 
@@ -228,6 +228,8 @@ def _open_npz(file: Path) -> tuple[_Npz | None, Statistics | None]:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
             header = _read_header(archive, file) if IMAGES in names else None
         statistics = _read_statistics(file, names)
+    except DetailFlowError:
+        raise
     except _DAMAGE as error:
         raise DetailFlowError(f"{file} is damaged, or no .npz file ({first_line(error)})") from error
     if header is None and statistics is None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def evaluate_tokenizer(
     check_total(total, processes)
     data: dict[str, Any] = {}
     if reference is not None and extractor is not None:
-        wanted, data["reference"] = measure_set(extractor, reference, work, REFERENCE_KEPT)
+        wanted, data["reference"], _ = measure_set(extractor, reference, work, REFERENCE_KEPT)
     tallies = [Tally(measures, total, processes) for _ in views]
     originals = Originals(tokenizer, extractor if reference is None else None, total, processes)
     _rebuild_all(tokenizer, images, work, views, tallies, originals, seed)
@@ -283,6 +284,8 @@ def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LP
         return None, []
     if side < SMALLEST_SIDE:
         return None, [f"LPIPS is left out: its network takes images of {SMALLEST_SIDE} pixels a side or more, not {side}."]
+    if weights is not None and not Path(weights).expanduser().exists():
+        raise DetailFlowError(f"{weights} does not exist: give VGG-16's weights, {VGG16_FILE}, with --lpips, or none for none")
     try:
         return LPIPS(weights).to(device), []
     except DetailFlowError:
@@ -327,6 +330,7 @@ def _plots(views: Sequence[View], rows: Sequence[Row]) -> list[Plot]:
     clean = [(v, r.figures) for v, r in zip(views, rows, strict=True) if v.by_count]
     planted = [(v, r.figures) for v, r in zip(views, rows, strict=True) if not v.by_count]
     several = len(clean) > len({v.n for v, _ in clean})
+    mixed = len({v.span.end - v.span.start for v, _ in planted if v.span}) > 1
     by_count, by_place = [], []
     for measure in rows[0].figures:
         curves: dict[str, list[Point]] = {}
@@ -336,8 +340,11 @@ def _plots(views: Sequence[View], rows: Sequence[Row]) -> list[Plot]:
         by_count.append(Panel("tokens", measure, curves, log_x=True))
         lines: dict[str, list[Point]] = {}
         for view, figures in planted:
-            name = "no mistakes" if view.span is None else f"later tokens {'corrected' if view.corrected else 'clean'}"
-            lines.setdefault(name, []).append((float(view.span.start) if view.span else None, figures[measure]))
+            name, x = "no mistakes", None
+            if view.span:
+                name, x = f"later tokens {'corrected' if view.corrected else 'clean'}", float(view.span.start)
+                name += f", {view.span.end - view.span.start} wrong" if mixed else ""
+            lines.setdefault(name, []).append((x, figures[measure]))
         by_place.append(Panel("first wrong token", measure, {name: sorted(points, key=place) for name, points in lines.items()}))
     plots = [Plot("quality-by-tokens", "Quality by number of tokens", by_count)]
     if len(planted) > 3:

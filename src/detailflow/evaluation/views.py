@@ -77,4 +77,4 @@ def parse_spans(schedule: TokenSchedule, words: Sequence[str]) -> list[Span]:
             raise DetailFlowError(
                 f"mistakes can be planted at token 0 to {total - 1}, in group g0 to g{total // size - 1}, or all, not {word!r}"
             )
-    return list(dict.fromkeys(spans))
+    return sorted(set(spans), key=lambda span: (span.start, span.end))

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from torch import Tensor
 from detailflow.errors import DetailFlowError
 from detailflow.processes import Processes
 from detailflow.schedule import require_not_negative, require_positive, require_shares
+from detailflow.storage import held
 from detailflow.training.checkpoints import RUN_FILE, claim, load_checkpoint, newest, save_checkpoint
 from detailflow.training.tracking import Trackers, check_trackers
 
@@ -155,8 +157,14 @@ def run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path, p
         config: the stage's dataclass, a `LoopConfig` in its field `loop`.
 
     Raises:
-        DetailFlowError: if `output` holds a run with another config, or can't be written; or where steps go wrong.
+        DetailFlowError: if `output` holds a run with another config, is at work in another process, or can't be written; or where
+            steps go wrong.
     """
+    with held(output, "training run") if processes.is_main else nullcontext():
+        _run(make_stage, kind, config, output, processes)
+
+
+def _run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path, processes: Processes) -> None:
     loop: LoopConfig = config.loop
     loop.images_at_once(processes)
     fresh = processes.is_main and not os.path.exists(output / RUN_FILE)
