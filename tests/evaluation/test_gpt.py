@@ -151,8 +151,8 @@ def test_a_plot_has_a_curve_for_each_of_the_other_settings():
     plot = sweep_plot("top-k", [*rows, row(1.0, 9, 0.5)])
     assert plot is not None
     curves = {name: [(x, figure.value) for x, figure in points] for name, points in plot.panels[0].curves.items()}
-    assert curves["guidance 1.0"] == [(5.0, 0.2), (9.0, 0.5)]
-    assert curves["top-k off, guidance 1.0"] == [(None, 0.3)]
+    assert curves["guidance 1"] == [(5.0, 0.2), (9.0, 0.5)]
+    assert curves["top-k off, guidance 1"] == [(None, 0.3)]
 
 
 def test_labels():

@@ -99,7 +99,7 @@ def test_panels_stand_in_rows_of_three(tmp_path: Path):
         with Image.open(tmp_path / "p.png") as picture:
             sizes.append(picture.size)
     (width, height), three, four = sizes
-    assert three == (3 * width, height) and four == (3 * width, 2 * height)
+    assert three == (3 * width, height) and four == (2 * width, 2 * height)
 
 
 def test_one_row_shows_all_its_settings():
@@ -163,7 +163,7 @@ def test_a_report_against_itself(tmp_path: Path):
     assert line(text, "| Quality | tokens 4 | PSNR, dB |").endswith("| 20 ± 0.1 | 20 ± 0.1 | 0 | equal |")
     assert line(text, "| Quality | tokens 8 |").endswith("| inf | inf | 0 | equal |")
     assert line(text, "command, ")
-    assert "\nQuality, in all rows: side 32.\n" in text and "\nA says: Something was left out.\n" in text
+    assert "\nQuality, in all rows: side 32.\n" in text and "\nA and B say: Something was left out.\n" in text
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,10 @@ def compare_reports(a: Path, b: Path) -> str:
     left, right = (dict(flattened(report["provenance"])) for report in (ours, theirs))
     for difference in different_meaning(ours["provenance"], theirs["provenance"]):
         lines.append(f"Warning: {difference}. So the figures do not mean quite the same.")
-    for name, report in (("A", ours), ("B", theirs)):
-        lines += [f"{name} says: {note}" for note in report.get("notes", [])]
+    said = [report.get("notes", []) for report in (ours, theirs)]
+    for note in dict.fromkeys((*said[0], *said[1])):
+        who = [name for name, notes in zip("AB", said, strict=True) if note in notes]
+        lines.append(f"{' and '.join(who)} {'say' if len(who) > 1 else 'says'}: {note}")
     lines += ["", "## Figures", "", *_figure_table(figures(ours), figures(theirs)), ""]
     lines += ["The spread is each report's own: on the same images, or from the same seeds, smaller differences can be real.", ""]
     same = [name for name in left if name in right and left[name] == right[name]]

@@ -288,7 +288,7 @@ def sweep_plot(key: str, rows: Sequence[Row]) -> Plot | None:
     for name in rows[0].figures:
         curves: dict[str, list[Point]] = {}
         for row in rows:
-            curve, x = ", ".join(f"{k} {row.setting[k]}" for k in others), row.setting[key]
+            curve, x = ", ".join(f"{k} {cell(row.setting[k])}" for k in others), row.setting[key]
             label = curve if x != "off" else f"{key} off, {curve}".removesuffix(", ")
             curves.setdefault(label, []).append((None if x == "off" else float(x), row.figures[name]))
         panels.append(Panel(key, name, {label: sorted(points, key=place) for label, points in curves.items()}, key == "tokens"))
@@ -296,14 +296,14 @@ def sweep_plot(key: str, rows: Sequence[Row]) -> Plot | None:
 
 
 def _picture(images: Sequence[Tensor], settings: Sequence[Setting]) -> Picture:
-    """A row for each setting, with what it has otherwise than the others below its first image."""
+    """A row for each setting, with what it has otherwise than the others below its first images."""
     columns, pictures = len(images) // len(settings), [Image.fromarray(image.numpy()) for image in images]
     if len(settings) == 1:
         return Picture("samples", "The first images", grid(pictures, columns))
     rows = [setting.shown() for setting in settings]
     common = shared_settings(rows)
-    own = [", ".join(f"{key} {cell(value)}" for key, value in row.items() if key not in common) for row in rows]
-    labels = [text if column == 0 else "" for text in own for column in range(columns)]
+    own = [[f"{key} {cell(value)}" for key, value in row.items() if key not in common] for row in rows]
+    labels = [text for texts in own for text in [*texts, *[""] * columns][:columns]]
     return Picture("samples", "The first images, a row for each setting", grid(pictures, columns, labels))
 
 

@@ -250,10 +250,10 @@ def draw(plot: Plot, path: Path) -> None:
     """Draw the panels into a PNG file."""
     from matplotlib.figure import Figure as Canvas
 
-    columns = min(ACROSS, len(plot.panels))
-    rows = -(-len(plot.panels) // columns)
+    rows = -(-len(plot.panels) // ACROSS)
+    columns = -(-len(plot.panels) // rows)
     canvas = Canvas(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
-    axes = canvas.subplots(rows, columns, squeeze=False).flat
+    axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
     explained: set[tuple[str, ...]] = set()
     for axis, panel in zip(axes, plot.panels, strict=False):
         for name, points in panel.curves.items():
@@ -270,6 +270,8 @@ def draw(plot: Plot, path: Path) -> None:
             ticks = sorted({x for points in panel.curves.values() for x, _ in points if x is not None})
             axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axis.minorticks_off()
+        elif not panel.ticks:
+            axis.locator_params(axis="x", nbins=6)  # more run together
         if panel.ticks:
             axis.set_xticks(list(panel.ticks), list(panel.ticks.values()), rotation=30, ha="right")
         axis.set(xlabel=panel.x, ylabel=with_unit(panel.measure))
@@ -277,7 +279,7 @@ def draw(plot: Plot, path: Path) -> None:
         if len(panel.curves) > 1 and tuple(panel.curves) not in explained:
             axis.legend(fontsize="small")
             explained.add(tuple(panel.curves))
-    for axis in axes:  # those that are left over
+    for axis in axes[len(plot.panels) :]:
         axis.set_axis_off()
     canvas.savefig(path, format="png", dpi=110)
 
