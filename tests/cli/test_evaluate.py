@@ -47,7 +47,7 @@ def figures(folder: Path, section: int = 0) -> list[dict[str, Any]]:
     return [{name: figure["value"] for name, figure in row["figures"].items()} for row in rows]
 
 
-@pytest.mark.parametrize("what", [[], ["tokenizer"], ["gpt"], ["samples"], ["compare"]])
+@pytest.mark.parametrize("what", [[], ["tokenizer"], ["gpt"], ["samples"], ["statistics"], ["compare"]])
 @pytest.mark.parametrize("columns", ["80", "300"])
 def test_help_fits_a_screen(what: list[str], columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", columns)
@@ -150,6 +150,20 @@ def test_gpt_then_its_samples_then_both_compared(
     assert "is a report of gpt and" in capsys.readouterr().err
 
 
+def test_a_reference_measured_once(cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    stored, common = tmp_path / "stored.npz", ("--features", network, "--device", "cpu")
+    assert evaluate("statistics", cifar, *common, "--size", 32, "--num-images", 20, "--output", stored) == 0
+    for name, reference in (("a", stored), ("b", cifar)):
+        assert evaluate("samples", cifar, reference, *common, "--size", 32, "--num-images", 20, "--output", tmp_path / name) == 0
+    (once,), (all_of_them,) = figures(tmp_path / "a"), figures(tmp_path / "b")
+    assert once["FD"] == pytest.approx(0, abs=1e-6) and all_of_them["FD"] > 1e-3
+    assert once["precision"] == once["recall"] == 1
+    capsys.readouterr()
+    for output, problem in ((stored, "exists already"), (tmp_path / "stored", "is not named so")):
+        assert evaluate("statistics", cifar, *common, "--output", output) == 2
+        assert f"--output must be a new .npz file, and {output} {problem}" in capsys.readouterr().err
+
+
 def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from PIL import Image
 
@@ -174,7 +188,7 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["everything"], "what to evaluate must be one of tokenizer, gpt, samples, compare, not 'everything'"),
+        (["everything"], "what to evaluate must be one of tokenizer, gpt, samples, statistics, compare, not 'everything'"),
         (["tokenizer", "--output", "OUT"], "the following arguments are required: --data"),
         (["tokenizer", "--data", "nowhere/at.parquet", "--output", "OUT"], "nowhere/at.parquet does not exist"),
         (["tokenizer", "--data", "CIFAR"], "the following arguments are required: --output"),

@@ -19,15 +19,16 @@ OFF = "off"  # for --top-k and --top-p
 NONE = "none"  # for --features
 HELP = """usage: detailflow evaluate WHAT …
 
-Measure models and images by the field's standard means. Each writes a folder
-with report.json, report.md and plots, by one process or, with torchrun or
-accelerate launch, by several.
+Measure models and images by the field's standard means. The first three write
+a folder with report.json, report.md and plots, by one process or, with torchrun
+or accelerate launch, by several.
 
 what:
-  tokenizer  how well a tokenizer rebuilds images, by tokens and with planted mistakes
-  gpt        how good generated images are, over ways to sample them
-  samples    any two sets of images: folder, .npz, WebDataset, parquet
-  compare    two reports beside each other
+  tokenizer   how well a tokenizer rebuilds images, by tokens and with planted mistakes
+  gpt         how good generated images are, over ways to sample them
+  samples     any two sets of images: folder, .npz, WebDataset, parquet
+  statistics  a reference's, measured once and kept in an .npz file
+  compare     two reports beside each other
 
 options:
   -h, --help  show this help, or after one of these that one's
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0
-    kinds = {"tokenizer": _tokenizer, "gpt": _gpt, "samples": _samples, "compare": _compare}
+    kinds = {"tokenizer": _tokenizer, "gpt": _gpt, "samples": _samples, "statistics": _statistics, "compare": _compare}
     if argv[0] not in kinds:
         raise DetailFlowError(f"what to evaluate must be one of {', '.join(kinds)}, not {argv[0]!r}")
     with ExitStack() as stack:
@@ -110,6 +111,22 @@ def compare_parser() -> Parser:
     result = Parser("evaluate compare", "A B", "Print two reports beside each other: what is equal, and what differs.")
     for name in ("a", "b"):
         result.add_argument(name, metavar=name.upper(), type=Path, help="the output folder of an evaluation, or its report.json")
+    return result
+
+
+def statistics_parser() -> Parser:
+    """The options of `evaluate statistics`."""
+    result = Parser(
+        "evaluate statistics", "SET --output FILE.npz", "Measure a set once, to give the file as --reference from then on."
+    )
+    result.add_argument("set", metavar="SET", help="a folder, .npz, WebDataset, parquet or a hub name")
+    result.add_argument("--split", help="train, val or test, where there are such")
+    result.add_argument("--size", type=positive, metavar="S", help="the model's: shorter sides to S, centres (default: as is)")
+    result.add_argument("--num-images", type=positive, metavar="N", help="only N images, spread over the set")
+    _add_features(result)
+    result.add_argument("--batch-size", type=positive, metavar="N", help="images at once (default: 64, or 256 on a GPU)")
+    result.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .npz file to write")
+    result.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
     return result
 
 
@@ -196,6 +213,25 @@ def _samples(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     models = _claim(args, command, work, {})
     report = evaluate_samples(args.samples, args.reference, work, args.features, args.weights, args.size, args.num_images)
     _finish(args, report, command, work, models)
+
+
+def _statistics(argv: Sequence[str], command: str, stack: ExitStack) -> None:
+    args = statistics_parser().parse_args(argv)
+    if args.output.suffix != ".npz" or args.output.exists():
+        problem = "exists already" if args.output.exists() else "is not named so"
+        raise DetailFlowError(f"--output must be a new .npz file, and {args.output} {problem}")
+    check_output(args.output.parent)
+
+    from detailflow.evaluation.distances import REFERENCE_KEPT, save_statistics
+    from detailflow.evaluation.features import load_extractor
+    from detailflow.evaluation.samples import Work, measure_set
+
+    work = Work.here(args.device, args.batch_size)
+    images = work.open(args.set, args.size, args.num_images, args.split)
+    measured, _, _ = measure_set(load_extractor(args.features, work.device, args.weights), images, work, REFERENCE_KEPT)
+    if work.processes.is_main:
+        save_statistics(args.output, measured)
+        print(f"wrote {args.output}")
 
 
 def _compare(argv: Sequence[str], command: str, stack: ExitStack) -> None:
