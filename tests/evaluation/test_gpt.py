@@ -100,12 +100,15 @@ def test_coarse_images_are_measured_at_the_full_side_and_can_be_kept(pipeline: D
 
 
 def test_several_seeds_show_the_spread(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
-    alone = [evaluated(pipeline, cifar, tmp_path, seeds=[seed]).sections[0].rows[0].figures["gFD"].value for seed in (0, 1, 2)]
-    report = evaluated(pipeline, cifar, tmp_path, seeds=[0, 1, 2])
+    alone = [evaluated(pipeline, cifar, tmp_path, seeds=[seed]).sections[0].rows[0].figures["gFD"] for seed in (0, 1, 2)]
+    said: list[str] = []
+    report = evaluated(pipeline, cifar, tmp_path, seeds=[0, 1, 2], say=said.append)
+    assert [line.rpartition(", ")[2] for line in said] == [f"seed {i}: gFD {x.text('gFD')}" for i, x in enumerate(alone)]
+    values = [figure.value for figure in alone]
     figure = report.sections[0].rows[0].figures["gFD"]
-    assert figure.values == pytest.approx(alone, rel=1e-6)
-    assert figure.value == pytest.approx(np.mean(alone))
-    assert figure.spread == pytest.approx(np.std(alone, ddof=1))
+    assert figure.values == pytest.approx(values, rel=1e-6)
+    assert figure.value == pytest.approx(np.mean(values))
+    assert figure.spread == pytest.approx(np.std(values, ddof=1))
     assert "Means over 3 seeds" in report.sections[0].note
     assert over_seeds([]) == {}
 

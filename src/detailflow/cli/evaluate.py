@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -199,7 +200,7 @@ def _gpt(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     extractor = load_extractor(args.features, work.device, args.weights)
     report = evaluate_gpt(
         pipeline, reference, work, extractor, args.output, args.num_samples, sweep, args.labels, args.seeds, args.keep_samples,
-        args.model,
+        args.model, lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     _finish(args, report, command, work, models)
 

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -138,6 +138,7 @@ def evaluate_gpt(
     seeds: Sequence[int] = (0,),
     keep_samples: bool = False,
     model: str | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Report | None:
     """Generate images in each setting, from each seed, and compare them with `reference`.
 
@@ -148,6 +149,7 @@ def evaluate_gpt(
         labels: "balanced" takes the classes in turn, "random" draws them by the seed.
         keep_samples: leave them there, as samples.npz in ADM's layout.
         model: the name that the user gave, by which published figures are found.
+        say: called, in the main process, with a line on each set of images as it is measured.
 
     Returns:
         In the main process a report whose provenance is not complete yet; `None` in others.
@@ -162,6 +164,7 @@ def evaluate_gpt(
     check_total(num_samples, work.processes)
     seeds, settings = list(dict.fromkeys(seeds)), (sweep or Sweep()).settings(pipeline)
     wanted, reference_entry, _ = measure_set(extractor, reference, work, REFERENCE_KEPT)
+    common = shared_settings([setting.shown() for setting in settings])
     rows: list[Row] = []
     checksums: dict[str, str] = {}
     pictures: list[Tensor] = []
@@ -176,6 +179,9 @@ def evaluate_gpt(
             checksums[setting.folder(seed)] = watching.checksum.text(work.processes)
             if work.processes.is_main:
                 runs.append(named(compare_sets(wanted, made, work.device), extractor, "g") | hits)
+                words = [f"{key} {cell(value)}" for key, value in setting.shown().items() if key not in common]
+                name, figure = next(iter(runs[-1].items()))
+                say(f"{', '.join([*words, f'seed {seed}'])}: {name} {figure.text(name)}")
                 pictures += watching.shown if len(runs) == 1 else []
                 notes = notes or warnings_of(wanted, made, extractor, "g")
         rows.append(Row(setting.shown(), over_seeds(runs)))
