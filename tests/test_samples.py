@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from detailflow import DetailFlowPipeline
@@ -146,7 +147,9 @@ def test_a_bad_seed_claims_no_folder(pipeline: DetailFlowPipeline, tmp_path: Pat
 
 def test_one_process_and_several(model: Path, tmp_path: Path):
     """Two processes as torchrun starts them write the files of one."""
-    options = ["--num-images", "11", "--batch-size", "2", "--model", str(model), "--device", "cpu"]
+    options = ["--num-images", "11", "--batch-size", "2", "--model", str(model)]
+    if torch.accelerator.is_available():  # else it need not be said
+        options += ["--device", "cpu"]
     assert main(["generate", "cat", "1", *options, "--output", str(tmp_path / "one")]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "detailflow"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -38,7 +38,9 @@ class Processes:
             raise DetailFlowError(
                 "several processes need the package accelerate: install it with pip install 'detailflow[train]'"
             ) from error
-        state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
+        # Without an accelerator it joins processes only where it is told so; of a Mac's GPU there is one only.
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        state = PartialState(cpu=cpu or accelerator is None or accelerator.type == "mps", timeout=LONGEST_WAIT)
         atexit.register(state.destroy_process_group)  # or its threads may outlive what they use, and abort the program
         device = torch.device("cpu") if state.device.type == "cpu" else state.device  # which it numbers, and torch does not
         return cls(state.process_index, state.num_processes, device)
