@@ -42,6 +42,24 @@ def test_compiled_generation(pipeline: DetailFlowPipeline, model: Path, monkeypa
     assert len(seen) == 7
 
 
+@compiles
+def test_compiled_generation_of_one_image(pipeline: DetailFlowPipeline, model: Path):
+    """Its single tokens are computed twice over, as the library takes longer for two rows than for four."""
+    gpt, classes = DetailFlowPipeline.from_pretrained(model, "cpu").gpt, torch.tensor([3])
+    gpt.compile_generation(1)
+    program, shapes = gpt._compiled, []
+    assert program is not None
+
+    def spy(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        shapes.append(tuple(x.shape[:2]))
+        return program(x, *rest)
+
+    gpt._compiled = spy
+    greedy = gpt.generate(classes, temperature=0.0, guidance_scale=2.0)
+    assert torch.equal(greedy, pipeline.gpt.generate(classes, temperature=0.0, guidance_scale=2.0))
+    assert shapes == [(2, 2)] * 4 + [(2, 4)] * 3
+
+
 def test_where_nothing_can_be_compiled(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -27,10 +27,10 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, labels: Sequ
     Args:
         images: at least one; small ones are enlarged without smoothing, to one common size.
         columns: `None` makes the grid about square, with full rows where that can be.
-        labels: one per image.
+        labels: one per image, of a line or several.
     """
     columns = columns or _columns(len(images))
-    return _lay_out(images, [[label] for label in labels] if labels is not None else None, columns)
+    return _lay_out(images, [label.split("\n") for label in labels] if labels is not None else None, columns)
 
 
 def _columns(count: int) -> int:

@@ -23,7 +23,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.hub import fingerprint
 from detailflow.pipeline import LARGEST_SEED, DetailFlowPipeline
 from detailflow.processes import Processes
-from detailflow.storage import read_json, replacing
+from detailflow.storage import read_json, replacing, write_json
 
 SETTINGS_FILE = "samples.json"
 TEMPORARY = "temporary"  # in that file: whether the samples may go once they have served
@@ -167,7 +167,7 @@ def claim(folder: Path, settings: dict[str, Any], found: Iterable[Path] = (), te
                 raise DetailFlowError(
                     f"{folder} holds {stranger.name} and no {SETTINGS_FILE} that says how it was made: choose another folder"
                 )
-            _record(path, mine | ({TEMPORARY: True} if temporary else {}))
+            write_json(path, mine | ({TEMPORARY: True} if temporary else {}))
         theirs = _recorded(path)
         for key in mine:
             if theirs.get(key) != mine[key]:
@@ -175,7 +175,7 @@ def claim(folder: Path, settings: dict[str, Any], found: Iterable[Path] = (), te
                     f"{folder} holds samples with another {key} ({theirs.get(key)!r}, not {mine[key]!r}): choose another folder"
                 )
         if theirs.get(TEMPORARY) and not temporary:
-            _record(path, mine)
+            write_json(path, mine)
     except OSError as error:
         raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
 
@@ -185,11 +185,6 @@ def _recorded(path: Path) -> dict[str, Any]:
         return read_json(path)
     except DetailFlowError as error:
         raise DetailFlowError(f"{path} is damaged: choose another output folder") from error
-
-
-def _record(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def remove_temporary(folder: Path) -> None:

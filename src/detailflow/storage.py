@@ -7,10 +7,9 @@ import re
 from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,26 +53,38 @@ def held(folder: Path, work: str) -> Iterator[None]:
     Raises:
         DetailFlowError: if another process holds it, or it can't be written to.
     """
-    lock = FileLock(folder / LOCK_FILE)
+    path = folder / LOCK_FILE
     try:
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(NotImplementedError):  # a file system without locks
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise DetailFlowError(f"another {work} is at work in {folder}: choose another folder, or wait for its end") from None
+        file = path.open("w")
     except FileExistsError:
         raise DetailFlowError(f"cannot write to {folder}: it is no folder") from None
     except OSError as error:
         raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
+    with file:
+        if not _locked(file):
+            raise DetailFlowError(f"another {work} is at work in {folder}: choose another folder, or wait for its end")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):  # something is in it
+                    folder.rmdir()
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock a file until it is closed; False where another process has. Systems and file systems without locks lock nothing."""
     try:
-        yield
-    finally:
-        (folder / LOCK_FILE).unlink(missing_ok=True)
-        lock.release()
-        if made:
-            with suppress(OSError):  # something is in it
-                folder.rmdir()
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except (ImportError, OSError):
+        return True
+    return os.fstat(file.fileno()).st_nlink > 0  # else the one who had it has just removed it
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def test_the_recipe_from_end_to_end(folder: Path, capsys: pytest.CaptureFixture[
 
     assert main([*ABLATE, "--gpt.dropout", "0.1"]) == 0  # the others, and these are not done again
     out = capsys.readouterr().out
-    assert "baseline: " not in out and "alignment: evaluation" in out
+    assert "baseline: " not in out and "alignment: evaluation" in out and "The paper's ordering is" in out
     steps = [line.split("|")[3].strip() for line in out.splitlines() if line.startswith(("| 1 ", "| 2 ", "| 4 ", "| 6 ", "| 7 "))]
     assert steps == ["8", "8", "2", "5", "5"]
     text = Path("out/report.md").read_text()

@@ -192,6 +192,12 @@ def test_a_difference_of_rounding(tmp_path: Path):
     assert line(text, "| Quality | tokens 4 | PSNR, dB |").endswith("| +1e-06 | equal but for rounding |")
 
 
+def test_infinity_is_not_rounding(tmp_path: Path):
+    for first, second in ((math.inf, 20.0), (20.0, math.inf)):
+        text = compared(tmp_path, report(first), report(second))
+        assert "beyond the spread" in line(text, "| Quality | tokens 4 | PSNR, dB |")
+
+
 def test_what_only_one_has(tmp_path: Path):
     text = compared(tmp_path, report(), report(SSIM=Figure(0.5, 0.01)))
     assert line(text, "| Quality | tokens 8 | SSIM |").endswith("| – | 0.5 ± 0.01 | – | only in B |")

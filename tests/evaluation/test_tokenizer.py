@@ -245,7 +245,7 @@ def test_lpips_is_left_out_with_a_reason(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(notes) == 1 and notes[0].startswith("LPIPS is left out, for want of VGG-16's weights: get https://")
     assert find_lpips(None, 8, device)[1] == ["LPIPS is left out: its network takes images of 16 pixels a side or more, not 8."]
     assert find_lpips("none", 32, device) == (None, [])
-    with pytest.raises(DetailFlowError, match="missing.pth does not exist: give VGG-16's weights, https://.*, with --lpips"):
+    with pytest.raises(DetailFlowError, match="missing.pth does not exist: give VGG-16's weights, https://.*, or --lpips none"):
         find_lpips(str(tmp_path / "missing.pth"), 32, device)
 
 

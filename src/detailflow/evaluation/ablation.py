@@ -216,7 +216,7 @@ def _measure_variant(config: Ablation, stages: Stages, output: Path, using: _Mea
     content = {
         "of": of,
         "models": models,
-        "notes": list(made.notes),
+        "notes": list(dict.fromkeys((*made.notes, *rebuilt.notes))),
         "rebuilt": _plain(rebuilt.sections[0].rows[0].figures),
         "generated": [[row.setting["guidance"], _plain(row.figures)] for row in made.sections[0].rows],
     }

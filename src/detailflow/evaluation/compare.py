@@ -112,7 +112,7 @@ def _side_by_side(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     difference = float(b["value"]) - float(a["value"])
     if a["value"] == b["value"]:
         verdict = "equal"
-    elif abs(difference) <= ROUNDING * max(abs(float(a["value"])), 1):
+    elif math.isfinite(difference) and abs(difference) <= ROUNDING * max(abs(float(a["value"])), 1):
         verdict = "equal but for rounding"
     elif a["spread"] is None and b["spread"] is None:
         verdict = "no spread is known"

@@ -124,7 +124,7 @@ class Inception:
 def _existing(path: str) -> Path:
     file = Path(path).expanduser()
     if not file.exists():
-        raise DetailFlowError(f"{path} does not exist: give a file of the network's weights, or none to download them")
+        raise DetailFlowError(f"{path} does not exist: give a file of the network's weights, or no --weights to download them")
     return file
 
 

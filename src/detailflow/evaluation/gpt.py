@@ -302,14 +302,14 @@ def sweep_plot(key: str, rows: Sequence[Row]) -> Plot | None:
 
 
 def _picture(images: Sequence[Tensor], settings: Sequence[Setting]) -> Picture:
-    """A row for each setting, with what it has otherwise than the others below its first images."""
+    """A row for each setting, with what it has otherwise than the others below its first image."""
     columns, pictures = len(images) // len(settings), [Image.fromarray(image.numpy()) for image in images]
     if len(settings) == 1:
         return Picture("samples", "The first images", grid(pictures, columns))
     rows = [setting.shown() for setting in settings]
     common = shared_settings(rows)
-    own = [[f"{key} {cell(value)}" for key, value in row.items() if key not in common] for row in rows]
-    labels = [text for texts in own for text in [*texts, *[""] * columns][:columns]]
+    own = ["\n".join(f"{key} {cell(value)}" for key, value in row.items() if key not in common) for row in rows]
+    labels = [text if column == 0 else "" for text in own for column in range(columns)]
     return Picture("samples", "The first images, a row for each setting", grid(pictures, columns, labels))
 
 

@@ -285,7 +285,7 @@ def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LP
     if side < SMALLEST_SIDE:
         return None, [f"LPIPS is left out: its network takes images of {SMALLEST_SIDE} pixels a side or more, not {side}."]
     if weights is not None and not Path(weights).expanduser().exists():
-        raise DetailFlowError(f"{weights} does not exist: give VGG-16's weights, {VGG16_FILE}, with --lpips, or none for none")
+        raise DetailFlowError(f"{weights} does not exist: give VGG-16's weights, {VGG16_FILE}, or --lpips none")
     try:
         return LPIPS(weights).to(device), []
     except DetailFlowError:

@@ -1,0 +1,33 @@
+"""Attention against PyTorch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from detailflow.models import attention
+from detailflow.models.attention import attend
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("queries", [1, 6])
+@pytest.mark.parametrize("scores", [1, 2 * 3 * 6 * 9, 2**21])  # an image at a time, at most two, all five
+def test_both_ways_agree(scores: int, queries: int, masked: bool, monkeypatch: pytest.MonkeyPatch):
+    """Values and gradients, in one part or several, with fewer queries than keys."""
+    monkeypatch.setattr(attention, "SCORES", scores)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 3, length, 8, requires_grad=True) for length in (queries, 9, 9))
+    mask = torch.ones(queries, 9, dtype=torch.bool).tril(9 - queries) if masked else None
+    ours, theirs = attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    gradients = [torch.autograd.grad(found.square().sum(), (q, k, v)) for found in (ours, theirs)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    with torch.inference_mode():
+        half = attend(*(x.bfloat16() for x in (q, k, v)), mask)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), theirs, atol=0.03, rtol=0.03)
+
+
+def test_nothing_to_attend():
+    empty = torch.zeros(0, 3, 4, 8)
+    assert attend(empty, empty, empty).shape == (0, 3, 4, 8)
