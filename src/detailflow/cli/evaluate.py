@@ -103,7 +103,7 @@ def samples_parser() -> Parser:
     result.add_argument("--num-images", type=positive, metavar="N", help="only N of the samples, spread over the set")
     _add_features(result)
     _add_output(result)
-    result.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
+    _add_device(result)
     return result
 
 
@@ -121,18 +121,22 @@ def statistics_parser() -> Parser:
         "evaluate statistics", "SET --output FILE.npz", "Measure a set once, to give the file as --reference from then on."
     )
     result.add_argument("set", metavar="SET", help="a folder, .npz, WebDataset, parquet or a hub name")
-    result.add_argument("--split", help="train, val or test, where there are such")
+    _add_split(result)
     result.add_argument("--size", type=positive, metavar="S", help="the model's: shorter sides to S, centres (default: as is)")
     result.add_argument("--num-images", type=positive, metavar="N", help="only N images, spread over the set")
     _add_features(result)
-    result.add_argument("--batch-size", type=positive, metavar="N", help="images at once (default: 64, or 256 on a GPU)")
+    _add_batch_size(result)
     result.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .npz file to write")
-    result.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
+    _add_device(result)
     return result
 
 
 def _add_data(parser: argparse.ArgumentParser, name: str, text: str) -> None:
     parser.add_argument(name, required=True, metavar=name.strip("-").upper(), help=text)
+    _add_split(parser)
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="train, val or test, where there are such")
 
 
@@ -143,8 +147,16 @@ def _add_features(parser: argparse.ArgumentParser, instead: str = "") -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images at once (default: 64, or 256 on a GPU)")
+    _add_batch_size(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to write the report")
+
+
+def _add_batch_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images at once (default: 64, or 256 on a GPU)")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
 
 
 def _or_off(kind: Callable[[str], Any]) -> Callable[[str], Any]:

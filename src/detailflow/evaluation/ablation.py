@@ -26,6 +26,7 @@ from detailflow.evaluation.report import (
     Row,
     Section,
     check_packages,
+    checksums,
     circumstances,
     load,
     model_entry,
@@ -225,12 +226,9 @@ def _measure_variant(config: Ablation, stages: Stages, output: Path, using: _Mea
 
 def _subject(config: Ablation, using: _Measuring) -> dict[str, Any]:
     """All that a variant's figures depend on beside its models, as JSON has it; the same wherever the files lie."""
-    checksums = {
-        name: {key: value for key, value in entry.items() if key.startswith("checksum")} for name, entry in using.data.items()
-    }
     subject = {
         "features": using.extractor.fingerprint,
-        **checksums,
+        **{name: checksums(entry) for name, entry in using.data.items()},
         "samples": [config.num_samples, config.guidance_scales, config.seeds],
     }
     plain: dict[str, Any] = json.loads(json.dumps(subject))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detailflow.errors import DetailFlowError
-from detailflow.evaluation.report import cell, flattened, load, shared_settings, table, with_unit
+from detailflow.evaluation.report import checksums, flattened, in_words, load, shared_settings, table, with_unit
 
 NEEDED = ("features", "preprocessing")  # of the provenance: where these differ, figures mean different things; so does "data"
 ROUNDING = 1e-6  # as a share, or of what is below 1 itself: another order of sums makes such differences
@@ -51,8 +51,7 @@ def different_meaning(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Ite
     left, right = (report.get("data", {}) for report in (ours, theirs))
     for name in dict.fromkeys((*left, *right)):
         a, b = (entry if isinstance(entry, Mapping) else {"data": entry} for entry in (left.get(name, {}), right.get(name, {})))
-        checksums = [{key: value for key, value in entry.items() if key.startswith("checksum")} for entry in (a, b)]
-        if a != b and (checksums[0] != checksums[1] or not checksums[0]):
+        if a != b and (checksums(a) != checksums(b) or not checksums(a)):
             yield f"the data ({name}) differs: {_brief(a, b)} in A, {_brief(b, a)} in B"
     for subject in NEEDED:
         a, b = (dict(flattened(report.get(subject, {}))) for report in (ours, theirs))
@@ -93,8 +92,7 @@ def _figure_table(left: Figures, right: Figures) -> list[str]:
     rows = []
     for key in keys:
         section, setting, measure = key
-        values = [f"{name} {cell(value)}" for name, value in settings[section][setting].items() if name not in common[section]]
-        cells = [section, ", ".join(values), with_unit(measure)]
+        cells = [section, ", ".join(in_words(settings[section][setting], common[section])), with_unit(measure)]
         if key in left and key in right:
             rows.append([*cells, *_side_by_side(left[key], right[key])])
         else:
@@ -103,7 +101,7 @@ def _figure_table(left: Figures, right: Figures) -> list[str]:
     lines = table(["section", "setting", "measure", "A", "B", "B − A", ""], rows, right=False)
     for section, shared in common.items():
         if shared:
-            lines += ["", f"{section}, in all rows: {', '.join(f'{name} {cell(value)}' for name, value in shared.items())}."]
+            lines += ["", f"{section}, in all rows: {', '.join(in_words(shared))}."]
     return lines
 
 

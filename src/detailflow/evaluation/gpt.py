@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from detailflow.evaluation.report import (
     Row,
     Section,
     cell,
+    in_words,
     place,
     shared_settings,
 )
@@ -179,9 +180,8 @@ def evaluate_gpt(
             checksums[setting.folder(seed)] = watching.checksum.text(work.processes)
             if work.processes.is_main:
                 runs.append(named(compare_sets(wanted, made, work.device), extractor, "g") | hits)
-                words = [f"{key} {cell(value)}" for key, value in setting.shown().items() if key not in common]
                 name, figure = next(iter(runs[-1].items()))
-                say(f"{', '.join([*words, f'seed {seed}'])}: {name} {figure.text(name)}")
+                say(f"{', '.join([*in_words(setting.shown(), common), f'seed {seed}'])}: {name} {figure.text(name)}")
                 pictures += watching.shown if len(runs) == 1 else []
                 notes = notes or warnings_of(wanted, made, extractor, "g")
         rows.append(Row(setting.shown(), over_seeds(runs)))
@@ -206,7 +206,7 @@ def evaluate_gpt(
             "samples": {"checksum": checksums},  # not among the data, which must be the same for figures to be compared
         },
         plots=[plot for key in rows[0].setting if (plot := sweep_plot(key, rows))],
-        pictures=[_picture(pictures, settings)] if pictures else [],
+        pictures=[_picture(pictures, settings, common)] if pictures else [],
         notes=notes,
         published=_quotes(model, settings, rows, pipeline.gpt.config.num_tokens),
     )
@@ -301,14 +301,12 @@ def sweep_plot(key: str, rows: Sequence[Row]) -> Plot | None:
     return Plot(f"by-{re.sub('[^a-z]', '-', key)}", f"Quality by {key}", panels)
 
 
-def _picture(images: Sequence[Tensor], settings: Sequence[Setting]) -> Picture:
+def _picture(images: Sequence[Tensor], settings: Sequence[Setting], common: Container[str]) -> Picture:
     """A row for each setting, with what it has otherwise than the others below its first image."""
     columns, pictures = len(images) // len(settings), [Image.fromarray(image.numpy()) for image in images]
     if len(settings) == 1:
         return Picture("samples", "The first images", grid(pictures, columns))
-    rows = [setting.shown() for setting in settings]
-    common = shared_settings(rows)
-    own = ["\n".join(f"{key} {cell(value)}" for key, value in row.items() if key not in common) for row in rows]
+    own = ["\n".join(in_words(setting.shown(), common)) for setting in settings]
     labels = [text if column == 0 else "" for text in own for column in range(columns)]
     return Picture("samples", "The first images, a row for each setting", grid(pictures, columns, labels))
 

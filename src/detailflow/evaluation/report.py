@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -196,13 +196,23 @@ def section_table(section: Section) -> list[str]:
     ]
     lines = table([*shown, *map(with_unit, measures)], cells)
     if common:
-        lines += ["", f"In all rows: {', '.join(f'{key} {cell(value)}' for key, value in common.items())}."]
+        lines += ["", f"In all rows: {', '.join(in_words(common))}."]
     return lines
 
 
 def shared_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What is the same in all of several rows."""
     return {k: v for k, v in settings[0].items() if len(settings) > 1 and all(other.get(k) == v for other in settings)}
+
+
+def in_words(setting: Mapping[str, Any], but: Container[str] = ()) -> list[str]:
+    """What a setting says, such as "guidance 2", without the names in `but`."""
+    return [f"{key} {cell(value)}" for key, value in setting.items() if key not in but]
+
+
+def checksums(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the provenance's entry of some data: what tells whether it is the same."""
+    return {key: value for key, value in entry.items() if key.startswith("checksum")}
 
 
 def _quote_table(quotes: Sequence[Mapping[str, Any]]) -> list[str]:
