@@ -3,10 +3,9 @@
 import re
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from detailflow.cli.common import Parser, check_output
+from detailflow.cli.common import Parser, check_output, expanded_path
 from detailflow.errors import DetailFlowError
 
 SETTINGS = (
@@ -26,7 +25,7 @@ def parser() -> Parser:
     result.add_argument(
         "--config", action="append", required=True, metavar="FILE", help="YAML with settings; several are laid over one another"
     )
-    result.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to write")
+    result.add_argument("--output", type=expanded_path, required=True, metavar="DIR", help="where to write")
     result.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="only these (default: all)")
     result.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
     result.epilog = f"settings, in place of the file's: {', '.join(SETTINGS)} (as --gpt.loop.steps 1000)"
@@ -38,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     args, rest = parser().parse_known_args(argv or ["--help"])
     check_output(args.output)
 
-    from detailflow.cli.settings import read_settings_file
+    from detailflow.cli.settings import expand_values, read_settings_file
     from detailflow.evaluation.ablation import run_ablation
     from detailflow.evaluation.report import section_table
     from detailflow.training.ablation import Ablation, laid_over
@@ -46,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     values: dict[str, Any] = {}
     for one in (*map(read_settings_file, args.config), *_given(rest)):
         values = laid_over(values, one)
-    config = Ablation.from_dict(values, " ".join(args.config))
+    config = Ablation.from_dict(expand_values(values), " ".join(args.config))
     report = run_ablation(config, args.output, args.variants, args.device, shlex.join(["detailflow", "ablate", *argv]))
     if report is not None:
         for section in report.sections:

@@ -1,9 +1,8 @@
 """`detailflow bench`: how fast a model is here, beside a loop without a cache and the machine's own limits."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from detailflow.cli.common import DTYPES, Parser, add_model_options, check_output, positive
+from detailflow.cli.common import DTYPES, Parser, add_model_options, check_output, expanded, expanded_path, positive
 from detailflow.errors import DetailFlowError
 
 
@@ -20,9 +19,11 @@ def parser() -> Parser:
     )  # fmt: skip
     result.add_argument("--compile", action="store_true", help="time the compiled engine too (minutes to compile on a CPU)")
     result.add_argument("--no-naive", action="store_true", help="leave out the loop without a cache")
-    result.add_argument("--other", metavar="FILE.py:F", help="time another implementation too: images = F(class_ids)")
+    result.add_argument(
+        "--other", type=expanded, metavar="FILE.py:F", help="time another implementation too: images = F(class_ids)"
+    )
     result.add_argument("--repeats", type=positive, default=3, metavar="N", help="the best of N (default: %(default)s)")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    result.add_argument("--json", type=expanded_path, metavar="FILE", help="write the figures there too")
     add_model_options(result, tokenizer=True, dtype=False)
     return result
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from detailflow.cli.common import Parser
+from detailflow.cli.common import Parser, expanded
 from detailflow.labels import ClassLabels, default_names
 
 
@@ -11,7 +11,9 @@ def parser() -> Parser:
     """The command's options."""
     result = Parser("classes", "[--search WORD]", "List a model's classes: number, WordNet id where there is one, and names.")
     result.add_argument("--search", metavar="WORD", help="only the classes with WORD in a name")
-    result.add_argument("--model", help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)")
+    result.add_argument(
+        "--model", type=expanded, help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)"
+    )
     return result
 
 

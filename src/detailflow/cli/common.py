@@ -35,9 +35,11 @@ class Parser(argparse.ArgumentParser):
 def add_model_options(parser: argparse.ArgumentParser, tokenizer: bool = False, dtype: bool = True) -> None:
     """--model and --device, and where asked for --tokenizer and --dtype."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)")
+    group.add_argument(
+        "--model", type=expanded, help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)"
+    )
     if tokenizer:
-        group.add_argument("--tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
+        group.add_argument("--tokenizer", type=expanded, metavar="MODEL", help="where the tokenizer is, if not with the model")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
     if dtype:
         group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], metavar="TYPE", help=f"one of {', '.join(DTYPES)}")
@@ -46,8 +48,21 @@ def add_model_options(parser: argparse.ArgumentParser, tokenizer: bool = False, 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
     """--output."""
     parser.add_argument(
-        "--output", type=Path, default=Path("outputs"), metavar="DIR", help="where to write (default: %(default)s)"
+        "--output", type=expanded_path, default=Path("outputs"), metavar="DIR", help="where to write (default: %(default)s)"
     )
+
+
+def expanded(text: str) -> str:
+    """Return the path with a leading `~` or `~user` replaced by the home folder; the type of an option that may be no path.
+
+    A shell leaves the `~` of `--output=~/x` and of quoted words as it is.
+    """
+    return os.path.expanduser(text)
+
+
+def expanded_path(text: str) -> Path:
+    """Return `expanded` as a path; the type of an option that names a file or folder."""
+    return Path(expanded(text))
 
 
 def positive(text: str) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from detailflow.cli.common import DTYPES, Parser, add_output_option, check_output
+from detailflow.cli.common import DTYPES, Parser, add_output_option, check_output, expanded
 
 
 def parser() -> Parser:
@@ -12,7 +12,9 @@ def parser() -> Parser:
         "SOURCE",
         "Write a model, or a tokenizer and its AR model, as safetensors or in the published layout.",
     )
-    result.add_argument("source", metavar="SOURCE", help="a folder, checkpoint (.pt), hub name or zoo name like detailflow-16")
+    result.add_argument(
+        "source", type=expanded, metavar="SOURCE", help="a folder, checkpoint (.pt), hub name or zoo name like detailflow-16"
+    )
     add_output_option(result)
     result.add_argument("--to", choices=("detailflow", "published"), default="detailflow", help="layout (default: %(default)s)")
     result.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"one of {', '.join(DTYPES)} (default: as it is)")

@@ -5,10 +5,9 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detailflow.cli.common import Parser, add_model_options, check_output, positive
+from detailflow.cli.common import Parser, add_model_options, check_output, expanded, expanded_path, positive
 from detailflow.errors import DetailFlowError
 
 if TYPE_CHECKING:
@@ -65,8 +64,10 @@ def tokenizer_parser() -> Parser:
         "--mistakes-at", nargs="+", default=[], metavar="P", help="mistakes at token P, in group gP, or all: each but the last"
     )
     result.add_argument("--seed", type=int, default=0, help="of the mistakes (default: %(default)s)")
-    result.add_argument("--reference", metavar="SET", help="what rFID is to, in place of the images themselves")
-    result.add_argument("--lpips", metavar="FILE", help="VGG-16's weights (default: downloaded); none leaves LPIPS out")
+    result.add_argument("--reference", type=expanded, metavar="SET", help="what rFID is to, in place of the images themselves")
+    result.add_argument(
+        "--lpips", type=expanded, metavar="FILE", help="VGG-16's weights (default: downloaded); none leaves LPIPS out"
+    )
     _add_features(result, "; none: no rFID")
     _add_output(result)
     add_model_options(result)
@@ -97,8 +98,10 @@ def gpt_parser() -> Parser:
 def samples_parser() -> Parser:
     """The options of `evaluate samples`."""
     result = Parser("evaluate samples", "SAMPLES REFERENCE --output DIR", "FID, sFID, IS, precision and recall of two sets.")
-    result.add_argument("samples", metavar="SAMPLES", help="a folder, .npz, WebDataset, parquet or a hub name")
-    result.add_argument("reference", metavar="REFERENCE", help="the same, or an .npz of ADM's reference statistics")
+    result.add_argument("samples", type=expanded, metavar="SAMPLES", help="a folder, .npz, WebDataset, parquet or a hub name")
+    result.add_argument(
+        "reference", type=expanded, metavar="REFERENCE", help="the same, or an .npz of ADM's reference statistics"
+    )
     result.add_argument("--size", type=positive, metavar="S", help="bring shorter sides to S, take the centre (default: as is)")
     result.add_argument("--num-images", type=positive, metavar="N", help="only N of the samples, spread over the set")
     _add_features(result)
@@ -111,7 +114,9 @@ def compare_parser() -> Parser:
     """The options of `evaluate compare`."""
     result = Parser("evaluate compare", "A B", "Print two reports beside each other: what is equal, and what differs.")
     for name in ("a", "b"):
-        result.add_argument(name, metavar=name.upper(), type=Path, help="the output folder of an evaluation, or its report.json")
+        result.add_argument(
+            name, metavar=name.upper(), type=expanded_path, help="the output folder of an evaluation, or its report.json"
+        )
     return result
 
 
@@ -120,19 +125,19 @@ def statistics_parser() -> Parser:
     result = Parser(
         "evaluate statistics", "SET --output FILE.npz", "Measure a set once, to give the file as --reference from then on."
     )
-    result.add_argument("set", metavar="SET", help="a folder, .npz, WebDataset, parquet or a hub name")
+    result.add_argument("set", type=expanded, metavar="SET", help="a folder, .npz, WebDataset, parquet or a hub name")
     _add_split(result)
     result.add_argument("--size", type=positive, metavar="S", help="the model's: shorter sides to S, centres (default: as is)")
     result.add_argument("--num-images", type=positive, metavar="N", help="only N images, spread over the set")
     _add_features(result)
     _add_batch_size(result)
-    result.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .npz file to write")
+    result.add_argument("--output", type=expanded_path, required=True, metavar="FILE", help="the .npz file to write")
     _add_device(result)
     return result
 
 
 def _add_data(parser: argparse.ArgumentParser, name: str, text: str) -> None:
-    parser.add_argument(name, required=True, metavar=name.strip("-").upper(), help=text)
+    parser.add_argument(name, type=expanded, required=True, metavar=name.strip("-").upper(), help=text)
     _add_split(parser)
 
 
@@ -142,13 +147,13 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
 
 def _add_features(parser: argparse.ArgumentParser, instead: str = "") -> None:
     text = f"inception, dinov2 or an exported FILE.pt2{instead} (default: %(default)s)"
-    parser.add_argument("--features", default="inception", metavar="NAME", help=text)
-    parser.add_argument("--weights", metavar="FILE", help="of inception or dinov2 (default: downloaded)")
+    parser.add_argument("--features", type=expanded, default="inception", metavar="NAME", help=text)
+    parser.add_argument("--weights", type=expanded, metavar="FILE", help="of inception or dinov2 (default: downloaded)")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     _add_batch_size(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to write the report")
+    parser.add_argument("--output", type=expanded_path, required=True, metavar="DIR", help="where to write the report")
 
 
 def _add_batch_size(parser: argparse.ArgumentParser) -> None:

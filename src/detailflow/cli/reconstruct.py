@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from detailflow.cli.common import Parser, add_model_options, add_output_option, check_output, make_output, write_png
+from detailflow.cli.common import Parser, add_model_options, add_output_option, check_output, expanded, make_output, write_png
 
 
 def parser() -> Parser:
@@ -13,7 +13,9 @@ def parser() -> Parser:
         "IMAGE …",
         "Encode images and decode them from their first 1, 2, 4, … tokens: a strip per image, and the PSNR in dB.",
     )
-    result.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size; the centre square is used")
+    result.add_argument(
+        "images", type=expanded, nargs="+", metavar="IMAGE", help="image files of any size; the centre square is used"
+    )
     result.add_argument("--whole", action="store_true", help="use the whole image in its own shape")
     add_output_option(result)
     add_model_options(result)

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from detailflow.cli.common import check_output
+from detailflow.cli.common import check_output, expanded, expanded_path
 from detailflow.errors import DetailFlowError
 
 DRY_RUN = "--dry-run"
@@ -53,7 +53,7 @@ def parse(
         argv = [item for item in argv if item != DRY_RUN]
     parser = ArgumentParser(exit_on_error=False, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
-    parser.add_argument("--output", type=str)
+    parser.add_argument("--output", type=expanded_path)
     parser.add_argument("--device", type=str)
     parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
     files = [read_settings_file(path) for path in _values(argv, "--config")]
@@ -65,6 +65,8 @@ def parse(
         output = namespace.pop("output")
         device = namespace.pop("device")
         namespace.pop("config")
+        for key, value in list(namespace.items()):
+            namespace[key] = expand_values(value)
         settings = kind(**vars(parser.instantiate(namespace)))
     except DetailFlowError:
         raise
@@ -73,8 +75,8 @@ def parse(
     if not dry_run:
         if output is None:
             raise DetailFlowError("--output is missing: the folder to write to")
-        check_output(Path(output))
-    return Request(settings, Path(output or ""), device, dry_run)
+        check_output(output)
+    return Request(settings, output or Path(), device, dry_run)
 
 
 def read_settings_file(path: str) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def read_settings_file(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(expanded_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise DetailFlowError(f"--config {path}: this file can't be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -92,6 +94,13 @@ def read_settings_file(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DetailFlowError(f"--config {path}: this file must hold settings, each as KEY: VALUE")
     return content
+
+
+def expand_values(values: Any) -> Any:
+    """Return settings, one or nested, with `~` expanded in every text: each may be a path, and nothing else begins so."""
+    if isinstance(values, Mapping):
+        return {key: expand_values(value) for key, value in values.items()}
+    return expanded(values) if isinstance(values, str) else values
 
 
 def _values(argv: Sequence[str], option: str) -> list[str]:

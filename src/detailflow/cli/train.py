@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from detailflow.cli.common import Parser, check_output, positive
+from detailflow.cli.common import Parser, check_output, expanded, expanded_path, positive
 from detailflow.cli.settings import Request, parse
 from detailflow.errors import DetailFlowError
 
@@ -75,10 +74,10 @@ def _train_all(argv: Sequence[str]) -> None:
         "or, with --data, all in a row: tokenizer, extraction, AR model. The same command goes on with an interrupted run.",
     )
     parser.add_argument(
-        "--data", required=True, help="a folder of images in class subfolders, parquet file(s), or a hub data set"
+        "--data", type=expanded, required=True, help="a folder of images in class subfolders, parquet file(s), or a hub data set"
     )
     parser.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help="sizes and schedule (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets tokenizer/, tokens/ and gpt/")
+    parser.add_argument("--output", type=expanded_path, required=True, metavar="DIR", help="gets tokenizer/, tokens/ and gpt/")
     parser.add_argument("--split", help="of the data, where it has several (default: train)")
     parser.add_argument("--tokenizer-steps", type=positive, metavar="N", help="in place of the preset's")
     parser.add_argument("--gpt-steps", type=positive, metavar="N", help="in place of the preset's")
