@@ -1,12 +1,14 @@
 """Models of random weights, small enough to run in milliseconds, and real images to train on."""
 
 import argparse
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
 from detailflow.models.gpt import GPTConfig
@@ -15,7 +17,7 @@ from detailflow.models.vit import ViTConfig
 
 torch.set_num_threads(1)
 
-CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.parquet"  # beside the checkout, where there is one
+IMAGES = Path(__file__).parent / "data" / "images"  # see the README there
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "Hot dog")
 
 
@@ -65,18 +67,28 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 200 images of CIFAR-10 in class subfolders."""
-    if not CIFAR.exists():
-        pytest.skip(f"needs real images: there is no {CIFAR}")
+def cifar_table() -> Path:
+    """A parquet file of 400 images of CIFAR-10, with class names."""
+    return IMAGES / "cifar10.parquet"
+
+
+@pytest.fixture(scope="session")
+def photograph_table() -> Path:
+    """A parquet file of 20 photographs of ImageNet, with class names."""
+    return IMAGES / "photographs.parquet"
+
+
+@pytest.fixture(scope="session")
+def cifar(cifar_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 200 of those images of CIFAR-10 as PNG files in class subfolders."""
     import pyarrow.parquet
 
     folder = tmp_path_factory.mktemp("cifar")
-    rows = next(pyarrow.parquet.ParquetFile(CIFAR).iter_batches(batch_size=200)).to_pylist()
+    rows = next(pyarrow.parquet.ParquetFile(cifar_table).iter_batches(batch_size=200)).to_pylist()
     for i, row in enumerate(rows):
         path = folder / f"class{row['label']}" / f"{i:03d}.png"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(row["image"]["bytes"])
+        Image.open(io.BytesIO(row["image"]["bytes"])).save(path)
     return folder
 
 

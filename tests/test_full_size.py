@@ -145,12 +145,18 @@ def run(*argv: object) -> None:
     print(f"{argv[0]}: {seconds:.1f} s, peak memory {peak / 1e6:.2f} GB")
 
 
-def test_a_round_trip(published: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def photograph(photograph_table: Path) -> Image.Image:
+    """192×320 pixels of a real photograph."""
+    return ImageOps.fit(open_images(str(photograph_table)).image(0), (320, 192))
+
+
+def test_a_round_trip(published: Path, photograph: Image.Image, tmp_path: Path):
     assert sum(torch.Size(s).numel() for s in gpt_shapes().values()) > 320e6
     assert set(gpt_shapes()) == {theirs for names in tensor_names("gpt", [24]).values() for theirs in names}
     run("convert", published, "--output", tmp_path / "ours", "--shard-size", "500MB")
     run("convert", tmp_path / "ours", "--output", tmp_path / "back", "--to", "published")
-    photo = to_tensor(center_crop(photograph(), 256))[None]
+    photo = to_tensor(center_crop(photograph, 256))[None]
     codes = [DetailFlowTokenizer.from_pretrained(path).encode(photo) for path in (published, tmp_path / "ours")]
     assert torch.equal(*codes)
     images = {}
@@ -169,16 +175,8 @@ def test_memory_while_loading(published: Path):
     assert 600e6 < size < 700e6 and held < 1.3 * size + 200e6
 
 
-def photograph() -> Image.Image:
-    """192×320 pixels of a real photograph, where there is one beside the checkout."""
-    path = Path(__file__).parents[2] / "shared/data/imagenet-sample/val.parquet"
-    if not path.exists():
-        pytest.skip(f"needs a photograph: there is no {path}")
-    return ImageOps.fit(open_images(str(path)).image(0), (320, 192))
-
-
-def test_bfloat16_and_reconstruction(published: Path, tmp_path: Path):
-    photograph().save(tmp_path / "wide.png")
+def test_bfloat16_and_reconstruction(published: Path, photograph: Image.Image, tmp_path: Path):
+    photograph.save(tmp_path / "wide.png")
     out = ["--output", tmp_path / "out", "--device", "cpu", "--dtype", "bfloat16", "--model", published]
     run("generate", "207", *out)
     run("reconstruct", tmp_path / "wide.png", "--whole", *out)

@@ -17,8 +17,6 @@ from detailflow.models.loading import config_from_dict
 from detailflow.pipeline import psnr, reconstruct
 from detailflow.training.tokenizer import TokenizerTraining
 
-TEST_IMAGES = Path(__file__).resolve().parents[2] / "shared/data/cifar10/test.parquet"
-PHOTOGRAPHS = TEST_IMAGES.parents[1] / "imagenet-sample/val.parquet"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -63,9 +61,8 @@ def test_bfloat16_keeps_the_distribution(shipped: DetailFlowPipeline) -> None:
     assert divergence.mean() < 0.001
 
 
-@pytest.mark.skipif(not TEST_IMAGES.exists(), reason="shared/data is not beside the checkout")
-def test_more_tokens_come_closer_to_real_photographs(shipped: DetailFlowPipeline) -> None:
-    source = open_images(str(TEST_IMAGES))
+def test_more_tokens_come_closer_to_real_photographs(shipped: DetailFlowPipeline, cifar_table: Path) -> None:
+    source = open_images(str(cifar_table))
     schedule = shipped.tokenizer.schedule
     originals = [source.image(i) for i in range(100)]
     counts = [1, schedule.prefix, schedule.num_tokens]
@@ -76,12 +73,11 @@ def test_more_tokens_come_closer_to_real_photographs(shipped: DetailFlowPipeline
     assert decibels[2] > 22
 
 
-@pytest.mark.skipif(not TEST_IMAGES.exists(), reason="shared/data is not beside the checkout")
-def test_later_tokens_correct_planted_mistakes(shipped: DetailFlowPipeline) -> None:
+def test_later_tokens_correct_planted_mistakes(shipped: DetailFlowPipeline, cifar_table: Path) -> None:
     """With wrong tokens in a group, the tokens that the correction pass writes after it beat the clean ones (paper figure 4a)."""
     tokenizer = shipped.tokenizer
-    source = open_images(str(TEST_IMAGES))
-    images = to_tensor(np.stack([np.asarray(source.image(i)) for i in range(400)]))
+    source = open_images(str(cifar_table))
+    images = to_tensor(np.stack([np.asarray(source.image(i)) for i in range(64)]))
     g, clean = tokenizer.config.group_size, tokenizer.encode(images)
     for start in (g, tokenizer.schedule.prefix):  # the second group, and the first that is written in parallel
         with torch.inference_mode():
@@ -95,9 +91,8 @@ def test_later_tokens_correct_planted_mistakes(shipped: DetailFlowPipeline) -> N
         assert error[0].mean() < error[2].mean() < error[1].mean()
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="shared/data is not beside the checkout")
-def test_photographs_of_any_shape(shipped: DetailFlowPipeline) -> None:
-    source = open_images(str(PHOTOGRAPHS), split=None)
+def test_photographs_of_any_shape(shipped: DetailFlowPipeline, photograph_table: Path) -> None:
+    source = open_images(str(photograph_table), split=None)
     for i, (width, height) in enumerate(((40, 24), (24, 40), (48, 20), (32, 32))):
         photo = ImageOps.fit(source.image(i), (width, height))
         (stage,) = shipped.reconstruct(photo, [48], whole=True)

@@ -16,9 +16,6 @@ from detailflow.data.loader import ImageBatches
 from detailflow.data.transforms import center_crop, random_crop, side_for_crops, to_tensor
 from detailflow.errors import DetailFlowError
 
-REPOSITORY = Path(__file__).parents[2]
-
-
 pytestmark = pytest.mark.usefixtures("cache")
 
 
@@ -402,14 +399,11 @@ def test_too_many_bad_images(folder, workers, count):
         list(islice(ImageBatches(open_images(folder), 32, 10, seed=0, workers=workers), 3))
 
 
-def test_cifar(tmp_path):
-    data = [root / "shared" / "data" / "cifar10" / "test.parquet" for root in (REPOSITORY, REPOSITORY.parent)]
-    file = next((file for file in data if file.is_file()), None)
+def test_cifar(cifar_table, tmp_path):
     pytest.importorskip("datasets", reason="needs detailflow[train]")
-    if file is None:
-        pytest.skip("needs CIFAR-10 at shared/data/cifar10/test.parquet")
-    source = open_images(file)
-    assert len(source) == 10000 and len(source.class_names) == 10 and np.bincount(source.labels).tolist() == [1000] * 10
+    source = open_images(cifar_table)
+    assert len(source) == 400 and len(source.class_names) == 10
+    assert np.bincount(source.labels).tolist() == [45, 47, 39, 33, 49, 27, 40, 47, 40, 33]
     for index in range(20):
         path = tmp_path / source.class_names[source.labels[index]] / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
