@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import shutil
 import sys
 import warnings
 from itertools import islice
@@ -13,6 +14,7 @@ from PIL import Image
 
 from detailflow.data.images import load_rgb, open_images
 from detailflow.data.loader import ImageBatches
+from detailflow.data.streaming import open_stream
 from detailflow.data.transforms import center_crop, random_crop, side_for_crops, to_tensor
 from detailflow.errors import DetailFlowError
 
@@ -201,6 +203,43 @@ def test_wrong_folders(folder, tmp_path):
     picture(1).save(folder / "stray.png")
     with pytest.raises(DetailFlowError, match="images beside its class subfolders .such as stray.png"):
         open_images(folder)
+
+
+# ------------------------------------------------------------------------------------------------- what a set is known by
+
+
+def test_a_set_is_known_by_its_content_and_not_by_its_path(folder, tmp_path, monkeypatch):
+    source = open_images(folder)
+    assert source.counts == {"cat": 10, "dog": 10, "frog": 10}
+    assert source.summary == f"{folder}: 30 images in 3 classes (cat 10, dog 10, frog 10)"
+    known = source.fingerprint
+    assert len(known) == 64 and int(known, 16)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("set")
+    for path in ("set", "set/", "./set", "link", "set/../set", f"{folder}/"):
+        assert open_images(path).fingerprint == known
+    folder = folder.rename(tmp_path / "moved")
+    assert open_images(folder).fingerprint == known
+    picture(99).save(folder / "cat" / "more.png")
+    assert open_images(folder).fingerprint != known
+    (folder / "cat" / "more.png").rename(folder / "dog" / "more.png")
+    more = open_images(folder).fingerprint
+    picture(99, 41).save(folder / "dog" / "more.png")
+    (folder / "dog").rename(folder / "hound")
+    assert len({known, more, open_images(folder).fingerprint}) == 3
+
+
+def test_tables_and_shards_are_known_by_content(tables, shards, tmp_path):
+    for kind in (tables, shards):
+        source = open_images(kind)
+        copy = shutil.copytree(kind, tmp_path / kind.name)
+        assert open_images(copy).fingerprint == source.fingerprint == open_images(f"{copy}/*").fingerprint
+        assert sum(source.counts.values()) == 200 and "200 images in " in source.summary
+        streams = [open_stream(kind), open_stream(copy)]
+        assert streams[0].fingerprint == streams[1].fingerprint and "streamed" in streams[0].summary
+        max(copy.iterdir()).unlink()
+        assert open_images(copy).fingerprint != source.fingerprint
+        assert open_stream(copy).fingerprint != streams[0].fingerprint
 
 
 # ------------------------------------------------------------------------------------------------- parquet

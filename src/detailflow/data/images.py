@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from detailflow.data.source import IMAGE_SUFFIXES, ImageSource, load_rgb, to_rgb, unlabelled
+from detailflow.data.source import IMAGE_SUFFIXES, ImageSource, file_sizes, load_rgb, to_rgb, unlabelled
 from detailflow.data.tables import open_hub, open_parquet
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError
@@ -42,12 +42,15 @@ def open_images(
     """
     found = find(data, split)
     if found.kind == "hub":
-        return open_hub(found.where, split or "train", image_column, label_column)
-    if found.kind == ".parquet":
-        return open_parquet(found.files, image_column, label_column)
-    if found.kind == ".tar":
-        return open_shards(found.files, image_column, label_column)
-    return _open_folder(Path(found.where), found.files)
+        source = open_hub(found.where, split or "train", image_column, label_column)
+    elif found.kind == ".parquet":
+        source = open_parquet(found.files, image_column, label_column)
+    elif found.kind == ".tar":
+        source = open_shards(found.files, image_column, label_column)
+    else:
+        source = _open_folder(Path(found.where), found.files)
+    source.where = os.fspath(data)
+    return source
 
 
 class Found(NamedTuple):
@@ -155,8 +158,8 @@ def _pick_split(folder: Path, names: list[str], split: str | None) -> str:
 
 
 class _FileRows:
-    def __init__(self, files: list[str]) -> None:
-        self.files = files
+    def __init__(self, files: list[str], root: str) -> None:
+        self.files, self.root = files, root
 
     def __len__(self) -> int:
         return len(self.files)
@@ -167,11 +170,14 @@ class _FileRows:
     def image(self, index: int, least: int | None = None) -> Image.Image:
         return load_rgb(self.files[index], least=least)
 
+    def listing(self) -> Iterator[tuple[str, int]]:
+        return file_sizes(self.files, self.root)
+
 
 def _open_folder(folder: Path, images: list[Path]) -> ImageSource:
     subfolders = _subfolders(folder)
     classes = [file.relative_to(folder).parts[0] if file.parent != folder else None for file in images]
-    rows = _FileRows([str(file) for file in images])
+    rows = _FileRows([str(file) for file in images], str(folder))
     if not any(classes):
         return unlabelled(rows)
     if None in classes:

@@ -3,10 +3,12 @@
 Pillow does all the decoding here, so that a damaged image is known by its name and can be skipped.
 """
 
+import hashlib
 import io
+import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ from PIL import Image, ImageOps
 from detailflow.errors import DetailFlowError
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+_CLASSES_SHOWN = 10  # more are only counted
 
 
 def load_rgb(source: str | os.PathLike[str] | bytes, name: str | None = None, least: int | None = None) -> Image.Image:
@@ -86,15 +89,45 @@ class Rows(Protocol):
     def image(self, index: int, least: int | None = None) -> Image.Image:
         """As RGB; see `load_rgb`."""
 
+    def listing(self) -> Iterable[tuple[str | int, ...]]:
+        """What the images are stored in, without reading it: of each file its name within the set and its bytes."""
+
 
 class ImageSource:
     """A set of labelled images in a fixed order; made by `open_images`.
 
-    `labels` is (len,) int64 and counts into `class_names`. A set without labels has the one class "image".
+    Attributes:
+        labels: (len,) int64, each an index into `class_names`.
+        class_names: a set without labels has the one class "image".
+        where: what the user called the set.
     """
 
-    def __init__(self, rows: Rows, labels: np.ndarray, class_names: tuple[str, ...]) -> None:
-        self._rows, self.labels, self.class_names = rows, labels, class_names
+    def __init__(self, rows: Rows, labels: np.ndarray, class_names: tuple[str, ...], where: str = "images") -> None:
+        self._rows, self.labels, self.class_names, self.where = rows, labels, class_names, where
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Class name → images. Two classes of one name count together."""
+        result: dict[str, int] = {}
+        for name, count in zip(self.class_names, np.bincount(self.labels, minlength=len(self.class_names)), strict=True):
+            result[name] = result.get(name, 0) + int(count)
+        return result
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of the listing: each file's name within the set and its size, and the images' classes.
+
+        It does not depend on where the set is or by which path it was opened. No image is read for it.
+
+        Raises:
+            DetailFlowError: if a file is not there any more.
+        """
+        return fingerprint(self._rows.listing(), self.class_names, self.labels.astype("<i8").tobytes())
+
+    @property
+    def summary(self) -> str:
+        """One line on what the set holds."""
+        return f"{self.where}: {describe(len(self), self.counts)}"
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -113,6 +146,46 @@ class ImageSource:
         for index in range(len(self)):
             with suppress(DetailFlowError):
                 yield self.image(index)
+
+
+def fingerprint(listing: Iterable[tuple[str | int, ...]], class_names: Sequence[str], labels: bytes = b"") -> str:
+    """Return the SHA-256 of a set's listing, its class names and its labels, in hex."""
+    digest = hashlib.sha256()
+    for entry in (*listing, ("classes", *class_names)):
+        digest.update(json.dumps(entry).encode() + b"\n")
+    digest.update(labels)
+    return digest.hexdigest()
+
+
+def file_sizes(files: Iterable[str | os.PathLike[str]], root: str | os.PathLike[str]) -> Iterator[tuple[str, int]]:
+    """Yield each file's name within `root` and its bytes.
+
+    Raises:
+        DetailFlowError: if a file is not there any more.
+    """
+    start = len(os.path.join(os.path.abspath(root), ""))
+    for file in map(os.path.abspath, files):
+        try:
+            yield file[start:].replace(os.sep, "/"), os.stat(file).st_size
+        except OSError as error:
+            raise DetailFlowError(f"{file} cannot be read ({error.strerror}): it was there when the set was opened") from error
+
+
+def common_folder(files: Sequence[str]) -> str:
+    """Return the deepest folder that holds all of these files."""
+    return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+
+
+def describe(count: int, counts: Mapping[str, int]) -> str:
+    """Return "60 images in 3 classes (cat 20, dog 20, fish 20)"."""
+    images = f"{count:,} image{'s' * (count != 1)}"
+    if tuple(counts) == ("image",):
+        return f"{images} without classes"
+    classes = f"{len(counts):,} class{'es' * (len(counts) != 1)}"
+    if len(counts) <= _CLASSES_SHOWN:
+        return f"{images} in {classes} ({', '.join(f'{name} {number:,}' for name, number in counts.items())})"
+    fewest, most = min(counts.values()), max(counts.values())
+    return f"{images} in {classes} of {fewest:,}{f' to {most:,}' if most > fewest else ''}"
 
 
 def unlabelled(rows: Rows) -> ImageSource:

@@ -6,7 +6,7 @@ depends on the seed, the epoch and how many processes share it, and not on the n
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -17,8 +17,17 @@ import torch
 
 from detailflow.data.images import find
 from detailflow.data.loader import note_unreadable
-from detailflow.data.source import first_line, load_rgb
-from detailflow.data.tables import check_columns, import_datasets, load_hub, quiet, read_footers, stored_image, stored_names
+from detailflow.data.source import common_folder, file_sizes, fingerprint, first_line, load_rgb
+from detailflow.data.tables import (
+    check_columns,
+    import_datasets,
+    list_tables,
+    load_hub,
+    quiet,
+    read_footers,
+    stored_image,
+    stored_names,
+)
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
 from detailflow.errors import DetailFlowError
 from detailflow.processes import Processes
@@ -56,11 +65,30 @@ class StreamSource:
         label_column: str | None,
         class_names: tuple[str, ...],
         num_images: int | None,
+        listing: Sequence[tuple[str | int, ...]] = (),
     ) -> None:
+        self._listing = listing
         self.name, self.class_names, self.num_images = name, class_names or ("image",), num_images
         self._image_column, self._label_column = image_column, label_column if class_names else None
         columns = [image_column, self._label_column, "__url__", "__key__"]
         self._dataset = dataset.select_columns([column for column in columns if column in dataset.features])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Class name → images, if that is known without reading all of the set; else empty."""
+        return {"image": self.num_images} if self.num_images and self.class_names == ("image",) else {}
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of the listing: names, sizes and rows of files, or a hub data set's name, sizes and revision."""
+        return fingerprint(self._listing, self.class_names)
+
+    @property
+    def summary(self) -> str:
+        """One line on what the set holds."""
+        count = "an unknown number of" if self.num_images is None else f"{self.num_images:,}"
+        classes = "without classes" if self.class_names == ("image",) else f"in {len(self.class_names):,} classes"
+        return f"{self.name}: {count} images {classes}, streamed"
 
     def records(self, rng: np.random.Generator, buffer: int, processes: Processes) -> Iterator[Record]:
         """One pass over this process's part, shuffled. Raises DetailFlowError where reading fails or there is nothing."""
@@ -113,11 +141,13 @@ def open_stream(
     DetailFlowError for what can't be opened so, or has no such columns.
     """
     found, datasets = find(data, split), import_datasets()
+    listing: Sequence[tuple[str | int, ...]]
     if found.kind == "folder":
         raise DetailFlowError(f"{data} is a folder of image files, which can't be streamed: leave streaming off")
     if found.kind == ".parquet":
         footers = read_footers(found.files)
         name, count = footers.where, sum(rows for _, rows in footers.counted)
+        listing = list_tables(footers.counted)
         dataset = _stream_files("parquet", found.files, name, features=footers.features)
         names = footers.class_names(label_column)
     else:
@@ -126,8 +156,11 @@ def open_stream(
             dataset = load_hub(name, split or "train", streaming=True)
             sizes = (dataset.info.splits or {}).get(split or "train")
             count = sizes.num_examples if sizes else None
+            listing = [(name, split or "train", str(dataset.info.version), str(dataset.info.download_checksums), str(sizes))]
         else:
             dataset = _stream_files("webdataset", found.files, name)
+            paths = [str(file) for file in found.files]
+            listing = list(file_sizes(paths, common_folder(paths)))
         if dataset.features is None:
             raise DetailFlowError(f"{name} doesn't say what its columns are, so it can't be streamed: leave streaming off")
         names = stored_names(dataset.features, label_column)
@@ -137,7 +170,7 @@ def open_stream(
     has_labels = check_columns(name, dataset.features, image_column, label_column)
     if isinstance(dataset.features[image_column], datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return StreamSource(dataset, name, image_column, label_column if has_labels else None, names, count or None)
+    return StreamSource(dataset, name, image_column, label_column if has_labels else None, names, count or None, listing)
 
 
 def _stream_files(builder: str, files: list[Path], name: str, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from detailflow.data.source import ImageSource, first_line, labelled, load_rgb, unlabelled
+from detailflow.data.source import ImageSource, common_folder, file_sizes, first_line, labelled, load_rgb, unlabelled
 from detailflow.errors import DetailFlowError
 
 _SHOW_PROGRESS_ABOVE = 256 * 2**20  # bytes of parquet; less is ready in seconds
@@ -21,8 +21,8 @@ _SHOW_PROGRESS_ABOVE = 256 * 2**20  # bytes of parquet; less is ready in seconds
 class _TableRows:
     """Rows of a memory-mapped `datasets.Dataset`, read from its Arrow table: that never decodes an image."""
 
-    def __init__(self, dataset: Any, column: str, files: list[tuple[str, int]]) -> None:
-        self.dataset, self.column = dataset, column
+    def __init__(self, dataset: Any, column: str, files: list[tuple[str, int]], on_hub: bool) -> None:
+        self.dataset, self.column, self.on_hub = dataset, column, on_hub
         self.file_names = [name for name, _ in files]
         self.ends = np.cumsum([count for _, count in files])
 
@@ -43,6 +43,18 @@ class _TableRows:
 
     def image(self, index: int, least: int | None = None) -> Image.Image:
         return load_rgb(stored_image(self._values[index].as_py(), self.name(index)), self.name(index), least)
+
+    def listing(self) -> Iterable[tuple[str | int, ...]]:
+        if self.on_hub:  # where the library's own checksum is of the files' contents or revision
+            return [(self.file_names[0], len(self), str(self.dataset._fingerprint))]
+        return list_tables(list(zip(self.file_names, np.diff(self.ends, prepend=0).tolist(), strict=True)))
+
+
+def list_tables(files: Sequence[tuple[str, int]]) -> list[tuple[str | int, ...]]:
+    """Return each file's name in the folder that holds them all, its bytes and its rows."""
+    names = [name for name, _ in files]
+    sizes = file_sizes(names, common_folder(names))
+    return [(*entry, rows) for entry, (_, rows) in zip(sizes, files, strict=True)]
 
 
 def stored_image(value: Any, name: str) -> str | bytes:
@@ -130,7 +142,7 @@ def open_parquet(files: list[Path], image_column: str, label_column: str) -> Ima
     except Exception as error:  # `datasets` raises many kinds: columns that differ, a full disk, damaged pages
         raise DetailFlowError(f"{parquet.where} cannot be read ({first_line(error.__cause__ or error)})") from error
     names = parquet.class_names(label_column)
-    return _from_table(dataset, parquet.where, parquet.counted, image_column, label_column, names)
+    return _from_table(dataset, parquet.where, parquet.counted, image_column, label_column, names, on_hub=False)
 
 
 def load_hub(name: str, split: str, **options: Any) -> Any:
@@ -149,7 +161,7 @@ def open_hub(name: str, split: str, image_column: str, label_column: str) -> Ima
     """Raises DetailFlowError where the dataset can't be opened, has no such columns, or labels that can't be."""
     dataset = load_hub(name, split)
     names = stored_names(dataset.features, label_column)
-    return _from_table(dataset, name, [(f"{name} {split}", len(dataset))], image_column, label_column, names)
+    return _from_table(dataset, name, [(f"{name} {split}", len(dataset))], image_column, label_column, names, on_hub=True)
 
 
 def stored_names(features: Any, column: str) -> tuple[str, ...]:
@@ -177,11 +189,12 @@ def _from_table(
     image_column: str,
     label_column: str,
     class_names: tuple[str, ...],
+    on_hub: bool,
 ) -> ImageSource:
     has_labels = check_columns(where, dataset.features, image_column, label_column)
     if len(dataset) == 0:
         raise DetailFlowError(f"{where} holds no images: it has no rows")
-    rows = _TableRows(dataset, image_column, files)
+    rows = _TableRows(dataset, image_column, files, on_hub)
     if not has_labels:
         return unlabelled(rows)
     return labelled(rows, where, dataset.data.column(label_column).to_pylist(), class_names)

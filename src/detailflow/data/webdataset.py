@@ -5,6 +5,7 @@ The headers of every shard are read once, when it is opened; after that an image
 
 import json
 import tarfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from detailflow.data.source import IMAGE_SUFFIXES, ImageSource, first_line, labelled, load_rgb
+from detailflow.data.source import IMAGE_SUFFIXES, ImageSource, common_folder, file_sizes, first_line, labelled, load_rgb
 from detailflow.errors import DetailFlowError
 
 _READERS = 8  # shards whose headers are read at once, for storage that answers slowly
@@ -53,6 +54,11 @@ class _ShardRows:
         except OSError as error:
             raise DetailFlowError(f"{self.name(index)} cannot be read ({error.strerror})") from error
         return load_rgb(content, self.name(index), least)
+
+    def listing(self) -> Iterator[tuple[str | int, ...]]:
+        # Keys and sizes, too: one shard may be replaced by another of the same size.
+        yield from file_sizes(self.files, common_folder(self.files))
+        yield from ((key.decode(), size) for key, (_, size) in zip(self.keys.tolist(), self.spans.tolist(), strict=True))
 
 
 def open_shards(files: list[Path], image_column: str = "image", label_column: str = "label") -> ImageSource:
