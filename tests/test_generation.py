@@ -177,6 +177,45 @@ def test_the_ends_of_the_noise(noise: float):
     assert ids.item() == (1 if noise == 0 else 2)
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324, 1e-38])
+def test_a_tiny_temperature_is_argmax(temperature: float):
+    logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)) * 10
+    logits[0, 0, :5] = logits[0, 0].max() + 1  # ties are drawn from
+    noise = torch.full((2, 3), 0.5, dtype=torch.float64)
+    ids = sample(logits, noise, SamplingConfig(temperature=temperature))
+    assert ids[0, 0] == 2
+    assert torch.equal(ids.flatten()[1:], logits.argmax(-1).flatten()[1:])
+    model = make(8, 1, 1)
+    assert torch.equal(model.generate(CLASSES, temperature=temperature), model.generate(CLASSES, temperature=0))
+
+
+@pytest.mark.parametrize("temperature", [1e38, 1e300, 1.7e308])
+def test_a_huge_temperature_is_uniform(temperature: float):
+    logits = torch.tensor([[[5.0, -5.0, 0.0, -torch.inf]]])
+    for noise, code in ((0.1, 0), (0.5, 1), (0.9, 2)):
+        ids = sample(logits, torch.full((1, 1), noise, dtype=torch.float64), SamplingConfig(temperature=temperature))
+        assert ids.item() == code
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 2, 3, 7])
+def test_top_k_keeps_k_codes(k: int, dtype: torch.dtype):
+    """Of equally likely codes the lowest stay, which bfloat16 nearly always has."""
+    logits = torch.tensor([2.0, 1.0, 2.0, 1.0, 1.0, 0.0, 1.0, 0.0]).to(dtype)
+    kept = draws(logits, 4000, SamplingConfig(top_k=k)).nonzero().flatten().tolist()
+    assert kept == sorted([0, 2, 1, 3, 4, 6, 5][:k])
+
+
+def test_top_p_keeps_the_lower_of_equally_likely_codes():
+    assert draws(torch.zeros(100), 4000, SamplingConfig(top_p=0.035)).nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert draws(torch.zeros(100), 10, SamplingConfig(top_p=1e-60)).nonzero().flatten().tolist() == [0]
+
+
+def test_noise_of_1_is_the_last_code_that_can_be_drawn():
+    logits = torch.tensor([[[0.0, 1.0, -torch.inf]]])
+    assert sample(logits, torch.ones(1, 1), SamplingConfig()).item() == 1
+
+
 def test_generated_tokens_follow_the_model():
     """The first token of many images of one class, against the softmax of the model's logits."""
     model = make(8, 1, 1)
@@ -196,6 +235,7 @@ def test_generated_tokens_follow_the_model():
     [
         ({"guidance_scale": -1.0}, "guidance_scale must be 0 or more"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be"),
+        ({"guidance_scale": 1e300}, "guidance_scale must be 0 or more .* and at most 1,000,000, not 1e.300"),
         ({"guidance_schedule": "cosine"}, "guidance_schedule must be constant or linear, not 'cosine'"),
         ({"temperature": -0.1}, "temperature must be 0"),
         ({"top_k": 0}, "top_k must be 1 or more, not 0"),

@@ -15,6 +15,8 @@ from detailflow.errors import DetailFlowError
 from detailflow.schedule import TokenSchedule
 
 GUIDANCE_SCHEDULES = ("constant", "linear")
+LARGEST_GUIDANCE = 1e6  # beyond, a scaled difference of logits may leave float32
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class SamplingConfig:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise DetailFlowError(f"guidance_scale must be 0 or more (1 is no guidance), not {self.guidance_scale!r}")
+        if not 0 <= self.guidance_scale <= LARGEST_GUIDANCE:
+            raise DetailFlowError(
+                f"guidance_scale must be 0 or more (1 is no guidance) and at most {LARGEST_GUIDANCE:,.0f}, not {self.guidance_scale!r}"
+            )
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
             raise DetailFlowError(f"guidance_schedule must be {' or '.join(GUIDANCE_SCHEDULES)}, not {self.guidance_schedule!r}")
         if not 0 <= self.temperature < float("inf"):
@@ -97,24 +101,40 @@ def guidance_at(sampling: SamplingConfig, schedule: TokenSchedule, start: int) -
 
 
 def sample(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
-    """(B, m, K) logits and (B, m) uniform numbers → (B, m) int64 codes."""
+    """Draw a code at each position: (B, m, K) logits and (B, m) uniform numbers → (B, m) int64 codes.
+
+    A temperature near 0 comes as near to argmax, and top-k and top-p keep the lower of equally likely codes.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    # The largest logit becomes exactly 0, and no temperature is 0 or infinite in float32, so that nothing becomes NaN.
+    temperature = min(max(sampling.temperature, SMALLEST), 1 / SMALLEST)
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
+        logits = logits.masked_fill(_outside_top_k(logits, sampling.top_k), -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         logits = logits.masked_fill(_outside_nucleus(logits, sampling.top_p), -torch.inf)
     cumulative = logits.softmax(-1).cumsum(-1, dtype=noise.dtype)
-    threshold = noise[..., None] * cumulative[..., -1:]
+    below_one = 1 - torch.finfo(noise.dtype).eps / 2  # at 1 the threshold would lie beyond the last code
+    threshold = noise.clamp(max=below_one)[..., None] * cumulative[..., -1:]
     ids = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
     return ids.clamp_(max=logits.shape[-1] - 1)
 
 
+def _outside_top_k(logits: Tensor, k: int) -> Tensor:
+    """True for all but the k most likely codes; of those that are as likely as the last of them, the lowest stay."""
+    last = logits.topk(k, dim=-1).values[..., -1:]
+    likelier, tied = logits > last, logits == last
+    room = k - likelier.sum(-1, keepdim=True)
+    return ~(likelier | (tied & (tied.cumsum(-1) <= room)))
+
+
 def _outside_nucleus(logits: Tensor, top_p: float) -> Tensor:
     """True for codes outside the smallest set of most likely ones whose probabilities sum to `top_p` or more."""
-    ordered, order = logits.sort(-1, descending=True)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    outside = before >= top_p
+    outside[..., 0] = False  # whatever a tiny `top_p` is in float32
+    return torch.zeros_like(outside).scatter(-1, order, outside)
