@@ -235,7 +235,7 @@ def test_generated_tokens_follow_the_model():
     [
         ({"guidance_scale": -1.0}, "guidance_scale must be 0 or more"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be"),
-        ({"guidance_scale": 1e300}, "guidance_scale must be 0 or more .* and at most 1,000,000, not 1e.300"),
+        ({"guidance_scale": 1e300}, "guidance_scale must be 0 or more .*, at most 1e.06, not 1e.300"),
         ({"guidance_schedule": "cosine"}, "guidance_schedule must be constant or linear, not 'cosine'"),
         ({"temperature": -0.1}, "temperature must be 0"),
         ({"top_k": 0}, "top_k must be 1 or more, not 0"),

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from detailflow import DetailFlowError, DetailFlowGPT
-from detailflow.labels import ClassLabels, default_names, imagenet_classes
+from detailflow.labels import ClassId, ClassLabels, default_names, imagenet_classes, listed
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -136,9 +138,66 @@ def test_some_of_imagenets_classes_keep_their_synonyms():
     assert labels.wnids == ()
 
 
-def test_a_name_goes_before_a_number():
-    labels = ClassLabels(("1", "10", "2"), 3)
-    assert [labels.index(label) for label in ("2", "10", 2, "0")] == [2, 1, 2, 0]
+@pytest.mark.parametrize("names", [("1", "10", "2"), ("001", "010", "002"), ("1", "10", "2", "fish")])
+def test_numbers_are_names_where_the_names_are_numbers(names: tuple[str, ...]):
+    labels = ClassLabels(names, len(names))
+    for value, index in ((1, 0), (10, 1), (2, 2)):
+        assert [labels.index(label) for label in (value, str(value), f" {value} ", names[index])] == [index] * 4
+    for label in (0, "0", 3, "3", -1):
+        message = f"unknown class {label!r}: numbers are names here, and the classes are {names[0]}"
+        with pytest.raises(DetailFlowError, match=message):
+            labels.index(label)
+    assert [labels.index(ClassId(i)) for i in range(3)] == [0, 1, 2]
+    assert [labels.name(i) for i in range(len(names))] == list(names)
+
+
+def test_the_whole_name_as_it_is_written_wins():
+    labels = ClassLabels(("UPPER", "upper", "7", "07"), 4)
+    assert [labels.index(label) for label in ("UPPER", "upper", " upper ", 7, "7", "07")] == [0, 1, 1, 2, 2, 3]
+    with pytest.raises(DetailFlowError, match=r"2 classes are called 'Upper': give the number, one of 0 \(UPPER\), 1 \(upper\)"):
+        labels.index("Upper")
+
+
+def test_wordnet_ids_as_names():
+    """As ImageNet's folders are called."""
+    labels = ClassLabels(("n02099601", "N02510455", "my dog"), 3)
+    for label in ("golden retriever", "Golden Retriever", "n02099601", "N02099601", 0):
+        assert labels.index(label) == 0
+    assert labels.index("panda bear") == 1 and labels.index("my dog") == 2
+    assert [labels.name(i) for i in range(3)] == ["golden retriever", "giant panda", "my dog"]
+    assert labels.wnids == ("n02099601", "n02510455", "")
+    assert labels.names[0] == "golden retriever"
+    assert labels.search("retriever") == [0]
+    assert [labels.find(name) for name in ("golden retriever", "n02510455", "n00000000")] == [0, 1, None]
+
+
+def test_wordnet_ids_of_two_classes_of_one_name():
+    labels = ClassLabels(("n02012849", "n03126707"), 2)
+    assert labels.index("n03126707") == 1
+    message = r"give the number or WordNet id, one of 0 \(n02012849: crane\), 1 \(n03126707: crane\)"
+    with pytest.raises(DetailFlowError, match=message):
+        labels.index("crane")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [3, "3", [3], (3,), range(3, 4), np.int64(3), np.array(3), np.array([3]), torch.tensor(3), torch.tensor([3]).byte(),
+     [np.uint8(3)], [torch.tensor(3)], np.array(["cat"]), "cat", ["cat"]],
+)  # fmt: skip
+def test_labels_of_many_types(labels: object):
+    own = ClassLabels(CIFAR, 10)
+    assert [own.index(label) for label in listed(labels)] == [3]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [True, [False], np.bool_(True), np.array([True]), torch.tensor(True), [torch.tensor([3])], 3.0, np.float32(3),
+     torch.tensor([3.0]), b"cat", [b"cat"], None, [None], [[3]]],
+)  # fmt: skip
+def test_what_is_no_label(labels: object):
+    own = ClassLabels(CIFAR, 10)
+    with pytest.raises(DetailFlowError, match="a class label must be a number or a name, not "):
+        [own.index(label) for label in listed(labels)]
 
 
 def test_one_name_for_several_classes():

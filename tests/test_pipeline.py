@@ -113,6 +113,7 @@ def test_labels(pipeline: DetailFlowPipeline):
     assert pipeline.class_ids(["CAT", " hot DOG ", "2", 1, np.int64(0)]) == [3, 4, 2, 1, 0]
     assert pipeline.class_ids("bird") == [2]
     assert pipeline.class_ids(torch.tensor([1, 2])) == [1, 2]
+    assert pipeline.class_ids(np.int64(3)) == pipeline.class_ids(torch.tensor(3)) == [3]
     assert [pipeline.class_name(i) for i in (3, 4)] == ["cat", "Hot dog"]
 
 
@@ -126,6 +127,7 @@ def test_labels(pipeline: DetailFlowPipeline):
         ([-1], "unknown class -1"),
         (["17"], "unknown class 17: the numbers are 0 to 4"),
         ([], "at least one class label"),
+        (True, "a class label must be a number or a name, not True"),
     ],
 )
 def test_unknown_labels(pipeline: DetailFlowPipeline, labels: list[str | int], message: str):
@@ -141,8 +143,19 @@ def renamed(pipeline: DetailFlowPipeline, names: tuple[str, ...] | None) -> Deta
 
 def test_a_name_that_two_classes_have(pipeline: DetailFlowPipeline):
     twins = renamed(pipeline, ("crane", "bird", "Crane", "cat", "dog"))
-    with pytest.raises(DetailFlowError, match="2 classes are called 'crane': give the number, one of"):
-        twins.class_ids("crane")
+    assert twins.class_ids(["crane", "Crane"]) == [0, 2]  # as they are written
+    with pytest.raises(DetailFlowError, match="2 classes are called 'CRANE': give the number, one of"):
+        twins.class_ids("CRANE")
+
+
+def test_numbers_as_names(pipeline: DetailFlowPipeline):
+    """A class's number is not taken for the name of another on its way to the images."""
+    numbered = renamed(pipeline, ("0", "1", "10", "2", "3"))
+    numbered.gpt.load_state_dict(pipeline.gpt.state_dict())
+    numbered.gpt.eval()
+    assert numbered.class_ids([2, "10"]) == [3, 2]
+    assert as_bytes(numbered([2, "10"], seed=1)) == as_bytes(pipeline([3, 2], seed=1))
+    assert as_bytes(numbered(numbered.class_ids([2, "10"]), seed=1)) == as_bytes(pipeline([3, 2], seed=1))
 
 
 def test_classes_without_names(pipeline: DetailFlowPipeline):

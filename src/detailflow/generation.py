@@ -36,7 +36,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_scale <= LARGEST_GUIDANCE:
             raise DetailFlowError(
-                f"guidance_scale must be 0 or more (1 is no guidance) and at most {LARGEST_GUIDANCE:,.0f}, not {self.guidance_scale!r}"
+                f"guidance_scale must be 0 or more (1 is no guidance), at most {LARGEST_GUIDANCE:g}, not {self.guidance_scale!r}"
             )
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
             raise DetailFlowError(f"guidance_schedule must be {' or '.join(GUIDANCE_SCHEDULES)}, not {self.guidance_schedule!r}")

@@ -15,13 +15,14 @@ from detailflow.data.images import to_rgb
 from detailflow.data.transforms import center_crop, resized, to_tensor, to_uint8
 from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
-from detailflow.labels import ClassLabels, Label
+from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.schedule import TokenSchedule, require_not_negative, require_positive
 
 BATCH_SIZE = 32
 LARGEST_SEED = 2**64 - 1
+Labels = Label | Sequence[Label] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class DetailFlowPipeline:
 
     def __call__(
         self,
-        labels: Label | Sequence[Label],
+        labels: Labels,
         num_images_per_class: int = 1,
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
@@ -126,7 +127,8 @@ class DetailFlowPipeline:
         the batch (up to floating-point rounding), and a long list may be made in parts.
 
         Args:
-            labels: class numbers, names or, for ImageNet's classes, WordNet ids; upper and lower case are the same.
+            labels: class names, numbers or, for ImageNet's classes, WordNet ids: one, several, or an array or tensor of numbers.
+                Where the names themselves are numbers, so are labels.
             num_images_per_class: images of each label.
             guidance_scale: strength of classifier-free guidance, 1 is none; `None` is the model's own best value, here
                 and for the next four.
@@ -154,7 +156,7 @@ class DetailFlowPipeline:
 
     def stream(
         self,
-        labels: Label | Sequence[Label],
+        labels: Labels,
         num_images_per_class: int = 1,
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
@@ -197,7 +199,7 @@ class DetailFlowPipeline:
 
     def _batches(
         self,
-        labels: Label | Sequence[Label],
+        labels: Labels,
         num_images_per_class: int,
         guidance_scale: float | None,
         guidance_schedule: str | None,
@@ -229,16 +231,16 @@ class DetailFlowPipeline:
 
         return (start(first) for first in range(0, len(class_ids), batch_size))
 
-    def class_ids(self, labels: Label | Sequence[Label]) -> list[int]:
-        """The class numbers of labels, which are numbers, names or WordNet ids; see `ClassLabels.index`.
+    def class_ids(self, labels: Labels) -> list[ClassId]:
+        """Return the class numbers of labels, which are numbers, names or WordNet ids; see `ClassLabels.index`.
 
         Raises:
             DetailFlowError: for a label that means none of the model's classes or several, or no label at all.
         """
-        labels = [labels] if isinstance(labels, int | str) else list(labels)
-        if not labels:
+        several = listed(labels)
+        if not several:
             raise DetailFlowError("there must be at least one class label")
-        return [self.labels.index(label) for label in labels]
+        return [ClassId(self.labels.index(label)) for label in several]
 
     def class_name(self, class_id: int) -> str:
         """The short name of a class, or its number where the model's classes have no names."""

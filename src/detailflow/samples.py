@@ -21,6 +21,7 @@ from PIL import Image
 
 from detailflow.errors import DetailFlowError
 from detailflow.hub import fingerprint
+from detailflow.labels import ClassId
 from detailflow.pipeline import LARGEST_SEED, DetailFlowPipeline
 from detailflow.processes import Processes
 from detailflow.storage import read_json, replacing, write_json
@@ -280,7 +281,7 @@ def _write_parts(
     for part in range(processes.rank, parts, processes.count):
         numbers = range(part * size, min((part + 1) * size, len(labels)))
         if not writer.is_done(part, numbers):
-            own = labels[numbers.start : numbers.stop]
+            own = [ClassId(label) for label in labels[numbers.start : numbers.stop]]
             images = pipeline(own, seed=seed, first_image=numbers.start, batch_size=batch_size, **options)
             try:
                 writer.write(part, numbers, own, images)

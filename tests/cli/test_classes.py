@@ -1,5 +1,7 @@
 """`detailflow classes`, and ImageNet's labels in `detailflow generate`."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,40 @@ def test_a_search(capsys: pytest.CaptureFixture[str]):
 
 def test_a_folder_of_ones_own(model: Path, capsys: pytest.CaptureFixture[str]):
     assert lines(capsys, "--model", str(model), "--search", "o") == ["1  automobile", "4  Hot dog"]
+
+
+def renamed(model: Path, folder: Path, names: list[str]) -> Path:
+    """The model with other names of its five classes."""
+    shutil.copytree(model, folder)
+    config = folder / "gpt" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"class_names": names}))
+    return folder
+
+
+def test_a_model_on_imagenets_folders(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    own = renamed(model, tmp_path / "own", ["n01440764", "n02099601", "n02510455", "mine", "n15075141"])
+    shown = lines(capsys, "--model", str(own))
+    assert shown[0] == "0  n01440764  tench, Tinca tinca" and shown[1] == "1  n02099601  golden retriever"
+    assert shown[3] == "3             mine"
+    options = ["--model", str(own), "--num-tokens", "1", "--device", "cpu", "--no-grid", "--output", str(tmp_path / "out")]
+    assert main(["generate", "golden retriever", "n02510455", *options]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000-golden-retriever.png", "0001-giant-panda.png"]
+
+
+def test_classes_that_are_called_by_numbers(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    own = renamed(model, tmp_path / "own", ["0", "1", "10", "2", "UPPER"])
+    options = ["--model", str(own), "--num-tokens", "1", "--device", "cpu", "--no-grid"]
+    assert main(["generate", "2", *options, "--output", str(tmp_path / "two")]) == 0
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["0000-2.png"]
+    assert main(["generate", *options, "--output", str(tmp_path / "all")]) == 0  # all of them
+    assert sorted(path.name for path in (tmp_path / "all").iterdir())[2:4] == ["0002-10.png", "0003-2.png"]
+    many = ["--num-images", "4", "--output", str(tmp_path / "many")]
+    assert main(["generate", "2", "10", *options, *many]) == 0
+    assert sorted(path.name for path in (tmp_path / "many").glob("*.png"))[:2] == ["0000-2.png", "0001-10.png"]
+    capsys.readouterr()
+    assert main(["generate", "3", *options, "--output", str(tmp_path / "three")]) == 2
+    error = capsys.readouterr().err
+    assert error == "detailflow: error: unknown class '3': numbers are names here, and the classes are 0, 1, 10, 2, UPPER\n"
 
 
 def test_only_the_config_is_read(published: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     labels = _labels(args.model)
     for i in range(labels.count) if args.search is None else labels.search(args.search):
         number = str(i).rjust(len(str(labels.count - 1)))
-        print(number, *labels.wnids[i : i + 1], *labels.names[i : i + 1], sep="  ")
+        print(number, *(wnid.ljust(9) for wnid in labels.wnids[i : i + 1]), *labels.names[i : i + 1], sep="  ")
     return 0
 
 

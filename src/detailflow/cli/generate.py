@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from detailflow.generation import SamplingConfig
+    from detailflow.labels import ClassId
     from detailflow.pictures import grid, strip
     from detailflow.pipeline import BATCH_SIZE, DetailFlowPipeline, stage_counts
     from detailflow.processes import Processes
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     schedule = pipeline.tokenizer.schedule
     num_tokens = schedule.check_count(args.num_tokens)
     counts = stage_counts(schedule, num_tokens) if args.progressive else [num_tokens]
-    classes = pipeline.class_ids(args.classes or range(pipeline.gpt.config.num_classes))
+    classes = pipeline.class_ids(args.classes or [ClassId(i) for i in range(pipeline.gpt.config.num_classes)])
     if args.num_images:
         labels = [classes[i % len(classes)] for i in range(args.num_images)]
         batch_size = args.batch_size or (128 if pipeline.gpt.device.type == "cuda" else BATCH_SIZE)
