@@ -1,8 +1,16 @@
-"""The one exception for what a user can put right, and how its sentences list things."""
+"""The one exception for what a user can put right, and how sentences name things."""
 
 
 class DetailFlowError(ValueError):
     """Bad input: a file, config, flag, checkpoint or image. The message, one sentence, names it and says what would be right."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
+
+
+def printable(name: str) -> str:
+    """Return a name that any program can write: what is no UTF-8 in a file's name becomes the replacement character."""
+    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def some_names(names: set[str]) -> str:

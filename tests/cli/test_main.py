@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import detailflow
 from detailflow.cli import main as front
@@ -105,3 +106,20 @@ def test_ctrl_c(model: Path, tmp_path: Path):
         process.kill()
     assert (process.returncode, out, err) == (130, "", "detailflow: interrupted\n")
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix != ".png"]
+
+
+@pytest.mark.parametrize("option", [["--max-pixels", "100"], ["--max-pixels=100"]])
+def test_one_option_sets_the_limit_on_pixels(option: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "1000")  # put back afterwards
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    assert main(["reconstruct", str(tmp_path / "a.png"), *option, "--output", str(tmp_path / "out")]) == 2
+    assert "a.png is too large an image: it has 20×20 pixels, and 100 are the most" in capsys.readouterr().err
+    for wrong in (["--max-pixels"], ["--max-pixels", "none"]):
+        assert main(["classes", *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_names_that_no_terminal_shows_are_printed():
+    code = "import sys; from detailflow.cli import main; main._run = lambda argv: print('caf\\udce9'); sys.exit(main.main([]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0 and result.stdout == b"caf?\n"

@@ -1,5 +1,6 @@
 """`detailflow COMMAND …`: finds the command, and turns bad input into one sentence and exit status 2."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -31,11 +32,15 @@ commands:
 options:
   -h, --help   show this help, or with a command that command's
   --version    show the version
+
+  --max-pixels N   with any command: images may have N pixels (default: 178,956,970)
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to stop
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a closed pipe can still be caught
@@ -51,7 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+def _take_max_pixels(argv: list[str]) -> None:
+    """Set what `--max-pixels` says for this process and those that it starts, and take it out of `argv`."""
+    for i, item in enumerate(argv):
+        name, equals, value = item.partition("=")
+        if name != "--max-pixels":
+            continue
+
+        from detailflow.data.decode import MAX_PIXELS_VARIABLE, max_pixels
+
+        if not equals and i + 1 == len(argv):
+            raise DetailFlowError("--max-pixels needs a number: the most pixels that an image may have")
+        os.environ[MAX_PIXELS_VARIABLE] = value if equals else argv[i + 1]
+        del argv[i : i + (1 if equals else 2)]
+        max_pixels()  # raises if that is no number
+        return
+
+
 def _run(argv: list[str]) -> int:
+    _take_max_pixels(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0

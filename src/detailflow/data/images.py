@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from detailflow.data.source import IMAGE_SUFFIXES, ImageSource, file_sizes, load_rgb, to_rgb, unlabelled
+from detailflow.data.decode import image_suffixes, load_rgb, to_rgb
+from detailflow.data.source import ImageSource, file_sizes, unlabelled
 from detailflow.data.tables import open_hub, open_parquet
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError
 
-__all__ = ["IMAGE_SUFFIXES", "Found", "ImageSource", "find", "load_rgb", "open_images", "to_rgb"]
+__all__ = ["Found", "ImageSource", "find", "load_rgb", "open_images", "to_rgb"]
 
 _SPLIT_ALIASES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -75,7 +76,7 @@ def find(data: str | os.PathLike[str], split: str | None = None) -> Found:
         return _of_one_kind(data, [Path(name) for name in _ranged(data)])
     if any(character in data for character in "*?["):
         return _of_one_kind(data, [Path(name) for name in sorted(glob(data, recursive=True))])
-    if not _HUB_NAME.fullmatch(data) or path.suffix.lower() in IMAGE_SUFFIXES.union(_MANY):
+    if not _HUB_NAME.fullmatch(data) or path.suffix.lower() in image_suffixes().union(_MANY):
         raise DetailFlowError(
             f"{data} does not exist: give a folder of images, .parquet or .tar files, or the name of a hub dataset"
         )
@@ -121,7 +122,7 @@ def _find_in_folder(folder: Path, split: str | None) -> Found:
             break
     if split is not None:
         raise DetailFlowError(f"{folder} has no split {split!r}: it has no train, test or val subfolder")
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    images = [file for file in files if file.suffix.lower() in image_suffixes()]
     if not images:
         raise DetailFlowError(f"{folder} holds no images: put some there, in one subfolder per class")
     return Found("folder", str(folder), images)

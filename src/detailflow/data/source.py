@@ -1,82 +1,18 @@
-"""One image as RGB, and a set of labelled images that are read one at a time.
-
-Pillow does all the decoding here, so that a damaged image is known by its name and can be skipped.
-"""
+"""A set of labelled images that are read one at a time, and what is known of it without reading them."""
 
 import hashlib
-import io
 import json
 import os
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from detailflow.errors import DetailFlowError
 
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 _CLASSES_SHOWN = 10  # more are only counted
-
-
-def load_rgb(source: str | os.PathLike[str] | bytes, name: str | None = None, least: int | None = None) -> Image.Image:
-    """Read one image file (path) or its bytes as RGB.
-
-    EXIF orientation is applied, transparency is laid over white, and palettes, CMYK, greyscale and 16-bit greyscale are
-    converted. A JPEG is decoded straight to 1/2, 1/4 or 1/8 of its size where its shorter side stays `least` pixels or
-    more, which takes a fraction of the time; `None` is always the whole. Raises DetailFlowError, naming the image by
-    `name` (default: its path), when it cannot be read.
-    """
-    file: Any
-    if isinstance(source, bytes):
-        name, file = name or "image", io.BytesIO(source)
-    else:
-        path = Path(source)
-        name, file = name or str(path), path
-        if path.is_dir():
-            raise DetailFlowError(f"{name} is a folder: give the path of one image file")
-        if not path.exists():
-            raise DetailFlowError(f"{name} does not exist: give the path of an image file")
-    try:
-        with Image.open(file) as image:
-            if least:
-                image.draft(None, (least, least))
-            image.load()
-            return to_rgb(image)
-    except PermissionError as error:
-        raise DetailFlowError(f"{name} cannot be opened: you have no permission to read it") from error
-    except Image.UnidentifiedImageError as error:
-        raise DetailFlowError(f"{name} is not an image: its contents are in no format that Pillow knows") from error
-    except Image.DecompressionBombError as error:
-        raise DetailFlowError(f"{name} is too large an image: it may have at most 178 million pixels") from error
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError, struct.error) as error:
-        raise DetailFlowError(f"{name} is damaged and cannot be decoded ({first_line(error)})") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of a loaded image of any mode: turned upright by its EXIF data, transparency over white, 16 bits scaled to 8."""
-    # The pixels may be sound where only the EXIF block is not: then take them as they are stored.
-    with suppress(OSError, ValueError, TypeError, SyntaxError, LookupError, struct.error):
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8 instead of scaling them
-        values = np.asarray(image).astype(np.int64)
-        if image.mode != "I" or values.max(initial=0) > 255:
-            values = (values + 128) // 257
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says, short enough for a sentence of ours."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 class Rows(Protocol):

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from detailflow.data.decode import first_line, load_rgb
 from detailflow.data.images import find
 from detailflow.data.loader import note_unreadable
-from detailflow.data.source import common_folder, file_sizes, fingerprint, first_line, load_rgb
+from detailflow.data.source import common_folder, file_sizes, fingerprint
 from detailflow.data.tables import (
     check_columns,
     import_datasets,

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from detailflow.data.source import ImageSource, common_folder, file_sizes, first_line, labelled, load_rgb, unlabelled
+from detailflow.data.decode import first_line, load_rgb
+from detailflow.data.source import ImageSource, common_folder, file_sizes, labelled, unlabelled
 from detailflow.errors import DetailFlowError
 
 _SHOW_PROGRESS_ABOVE = 256 * 2**20  # bytes of parquet; less is ready in seconds

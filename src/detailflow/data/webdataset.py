@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from detailflow.data.source import IMAGE_SUFFIXES, ImageSource, common_folder, file_sizes, first_line, labelled, load_rgb
+from detailflow.data.decode import first_line, image_suffixes, load_rgb
+from detailflow.data.source import ImageSource, common_folder, file_sizes, labelled
 from detailflow.errors import DetailFlowError
 
 _READERS = 8  # shards whose headers are read at once, for storage that answers slowly
@@ -87,7 +88,7 @@ def open_shards(files: list[Path], image_column: str = "image", label_column: st
 
 
 def _read_headers(file: Path, image_column: str, label_column: str) -> _Shard:
-    suffixes = IMAGE_SUFFIXES if image_column == "image" else {f".{image_column.lower()}"}
+    suffixes = image_suffixes() if image_column == "image" else {f".{image_column.lower()}"}
     spans: dict[str, tuple[int, int]] = {}
     labels: dict[str, Any] = {}
     try:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detailflow.data.decode import first_line
 from detailflow.data.images import ImageSource, open_images
-from detailflow.data.source import first_line
 from detailflow.data.transforms import center_crop
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.metrics import Gaussian

@@ -1,0 +1,186 @@
+"""One image file: formats, metadata, memory, and what is refused."""
+
+import io
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from detailflow.data.decode import image_size, image_suffixes, load_rgb, max_pixels, raster_formats, to_rgb
+from detailflow.errors import DetailFlowError, printable
+
+QUARTER_TURN = 6  # the EXIF orientation of a phone held upright
+
+
+def noise(height: int = 24, width: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("scale", [1, 255, 65535, 1e6])
+def test_floating_point_images_are_as_bright_as_they_are(scale):
+    ramp = np.linspace(0, 1, 256, dtype=np.float32)[None].repeat(4, 0)
+    pixels = np.asarray(load_rgb(saved(Image.fromarray(ramp * np.float32(scale)), "TIFF")))
+    np.testing.assert_array_equal(pixels[..., 0], np.arange(256, dtype=np.uint8)[None].repeat(4, 0))
+
+
+def test_numbers_beyond_the_scale_are_clipped():
+    values = np.array([[-1, 0, 0.5, 1, 1.25, np.nan]], np.float32)
+    assert np.asarray(load_rgb(saved(Image.fromarray(values), "TIFF")))[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0]
+    large = Image.fromarray(np.array([[0, 500_000, 1_000_000]], np.int32))
+    assert np.asarray(to_rgb(large))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"icc_profile": b"p" * 3_000_000},
+        {"pnginfo": ("zTXt", "x" * 3_000_000)},
+        {"pnginfo": ("iTXt", "x" * 3_000_000)},
+        {"pnginfo": ("tEXt", "x" * 70_000_000)},
+    ],
+)
+def test_metadata_of_any_length_is_not_looked_at(options):
+    if "pnginfo" in options:
+        kind, text = options["pnginfo"]
+        info = PngImagePlugin.PngInfo()
+        if kind == "iTXt":
+            info.add_itxt("XML:com.adobe.xmp", text, zip=True)
+        else:
+            info.add_text("parameters", text, zip=kind == "zTXt")
+        options = {"pnginfo": info}
+    exif = Image.Exif()
+    exif[0x0112] = QUARTER_TURN
+    content = saved(noise(), "PNG", exif=exif, **options)
+    np.testing.assert_array_equal(np.asarray(load_rgb(content)), np.rot90(np.asarray(noise()), -1))
+
+
+def test_damaged_metadata_is_no_reason_to_leave_an_image_out():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "some text", zip=True)
+    content = bytearray(saved(noise(), "PNG", pnginfo=info))
+    content[content.index(b"zTXt") + 20] ^= 255
+    np.testing.assert_array_equal(np.asarray(load_rgb(bytes(content))), np.asarray(noise()))
+    content[content.index(b"IDAT") + 20] ^= 255
+    with pytest.raises(DetailFlowError, match="is damaged"):
+        load_rgb(bytes(content))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_profiles_of_several_megabytes_in_any_format(form):
+    assert load_rgb(saved(noise(), form, icc_profile=b"p" * 3_000_000)).size == (32, 24)
+
+
+def test_the_callers_image_stays_as_it_is():
+    exif = Image.Exif()
+    exif[0x0112] = QUARTER_TURN
+    for form in ("JPEG", "PNG"):
+        image = Image.open(io.BytesIO(saved(noise(), form, exif=exif)))
+        image.load()
+        before = image.tobytes()
+        assert to_rgb(image).size == (24, 32)
+        assert image.size == (32, 24) and image.tobytes() == before and image.getexif()[0x0112] == QUARTER_TURN
+    assert image_size(saved(noise(), "JPEG", exif=exif), "a") == (24, 32)
+
+
+def test_only_raster_formats_are_opened_and_no_program_is_started(tmp_path, monkeypatch):
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "postscript.jpg").write_bytes(saved(noise(), "EPS"))
+    (tmp_path / "pdf.png").write_bytes(saved(noise(), "PDF"))
+    for name in ("postscript.jpg", "pdf.png"):
+        with pytest.raises(DetailFlowError, match=f"{name} is not an image"):
+            load_rgb(tmp_path / name)
+    assert not (tmp_path / "started").exists()
+    assert not {"EPS", "WMF", "PDF", "IPTC", "FITS", "HDF5"} & set(raster_formats())
+    assert {".jpg", ".jfif", ".png", ".webp", ".tga", ".qoi"} <= image_suffixes()
+    assert not {".eps", ".ps", ".pdf", ".wmf", ".h5", ".mpg"} & image_suffixes()
+
+
+def test_every_format_that_pillow_writes_is_read():
+    for form in set(raster_formats()) & set(Image.SAVE):
+        image = noise().convert("1" if form in ("MSP", "XBM") else "F" if form == "SPIDER" else "RGB").resize((32, 32))
+        if form in ("BLP", "GBR", "IM"):  # palettes alone, or a name with it
+            continue
+        assert load_rgb(saved(image, form)).mode == "RGB", form
+
+
+MEASURE = """
+import resource, sys
+from detailflow.data.decode import load_rgb
+load_rgb(sys.argv[1])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before, image = peak(), load_rgb(sys.argv[2])
+print((peak() - before) / (image.width * image.height))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [(np.uint16, "png"), (np.int32, "tif"), (np.float32, "tif"), ("RGBA", "png"), ("turned", "jpg")],
+    ids=str,
+)
+def test_memory_of_a_large_image(tmp_path, kind, suffix):
+    side = 2500
+    image = Image.new("RGBA" if kind == "RGBA" else "RGB", (side, side))
+    if not isinstance(kind, str):
+        image = Image.fromarray(np.zeros((side, side), kind))
+    exif = Image.Exif()
+    exif[0x0112] = QUARTER_TURN
+    options = {"compression": "tiff_lzw"} if suffix == "tif" else {"compress_level": 1} if suffix == "png" else {"exif": exif}
+    image.save(tmp_path / f"large.{suffix}", **options)
+    noise().save(tmp_path / f"small.{suffix}")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / f"small.{suffix}"), str(tmp_path / f"large.{suffix}")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 9.5  # eight, and the decoder's own
+
+
+def test_the_limit_on_pixels_has_a_sentence_of_its_own(tmp_path, monkeypatch):
+    noise().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # of which Pillow would warn, or raise an error
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_rgb(tmp_path / "a.png").size == (32, 24)
+        assert Image.MAX_IMAGE_PIXELS == 100
+        with pytest.raises(DetailFlowError, match=r"a\.png is too large an image: it has 32×24 pixels, and 767 are the most"):
+            load_rgb(tmp_path / "a.png", max_pixels=767)
+        monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "700")
+        with pytest.raises(DetailFlowError, match="--max-pixels 768"):
+            load_rgb(tmp_path / "a.png")
+        monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "768")
+        assert load_rgb(tmp_path / "a.png").size == (32, 24)
+    monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "many")
+    with pytest.raises(DetailFlowError, match="the limit on pixels .* is 'many'"):
+        max_pixels()
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "device.png"):
+        with pytest.raises(DetailFlowError, match=f"{name} is no regular file"):
+            load_rgb(tmp_path / name)
+    for name in ("a" * 300 + ".png", "a\0b.png"):
+        with pytest.raises(DetailFlowError, match="cannot be opened|does not exist"):
+            load_rgb(name)
+
+
+def test_names_that_are_not_utf8_are_printable(tmp_path):
+    assert printable("photos/café") == "photos/café" and printable(os.fsdecode(b"caf\xe9")) == "caf\N{REPLACEMENT CHARACTER}"
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    file.write_text("no image")
+    with pytest.raises(DetailFlowError, match="caf\N{REPLACEMENT CHARACTER}.png is not an image") as caught:
+        load_rgb(file)
+    str(caught.value).encode()
