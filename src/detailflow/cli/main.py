@@ -30,10 +30,9 @@ commands:
 {chr(10).join(f"  {name:12} {text}" for name, text in COMMANDS.items())}
 
 options:
-  -h, --help   show this help, or with a command that command's
-  --version    show the version
-
-  --max-pixels N   with any command: images may have N pixels (default: 178,956,970)
+  -h, --help        show this help, or with a command that command's
+  --version         show the version
+  --max-pixels N    with any command: images may have N pixels, not 178,956,970
 """
 
 
