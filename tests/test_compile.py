@@ -16,7 +16,7 @@ compiles = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"
 @compiles
 def test_compiled_generation(pipeline: DetailFlowPipeline, model: Path, monkeypatch: pytest.MonkeyPatch):
     """In float32: greedy tokens identical, logits within 1e-4 of what they are uncompiled, pixels within 1e-5."""
-    compiled = DetailFlowPipeline.from_pretrained(model, "cpu")
+    compiled = DetailFlowPipeline.from_pretrained(model, device="cpu")
     compiled.compile(batch_size=2)
     gpt, classes = compiled.gpt, torch.tensor([1, 4])
     program, seen = gpt._compiled, []
@@ -45,7 +45,7 @@ def test_compiled_generation(pipeline: DetailFlowPipeline, model: Path, monkeypa
 @compiles
 def test_compiled_generation_of_one_image(pipeline: DetailFlowPipeline, model: Path):
     """Its single tokens are computed twice over, as the library takes longer for two rows than for four."""
-    gpt, classes = DetailFlowPipeline.from_pretrained(model, "cpu").gpt, torch.tensor([3])
+    gpt, classes = DetailFlowPipeline.from_pretrained(model, device="cpu").gpt, torch.tensor([3])
     gpt.compile_generation(1)
     program, shapes = gpt._compiled, []
     assert program is not None
@@ -87,7 +87,7 @@ def test_where_nothing_can_be_compiled(
     assert "--compile is for batches of 8, and 4 images fill none" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     with pytest.raises(DetailFlowError, match="batch_size must be"):
-        DetailFlowPipeline.from_pretrained(model, "cpu").compile(0)
+        DetailFlowPipeline.from_pretrained(model, device="cpu").compile(0)
 
 
 @compiles

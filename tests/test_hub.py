@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from detailflow import hub
+from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, hub
 from detailflow.errors import DetailFlowError
 from detailflow.storage import replacing
 
@@ -283,6 +283,23 @@ def test_a_checkpoint_by_its_path(tmp_path: Path):
     assert hub.load(str(chosen), "gpt")[0]["num_tokens"] == 32
     assert "holds an AR model (gpt), not a tokenizer" in error_of(chosen, "tokenizer")
     assert "is a file: give the folder" in error_of(gpt / "config.json", "gpt")
+
+
+def test_a_revision(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def snapshot_download(repository: str, revision: str | None = None, **options: object) -> str:
+        asked.append((repository, revision))
+        return str(TINY / ("gpt" if "GPT" in repository else "tokenizer"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    DetailFlowPipeline.from_pretrained("detailflow-16", revision="v1", device="cpu")
+    DetailFlowTokenizer.from_pretrained("someone/model", revision="abc")
+    expected = [("ByteFlow-AI/DetailFlow-16", "v1"), ("ByteFlow-AI/DetailFlow-16-GPT-L", "v1"), ("someone/model", "abc")]
+    assert asked == expected
+    for loader, place in ((DetailFlowGPT, TINY), (DetailFlowTokenizer, str(TINY)), (DetailFlowPipeline, None)):
+        with pytest.raises(DetailFlowError, match="is on this machine, and only models on the hub have a revision: leave it out"):
+            loader.from_pretrained(place, revision="v1")
 
 
 def test_either_half_of_a_zoo_pair_stands_for_both(monkeypatch: pytest.MonkeyPatch):

@@ -227,6 +227,53 @@ def test_half_precision(model: Path):
     assert len(half.reconstruct(gradient(32, 32))) == 5
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_a_type_as_text(dtype: str | torch.dtype, model: Path):
+    for loader, weight in (
+        (DetailFlowPipeline, lambda pipe: pipe.gpt.head.weight),
+        (DetailFlowGPT, lambda gpt: gpt.head.weight),
+        (DetailFlowTokenizer, lambda tokenizer: tokenizer.decoder.mask_token),
+    ):
+        assert weight(loader.from_pretrained(model, device="cpu", dtype=dtype)).dtype == torch.bfloat16
+        assert weight(loader.from_pretrained(model, device="cpu", dtype=None)).dtype == torch.float32
+        for wrong in ("int8", "float", torch.int64):
+            with pytest.raises(DetailFlowError, match="dtype must be one of float32, bfloat16, float16, float64, not '"):
+                loader.from_pretrained(model, dtype=wrong)
+
+
+def test_only_the_path_goes_without_its_name(model: Path):
+    """`DetailFlowGPT.from_pretrained(path, "cuda")` took the device for the variant."""
+    for loader in (DetailFlowPipeline, DetailFlowGPT, DetailFlowTokenizer):
+        with pytest.raises(TypeError):
+            loader.from_pretrained(model, "cpu")
+
+
+def test_one_default_device(model: Path, monkeypatch: pytest.MonkeyPatch):
+    """The GPU if there is one, wherever a model is loaded."""
+    asked: list[object] = []
+
+    def choose(device: object) -> torch.device:
+        asked.append(device)
+        return torch.device("cpu")
+
+    for name in ("pipeline", "models.gpt", "models.tokenizer"):
+        monkeypatch.setattr(f"detailflow.{name}.choose_device", choose)
+    for loader in (DetailFlowGPT, DetailFlowTokenizer, DetailFlowPipeline):
+        loader.from_pretrained(model)
+    assert asked == [None, None, None, torch.device("cpu"), torch.device("cpu")]
+
+
+def test_to(model: Path):
+    pipe = DetailFlowPipeline.from_pretrained(model, device="cpu")
+    pipe.gpt.compiled_for = 4
+    assert pipe.to("cpu", "bfloat16") is pipe and pipe.gpt.compiled_for is None
+    assert pipe.gpt.head.weight.dtype == pipe.tokenizer.decoder.mask_token.dtype == torch.bfloat16
+    assert pipe.to(dtype=torch.float32).device == torch.device("cpu")
+    assert pipe(["cat"])[0].size == (32, 32)
+    with pytest.raises(DetailFlowError, match="device 'quantum' cannot be used here"):
+        pipe.to("quantum")
+
+
 def test_a_folder_without_a_model(tmp_path: Path):
     with pytest.raises(DetailFlowError, match=str(tmp_path)):
         DetailFlowPipeline.from_pretrained(tmp_path)

@@ -1,15 +1,19 @@
 """The published checkpoint layout: safe reading and translation (method §9)."""
 
 import argparse
+import copy
 import json
 import os
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from detailflow import DetailFlowPipeline, hub
+from detailflow.convert import convert
 from detailflow.errors import DetailFlowError
 from detailflow.published import is_published, load_published
 
@@ -194,6 +198,29 @@ def test_layout_is_recognised(tmp_path: Path):
     assert not is_published(tmp_path)
 
 
+@pytest.mark.parametrize("stray", ["empty", "checkpoint"])
+def test_our_layout_with_a_folder_called_checkpoints(stray: str, model: Path, tmp_path: Path):
+    """The config says which layout it is."""
+    for kind in ("tokenizer", "gpt"):
+        folder = shutil.copytree(model / kind, tmp_path / kind) / "checkpoints"
+        folder.mkdir()
+        if stray == "checkpoint":
+            shutil.copy(TINY / kind / "checkpoints" / "32.pt", folder / "16.pt")
+        assert not is_published(tmp_path / kind)
+    loaded = DetailFlowPipeline.from_pretrained(tmp_path, device="cpu")
+    assert loaded.gpt.config.num_tokens == 16
+    convert(tmp_path, tmp_path / "converted")
+    assert hub.load_config(tmp_path / "converted" / "gpt", "gpt")["num_tokens"] == 16
+    with pytest.raises(DetailFlowError, match="already holds a model in the other layout"):
+        convert(TINY / "gpt", tmp_path / "gpt", "published")
+
+
+def test_a_config_of_another_format_beside_checkpoints(gpt: Path):
+    edit_config(gpt, format="other")
+    with pytest.raises(DetailFlowError, match='config.json is no DetailFlow config: it lacks "format": "detailflow"'):
+        hub.load(gpt, "gpt")
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("place", ["args", "model"])
 def test_code_in_a_pickle_is_refused_by_name(gpt: Path, zipped: bool, place: str):
@@ -239,6 +266,37 @@ def test_a_zip_that_is_no_checkpoint(gpt: Path):
     with zipfile.ZipFile(gpt / "checkpoints" / "32.pt", "w") as archive:
         archive.writestr("readme.txt", "hello")
     assert "32.pt: it is damaged" in error_of(gpt, "gpt")
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "data/0"])
+def test_compressed_members_are_not_unpacked(gpt: Path, member: str):
+    """A file of a few kilobytes that would take 64 MB of memory."""
+    path = gpt / "checkpoints" / "32.pt"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            packed = name.endswith(member)
+            content += bytes(2**26) if packed else b""
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED)
+    tracemalloc.start()
+    try:
+        assert "32.pt: its members are compressed or overlap" in error_of(gpt, "gpt")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_members_that_share_their_bytes_are_not_read(gpt: Path):
+    path = gpt / "checkpoints" / "32.pt"
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        for i in range(100):
+            again = copy.copy(largest)
+            again.filename = f"archive/data/{1000 + i}"
+            archive.filelist.append(again)
+        archive._didModify = True
+    assert "32.pt: its members are compressed or overlap" in error_of(gpt, "gpt")
 
 
 @pytest.mark.parametrize("content", [{"steps": 3}, {"model": {}}, {"model": [1]}, [1, 2], 7], ids=str)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from detailflow.errors import DetailFlowError
 
 if TYPE_CHECKING:
-    from detailflow.models.gpt import DetailFlowGPT
-    from detailflow.models.tokenizer import DetailFlowTokenizer
+    from detailflow.generation import SamplingConfig
+    from detailflow.models.gpt import DetailFlowGPT, GPTConfig
+    from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
+    from detailflow.models.vit import ViTConfig
     from detailflow.pipeline import DetailFlowPipeline
     from detailflow.schedule import TokenSchedule
 
@@ -21,7 +23,11 @@ __all__ = [
     "DetailFlowGPT",
     "DetailFlowPipeline",
     "DetailFlowTokenizer",
+    "GPTConfig",
+    "SamplingConfig",
     "TokenSchedule",
+    "TokenizerConfig",
+    "ViTConfig",
     "__version__",
 ]
 
@@ -29,7 +35,11 @@ _LAZY = {
     "DetailFlowGPT": "detailflow.models.gpt",
     "DetailFlowPipeline": "detailflow.pipeline",
     "DetailFlowTokenizer": "detailflow.models.tokenizer",
+    "GPTConfig": "detailflow.models.gpt",
+    "SamplingConfig": "detailflow.generation",
     "TokenSchedule": "detailflow.schedule",
+    "TokenizerConfig": "detailflow.models.tokenizer",
+    "ViTConfig": "detailflow.models.vit",
 }
 
 

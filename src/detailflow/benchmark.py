@@ -122,7 +122,7 @@ def load_pipeline(
     """
     if random_weights:
         return random_pipeline(model or FIRST, device, dtype)
-    return DetailFlowPipeline.from_pretrained(model, device, dtype, tokenizer)
+    return DetailFlowPipeline.from_pretrained(model, device=device, dtype=dtype, tokenizer=tokenizer)
 
 
 # --- the table -----------------------------------------------------------------------------------------------------------

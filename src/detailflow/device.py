@@ -7,6 +7,7 @@ import torch
 
 from detailflow.errors import DetailFlowError
 
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -24,6 +25,18 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):  # torch has one for each reason
         raise DetailFlowError(f"device {str(device)!r} cannot be used here: give another, such as cpu") from None
     return torch.device(device)
+
+
+def choose_dtype(dtype: torch.dtype | str | None = None) -> torch.dtype:
+    """Return a type that weights can have and networks compute in; it may be named, and `None` is float32.
+
+    Raises:
+        DetailFlowError: for any other type or name.
+    """
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise DetailFlowError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+    return DTYPES[name]
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -63,18 +63,21 @@ def default_directory(kind: Kind) -> Path:
     return Path(__file__).parent / "weights" / kind
 
 
-def resolve(path_or_id: str | Path, kind: Kind) -> Path:
-    """The local folder of a model, or one checkpoint file in it.
+def resolve(path_or_id: str | Path, kind: Kind, revision: str | None = None) -> Path:
+    """Return the local folder of a model, or one checkpoint file in it.
 
     `path_or_id` is a folder, one with tokenizer/ and gpt/ or any two such folders inside, a checkpoint of the published layout
     (FOLDER/checkpoints/NAME.pt), a zoo shorthand or a hub name (owner/name; that of either half of a zoo pair stands for both).
-    Whatever is an existing folder is taken as one; hub models are downloaded into the hub's cache.
+    Whatever is an existing folder is taken as one; hub models are downloaded into the hub's cache, `revision` (a branch, tag or
+    commit; `None` is the newest) of them.
 
     Raises:
-        DetailFlowError: if there is no such folder or the download fails.
+        DetailFlowError: if there is no such folder, the download fails or a folder is given with a revision.
     """
     name = str(path_or_id)
     path = Path(os.path.expanduser(name))
+    if revision is not None and os.path.lexists(path):
+        raise DetailFlowError(f"{name} is on this machine, and only models on the hub have a revision: leave it out")
     if name and os.path.isdir(path):  # os.path, which takes an impossible name for a missing one
         return _nested(path, kind)
     if os.path.isfile(path):
@@ -83,9 +86,9 @@ def resolve(path_or_id: str | Path, kind: Kind) -> Path:
         raise DetailFlowError(f"{name} is a file: give the folder that holds {CONFIG_FILE} and the weights")
     if isinstance(path_or_id, str):
         if pair := zoo_model(name):
-            return download(getattr(pair, kind), kind)
+            return download(getattr(pair, kind), kind, revision)
         if is_hub_name(name):
-            return download(name, kind)
+            return download(name, kind, revision)
     if "/" in name or isinstance(path_or_id, Path):
         raise DetailFlowError(f"there is no such folder: {name}")
     raise DetailFlowError(f"unknown model {name!r}: give a folder, a hub name (owner/name) or one of {', '.join(ZOO)}")
@@ -148,13 +151,13 @@ def find(path_or_id: str | Path) -> dict[Kind, Path]:
     return {kind: place}
 
 
-def download(repository: str, kind: Kind) -> Path:
-    """A model's folder in the hub's cache, after its files were fetched there.
+def download(repository: str, kind: Kind, revision: str | None = None) -> Path:
+    """Return a model's folder in the hub's cache, after its files were fetched there.
 
     Raises:
         DetailFlowError: if that fails.
     """
-    return resolve(fetch(repository, _patterns(kind)), kind)
+    return resolve(fetch(repository, _patterns(kind), revision), kind)
 
 
 def _patterns(kind: Kind) -> list[str]:
@@ -162,8 +165,8 @@ def _patterns(kind: Kind) -> list[str]:
     return [f"{folder}{file}" for folder in ("", f"{kind}/") for file in files]
 
 
-def fetch(repository: str, patterns: Sequence[str]) -> Path:
-    """The folder in the hub's cache where a repository's files of these patterns are.
+def fetch(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """Return the folder in the hub's cache where a repository's files of these patterns are.
 
     Raises:
         DetailFlowError: if they cannot be downloaded.
@@ -174,8 +177,9 @@ def fetch(repository: str, patterns: Sequence[str]) -> Path:
         raise DetailFlowError(
             f"could not download {repository!r} without the package huggingface_hub: install it, or give a local folder"
         ) from error
+    chosen: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        directory = Path(snapshot_download(repository, allow_patterns=list(patterns)))
+        directory = Path(snapshot_download(repository, allow_patterns=list(patterns), **chosen))
     except Exception as error:  # connection, name, permission, disk: the hub's client has an exception type for each
         lines = str(error).strip().splitlines()
         reason = lines[0].rstrip(".") if lines else type(error).__name__
@@ -189,9 +193,13 @@ def fetch(repository: str, patterns: Sequence[str]) -> Path:
 
 
 def load(
-    path_or_id: str | Path, kind: Kind, variant: Literal["ema", "model"] = "ema", dtype: torch.dtype | None = None
+    path_or_id: str | Path,
+    kind: Kind,
+    variant: Literal["ema", "model"] = "ema",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a model, in our keys and names whatever its layout, on the CPU.
+    """Return the config and the tensors of a model, in our keys and names whatever its layout, on the CPU.
 
     No more than the tensors as `dtype` and a small piece of the file are in memory at any time.
 
@@ -200,13 +208,14 @@ def load(
         kind: "tokenizer" or "gpt".
         variant: which weights of a published checkpoint: "ema" where present, or "model". Our layout has one set.
         dtype: of the tensors; `None` is as they are stored.
+        revision: as in `resolve`.
 
     Raises:
         DetailFlowError: if the model cannot be found, is damaged or is of the other kind.
     """
     if variant not in ("ema", "model"):
         raise DetailFlowError(f"variant must be 'ema' or 'model', not {variant!r}")
-    path = resolve(path_or_id, kind)
+    path = resolve(path_or_id, kind, revision)
     if is_published(path):
         config, tensors = load_published(path, kind, variant, dtype)
         return _with_guidance(config, kind), tensors

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from detailflow import hub
 from detailflow.data.images import to_rgb
 from detailflow.data.transforms import center_crop, resized, to_tensor, to_uint8
-from detailflow.device import choose_device
+from detailflow.device import choose_device, choose_dtype
 from detailflow.errors import DetailFlowError
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
@@ -66,25 +67,49 @@ class DetailFlowPipeline:
     def from_pretrained(
         cls,
         path_or_id: str | Path | None = None,
+        *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         tokenizer: str | Path | None = None,
+        revision: str | None = None,
     ) -> "DetailFlowPipeline":
         """Load both models, ready to generate.
 
         Args:
             path_or_id: a folder with tokenizer/ and gpt/ (or any two such folders) inside, a model-zoo shorthand such as
                 "detailflow-16" or a hub name; `None` is the small model in the package, which needs no download.
-            device: `None` is the GPU where there is one, else the CPU.
-            dtype: of the weights and of the arithmetic; `None` is float32.
-            tokenizer: where the tokenizer is, if it does not lie with the AR model.
+            device: `None` is the GPU if there is one, else the CPU.
+            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
+            tokenizer: where the tokenizer is, if it is not with the AR model.
+            revision: a branch, tag or commit of a model on the hub (of a tokenizer that is elsewhere, the newest is taken).
 
         Raises:
-            DetailFlowError: where a model cannot be found or is damaged, or the device cannot be used.
+            DetailFlowError: if a model cannot be found or is damaged, or the device cannot be used.
         """
-        device, dtype = choose_device(device), dtype or torch.float32
-        codes = DetailFlowTokenizer.from_pretrained(tokenizer or _location(path_or_id, "tokenizer"), device, dtype)
-        return cls(codes, DetailFlowGPT.from_pretrained(_location(path_or_id, "gpt"), device=device, dtype=dtype))
+        where: dict[str, Any] = dict(device=choose_device(device), dtype=choose_dtype(dtype))
+        if tokenizer is None:
+            codes = DetailFlowTokenizer.from_pretrained(_location(path_or_id, "tokenizer"), **where, revision=revision)
+        else:
+            codes = DetailFlowTokenizer.from_pretrained(tokenizer, **where)
+        return cls(codes, DetailFlowGPT.from_pretrained(_location(path_or_id, "gpt"), **where, revision=revision))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.gpt.device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> "DetailFlowPipeline":
+        """Move both models to a device, change their type, or both; returns the pipeline. What was compiled has to be again.
+
+        Raises:
+            DetailFlowError: for a device that cannot be used or a type that weights cannot have.
+        """
+        place = self.device if device is None else choose_device(device)
+        kind = None if dtype is None else choose_dtype(dtype)
+        for model in (self.tokenizer, self.gpt):
+            model.to(place, kind)
+            model.forget_compiled()
+        return self
 
     def compile(self, batch_size: int = 1) -> None:
         """Compile the generation of `batch_size` images at a time: worth its minutes for thousands of images, or in a service.
@@ -275,8 +300,8 @@ def reconstruct(
     """
     schedule = tokenizer.schedule
     counts = stage_counts(schedule) if counts is None else [schedule.check_count(n) for n in counts]
-    pixels, weights = np.asarray(original), tokenizer.decoder.mask_token
-    ids = tokenizer.encode(to_tensor(pixels)[None].to(weights.device, weights.dtype))
+    pixels = np.asarray(original)
+    ids = tokenizer.encode(to_tensor(pixels)[None])
 
     for n in counts:
         height, width = schedule.decode_shape(n, original.height, original.width)
@@ -314,4 +339,4 @@ def _location(path_or_id: str | Path | None, kind: hub.Kind) -> str | Path:
 
 def _decode(tokenizer: DetailFlowTokenizer, ids: Tensor, size: tuple[int, int] | None = None) -> list[Image.Image]:
     """(B, n) codes → B images of side D(n), or (height, width)."""
-    return [Image.fromarray(pixels) for pixels in to_uint8(tokenizer.decode(ids.to(tokenizer.device), size)).cpu().numpy()]
+    return [Image.fromarray(pixels) for pixels in to_uint8(tokenizer.decode(ids, size)).cpu().numpy()]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError, some_names
 from detailflow.labels import default_names
-from detailflow.storage import in_pieces, read_json
+from detailflow.storage import check_torch_zip, in_pieces, read_json
 
 Kind = Literal["tokenizer", "gpt"]
 CHECKPOINTS = "checkpoints"
@@ -44,8 +44,18 @@ _REFUSED_GLOBAL = re.compile(r"(?:unsupported GLOBAL|Unsupported global: GLOBAL)
 
 
 def is_published(path: Path) -> bool:
-    """Whether a folder has the published layout, or a file is a checkpoint of one."""
-    return path.parent.name == CHECKPOINTS if path.is_file() else (path / CHECKPOINTS).is_dir()
+    """Return whether a folder has the published layout, or a file is a checkpoint of one.
+
+    A model of ours may have a folder of that name beside it as well: its config says what it is.
+    """
+    if path.is_file():
+        return path.parent.name == CHECKPOINTS
+    if not (path / CHECKPOINTS).is_dir():
+        return False
+    try:
+        return "format" not in read_json(path / "config.json")
+    except DetailFlowError:  # which whoever reads it says
+        return True
 
 
 def model_folder(path: Path) -> Path:
@@ -165,9 +175,12 @@ def _read_state(path: Path, variant: str) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> Any:
     """Unpickle tensors, plain containers and `argparse.Namespace`, which unpickles into attributes and runs nothing."""
     try:
+        check_torch_zip(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about pickle protocols; what matters ends in an exception
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except DetailFlowError:
+        raise
     except OSError as error:
         raise DetailFlowError(f"could not read {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged bytes surface as nearly any exception, depending on where the damage is

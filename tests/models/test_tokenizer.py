@@ -1,6 +1,7 @@
 """The tokenizer's contract; the published model's recorded outputs are in test_parity.py."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +183,37 @@ def test_wrong_images(tokenizer: DetailFlowTokenizer, shape: tuple[int, ...]):
 def test_bytes_are_not_pixels(tokenizer: DetailFlowTokenizer):
     with pytest.raises(DetailFlowError, match="not .* torch.uint8"):
         tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (0, 255, "0 to 255"),
+        (-1.2, 1, "-1.2 to 1"),
+        (0, math.inf, "0 to inf"),
+        (-math.inf, 0, "-inf to 0"),
+        (0, math.nan, "nan to nan"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_pixels_out_of_range(tokenizer: DetailFlowTokenizer, low: float, high: float, shown: str, dtype: torch.dtype):
+    images = torch.zeros(2, 3, 32, 32, dtype=dtype)
+    images[0, 0, 0, 0], images[1, 2, 3, 4] = low, high
+    for call in (tokenizer.encode, lambda x: tokenizer.encode_correction(x, 0, torch.zeros(2, 1, dtype=torch.int64))):
+        with pytest.raises(DetailFlowError, match=r"pixels of images must be in \[-1, 1\], not .*: of bytes, take") as caught:
+            call(images)
+        assert dtype == torch.bfloat16 or shown in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_integers_are_not_pixels(tokenizer: DetailFlowTokenizer, dtype: torch.dtype):
+    with pytest.raises(DetailFlowError, match=f"images must be floats .* not .* {dtype}"):
+        tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=dtype))
+
+
+def test_images_of_another_type(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
+    assert torch.equal(tokenizer.encode(images.double()), tokenizer.encode(images))
+    assert tokenizer.encode(images[:0]).shape == (0, 16)
 
 
 @pytest.mark.parametrize("n", [0, 9, 13, 17, -1])

@@ -185,7 +185,9 @@ def _tokenizer(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     from detailflow.hub import default_directory
     from detailflow.models.tokenizer import DetailFlowTokenizer
 
-    tokenizer = DetailFlowTokenizer.from_pretrained(args.model or default_directory("tokenizer"), work.device, _dtype(args))
+    tokenizer = DetailFlowTokenizer.from_pretrained(
+        args.model or default_directory("tokenizer"), device=work.device, dtype=args.dtype
+    )
     models = _claim(args, command, work, {"tokenizer": args.model})
     side, mistakes = tokenizer.config.image_size, parse_spans(tokenizer.schedule, args.mistakes_at)
     views_by_count(tokenizer.schedule, args.num_tokens, args.size)  # raises before anything is downloaded
@@ -210,7 +212,9 @@ def _gpt(argv: Sequence[str], command: str, stack: ExitStack) -> None:
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "num_tokens")
     sweep = Sweep(**{name: getattr(args, name) for name in names})
-    pipeline = DetailFlowPipeline.from_pretrained(args.model, work.device, _dtype(args), args.tokenizer)
+    pipeline = DetailFlowPipeline.from_pretrained(
+        args.model, device=work.device, dtype=args.dtype, tokenizer=args.tokenizer
+    )
     sweep.settings(pipeline)  # raises before anything is downloaded
     models = _claim(args, command, work, {"tokenizer": args.tokenizer or args.model, "gpt": args.model})
     reference = work.open(args.reference, pipeline.tokenizer.config.image_size, split=args.split)
@@ -273,12 +277,6 @@ def _start(args: argparse.Namespace, stack: ExitStack) -> "Work":
     if work.processes.is_main:
         stack.enter_context(held(args.output, "evaluation"))
     return work
-
-
-def _dtype(args: argparse.Namespace) -> Any:
-    import torch
-
-    return getattr(torch, args.dtype)
 
 
 def _claim(args: argparse.Namespace, command: str, work: "Work", sources: "Mapping[Kind, str | None]") -> dict[str, Any]:

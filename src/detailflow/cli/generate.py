@@ -50,7 +50,6 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     check_output(args.output)
 
-    import torch
     from tqdm import tqdm
 
     from detailflow.generation import SamplingConfig
@@ -69,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     sampling = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     SamplingConfig(**sampling)  # raises before a large model is loaded
     pipeline = DetailFlowPipeline.from_pretrained(
-        args.model, processes.device or args.device, getattr(torch, args.dtype), args.tokenizer
+        args.model, device=processes.device or args.device, dtype=args.dtype, tokenizer=args.tokenizer
     )
     schedule = pipeline.tokenizer.schedule
     num_tokens = schedule.check_count(args.num_tokens)

@@ -27,19 +27,16 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     check_output(args.output)
 
-    import torch
     from tqdm import tqdm
 
     from detailflow.data.images import load_rgb
-    from detailflow.device import choose_device
     from detailflow.hub import default_directory
     from detailflow.models.tokenizer import DetailFlowTokenizer
     from detailflow.pictures import strip
     from detailflow.pipeline import fit, reconstruct, stage_counts
 
     source = default_directory("tokenizer") if args.model is None else args.model
-    device, dtype = choose_device(args.device), getattr(torch, args.dtype)
-    tokenizer = DetailFlowTokenizer.from_pretrained(source, device, dtype)
+    tokenizer = DetailFlowTokenizer.from_pretrained(source, device=args.device, dtype=args.dtype)
     schedule = tokenizer.schedule
     # All images are read before any work is done, but only what is encoded of them is kept.
     reading = tqdm(args.images, desc="reading", delay=2, leave=False, disable=None, unit="image")

@@ -201,8 +201,8 @@ def _measure_variant(config: Ablation, stages: Stages, output: Path, using: _Mea
     if work.processes.any(work.processes.is_main and _read(place, of, models) is not None):
         return
     with timed(output, place / "evaluation", f"{name}: evaluation", of=_digest(of, models)):
-        tokenizer = DetailFlowTokenizer.from_pretrained(folders["tokenizer"], work.device)
-        pipeline = DetailFlowPipeline.from_pretrained(folders["gpt"], work.device, tokenizer=folders["tokenizer"])
+        tokenizer = DetailFlowTokenizer.from_pretrained(folders["tokenizer"], device=work.device)
+        pipeline = DetailFlowPipeline.from_pretrained(folders["gpt"], device=work.device, tokenizer=folders["tokenizer"])
         n = tokenizer.config.num_tokens
         rebuilt = evaluate_tokenizer(tokenizer, using.test, work, using.extractor, using.reference, counts=[n])
         made = evaluate_gpt(

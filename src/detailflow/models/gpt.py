@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow import generation, hub
-from detailflow.device import compiled
+from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
 from detailflow.models.attention import attend
@@ -236,19 +236,25 @@ class DetailFlowGPT(nn.Module):
     def from_pretrained(
         cls,
         path_or_id: str | Path,
+        *,
         variant: Literal["ema", "model"] = "ema",
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
     ) -> "DetailFlowGPT":
-        """An AR model from a local folder or a hub id, in our layout or the published one, in evaluation mode.
+        """Load an AR model from a local folder or a hub id, in our layout or the published one, in evaluation mode.
 
         Args:
             variant: "ema" (the weights to sample from, where present) or "model".
+            device: `None` is the GPU if there is one, else the CPU.
+            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
+            revision: a branch, tag or commit of a model on the hub; `None` is the newest.
 
         Raises:
-            DetailFlowError: where there is no such model, or it is not an AR model, or its files are damaged.
+            DetailFlowError: if there is no such model, or it is not an AR model, or its files are damaged.
         """
-        config, tensors = hub.load(path_or_id, "gpt", variant, dtype)
+        device, dtype = choose_device(device), choose_dtype(dtype)
+        config, tensors = hub.load(path_or_id, "gpt", variant, dtype, revision)
         return build(cls, GPTConfig, config, tensors, path_or_id, dtype).to(device)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -270,6 +276,7 @@ class DetailFlowGPT(nn.Module):
         """
         if ids.ndim != 2 or ids.shape != (len(class_ids), self.config.num_tokens):
             raise DetailFlowError(f"codes must have shape ({len(class_ids)}, {self.config.num_tokens}), not {tuple(ids.shape)}")
+        class_ids, ids = class_ids.to(self.device), ids.to(self.device)
         x = F.dropout(self._inputs(class_ids, ids, 0, self.config.num_tokens), self.config.dropout, self.training)
         rotation = rotary_table(self.config).to(x.device)
         return self._logits(x, rotation, self.schedule.attention_mask(self.config.num_tokens, x.device))
@@ -285,6 +292,10 @@ class DetailFlowGPT(nn.Module):
         """
         require_positive(batch_size=batch_size)
         self._compiled, self.compiled_for = compiled(self._logits, self.device), batch_size
+
+    def forget_compiled(self) -> None:
+        """Go back to what is not compiled, for weights that are others or elsewhere now."""
+        self._compiled = self.compiled_for = None
 
     def _logits(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detailflow import hub
+from detailflow.device import choose_device, choose_dtype
 from detailflow.errors import DetailFlowError, some_names
 from detailflow.models.loading import config_from_dict
 from detailflow.models.tokenizer import Encoder
@@ -42,20 +43,22 @@ class SigLIP2(nn.Module):
         cls,
         path_or_id: str | Path = SIGLIP2,
         depth: int | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> "SigLIP2":
         """The frozen tower, in evaluation mode; its sizes are those of the stored tensors.
 
         Args:
             path_or_id: a folder with model.safetensors or its shards, one .safetensors file, or a hub name (owner/name).
             depth: how many layers, from the first on; `None` is all. No other layers are read.
-            device: where the weights go.
-            dtype: of the weights.
+            device: `None` is the GPU if there is one, else the CPU.
+            dtype: of the weights, also as text; `None` is float32.
 
         Raises:
             DetailFlowError: where there is no such model, it has fewer layers, it is no such tower or its files are damaged.
         """
+        device, dtype = choose_device(device), choose_dtype(dtype)
         path, names, tower = _find(path_or_id, depth)
         tower.load_state_dict(_read(path, names, dtype), assign=True)
         return tower.requires_grad_(False).eval().to(device)

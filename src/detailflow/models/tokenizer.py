@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detailflow import hub
-from detailflow.device import compiled
+from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.errors import DetailFlowError
 from detailflow.models.loading import build, check_ids
 from detailflow.models.quantizer import VectorQuantizer
@@ -26,6 +26,7 @@ from detailflow.models.vit import (
 from detailflow.schedule import TokenSchedule, require_positive
 
 POSITION_SCALE = 0.5  # of query tokens and their positions at the start: as large as what is added to them, so that they are seen
+LARGEST_PIXEL = 1.01  # in size; 1 is white, and rounding may go a little beyond
 WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (method §3)
 
 
@@ -145,14 +146,25 @@ class DetailFlowTokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path_or_id: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
     ) -> "DetailFlowTokenizer":
-        """A tokenizer from a local folder or a hub id, in our layout or the published one, in evaluation mode.
+        """Load a tokenizer from a local folder or a hub id, in our layout or the published one, in evaluation mode.
+
+        Args:
+            device: `None` is the GPU if there is one, else the CPU.
+            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
+            revision: a branch, tag or commit of a model on the hub; `None` is the newest.
 
         Raises:
-            DetailFlowError: where there is no such model, or it is not a tokenizer, or its files are damaged.
+            DetailFlowError: if there is no such model, or it is not a tokenizer, or its files are damaged.
         """
-        config, tensors = hub.load(path_or_id, "tokenizer", dtype=dtype)
+        device, dtype = choose_device(device), choose_dtype(dtype)
+        config, tensors = hub.load(path_or_id, "tokenizer", dtype=dtype, revision=revision)
         return build(cls, TokenizerConfig, config, tensors, path_or_id, dtype).to(device)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -168,19 +180,19 @@ class DetailFlowTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
-        """(B, 3, H, W) pixels in [-1, 1] → (B, n) int64 codes, the first `num_tokens` (all N for `None`).
+        """Encode images: (B, 3, H, W) pixels in [-1, 1] → (B, n) int64 codes, the first `num_tokens` (all N for `None`).
 
         H and W are R as a rule. Any other multiples of f will do, of which those with √(H·W) near R suit the model best.
 
         Raises:
-            DetailFlowError: for a wrong shape or a count of tokens that is not valid.
+            DetailFlowError: for a wrong shape, pixels out of range or a count of tokens that is not valid.
         """
         n = self.schedule.check_count(num_tokens)
-        return self.quantizer.nearest(self.encode_latents(self.encode_patches(images), n))
+        return self.quantizer.nearest(self.encode_latents(self.encode_patches(self._checked(images)), n))
 
     @torch.no_grad()
     def decode(self, ids: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
-        """(B, n) codes → (B, 3, s, s) pixels in about [-1, 1]; `size` `None` means D(n) (method §2).
+        """Decode codes: (B, n) → (B, 3, s, s) pixels in about [-1, 1]; `size` `None` means D(n) (method §2).
 
         `size` may be (height, width) as well; `TokenSchedule.decode_shape` has the D(n) of such shapes.
 
@@ -195,7 +207,7 @@ class DetailFlowTokenizer(nn.Module):
             raise DetailFlowError(
                 f"size must be a positive multiple of {self.config.patch_size} pixels, or (height, width) of such, not {size}"
             )
-        return self.decode_quantized(self.quantizer.lookup(ids), size)
+        return self.decode_quantized(self.quantizer.lookup(ids.to(self.device)), size)
 
     @torch.no_grad()
     def encode_correction(self, images: Tensor, position: int, wrong_tokens: Tensor) -> Tensor:
@@ -210,7 +222,7 @@ class DetailFlowTokenizer(nn.Module):
             (B, N) int64: clean before p, `wrong_tokens`, then the correction.
 
         Raises:
-            DetailFlowError: for a position that starts no step, or wrong tokens of another shape.
+            DetailFlowError: as `encode`, for a position that starts no step, or wrong tokens of another shape.
         """
         end = self.span(position)
         expected = (images.shape[0], end - position)
@@ -219,11 +231,27 @@ class DetailFlowTokenizer(nn.Module):
                 f"wrong_tokens at position {position} must have shape {expected}, not {tuple(wrong_tokens.shape)}"
             )
         check_ids("wrong_tokens", wrong_tokens, 2, self.config.codebook_size)
-        patches = self.encode_patches(images)
+        wrong_tokens = wrong_tokens.to(self.device)
+        patches = self.encode_patches(self._checked(images))
         clean = self.quantizer.nearest(self.encode_latents(patches, self.config.num_tokens))
         clean[:, position:end] = wrong_tokens
         corrected = self.quantizer.nearest(self.correct_latents(patches, clean, end))
         return torch.cat((clean[:, :end], corrected[:, end:]), 1)
+
+    def _checked(self, images: Tensor) -> Tensor:
+        """Check the range of images, which costs a wait for the GPU; → the same where the weights are, in their type.
+
+        Raises:
+            DetailFlowError: for pixels out of range.
+        """
+        if has_patches(images, self.config.patch_size) and images.numel():  # else `encode_patches` says what is wrong
+            low, high = (value.item() for value in torch.aminmax(images))
+            if not (low >= -LARGEST_PIXEL and high <= LARGEST_PIXEL):  # nor if they are no numbers
+                raise DetailFlowError(
+                    f"the pixels of images must be in [-1, 1], not {low:g} to {high:g}: of bytes, take bytes / 127.5 - 1"
+                )
+            images = images.to(self.device, self.decoder.mask_token.dtype)
+        return images
 
     # --- the parts that training needs with gradients ----------------------------------------------------------
 
@@ -300,6 +328,10 @@ class DetailFlowTokenizer(nn.Module):
         """
         require_positive(batch_size=batch_size)
         self._compiled, self.compiled_for = compiled(self.decoder, self.device), batch_size
+
+    def forget_compiled(self) -> None:
+        """Go back to what is not compiled, for weights that are others or elsewhere now."""
+        self._compiled = self.compiled_for = None
 
 
 def _initialise(module: nn.Module) -> None:

@@ -351,7 +351,7 @@ def initial_tokenizer(config: TokenizerTraining, resuming: bool = False) -> Deta
     """
     model = DetailFlowTokenizer(config.model)
     if config.init and not resuming:
-        start = DetailFlowTokenizer.from_pretrained(config.init)
+        start = DetailFlowTokenizer.from_pretrained(config.init, device="cpu")
         load_weights(model, grow_tokenizer(start.state_dict(), start.config, model, config.init), config.init)
     elif config.encoder_init and not resuming:
         initialise_encoder(model.encoder, config.encoder_init)
