@@ -189,7 +189,7 @@ def test_bytes_are_not_pixels(tokenizer: DetailFlowTokenizer):
     ("low", "high", "shown"),
     [
         (0, 255, "0 to 255"),
-        (-1.2, 1, "-1.2 to 1"),
+        (-2.1, 1, "-2.1 to 1"),
         (0, math.inf, "0 to inf"),
         (-math.inf, 0, "-inf to 0"),
         (0, math.nan, "nan to nan"),
@@ -209,6 +209,10 @@ def test_pixels_out_of_range(tokenizer: DetailFlowTokenizer, low: float, high: f
 def test_integers_are_not_pixels(tokenizer: DetailFlowTokenizer, dtype: torch.dtype):
     with pytest.raises(DetailFlowError, match=f"images must be floats .* not .* {dtype}"):
         tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=dtype))
+
+
+def test_decoded_images_can_be_encoded(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
+    assert tokenizer.encode(images * 1.25).shape == (3, 16)  # a decoder's pixels are in about [-1, 1]
 
 
 def test_images_of_another_type(tokenizer: DetailFlowTokenizer, images: torch.Tensor):

@@ -26,7 +26,7 @@ from detailflow.models.vit import (
 from detailflow.schedule import TokenSchedule, require_positive
 
 POSITION_SCALE = 0.5  # of query tokens and their positions at the start: as large as what is added to them, so that they are seen
-LARGEST_PIXEL = 1.01  # in size; 1 is white, and rounding may go a little beyond
+LARGEST_PIXEL = 1.5  # in size; 1 is white, and what a decoder or a resize makes goes somewhat beyond
 WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (method §3)
 
 
