@@ -1,5 +1,6 @@
 """From labels and images to images: determinism, stages, labels and errors."""
 
+import gc
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from PIL import Image
 
 from detailflow import DetailFlowError, DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, TokenSchedule
 from detailflow.data.transforms import center_crop
-from detailflow.device import choose_device
+from detailflow.device import choose_device, within_memory
+from detailflow.models.gpt import CachedGPT
 from detailflow.pipeline import image_generator, psnr, stage_counts
 
 NOISE = {(0, 0): [0.3904639972043583, 0.30718335883949344], (2**40, 7): [0.5825745527585999, 0.6969457588092554]}
@@ -77,6 +79,26 @@ def test_a_stream_ends_with_the_images_of_the_plain_call(pipeline: DetailFlowPip
         assert stage.size == schedule.decode_size(stage.num_tokens)
         assert [image.size for image in stage.images] == [(stage.size, stage.size)] * 6
     assert as_bytes(stages[-1].images) == as_bytes(pipeline(["cat", "bird"], **options))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_stream_holds_the_caches_of_one_batch(pipeline: DetailFlowPipeline, batch_size: int):
+    """Those of 1,000 labels of GPT-L would take 25 GB at once."""
+    held: list[int] = []
+
+    def look(_: int) -> None:
+        held.append(sum(type(thing) is CachedGPT for thing in gc.get_objects()))
+
+    gc.collect()
+    stages = pipeline.stream([0, 1, 2, 3, 4], num_tokens=2, batch_size=batch_size, progress=look)
+    assert [len(stage.images) for stage in stages] == [5, 5]
+    assert len(held) == 2 * -(-5 // batch_size) and max(held) == 1
+
+
+def test_a_stream_of_one_batch_comes_as_tokens_arrive(pipeline: DetailFlowPipeline):
+    steps: list[int] = []
+    for i, _ in enumerate(pipeline.stream([0, 1], progress=steps.append)):
+        assert steps == [2] * (i + 1)
 
 
 def test_a_stream_of_chosen_stages(pipeline: DetailFlowPipeline):
@@ -172,6 +194,7 @@ def test_classes_without_names(pipeline: DetailFlowPipeline):
         {"seed": -1},
         {"seed": 2**64},
         {"num_images_per_class": 0},
+        {"num_images_per_class": True},
         {"batch_size": 0},
         {"first_image": -1},
         {"num_tokens": 5},
@@ -190,6 +213,20 @@ def test_values_out_of_range(pipeline: DetailFlowPipeline, options: dict[str, in
         pipeline(["cat"], **options)
     with pytest.raises(DetailFlowError, match=name):
         pipeline.stream(["cat"], **options)  # at once, not at the first stage
+
+
+def test_more_images_than_one_call_makes(pipeline: DetailFlowPipeline):
+    for call in (pipeline, pipeline.stream):
+        with pytest.raises(DetailFlowError, match="200,000,000,000 images are more than one call makes, which is 100,000: make"):
+            call(["cat", "bird"], num_images_per_class=10**11)
+
+
+def test_what_does_not_fit_in_memory():
+    message = "a batch of 5 images does not fit in memory, so give a smaller batch_size"
+    with pytest.raises(DetailFlowError, match=message), within_memory("a batch of 5 images", "give a smaller batch_size"):
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="anything else"), within_memory("a", "b"):
+        raise RuntimeError("anything else")
 
 
 def test_the_largest_seed(pipeline: DetailFlowPipeline):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from detailflow import generation
-from detailflow.device import choose_device
+from detailflow.device import choose_device, within_memory
 from detailflow.errors import DetailFlowError
 from detailflow.hub import ZOO
 from detailflow.machine import (
@@ -273,20 +273,14 @@ def race(
     """
     best = dict.fromkeys(contenders, math.inf)
     peaks: dict[str, float | None] = {}
-    try:
+    for repeat in range(repeats + 1):
         for what, contender in contenders.items():
             progress(f"{what}, {label}")
-            contender.run()
-        for _ in range(repeats):
-            for what, contender in contenders.items():
-                progress(f"{what}, {label}")
+            with within_memory(f"{what}, {label}: this", "give smaller batch sizes"):
                 memory = PeakMemory(device)
-                best[what] = min(best[what], seconds(contender.run, device))
-                peaks[what] = memory.mebibytes()
-    except RuntimeError as error:  # of which both of torch's ways to run out of memory are
-        if "allocate" not in str(error):
-            raise
-        raise DetailFlowError(f"{what}, {label}: this does not fit in memory, so give smaller batch sizes") from error
+                taken = seconds(contender.run, device)
+            if repeat:
+                best[what], peaks[what] = min(best[what], taken), memory.mebibytes()
     return {what: (best[what], peaks[what]) for what in contenders}
 
 

@@ -1,6 +1,7 @@
 """Where tensors live, and in which precision networks compute."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -37,6 +38,21 @@ def choose_dtype(dtype: torch.dtype | str | None = None) -> torch.dtype:
     if name not in DTYPES:
         raise DetailFlowError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
     return DTYPES[name]
+
+
+@contextmanager
+def within_memory(what: str, advice: str) -> Iterator[None]:
+    """Turn torch's errors about memory into a sentence.
+
+    Raises:
+        DetailFlowError: if something in the context does not fit in memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of which both of torch's ways to run out of memory are
+        if "allocate" not in str(error):
+            raise
+        raise DetailFlowError(f"{what} does not fit in memory, so {advice}") from error
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

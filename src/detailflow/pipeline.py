@@ -14,7 +14,7 @@ from torch import Tensor
 from detailflow import hub
 from detailflow.data.images import to_rgb
 from detailflow.data.transforms import center_crop, resized, to_tensor, to_uint8
-from detailflow.device import choose_device, choose_dtype
+from detailflow.device import choose_device, choose_dtype, within_memory
 from detailflow.errors import DetailFlowError
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
@@ -23,6 +23,7 @@ from detailflow.schedule import TokenSchedule, require_not_negative, require_pos
 
 BATCH_SIZE = 32
 LARGEST_SEED = 2**64 - 1
+LARGEST_CALL = 100_000  # images, which are all in memory in the end
 Labels = Label | Sequence[Label] | np.ndarray | Tensor
 
 
@@ -197,7 +198,9 @@ class DetailFlowPipeline:
     ) -> Iterator[Stage]:
         """Generate images and yield them from coarse to fine, as tokens arrive.
 
-        The arguments are those of a plain call, and the images after all the tokens are exactly the plain call's.
+        The arguments are those of a plain call, and the images after all the tokens are exactly the plain call's. Of more images
+        than `batch_size`, all tokens are made first, batch after batch as in a plain call, and the stages come after that: it
+        takes no more memory than one batch, and `progress` tells how far it is.
 
         Args:
             counts: yield only the stages of that many tokens; `None` is all of them.
@@ -206,7 +209,6 @@ class DetailFlowPipeline:
             DetailFlowError: as for a plain call, before the first stage.
         """
         wanted = None if counts is None else [self.tokenizer.schedule.check_count(n) for n in counts]
-        # The same batches as in a plain call, because another batch size may round differently.
         batches = list(
             self._batches(
                 labels, num_images_per_class, guidance_scale, guidance_schedule, temperature, top_k, top_p,
@@ -216,7 +218,14 @@ class DetailFlowPipeline:
         return self._stages(batches, wanted)
 
     def _stages(self, batches: Sequence[Iterator[Tensor]], wanted: Sequence[int] | None) -> Iterator[Stage]:
-        for parts in zip(*batches, strict=True):
+        """Decode the same batches as in a plain call, because another batch size may round differently."""
+        if len(batches) == 1:
+            steps = ([ids] for ids in batches[0])
+        else:  # each to its end, or the caches of all would be in memory at once
+            whole = [ids for *_, ids in batches]
+            counts = [n for n in self.tokenizer.schedule.valid_counts if n <= whole[0].shape[1]]
+            steps = ([ids[:, :n] for ids in whole] for n in counts)
+        for parts in steps:
             n = parts[0].shape[1]
             if wanted is None or n in wanted:
                 images = [image for ids in parts for image in _decode(self.tokenizer, ids)]
@@ -244,15 +253,22 @@ class DetailFlowPipeline:
         require_not_negative(first_image=first_image)
         n = self.tokenizer.schedule.check_count(num_tokens)
         sampling = self.gpt.sampling(guidance_scale, guidance_schedule, temperature, top_k, top_p)
-        class_ids = [i for i in self.class_ids(labels) for _ in range(num_images_per_class)]
+        several = self.class_ids(labels)
+        if (count := len(several) * num_images_per_class) > LARGEST_CALL:
+            raise DetailFlowError(
+                f"{count:,} images are more than one call makes, which is {LARGEST_CALL:,}: make them in parts (first_image), or "
+                "with `detailflow generate --num-images`"
+            )
+        class_ids = [i for i in several for _ in range(num_images_per_class)]
 
         def start(first: int) -> Iterator[Tensor]:
             ids = torch.tensor(class_ids[first : first + batch_size])
             generators = [image_generator(seed, first_image + first + i) for i in range(len(ids))]
-            for tokens in self.gpt.stream(ids, sampling, generators, n):
-                if progress is not None:
-                    progress(len(ids))
-                yield tokens
+            with within_memory(f"a batch of {len(ids)} images", "give a smaller batch_size"):
+                for tokens in self.gpt.stream(ids, sampling, generators, n):
+                    if progress is not None:
+                        progress(len(ids))
+                    yield tokens
 
         return (start(first) for first in range(0, len(class_ids), batch_size))
 
