@@ -211,7 +211,7 @@ def test_wrong_folders(folder, tmp_path):
 def test_a_set_is_known_by_its_content_and_not_by_its_path(folder, tmp_path, monkeypatch):
     source = open_images(folder)
     assert source.counts == {"cat": 10, "dog": 10, "frog": 10}
-    assert source.summary == f"{folder}: 30 images in 3 classes (cat 10, dog 10, frog 10)"
+    assert source.summary == f"{folder}: 30 images in 3 classes (cat 10, dog 10, frog 10), 40×40"
     known = source.fingerprint
     assert len(known) == 64 and int(known, 16)
     monkeypatch.chdir(tmp_path)

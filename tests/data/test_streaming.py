@@ -1,3 +1,5 @@
+import io
+import os
 import shutil
 from collections import Counter
 from itertools import islice
@@ -165,13 +167,39 @@ def test_labels_outside_the_classes_are_unreadable(tables, tmp_path):
         batches(tmp_path / "a.parquet", 1)
 
 
-def test_rows_may_hold_urls(cifar, tmp_path):
-    files = sorted(cifar.rglob("*.png"))[:12]
+def table_of_paths(file: Path, paths: list[str]) -> Path:
+    """A parquet file whose images are only named."""
     kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-    rows = pyarrow.array([{"bytes": None, "path": file.as_uri()} for file in files], kind)
-    pyarrow.parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "a.parquet")
-    read = batches(tmp_path / "a.parquet", 1, batch_size=12)
+    rows = pyarrow.array([{"bytes": None, "path": path} for path in paths], kind)
+    file.parent.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"image": rows}), file)
+    return file
+
+
+def test_rows_may_name_files_on_the_hub(cifar, tmp_path, monkeypatch):
+    """The hub is stood in for by a folder."""
+    files = sorted(cifar.rglob("*.png"))[:12]
+    monkeypatch.setattr("fsspec.open", lambda url, mode: io.BytesIO(Path(url.removeprefix("hf:/")).read_bytes()))
+    data = table_of_paths(tmp_path / "a.parquet", [f"hf:/{file}" for file in files])
+    read = batches(data, 1, batch_size=12)
     assert contents(read) == Counter(to_tensor(np.asarray(open_images(cifar).image(k))).numpy().tobytes() for k in range(12))
+
+
+@pytest.mark.filterwarnings("ignore:.*Another image takes its place")
+def test_a_stream_reads_no_file_that_a_row_names_elsewhere(cifar, tmp_path):
+    secret = next(cifar.rglob("*.png"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "link.png").symlink_to(secret)
+    for path in (
+        secret.as_uri(),
+        str(secret),
+        os.path.relpath(secret, tmp_path / "set"),
+        "link.png",
+        f"simplecache::{secret.as_uri()}",
+    ):
+        data = table_of_paths(tmp_path / "set" / "a.parquet", [path] * 6)
+        with pytest.raises(DetailFlowError, match="which is not (fetched|in the folder of its set)"):
+            batches(data, 1, batch_size=6)
 
 
 def test_hub(tables, monkeypatch):

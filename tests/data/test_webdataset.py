@@ -155,3 +155,20 @@ def test_an_unreadable_image_is_named(tmp_path, content):
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DetailFlowError, match=r"a\.tar 0 cannot be read \(No such file"):
         source.image(0)
+
+
+def test_keys_with_dots(content, tmp_path):
+    members = [
+        ("a.jpg", content),
+        ("a.cls", b"0"),
+        ("b.1.jpg", content),
+        ("b.1.cls", b"1"),
+        ("c.2.jpg", content),
+        ("c.cls", b"2"),
+    ]
+    members += [("a.seg.png", content), ("__MACOSX/a.jpg", content), ("._a.jpg", b"")]
+    source = open_images(write_tar(tmp_path / "a.tar", members))
+    assert [source.name(index).split()[-1] for index in range(len(source))] == ["a", "b.1", "c.2"]
+    assert source.labels.tolist() == [0, 1, 2] and all(source.image(index).size == (32, 32) for index in range(3))
+    assert source.notes.left_aside == {".seg.png": ["a.seg.png"]} and "left aside: 1 .seg.png" in source.summary
+    assert len(open_images(write_tar(tmp_path / "b.tar", [("caf\udce9.png", content)]))) == 1

@@ -1,86 +1,95 @@
-"""Sets of images: a folder, parquet files, WebDataset shards or a hub dataset, read one image at a time as RGB.
+"""Sets of images: a folder, parquet files, WebDataset shards or a hub data set, read one image at a time as RGB.
 
-Only parquet files and hub datasets need the `datasets` library (the `train` extra).
+Only parquet files, folders by `save_to_disk` and hub data sets need the `datasets` library (the `train` extra).
 """
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-from PIL import Image
 
 from detailflow.data.decode import image_suffixes, load_rgb, to_rgb
-from detailflow.data.source import ImageSource, file_sizes, unlabelled
-from detailflow.data.tables import open_hub, open_parquet
+from detailflow.data.folder import MANY, Found, Notes, find_in_folder, in_folders, within
+from detailflow.data.metadata import read_labels
+from detailflow.data.source import ImageSource, class_order, file_sizes, from_names, labelled, unlabelled
+from detailflow.data.tables import open_hub, open_parquet, open_saved
 from detailflow.data.webdataset import open_shards
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, printable
 
 __all__ = ["Found", "ImageSource", "find", "load_rgb", "open_images", "to_rgb"]
 
-_SPLIT_ALIASES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MANY = (".parquet", ".tar")  # files of many images
+_LONGEST_RANGE = 1_000_000  # files
 
 
 def open_images(
     data: str | os.PathLike[str], split: str | None = None, image_column: str = "image", label_column: str = "label"
 ) -> ImageSource:
-    """Open a set of images. `data` is one of
+    """Open a set of images. What is probably a mistake in it is a Python warning; `detailflow data` tells more.
 
-    - a folder of images, in one subfolder per class or all in one place (one class);
-    - a parquet file, a glob of them or a folder of them, in the Hugging Face layout (an image and a label column);
-    - a WebDataset shard (.tar), a glob or a range `{000..009}` of them or a folder of them, in which an image stands beside
-      a .cls file (its class, as a number or a name) or a .json file with `label_column`;
-    - the name of a dataset on the Hugging Face hub.
+    Args:
+        data: one of
 
-    `split` picks train, test or val where a folder has such subfolders or files of such names, and on the hub; None means
-    train where there are splits. Single files, globs and ranges hold just their images. Raises DetailFlowError.
+            - a folder of images, in one subfolder per class, with labels in `metadata.csv` or `metadata.jsonl` (`file_name`,
+              `label`), or without either (one class);
+            - a parquet file, a glob of them or a folder of them, in the Hugging Face layout (an image and a label column), or
+              a folder by `save_to_disk`;
+            - a WebDataset shard (.tar), a glob or a range `{000..009}` of them or a folder of them, in which an image stands
+              beside a .cls file (its class, as a number or a name) or a .json file with `label_column`;
+            - the name of a data set on the Hugging Face hub.
+        split: train, val or test, if a folder has such subfolders or files of such names, and on the hub; `None` is train if
+            there are splits. Single files, globs and ranges hold just their images.
+
+    Raises:
+        DetailFlowError: if it cannot be read or holds no images.
     """
     found = find(data, split)
     if found.kind == "hub":
         source = open_hub(found.where, split or "train", image_column, label_column)
     elif found.kind == ".parquet":
         source = open_parquet(found.files, image_column, label_column)
+    elif found.kind == "saved":
+        source = open_saved(found.where, image_column, label_column)
     elif found.kind == ".tar":
-        source = open_shards(found.files, image_column, label_column)
+        source = open_shards(found.files, image_column, label_column, found.notes)
     else:
-        source = _open_folder(Path(found.where), found.files)
-    source.where = os.fspath(data)
+        source = _open_folder(found, label_column)
+    source.where, source.notes = printable(os.fspath(data)), found.notes
+    for problem in found.notes.warnings:
+        warnings.warn(printable(problem), stacklevel=2)
     return source
 
 
-class Found(NamedTuple):
-    """What a user's `data` and `split` mean. `kind` is "folder" (of image files), ".parquet", ".tar" or "hub"."""
-
-    kind: str
-    where: str  # the folder, or the name on the hub
-    files: list[Path]
-
-
 def find(data: str | os.PathLike[str], split: str | None = None) -> Found:
-    """Where the images of `open_images(data, split)` lie. Raises DetailFlowError where there are none."""
+    """Return what the images of `open_images(data, split)` are in.
+
+    Raises:
+        DetailFlowError: if there are none.
+    """
     data = os.path.expanduser(os.fspath(data))
     path = Path(data)
-    if path.is_dir():
-        return _find_in_folder(path, split)
-    if path.is_file():
-        if path.suffix.lower() not in _MANY:
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:  # no name of a file at all, or one that may not be looked at
+        raise DetailFlowError(f"{data!r} cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+    if is_folder:
+        return find_in_folder(path, split)
+    if is_file:
+        if path.suffix.lower() not in MANY:
             raise DetailFlowError(f"{data} is neither a folder of images nor a .parquet or .tar file")
-        return Found(path.suffix.lower(), data, [path])
+        return Found(path.suffix.lower(), data, [path], Notes())
     if _RANGE.search(data):
         return _of_one_kind(data, [Path(name) for name in _ranged(data)])
     if any(character in data for character in "*?["):
         return _of_one_kind(data, [Path(name) for name in sorted(glob(data, recursive=True))])
-    if not _HUB_NAME.fullmatch(data) or path.suffix.lower() in image_suffixes().union(_MANY):
+    if not _HUB_NAME.fullmatch(data) or path.suffix.lower() in image_suffixes().union(MANY):
         raise DetailFlowError(
-            f"{data} does not exist: give a folder of images, .parquet or .tar files, or the name of a hub dataset"
+            f"{data} does not exist: give a folder of images, .parquet or .tar files, or the name of a hub data set"
         )
-    return Found("hub", data, [])
+    return Found("hub", data, [], Notes())
 
 
 def _ranged(pattern: str) -> Iterator[str]:
@@ -90,72 +99,20 @@ def _ranged(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last = match.groups()
+    if len(last) > 12 or int(last) - int(first) >= _LONGEST_RANGE:
+        raise DetailFlowError(f"{pattern} is too long a range: it may name {_LONGEST_RANGE:,} files")
     for number in range(int(first), int(last) + 1):
         yield from _ranged(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
 
 def _of_one_kind(data: str, files: list[Path]) -> Found:
-    for kind in _MANY:
+    for kind in MANY:
         if chosen := [file for file in files if file.suffix.lower() == kind]:
             for file in chosen:
                 if not file.is_file():
                     raise DetailFlowError(f"{file} does not exist: check the range in {data}")
-            return Found(kind, data, chosen)
+            return Found(kind, data, chosen, Notes())
     raise DetailFlowError(f"{data} matches no .parquet file and no .tar file: check the pattern")
-
-
-def _find_in_folder(folder: Path, split: str | None) -> Found:
-    subfolders = _subfolders(folder)
-    # Only where every subfolder is named like a split: "train" may also be a class, between "bus" and "truck".
-    if subfolders and all(name in _SPLIT_ALIASES for name in subfolders):
-        return _find_in_folder(folder / _pick_split(folder, subfolders, split), None)
-
-    files = list(_files_under(folder))
-    for kind in _MANY:
-        if many := [file for file in files if file.suffix.lower() == kind]:
-            splits = [_split_of(file.name) for file in many]
-            if all(splits):
-                picked = _pick_split(folder, sorted({name for name in splits if name}), split)
-                return Found(kind, str(folder), [file for file, name in zip(many, splits, strict=True) if name == picked])
-            if split is None:
-                return Found(kind, str(folder), many)
-            break
-    if split is not None:
-        raise DetailFlowError(f"{folder} has no split {split!r}: it has no train, test or val subfolder")
-    images = [file for file in files if file.suffix.lower() in image_suffixes()]
-    if not images:
-        raise DetailFlowError(f"{folder} holds no images: put some there, in one subfolder per class")
-    return Found("folder", str(folder), images)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _files_under(folder: Path) -> Iterator[Path]:
-    """Every file below `folder`, hidden ones left out, in a fixed order."""
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield Path(root, name)
-
-
-def _split_of(name: str) -> str | None:
-    """train-00000-of-00002.parquet, imagenet1k-train-0000.tar → train"""
-    return next((part for part in re.split(r"[-_.]", name) if part in _SPLIT_ALIASES), None)
-
-
-def _pick_split(folder: Path, names: list[str], split: str | None) -> str:
-    """The one of `names` that is `split`; train (or the only one) where `split` is None."""
-    if split is None:
-        if "train" not in names and len(names) > 1:
-            raise DetailFlowError(f"{folder} has no train split: choose one of {', '.join(names)}")
-        return "train" if "train" in names else names[0]
-    for name in names:
-        if _SPLIT_ALIASES[name] == _SPLIT_ALIASES.get(split, split):
-            return name
-    raise DetailFlowError(f"{folder} has no split {split!r}: it has {', '.join(names)}")
 
 
 class _FileRows:
@@ -168,24 +125,59 @@ class _FileRows:
     def name(self, index: int) -> str:
         return self.files[index]
 
-    def image(self, index: int, least: int | None = None) -> Image.Image:
-        return load_rgb(self.files[index], least=least)
+    def stored(self, index: int) -> str:
+        return self.files[index]
 
     def listing(self) -> Iterator[tuple[str, int]]:
         return file_sizes(self.files, self.root)
 
 
-def _open_folder(folder: Path, images: list[Path]) -> ImageSource:
-    subfolders = _subfolders(folder)
-    classes = [file.relative_to(folder).parts[0] if file.parent != folder else None for file in images]
-    rows = _FileRows([str(file) for file in images], str(folder))
+def _open_folder(found: Found, label_column: str) -> ImageSource:
+    """A folder of image files, with the labels of its metadata, or else of its subfolders."""
+    top, notes = found.where, found.notes
+    labels = read_labels(found.metadata, label_column, notes) if found.metadata or label_column != "label" else None
+    if labels is not None:
+        return _with_labels(found, labels)
+    rows = _FileRows([str(file) for file in found.files], top)
+    classes = list(in_folders(found.files, top))
     if not any(classes):
         return unlabelled(rows)
     if None in classes:
         raise DetailFlowError(
-            f"{folder} has images beside its class subfolders (such as {images[classes.index(None)].name}): "
+            f"{top} has images beside its class subfolders (such as {found.files[classes.index(None)].name}): "
             "move each into the subfolder of its class"
         )
-    if empty := set(subfolders).difference(name for name in classes if name):
-        raise DetailFlowError(f"{folder / min(empty)} holds no images: put some there or remove this class subfolder")
-    return ImageSource(rows, np.searchsorted(np.array(subfolders), np.array(classes)), tuple(subfolders))
+    names = [name for name in classes if name is not None]
+    for empty in sorted(set(found.folders).difference(names)):
+        folder = os.path.join(top, empty)
+        if not any(problem.startswith(folder) for problem in notes.warnings):  # said already
+            holds = sorted({kind for kind, files in notes.left_aside.items() if any(f.startswith(f"{empty}/") for f in files)})
+            inside = f" (it holds {', '.join(holds)})" if holds else ""
+            raise DetailFlowError(f"{folder} holds no images{inside}: put some there or remove this class subfolder")
+    _ask_for_the_folder_below(top, names, found)
+    return from_names(rows, names, top)
+
+
+def _ask_for_the_folder_below(top: str, names: list[str], found: Found) -> None:
+    if len(set(names)) > 1:
+        return
+    below = os.path.join(top, names[0])
+    folders = list(in_folders(found.files, below))
+    if None not in folders:
+        classes = class_order({name for name in folders if name})
+        shown = ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
+        found.notes.question = f"did you mean {below}, with {shown}?"
+
+
+def _with_labels(found: Found, labels: dict[str, str | None]) -> ImageSource:
+    notes, what = found.notes, " or ".join(sorted({os.path.basename(file) for file in found.metadata}))
+    files = {os.path.normpath(file): str(file) for file in found.files}
+    chosen = [path for path in files if path in labels]
+    notes.leave(f"image without a row in {what}", *(within(path, found.where) for path in files if path not in labels))
+    missing = [path for path in labels if path not in files and not os.path.exists(path)]
+    if missing:
+        notes.warnings.append(f"{what} names {len(missing):,} files that are not there (the first: {missing[0]})")
+    if not chosen:
+        raise DetailFlowError(f"{found.where} has no image that {what} names: check the paths in its column file_name")
+    rows = _FileRows([files[path] for path in chosen], found.where)
+    return labelled(rows, found.where, [labels[path] for path in chosen])

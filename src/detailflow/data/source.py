@@ -10,9 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from detailflow.errors import DetailFlowError
+from detailflow.data.decode import image_size, load_rgb
+from detailflow.data.folder import Notes
+from detailflow.errors import DetailFlowError, printable
 
 _CLASSES_SHOWN = 10  # more are only counted
+_SIZES_READ = 256  # images whose headers are read for a summary
 
 
 class Rows(Protocol):
@@ -22,8 +25,8 @@ class Rows(Protocol):
     def name(self, index: int) -> str:
         """Of an image, for messages."""
 
-    def image(self, index: int, least: int | None = None) -> Image.Image:
-        """As RGB; see `load_rgb`."""
+    def stored(self, index: int) -> str | bytes:
+        """The path of an image's file, or its bytes."""
 
     def listing(self) -> Iterable[tuple[str | int, ...]]:
         """What the images are stored in, without reading it: of each file its name within the set and its bytes."""
@@ -36,10 +39,12 @@ class ImageSource:
         labels: (len,) int64, each an index into `class_names`.
         class_names: a set without labels has the one class "image".
         where: what the user called the set.
+        notes: its splits, what was left aside, and what is probably a mistake.
     """
 
     def __init__(self, rows: Rows, labels: np.ndarray, class_names: tuple[str, ...], where: str = "images") -> None:
-        self._rows, self.labels, self.class_names, self.where = rows, labels, class_names, where
+        self._rows, self.labels, self.class_names = rows, labels, class_names
+        self.where, self.notes = where, Notes()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -62,20 +67,46 @@ class ImageSource:
 
     @property
     def summary(self) -> str:
-        """One line on what the set holds."""
-        return f"{self.where}: {describe(len(self), self.counts)}"
+        """One line on what the set holds and what was left aside. Reads the headers of up to 256 images."""
+        return describe(self.where, len(self), self.counts, self.notes, self._sizes())
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def name(self, index: int) -> str:
         """Where the image lies, for messages: a path, "file.parquet row 17" or "shard.tar key"."""
-        return self._rows.name(index)
+        return printable(self._rows.name(index))
 
     def image(self, index: int, least: int | None = None) -> Image.Image:
         """The image as RGB; a JPEG may come smaller, its shorter side at least `least` pixels. Raises DetailFlowError,
         naming it, when it cannot be read."""
-        return self._rows.image(index, least)
+        return load_rgb(self._rows.stored(index), self.name(index), least)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return an image's width and height, from its header.
+
+        Raises:
+            DetailFlowError: naming it, if the header cannot be read.
+        """
+        return image_size(self._rows.stored(index), self.name(index))
+
+    def stored_bytes(self, index: int) -> bytes:
+        """Return what is stored of an image, not decoded.
+
+        Raises:
+            DetailFlowError: naming it, if it cannot be read.
+        """
+        stored = self._rows.stored(index)
+        return stored if isinstance(stored, bytes) else read_file(stored, self.name(index))
+
+    def _sizes(self) -> str:
+        """ "32×32 to 400×300" of up to 256 images spread over the set."""
+        sizes = []
+        for number in range(min(len(self), _SIZES_READ)):
+            with suppress(DetailFlowError):
+                sizes.append(self.size(number * len(self) // min(len(self), _SIZES_READ)))
+        text = describe_sizes(sizes)
+        return text if len(self) <= _SIZES_READ or not text else f"{text} ({_SIZES_READ} looked at)"
 
     def readable(self) -> Iterator[Image.Image]:
         """The images in order, without those that cannot be read."""
@@ -112,16 +143,73 @@ def common_folder(files: Sequence[str]) -> str:
     return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
 
 
-def describe(count: int, counts: Mapping[str, int]) -> str:
-    """Return "60 images in 3 classes (cat 20, dog 20, fish 20)"."""
+def describe(where: str, count: int, counts: Mapping[str, int], notes: Notes, sizes: str = "") -> str:
+    """Return "photos: 60 images in 3 classes (cat 20, dog 20, fish 20), 32×32 to 64×48; left aside: 2 archives"."""
     images = f"{count:,} image{'s' * (count != 1)}"
-    if tuple(counts) == ("image",):
-        return f"{images} without classes"
     classes = f"{len(counts):,} class{'es' * (len(counts) != 1)}"
-    if len(counts) <= _CLASSES_SHOWN:
-        return f"{images} in {classes} ({', '.join(f'{name} {number:,}' for name, number in counts.items())})"
-    fewest, most = min(counts.values()), max(counts.values())
-    return f"{images} in {classes} of {fewest:,}{f' to {most:,}' if most > fewest else ''}"
+    if tuple(counts) == ("image",):
+        images += " without classes"
+    elif len(counts) <= _CLASSES_SHOWN:
+        images += f" in {classes} ({', '.join(f'{name} {number:,}' for name, number in counts.items())})"
+    else:
+        fewest, most = min(counts.values()), max(counts.values())
+        images += f" in {classes} of {fewest:,}{f' to {most:,}' if most > fewest else ''}"
+    split = f" (split {notes.split} of {', '.join(notes.splits)})" if notes.split else ""
+    parts = [f"{where}{split}: {', '.join(filter(None, (images, sizes)))}"]
+    if aside := notes.aside():
+        parts.append(f"left aside: {aside}")
+    if notes.question:
+        parts.append(notes.question)
+    return printable("; ".join(parts))
+
+
+def describe_sizes(sizes: Sequence[tuple[int, int]]) -> str:
+    """Return the smallest and the largest of (width, height) as "32×32 to 400×300"; "" of none."""
+    if not sizes:
+        return ""
+    by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    ends = [f"{width}×{height}" for width, height in dict.fromkeys((by_area[0], by_area[-1]))]
+    return " to ".join(ends)
+
+
+def tolerated(count: int) -> int:
+    """Return how many of so many images may be unreadable: 1%, but at least one. More stop whatever reads them."""
+    return max(1, count // 100)
+
+
+def read_file(path: str, name: str) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        DetailFlowError: naming it, if it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise DetailFlowError(f"{name} cannot be read ({error.strerror})") from error
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Return the names in the classes' order: by number if all are numbers, else by code point."""
+    names = sorted(set(names))
+    if all(name.isascii() and name.isdecimal() for name in names):
+        names.sort(key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), len(name)))
+    return names
+
+
+def from_names(rows: Rows, names: Sequence[str], where: str) -> ImageSource:
+    """A set whose images' classes are known by name.
+
+    Raises:
+        DetailFlowError: if two classes look the same, as their names are no UTF-8.
+    """
+    classes = class_order(names)
+    shown = tuple(map(printable, classes))
+    if len(set(shown)) < len(shown):
+        raise DetailFlowError(f"{where} has several classes called {max(shown, key=shown.count)}: rename them in UTF-8")
+    numbers = {name: number for number, name in enumerate(classes)}
+    return ImageSource(rows, np.array([numbers[name] for name in names], np.int64), shown)
 
 
 def unlabelled(rows: Rows) -> ImageSource:
@@ -140,8 +228,7 @@ def labelled(rows: Rows, where: str, values: Sequence[Any], class_names: tuple[s
     if missing.any():
         raise DetailFlowError(f"{rows.name(int(missing.argmax()))} has no label: give every image one, or none")
     if all(isinstance(value, str) for value in values):
-        names, labels = np.unique(given.astype(str), return_inverse=True)
-        return ImageSource(rows, labels.astype(np.int64), tuple(names.tolist()))
+        return from_names(rows, values, where)
     if not all(isinstance(value, int) and value >= 0 for value in values):
         raise DetailFlowError(f"{where} has labels that are neither class numbers nor names")
     labels = given.astype(np.int64)

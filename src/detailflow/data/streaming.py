@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from detailflow.data.decode import first_line, load_rgb
+from detailflow.data.folder import Notes
 from detailflow.data.images import find
 from detailflow.data.loader import note_unreadable
 from detailflow.data.source import common_folder, file_sizes, fingerprint
+from detailflow.data.stored import stored_image
 from detailflow.data.tables import (
     check_columns,
     import_datasets,
@@ -26,11 +28,10 @@ from detailflow.data.tables import (
     load_hub,
     quiet,
     read_footers,
-    stored_image,
     stored_names,
 )
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, printable
 from detailflow.processes import Processes
 from detailflow.schedule import require_not_negative, require_positive
 
@@ -67,8 +68,9 @@ class StreamSource:
         class_names: tuple[str, ...],
         num_images: int | None,
         listing: Sequence[tuple[str | int, ...]] = (),
+        folders: Sequence[str] = (),
     ) -> None:
-        self._listing = listing
+        self._listing, self._folders, self.notes = listing, folders, Notes()
         self.name, self.class_names, self.num_images = name, class_names or ("image",), num_images
         self._image_column, self._label_column = image_column, label_column if class_names else None
         columns = [image_column, self._label_column, "__url__", "__key__"]
@@ -89,7 +91,8 @@ class StreamSource:
         """One line on what the set holds."""
         count = "an unknown number of" if self.num_images is None else f"{self.num_images:,}"
         classes = "without classes" if self.class_names == ("image",) else f"in {len(self.class_names):,} classes"
-        return f"{self.name}: {count} images {classes}, streamed"
+        split = f" (split {self.notes.split} of {', '.join(self.notes.splits)})" if self.notes.split else ""
+        return printable(f"{self.name}{split}: {count} images {classes}, streamed")
 
     def records(self, rng: np.random.Generator, buffer: int, processes: Processes) -> Iterator[Record]:
         """One pass over this process's part, shuffled. Raises DetailFlowError where reading fails or there is nothing."""
@@ -112,6 +115,14 @@ class StreamSource:
             raise DetailFlowError(f"{self.name} holds no images for process {processes.rank + 1} of {processes.count}")
         for drawn in rng.permutation(len(waiting)).tolist():
             yield waiting[drawn]
+
+    def stored(self, record: Record, name: str) -> str | bytes:
+        """Return the path or the bytes of its image, from the web or the hub if the row holds a URL there.
+
+        Raises:
+            DetailFlowError: if there is none, or none that may be read.
+        """
+        return stored_image(record.image, name, self._folders, urls=True)
 
     def label(self, record: Record, name: str) -> int:
         """Its class number. Raises DetailFlowError where it has none of the classes."""
@@ -142,9 +153,11 @@ def open_stream(
     DetailFlowError for what can't be opened so, or has no such columns.
     """
     found, datasets = find(data, split), import_datasets()
+    folders = sorted({str(file.parent) for file in found.files})
     listing: Sequence[tuple[str | int, ...]]
-    if found.kind == "folder":
-        raise DetailFlowError(f"{data} is a folder of image files, which can't be streamed: leave streaming off")
+    if found.kind in ("folder", "saved"):
+        what = "a folder of image files" if found.kind == "folder" else "a folder by `save_to_disk`"
+        raise DetailFlowError(f"{data} is {what}, which can't be streamed: leave streaming off")
     if found.kind == ".parquet":
         footers = read_footers(found.files)
         name, count = footers.where, sum(rows for _, rows in footers.counted)
@@ -171,7 +184,10 @@ def open_stream(
     has_labels = check_columns(name, dataset.features, image_column, label_column)
     if isinstance(dataset.features[image_column], datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return StreamSource(dataset, name, image_column, label_column if has_labels else None, names, count or None, listing)
+    label = label_column if has_labels else None
+    source = StreamSource(dataset, name, image_column, label, names, count or None, listing, folders)
+    source.notes = found.notes
+    return source
 
 
 def _stream_files(builder: str, files: list[Path], name: str, **options: Any) -> Any:
@@ -317,21 +333,8 @@ class StreamedBatches:
         name = f"{record.shard} {record.key}" if record.key else f"{self.source.name} image {index} of epoch {epoch}"
         try:
             label = self.source.label(record, name)
-            image = load_rgb(_fetch(stored_image(record.image, name), name), name, side_for_crops(self.size, self.max_scale))
+            image = load_rgb(self.source.stored(record, name), name, side_for_crops(self.size, self.max_scale))
         except DetailFlowError as error:
             return _Made(None, 0, name, str(error))
         draws = np.random.default_rng((_SAMPLE, self.seed, epoch, self.processes.rank, index)).random(4)
         return _Made(random_crop(image, self.size, draws, self.max_scale, self.flip), label, name, "")
-
-
-def _fetch(content: str | bytes, name: str) -> str | bytes:
-    """The bytes behind a URL, which is what rows of a hub dataset of loose image files hold."""
-    if isinstance(content, bytes) or "://" not in content:
-        return content
-    import fsspec  # type: ignore[import-untyped]
-
-    try:
-        with fsspec.open(content, "rb") as file:
-            return file.read()
-    except Exception as error:  # every kind of file system has errors of its own
-        raise DetailFlowError(f"{name} cannot be fetched ({first_line(error)})") from error

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -10,10 +11,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from detailflow.data.decode import first_line, load_rgb
+from detailflow.data.decode import first_line
 from detailflow.data.source import ImageSource, common_folder, file_sizes, labelled, unlabelled
+from detailflow.data.stored import stored_image
 from detailflow.errors import DetailFlowError
 
 _SHOW_PROGRESS_ABOVE = 256 * 2**20  # bytes of parquet; less is ready in seconds
@@ -38,12 +39,20 @@ class _TableRows:
         """All but `_values`, which would travel to a worker process with all of its images."""
         return {name: value for name, value in self.__dict__.items() if name != "_values"}
 
+    def _file(self, index: int) -> int:
+        return int(np.searchsorted(self.ends, index, side="right"))
+
     def name(self, index: int) -> str:
-        file = int(np.searchsorted(self.ends, index, side="right"))
+        file = self._file(index)
         return f"{self.file_names[file]} row {index - (int(self.ends[file - 1]) if file else 0)}"
 
-    def image(self, index: int, least: int | None = None) -> Image.Image:
-        return load_rgb(stored_image(self._values[index].as_py(), self.name(index)), self.name(index), least)
+    def stored(self, index: int) -> str | bytes:
+        return stored_image(self._values[index].as_py(), self.name(index), self._folders(index), self.on_hub)
+
+    def _folders(self, index: int) -> list[str]:
+        if self.on_hub:
+            return cache_folders(self.file_names[0])
+        return [os.path.dirname(self.file_names[self._file(index)]) or "."]
 
     def listing(self) -> Iterable[tuple[str | int, ...]]:
         if self.on_hub:  # where the library's own checksum is of the files' contents or revision
@@ -56,14 +65,6 @@ def list_tables(files: Sequence[tuple[str, int]]) -> list[tuple[str | int, ...]]
     names = [name for name, _ in files]
     sizes = file_sizes(names, common_folder(names))
     return [(*entry, rows) for entry, (_, rows) in zip(sizes, files, strict=True)]
-
-
-def stored_image(value: Any, name: str) -> str | bytes:
-    """The bytes or the path in one row of an image column. Raises DetailFlowError where it is empty."""
-    content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-    if not content:
-        raise DetailFlowError(f"{name} has no image: its row is empty")
-    return content
 
 
 def import_datasets() -> ModuleType:
@@ -158,6 +159,40 @@ def load_hub(name: str, split: str, **options: Any) -> Any:
         ) from error
 
 
+def cache_folders(name: str) -> list[str]:
+    """Return where the `datasets` library keeps the files of a hub data set."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    downloads = str(import_datasets().config.DOWNLOADED_DATASETS_PATH)
+    return [os.path.join(HF_HUB_CACHE, f"datasets--{name.split()[0].replace('/', '--')}"), downloads]
+
+
+def open_saved(folder: str, image_column: str, label_column: str) -> ImageSource:
+    """Open a folder that `save_to_disk` of the `datasets` library wrote, of one set.
+
+    Raises:
+        DetailFlowError: if it cannot be read, names files elsewhere, has no such columns, or labels that cannot be.
+    """
+    datasets = import_datasets()
+    try:
+        state = json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
+        files = [str(entry["filename"]) for key in ("_data_files", "_indices_files") for entry in state.get(key) or ()]
+        if outside := [file for file in files if os.path.basename(file) != file]:
+            raise DetailFlowError(f"{folder} names {outside[0]}, which is not in it: no other file is read")
+        with quiet(datasets, False):
+            dataset = datasets.load_from_disk(folder)
+    except DetailFlowError:
+        raise
+    except Exception as error:  # `datasets` raises many kinds
+        raise DetailFlowError(f"{folder} is not a readable folder by `save_to_disk` ({first_line(error)})") from error
+    if dataset._indices is not None:  # a selection of the rows that are stored
+        with quiet(datasets, False):
+            dataset = dataset.flatten_indices(keep_in_memory=True)
+    listed = [(os.path.join(folder, files[0] if len(files) == 1 else "state.json"), len(dataset))]
+    names = stored_names(dataset.features, label_column)
+    return _from_table(dataset, folder, listed, image_column, label_column, names, on_hub=False)
+
+
 def open_hub(name: str, split: str, image_column: str, label_column: str) -> ImageSource:
     """Raises DetailFlowError where the dataset can't be opened, has no such columns, or labels that can't be."""
     dataset = load_hub(name, split)
@@ -178,6 +213,9 @@ def check_columns(where: str, features: Any, image_column: str, label_column: st
     storage = str(features.arrow_schema.field(image_column).type)
     if "binary" not in storage:
         raise DetailFlowError(f"{where} has no images in its column {image_column!r}: that column holds {storage}")
+    kind = features.get(label_column)
+    if kind is not None and type(kind).__name__ not in ("ClassLabel", "Value"):  # others may name files that are opened
+        raise DetailFlowError(f"{where} has no labels in its column {label_column!r}: that column holds {kind}")
     if label_column not in columns and label_column != "label":  # asked for by name
         raise DetailFlowError(f"{where} has no column {label_column!r}: its columns are {', '.join(columns)}")
     return label_column in columns

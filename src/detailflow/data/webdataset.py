@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from detailflow.data.decode import first_line, image_suffixes, load_rgb
+from detailflow.data.decode import first_line, image_suffixes
+from detailflow.data.folder import Notes
 from detailflow.data.source import ImageSource, common_folder, file_sizes, labelled
 from detailflow.errors import DetailFlowError
 
@@ -25,6 +25,7 @@ class _Shard(NamedTuple):
     keys: list[str]
     spans: list[tuple[int, int]]  # where each image begins in the file, and its bytes
     labels: list[Any]
+    left_aside: list[str]  # images that belong to the image of their key, such as masks
 
 
 class _ShardRows:
@@ -34,7 +35,7 @@ class _ShardRows:
     def __init__(self, files: list[Path], shards: list[_Shard]) -> None:
         self.files = [str(file) for file in files]
         self.ends = np.cumsum([len(shard.keys) for shard in shards])
-        self.keys = np.array([key.encode() for shard in shards for key in shard.keys])
+        self.keys = np.array([_encoded(key) for shard in shards for key in shard.keys])
         self.spans = np.array([span for shard in shards for span in shard.spans], np.int64)
 
     def __len__(self) -> int:
@@ -44,31 +45,37 @@ class _ShardRows:
         return self.files[int(np.searchsorted(self.ends, index, side="right"))]
 
     def name(self, index: int) -> str:
-        return f"{self._file(index)} {self.keys[index].decode()}"
+        return f"{self._file(index)} {self.keys[index].decode('utf-8', 'replace')}"
 
-    def image(self, index: int, least: int | None = None) -> Image.Image:
+    def stored(self, index: int) -> bytes:
         start, size = self.spans[index].tolist()
         try:
             with open(self._file(index), "rb", buffering=0) as file:
                 file.seek(start)
-                content = file.read(size)
+                return file.read(size)
         except OSError as error:
             raise DetailFlowError(f"{self.name(index)} cannot be read ({error.strerror})") from error
-        return load_rgb(content, self.name(index), least)
 
     def listing(self) -> Iterator[tuple[str | int, ...]]:
         # Keys and sizes, too: one shard may be replaced by another of the same size.
         yield from file_sizes(self.files, common_folder(self.files))
-        yield from ((key.decode(), size) for key, (_, size) in zip(self.keys.tolist(), self.spans.tolist(), strict=True))
+        yield from (
+            (key.decode("utf-8", "replace"), size) for key, (_, size) in zip(self.keys.tolist(), self.spans.tolist(), strict=True)
+        )
 
 
-def open_shards(files: list[Path], image_column: str = "image", label_column: str = "label") -> ImageSource:
+def open_shards(
+    files: list[Path], image_column: str = "image", label_column: str = "label", notes: Notes | None = None
+) -> ImageSource:
     """Open WebDataset shards as one set, in the order of `files` and of their members.
 
     An image's label is what its .cls file holds (a class number or name), else "label" in its .json file; another
     `label_column` is an entry of the .json file. Where a key has several images, `image_column` is the suffix of the one to
-    take ("jpg"); "image" is the first. Raises DetailFlowError for files that can't be read, that hold no images, or in which
-    only some have labels.
+    take ("jpg"); "image" is the first. A key ends at the first dot of a name, but for images of which no other has that key
+    ("b.1.jpg" without "b.jpg"): they are images of their own. `notes` gets what is left aside.
+
+    Raises:
+        DetailFlowError: for files that cannot be read, that hold no images, or in which only some have labels.
     """
     from tqdm import tqdm
 
@@ -81,6 +88,10 @@ def open_shards(files: list[Path], image_column: str = "image", label_column: st
     if not len(rows):
         wanted = "images" if image_column == "image" else f".{image_column} images"
         raise DetailFlowError(f"{where} holds no {wanted}: a WebDataset shard has files such as 0001.jpg and 0001.cls")
+    if notes is not None:
+        for shard in shards:
+            for name in shard.left_aside:
+                notes.leave(f".{name.rpartition('/')[2].partition('.')[2].lower()}", name)
     labels = [label for shard in shards for label in shard.labels]
     if label_column != "label" and all(label is None for label in labels):  # asked for by name
         raise DetailFlowError(f"{where} has no label {label_column!r}: that is looked for in its .json files")
@@ -90,20 +101,23 @@ def open_shards(files: list[Path], image_column: str = "image", label_column: st
 def _read_headers(file: Path, image_column: str, label_column: str) -> _Shard:
     suffixes = image_suffixes() if image_column == "image" else {f".{image_column.lower()}"}
     spans: dict[str, tuple[int, int]] = {}
+    dotted: dict[str, tuple[int, int]] = {}  # images whose suffix is only the last part of what follows the key
     labels: dict[str, Any] = {}
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
-                if not member.isreg() or not stem:
+                if not member.isreg() or not stem or "__MACOSX" in folder.split("/"):
                     continue
                 key, suffix = folder + slash + stem, dot + suffix.lower()
                 if suffix in suffixes:
                     spans.setdefault(key, (member.offset_data, member.size))
-                elif suffix == ".cls" and label_column == "label":
-                    labels[key] = _text(archive, member).strip()
-                elif suffix == ".json" and key not in labels:
+                elif suffix[suffix.rfind(".") :] in suffixes:
+                    dotted[member.name] = (member.offset_data, member.size)
+                elif suffix.endswith(".cls") and label_column == "label":
+                    labels[member.name[:-4]] = _text(archive, member).strip()
+                elif suffix.endswith(".json") and (key := member.name[:-5]) not in labels:
                     entries = json.loads(_text(archive, member))
                     if isinstance(entries, dict) and label_column in entries:
                         labels[key] = entries[label_column]
@@ -112,11 +126,27 @@ def _read_headers(file: Path, image_column: str, label_column: str) -> _Shard:
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    except (OSError, tarfile.TarError, ValueError) as error:
+    except (OSError, tarfile.TarError, ValueError, RecursionError) as error:
         raise DetailFlowError(
             f"{file} is not a readable WebDataset shard, an uncompressed tar file ({first_line(error)})"
         ) from error
-    return _Shard(list(spans), list(spans.values()), [labels.get(key) for key in spans])
+    left_aside = []
+    for name, span in dotted.items():
+        if _first_key(name) in spans:
+            left_aside.append(name)
+        else:
+            spans[name[: name.rindex(".")]] = span
+    return _Shard(list(spans), list(spans.values()), [labels.get(key, labels.get(_first_key(key))) for key in spans], left_aside)
+
+
+def _first_key(name: str) -> str:
+    """b.1.jpg → b"""
+    folder, slash, name = name.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def _encoded(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
 
 
 def _text(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:

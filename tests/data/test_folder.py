@@ -1,0 +1,366 @@
+"""What a folder means: archives, splits, links, files of systems, labels, and what is said of them."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from detailflow.data import open_images
+from detailflow.errors import DetailFlowError
+
+from .conftest import write_tar
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+CLASSES = ("cat", "dog", "fish")
+
+
+def photos(root: Path, classes: Sequence[str] = CLASSES, per: int = 4, suffix: str = "png") -> Path:
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per):
+            Image.new("RGB", (8, 8), (number, index, 0)).save(root / name / f"{index}.{suffix}")
+    return root
+
+
+def save(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(file)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return photos(tmp_path / "set")
+
+
+def counts(folder: Path, split: str | None = None) -> dict[str, int]:
+    """Without any warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return open_images(folder, split).counts
+
+
+ALL = dict.fromkeys(CLASSES, 4)
+
+# ------------------------------------------------------------------------------------------------- archives
+
+
+@pytest.mark.parametrize("names", [["cat.tar", "dog.tar"], ["cat/backup.tar"], ["all.parquet"], ["a.zip", "b.tar.gz", "c.7z"]])
+def test_archives_between_images_are_left_aside(folder, names):
+    for name in names:
+        write_tar(folder / name, [("0.png", b"")])
+    assert counts(folder) == ALL
+    kept = open_images(folder)
+    assert sorted(name for names in kept.notes.left_aside.values() for name in names) == sorted(names)
+    assert all(name in kept.summary or ".parquet" in kept.summary for name in names) and "left aside: " in kept.summary
+
+
+def test_a_folder_of_shards_may_hold_a_picture(tmp_path):
+    save(tmp_path / "picture.png")
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", [("0.png", (tmp_path / "picture.png").read_bytes())])
+    source = open_images(tmp_path)
+    assert len(source) == 3 and "left aside: 1 .png" in source.summary
+
+
+# ------------------------------------------------------------------------------------------------- splits
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "taken"),
+    [
+        (("Train", "Test"), None, "Train"),
+        (("Train", "Test"), "test", "Test"),
+        (("TRAIN", "Validation"), "val", "Validation"),
+        (("training", "dev"), "validation", "dev"),
+        (("train", "eval"), "test", "eval"),
+        (("train2017", "val2017"), "val", "val2017"),
+        (("train_images", "test_images"), "train", "train_images"),
+    ],
+)
+def test_splits_are_named_as_in_datasets(tmp_path, names, split, taken):
+    for name in names:
+        photos(tmp_path / name)
+    source = open_images(tmp_path, split)
+    assert source.name(0).startswith(str(tmp_path / taken)) and source.counts == ALL
+    assert source.notes.split == taken.lower() and set(source.notes.splits) == {name.lower() for name in names}
+    assert f"split {taken.lower()} of " in source.summary
+
+
+def test_folders_beside_the_splits_are_left_aside(tmp_path):
+    for name in ("train", "val", "unlabeled"):
+        photos(tmp_path / name)
+    (tmp_path / "README.md").write_text("words")
+    source = open_images(tmp_path)
+    assert source.counts == ALL and source.notes.splits == ("train", "val")
+    assert source.notes.left_aside == {"folder beside the splits": ["unlabeled"], "file beside the splits": ["README.md"]}
+    with pytest.raises(DetailFlowError, match="has no split 'unlabeled': it has train, val"):
+        open_images(tmp_path, "unlabeled")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    photos(tmp_path, ("bus", "train", "truck"))
+    assert counts(tmp_path) == {"bus": 4, "train": 4, "truck": 4}
+    assert "did you mean the split" in open_images(tmp_path).summary
+    photos(tmp_path / "more", ("bullet train", "test tube"))
+    assert counts(tmp_path / "more") == {"bullet train": 4, "test tube": 4}
+
+
+def test_two_folders_of_one_split(tmp_path):
+    for name in ("train", "valid", "dev"):
+        photos(tmp_path / name)
+    with pytest.raises(DetailFlowError, match="several splits for val: choose one of"):
+        open_images(tmp_path, "val")
+    assert open_images(tmp_path, "dev").name(0).startswith(str(tmp_path / "dev"))
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def test_every_suffix_that_pillow_reads(tmp_path):
+    suffixes = ["jpg", "jfif", "jpe", "TIF", "webp", "tga", "qoi", "jp2", "ico"]
+    for suffix in suffixes:
+        form = {"jfif": "JPEG", "jpe": "JPEG"}.get(suffix)
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "cat" / f"a.{suffix}", format=form)
+    source = open_images(tmp_path)
+    assert len(source) == len(suffixes) and all(source.image(index).size == (16, 16) for index in range(len(source)))
+
+
+def test_suffixes_that_need_more_are_named(folder):
+    for name in ("cat/a.heic", "cat/b.HEIC", "dog/a.nef", "dog/a.svg", "dog/notes.txt", "dog/LICENCE"):
+        (folder / name).write_text("x")
+    source = open_images(folder)
+    assert source.counts == ALL
+    assert "1 file without a suffix (dog/LICENCE)" in source.summary
+    assert "2 .heic (read by pillow-heif)" in source.summary and "1 .nef (read by rawpy" in source.summary
+    shutil.rmtree(folder / "fish")
+    (folder / "fish").mkdir()
+    (folder / "fish" / "a.heic").write_text("x")
+    with pytest.raises(DetailFlowError, match=r"fish holds no images \(it holds .heic\)"):
+        open_images(folder)
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", "lost+found", ".ipynb_checkpoints", ".thumbnails", "$RECYCLE.BIN"])
+def test_folders_of_systems_are_no_data(folder, name):
+    save(folder / name / "a.png")
+    save(folder / "cat" / name / "0.png" / "thumbnail.png")
+    (folder / "cat" / "._0.png").write_text("not an image")
+    (folder / "dog" / "Thumbs.db").write_text("not an image")
+    (folder / ".DS_Store").write_text("not an image")
+    (folder / "desktop.ini").write_text("not an image")
+    assert counts(folder) == ALL
+    assert "left aside" not in open_images(folder).summary
+
+
+# ------------------------------------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        {"cat/up": ".."},
+        {"cat/up": "..", "dog/up": ".."},
+        {"cat/here": "."},
+        {"cat/x": "../dog", "dog/y": "../cat"},
+        {"cat/x": "../dog/y", "dog/y": "../cat/x"},
+        {"self": "."},
+        {"cat/all": "/"},
+        {"cat/above": "../.."},
+    ],
+    ids=str,
+)
+def test_links_within_a_set_are_not_followed(folder, links):
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a link to a link that leads to it leads nowhere
+        source = open_images(folder)
+    assert source.counts == ALL and "link" in source.summary
+
+
+def test_links_to_elsewhere_are_followed_once(tmp_path):
+    photos(tmp_path / "store")
+    (tmp_path / "store" / "cat" / "round").symlink_to("../dog")
+    (tmp_path / "set").mkdir()
+    for name in CLASSES:
+        (tmp_path / "set" / name).symlink_to(tmp_path / "store" / name)
+    os.symlink(tmp_path / "store" / "cat" / "0.png", tmp_path / "store" / "fish" / "more.png")
+    (tmp_path / "store" / "cat" / "round").unlink()
+    assert counts(tmp_path / "set") == {"cat": 4, "dog": 4, "fish": 5}
+    (tmp_path / "store" / "fish" / "x").symlink_to(tmp_path / "other")
+    photos(tmp_path / "other", ("y",))
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "other")
+    assert counts(tmp_path / "set") == {"cat": 4, "dog": 4, "fish": 9}
+
+
+def test_a_dangling_link_is_named(folder):
+    shutil.rmtree(folder / "dog")
+    (folder / "dog").symlink_to("/nowhere/dog")
+    (folder / "cat" / "more.png").symlink_to("/nowhere/more.png")
+    with pytest.warns(UserWarning, match="set/dog is a link to /nowhere/dog, which is not there"):
+        source = open_images(folder)
+    assert source.counts == {"cat": 4, "fish": 4} and "2 dangling links (dog, cat/more.png)" in source.summary
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs permissions as in POSIX")
+def test_a_folder_that_cannot_be_read_is_named(folder):
+    (folder / "dog").chmod(0)
+    code = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+from detailflow.data import open_images
+from detailflow.data.decode import image_suffixes
+image_suffixes()  # whoever has no rights cannot import anything any more
+if os.geteuid() == 0:
+    os.setuid(65534)
+source = open_images(sys.argv[1])
+print(source.counts, source.notes.warnings)
+"""
+    for parent in (folder, *folder.parents[:3]):
+        parent.chmod(0o755)
+    result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    (folder / "dog").chmod(0o755)
+    assert result.stdout.startswith("{'cat': 4, 'fish': 4}") and "dog cannot be read (Permission denied)" in result.stdout, result
+
+
+# ------------------------------------------------------------------------------------------------- classes
+
+
+def test_one_level_too_high(tmp_path):
+    photos(tmp_path / "animals")
+    source = open_images(tmp_path)
+    assert source.counts == {"animals": 12}
+    assert f"did you mean {tmp_path / 'animals'}, with cat, dog, fish?" in source.summary
+    assert "did you mean" not in open_images(tmp_path / "animals").summary
+
+
+def test_numbers_are_in_numeric_order(tmp_path):
+    photos(tmp_path / "numbers", ("10", "0", "2", "1", "01"))
+    assert open_images(tmp_path / "numbers").class_names == ("0", "1", "01", "2", "10")
+    photos(tmp_path / "names", ("10", "b2", "2"))
+    assert open_images(tmp_path / "names").class_names == ("10", "2", "b2")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    photos(tmp_path, ("tea",))
+    for name in (b"caf\xe9", b"caf\xe8"):
+        shutil.copytree(tmp_path / "tea", os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    with pytest.raises(DetailFlowError, match="several classes called caf\N{REPLACEMENT CHARACTER}: rename them"):
+        open_images(tmp_path)
+    shutil.rmtree(os.fsencode(tmp_path) + b"/caf\xe8")
+    source = open_images(tmp_path)
+    assert source.class_names == ("caf\N{REPLACEMENT CHARACTER}", "tea") and source.image(0).size == (8, 8)
+    (source.summary + source.name(0) + source.fingerprint + json.dumps(source.class_names, ensure_ascii=False)).encode()
+
+
+# ------------------------------------------------------------------------------------------------- metadata
+
+
+def write_metadata(file: Path, rows: dict[str, object], label: str = "label") -> None:
+    if file.suffix == ".csv":
+        with open(file, "w", newline="") as opened:
+            csv.writer(opened).writerows([("file_name", label), *rows.items()])
+    else:
+        file.write_text("".join(json.dumps({"file_name": name, label: value}) + "\n" for name, value in rows.items()))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_labels_in_metadata(tmp_path, suffix):
+    photos(tmp_path, (".", "sub"), per=2)
+    write_metadata(tmp_path / f"metadata.{suffix}", {"0.png": "cat", "1.png": "dog", "sub/0.png": "dog", "./sub/1.png": "cat"})
+    assert counts(tmp_path) == {"cat": 2, "dog": 2}
+    assert "left aside" not in open_images(tmp_path).summary
+    save(tmp_path / "more.png")
+    assert f"1 image without a row in metadata.{suffix} (more.png)" in open_images(tmp_path).summary
+    (tmp_path / "1.png").unlink()
+    with pytest.warns(UserWarning, match=f"metadata.{suffix} names 1 files that are not there .*1.png"):
+        assert open_images(tmp_path).counts == {"cat": 2, "dog": 1}
+
+
+def test_metadata_of_splits(tmp_path):
+    for split in ("train", "test"):
+        photos(tmp_path / split, (".",), per=2)
+        write_metadata(tmp_path / split / "metadata.csv", {"0.png": "cat", "1.png": split})
+    assert counts(tmp_path) == {"cat": 1, "train": 1} and counts(tmp_path, "test") == {"cat": 1, "test": 1}
+    for split in ("train", "test"):
+        (tmp_path / split / "metadata.csv").unlink()
+    write_metadata(
+        tmp_path / "metadata.jsonl", {f"{split}/{i}.png": f"{split}{i}" for split in ("train", "test") for i in (0, 1)}
+    )
+    assert counts(tmp_path) == {"train0": 1, "train1": 1} and counts(tmp_path, "test") == {"test0": 1, "test1": 1}
+
+
+def test_numbers_as_labels_in_metadata(tmp_path):
+    photos(tmp_path, (".",), per=3)
+    write_metadata(tmp_path / "metadata.csv", {"0.png": 10, "1.png": 2, "2.png": 2})
+    assert counts(tmp_path) == {"2": 2, "10": 1}
+    with pytest.raises(DetailFlowError, match="no images have the label 'breed'"):
+        open_images(tmp_path, label_column="breed")
+    write_metadata(tmp_path / "metadata.csv", {"0.png": "pug", "1.png": "pug", "2.png": "tabby"}, "breed")
+    assert open_images(tmp_path, label_column="breed").counts == {"pug": 2, "tabby": 1}
+    assert counts(tmp_path) == {"image": 3} and "left aside: 1 .csv" in open_images(tmp_path).summary
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"../secret.png": "cat"}, "names ../secret.png, which is not in the folder"),
+        ({"/etc/hostname": "cat"}, "which is not in the folder"),
+        ({"sub/../../secret.png": "cat"}, "which is not in the folder"),
+        ({"gone.png": "cat"}, "has no image that metadata.csv names"),
+        ({"0.png": "cat", "1.png": ""}, "1.png has no label"),
+        ({"0.png": "cat", "./0.png": "dog"}, "row 2 gives ./0.png the label 'dog'"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:metadata.csv names")
+def test_wrong_metadata(tmp_path, rows, message):
+    photos(tmp_path / "set", (".",), per=2)
+    save(tmp_path / "secret.png")
+    write_metadata(tmp_path / "set" / "metadata.csv", rows)
+    with pytest.raises(DetailFlowError, match=message):
+        open_images(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[]\n", b"{", b'{"file_name": 3, "label": 1}', b'{"file_name": "0.png", "label": []}']
+)
+def test_damaged_metadata(tmp_path, content):
+    photos(tmp_path, (".",), per=1)
+    (tmp_path / "metadata.jsonl").write_bytes(content)
+    with pytest.raises(DetailFlowError, match="metadata.jsonl"):
+        open_images(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- save_to_disk
+
+
+def test_a_folder_by_save_to_disk(folder, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs detailflow[train]")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    cells = [{"bytes": (folder / name / "0.png").read_bytes(), "path": None} for name in ("cat", "dog", "dog")]
+    whole = datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 1]}, features)
+    datasets.disable_progress_bars()
+    whole.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=whole, validation=whole.select([1])).save_to_disk(str(tmp_path / "splits"))
+    datasets.enable_progress_bars()
+    source = open_images(tmp_path / "one")
+    assert source.counts == {"cat": 1, "dog": 2} and source.image(2).size == (8, 8)
+    moved = shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    assert open_images(moved).fingerprint == source.fingerprint
+    with pytest.raises(DetailFlowError, match="no split 'test': it was saved as one set"):
+        open_images(moved, "test")
+    assert open_images(tmp_path / "splits").counts == source.counts
+    assert open_images(tmp_path / "splits", "val").counts == {"cat": 0, "dog": 1}
+    (moved / "state.json").write_text("{")
+    with pytest.raises(DetailFlowError, match="is not a readable folder by `save_to_disk`"):
+        open_images(moved)
