@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow
+.PHONY: demo test slow fuzz
 
 demo: .venv/core  ## images of every class, and how they take shape, into outputs/
 	$(BIN)/detailflow generate --num 1 --progressive --output outputs
@@ -14,6 +14,9 @@ test: .venv/dev  ## what must pass before every commit
 
 slow: .venv/dev  ## the tests that take longer
 	$(BIN)/pytest -q -m slow
+
+fuzz: .venv/dev  ## ten thousand mutated inputs
+	$(BIN)/python tests/fuzz --workers 2
 
 .venv/core: pyproject.toml
 	$(PYTHON) -m venv .venv
