@@ -13,6 +13,10 @@ def printable(name: str) -> str:
     return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+class ReportedElsewhereError(DetailFlowError):
+    """A `DetailFlowError` of another process of this launch, which reports it: the command line prints nothing more."""
+
+
 def some_names(names: set[str]) -> str:
     """The first few of many names, for a sentence."""
     first = sorted(names)[:3]

@@ -20,9 +20,9 @@ from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.schedule import TokenSchedule, require_not_negative, require_positive
+from detailflow.seeds import check_seeds
 
 BATCH_SIZE = 32
-LARGEST_SEED = 2**64 - 1
 LARGEST_CALL = 100_000  # images, which are all in memory in the end
 Labels = Label | Sequence[Label] | np.ndarray | Tensor
 
@@ -248,8 +248,7 @@ class DetailFlowPipeline:
     ) -> Iterator[Iterator[Tensor]]:
         """Check everything now; then, batch by batch, the codes so far, (B, n), after each decoding step."""
         require_positive(num_images_per_class=num_images_per_class, batch_size=batch_size)
-        if not 0 <= seed <= LARGEST_SEED:
-            raise DetailFlowError(f"seed must be 0 to 2^64 - 1, not {seed}")
+        check_seeds(seed, name="seed")
         require_not_negative(first_image=first_image)
         n = self.tokenizer.schedule.check_count(num_tokens)
         sampling = self.gpt.sampling(guidance_scale, guidance_schedule, temperature, top_k, top_p)

@@ -2,17 +2,23 @@
 
 import atexit
 import os
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from detailflow.device import choose_device
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, ReportedElsewhereError
 
+Result = TypeVar("Result")
 LONGEST_WAIT = timedelta(hours=3)  # for one that does what only one should, such as reading all of a token store
+BEAT_SECONDS = 20.0  # between the signs of life of one that may take longer still
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,69 @@ class Processes:
         """Until all are here."""
         self.any(False)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let an error in one process be an error in all of them, instead of leaving the others to wait for it.
+
+        Every process must come through here; the block itself may not talk to the others, unless what it does so comes before
+        all that can fail in one process alone.
+
+        Raises:
+            ReportedElsewhereError: in all processes but the first one with an error, which raises its own.
+        """
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            problem = error
+        if self.count > 1:
+            texts: list[str | None] = [None] * self.count
+            torch.distributed.all_gather_object(texts, None if problem is None else str(problem) or type(problem).__name__)
+            first = next((rank for rank, text in enumerate(texts) if text is not None), self.rank)
+            if first != self.rank:
+                raise ReportedElsewhereError(str(texts[first])) from problem
+        if problem is not None:
+            raise problem
+
+    def from_main(self, work: Callable[[], Result]) -> Result:
+        """Return in all processes what `work` returns in the main one, where alone it is called.
+
+        Args:
+            work: returns a plain value.
+
+        Raises:
+            DetailFlowError: in all of them, if it does in the main one.
+        """
+        values: list[Any] = [None]
+        with self.together():
+            if self.is_main:
+                values = [work()]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(values, src=0)
+        result: Result = values[0]
+        return result
+
+    @contextmanager
+    def main_at_work(self) -> Iterator[Callable[[], None]]:
+        """Let the main process work in the block for as long as it takes, while the others wait at the block's end.
+
+        Yields:
+            A function that the main process calls now and then: who does not hear from it within `LONGEST_WAIT` gives up.
+        """
+        heard = time.monotonic()
+
+        def beat() -> None:
+            nonlocal heard
+            if self.is_main and time.monotonic() - heard > BEAT_SECONDS:
+                self.any(True)
+                heard = time.monotonic()
+
+        try:
+            yield beat
+        finally:
+            while self.any(False):  # as long as the main process, which is never here, says so
+                pass
+
     def mean(self, value: Tensor) -> Tensor:
         """The average of all processes' tensors of one shape, without gradients."""
         return self.sum(value) / self.count
@@ -109,3 +178,23 @@ def launched(device: str | None) -> tuple[Processes, torch.device]:
     """
     processes = Processes.of_this_launch(cpu=device == "cpu")
     return processes, processes.device or choose_device(device)
+
+
+def in_group() -> bool:
+    """Return whether this process is one of several that have joined."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def lost(error: BaseException) -> bool:
+    """Return whether a collective call failed because another process has ended."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def leave_after_error(status: int) -> NoReturn:
+    """End this process at once, so that the launcher ends the others.
+
+    An ordinary exit destroys the process group first, which may wait for processes that wait for this one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

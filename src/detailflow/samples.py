@@ -11,7 +11,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +22,9 @@ from PIL import Image
 from detailflow.errors import DetailFlowError
 from detailflow.hub import fingerprint
 from detailflow.labels import ClassId
-from detailflow.pipeline import LARGEST_SEED, DetailFlowPipeline
+from detailflow.pipeline import DetailFlowPipeline
 from detailflow.processes import Processes
+from detailflow.seeds import check_seeds
 from detailflow.storage import read_json, replacing, write_json
 
 SETTINGS_FILE = "samples.json"
@@ -143,12 +144,6 @@ class WebDatasetWriter:
         pass
 
 
-def check_seeds(*seeds: int) -> None:
-    """Raise a `DetailFlowError` that names the first seed which no image can be made from."""
-    if bad := [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]:
-        raise DetailFlowError(f"seeds must be 0 to 2^64 - 1, not {bad[0]}")
-
-
 def claim(folder: Path, settings: dict[str, Any], found: Iterable[Path] = (), temporary: bool = False) -> None:
     """Make `folder` this set of samples' own, or find that it is.
 
@@ -239,26 +234,39 @@ def generate_many(
     if form not in writers:
         raise DetailFlowError(f"the format must be one of {', '.join(writers)}, not {form!r}")
     writer = writers[form]()
-    if processes.rank == 0:
-        settings = {
-            "labels": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest(),
-            "num_images": len(labels),
-            "format": form,
-            "seed": seed,
-            "num_tokens": pipeline.tokenizer.schedule.check_count(num_tokens),
-            "batch_size": batch_size,
-            "compiled_for": pipeline.gpt.compiled_for,  # on which rounding depends as well
-            "dtype": str(pipeline.gpt.head.weight.dtype).removeprefix("torch."),
-            **asdict(pipeline.gpt.sampling(**sampling)),
-            "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),
-            "gpt": fingerprint({}, pipeline.gpt.state_dict()),
-        }
-        claim(folder, settings, writer.found(), temporary)
-    processes.wait()
-    done = _write_parts(pipeline, labels, writer, seed, batch_size, processes, num_tokens=num_tokens, **sampling)
-    with tqdm(total=len(labels), desc="generating", unit="image", disable=True if processes.rank else None) as bar:
-        for count in done:
+    with processes.together():
+        if processes.is_main:
+            settings = {
+                "labels": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest(),
+                "num_images": len(labels),
+                "format": form,
+                "seed": seed,
+                "num_tokens": pipeline.tokenizer.schedule.check_count(num_tokens),
+                "batch_size": batch_size,
+                "compiled_for": pipeline.gpt.compiled_for,  # on which rounding depends as well
+                "dtype": str(pipeline.gpt.head.weight.dtype).removeprefix("torch."),
+                **asdict(pipeline.gpt.sampling(**sampling)),
+                "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),
+                "gpt": fingerprint({}, pipeline.gpt.state_dict()),
+            }
+            claim(folder, settings, writer.found(), temporary)
+    parts = range(-(-len(labels) // (batch_size * writer.batches)))
+    bar = tqdm(total=len(labels), desc="generating", unit="image", disable=True if processes.rank else None)
+    with processes.together(), bar, _writing_samples():
+        mine = parts[processes.rank :: processes.count]
+        for count in _write_parts(pipeline, labels, writer, seed, batch_size, mine, num_tokens=num_tokens, **sampling):
             bar.update(min(count * processes.count, len(labels) - bar.n))
+    with processes.together(), _writing_samples():
+        if processes.is_main:
+            writer.finish(len(parts), labels)
+
+
+@contextmanager
+def _writing_samples() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DetailFlowError(f"cannot write the samples: {error.strerror or error}") from error
 
 
 def file_label(pipeline: DetailFlowPipeline, class_id: int) -> str:
@@ -272,25 +280,15 @@ def _write_parts(
     writer: Writer,
     seed: int,
     batch_size: int,
-    processes: Processes,
+    parts: Sequence[int],
     **options: Any,
 ) -> Iterator[int]:
-    """Make the parts that are missing of this process's share; yields how many images each has."""
+    """Make those of these parts that are missing; yields how many images each has."""
     size = batch_size * writer.batches
-    parts = -(-len(labels) // size)
-    for part in range(processes.rank, parts, processes.count):
+    for part in parts:
         numbers = range(part * size, min((part + 1) * size, len(labels)))
         if not writer.is_done(part, numbers):
             own = [ClassId(label) for label in labels[numbers.start : numbers.stop]]
             images = pipeline(own, seed=seed, first_image=numbers.start, batch_size=batch_size, **options)
-            try:
-                writer.write(part, numbers, own, images)
-            except OSError as error:
-                raise DetailFlowError(f"cannot write the samples: {error.strerror or error}") from error
+            writer.write(part, numbers, own, images)
         yield len(numbers)
-    processes.wait()
-    if processes.rank == 0:
-        try:
-            writer.finish(parts, labels)
-        except OSError as error:
-            raise DetailFlowError(f"cannot write the samples: {error.strerror or error}") from error

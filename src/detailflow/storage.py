@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
+from detailflow.processes import Processes
 
 LOCK_FILE = ".lock"
 WEIGHTS_FILE = "model.safetensors"
@@ -42,16 +43,43 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _sync(folder: Path) -> None:
+    """Bring a folder's names to the disk; otherwise a power cut may undo a replacement after what came before it is gone."""
+    with suppress(OSError):  # some systems can't open folders, and some file systems can't sync them
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
 @contextmanager
-def held(folder: Path, work: str) -> Iterator[None]:
-    """Keep `folder` for this process alone; it is made where it is missing, and goes again if it stays empty.
+def held(folder: Path, work: str, processes: Processes | None = None) -> Iterator[None]:
+    """Keep `folder` for this launch alone; it is made if it is missing, and goes again if it stays empty.
 
     Args:
         work: what is done there, for the message.
+        processes: all of this launch, of which the main one holds the folder; `None` is this one alone.
+
+    Raises:
+        DetailFlowError: in all of them, if another process holds it, or it cannot be written to.
+    """
+    processes = processes or Processes()
+    with ExitStack() as stack:
+        with processes.together():
+            if processes.is_main:
+                stack.enter_context(_held(folder, work))
+        yield
+
+
+@contextmanager
+def _held(folder: Path, work: str) -> Iterator[None]:
+    """Hold a folder for this process.
 
     Raises:
         DetailFlowError: if another process holds it, or it can't be written to.
@@ -103,6 +131,21 @@ def writing(path: Path) -> Iterator[Path]:
             yield temporary
     except OSError as error:
         raise DetailFlowError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def save_torch(path: Path, content: Any) -> None:
+    """Write what `torch.save` takes, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # of its writer, after what the file said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -196,7 +196,7 @@ def test_wrong_settings():
         ({"batch_size": 0}, "batch_size must be a positive integer"),
         ({"precision": "fp8"}, "precision must be .*fp32, not 'fp8'"),
         ({"workers": -1}, "workers must be 0 or more"),
-        ({"seed": -1}, "seed must be 0 or more"),
+        ({"seed": -1}, "seed must be 0 to"),
         ({"mistakes": 0}, "mistakes must be a positive integer"),
     ):
         with pytest.raises(DetailFlowError, match=message):

@@ -45,6 +45,9 @@ class Line:
         self.weight.data.copy_(state["weight"])
         self.updater.restore(state["updater"])
 
+    def model_config(self) -> dict[str, Any]:
+        return {}
+
     def pictures(self) -> dict[str, Image.Image]:
         return {}
 
@@ -58,7 +61,7 @@ def loop(**settings: Any) -> LoopConfig:
 
 def train(config: LoopConfig, output: Path, bad: tuple[int, ...] = ()) -> Line:
     stage = Line(config, bad)
-    run(lambda: stage, "line", Settings(config), output, Processes())
+    run(lambda _: stage, "line", Settings(config), output, Processes())
     return stage
 
 
@@ -101,7 +104,7 @@ def test_float16_looks_for_its_loss_scale(tmp_path: Path):
         return {"loss": stage.weight.detach(), "gradient_norm": norm}
 
     stage.step = step  # type: ignore[method-assign]
-    run(lambda: stage, "line", Settings(config), tmp_path / "run", Processes())
+    run(lambda _: stage, "line", Settings(config), tmp_path / "run", Processes())
     assert stage.updater.scaler.get_scale() < 65536
     assert stage.values[0] == 0 and stage.values[-1] == pytest.approx(-2, abs=0.2)  # the minimum of 10 w + (w − 3)²
 

@@ -1,6 +1,8 @@
 """The loop's parts: the learning rate, the run's folder, checkpoints. What they are for is in test_resume.py."""
 
 import math
+import os
+import stat
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import yaml
 
 from detailflow.errors import DetailFlowError
 from detailflow.processes import Processes
-from detailflow.training.checkpoints import RUN_FILE, claim, load_checkpoint, save_checkpoint
+from detailflow.runs import RUN_FILE
+from detailflow.training.checkpoints import claim, load_checkpoint, save_checkpoint
 from detailflow.training.loop import LoopConfig
 
 
@@ -59,7 +62,8 @@ def test_no_warm_up_and_a_single_step():
         ({"final_rate": 1.1}, "final_rate must lie in 0 to 1"),
         ({"grad_clip": 0.0}, "grad_clip must be above 0"),
         ({"precision": "fp8"}, "precision must be bf16, fp16, fp32, not 'fp8'"),
-        ({"seed": -1}, "seed must be 0 or more"),
+        ({"seed": -1}, r"seed must be 0 to 2\^64 - 1, not -1"),
+        ({"seed": 2**64}, r"seed must be 0 to 2\^64 - 1, not 18446744073709551616"),
         ({"workers": -1}, "workers must be 0 or more"),
         ({"checkpoint_minutes": -1.0}, "checkpoint_minutes must be 0 or more"),
     ],
@@ -154,6 +158,34 @@ def test_as_many_as_asked_for_and_milestones(tmp_path: Path):
     assert names(tmp_path) == [f"step-{step:08d}.pt" for step in (7, 8, 9)]
     assert sorted(p.name for p in (tmp_path / "milestones").iterdir()) == ["step-00000004.pt", "step-00000008.pt"]
     assert torch.load(tmp_path / "milestones" / "step-00000004.pt", weights_only=True)["state"] == {"value": 4}
+
+
+def test_damaged_ones_take_no_place(tmp_path: Path):
+    """A newer one does not cost the one that was just written, and one in between not the last good one before."""
+    (tmp_path / "resume").mkdir()
+    (tmp_path / "resume" / "step-00000009.pt").write_bytes(b"rubbish")
+    save_checkpoint(tmp_path, 1, {"value": 1}, keep=1)
+    save_checkpoint(tmp_path, 3, {"value": 3}, keep=1)
+    assert names(tmp_path) == ["step-00000003.pt", "step-00000009.pt"]
+    (tmp_path / "resume" / "step-00000004.pt").write_bytes(b"rubbish")
+    save_checkpoint(tmp_path, 5, {"value": 5}, keep=2)
+    assert names(tmp_path) == [f"step-{step:08d}.pt" for step in (3, 4, 5, 9)]
+    save_checkpoint(tmp_path, 6, {"value": 6}, keep=2)
+    assert names(tmp_path) == [f"step-{step:08d}.pt" for step in (5, 6, 9)]
+    assert load_checkpoint(tmp_path)[0] == 6
+
+
+def test_a_checkpoint_is_on_the_disk_before_those_before_it_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its bytes first, then its name in the folder, and only then the others."""
+    happened = []
+    sync, unlink = os.fsync, Path.unlink
+    monkeypatch.setattr(os, "fsync", lambda file: (happened.append(stat.S_ISDIR(os.fstat(file).st_mode)), sync(file)))
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (happened.append(path.name), unlink(path, **options)))
+    (tmp_path / "resume").mkdir()
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"value": step}, keep=1)
+    events = [event for event in happened if not str(event).startswith(".")]  # without the temporary files'
+    assert events == [False, True, False, True, "step-00000001.pt"]
 
 
 def test_settings_that_may_change_when_a_run_goes_on(tmp_path: Path):

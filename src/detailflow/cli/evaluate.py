@@ -212,9 +212,7 @@ def _gpt(argv: Sequence[str], command: str, stack: ExitStack) -> None:
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "num_tokens")
     sweep = Sweep(**{name: getattr(args, name) for name in names})
-    pipeline = DetailFlowPipeline.from_pretrained(
-        args.model, device=work.device, dtype=args.dtype, tokenizer=args.tokenizer
-    )
+    pipeline = DetailFlowPipeline.from_pretrained(args.model, device=work.device, dtype=args.dtype, tokenizer=args.tokenizer)
     sweep.settings(pipeline)  # raises before anything is downloaded
     models = _claim(args, command, work, {"tokenizer": args.tokenizer or args.model, "gpt": args.model})
     reference = work.open(args.reference, pipeline.tokenizer.config.image_size, split=args.split)
@@ -274,8 +272,7 @@ def _start(args: argparse.Namespace, stack: ExitStack) -> "Work":
 
     check_packages("matplotlib")
     work = Work.here(args.device, args.batch_size)
-    if work.processes.is_main:
-        stack.enter_context(held(args.output, "evaluation"))
+    stack.enter_context(held(args.output, "evaluation", work.processes))
     return work
 
 
@@ -283,10 +280,11 @@ def _claim(args: argparse.Namespace, command: str, work: "Work", sources: "Mappi
     """What the report says of the models, once it is clear that its folder is free for it."""
     from detailflow.evaluation.report import claim, model_entry
 
-    if not work.processes.is_main:
-        return {}
-    models: dict[str, Any] = {kind: model_entry(source, kind) for kind, source in sources.items()}
-    claim(args.output, command, models)
+    models: dict[str, Any] = {}
+    with work.processes.together():
+        if work.processes.is_main:
+            models = {kind: model_entry(source, kind) for kind, source in sources.items()}
+            claim(args.output, command, models)
     return models
 
 

@@ -3,12 +3,13 @@
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
 from detailflow import __version__
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, ReportedElsewhereError
 
 COMMANDS = {  # each is the module of that name in this package, imported when asked for
     "generate": "make images of classes",
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a closed pipe can still be caught
         return status
     except DetailFlowError as error:
-        print(f"detailflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not isinstance(error, ReportedElsewhereError):
+            _report(error)
+        _leave_other_processes(2)
         return 2
     except KeyboardInterrupt:
         print("detailflow: interrupted", file=sys.stderr)
@@ -53,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        _leave_other_processes(1, error)
+        raise
 
 
 def _take_max_pixels(argv: list[str]) -> None:
@@ -70,6 +76,26 @@ def _take_max_pixels(argv: list[str]) -> None:
         del argv[i : i + (1 if equals else 2)]
         max_pixels()  # raises if that is no number
         return
+
+
+def _report(error: object) -> None:
+    print(f"detailflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _leave_other_processes(status: int, error: Exception | None = None) -> None:
+    """End this process at once if it is one of several: the others may wait for it."""
+    if "detailflow.processes" not in sys.modules:  # nor is torch, whose import takes seconds
+        return
+    from detailflow.processes import in_group, leave_after_error, lost
+
+    if not in_group():
+        return
+    if error is not None and lost(error):
+        _report("another process of this launch has ended: its own message says why")
+        status = 2
+    elif error is not None:
+        traceback.print_exception(error)
+    leave_after_error(status)
 
 
 def _run(argv: list[str]) -> int:

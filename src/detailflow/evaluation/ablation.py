@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,16 +111,17 @@ def run_ablation(
         raise DetailFlowError(f"{output} holds the report of another evaluation: choose another folder")
     check_packages("matplotlib")
     work, report = Work.here(device, config.batch_size), None
-    with held(output, "ablation") if work.processes.is_main else nullcontext():
+    with held(output, "ablation", work.processes):
         using = _prepare(config, everything[0], output, work)
         for stages in everything:
             if names and stages.variant.name not in names:
                 continue
             train_variant(config, stages, output, device)
             _measure_variant(config, stages, output, using)
-            if work.processes.is_main:
-                report = _report(config, everything, output, using, command)
-                report.write(output)
+            with work.processes.together():
+                if work.processes.is_main:
+                    report = _report(config, everything, output, using, command)
+                    report.write(output)
     return report
 
 
@@ -140,8 +140,9 @@ def _prepare(config: Ablation, first: Stages, output: Path, work: Work) -> _Meas
 
     def measure_reference() -> dict[str, Any]:
         measured, entry, _ = measure_set(extractor, real, work, REFERENCE_KEPT)
-        if work.processes.is_main:
-            save_statistics(statistics, measured)
+        with work.processes.together():
+            if work.processes.is_main:
+                save_statistics(statistics, measured)
         return entry
 
     of_test = _digest(_files(tested, test_split), side, count)
@@ -173,12 +174,13 @@ def _once(path: Path, of: str, work: Work, read: Callable[[], dict[str, Any]], a
     known = _content(path) if main and (also is None or also.exists()) else {}
     if work.processes.any(main and known.get("of") != of):
         with timed(path.parent, path.with_suffix(""), f"{path.stem} images", of=of):
-            if main:
-                write_json(path, {})  # of no set, until all is written
+            with work.processes.together():
+                if main:
+                    write_json(path, {})  # of no set, until all is written
             known = {"of": of, "entry": read()}
-            if main:
-                write_json(path, known)
-        work.processes.wait()
+            with work.processes.together():
+                if main:
+                    write_json(path, known)
     return dict(known.get("entry", {}))
 
 
@@ -198,7 +200,7 @@ def _measure_variant(config: Ablation, stages: Stages, output: Path, using: _Mea
     place, work, name = output / stages.variant.name, using.work, stages.variant.name
     folders, of = stages.folders, _subject(config, using)
     models = {kind: model_entry(str(folders[kind]), kind)["fingerprint"] for kind in MODELS}
-    if work.processes.any(work.processes.is_main and _read(place, of, models) is not None):
+    if work.processes.from_main(lambda: _read(place, of, models) is not None):
         return
     with timed(output, place / "evaluation", f"{name}: evaluation", of=_digest(of, models)):
         tokenizer = DetailFlowTokenizer.from_pretrained(folders["tokenizer"], device=work.device)
@@ -209,8 +211,13 @@ def _measure_variant(config: Ablation, stages: Stages, output: Path, using: _Mea
             pipeline, using.reference, work, using.extractor, place, config.num_samples, Sweep(config.guidance_scales),
             seeds=config.seeds,
         )  # fmt: skip
-    if rebuilt is None or made is None:
-        return
+    with work.processes.together():
+        if rebuilt is not None and made is not None:
+            _keep(place, of, models, rebuilt, made)
+
+
+def _keep(place: Path, of: Mapping[str, Any], models: Mapping[Kind, str], rebuilt: Report, made: Report) -> None:
+    """Write a variant's pictures and figures, the figures last."""
     for picture in (*rebuilt.pictures, *made.pictures):
         with writing(place / f"{picture.name}.png") as path:
             picture.image.save(path, format="PNG")

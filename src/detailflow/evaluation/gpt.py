@@ -48,7 +48,8 @@ from detailflow.evaluation.sets import ImageSet, check_total, share_of
 from detailflow.generation import SamplingConfig
 from detailflow.pictures import grid
 from detailflow.pipeline import DetailFlowPipeline
-from detailflow.samples import check_seeds, generate_many, remove_temporary
+from detailflow.samples import generate_many, remove_temporary
+from detailflow.seeds import check_seeds
 
 LABELS = ("balanced", "random")
 SAMPLES = "samples"  # the folder in the output folder where images are, for a while or for good
@@ -178,7 +179,9 @@ def evaluate_gpt(
             made = _measure_samples(pipeline, setting, classes, seed, work, watching, folder / SAMPLES, keep_samples)
             hits = recognised(watching, classes, pipeline.gpt.config.num_classes, work)
             checksums[setting.folder(seed)] = watching.checksum.text(work.processes)
-            if work.processes.is_main:
+            with work.processes.together():
+                if not work.processes.is_main:
+                    continue
                 runs.append(named(compare_sets(wanted, made, work.device), extractor, "g") | hits)
                 name, figure = next(iter(runs[-1].items()))
                 say(f"{', '.join([*in_words(setting.shown(), common), f'seed {seed}'])}: {name} {figure.text(name)}")

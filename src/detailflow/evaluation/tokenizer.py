@@ -38,7 +38,7 @@ from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.pipeline import image_generator
 from detailflow.processes import Processes
-from detailflow.samples import check_seeds
+from detailflow.seeds import check_seeds
 from detailflow.training.perceptual import LPIPS, SMALLEST_SIDE, VGG16_FILE
 
 PICTURES = 6  # images that the report shows

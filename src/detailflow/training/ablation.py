@@ -22,11 +22,11 @@ from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
 from detailflow.hub import CONFIG_FILE
 from detailflow.models.loading import config_from_dict
-from detailflow.pipeline import LARGEST_SEED
 from detailflow.processes import Processes
+from detailflow.runs import RUN_FILE
 from detailflow.schedule import require_not_negative, require_positive
+from detailflow.seeds import LARGEST_SEED
 from detailflow.storage import read_json, replacing, write_json, writing
-from detailflow.training.checkpoints import RUN_FILE
 from detailflow.training.extract import Extraction, extract
 from detailflow.training.gpt import GPTTraining, train_gpt
 from detailflow.training.teachers import CLASSIFIER, FEATURES_FILE, feature_network, open_source

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from detailflow.errors import DetailFlowError
 from detailflow.hub import CONFIG_FILE
-from detailflow.storage import replacing
+from detailflow.processes import Processes
+from detailflow.runs import CHECKPOINTS, MILESTONES, RUN_FILE, checkpoints, read_checkpoint, read_settings, readable, step_of
+from detailflow.storage import replacing, save_torch
 
-RUN_FILE = "run.yaml"
-CHECKPOINTS = "resume"  # not "checkpoints", by which the published layout is known
-MILESTONES = "milestones"
 # Settings of the loop that a run may go on with in another value: they change how it is done, not what comes out.
 FREE = {
     *("workers", "log_every", "pictures_every", "trackers", "checkpoint_minutes", "keep", "milestone_every"),
@@ -33,7 +31,7 @@ def claim(output: Path, kind: str, config: dict[str, Any]) -> bool:
     path = output / RUN_FILE
     try:
         finished = (output / CONFIG_FILE).exists()  # which `export` writes last
-        theirs = _read_settings(path) if path.exists() else None
+        theirs = read_settings(path) if path.exists() else None
         if theirs is not None and (different := _differences(_fixed(theirs), _fixed(mine))):
             raise DetailFlowError(
                 f"{output} holds a run with another {different[0]}; repeat its settings ({RUN_FILE}) or choose another output"
@@ -51,16 +49,6 @@ def claim(output: Path, kind: str, config: dict[str, Any]) -> bool:
     return True
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise DetailFlowError(f"{path} is damaged; remove {path.parent} to start afresh or choose another output")
-    return settings
-
-
 def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
     loop = settings.get("loop")
     return {**settings, "loop": {k: v for k, v in loop.items() if k not in FREE} if isinstance(loop, dict) else loop}
@@ -73,50 +61,71 @@ def _differences(theirs: Any, mine: Any, prefix: str = "") -> list[str]:
     return [] if theirs == mine else [f"{prefix} ({theirs!r}, not {mine!r})"]
 
 
-def save_checkpoint(output: Path, step: int, state: Mapping[str, Any], keep: int = 2, milestone: bool = False) -> Path:
-    """Write resume/step-….pt whole or not at all; the last `keep` stay; a milestone is copied to milestones/, where all stay.
+def save_checkpoint(
+    output: Path,
+    step: int,
+    state: Mapping[str, Any],
+    keep: int = 2,
+    milestone: bool = False,
+    model: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write resume/step-….pt whole or not at all; a milestone is copied to milestones/, where all stay.
+
+    Of this checkpoint and those before it, the last `keep` that can be read stay.
+
+    Args:
+        model: the "kind" and "config" of the model in it.
 
     Raises:
         DetailFlowError: if it can't be written, as on a full disk.
     """
     path = output / CHECKPOINTS / f"step-{step:08d}.pt"
     try:
-        with replacing(path) as temporary:
-            torch.save({"step": step, "state": state}, temporary)
+        save_torch(path, {**(model or {}), "step": step, "state": state})
         if milestone:
             (output / MILESTONES).mkdir(exist_ok=True)
             with replacing(output / MILESTONES / path.name) as temporary:
                 shutil.copyfile(path, temporary)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-        raise DetailFlowError(f"{path}: the checkpoint can't be written ({error})") from error
-    killed = path.parent.glob(".step-*.tmp")  # what a run left that was killed while it wrote
-    for old in [*_checkpoints(output)[keep:], *killed]:
-        old.unlink()
+    except OSError as error:
+        raise DetailFlowError(f"{path}: the checkpoint can't be written ({error.strerror or error})") from error
+    left = keep - 1
+    for older in [
+        other for other in checkpoints(output) if step_of(other) < step
+    ]:  # what is newer is damaged, or we had gone on from it
+        if left < 1:
+            older.unlink(missing_ok=True)
+        elif readable(older):
+            left -= 1
+    for killed in path.parent.glob(".step-*.tmp"):  # what a run left that was killed while it wrote
+        killed.unlink(missing_ok=True)
     return path
 
 
-def _checkpoints(output: Path) -> list[Path]:
-    """The newest first."""
-    return sorted((output / CHECKPOINTS).glob("step-*.pt"), reverse=True)
+def load_checkpoint(output: Path, processes: Processes | None = None) -> tuple[int, dict[str, Any]]:
+    """Return step and state of the newest checkpoint that can be read; (0, {}) if there is none.
 
-
-def newest(output: Path) -> Path | None:
-    """The checkpoint that a run in `output` will go on from, if there is one."""
-    return next(iter(_checkpoints(output)), None)
-
-
-def load_checkpoint(output: Path) -> tuple[int, dict[str, Any]]:
-    """Step and state of the newest checkpoint that can be read; (0, {}) where there is none.
+    Args:
+        processes: all of them get what the main one finds; `None` is this one alone.
 
     Raises:
-        DetailFlowError: where there are checkpoints and none can be read.
+        DetailFlowError: if there are checkpoints and none can be read, or a process does not find the main one's.
     """
-    for path in _checkpoints(output):
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return int(checkpoint["step"]), checkpoint["state"]
-        except Exception as error:  # torch raises many kinds for a damaged file
-            print(f"{path}: this checkpoint can't be read ({type(error).__name__}), trying the one before")
-    if newest(output):
+    processes = processes or Processes()
+    name = processes.from_main(lambda: _newest(output))
+    if not name:
+        return 0, {}
+    with processes.together():
+        checkpoint = read_checkpoint(output / CHECKPOINTS / name)
+    return checkpoint.step, checkpoint.state
+
+
+def _newest(output: Path) -> str:
+    """Return the name of the newest checkpoint that can be read; "" if there is none at all."""
+    found = checkpoints(output)
+    for path in found:
+        if readable(path):
+            return path.name
+        print(f"{path}: this checkpoint can't be read, trying the one before")
+    if found:
         raise DetailFlowError(f"{output / CHECKPOINTS}: none of the checkpoints can be read; remove the folder to start afresh")
-    return 0, {}
+    return ""

@@ -6,7 +6,6 @@ chunk's end, so that the store's bytes depend neither on the number of processes
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
 from detailflow.processes import Processes, launched
 from detailflow.schedule import require_not_negative, require_positive
+from detailflow.seeds import check_seeds
 from detailflow.training.loop import PRECISIONS
 from detailflow.training.passes import draw_position
 
@@ -60,7 +60,8 @@ class Extraction:
 
     def __post_init__(self) -> None:
         require_positive(batch_size=self.batch_size, mistakes=self.mistakes)
-        require_not_negative(workers=self.workers, seed=self.seed)
+        require_not_negative(workers=self.workers)
+        check_seeds(self.seed, name="seed")
         if self.crops not in CROPS:
             raise DetailFlowError(f"crops must be {' or '.join(CROPS)}, not {self.crops!r}")
         if self.precision not in PRECISIONS:
@@ -152,16 +153,16 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
         tokenizer_fingerprint=tokenizer_fingerprint(config.tokenizer),
     )
     writer = TokenWriter(output, info, source.labels, CHUNK_IMAGES)
-    with _together(processes):
+    with processes.together():
         if processes.is_main:
             same = {k: v for k, v in asdict(config).items() if k not in ("tokenizer", "batch_size", "workers")}
             writer.begin(_names(source, config.data), same)
-    if processes.any(processes.is_main and writer.finished):
+    if processes.from_main(lambda: writer.finished):
         if processes.is_main:
             print(f"{output}: these tokens are finished already")
         return TokenStore.open(output)
     _Extractor(config, model, source, writer, processes).run()
-    with _together(processes):
+    with processes.together():
         if processes.is_main:
             writer.finish()
     return TokenStore.open(output)
@@ -171,18 +172,6 @@ def _names(source: ImageSource, data: str) -> Iterator[str]:
     """The images' names, within their folder where it is one."""
     folder = f"{Path(data).expanduser()}/"
     return (source.name(slot).removeprefix(folder) for slot in range(len(source)))
-
-
-@contextmanager
-def _together(processes: Processes) -> Iterator[None]:
-    """What goes wrong in one process stops them all."""
-    problem = None
-    try:
-        yield
-    except DetailFlowError as error:
-        problem = error
-    if processes.any(problem is not None):
-        raise problem or DetailFlowError("another process can't go on and says why")
 
 
 class _Extractor:
@@ -216,7 +205,7 @@ class _Extractor:
         with tqdm(total=total, initial=done, desc="extract", unit="img", dynamic_ncols=True, disable=hidden) as self.bar:
             for first in range(0, len(self.todo), count):
                 chunks = self.todo[first : first + count]
-                with _together(self.processes):
+                with self.processes.together():
                     if self.processes.rank < len(chunks):
                         self._extract(chunks[self.processes.rank], len(chunks))
                 self._stop_at_too_many(chunks)

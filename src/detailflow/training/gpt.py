@@ -33,7 +33,7 @@ from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.processes import Processes, launched
 from detailflow.schedule import require_not_negative, require_shares
-from detailflow.training.checkpoints import newest
+from detailflow.seeds import mixed_seed
 from detailflow.training.extract import tokenizer_fingerprint
 from detailflow.training.loop import PRECISIONS, LoopConfig, run
 from detailflow.training.updates import Updater, gradients_stay, recompute_activations
@@ -131,7 +131,7 @@ class GPTStage:
         loop, processes = self.config.loop, self.processes
         dropped = torch.rand(loop.batch_size)[processes.share(loop.batch_size)] < self.config.label_dropout
         if processes.count > 1:  # what a process drops out of its own images is its own
-            torch.manual_seed((loop.seed * 1_000_003 + step) * processes.count + processes.rank)
+            torch.manual_seed(mixed_seed(loop.seed, step, processes.rank))
         labels, given, wanted = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         labels = torch.where(dropped.to(self.device), self.sizes.num_classes, labels)
         size = loop.images_at_once(processes)
@@ -161,6 +161,10 @@ class GPTStage:
         model, optimizer = get_state_dict(self.model, self.updater.optimizer, options=WHOLE)
         ema = get_model_state_dict(self.ema, options=WHOLE)
         return {"model": model, "ema": ema, "optimizer": optimizer, "scaler": self.updater.scaler.state_dict()}
+
+    def model_config(self) -> dict[str, Any]:
+        """The AR model's config."""
+        return asdict(self.sizes)
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
@@ -266,12 +270,13 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
         raise DetailFlowError(
             f"{config.tokens}: these tokens were made by another tokenizer than {config.tokenizer}; extract them again"
         )
-    if processes.is_main:
-        store.verify()
+    with processes.together():
+        if processes.is_main:
+            store.verify()
     tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
     sizes = model_config(config, store, tokenizer)
 
-    def make() -> GPTStage:
-        return GPTStage(config, sizes, store, tokenizer, place, newest(output) is not None, processes)
+    def make(resuming: bool) -> GPTStage:
+        return GPTStage(config, sizes, store, tokenizer, place, resuming, processes)
 
     run(make, "gpt", config, output, processes)

@@ -10,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,9 +20,11 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 from detailflow.processes import Processes
+from detailflow.runs import RUN_FILE, checkpoints
 from detailflow.schedule import require_not_negative, require_positive, require_shares
-from detailflow.storage import held
-from detailflow.training.checkpoints import RUN_FILE, claim, load_checkpoint, newest, save_checkpoint
+from detailflow.seeds import check_seeds, mixed_seed
+from detailflow.storage import held, writing
+from detailflow.training.checkpoints import claim, load_checkpoint, save_checkpoint
 from detailflow.training.tracking import Trackers, check_trackers
 
 AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish
@@ -92,11 +93,11 @@ class LoopConfig:
         if not self.grad_clip > 0:
             raise DetailFlowError(f"grad_clip must be above 0, not {self.grad_clip!r}")
         require_not_negative(
-            seed=self.seed,
             workers=self.workers,
             checkpoint_minutes=self.checkpoint_minutes,
             milestone_every=self.milestone_every,
         )
+        check_seeds(self.seed, name="seed")
         check_trackers(self.trackers)
 
     def images_at_once(self, processes: Processes) -> int:
@@ -142,6 +143,9 @@ class Stage(Protocol):
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
 
+    def model_config(self) -> dict[str, Any]:
+        """The config of the model that `export` writes."""
+
     def pictures(self) -> Mapping[str, Image.Image]:
         """Pictures of what has been learnt so far. Only the main process's are kept."""
 
@@ -149,85 +153,119 @@ class Stage(Protocol):
         """Let the main process write the model in our layout."""
 
 
-def run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path, processes: Processes) -> None:
+def run(make_stage: Callable[[bool], Stage], kind: str, config: Any, output: Path, processes: Processes) -> None:
     """Train from the last checkpoint in `output`, or from the start, and export the model to `output`.
 
     Args:
-        make_stage: builds the stage; called after the folder is known to be usable.
+        make_stage: builds the stage; called after the folder is known to be usable, with whether a checkpoint will be restored.
         config: the stage's dataclass, a `LoopConfig` in its field `loop`.
 
     Raises:
-        DetailFlowError: if `output` holds a run with another config, is at work in another process, or can't be written; or where
+        DetailFlowError: if `output` holds a run with another config, is at work in another process, or can't be written; or if
             steps go wrong.
     """
-    with held(output, "training run") if processes.is_main else nullcontext():
-        _run(make_stage, kind, config, output, processes)
-
-
-def _run(make_stage: Callable[[], Stage], kind: str, config: Any, output: Path, processes: Processes) -> None:
     loop: LoopConfig = config.loop
     loop.images_at_once(processes)
-    fresh = processes.is_main and not os.path.exists(output / RUN_FILE)
-    if processes.any(processes.is_main and not claim(output, kind, asdict(config))):
-        if processes.is_main:
-            print(f"{output}: this {kind} is finished already")
-        return
-    from tqdm import tqdm
-
-    torch.manual_seed(loop.seed)
-    try:
-        stage = make_stage()
-    except DetailFlowError:
-        if fresh:  # nothing has happened yet that other settings could contradict
-            (output / RUN_FILE).unlink()
-        raise
-    start, state = load_checkpoint(output)
-    if start:
-        stage.restore(state)
+    with held(output, "training run", processes):
+        fresh = not os.path.exists(output / RUN_FILE)
+        if not processes.from_main(lambda: claim(output, kind, asdict(config))):
+            if processes.is_main:
+                print(f"{output}: this {kind} is finished already")
+            return
+        try:
+            start, state = load_checkpoint(output, processes)
+            torch.manual_seed(loop.seed)
+            stage = make_stage(bool(start))
+        except DetailFlowError:
+            if fresh and processes.is_main:  # nothing has happened yet that other settings could contradict
+                (output / RUN_FILE).unlink()
+            raise
+        if start:
+            stage.restore(state)
         del state
-    main, health = processes.is_main, _Health(loop, output)
-    if main and start:
-        print(f"{output}: going on from step {start}")
-    batches = stage.batches(start)
-    saved = time.monotonic()
-    with (
-        _StopOnSignal() as stopping,
-        Trackers(loop.trackers if main else (), output, kind, asdict(config), start) as trackers,
-        tqdm(total=loop.steps, initial=start, desc=kind, unit="step", dynamic_ncols=True, disable=not main) as bar,
-    ):
-        for step in range(start, loop.steps):
-            batch = next(batches)  # before the seed: a data loader draws from torch's generator when it starts
-            torch.manual_seed(loop.seed * 1_000_003 + step)
-            rate = loop.rate_at(step)
-            scalars = stage.step(step, batch, rate)
-            health.check(step, scalars)
-            bar.update()
-            done, last = step + 1, step + 1 == loop.steps
-            if done % loop.log_every == 0 or last:
-                means = {**_means(scalars, processes), "skipped_steps": float(health.skipped), "learning_rate": rate}
-                if main:
-                    speed = (bar.format_dict["rate"] or 0) * loop.batch_size
-                    trackers.log(done, {**means, "images_per_second": speed})
-                    shown = {name: f"{value:.4g}" for name, value in list(means.items())[:3]}
-                    bar.set_postfix({**shown, "img/s": f"{speed:.0f}"}, refresh=False)
-            if done % loop.pictures_every == 0 or last:
-                pictures = stage.pictures()
-                if main:
-                    _keep_pictures(pictures, output, done)
-                    trackers.log(done, {}, pictures)
-            stop = processes.any(stopping.asked)
-            milestone = bool(loop.milestone_every) and done % loop.milestone_every == 0
-            due = processes.any(main and time.monotonic() - saved > loop.checkpoint_minutes * 60)
-            if due or milestone or last or stop:
-                state = stage.state()
-                if main:
-                    health.good = save_checkpoint(output, done, state, loop.keep, milestone)
-                saved = time.monotonic()
-            if stop:
-                processes.wait()  # or the launcher, seeing one gone, would end the one that still writes
-                raise KeyboardInterrupt
-    stage.export(output)
-    processes.wait()  # what comes next may need the model
+        _Run(stage, kind, config, output, processes).train(start)
+        with processes.together():
+            stage.export(output)
+
+
+class _Run:
+    """The steps of a run, and what is kept of them."""
+
+    def __init__(self, stage: Stage, kind: str, config: Any, output: Path, processes: Processes) -> None:
+        self.stage, self.kind, self.config, self.output, self.processes = stage, kind, config, output, processes
+        self.loop: LoopConfig = config.loop
+        self.health = _Health(self.loop, output)
+        self.saved, self.saved_at = 0, time.monotonic()  # the step of the last checkpoint, and when it was written
+
+    def train(self, start: int) -> None:
+        """Take all steps from `start` on; after the last one there is a checkpoint."""
+        from tqdm import tqdm
+
+        loop, processes, self.saved = self.loop, self.processes, start
+        if processes.is_main and start:
+            print(f"{self.output}: going on from step {start}")
+        batches = self.stage.batches(start)
+        names, hidden = loop.trackers if processes.is_main else (), not processes.is_main
+        with (
+            _StopOnSignal() as stopping,
+            Trackers(names, self.output, self.kind, asdict(self.config), start, processes) as trackers,
+            tqdm(total=loop.steps, initial=start, desc=self.kind, unit="step", dynamic_ncols=True, disable=hidden) as bar,
+        ):
+            for step in range(start, loop.steps):
+                batch = next(batches)  # before the seed: a data loader draws from torch's generator when it starts
+                torch.manual_seed(mixed_seed(loop.seed, step))
+                scalars = self.stage.step(step, batch, loop.rate_at(step))
+                self.health.check(step, scalars)
+                bar.update()
+                done = step + 1
+                stop = processes.any(stopping.asked)
+                if self._checkpoint_is_due(done) or stop:
+                    self._save(done)
+                self._log(done, scalars, trackers, bar)
+                if stop:
+                    processes.wait()  # or the launcher, seeing one gone, would end the one that still writes
+                    raise KeyboardInterrupt
+
+    def _checkpoint_is_due(self, done: int) -> bool:
+        late = self.processes.is_main and time.monotonic() - self.saved_at > self.loop.checkpoint_minutes * 60
+        return self.processes.any(late) or self._is_milestone(done) or done == self.loop.steps
+
+    def _is_milestone(self, done: int) -> bool:
+        return bool(self.loop.milestone_every) and done % self.loop.milestone_every == 0
+
+    def _save(self, done: int) -> None:
+        state = self.stage.state()
+        with self.processes.together():
+            if self.processes.is_main:
+                model = {"kind": self.kind, "config": self.stage.model_config()}
+                self.health.good = save_checkpoint(self.output, done, state, self.loop.keep, self._is_milestone(done), model)
+        self.saved, self.saved_at = done, time.monotonic()
+
+    def _log(self, done: int, scalars: Mapping[str, Tensor | float], trackers: Trackers, bar: Any) -> None:
+        """Log a step and keep its pictures, if it is time; if they can't be written, there is a checkpoint of it at least."""
+        loop, last = self.loop, done == self.loop.steps
+        logs, shows = (done % every == 0 or last for every in (loop.log_every, loop.pictures_every))
+        if not logs and not shows:
+            return
+        values: dict[str, float] = {}
+        if logs:
+            values = {**_means(scalars, self.processes), "skipped_steps": float(self.health.skipped)}
+            values["learning_rate"] = loop.rate_at(done - 1)
+        try:
+            with self.processes.together():
+                pictures = self.stage.pictures() if shows else {}
+                if self.processes.is_main:
+                    if values:
+                        speed = (bar.format_dict["rate"] or 0) * loop.batch_size
+                        shown = {name: f"{value:.4g}" for name, value in list(values.items())[:3]}
+                        bar.set_postfix({**shown, "img/s": f"{speed:.0f}"}, refresh=False)
+                        values["images_per_second"] = speed
+                    _keep_pictures(pictures, self.output, done)
+                    trackers.log(done, values, pictures)
+        except DetailFlowError:
+            if self.saved < done:
+                self._save(done)
+            raise
 
 
 def _means(scalars: Mapping[str, Tensor | float], processes: Processes) -> dict[str, float]:
@@ -240,7 +278,7 @@ class _Health:
     """Counts the steps that changed nothing because their gradients were not finite."""
 
     def __init__(self, loop: LoopConfig, output: Path) -> None:
-        self.loop, self.good = loop, newest(output)
+        self.loop, self.good = loop, next(iter(checkpoints(output)), None)
         self.limit, self.in_a_row, self.skipped = BAD_STEPS[loop.precision], 0, 0
 
     def check(self, step: int, scalars: Mapping[str, Tensor | float]) -> None:
@@ -258,9 +296,9 @@ class _Health:
 
 
 def _keep_pictures(pictures: Mapping[str, Image.Image], output: Path, step: int) -> None:
-    (output / "pictures").mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        picture.save(output / "pictures" / f"{name}-{step:08d}.png")
+        with writing(output / "pictures" / f"{name}-{step:08d}.png") as path:
+            picture.save(path, format="PNG")
 
 
 class _StopOnSignal:

@@ -1,8 +1,8 @@
 """The frozen networks that the tokenizer learns from: for the perceptual loss, and for the alignment of the first token."""
 
-import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,10 @@ from torch import Tensor
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.loader import ImageBatches
 from detailflow.data.streaming import StreamedBatches, StreamSource, open_stream
+from detailflow.errors import DetailFlowError
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.processes import Processes
-from detailflow.storage import replacing
+from detailflow.storage import check_torch_zip, save_torch
 from detailflow.training.loop import PRECISIONS
 from detailflow.training.losses import perceptual_loss
 from detailflow.training.networks import FeatureNetwork, train_classifier
@@ -106,19 +107,47 @@ def feature_network(
     """The frozen classifier: trained here, once, by the main process, and kept in the run's folder."""
     network = FeatureNetwork(len(source.class_names)).to(device)
     path = output / FEATURES_FILE
-    if processes.is_main and not path.exists():
-        from tqdm import tqdm
-
-        torch.manual_seed(config.loop.seed)
-        loop = config.loop
-        images = crops(config, source, min(CLASSIFIER_BATCH, image_count(source) or CLASSIFIER_BATCH))
-        steps = config.classifier_epochs * images.steps_per_epoch
-        with tqdm(images, total=steps, desc="features", unit="step", dynamic_ncols=True) as bar:
-            accuracy = train_classifier(network, bar, steps, PRECISIONS[loop.precision], device)
-        print(f"feature network: {accuracy:.1%} of the last training images recognised")
-        with replacing(path) as temporary:
-            torch.save(network.state_dict(), temporary)
-    while not path.exists():  # longer than processes may wait for each other in a collective call
-        time.sleep(0.2)
-    network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    with processes.together(), processes.main_at_work() as beat:  # it may take longer than a collective call can wait
+        if processes.is_main and not path.exists():
+            _train_features(network, config, source, path, beat)
+    with processes.together():
+        load_features(network, path)
     return network.eval().requires_grad_(False)
+
+
+def _train_features(
+    network: FeatureNetwork, config: "TokenizerTraining", source: ImageSource | StreamSource, path: Path, beat: Callable[[], None]
+) -> None:
+    """Train the classifier and write it; calls `beat` at every step."""
+    from tqdm import tqdm
+
+    torch.manual_seed(config.loop.seed)
+    images = crops(config, source, min(CLASSIFIER_BATCH, image_count(source) or CLASSIFIER_BATCH))
+    steps = config.classifier_epochs * images.steps_per_epoch
+
+    def heard(batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            beat()
+            yield batch
+
+    with tqdm(heard(images), total=steps, desc="features", unit="step", dynamic_ncols=True) as bar:
+        device = next(network.parameters()).device
+        accuracy = train_classifier(network, bar, steps, PRECISIONS[config.loop.precision], device)
+    print(f"feature network: {accuracy:.1%} of the last training images recognised")
+    try:
+        save_torch(path, network.state_dict())
+    except OSError as error:
+        raise DetailFlowError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def load_features(network: FeatureNetwork, path: Path) -> None:
+    """Load the classifier that a run wrote.
+
+    Raises:
+        DetailFlowError: if the file is damaged.
+    """
+    try:
+        check_torch_zip(path)
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise DetailFlowError(f"{path} is damaged, or of other classes: remove it to train the classifier again") from error

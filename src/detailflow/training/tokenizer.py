@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from detailflow.pictures import grid
 from detailflow.processes import Processes, launched
 from detailflow.schedule import require_not_negative, require_positive, require_shares
 from detailflow.training.adversary import PATCH, Adversary, Draws
-from detailflow.training.checkpoints import newest
 from detailflow.training.loop import PRECISIONS, LoopConfig, run
 from detailflow.training.losses import alignment_loss, quantization_loss
 from detailflow.training.networks import SMALLEST_SIDE
@@ -134,13 +133,14 @@ class TokenizerStage:
         source: ImageSource | StreamSource,
         output: Path,
         device: torch.device,
+        resuming: bool = False,
         processes: Processes | None = None,
     ) -> None:
         loop, processes = config.loop, processes or Processes()
         self.config, self.source, self.device, self.processes = config, source, device, processes
         self.precision = PRECISIONS[loop.precision]
         torch.manual_seed(loop.seed)
-        self.model = initial_tokenizer(config, resuming=newest(output) is not None).to(device).train()
+        self.model = initial_tokenizer(config, resuming).to(device).train()
         self.adversary: Adversary | None = None
         if config.adversarial:
             regularisers = (config.augment, config.lecam, config.consistency)
@@ -280,6 +280,10 @@ class TokenizerStage:
         networks = self.networks.state_dict()
         return {"networks": networks, "updater": self.updater.state(), "counts": self.counts, "adversary": adversary}
 
+    def model_config(self) -> dict[str, Any]:
+        """The tokenizer's config."""
+        return asdict(self.model.config)
+
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.networks.load_state_dict(state["networks"])
@@ -373,4 +377,8 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
                 f"the {name} loss learns its features from class labels, and these images have one class only: "
                 f"set {name} to 0 or {name}_network to another"
             )
-    run(lambda: TokenizerStage(config, source, output, place, processes), "tokenizer", config, output, processes)
+
+    def make(resuming: bool) -> TokenizerStage:
+        return TokenizerStage(config, source, output, place, resuming, processes)
+
+    run(make, "tokenizer", config, output, processes)

@@ -1,7 +1,9 @@
 """Where a run's curves and pictures go: TensorBoard, and Weights & Biases where it is asked for."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,11 @@ import numpy as np
 from PIL import Image
 
 from detailflow.errors import DetailFlowError
+from detailflow.processes import Processes
+from detailflow.storage import writing
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # tracker → what it needs
+WANDB_ID_FILE = "wandb-id.txt"
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -28,41 +33,123 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """All of a run's trackers, from `start_step` on; what was logged beyond it before is dropped."""
+    """All of a run's trackers, from `start_step` on; what was logged beyond it before is dropped.
 
-    def __init__(self, names: Sequence[str], output: Path, kind: str, config: Mapping[str, Any], start_step: int) -> None:
+    Args:
+        names: none but in the main process.
+
+    Raises:
+        DetailFlowError: if they cannot write, in all processes; so in `log`, and at the end of the context.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        output: Path,
+        kind: str,
+        config: Mapping[str, Any],
+        start_step: int,
+        processes: Processes | None = None,
+    ) -> None:
+        self.output, self.processes = output, processes or Processes()
         self.board: Any = None
         self.wandb: Any = None
-        if "tensorboard" in names:
-            from torch.utils.tensorboard import SummaryWriter
+        with self.processes.together():
+            if "tensorboard" in names:
+                with _writing("TensorBoard's log", output):
+                    self._open_board(start_step)
+            if "wandb" in names:
+                with _writing("Weights & Biases' log", output):
+                    self._open_wandb(kind, config)
 
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-        if "wandb" in names:
-            import wandb  # type: ignore[import-not-found, unused-ignore]
+    def _open_board(self, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-            run = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]  # the same one when the run goes on
-            self.wandb = wandb.init(
-                project=f"detailflow-{kind}", name=output.name, dir=str(output), id=run, resume="allow", config=dict(config)
-            )
+        self.board = SummaryWriter(str(self.output / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+    def _open_wandb(self, kind: str, config: Mapping[str, Any]) -> None:
+        import wandb  # type: ignore[import-not-found, unused-ignore]
+
+        self.wandb = wandb.init(
+            project=f"detailflow-{kind}",
+            name=self.output.resolve().name,
+            dir=str(self.output),
+            id=run_id(self.output),
+            resume="allow",
+            config=dict(config),
+        )
 
     def log(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image] | None = None) -> None:
-        """Numbers and pictures of a step."""
+        """Log the numbers and pictures of a step, if there are any; they are on the disk afterwards.
+
+        Raises:
+            DetailFlowError: if they cannot be written.
+        """
         pictures = pictures or {}
+        if not values and not pictures:
+            return
         if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            for name, picture in pictures.items():
-                self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            with _writing("TensorBoard's log", self.output):
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+                for name, picture in pictures.items():
+                    self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+                self.board.flush()  # now, when what goes wrong can be said
         if self.wandb:
             import wandb
 
-            self.wandb.log({**values, **{name: wandb.Image(picture) for name, picture in pictures.items()}}, step=step)
+            with _writing("Weights & Biases' log", self.output):
+                self.wandb.log({**values, **{name: wandb.Image(picture) for name, picture in pictures.items()}}, step=step)
 
     def __enter__(self) -> "Trackers":
+        self._hook, threading.excepthook = threading.excepthook, _without_tensorboard(threading.excepthook)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self.board:
+                with _writing("TensorBoard's log", self.output):
+                    self.board.close()
+            if self.wandb:
+                with _writing("Weights & Biases' log", self.output):
+                    self.wandb.finish()
+        except DetailFlowError:
+            if kind is None:  # else what went wrong first is the news
+                raise
+        finally:
+            threading.excepthook = self._hook
+
+
+def run_id(output: Path) -> str:
+    """Return the name by which Weights & Biases knows the run in `output`: drawn once and kept in its folder.
+
+    Raises:
+        DetailFlowError: if it cannot be written.
+    """
+    path = output / WANDB_ID_FILE
+    if not path.exists():
+        with writing(path) as temporary:
+            temporary.write_text(f"{secrets.token_hex(8)}\n", encoding="ascii")
+    return path.read_text(encoding="utf-8").strip()
+
+
+@contextmanager
+def _writing(what: str, output: Path) -> Iterator[None]:
+    """Turn the errors of a tracker into a sentence; each has its own kinds of them."""
+    try:
+        yield
+    except DetailFlowError:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise DetailFlowError(f"cannot write {what} to {output}: {reason or error or type(error).__name__}") from error
+
+
+def _without_tensorboard(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Print no traceback of TensorBoard's writing thread: its error comes again in `Trackers.log`."""
+
+    def quiet(args: Any) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            hook(args)
+
+    return quiet
