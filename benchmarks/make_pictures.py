@@ -1,6 +1,6 @@
 """The pictures of README.md and docs/, made with a model's own schedule, samples and reconstructions.
 
-    python benchmarks/make_pictures.py [--model DIR] [--photos FILE] [--output DIR]
+    python benchmarks/make_pictures.py --data DATA [--model DIR] [--output DIR]
 
 Writes samples.png (images of every class), coarse-to-fine.png (photographs and samples by number of tokens), masks.png
 (who attends to whom) and resolution.png (what n tokens show). The last two need matplotlib, from the `train` extra.
@@ -26,7 +26,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-PHOTOS = ROOT.parent / "shared/data/cifar10/test.parquet"
 CLASSES = 10  # as many as a row of samples.png shows
 DETAILFLOW_16 = TokenSchedule(num_tokens=128, group_size=8, causal_tokens=8, image_size=256, patch_size=16)
 
@@ -111,9 +110,7 @@ def main() -> None:
     """Write the four pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder with tokenizer/ and gpt/ (default: the shipped model)")
-    parser.add_argument(
-        "--photos", type=Path, help="images for coarse-to-fine.png (default: the CIFAR-10 test set, where present)"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="photographs with labels for coarse-to-fine.png")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/images", help="default: docs/images")
     parser.add_argument("--rows", type=int, default=4, help="samples of each class (default: %(default)s)")
     parser.add_argument(
@@ -121,10 +118,9 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    photos = options.photos or (PHOTOS if PHOTOS.exists() else None)
     try:
         pipeline = DetailFlowPipeline.from_pretrained(options.model)
-        strips = photographs(pipeline, photos, options.strips) if photos else []
+        strips = photographs(pipeline, options.data, options.strips)
         pictures = {
             "samples": samples(pipeline, options.rows, options.seed),
             "coarse-to-fine": stack(strips + generated(pipeline, options.strips, options.seed)),

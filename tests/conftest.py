@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
 from detailflow.models.gpt import GPTConfig
@@ -90,6 +91,22 @@ def cifar(cifar_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         Image.open(io.BytesIO(row["image"]["bytes"])).save(path)
     return folder
+
+
+@pytest.fixture(scope="session")
+def feature_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A feature network with random weights: eight features and five classes of images with sides of 8 or more."""
+    from detailflow.evaluation.architectures import ResidualFeatures
+
+    torch.manual_seed(0)
+    network = ResidualFeatures(width=2, num_classes=5)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:  # or all images would look alike to it
+            torch.nn.init.kaiming_normal_(parameter)
+    file = tmp_path_factory.mktemp("network") / "tiny.safetensors"
+    metadata = {"architecture": "detailflow/residual", "width": "2", "num_classes": "5"}
+    save_file(network.state_dict(), file, metadata=metadata)
+    return file
 
 
 @pytest.fixture(scope="session")

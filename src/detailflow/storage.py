@@ -241,13 +241,16 @@ def in_pieces(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
         yield piece
 
 
-def read_tensors(path: Path, dtype: torch.dtype | None = None, wanted: Container[str] | None = None) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, dtype: torch.dtype | None = None, wanted: Container[str] | None = None, integers: bool = False
+) -> dict[str, Tensor]:
     """Copies of the tensors in a folder's model.safetensors or its shards, or in one such file.
 
     Args:
         path: the folder or the file.
         dtype: of the tensors; `None` is as they are stored.
         wanted: names of those to read; `None` is all.
+        integers: whether tensors may be no floating-point numbers, which keep their type.
 
     Raises:
         DetailFlowError: if a file is missing or damaged.
@@ -259,11 +262,11 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None, wanted: Container
             with _opened(file) as opened:
                 for name in names:
                     tensor = opened.get_tensor(name)
-                    if not tensor.is_floating_point():
+                    if not tensor.is_floating_point() and not integers:
                         raise DetailFlowError(
                             f"{name} in {file} is of type {tensor.dtype}, where weights are floating-point numbers"
                         )
-                    tensors[name] = tensor.to(dtype, copy=True)
+                    tensors[name] = tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
     return tensors
 
 
@@ -274,6 +277,16 @@ def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         DetailFlowError: if a file is missing or damaged.
     """
     return {name: header for file in _files(path) for name, header in _header(file).items()}
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file, empty if it has none.
+
+    Raises:
+        DetailFlowError: if the file is missing or damaged.
+    """
+    with _opened(file) as opened:
+        return dict(opened.metadata() or {})
 
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from torch import Tensor, nn
 
 from detailflow.cli.ablate import SETTINGS
 from detailflow.cli.main import main
@@ -38,23 +36,15 @@ TINY = {
 }
 
 
-class Pixels(nn.Module):
-    """Four pixels as features."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
-
-
 @pytest.fixture(scope="module")
-def material(cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images/ in a train and a test split, and features.pt2."""
+def material(cifar: Path, feature_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images/ in a train and a test split, and features.safetensors."""
     folder = tmp_path_factory.mktemp("material")
     for k, path in enumerate(sorted(cifar.rglob("*.png"))[::6]):
         copy = folder / "images" / ("train", "test")[k % 2] / path.parent.name / path.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    program = torch.export.export(Pixels(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, folder / "features.pt2")
+    (folder / "features.safetensors").write_bytes(feature_file.read_bytes())
     return folder
 
 
@@ -62,13 +52,13 @@ def material(cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: all that, and tiny.yaml."""
     monkeypatch.chdir(tmp_path)
-    for name in ("images", "features.pt2"):
+    for name in ("images", "features.safetensors"):
         (tmp_path / name).symlink_to(material / name)
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
     return tmp_path
 
 
-ABLATE = ["ablate", "--config", str(RECIPE), "--config", "tiny.yaml", "--data", "images", "--features", "features.pt2"]
+ABLATE = ["ablate", "--config", str(RECIPE), "--config", "tiny.yaml", "--data", "images", "--features", "features.safetensors"]
 ABLATE += ["--output", "out", "--device", "cpu"]
 
 
@@ -95,7 +85,7 @@ def test_the_recipe_from_end_to_end(folder: Path, capsys: pytest.CaptureFixture[
     ("argv", "message"),
     [
         (["--variants", "nothing"], "there is no variant 'nothing': the variants are baseline, causal-encoder, "),
-        (["--features", "nowhere.pt2"], "nowhere.pt2 does not exist"),
+        (["--features", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["--features", "vgg"], "features must be inception, dinov2 or "),
         (["--data", "nowhere/at/all"], "nowhere/at/all does not exist"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: this file can't be read"),

@@ -8,33 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 from detailflow.cli.main import main
 from detailflow.evaluation.report import load
 
 
-class Tiny(nn.Module):
-    """Features and five classes of images of side 32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.conv(x).relu().mean((2, 3))
-        return features, 9 * self.head(features)
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That network as an exported program."""
-    path = tmp_path_factory.mktemp("network") / "tiny.pt2"
-    torch.manual_seed(0)
-    shapes = {"x": {0: torch.export.Dim("batch", max=4096)}}
-    torch.export.save(torch.export.export(Tiny().eval(), (torch.zeros(2, 3, 32, 32),), dynamic_shapes=shapes), path)
-    return path
+@pytest.fixture
+def network(feature_file: Path) -> Path:
+    return feature_file
 
 
 def evaluate(*argv: object) -> int:
@@ -88,7 +69,7 @@ def test_tokenizer(model: Path, cifar: Path, network: Path, tmp_path: Path, caps
     assert provenance["command"].split()[:5] == ["detailflow", "evaluate", "tokenizer", "--model", str(model)]
     assert provenance["models"]["tokenizer"]["name"] == str(model)
     assert len(provenance["models"]["tokenizer"]["fingerprint"]) == 64
-    assert provenance["features"]["network"] == "tiny.pt2"
+    assert provenance["features"]["network"] == "tiny.safetensors"
     assert provenance["machine"]["processes"] == 1
     assert {"command", "date", "models", "data", "features", "preprocessing", "settings", "machine", "versions"} == set(
         provenance

@@ -25,7 +25,7 @@ VIT = {"width": 16, "depth": 1, "heads": 2}
 class Colours:
     """Mean colours as features, and which is the largest as a class."""
 
-    name, fingerprint, preprocessing = "colours.pt2", "abc", "none"
+    name, fingerprint, preprocessing = "colours.safetensors", "abc", "none"
 
     def __call__(self, images: Tensor) -> Features:
         means = images.float().mean((1, 2))
@@ -36,7 +36,7 @@ def make(folder: Path, **changes: Any) -> Ablation:
     settings = {
         "data": str(folder),
         "test_split": None,
-        "features": "colours.pt2",
+        "features": "colours.safetensors",
         "num_samples": 12,
         "guidance_scales": [1.0, 2.0],
         "seeds": [0, 1],

@@ -2,7 +2,6 @@
 
 import io
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file
 from torch import Tensor
 
 from detailflow.data.images import open_images
@@ -24,7 +24,6 @@ from detailflow.evaluation.sets import open_set, share_of
 from detailflow.processes import Processes
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared"
 
 
 class Projection:
@@ -196,13 +195,9 @@ def test_features_that_are_not_finite():
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Extractor:
-    """The CIFAR-10 features, exported by the project's own script."""
-    if not (SHARED / "eval" / "cifar10_features.py").exists():
-        pytest.skip(f"needs a feature network: there is no {SHARED / 'eval'}")
-    file = tmp_path_factory.mktemp("network") / "cifar10.pt2"
-    runpy.run_path(str(ROOT / "benchmarks" / "export_cifar10_features.py"))["export"](file)
-    return load_extractor(str(file))
+def network() -> Extractor:
+    """The CIFAR-10 features that docs/shipped-model.md measures by."""
+    return load_extractor(str(ROOT / "experiments" / "shipped-model" / "cifar10-features.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -241,13 +236,17 @@ def compressed(images: Tensor, quality: float) -> Tensor:
     return each(images, change)
 
 
-def test_the_exported_network_is_the_one_in_the_folder(network: Extractor, photographs: Tensor):
-    original = runpy.run_path(str(SHARED / "eval" / "cifar10_features.py"))["load"]()
-    with torch.inference_mode():
-        pool, logits = original(photographs[:7].movedim(-1, 1) / 127.5 - 1)
-    found = network(photographs[:7])
-    torch.testing.assert_close(found.pool, pool, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-4)
+def test_the_network_in_half_precision_is_the_one_that_was_trained(network: Extractor, cifar_table: Path):
+    """Features, logits and a distance, as the weights in float32 gave them before they were rounded."""
+    recorded = load_file(cifar_table.parents[1] / "recorded-features.safetensors")
+    source = open_images(cifar_table)
+    images = torch.from_numpy(np.stack([np.asarray(source.image(i)) for i in range(200)]))
+    found = network(images[:20])
+    assert found.logits is not None
+    torch.testing.assert_close(found.pool, recorded["pool"], rtol=0, atol=2e-3)  # of up to 3
+    torch.testing.assert_close(found.logits, recorded["logits"], rtol=0, atol=1e-2)  # and 7
+    halves = [of(part, network) for part in images.split(100)]
+    assert compare_sets(*halves)["fid"] == pytest.approx(float(recorded["distance"]), rel=1e-3)
 
 
 @pytest.mark.parametrize(

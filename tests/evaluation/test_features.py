@@ -1,9 +1,7 @@
 """The networks of features, with random weights where theirs can't be had."""
 
 import os
-import pickle
 import socket
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,147 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from detailflow.data.transforms import to_tensor
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation import features
 from detailflow.evaluation.features import load_extractor
 
 
-class Tiny(nn.Module):
-    """Six features and four logits of images of any size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pool = self.convolution(x).relu().mean((2, 3))
-        return pool, self.head(pool)
-
-
-class Answers(nn.Module):
-    """Whatever `answer` makes of the images."""
-
-    def __init__(self, answer) -> None:
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, x: Tensor):
-        return self.answer(x)
-
-
-def export(network: nn.Module, file: Path, side: int = 8) -> str:
-    shapes = ({0: torch.export.Dim("batch")},)
-    torch.export.save(torch.export.export(network.eval(), (torch.zeros(2, 3, side, side),), dynamic_shapes=shapes), file)
-    return str(file)
-
-
 def pictures(count: int, side: int = 8) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(256, (count, side, side, 3), generator=generator, dtype=torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Tiny:
-    torch.manual_seed(0)
-    return Tiny().eval()
-
-
-@pytest.fixture(scope="module")
-def program(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return export(tiny, tmp_path_factory.mktemp("program") / "tiny.pt2")
-
-
-class TestExported:
-    def test_features_and_logits_of_any_batch(self, tiny: Tiny, program: str):
-        extractor = load_extractor(program)
-        assert extractor.name == "tiny.pt2"
-        for count in (1, 2, 7):
-            pool, logits = tiny(to_tensor(pictures(count)))
-            found = extractor(pictures(count))
-            assert found.spatial is None
-            torch.testing.assert_close(found.pool, pool)
-            torch.testing.assert_close(found.logits, logits)
-
-    def test_its_fingerprint_is_that_of_the_weights(self, tiny: Tiny, program: str, tmp_path: Path):
-        again = load_extractor(export(tiny, tmp_path / "again.pt2"))
-        other = load_extractor(export(Tiny(), tmp_path / "other.pt2"))
-        assert again.fingerprint == load_extractor(program).fingerprint != other.fingerprint
-
-    def test_features_alone(self, tmp_path: Path):
-        found = load_extractor(export(Answers(lambda x: x.mean((2, 3))), tmp_path / "mean.pt2"))(pictures(3))
-        assert found.logits is None
-        torch.testing.assert_close(found.pool, to_tensor(pictures(3)).mean((2, 3)))
-
-    @pytest.mark.parametrize(
-        ("answer", "shapes"),
-        [
-            (lambda x: x * 2, r"\(5, 3, 8, 8\)"),
-            (lambda x: x.mean((0, 2, 3)), r"\(3,\)"),
-            (lambda x: {"features": x.mean((2, 3))}, "a dict"),
-            (lambda x: (x.mean((2, 3)),) * 3, r"a tuple of \(5, 3\), \(5, 3\), \(5, 3\)"),
-        ],
-        ids=["maps", "of the batch", "dict", "three"],
-    )
-    def test_other_outputs(self, answer, shapes: str, tmp_path: Path):
-        extractor = load_extractor(export(Answers(answer), tmp_path / "odd.pt2"))
-        with pytest.raises(DetailFlowError, match=f"odd.pt2 must map a batch of B images to .*, but gives {shapes} for 5 images"):
-            extractor(pictures(5))
-
-    def test_other_sizes(self, program: str):
-        with pytest.raises(DetailFlowError, match="tiny.pt2 does not take 3 images of 9×9 pixels: give images of the size"):
-            load_extractor(program)(pictures(3, 9))
-
-    def test_files_that_are_none(self, tmp_path: Path):
-        with pytest.raises(DetailFlowError, match="none.pt2 does not exist"):
-            load_extractor(str(tmp_path / "none.pt2"))
-        (tmp_path / "text.pt2").write_text("no zip file")
-        with pytest.raises(DetailFlowError, match="text.pt2 is no exported program"):
-            load_extractor(str(tmp_path / "text.pt2"))
-        torch.save({"a": torch.zeros(3)}, tmp_path / "weights.pt2")
-        with pytest.raises(DetailFlowError, match="weights.pt2 can't be read as an exported program"):
-            load_extractor(str(tmp_path / "weights.pt2"))
-
-    def test_no_pickle_in_it_is_executed(self, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        """In the place of each tensor that is stored by torch.save, as a weight that says it is pickled, and as an object."""
-
-        class Evil:
-            def __reduce__(self):
-                return os.mkdir, (str(tmp_path / "executed"),)
-
-        def forged(name: str, change) -> str:
-            path = tmp_path / name
-            with zipfile.ZipFile(program) as old, zipfile.ZipFile(path, "w") as new:
-                for item in old.namelist():
-                    new.writestr(item, change(item, old.read(item)))
-                extra = "tiny/data/constants/opaque_obj_0"
-                if name == "object.pt2":
-                    new.writestr(extra, pickle.dumps(Evil()))
-            return str(path)
-
-        torch.save(Evil(), tmp_path / "evil.pt")
-        evil = (tmp_path / "evil.pt").read_bytes()
-        inputs = forged("inputs.pt2", lambda name, content: evil if name.endswith("sample_inputs/model.pt") else content)
-        weights = forged(
-            "weights.pt2",
-            lambda name, content: (
-                evil if "/weights/weight_" in name else content.replace(b'"use_pickle": false', b'"use_pickle": true')
-            ),
-        )
-        for file in (inputs, weights):
-            with pytest.raises(DetailFlowError, match="can't be read as an exported program"):
-                load_extractor(file)
-        with pytest.raises(DetailFlowError, match="object.pt2 holds pickled objects"):
-            load_extractor(forged("object.pt2", lambda name, content: content))
-        assert not (tmp_path / "executed").exists()
-        assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
-        with pytest.raises(FileExistsError):  # the pickle would have worked
-            (tmp_path / "executed").mkdir()
-            torch.load(tmp_path / "evil.pt", weights_only=False)
-
-    def test_it_has_its_weights(self, program: str):
-        with pytest.raises(DetailFlowError, match="holds its own weights: leave out --weights w.pth"):
-            load_extractor(program, weights="w.pth")
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +110,9 @@ def test_weights_that_cannot_be_had(name: str, monkeypatch: pytest.MonkeyPatch):
     source = "https://github.com/.*6726825d.pth" if name == "inception" else "model.safetensors of timm/vit_.*dinov2"
     with pytest.raises(DetailFlowError) as caught:
         load_extractor(name)
-    assert caught.match(f"^--features {name} needs .* can't be downloaded: {source}.* --weights FILE, or .*--features FILE.pt2$")
+    assert caught.match(
+        f"^--features {name} needs .* can't be downloaded: {source}.* --weights FILE, or .*--features FILE.safetensors$"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -307,5 +174,10 @@ class TestDINOv2:
 
 
 def test_other_names():
-    with pytest.raises(DetailFlowError, match="must be inception, dinov2 or the path of an exported program"):
+    with pytest.raises(DetailFlowError, match="must be inception, dinov2 or the path of a FILE.safetensors, not 'vgg'"):
         load_extractor("vgg")
+
+
+def test_a_file_has_its_weights(feature_file: Path):
+    with pytest.raises(DetailFlowError, match="holds its own weights: leave out --weights w.pth"):
+        load_extractor(str(feature_file), weights="w.pth")

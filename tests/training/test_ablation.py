@@ -20,7 +20,7 @@ LOOP = {"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "trackers": [], "pre
 VIT = {"width": 16, "depth": 1, "heads": 2}
 TINY: dict[str, Any] = {
     "data": "images",
-    "features": "features.pt2",
+    "features": "features.safetensors",
     "test_split": None,
     "tokenizer": {
         "model": {

@@ -1,11 +1,7 @@
-"""The networks whose features images are compared by: Inception, DINOv2, or any other as an exported program."""
+"""The networks whose features images are compared by: Inception, DINOv2, or any other in a safetensors file."""
 
 import io
-import os
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +12,7 @@ from torch import Tensor
 from detailflow import hub
 from detailflow.data.transforms import to_tensor
 from detailflow.errors import DetailFlowError
+from detailflow.evaluation.architectures import load_network
 from detailflow.models.loading import load_weights
 from detailflow.storage import WEIGHTS_FILE, read_tensors
 
@@ -23,7 +20,7 @@ DINOV2 = "vit_large_patch14_dinov2.lvd142m"  # timm's name, and on the hub timm/
 SPATIAL_CHANNELS = 7  # of Inception's 17×17 map, as sFID takes them (Nash et al. 2021)
 CPU_PIXELS = 64 * 32 * 32  # of as many images at once on a CPU: more would not stay in its caches, and take twice as long
 CPU_IMAGES = 8  # but no fewer
-_INSTEAD = "or another network as --features FILE.pt2"
+_INSTEAD = "or another network as --features FILE.safetensors"
 
 
 class Features(NamedTuple):
@@ -45,12 +42,15 @@ class Extractor(Protocol):
         """Bytes (B, H, W, 3) on any device → their features on the network's."""
 
 
-def _in_parts(network: Callable[[Tensor], Features], images: Tensor, device: torch.device) -> Features:
-    """The features of bytes (B, H, W, 3): on a CPU of some images after others, on a GPU without rounding to 10 bits (TF32)."""
+def _in_parts(network: Callable[[Tensor], Features], images: Tensor, device: torch.device, side: int | None = None) -> Features:
+    """The features of bytes (B, H, W, 3): on a CPU of some images after others, on a GPU without rounding to 10 bits (TF32).
+
+    `side`: that the network resizes them to.
+    """
     if device.type != "cpu":
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return network(images)
-    count = max(CPU_IMAGES, CPU_PIXELS // (images.shape[1] * images.shape[2]))
+    count = max(CPU_IMAGES, CPU_PIXELS // (side**2 if side else images.shape[1] * images.shape[2]))
     parts = [network(part) for part in images.split(count)]
     pool, *others = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
     assert pool is not None
@@ -62,7 +62,7 @@ def load_extractor(features: str, device: torch.device | str = "cpu", weights: s
 
     Args:
         features: "inception" (the TensorFlow-compatible Inception-v3 of FID and of ADM's evaluation), "dinov2" (ViT-L/14) or
-            FILE.pt2, see `Exported`.
+            FILE.safetensors, see `Stored`.
         device: where it computes.
         weights: a local file of Inception's or DINOv2's weights; `None` downloads them, once.
 
@@ -73,11 +73,16 @@ def load_extractor(features: str, device: torch.device | str = "cpu", weights: s
         return Inception(device, weights)
     if features == "dinov2":
         return DINOv2(device, weights)
-    if not features.endswith(".pt2"):
-        raise DetailFlowError(f"features must be inception, dinov2 or the path of an exported program FILE.pt2, not {features!r}")
+    if features.endswith(".pt2"):
+        raise DetailFlowError(
+            f"{features} is an exported program, which could run any code and is not read: save the network's weights as "
+            "FILE.safetensors with its architecture's name, as docs/evaluate.md shows"
+        )
+    if not features.endswith(".safetensors"):
+        raise DetailFlowError(f"features must be inception, dinov2 or the path of a FILE.safetensors, not {features!r}")
     if weights is not None:
         raise DetailFlowError(f"{features} holds its own weights: leave out --weights {weights}")
-    return Exported(features, device)
+    return Stored(features, device)
 
 
 class Inception:
@@ -202,111 +207,46 @@ def _positions_at(positions: Tensor, side: int) -> Tensor:
     return torch.cat((positions[:, :1], patches.flatten(2).transpose(1, 2)), 1)
 
 
-class Exported:
-    """A network in a file that `torch.export.save` wrote.
-
-    The program maps images, float32 (B, 3, H, W) in [-1, 1] for any B, to their features (B, D), or to a tuple of these and of
-    class logits (B, C); export it with a dynamic first dimension and as it computes in evaluation, after `.eval()`.
-    `benchmarks/export_cifar10_features.py` is an example.
-
-    Give only files that you trust: a program is run, and PyTorch evaluates expressions that it finds in it. Pickled objects,
-    which such a file may hold as well, are refused.
-    """
-
-    preprocessing = "bytes at their own size, scaled to [-1, 1]"
+class Stored:
+    """A network in a safetensors file that names its architecture; `detailflow.evaluation.architectures` says how."""
 
     def __init__(self, file: str, device: torch.device | str = "cpu") -> None:
-        from torch.export.passes import move_to_device_pass
-
         self.name = Path(file).name
-        path = Path(file).expanduser()
-        _refuse_objects(path)
-        try:
-            with _no_pickles(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch's own inner workings
-                program = torch.export.load(path)
-                self.fingerprint = hub.fingerprint({}, _tensors(program))
-                self._network = move_to_device_pass(program, torch.device(device)).module()
-        except Exception as error:  # torch has many kinds
-            raise DetailFlowError(
-                f"{file} can't be read as an exported program of this PyTorch: write it anew with torch.export.save "
-                f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'})"
-            ) from error
+        network = load_network(Path(file).expanduser())
+        network.module.to(device)
+        self.fingerprint, self._run, self._side = network.fingerprint, network.run, network.settings.size
+        self.preprocessing = network.settings.preprocessing
         self._device = torch.device(device)
+        mean, std = network.settings.mean, network.settings.std  # of pixels in [0, 1], where `to_tensor` has them in [-1, 1]
+        moments = ([2 * x - 1 for x in mean], [2 * x for x in std])
+        self._mean, self._deviation = (torch.tensor(x, device=device)[:, None, None] for x in moments)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
         """Bytes (B, H, W, 3) → features.
 
         Raises:
-            DetailFlowError: if the program doesn't take images of this size, or returns anything but features and logits.
+            DetailFlowError: if the network does not take images of this size, or does not return features and logits.
         """
-        return _in_parts(self._features, images, self._device)
+        return _in_parts(self._features, images, self._device, self._side)
 
     def _features(self, images: Tensor) -> Features:
+        x = to_tensor(images.to(self._device))
+        if self._side:
+            x = F.interpolate(x, (self._side, self._side), mode="bicubic", align_corners=False, antialias=True)
         try:
-            found = self._network(to_tensor(images.to(self._device)))
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # a guard's, or an operation's
+            pool, logits = self._run((x - self._mean) / self._deviation)
+        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            reason = "".join(str(error).strip().splitlines()[:1])
             raise DetailFlowError(
-                f"{self.name} does not take {len(images)} images of {images.shape[2]}×{images.shape[1]} pixels: give images of "
-                f"the size that it was exported for, with a dynamic first dimension ({str(error).strip().splitlines()[0]})"
+                f"{self.name} does not take images of {x.shape[3]}×{x.shape[2]} pixels: give size in its metadata, the side that "
+                f"the network was trained with ({reason})"
             ) from error
-        outputs = (found,) if isinstance(found, Tensor) else found
-        if (
-            not isinstance(outputs, tuple | list)
-            or len(outputs) not in (1, 2)
-            or not all(isinstance(x, Tensor) and x.ndim == 2 and len(x) == len(images) for x in outputs)
-        ):
-            raise DetailFlowError(
-                f"{self.name} must map a batch of B images to features (B, D), or to a tuple of these and logits (B, C), "
-                f"but gives {_shapes(found)} for {len(images)} images"
-            )
-        return Features(outputs[0].float(), logits=outputs[1].float() if len(outputs) == 2 else None)
-
-
-def _shapes(found: Any) -> str:
-    if isinstance(found, Tensor):
-        return str(tuple(found.shape))
-    if isinstance(found, tuple | list):
-        return "a tuple of " + ", ".join(map(_shapes, found))
-    return f"a {type(found).__name__}"
-
-
-def _tensors(program: torch.export.ExportedProgram) -> Mapping[str, Tensor]:
-    """The weights, whether they were lifted as parameters and buffers or as constants."""
-    constants = {name: value for name, value in program.constants.items() if isinstance(value, Tensor)}
-    return {**constants, **program.state_dict}
-
-
-def _refuse_objects(path: Path) -> None:
-    """Check that a program is there and has no constants but tensors, as PyTorch would unpickle any others."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.partition("data/constants/")[2] for name in archive.namelist()]
-    except FileNotFoundError:
-        raise DetailFlowError(f"{path} does not exist: give the path of a program that torch.export.save wrote") from None
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DetailFlowError(f"{path} is no exported program: give a file that torch.export.save wrote") from error
-    for name in names:
-        if name and not name.startswith("tensor_") and not name.endswith(("_config.json", ".pt")):
-            raise DetailFlowError(f"{path} holds pickled objects ({name}), which are not read: export a program of tensors alone")
-
-
-@contextmanager
-def _no_pickles() -> Iterator[None]:
-    """Has every `torch.load` in the context read plain tensors only, whatever it is told."""
-    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before
+        if any(y is not None and (not isinstance(y, Tensor) or y.ndim != 2 or len(y) != len(images)) for y in (pool, logits)):
+            raise DetailFlowError(f"{self.name} gives no features (B, D) for a batch of B images: choose another architecture")
+        return Features(pool.float(), logits=None if logits is None else logits.float())
 
 
 def _no_weights(name: str, what: str, source: str) -> DetailFlowError:

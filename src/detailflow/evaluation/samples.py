@@ -153,7 +153,7 @@ def evaluate_samples(
 
     Args:
         samples, reference: folders, .npz files, WebDataset shards, parquet files or hub names.
-        features: "inception", "dinov2" or a .pt2 file, with `weights` where they don't lie where they are looked for.
+        features: "inception", "dinov2" or a .safetensors file, with `weights` where they don't lie where they are looked for.
         size: the shorter side of all images is brought to it, then their centres are used; `None` takes them as they are.
         num_images: so many of the samples, spread over the set.
 

@@ -79,7 +79,7 @@ class Ablation:
 
     Attributes:
         data, split: the images to train on, as for the stages.
-        features: the network whose features distances are measured in: a .pt2 file, "inception" or "dinov2".
+        features: the network whose features distances are measured in: a .safetensors file, "inception" or "dinov2".
         tokenizer, extract, gpt: settings of `detailflow train tokenizer`, `extract` and `train gpt` that all variants share.
         variants: in the table's order.
         test_data, test_split: the images to rebuild; `None` is `data`.

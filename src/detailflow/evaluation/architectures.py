@@ -1,0 +1,237 @@
+"""Feature networks from one safetensors file: weights, and in the metadata the name of an architecture that builds them.
+
+Nothing in such a file is run: the name is looked up among those that timm, torchvision and this project know.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detailflow import hub
+from detailflow.errors import DetailFlowError
+from detailflow.models.loading import load_weights
+from detailflow.storage import read_metadata, read_tensors
+
+MAX_SIDE = 1024  # that images are resized to
+MAX_CLASSES = 10**5
+_MAX_WIDTH = 1024
+_RESIDUAL = "residual"
+_EXAMPLES = "timm/resnet50, torchvision/resnet50 or detailflow/residual"
+
+Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a file's metadata says, as strings there; all but the architecture may be left out.
+
+    Attributes:
+        architecture: `timm/NAME` or `torchvision/NAME`, one of that library's, or `detailflow/residual`.
+        num_classes: the outputs of its last layer. timm's networks may have none, 0, and give features alone.
+        width: channels of the first layer of `detailflow/residual`.
+        size: the side that images are resized to; `None`, in the metadata "own", takes them as they are.
+        mean, std: three numbers each, for pixels in [0, 1].
+    """
+
+    architecture: str
+    num_classes: int = 1000
+    width: int = 64
+    size: int | None = None
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @property
+    def preprocessing(self) -> str:
+        """What becomes of images before the network sees them."""
+        size = (
+            "bytes at their own size" if self.size is None else f"resized to {self.size}×{self.size}, bicubic with antialiasing"
+        )
+        if self.mean == self.std == (0.5, 0.5, 0.5):
+            return f"{size}, scaled to [-1, 1]"
+        mean, std = (", ".join(f"{x:g}" for x in values) for values in (self.mean, self.std))
+        return f"{size}, scaled to [0, 1], mean ({mean}) and standard deviation ({std})"
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A network that was read from a file.
+
+    Attributes:
+        run: float32 images (B, 3, H, W), normalised → features (B, D), and logits (B, C) if it has classes.
+        module: the same as a module, for its device.
+        fingerprint: SHA-256 in hex of the metadata and the weights.
+    """
+
+    settings: Settings
+    run: Run
+    module: nn.Module
+    fingerprint: str
+
+
+def load_network(path: Path) -> LoadedNetwork:
+    """Load a feature network in float32 and evaluation mode.
+
+    Raises:
+        DetailFlowError: if the file is missing, damaged or names no known architecture, if its tensors are not exactly those of
+            the architecture, or if the library is not installed.
+    """
+    if not path.is_file():
+        raise DetailFlowError(f"{path} does not exist or is no file: give a .safetensors file of a feature network")
+    metadata = read_metadata(path)
+    settings = read_settings(metadata, path)
+    tensors = read_tensors(path, torch.float32, integers=True)
+    module, run = _build(settings, path)
+    for name, value in module.state_dict().items():
+        if name in tensors and tensors[name].dtype != value.dtype:
+            found, wanted = tensors[name].dtype, value.dtype
+            raise DetailFlowError(f"{path}: {name} is of type {found}, and {settings.architecture}'s of {wanted}")
+    load_weights(module, tensors, f"{path} as {settings.architecture}", assign=True)
+    return LoadedNetwork(settings, run, module.eval().requires_grad_(False), hub.fingerprint(metadata, tensors))
+
+
+def read_settings(metadata: Mapping[str, str], path: Path) -> Settings:
+    """Return the settings in a file's metadata.
+
+    Raises:
+        DetailFlowError: for a key that is unknown or missing, or a value that cannot be.
+    """
+    known = [*Settings.__dataclass_fields__]
+    texts = {key: value for key, value in metadata.items() if key != "format"}  # which safetensors' own writers add
+    for key in texts:
+        if key not in known:
+            raise DetailFlowError(f"{path}: unknown key {key[:40]!r} in the metadata; the keys are {', '.join(known)}")
+    if "architecture" not in texts:
+        raise DetailFlowError(
+            f"{path} names no architecture in its metadata, such as {_EXAMPLES}: docs/evaluate.md says how to write it"
+        )
+    values: dict[str, object] = {"architecture": texts["architecture"]}
+    for key, least, most in (("num_classes", 0, MAX_CLASSES), ("width", 1, _MAX_WIDTH), ("size", 8, MAX_SIDE)):
+        if key not in texts or (key, texts[key]) == ("size", "own"):
+            continue
+        text, also = texts[key], " or own" if key == "size" else ""
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise DetailFlowError(f"{path}: {key} in the metadata must be from {least} to {most}{also}, not {text[:40]!r}")
+        values[key] = int(text)
+    for key in ("mean", "std"):
+        if key in texts:
+            values[key] = _three(texts[key])
+            if values[key] is None:
+                raise DetailFlowError(f"{path}: {key} in the metadata must be like 0.5, 0.5, 0.5, not {texts[key][:60]!r}")
+    settings = Settings(**values)  # type: ignore[arg-type]
+    if min(settings.std) <= 0:
+        raise DetailFlowError(f"{path}: std in the metadata must be more than 0, not {texts['std'][:60]!r}")
+    if settings.num_classes == 0 and not settings.architecture.startswith("timm/"):
+        raise DetailFlowError(f"{path}: num_classes in the metadata must be 1 or more for {settings.architecture[:60]!r}")
+    return settings
+
+
+def _three(text: str) -> tuple[float, ...] | None:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return None
+    return values if len(values) == 3 and all(math.isfinite(x) and abs(x) <= 1e6 for x in values) else None
+
+
+def _build(settings: Settings, path: Path) -> tuple[nn.Module, Run]:
+    """Return a network without values of its parameters, so that a small file cannot ask for a large one."""
+    library, _, name = settings.architecture.partition("/")
+    builders = {"timm": _of_timm, "torchvision": _of_torchvision, "detailflow": _of_this_project}
+    if library not in builders:
+        raise DetailFlowError(f"{path}: the architecture must be like {_EXAMPLES}, not {settings.architecture[:60]!r}")
+    try:
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise _missing(path, "accelerate") from error
+    try:
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about initial values
+            return builders[library](name, settings)
+    except ImportError as error:
+        raise _missing(path, library) from error
+    except KeyError:
+        raise DetailFlowError(f"{path}: {library} has no classification network {name[:60]!r}") from None
+    except Exception as error:  # libraries have many kinds
+        reason = str(error).strip().splitlines()[:1]
+        raise DetailFlowError(f"{path}: {settings.architecture} cannot be built ({''.join(reason)})") from error
+
+
+def _missing(path: Path, package: str) -> DetailFlowError:
+    return DetailFlowError(f"{path} needs the package {package}: install it with pip install 'detailflow[train]'")
+
+
+def _of_timm(name: str, settings: Settings) -> tuple[nn.Module, Run]:
+    """Features are the pooled ones before the last layer, `forward_head(…, pre_logits=True)`; what follows a dot is no part."""
+    import timm
+
+    base = name.partition(".")[0]
+    if base not in timm.list_models():
+        raise KeyError(name)
+    network: Any = timm.create_model(base, pretrained=False, num_classes=settings.num_classes)
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        maps = network.forward_features(images)
+        features = network.forward_head(maps, pre_logits=True)
+        return features, network.forward_head(maps) if settings.num_classes else None
+
+    return network, run
+
+
+def _of_torchvision(name: str, settings: Settings) -> tuple[nn.Module, Run]:
+    """Features are the input of the last linear layer."""
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise KeyError(name)
+    network = models.get_model(name, weights=None, num_classes=settings.num_classes)
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError("it has no linear layer, whose input the features would be")
+    seen: list[Tensor] = []
+    layers[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        seen.clear()
+        logits = network(images)
+        return seen.pop(), logits
+
+    return network, run
+
+
+def _of_this_project(name: str, settings: Settings) -> tuple[nn.Module, Run]:
+    if name != _RESIDUAL:
+        raise KeyError(name)
+    network = ResidualFeatures(settings.width, settings.num_classes)
+    return network, network
+
+
+class ResidualFeatures(nn.Module):
+    """`detailflow/residual`, a small CNN for images of 32×32 pixels: 4·`width` features, and logits."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        widths = (3, width, 2 * width, 4 * width, 4 * width)
+        self.enter = nn.ModuleList(_convolution(i, o) for i, o in pairwise(widths))
+        self.refine = nn.ModuleList(nn.Sequential(_convolution(w, w), _convolution(w, w)) for w in (2 * width, 4 * width))
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W), sides of 8 or more → features (B, 4·width) and logits (B, classes)."""
+        x = F.max_pool2d(self.enter[1](self.enter[0](images)), 2)
+        x = F.max_pool2d(self.enter[2](x + self.refine[0](x)), 2)
+        x = F.max_pool2d(self.enter[3](x), 2)
+        features = (x + self.refine[1](x)).mean((2, 3))
+        return features, self.head(features)
+
+
+def _convolution(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.GELU())
