@@ -270,6 +270,29 @@ def read_tensors(
     return tensors
 
 
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a folder or safetensors file, as `read_tensors`, or of a state dict that `torch.save` wrote.
+
+    Nothing in the file is executed, and it takes no more memory than about its own size.
+
+    Raises:
+        DetailFlowError: if it is missing or damaged, or holds anything but tensors by name.
+    """
+    if path.is_dir() or path.suffix == ".safetensors":
+        return read_tensors(path)
+    check_torch_zip(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise DetailFlowError(f"{path} cannot be read: {''.join(str(error).splitlines()[:1])}") from error
+    if not isinstance(tensors, dict):
+        raise DetailFlowError(f"{path} must hold tensors by name, not a {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not isinstance(name, str):
+            raise DetailFlowError(f"{path} must hold tensors by name, not a {type(tensor).__name__} as {str(name)[:60]!r}")
+    return dict(tensors)
+
+
 def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The stored type ("F32", "BF16", …) and shape of each tensor that `read_tensors` would read.
 

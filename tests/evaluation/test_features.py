@@ -2,6 +2,7 @@
 
 import os
 import socket
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -169,8 +170,29 @@ class TestDINOv2:
     def test_a_file_of_something_else(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(features, "DINOV2", "vit_small_patch14_dinov2.lvd142m")
         torch.save({"a": torch.zeros(3)}, tmp_path / "w.pth")
-        with pytest.raises(DetailFlowError, match="w.pth does not hold model.safetensors of timm/vit_small"):
-            load_extractor("dinov2", weights=str(tmp_path / "w.pth"))
+        for content in (
+            {"a": torch.zeros(3)},
+            {"pos_embed": 1.0},
+            {"pos_embed": torch.zeros(3)},
+            {"pos_embed": torch.zeros(1, 1, 1).expand(1, 10**12, 384)},  # of four bytes
+            [1],
+        ):
+            torch.save(content, tmp_path / "w.pth")
+            with pytest.raises(DetailFlowError, match="w.pth does not hold model.safetensors of timm/vit_small"):
+                load_extractor("dinov2", weights=str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("name", ["inception", "dinov2"])
+def test_weights_that_expand_are_not_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A zip file of a few kilobytes whose member is 40 MB, in the place of a network's weights."""
+    monkeypatch.setattr(features, "DINOV2", "vit_small_patch14_dinov2.lvd142m")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("the file was read"))
+    torch.save({"a": torch.zeros(10**7)}, tmp_path / "large.pth")
+    with zipfile.ZipFile(tmp_path / "large.pth") as old, zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as new:
+        for item in old.namelist():
+            new.writestr(item, old.read(item))
+    with pytest.raises(DetailFlowError, match=f"--features {name} needs its network's weights, which .*w.pth"):
+        load_extractor(name, weights=str(tmp_path / "w.pth"))
 
 
 def test_other_names():

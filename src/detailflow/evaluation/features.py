@@ -14,11 +14,12 @@ from detailflow.data.transforms import to_tensor
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.architectures import load_network
 from detailflow.models.loading import load_weights
-from detailflow.storage import WEIGHTS_FILE, read_tensors
+from detailflow.storage import WEIGHTS_FILE, check_torch_zip, read_state_dict, read_tensors
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"  # timm's name, and on the hub timm/…
 SPATIAL_CHANNELS = 7  # of Inception's 17×17 map, as sFID takes them (Nash et al. 2021)
 CPU_PIXELS = 64 * 32 * 32  # of as many images at once on a CPU: more would not stay in its caches, and take twice as long
+MAX_GRID = 64  # patches a side of position embeddings that are resized
 CPU_IMAGES = 8  # but no fewer
 _INSTEAD = "or another network as --features FILE.safetensors"
 
@@ -138,6 +139,7 @@ def _inception_weights(url: str, path: str | None) -> dict[str, Tensor]:
     try:
         if file is None:
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        check_torch_zip(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # downloads and damaged files have many kinds
         raise _no_weights("inception", f"{path} can't be read as" if path else "can't be downloaded:", url) from error
@@ -185,13 +187,7 @@ class DINOv2:
 def _dinov2_weights(path: str | None) -> dict[str, Tensor]:
     if path is None:
         return read_tensors(hub.fetch(f"timm/{DINOV2}", [WEIGHTS_FILE]))
-    file = _existing(path)
-    if file.is_dir() or file.suffix == ".safetensors":
-        return read_tensors(file)
-    try:
-        tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise DetailFlowError(f"{path} can't be read") from error
+    tensors = read_state_dict(_existing(path))
     tensors.pop("mask_token", None)  # in DINOv2's own files, for training
     return tensors
 
@@ -199,8 +195,10 @@ def _dinov2_weights(path: str | None) -> dict[str, Tensor]:
 def _positions_at(positions: Tensor, side: int) -> Tensor:
     """Position embeddings (1, 1 + s², D) of a class token and of s×s patches, resized to side×side patches as DINOv2's own code
     does, which timm's differs from: without antialiasing, with an offset of 0.1."""
+    if positions.ndim != 3 or not 1 < positions.shape[1] <= 1 + MAX_GRID**2:
+        return positions  # which do not fit
     grid = round((positions.shape[1] - 1) ** 0.5)
-    if grid == side:
+    if grid == side or 1 + grid**2 != positions.shape[1]:
         return positions
     patches = positions[:, 1:].unflatten(1, (grid, grid)).movedim(-1, 1)
     patches = F.interpolate(patches, scale_factor=(side + 0.1) / grid, mode="bicubic", align_corners=False)

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from detailflow import hub
 from detailflow.errors import DetailFlowError
 from detailflow.models.loading import load_weights
-from detailflow.storage import WEIGHTS_FILE, read_tensors
+from detailflow.storage import WEIGHTS_FILE, read_state_dict, read_tensors
 
 BACKBONE = "vit_small_patch16_224.dino"  # timm's name, and on the hub timm/…
 SIDE = 224  # of the images that DINO was trained on
@@ -94,13 +94,7 @@ class DINODiscriminator(nn.Module):
 def _read(weights: str | None) -> dict[str, Tensor]:
     if weights is None:
         return read_tensors(hub.fetch(f"timm/{BACKBONE}", [WEIGHTS_FILE]))
-    path = Path(weights).expanduser()
-    if path.is_dir() or path.suffix == ".safetensors":
-        return read_tensors(path)
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise DetailFlowError(f"{weights} can't be read: {str(error).splitlines()[0]}") from error
+    return read_state_dict(Path(weights).expanduser())
 
 
 def _to_side(images: Tensor, draws: Tensor | None) -> Tensor:

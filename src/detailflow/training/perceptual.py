@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError
+from detailflow.storage import check_torch_zip
 
 SMALLEST_SIDE = 16  # which the last map of features halves to one pixel
 VGG16_FILE = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -97,6 +98,7 @@ def _vgg16_weights(path: str | None) -> dict[str, Tensor]:
         if path is None:
             return torch.hub.load_state_dict_from_url(VGG16_FILE, map_location="cpu", check_hash=True, weights_only=True)
         file = Path(path).expanduser()
+        check_torch_zip(file)
         try:
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except RuntimeError:  # written before torch 1.6
