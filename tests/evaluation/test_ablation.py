@@ -195,8 +195,8 @@ def test_what_goes_wrong_is_one_sentence(images: Path, tmp_path: Path, monkeypat
     [
         ({"seeds": [0.5]}, "seeds must be whole numbers, 0 to 2^64 - 1, not 0.5"),
         ({"seeds": [0, 2**64]}, "seeds must be whole numbers, 0 to 2^64 - 1, not 18446744073709551616"),
-        ({"guidance_scales": [1.0, float("inf")]}, "guidance_scale must be 0 or more (1 is no guidance), not inf"),
-        ({"guidance_scales": [1.0, float("nan")]}, "guidance_scale must be 0 or more (1 is no guidance), not nan"),
+        ({"guidance_scales": [1.0, float("inf")]}, "guidance_scale must be 0 or more (1 is no guidance), at most 1e+06, not inf"),
+        ({"guidance_scales": [1.0, float("nan")]}, "guidance_scale must be 0 or more (1 is no guidance), at most 1e+06, not nan"),
     ],
 )
 def test_seeds_and_scales_are_checked_before_training(changes: dict[str, Any], message: str):
