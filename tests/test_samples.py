@@ -98,6 +98,61 @@ def test_what_is_there_stays(form: str, pipeline: DetailFlowPipeline, tmp_path: 
     assert calls == [0, 4, 8]
 
 
+@pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
+@pytest.mark.parametrize("first", [1, 4, 6, 8])
+def test_a_set_grows(form: str, first: int, pipeline: DetailFlowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is there of whole batches stays; the files are those of a set that was made at once."""
+    monkeypatch.setattr("detailflow.samples.SHARD_IMAGES", 4)
+    calls = []
+
+    class Counts:
+        def __getattr__(self, name: str):
+            return getattr(pipeline, name)
+
+        def __call__(self, labels: list[int], **options: object) -> list[Image.Image]:
+            calls.append(options["first_image"])
+            return pipeline(labels, **options)
+
+    generate_many(pipeline, LABELS, tmp_path / "whole", form, seed=2, batch_size=4)
+    generate_many(pipeline, LABELS[:first], tmp_path / "part", form, seed=2, batch_size=4)
+    generate_many(Counts(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
+    assert calls == [number for number in (0, 4, 8) if number >= first // 4 * 4]
+    assert contents(tmp_path / "part") == contents(tmp_path / "whole")
+    assert (tmp_path / "part" / SETTINGS_FILE).read_text() == (tmp_path / "whole" / SETTINGS_FILE).read_text()
+    with pytest.raises(DetailFlowError, match="part holds a set of 11 images, more than 6: ask for as many or more, or choose"):
+        generate_many(pipeline, LABELS[:6], tmp_path / "part", form, seed=2, batch_size=4)
+
+
+@pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
+def test_only_the_same_set_grows(form: str, pipeline: DetailFlowPipeline, tmp_path: Path):
+    generate_many(pipeline, LABELS[:6], tmp_path, form, seed=2, batch_size=4)
+    before = contents(tmp_path) | {SETTINGS_FILE: (tmp_path / SETTINGS_FILE).read_bytes()}
+    others = (
+        ([1, *LABELS[1:]], {}, "another labels: choose"),
+        (LABELS, {"seed": 3}, r"another seed \(2, not 3\)"),
+        (LABELS, {"temperature": 0.5}, "another temperature"),
+    )
+    for labels, options, message in others:
+        with pytest.raises(DetailFlowError, match=message):
+            generate_many(pipeline, labels, tmp_path, form, **{"seed": 2, "batch_size": 4, **options})
+    assert contents(tmp_path) | {SETTINGS_FILE: (tmp_path / SETTINGS_FILE).read_bytes()} == before
+    if form == "npz":
+        (tmp_path / "samples.npz").write_bytes(before["samples.npz"][:500])
+        with pytest.raises(DetailFlowError, match=f"the samples in {tmp_path} are damaged: choose another folder"):
+            generate_many(pipeline, LABELS, tmp_path, form, seed=2, batch_size=4)
+
+
+@pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
+def test_num_images_again_with_more(form: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--format", form, "--model", str(model), "--device", "cpu"]
+    for count, folder in ((2, "a"), (4, "a"), (4, "b")):
+        assert main(["generate", "--num-images", str(count), *options, "--output", str(tmp_path / folder)]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    capsys.readouterr()
+    assert main(["generate", "--num-images", "3", *options, "--output", str(tmp_path / "a")]) == 2
+    assert "a holds a set of 4 images, more than 3" in capsys.readouterr().err
+
+
 def test_another_set_is_not_mixed_in(pipeline: DetailFlowPipeline, tmp_path: Path):
     generate_many(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
     for options, what in (({"seed": 3}, "seed (2, not 3)"), ({"temperature": 0.5}, "temperature (1.0, not 0.5)")):

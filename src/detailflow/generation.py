@@ -6,7 +6,7 @@ cumulative probability passes its number, so an image never depends on what else
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.schedule import TokenSchedule
 
 GUIDANCE_SCHEDULES = ("constant", "linear")
+OFF: Literal["off"] = "off"  # a top-k or top-p that keeps all codes, whatever the model's own best is
 LARGEST_GUIDANCE = 1e6  # beyond, a scaled difference of logits may leave float32
 SMALLEST = torch.finfo(torch.float32).tiny
 

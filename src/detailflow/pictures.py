@@ -1,15 +1,23 @@
 """Pictures to look at: grids of images, and strips that show one image from coarse to fine. Pillow only."""
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 SMALLEST_TILE = 128  # pixels; smaller images are enlarged to a multiple of their side that is no less
 GAP = 4
 FONT_SIZE = 12
 LINE = 16  # pixels from one line of a caption to the next
+MADE_AS = "detailflow"  # the key of a PNG file's text that says which of these it is
+Made = Literal["sample", "grid", "strip"]
+_NAMES = re.compile(r"grid\.png|(strip-)?\d{4,}-.*\.png", re.DOTALL)  # of what `generate` writes
+_HEAD = 200  # bytes of a PNG file in which that text is
 
 
 class StageLike(Protocol):
@@ -19,6 +27,43 @@ class StageLike(Protocol):
     def num_tokens(self) -> int: ...
     @property
     def images(self) -> Sequence[Image.Image]: ...
+
+
+def png_text(made_as: Made) -> PngInfo:
+    """Return what a PNG file says of itself: whether `generate` made it as a sample, or as a picture of several."""
+    text = PngInfo()
+    text.add_text(MADE_AS, made_as)
+    return text
+
+
+def made_as(path: Path) -> Made | None:
+    """Return what `generate` made a file as; `None` for any other file."""
+    if not _NAMES.fullmatch(path.name):
+        return None
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return None
+    mark = f"tEXt{MADE_AS}\0".encode()
+    before, found, after = head.partition(mark)
+    if not found or not head.startswith(b"\x89PNG"):
+        return None
+    length = int.from_bytes(before[-4:], "big") - len(MADE_AS) - 1
+    return {b"sample": "sample", b"grid": "grid", b"strip": "strip"}.get(after[:length])  # type: ignore[return-value]
+
+
+def is_overview(path: str) -> bool:
+    """Return whether a file is a grid or a strip that `generate` made, and so no image of a set."""
+    name = os.path.basename(path)
+    return (name == "grid.png" or name.startswith("strip-")) and made_as(Path(path)) in ("grid", "strip")
+
+
+def generated(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder that `generate` made, whenever it was."""
+    for path in sorted(folder.iterdir()):
+        if made_as(path):
+            yield path
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:

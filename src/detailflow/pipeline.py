@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -139,8 +139,8 @@ class DetailFlowPipeline:
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
         temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        top_k: int | Literal["off"] | None = None,
+        top_p: float | Literal["off"] | None = None,
         num_tokens: int | None = None,
         seed: int = 0,
         first_image: int = 0,
@@ -160,8 +160,8 @@ class DetailFlowPipeline:
                 and for the next four.
             guidance_schedule: "constant", or "linear", which lowers the scale from group to group.
             temperature: 0 always takes the most likely code.
-            top_k: draw only from that many most likely codes.
-            top_p: draw only from the most likely codes that sum to this probability.
+            top_k: draw only from that many most likely codes; "off" is all.
+            top_p: draw only from the most likely codes that sum to this probability; "off" is all.
             num_tokens: n, stop there for a coarse image of side D(n); `None` is all N.
             seed: 0 to 2⁶⁴ − 1.
             first_image: number of the first image.
@@ -187,8 +187,8 @@ class DetailFlowPipeline:
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
         temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        top_k: int | Literal["off"] | None = None,
+        top_p: float | Literal["off"] | None = None,
         num_tokens: int | None = None,
         seed: int = 0,
         first_image: int = 0,
@@ -238,8 +238,8 @@ class DetailFlowPipeline:
         guidance_scale: float | None,
         guidance_schedule: str | None,
         temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
+        top_k: int | Literal["off"] | None,
+        top_p: float | Literal["off"] | None,
         num_tokens: int | None,
         seed: int,
         first_image: int,

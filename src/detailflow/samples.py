@@ -7,12 +7,15 @@ i alone, so one process and many write the same files. A part is written whole o
 import hashlib
 import io
 import json
+import math
+import os
 import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +25,7 @@ from PIL import Image
 from detailflow.errors import DetailFlowError
 from detailflow.hub import fingerprint
 from detailflow.labels import ClassId
+from detailflow.pictures import generated
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.processes import Processes
 from detailflow.seeds import check_seeds
@@ -30,6 +34,7 @@ from detailflow.storage import read_json, replacing, write_json
 SETTINGS_FILE = "samples.json"
 TEMPORARY = "temporary"  # in that file: whether the samples may go once they have served
 SHARD_IMAGES = 1000  # about as many are in one tar file
+CHECKSUMS = ("labels", "tokenizer", "gpt")  # settings whose values say nothing to a reader
 
 
 class Writer(Protocol):
@@ -49,6 +54,9 @@ class Writer(Protocol):
     def finish(self, parts: int, labels: Sequence[int]) -> None:
         """What is left to do, by one process, once all parts are there."""
 
+    def reopen(self, images: int, size: int) -> None:
+        """Let a set of so many images grow, by one process: its whole parts, of `size` images, stay as they are."""
+
 
 class PngWriter:
     """A file per image, `NUMBER-NAME.png`."""
@@ -57,11 +65,10 @@ class PngWriter:
 
     def __init__(self, folder: Path, labels: Sequence[int], name: Callable[[int], str]) -> None:
         self.folder, self.labels, self.name = folder, labels, name
-        self.digits = max(4, len(str(len(labels) - 1)))
 
     def path(self, number: int) -> Path:
         """Of an image."""
-        return self.folder / f"{number:0{self.digits}d}-{self.name(self.labels[number])}.png"
+        return self.folder / f"{number:04d}-{self.name(self.labels[number])}.png"
 
     def found(self) -> Iterable[Path]:
         return filter(Path.exists, map(self.path, range(len(self.labels))))
@@ -75,6 +82,9 @@ class PngWriter:
                 image.save(path, format="PNG")
 
     def finish(self, parts: int, labels: Sequence[int]) -> None:
+        pass
+
+    def reopen(self, images: int, size: int) -> None:
         pass
 
 
@@ -114,6 +124,19 @@ class NpzWriter:
         for part in range(parts):
             self._part(part).unlink()
 
+    def reopen(self, images: int, size: int) -> None:
+        whole, file = images // size, self.folder / "samples.npz"
+        if file.exists():
+            with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as member:
+                np.lib.format.read_magic(member)
+                shape = np.lib.format.read_array_header_1_0(member)[0][1:]
+                for part in range(whole):
+                    pixels = np.frombuffer(member.read(size * math.prod(shape)), np.uint8)
+                    with replacing(self._part(part)) as path, path.open("wb") as out:
+                        np.save(out, pixels.reshape(size, *shape))
+            file.unlink()
+        self._part(whole).unlink(missing_ok=True)
+
 
 class WebDatasetWriter:
     """Tar files of about a thousand images, `NUMBER.png` with its class in `NUMBER.cls`."""
@@ -143,6 +166,10 @@ class WebDatasetWriter:
     def finish(self, parts: int, labels: Sequence[int]) -> None:
         pass
 
+    def reopen(self, images: int, size: int) -> None:
+        if images % size:
+            self._shard(images // size).unlink(missing_ok=True)
+
 
 def claim(folder: Path, settings: dict[str, Any], found: Iterable[Path] = (), temporary: bool = False) -> None:
     """Make `folder` this set of samples' own, or find that it is.
@@ -167,13 +194,80 @@ def claim(folder: Path, settings: dict[str, Any], found: Iterable[Path] = (), te
         theirs = _recorded(path)
         for key in mine:
             if theirs.get(key) != mine[key]:
+                values = "" if key in CHECKSUMS else f" ({theirs.get(key)!r}, not {mine[key]!r})"
                 raise DetailFlowError(
-                    f"{folder} holds samples with another {key} ({theirs.get(key)!r}, not {mine[key]!r}): choose another folder"
+                    f"{folder} holds samples with another {key}{values}: choose another folder"
                 )
         if theirs.get(TEMPORARY) and not temporary:
             write_json(path, mine)
     except OSError as error:
         raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def claim_set(
+    folder: Path, settings: dict[str, Any], labels: Sequence[int], writer: Writer, size: int, temporary: bool = False
+) -> None:
+    """Make `folder` the set of these labels, as `claim` does; a set of the first of them is let grow.
+
+    Args:
+        settings: what else makes the set what it is.
+        size: images in a part.
+
+    Raises:
+        DetailFlowError: as `claim`, or if the set in the folder has more images or is damaged.
+    """
+    path, count = folder / SETTINGS_FILE, len(labels)
+    mine = settings | {"labels": _checksum(labels), "num_images": count}
+    theirs = _recorded(path) if path.exists() else {}
+    before = theirs.get("num_images")
+    if isinstance(before, int) and before > count:
+        raise DetailFlowError(
+            f"{folder} holds a set of {before:,} images, more than {count:,}: ask for as many or more, or choose another folder"
+        )
+    if not isinstance(before, int) or before == count or theirs.get("labels") != _checksum(labels[:before]):
+        claim(folder, mine, chain(writer.found(), generated(folder) if folder.is_dir() else ()), temporary)
+        return
+    claim(folder, mine | {"num_images": before, "labels": theirs["labels"]}, (), temporary)
+    try:
+        writer.reopen(before, size)  # before the record, so that an interruption leaves a set that can grow
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise DetailFlowError(f"the samples in {folder} are damaged: choose another folder") from error
+    except OSError as error:
+        raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
+    write_json(path, mine | ({TEMPORARY: True} if theirs.get(TEMPORARY) and temporary else {}))
+
+
+def _checksum(labels: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()
+
+
+def check_no_set(folder: Path) -> None:
+    """Check that a folder holds no set of samples, whose files others of the same name would replace.
+
+    Raises:
+        DetailFlowError: if it does.
+    """
+    if os.path.exists(folder / SETTINGS_FILE):  # which takes an impossible name for a missing one
+        raise DetailFlowError(f"{folder} holds a set of samples ({SETTINGS_FILE}): choose another folder")
+
+
+def remove_earlier(folder: Path, names: Iterable[str]) -> int:
+    """Remove what an earlier `generate` wrote to `folder`, except for files of these names; nobody else's files.
+
+    Returns:
+        How many files are gone.
+
+    Raises:
+        DetailFlowError: if one can't be removed.
+    """
+    kept = {(folder / name).stat().st_ino for name in names}  # a file system may not tell upper from lower case
+    earlier = [path for path in generated(folder) if path.stat().st_ino not in kept]
+    try:
+        for path in earlier:
+            path.unlink()
+    except OSError as error:
+        raise DetailFlowError(f"cannot remove {path}: {error.strerror or error}") from error
+    return len(earlier)
 
 
 def _recorded(path: Path) -> dict[str, Any]:
@@ -237,8 +331,6 @@ def generate_many(
     with processes.together():
         if processes.is_main:
             settings = {
-                "labels": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest(),
-                "num_images": len(labels),
                 "format": form,
                 "seed": seed,
                 "num_tokens": pipeline.tokenizer.schedule.check_count(num_tokens),
@@ -249,7 +341,7 @@ def generate_many(
                 "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),
                 "gpt": fingerprint({}, pipeline.gpt.state_dict()),
             }
-            claim(folder, settings, writer.found(), temporary)
+            claim_set(folder, settings, labels, writer, batch_size * writer.batches, temporary)
     parts = range(-(-len(labels) // (batch_size * writer.batches)))
     bar = tqdm(total=len(labels), desc="generating", unit="image", disable=True if processes.rank else None)
     with processes.together(), bar, _writing_samples():

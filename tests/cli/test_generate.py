@@ -1,6 +1,8 @@
 """`detailflow generate`."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from PIL import Image
 
 from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
+from detailflow.data.images import open_images
 
 
 def files(folder: Path) -> list[str]:
@@ -77,6 +80,66 @@ def test_a_second_run_replaces_the_files(model: Path, tmp_path: Path):
     assert files(tmp_path) == ["0000-cat.png", "grid.png"]
 
 
+@pytest.mark.parametrize("off", [["--top-k", "off"], ["--top-k", "0"], ["--top-p", "off"], ["--top-p", "1"]])
+def test_top_k_and_top_p_can_be_off(off: list[str], pipeline: DetailFlowPipeline, model: Path, tmp_path: Path):
+    """Whatever the model's own best is."""
+    shutil.copytree(model, tmp_path / "model")
+    config = tmp_path / "model" / "gpt" / "config.json"
+    own = {off[0].strip("-").replace("-", "_"): 1 if off[0] == "--top-k" else 1e-6}  # argmax
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+    assert generate(tmp_path / "model", tmp_path / "out", "cat", "--seed", "3", *off) == 0
+    with Image.open(tmp_path / "out" / "0000-cat.png") as written:
+        assert written.tobytes() == pipeline("cat", seed=3)[0].tobytes()
+        assert written.tobytes() != pipeline("cat", temperature=0)[0].tobytes()
+
+
+def test_fewer_images_in_the_same_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The folder holds what was asked for, and what nobody's `generate` wrote."""
+    own = {"0007-mine.png": b"mine", "grid.txt": b"mine", "strip-0009-mine.png": b"mine"}
+    for name, content in own.items():
+        (tmp_path / name).write_bytes(content)
+    Image.new("RGB", (8, 8)).save(tmp_path / "0008-mine.png")
+    mine = [*own, "0008-mine.png"]
+    assert generate(model, tmp_path, "cat", "--num", "4", "--progressive") == 0
+    assert len(files(tmp_path)) == 4 + 9
+    assert generate(model, tmp_path, "bird", "cat", "--no-grid") == 0
+    assert files(tmp_path) == sorted([*mine, "0000-bird.png", "0001-cat.png"])
+    assert capsys.readouterr().out.splitlines()[1] == f"wrote 2 images to {tmp_path} in place of 8 earlier files"
+    assert generate(model, tmp_path, "bird", "cat", "--no-grid", "--seed", "9") == 0
+    assert capsys.readouterr().out == f"wrote 2 images to {tmp_path}\n"
+    assert all((tmp_path / name).read_bytes() == content for name, content in own.items())
+
+
+def test_a_run_that_fails_removes_nothing(model: Path, tmp_path: Path):
+    assert generate(model, tmp_path, "cat", "--num", "2") == 0
+    before = files(tmp_path)
+    (tmp_path / "0000-bird.png").mkdir()
+    assert generate(model, tmp_path, "bird") == 2
+    assert files(tmp_path) == sorted([*before, "0000-bird.png"])
+
+
+def test_a_set_of_samples_is_left_alone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert generate(model, tmp_path / "set", "--num-images", "2") == 0
+    assert generate(model, tmp_path / "few", "cat") == 0
+    capsys.readouterr()
+    for folder, argv, message in (
+        ("set", ["cat"], "set holds a set of samples (samples.json): choose another folder"),
+        ("few", ["--num-images", "2"], "few holds 0000-cat.png and no samples.json that says how it was made: choose another folder"),
+        ("few", ["--num-images", "2", "--format", "npz"], "few holds 0000-cat.png and no samples.json that says how it was made"),
+    ):
+        before = files(tmp_path / folder)
+        assert generate(model, tmp_path / folder, *argv) == 2
+        assert message in capsys.readouterr().err
+        assert files(tmp_path / folder) == before
+
+
+def test_grid_and_strips_are_no_samples(model: Path, tmp_path: Path):
+    assert generate(model, tmp_path, "cat", "--num", "4", "--progressive") == 0
+    assert len(files(tmp_path)) == 9
+    source = open_images(tmp_path)
+    assert [Path(source.name(i)).name for i in range(len(source))] == [f"000{i}-cat.png" for i in range(4)]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -90,7 +153,13 @@ def test_a_second_run_replaces_the_files(model: Path, tmp_path: Path):
         (["--temperature", "nan"], "temperature must be"),
         (["--guidance-scale", "-2"], "guidance_scale must be"),
         (["--guidance-schedule", "cosine"], "guidance_schedule must be constant or linear, not 'cosine'"),
-        (["--top-k", "0"], "top_k must be 1 or more, not 0"),
+        (["--top-k", "-1"], "top_k must be 1 or more, not -1"),
+        (["--top-k", "none"], "argument --top-k: invalid int or off value: 'none'"),
+        (["--top-p", "0"], "top_p must be above 0 and at most 1, not 0.0"),
+        (["--guidance-scale", "inf"], "guidance_scale must be"),
+        (["--guidance-scale", "1e39"], "guidance_scale must be"),
+        (["--num", "1000000000"], "5,000,000,000 images are more than --num is for, 100,000: give --num-images 5000000000"),
+        (["--num-images", "1000000000"], "--num-images must be at most 10,000,000, not 1,000,000,000: make several sets"),
         (["--top-p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
         (["--num-tokens", "5"], "num_tokens must be 1 to 4 or a multiple of 4 up to 16, not 5"),
         (["--num", "0"], "argument --num: must be a positive integer, not '0'"),

@@ -4,14 +4,18 @@ import argparse
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from detailflow.errors import DetailFlowError
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from detailflow.pictures import Made
+
+OFF = "off"  # for --top-k and --top-p
 DTYPES = ("float32", "bfloat16", "float16")  # names in torch, the default first
 
 
@@ -76,6 +80,20 @@ def positive(text: str) -> int:
     return value
 
 
+def or_off(kind: Callable[[str], Any], off: Any) -> Callable[[str], Any]:
+    """Return the type of an option that can be turned off: by "off", or by the number that means the same."""
+
+    def read(text: str) -> Any:
+        value = text if text == OFF else kind(text)
+        return OFF if value == off else value
+
+    read.__name__ = f"{kind.__name__} or {OFF}"  # which argparse's message names
+    return read
+
+
+TOP_K, TOP_P = or_off(int, off=0), or_off(float, off=1)
+
+
 def check_output(folder: Path) -> None:
     """Prove that `folder` exists or can be made, and can be written to; leaves nothing behind.
 
@@ -106,13 +124,14 @@ def make_output(folder: Path) -> None:
         raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def write_png(image: "Image.Image", path: Path) -> None:
-    """Write a PNG file whole or not at all.
+def write_png(image: "Image.Image", path: Path, made_as: "Made | None" = None) -> None:
+    """Write a PNG file whole or not at all, which says what `generate` made it as.
 
     Raises:
         DetailFlowError: if it cannot be written.
     """
+    from detailflow.pictures import png_text
     from detailflow.storage import writing
 
     with writing(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=png_text(made_as) if made_as else None)

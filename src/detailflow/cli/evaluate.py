@@ -3,11 +3,11 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from detailflow.cli.common import Parser, add_model_options, check_output, expanded, expanded_path, positive
+from detailflow.cli.common import TOP_K, TOP_P, Parser, add_model_options, check_output, expanded, expanded_path, positive
 from detailflow.errors import DetailFlowError
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from detailflow.evaluation.samples import Work
     from detailflow.published import Kind
 
-OFF = "off"  # for --top-k and --top-p
 NONE = "none"  # for --features
 HELP = """usage: detailflow evaluate WHAT …
 
@@ -86,8 +85,8 @@ def gpt_parser() -> Parser:
     sweep.add_argument("--guidance-scale", type=float, nargs="+", default=[None], metavar="S", help="1 is no guidance")
     sweep.add_argument("--guidance-schedule", nargs="+", default=[None], metavar="NAME", help="constant, linear")
     sweep.add_argument("--temperature", type=float, nargs="+", default=[None], metavar="T", help="0 is argmax")
-    sweep.add_argument("--top-k", type=_or_off(int), nargs="+", default=[None], metavar="K", help="numbers, or off")
-    sweep.add_argument("--top-p", type=_or_off(float), nargs="+", default=[None], metavar="P", help="numbers, or off")
+    sweep.add_argument("--top-k", type=TOP_K, nargs="+", default=[None], metavar="K", help="numbers, or off")
+    sweep.add_argument("--top-p", type=TOP_P, nargs="+", default=[None], metavar="P", help="numbers, or off")
     sweep.add_argument("--num-tokens", type=positive, nargs="+", default=[None], metavar="N", help="stop after N tokens")
     _add_features(result)
     _add_output(result)
@@ -162,14 +161,6 @@ def _add_batch_size(parser: argparse.ArgumentParser) -> None:
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
-
-
-def _or_off(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return text if text == OFF else kind(text)
-
-    read.__name__ = f"{kind.__name__} or {OFF}"  # which argparse's message names
-    return read
 
 
 # --- evaluations ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,13 @@
 """`detailflow generate`: images of classes."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from detailflow.cli.common import (
+    OFF,
+    TOP_K,
+    TOP_P,
     Parser,
     add_model_options,
     add_output_option,
@@ -14,8 +18,15 @@ from detailflow.cli.common import (
 )
 from detailflow.errors import DetailFlowError
 
+if TYPE_CHECKING:
+    from detailflow.labels import ClassId
+    from detailflow.pipeline import DetailFlowPipeline
+    from detailflow.processes import Processes
+
 FORMATS = ("png", "npz", "webdataset")
-GRID_IMAGES = 400  # about as many as a grid shows where there are more
+GRID_IMAGES = 400  # about as many as a grid shows if there are more
+LARGEST_SET = 10_000_000  # of --num-images
+SAMPLING = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
 
 
 def parser() -> Parser:
@@ -39,8 +50,8 @@ def parser() -> Parser:
     group.add_argument("--guidance-scale", type=float, metavar="S", help="strength of the class; 1 is no guidance")
     group.add_argument("--guidance-schedule", metavar="NAME", help="constant, or linear: lower from group to group")
     group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely code")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest codes only")
-    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest codes that sum to P")
+    group.add_argument("--top-k", type=TOP_K, metavar="K", help="draw from the K likeliest codes only; off or 0: all")
+    group.add_argument("--top-p", type=TOP_P, metavar="P", help="draw from the likeliest codes that sum to P; off or 1: all")
     add_model_options(result, tokenizer=True)
     return result
 
@@ -49,68 +60,107 @@ def main(argv: Sequence[str]) -> int:
     """Write `INDEX-CLASS.png` for every image, and the grid and strips that were asked for."""
     args = parser().parse_args(argv)
     check_output(args.output)
-
-    from tqdm import tqdm
+    _check(args)
 
     from detailflow.generation import SamplingConfig
     from detailflow.labels import ClassId
-    from detailflow.pictures import grid, strip
-    from detailflow.pipeline import BATCH_SIZE, DetailFlowPipeline, stage_counts
+    from detailflow.pipeline import DetailFlowPipeline
     from detailflow.processes import Processes
-    from detailflow.samples import file_label, generate_many
 
+    processes = Processes.of_this_launch(cpu=args.device == "cpu") if args.num_images else Processes()
+    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    SamplingConfig(**{name: value for name, value in sampling.items() if value != OFF})  # raises before a large model is loaded
+    pipeline = DetailFlowPipeline.from_pretrained(
+        args.model, device=processes.device or args.device, dtype=args.dtype, tokenizer=args.tokenizer
+    )
+    classes = pipeline.class_ids(args.classes or [ClassId(i) for i in range(pipeline.gpt.config.num_classes)])
+    if args.num_images:
+        _many(args, pipeline, classes, processes, sampling)
+    else:
+        _few(args, pipeline, classes, sampling)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise a `DetailFlowError` for options that don't go together."""
     if args.num_images is None and (args.compile or args.format != FORMATS[0]):
         raise DetailFlowError(f"{'--compile' if args.compile else f'--format {args.format}'} is for --num-images")
     if args.num_images and (args.progressive or args.num > 1):
         raise DetailFlowError("--num-images counts all images and makes no strips: leave out --num and --progressive")
-    processes = Processes.of_this_launch(cpu=args.device == "cpu") if args.num_images else Processes()
-    names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
-    sampling = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    SamplingConfig(**sampling)  # raises before a large model is loaded
-    pipeline = DetailFlowPipeline.from_pretrained(
-        args.model, device=processes.device or args.device, dtype=args.dtype, tokenizer=args.tokenizer
+    if args.num_images and args.num_images > LARGEST_SET:
+        raise DetailFlowError(f"--num-images must be at most {LARGEST_SET:,}, not {args.num_images:,}: make several sets")
+
+
+def _many(
+    args: argparse.Namespace,
+    pipeline: "DetailFlowPipeline",
+    classes: "Sequence[ClassId]",
+    processes: "Processes",
+    sampling: Mapping[str, Any],
+) -> None:
+    """Write the set of `--num-images`, this process's share of it."""
+    from detailflow.pipeline import BATCH_SIZE
+    from detailflow.samples import generate_many
+
+    num_tokens = pipeline.tokenizer.schedule.check_count(args.num_tokens)
+    labels = [classes[i % len(classes)] for i in range(args.num_images)]
+    batch_size = args.batch_size or (128 if pipeline.device.type == "cuda" else BATCH_SIZE)
+    if args.compile:
+        if args.num_images < batch_size:
+            raise DetailFlowError(f"--compile is for batches of {batch_size}, and {args.num_images} images fill none")
+        pipeline.compile(batch_size)
+    generate_many(
+        pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling
     )
-    schedule = pipeline.tokenizer.schedule
+    if processes.is_main:
+        print(f"wrote {len(labels)} images to {args.output}")
+
+
+def _few(
+    args: argparse.Namespace, pipeline: "DetailFlowPipeline", classes: "Sequence[ClassId]", sampling: Mapping[str, Any]
+) -> None:
+    """Write `--num` images of each class and the pictures of them, in place of those of an earlier call."""
+    from tqdm import tqdm
+
+    from detailflow.pictures import grid, strip
+    from detailflow.pipeline import BATCH_SIZE, LARGEST_CALL, stage_counts
+    from detailflow.samples import check_no_set, file_label, remove_earlier
+
+    total, schedule = len(classes) * args.num, pipeline.tokenizer.schedule
+    if total > LARGEST_CALL:
+        raise DetailFlowError(f"{total:,} images are more than --num is for, {LARGEST_CALL:,}: give --num-images {total}")
+    check_no_set(args.output)
     num_tokens = schedule.check_count(args.num_tokens)
     counts = stage_counts(schedule, num_tokens) if args.progressive else [num_tokens]
-    classes = pipeline.class_ids(args.classes or [ClassId(i) for i in range(pipeline.gpt.config.num_classes)])
-    if args.num_images:
-        labels = [classes[i % len(classes)] for i in range(args.num_images)]
-        batch_size = args.batch_size or (128 if pipeline.gpt.device.type == "cuda" else BATCH_SIZE)
-        if args.compile:
-            if args.num_images < batch_size:
-                raise DetailFlowError(f"--compile is for batches of {batch_size}, and {args.num_images} images fill none")
-            pipeline.compile(batch_size)
-        generate_many(
-            pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling
-        )
-        if processes.is_main:
-            print(f"wrote {len(labels)} images to {args.output}")
-        return 0
     labels = [label for label in classes for _ in range(args.num)]
     per_class = min(args.num, max(1, GRID_IMAGES // len(classes)))
 
-    shown = []
+    shown, names = [], []
     # A bar in percent: it counts decoding steps of images, which say nothing to the user.
     bar = tqdm(
         total=len(labels) * (schedule.valid_counts.index(num_tokens) + 1), desc="generating", delay=2, leave=False,
         disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
     )  # fmt: skip
-    options = dict(seed=args.seed, num_tokens=num_tokens, counts=counts, progress=bar.update, **sampling)
     with bar:
         for first in range(0, len(labels), BATCH_SIZE):
             batch = labels[first : first + BATCH_SIZE]
-            stages = list(pipeline.stream(batch, first_image=first, **options))
+            made = pipeline.stream(
+                batch, first_image=first, seed=args.seed, num_tokens=num_tokens, counts=counts, progress=bar.update, **sampling
+            )
+            stages = list(made)
             make_output(args.output)
             for i, image in enumerate(stages[-1].images):
-                name = f"{first + i:04d}-{file_label(pipeline, batch[i])}.png"
-                write_png(image, args.output / name)
+                names.append(f"{first + i:04d}-{file_label(pipeline, batch[i])}.png")
+                write_png(image, args.output / names[-1], "sample")
                 if args.progressive:
-                    write_png(strip(stages, i), args.output / f"strip-{name}")
+                    names.append(f"strip-{names[-1]}")
+                    write_png(strip(stages, i), args.output / names[-1], "strip")
                 if (first + i) % args.num < per_class:
                     shown.append(image)
     if args.grid:
+        names.append("grid.png")
         captions = [pipeline.class_name(label) for label in classes for _ in range(per_class)]
-        write_png(grid(shown, per_class if per_class > 1 else None, captions), args.output / "grid.png")
-    print(f"wrote {len(labels)} image{'s' if len(labels) > 1 else ''} to {args.output}")
-    return 0
+        write_png(grid(shown, per_class if per_class > 1 else None, captions), args.output / names[-1], "grid")
+    removed = remove_earlier(args.output, names)
+    instead = f" in place of {removed} earlier file{'s' if removed > 1 else ''}" if removed else ""
+    print(f"wrote {len(labels)} image{'s' if len(labels) > 1 else ''} to {args.output}{instead}")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from detailflow.data.decode import PLUGINS, image_suffixes
 from detailflow.errors import DetailFlowError, printable
+from detailflow.pictures import is_overview
 
 MANY = (".parquet", ".tar")  # files of many images
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -128,6 +129,8 @@ def _sorted_out(top: str, split: str | None, notes: Notes, metadata: list[str]) 
     files, folders = _walk(top, notes)
     suffixes = [_suffix(file) for file in files]
     images = [file for file, suffix in zip(files, suffixes, strict=True) if suffix in image_suffixes()]
+    pictures = {file for file in images if is_overview(file)}
+    images = [file for file in images if file not in pictures]
     many = {kind: [file for file, suffix in zip(files, suffixes, strict=True) if suffix == kind] for kind in MANY}
     kind = max(MANY, key=lambda kind: len(many[kind]))
     if many[kind] and not _images_win(top, images, many[kind]):
@@ -135,7 +138,8 @@ def _sorted_out(top: str, split: str | None, notes: Notes, metadata: list[str]) 
         _leave_others(top, files, {*taken, *many[kind]}, notes)
         return Found(kind, top, [Path(file) for file in taken], notes)
     metadata += [file for file in files if os.path.basename(file) in METADATA and file not in metadata]
-    _leave_others(top, files, {*images, *metadata}, notes)
+    notes.leave("grid or strip of `detailflow generate`", *(within(file, top) for file in sorted(pictures)))
+    _leave_others(top, files, {*images, *pictures, *metadata}, notes)
     if not images:
         holds = f"; it holds {notes.aside()}" if notes.left_aside else ""
         raise DetailFlowError(f"{top} holds no images: put some there, in one subfolder per class{holds}")

@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ from detailflow.evaluation.samples import (
     warnings_of,
 )
 from detailflow.evaluation.sets import ImageSet, check_total, share_of
-from detailflow.generation import SamplingConfig
+from detailflow.generation import OFF, SamplingConfig
 from detailflow.pictures import grid
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.samples import generate_many, remove_temporary
@@ -53,7 +53,6 @@ from detailflow.seeds import check_seeds
 
 LABELS = ("balanced", "random")
 SAMPLES = "samples"  # the folder in the output folder where images are, for a while or for good
-OFF: Literal["off"] = "off"  # top-k or top-p, whatever the model's own best is
 
 OUR_CROP = (
     "The reference's images are brought to their size by one bicubic resize. ADM's reference, which published FIDs are to, is of "
@@ -89,8 +88,7 @@ class Sweep:
         for values in itertools.product(*(getattr(self, name) for name in self.__dataclass_fields__)):
             given = dict(zip(self.__dataclass_fields__, values, strict=True))
             tokens = pipeline.tokenizer.schedule.check_count(given.pop("num_tokens"))
-            off: dict[str, Any] = {name: None for name in ("top_k", "top_p") if given[name] == OFF}
-            result.append(Setting(replace(pipeline.gpt.sampling(**{**given, **off}), **off), tokens))
+            result.append(Setting(pipeline.gpt.sampling(**given), tokens))
         return list(dict.fromkeys(result))
 
 
@@ -108,8 +106,8 @@ class Setting:
             "guidance": s.guidance_scale,
             "schedule": s.guidance_schedule,
             "temperature": s.temperature,
-            "top-k": "off" if s.top_k is None else s.top_k,
-            "top-p": "off" if s.top_p is None else s.top_p,
+            "top-k": OFF if s.top_k is None else s.top_k,
+            "top-p": OFF if s.top_p is None else s.top_p,
             "tokens": self.num_tokens,
         }
 
@@ -118,14 +116,9 @@ class Setting:
         words = [f"{key}-{value:g}" if isinstance(value, float) else f"{key}-{value}" for key, value in self.shown().items()]
         return "-".join([*words, f"seed-{seed}"])
 
-    def given(self, pipeline: DetailFlowPipeline) -> dict[str, Any]:
-        """The sampling as a pipeline's call takes it, where `None` is the model's own best: what is off keeps all codes."""
-        own, given = pipeline.gpt.config.sampling, asdict(self.sampling)
-        if own.top_k is not None and given["top_k"] is None:
-            given["top_k"] = pipeline.gpt.config.codebook_size
-        if own.top_p is not None and given["top_p"] is None:
-            given["top_p"] = 1.0
-        return given
+    def given(self) -> dict[str, Any]:
+        """Return the sampling as a pipeline's call takes it, where `None` is the model's own best."""
+        return {name: OFF if value is None else value for name, value in asdict(self.sampling).items()}
 
 
 def evaluate_gpt(
@@ -237,7 +230,7 @@ def _measure_samples(
     place, processes = folder / setting.folder(seed), work.processes
     generate_many(
         pipeline, labels, place, "npz", seed, work.batch_size, processes, setting.num_tokens, temporary=not keep,
-        **setting.given(pipeline),
+        **setting.given(),
     )  # fmt: skip
     processes.wait()
     made = measure(extractor, _full_size(work.open(str(place)), pipeline), processes, SAMPLES_KEPT, len(labels))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -317,8 +317,8 @@ class DetailFlowGPT(nn.Module):
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
         temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        top_k: int | Literal["off"] | None = None,
+        top_p: float | Literal["off"] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_tokens: int | None = None,
     ) -> Tensor:
@@ -328,6 +328,8 @@ class DetailFlowGPT(nn.Module):
             guidance_scale: s in uncond + s·(cond − uncond); 1 is no guidance and costs none.
             guidance_schedule: "constant" or "linear", which lowers s from group to group.
             temperature: 0 is argmax.
+            top_k: draw only from that many most likely codes; "off" is all.
+            top_p: draw only from the most likely codes that sum to this probability; "off" is all.
             generator: one per image, or one from which each image's own seed is drawn.
             num_tokens: stop after the first n tokens.
 
@@ -343,18 +345,20 @@ class DetailFlowGPT(nn.Module):
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
         temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        top_k: int | Literal["off"] | None = None,
+        top_p: float | Literal["off"] | None = None,
     ) -> SamplingConfig:
-        """The model's own best way to sample, with what is given in its place."""
-        given = dict(
+        """Return the model's own best way to sample, with what is given in its place; "off" is no top-k or no top-p."""
+        given: dict[str, Any] = dict(
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
         )
-        return replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        chosen = {name: value for name, value in given.items() if value is not None}
+        off = {name: None for name in ("top_k", "top_p") if chosen.get(name) == generation.OFF}
+        return replace(self.config.sampling, **{**chosen, **off})
 
     def stream(
         self,
