@@ -195,9 +195,7 @@ def claim(folder: Path, settings: dict[str, Any], found: Iterable[Path] = (), te
         for key in mine:
             if theirs.get(key) != mine[key]:
                 values = "" if key in CHECKSUMS else f" ({theirs.get(key)!r}, not {mine[key]!r})"
-                raise DetailFlowError(
-                    f"{folder} holds samples with another {key}{values}: choose another folder"
-                )
+                raise DetailFlowError(f"{folder} holds samples with another {key}{values}: choose another folder")
         if theirs.get(TEMPORARY) and not temporary:
             write_json(path, mine)
     except OSError as error:

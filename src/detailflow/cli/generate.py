@@ -109,9 +109,7 @@ def _many(
         if args.num_images < batch_size:
             raise DetailFlowError(f"--compile is for batches of {batch_size}, and {args.num_images} images fill none")
         pipeline.compile(batch_size)
-    generate_many(
-        pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling
-    )
+    generate_many(pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling)
     if processes.is_main:
         print(f"wrote {len(labels)} images to {args.output}")
 
