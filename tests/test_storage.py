@@ -1,6 +1,7 @@
 """Tensors on disk: one file or shards, and how much of them is in memory."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -8,10 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from detailflow.errors import DetailFlowError
-from detailflow.storage import PIECE, check_torch_zip, held, in_pieces, read_headers, read_tensors, write_tensors
+from detailflow.storage import (
+    LARGEST_YAML,
+    PIECE,
+    check_torch_zip,
+    held,
+    in_pieces,
+    load_yaml,
+    read_headers,
+    read_json,
+    read_tensors,
+    read_yaml,
+    write_tensors,
+)
 
 
 def some_tensors(count: int = 6) -> dict[str, torch.Tensor]:
@@ -103,6 +117,35 @@ with held(Path(sys.argv[1]), "run"):
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+BOMB = "a0: &a0 [1,1,1,1,1,1,1,1,1]\n" + "".join(f"a{k}: &a{k} [{','.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 9))
+NOT_YAML = (
+    *(BOMB, "a: &a [*a]", "[" * 3000, "a: " + "9" * 5000, "a: !!int x", "a: 2020-13-45", "a: !!python/name:os.system"),
+    *("? [a]\n: b", "<<: 1"),
+)
+
+
+@pytest.mark.parametrize("text", NOT_YAML, ids=range(len(NOT_YAML)))
+def test_yaml_that_is_none(text: str):
+    with pytest.raises(yaml.YAMLError):
+        load_yaml(text)
+
+
+def test_aliases_that_stand_for_little():
+    values = load_yaml("a: &a {b: [1, 2]}\nc: *a\nd: {<<: *a, e: 3}")
+    assert values == {"a": {"b": [1, 2]}, "c": {"b": [1, 2]}, "d": {"b": [1, 2], "e": 3}}
+
+
+def test_text_comes_from_regular_files_of_a_bounded_size(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zero.json"):
+        with pytest.raises(DetailFlowError, match=f"could not read .*{name}: it is no regular file"):
+            read_json(tmp_path / name)
+    (tmp_path / "large.yaml").write_text("#" * (LARGEST_YAML + 1))
+    with pytest.raises(OSError, match="it is larger than 262,144 bytes"):
+        read_yaml(tmp_path / "large.yaml")
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError, some_names
 from detailflow.labels import default_names
-from detailflow.storage import check_torch_zip, in_pieces, read_json
+from detailflow.storage import LARGEST_YAML, check_torch_zip, in_pieces, load_yaml, read_json, read_text
 
 Kind = Literal["tokenizer", "gpt"]
 CHECKPOINTS = "checkpoints"
@@ -317,7 +317,7 @@ def read_arguments(directory: Path) -> str:
     """
     path = directory / ARGUMENTS_FILE
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, LARGEST_YAML)
     except FileNotFoundError:
         return ""
     except OSError as error:
@@ -330,8 +330,8 @@ def _degradation_power(directory: Path) -> float:
     """α as trained; 1.5 where the training arguments do not say."""
     path = directory / ARGUMENTS_FILE
     try:
-        arguments = yaml.safe_load(read_arguments(directory) or "{}")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        arguments = load_yaml(read_arguments(directory) or "{}")
+    except yaml.YAMLError as error:
         raise DetailFlowError(f"{path} is not valid YAML of plain values: {' '.join(str(error).split())}") from error
     if not isinstance(arguments, dict):
         raise DetailFlowError(f"{path} must hold the training arguments as 'name: value' lines")

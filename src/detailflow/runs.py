@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 from detailflow.published import Kind, check_kind
-from detailflow.storage import check_torch_zip, in_pieces
+from detailflow.storage import check_torch_zip, in_pieces, read_yaml
 
 RUN_FILE = "run.yaml"
 CHECKPOINTS = "resume"  # not "checkpoints", by which the published layout is known
@@ -58,10 +58,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         DetailFlowError: if it is damaged.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = read_yaml(path)
     except OSError as error:
         raise DetailFlowError(f"could not read {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, UnicodeDecodeError):
         settings = None
     if not isinstance(settings, dict):
         raise DetailFlowError(f"{path} is damaged; remove {path.parent} to start afresh or choose another output")

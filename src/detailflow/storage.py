@@ -1,9 +1,11 @@
 """Files: replaced as a whole or not at all, and tensors in safetensors, in one file or in shards as the hub has them."""
 
+import errno
 import json
 import math
 import os
 import re
+import stat
 import struct
 import zipfile
 from collections.abc import Container, Iterator, Mapping
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +29,9 @@ TENSOR_FILES = (WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")  # as patt
 SHARD_SIZE = "5GB"  # the hub's convention
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 PIECE = 64 * 2**20  # bytes
+LARGEST_TEXT = 32 * 2**20  # bytes of a file of settings or of what describes others
+LARGEST_YAML = 2**18  # which takes seconds to read
+MOST_VALUES = 100_000  # that the aliases of YAML may stand for
 _ZIP_TAIL = 56 + 20 + 22  # bytes of the three records that end a zip file
 
 Key = TypeVar("Key")
@@ -158,6 +164,63 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT) -> str:
+    """Return the UTF-8 text of a file, which must be a regular one of at most `most` bytes: a pipe or a device may never end.
+
+    Raises:
+        OSError: if it cannot be read, with the reason as its `strerror`.
+        UnicodeDecodeError: if it is not UTF-8.
+    """
+    if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
+    return content.decode("utf-8")
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """Return what a YAML file says, as plain values.
+
+    Raises:
+        OSError, UnicodeDecodeError: as `read_text`.
+        yaml.YAMLError: if it is not valid YAML.
+    """
+    return load_yaml(read_text(path, LARGEST_YAML))
+
+
+def load_yaml(text: str) -> Any:
+    """Return what YAML says, as plain values.
+
+    Raises:
+        yaml.YAMLError: if it is not valid, nested too deeply, or a small text for very many values. PyYAML lets the errors of
+            Python's own conversions through, as of a number of five thousand digits.
+    """
+    try:
+        content = yaml.safe_load(text)
+        count = _count_values(content, {})
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
+    if count > MOST_VALUES:
+        raise yaml.YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
+    return content
+
+
+def _count_values(value: Any, known: dict[int, int]) -> int:
+    """Return how many values are in nested containers, one that stands in several places counted in each.
+
+    Raises:
+        RecursionError: if a container holds itself.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count_values(part, known) for part in parts)
+    return known[id(value)]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -165,7 +228,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DetailFlowError: if the file is missing or holds anything else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         raise DetailFlowError(
             f"{path.parent} has no {path.name}: expected a model folder, or one with tokenizer/ and gpt/ inside"

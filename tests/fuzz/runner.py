@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -142,4 +142,5 @@ def _shared(numbers: Iterator[int], workers: list[Worker]) -> Iterator[dict[str,
                 free.append(worker)
 
     with ThreadPoolExecutor(len(workers)) as pool:
-        yield from pool.map(one, numbers)
+        for ended in as_completed([pool.submit(one, number) for number in numbers]):
+            yield ended.result()

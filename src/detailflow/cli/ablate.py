@@ -79,7 +79,9 @@ def _value(text: str) -> Any:
     """As YAML reads it, and 1e-3 as a number too."""
     import yaml
 
+    from detailflow.storage import load_yaml
+
     try:
-        return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else yaml.safe_load(text)
+        return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else load_yaml(text)
     except yaml.YAMLError:
         raise DetailFlowError(f"{text!r} is no valid value") from None

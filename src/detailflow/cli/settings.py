@@ -83,8 +83,10 @@ def read_settings_file(path: str) -> dict[str, Any]:
     """The file's settings; says what is wrong with a file as a whole, by its name, and leaves wrong settings to others."""
     import yaml
 
+    from detailflow.storage import read_yaml
+
     try:
-        content = yaml.safe_load(expanded_path(path).read_text(encoding="utf-8"))
+        content = read_yaml(expanded_path(path))
     except OSError as error:
         raise DetailFlowError(f"--config {path}: this file can't be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ from detailflow.data.decode import first_line
 from detailflow.data.source import ImageSource, common_folder, file_sizes, labelled, unlabelled
 from detailflow.data.stored import stored_image
 from detailflow.errors import DetailFlowError
+from detailflow.storage import read_text
 
 _SHOW_PROGRESS_ABOVE = 256 * 2**20  # bytes of parquet; less is ready in seconds
 
@@ -175,7 +176,7 @@ def open_saved(folder: str, image_column: str, label_column: str) -> ImageSource
     """
     datasets = import_datasets()
     try:
-        state = json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
+        state = json.loads(read_text(Path(folder) / "state.json"))
         files = [str(entry["filename"]) for key in ("_data_files", "_indices_files") for entry in state.get(key) or ()]
         if outside := [file for file in files if os.path.basename(file) != file]:
             raise DetailFlowError(f"{folder} names {outside[0]}, which is not in it: no other file is read")

@@ -28,7 +28,7 @@ import torch
 from detailflow.data.loader import BatchOrder
 from detailflow.errors import DetailFlowError
 from detailflow.processes import Processes
-from detailflow.storage import replacing
+from detailflow.storage import read_text, replacing
 
 CLEAN, INPUT, LABEL = range(3)  # the rows of one crop
 _FORMAT, _VERSION = "detailflow-tokens", 2
@@ -344,8 +344,8 @@ def _map(file: Path, dtype: np.dtype[np.integer], shape: tuple[int, ...]) -> np.
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
         raise DetailFlowError(f"{file} is damaged ({error!r}): delete {file.parent} and extract the tokens again") from error
     if not isinstance(content, dict):
         raise DetailFlowError(f"{file} is damaged: delete {file.parent} and extract the tokens again")

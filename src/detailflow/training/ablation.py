@@ -26,7 +26,7 @@ from detailflow.processes import Processes
 from detailflow.runs import RUN_FILE
 from detailflow.schedule import require_not_negative, require_positive
 from detailflow.seeds import LARGEST_SEED
-from detailflow.storage import read_json, replacing, write_json, writing
+from detailflow.storage import read_json, read_yaml, replacing, write_json, writing
 from detailflow.training.extract import Extraction, extract
 from detailflow.training.gpt import GPTTraining, train_gpt
 from detailflow.training.teachers import CLASSIFIER, FEATURES_FILE, feature_network, open_source
@@ -199,7 +199,7 @@ def _find_again(stages: Stages) -> None:
     """
     path, mine = stages.model / RUN_FILE, {"tokens": stages.gpt.tokens, "tokenizer": stages.gpt.tokenizer}
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = read_yaml(path)
         theirs = {key: settings[key] for key in mine}
         same = all(Path(theirs[key]).parts[-2:] == Path(mine[key]).parts[-2:] for key in mine)  # variant and stage
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
