@@ -84,8 +84,10 @@ def test_going_on_ends_in_the_same_bytes(store, tmp_path):
         TokenStore.open(directory)
     (directory / ".manifest.json.123.tmp").write_text("{")  # as a killed process leaves it
     (directory / "unfinished" / ".chunk-000002.json.123.tmp").write_text("{")
-    (directory / "unfinished" / "chunk-000000.json").write_text("")  # as a power cut may leave it
-    assert writer_for(directory).written() == {1, 3}
+    odd = ('{"crc32": 1}', '{"crc32": "x", "unreadable": {}}', '{"crc32": 1, "unreadable": {"999": "x"}}', "[" * 10**5)
+    for content in ("", *odd):  # as a power cut may leave it
+        (directory / "unfinished" / "chunk-000000.json").write_text(content)
+        assert writer_for(directory).written() == {1, 3}
     with open(directory / "codes.bin", "r+b") as file:
         file.seek(49 * INFO.image_bytes)
         file.write(b"\xff")

@@ -10,13 +10,14 @@ from . import folders, images, models, words
 SEED = 14
 KINDS: dict[str, tuple[Callable[[Random], list[str]], float, tuple[str, ...]]] = {  # how often, and the stock that each needs
     "image": (images.reconstruct, 25, ("model",)),
-    "data": (folders.data, 20, ("model", "photos*", "shards", "*.yaml")),
+    "data": (folders.data, 20, ("model", "photos*", "shards", "features*", "*.yaml")),
     "model": (models.model, 16, ("model", "published", "photos", "tokens", "*.yaml")),
     "run": (models.run, 6, ("model", "photos", "tokens", "run-*", "*.yaml")),
     "tokens": (models.tokens, 5, ("model", "photos", "tokens", "*.yaml")),
     "report": (models.report, 3, ("model", "photos", "report")),
+    "network": (models.network, 7, ("model", "photos", "photos.npz", "features*", "*.yaml")),
     "settings": (words.settings, 10, ("model", "photos", "tokens", "*.yaml")),
-    "line": (words.line, 15, ("model", "photos*", "tokens", "report", "run-gpt", "*.yaml")),
+    "line": (words.line, 15, ("model", "photos*", "tokens", "report", "run-gpt", "features*", "*.yaml")),
 }
 
 

@@ -48,9 +48,9 @@ def _command(path: str, kind: str, rng: Random) -> list[str]:
         *2 * [["extract", "--data", path, "--tokenizer", "in/model", "--crops", "two", *settings, *rest]],
         *2 * [["evaluate", "tokenizer", "--data", path, "--model", "in/model", *network, "--num-tokens", "8", *split, *rest]],
         ["train", "tokenizer", "--config", "in/tokenizer.yaml", "--data", path, "--loop.steps", "1", *split, *rest],
-        ["evaluate", "samples", path, "in/photos.npz", "--size", "16", "--features", "none", *rest],
+        ["evaluate", "samples", path, "in/photos.npz", "--size", "16", "--features", "in/features.safetensors", *rest],
         [
-            "evaluate", "statistics", path, "--size", "16", "--features", "inception", "--weights", "in/none.pt", "--output",
+            "evaluate", "statistics", path, "--size", "16", "--features", "in/features.safetensors", "--output",
             "out.npz",
         ],
         *3 * [["data", path, *split, *rng.choice(([], ["--json"]))]],

@@ -15,6 +15,7 @@ import yaml
 
 from .mutate import attack, misplace, mutate_bytes, mutate_file, mutate_json, mutate_tree, mutate_zip, pickled
 
+RECONSTRUCTION = ("evaluate", "tokenizer", "--data", "in/photos", "--model", "in/model")
 DTYPES = ("F32", "F64", "BF16", "F16", "I8", "U8", "I64", "BOOL", "F8_E4M3", "F4", "X")
 
 
@@ -187,6 +188,70 @@ def _poison(path: Path, rng: Random, mark: Path) -> None:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps(value, protocol=2))
             archive.writestr("archive/version", "3\n")
+
+
+METADATA = {
+    "architecture": (
+        *("", "detailflow/residual", "detailflow/x", "timm/resnet10t", "timm/../x", "timm/", "torchvision/alexnet"),
+        *("torchvision/get_model", "os/system", "timm/vit_giant_patch14_dinov2", "torchvision/detection", "timm/hf-hub:a/b"),
+        *("timm/local-dir:in", "é", "x" * 5000),
+    ),
+    "num_classes": ("0", "1", "5", "-1", "1e3", "9" * 5000, "99999", "٣", ""),
+    "width": ("0", "1", "2", "1024", "1025", "-2", "x", " 2"),
+    "size": ("own", "8", "7", "1024", "1025", "0", "299", ""),
+    "mean": ("0,0,0", "nan,0,0", "inf,inf,inf", "1,2", "1e6,1e6,1e6", ",,", "a,b,c"),
+    "std": ("0,0,0", "1,1,1", "-1,1,1", "1e-300,1,1", "nan,nan,nan", "1"),
+    "format": ("pt", "tf"),
+    "é": ("1",),
+}
+
+
+def network(rng: Random) -> list[str]:
+    """A feature network that something was done to, or weights of a known one that are others, and what computes with it."""
+    path = Path("in/features.safetensors")
+    rest = ["--device", "cpu", "--output", "out"]
+    if rng.random() < 0.3:
+        return _weights(rng, rest)
+    if rng.random() < 0.5:
+        content = path.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + length])
+        for key in rng.sample(sorted(METADATA), rng.choice((1, 1, 2, 3))):
+            header["__metadata__"][key] = rng.choice(METADATA[key])
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    else:
+        damage_safetensors(path, rng)
+    if rng.random() < 0.05 and path.exists():
+        misplace(path, rng)
+    source = rng.choice(("in/features.safetensors",) * 8 + ("in/model/gpt/model.safetensors", "in/model", "in/features.pt2"))
+    return rng.choice(
+        (
+            ["evaluate", "samples", "in/photos", "in/photos.npz", "--size", "16", "--features", source, *rest],
+            ["evaluate", "statistics", "in/photos", "--features", source, "--device", "cpu", "--output", "out.npz"],
+            [*RECONSTRUCTION, "--lpips", "none", "--features", source, *rest],
+        )
+    )
+
+
+def _weights(rng: Random, rest: list[str]) -> list[str]:
+    path = Path("in/odd" + rng.choice((".pt", ".pth", ".safetensors")))
+    shutil.copy("in/features.safetensors", path)
+    if path.suffix == ".safetensors":
+        damage_safetensors(path, rng)
+    else:
+        torch.save({"features.0.weight": torch.zeros(4, 3, 3, 3), "pos_embed": torch.zeros(1, 5, 8)}, path)
+        damage_checkpoint(path, rng)
+    train = ["train", "tokenizer", "--config", "in/tokenizer.yaml", "--loop.steps", "1"]
+    options = ("--perceptual_network", "--adversarial_network", "--encoder_init", "--alignment_network")
+    return rng.choice(
+        [
+            *([*train, option, str(path), "--perceptual", "0.1", "--alignment", "0.1", *rest] for option in options),
+            ["evaluate", "samples", "in/photos", "in/photos", "--features", "inception", "--weights", str(path), *rest],
+            ["evaluate", "samples", "in/photos", "in/photos", "--features", "dinov2", "--weights", str(path), *rest],
+            [*RECONSTRUCTION, "--features", "none", "--lpips", str(path), *rest],
+        ]
+    )
 
 
 def run(rng: Random) -> list[str]:

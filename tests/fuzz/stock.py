@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from detailflow.cli.main import main
 
@@ -114,11 +115,14 @@ def _data_sets(root: Path) -> None:
 
 def _models(root: Path) -> None:
     from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
+    from detailflow.evaluation.architectures import ResidualFeatures
     from detailflow.models.gpt import GPTConfig
     from detailflow.models.tokenizer import TokenizerConfig
     from detailflow.models.vit import ViTConfig
 
     torch.manual_seed(0)
+    metadata = {"architecture": "detailflow/residual", "width": "2", "num_classes": "5"}
+    save_file(ResidualFeatures(2, 5).state_dict(), root / "features.safetensors", metadata=metadata)
     tower = ViTConfig(16, 1, 2)
     sizes = dict(image_size=16, patch_size=8, codebook_dim=4)
     tokenizer = DetailFlowTokenizer(TokenizerConfig(encoder=tower, decoder=tower, **sizes, **SCHEDULE))

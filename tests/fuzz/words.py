@@ -131,7 +131,10 @@ OUTPUTS = (
     *("out", "out/", "a/b/c", "x" * 300, "in/photos/cat/0.png", "in/photos/cat/0.png/x", "/dev/null", "/dev/null/x", "/proc/x"),
     *("~/x", "", "é", "\udcff", "-", "."),
 )
-NETWORKS = ("none", "inception", "dinov2", "in/none.safetensors", "in/photos/cat/0.png", "x.pt2", "/dev/zero", "", "é")
+NETWORKS = (
+    *("none", "inception", "dinov2", "in/features.safetensors", "in/none.safetensors"),
+    *("in/photos/cat/0.png", "x.pt2", "/dev/zero", "", "é"),
+)
 VALUES = {  # of the options that take time or write; others get any of `WORDS`
     **dict.fromkeys(("--output", "--json"), OUTPUTS),
     **dict.fromkeys(("--num", "--num-images", "--num-samples", "--batch-size", "--batch-sizes", "--size", "--repeats"), SMALL),
@@ -182,16 +185,16 @@ COMMANDS = {
         "--reference --lpips --batch-size",
     ),
     "evaluate gpt": (
-        "--reference in/photos --model in/model --num-samples 3 --features in/none.safetensors --device cpu --output out",
+        "--reference in/photos --model in/model --num-samples 3 --features in/features.safetensors --device cpu --output out",
         "--model --device --dtype --output --features --weights --reference --num-samples --labels --seeds "
         "--keep-samples " + SAMPLING,
     ),
     "evaluate samples": (
-        "in/photos in/photos.npz --size 16 --features in/none.safetensors --device cpu --output out",
+        "in/photos in/photos.npz --size 16 --features in/features.safetensors --device cpu --output out",
         "--output --features --weights --size --num-images --batch-size --device",
     ),
     "evaluate statistics": (
-        "in/photos --features in/none.safetensors --device cpu --output out.npz",
+        "in/photos --features in/features.safetensors --device cpu --output out.npz",
         "--output --features --weights --size --num-images --split",
     ),
     "evaluate compare": ("in/report in/report", "--output"),

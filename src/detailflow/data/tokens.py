@@ -226,7 +226,7 @@ class TokenWriter:
     def unreadable(self) -> dict[int, str]:
         """What is wrong with the images of those chunks that can't be read, by slot."""
         bad = {slot: problem for record in self._records().values() for slot, problem in record["unreadable"].items()}
-        return {int(slot): bad[slot] for slot in sorted(bad, key=int)}
+        return dict(sorted(bad.items()))
 
     def write(self, chunk: int, codes: np.ndarray, unreadable: Mapping[int, str]) -> None:
         """Put one chunk on disk: `codes` (images, crops, 3, N) in [0, K), zeros where unreadable.
@@ -284,10 +284,14 @@ class TokenWriter:
         return self._unfinished / f"chunk-{chunk:06d}.json"
 
     def _records(self) -> dict[int, dict[str, Any]]:
+        """Return those of the chunks on disk; one that is damaged, as a power cut may leave it, is none, to be written again."""
         found = {}
-        for file in sorted(self._unfinished.glob("chunk-*.json")):
-            with suppress(DetailFlowError):  # as a machine without power may leave it: then the chunk is written again
-                found[int(file.stem.removeprefix("chunk-"))] = _read_object(file)
+        for chunk in range(self.chunks):
+            with suppress(DetailFlowError, KeyError, TypeError, ValueError):
+                record = _read_object(self._record(chunk))
+                unreadable = {int(slot): str(problem) for slot, problem in dict(record["unreadable"]).items()}
+                if type(record["crc32"]) is int and unreadable.keys() <= set(self.slots(chunk)):
+                    found[chunk] = {"crc32": record["crc32"], "unreadable": unreadable}
         return found
 
     def _sweep(self) -> None:
