@@ -20,10 +20,12 @@ from detailflow.storage import (
     held,
     in_pieces,
     load_yaml,
+    output_names,
     read_headers,
     read_json,
     read_tensors,
     read_yaml,
+    replacing,
     write_tensors,
 )
 
@@ -38,6 +40,24 @@ def names(folder: Path) -> list[str]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_names_of_outputs():
+    """All different whatever the file system, short, and without separators."""
+    names = output_names(
+        ["x", "X", "x", "x-2", "a/b\\c\nd", "", "caf\udce9", "e\u0301", "\u00e9", "y" * 300, "y" * 300, "猫" * 100]
+    )
+    assert names[:9] == ["x", "X-2", "x-3", "x-2-2", "a-b-c-d", "image", "caf\ufffd", "e\u0301", "\u00e9-2"]
+    assert names[9:] == ["y" * 100, "y" * 100 + "-2", "猫" * 33]
+    many = output_names(["image"] * 5000)
+    assert len(set(many)) == 5000
+
+
+def test_a_file_with_as_long_a_name_as_can_be(tmp_path: Path):
+    path = tmp_path / ("x" * 250 + ".json")
+    with replacing(path) as temporary:
+        temporary.write_text("{}")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_shards_and_back_to_one_file(tmp_path: Path):

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -15,7 +15,7 @@ GAP = 4
 FONT_SIZE = 12
 LINE = 16  # pixels from one line of a caption to the next
 MADE_AS = "detailflow"  # the key of a PNG file's text that says which of these it is
-Made = Literal["sample", "grid", "strip"]
+Made = Literal["sample", "grid", "strip", "comparison"]  # by `generate`, the last, a strip, by `reconstruct`
 _NAMES = re.compile(r"grid\.png|(strip-)?\d{4,}-.*\.png", re.DOTALL)  # of what `generate` writes
 _HEAD = 200  # bytes of a PNG file in which that text is
 
@@ -30,16 +30,14 @@ class StageLike(Protocol):
 
 
 def png_text(made_as: Made) -> PngInfo:
-    """Return what a PNG file says of itself: whether `generate` made it as a sample, or as a picture of several."""
+    """Return what a PNG file says of itself: whether we made it as a sample, or as a picture of several images."""
     text = PngInfo()
     text.add_text(MADE_AS, made_as)
     return text
 
 
 def made_as(path: Path) -> Made | None:
-    """Return what `generate` made a file as; `None` for any other file."""
-    if not _NAMES.fullmatch(path.name):
-        return None
+    """Return what we made a file as; `None` for any other file."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -50,19 +48,20 @@ def made_as(path: Path) -> Made | None:
     if not found or not head.startswith(b"\x89PNG"):
         return None
     length = int.from_bytes(before[-4:], "big") - len(MADE_AS) - 1
-    return {b"sample": "sample", b"grid": "grid", b"strip": "strip"}.get(after[:length])  # type: ignore[return-value]
+    return next((made for made in get_args(Made) if made.encode() == after[:length]), None)
 
 
 def is_overview(path: str) -> bool:
-    """Return whether a file is a grid or a strip that `generate` made, and so no image of a set."""
+    """Return whether a file is a grid or a strip that `generate` or `reconstruct` made, and so no image of a set."""
     name = os.path.basename(path)
-    return (name == "grid.png" or name.startswith("strip-")) and made_as(Path(path)) in ("grid", "strip")
+    named = name == "grid.png" or name.startswith("strip-") or name.endswith("-strip.png")
+    return named and made_as(Path(path)) in ("grid", "strip", "comparison")
 
 
 def generated(folder: Path) -> Iterator[Path]:
     """Yield the files in a folder that `generate` made, whenever it was."""
     for path in sorted(folder.iterdir()):
-        if made_as(path):
+        if _NAMES.fullmatch(path.name) and made_as(path) in ("sample", "grid", "strip"):
             yield path
 
 

@@ -29,7 +29,7 @@ from detailflow.pictures import generated
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.processes import Processes
 from detailflow.seeds import check_seeds
-from detailflow.storage import read_json, replacing, write_json
+from detailflow.storage import read_json, replacing, shortened, write_json
 
 SETTINGS_FILE = "samples.json"
 TEMPORARY = "temporary"  # in that file: whether the samples may go once they have served
@@ -361,7 +361,7 @@ def _writing_samples() -> Iterator[None]:
 
 def file_label(pipeline: DetailFlowPipeline, class_id: int) -> str:
     """The class's name, fit for a file name."""
-    return re.sub(r"\W+", "-", pipeline.class_name(class_id)).strip("-")[:50] or str(class_id)
+    return shortened(re.sub(r"\W+", "-", pipeline.class_name(class_id)).strip("-")[:50]) or str(class_id)
 
 
 def _write_parts(

@@ -7,8 +7,9 @@ import os
 import re
 import stat
 import struct
+import unicodedata
 import zipfile
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -19,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, printable
 from detailflow.processes import Processes
 
 LOCK_FILE = ".lock"
+LONGEST_NAME = 100  # bytes of a file's name that we make up; the least that a file system allows is about 140
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TENSOR_FILES = (WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")  # as patterns
@@ -37,10 +39,35 @@ _ZIP_TAIL = 56 + 20 + 22  # bytes of the three records that end a zip file
 Key = TypeVar("Key")
 
 
+def shortened(name: str, limit: int = LONGEST_NAME) -> str:
+    """Return the beginning of a name that has at most `limit` bytes in UTF-8."""
+    return printable(name).encode()[:limit].decode(errors="ignore")
+
+
+def output_names(names: Iterable[str]) -> list[str]:
+    """Return a name of a file for each of these, to which a suffix can be added, after what they say of an input.
+
+    They are short enough for any file system and have no separators in them. All are different, even if upper and lower case or
+    two ways to write an accent are the same.
+    """
+    taken: set[str] = set()
+    numbers: dict[str, int] = {}  # the last one tried of names that were taken
+    result: list[str] = []
+    for name in names:
+        plain = shortened(re.sub(r"[\x00-\x1f/\\]+", "-", name)) or "image"
+        chosen = plain
+        while (key := unicodedata.normalize("NFC", chosen).casefold()) in taken:
+            numbers[plain] = numbers.get(plain, 1) + 1
+            chosen = f"{plain}-{numbers[plain]}"
+        taken.add(key)
+        result.append(chosen)
+    return result
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` to write to: it takes the place of `path` at the end, or vanishes on an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{shortened(path.name)}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files for their owner only

@@ -1,6 +1,10 @@
 """`detailflow reconstruct`."""
 
 import math
+import os
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ from PIL import Image
 
 from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
+from detailflow.data.images import open_images
 
 
 def reconstruct(model: Path, output: Path, *images: Path) -> int:
@@ -24,7 +29,17 @@ def test_a_strip_and_a_row_per_image(
     wide.save(tmp_path / "wide.png")
     small.save(tmp_path / "small one.bmp")
     assert reconstruct(model, tmp_path / "out", tmp_path / "wide.png", tmp_path / "small one.bmp") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["small one-strip.png", "wide-strip.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "small one-reconstruction.png",
+        "small one-strip.png",
+        "wide-reconstruction.png",
+        "wide-strip.png",
+    ]
+    for name, image in (("wide", wide), ("small one", small)):
+        with Image.open(tmp_path / "out" / f"{name}-reconstruction.png") as written:
+            assert written.tobytes() == pipeline.reconstruct(image)[-1].images[0].tobytes()
+    source = open_images(tmp_path / "out")
+    assert len(source) == 2  # strips are no images of a set
     with Image.open(tmp_path / "out" / "wide-strip.png") as sheet:
         assert sheet.width == 6 * 132 + 4  # 1, 2, 4, 8, 16 tokens and the original
     out, err = capsys.readouterr()
@@ -86,8 +101,99 @@ def test_files_of_one_name_are_kept_apart(model: Path, tmp_path: Path):
         Image.new("RGB", (32, 32), (i, i, i)).save(path)
         images.append(path)
     assert reconstruct(model, tmp_path / "out", *images) == 0
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("*-strip.png"))
+    assert len(list((tmp_path / "out").iterdir())) == 8
     assert names == ["X-2-strip.png", "x-2-2-strip.png", "x-3-strip.png", "x-strip.png"]
+
+
+@pytest.mark.parametrize("name", ["a" * 246, "é" * 120, "猫" * 80])
+def test_a_name_as_long_as_a_file_can_have(name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Every image gets its output, under a shortened name."""
+    for suffix in (".png", ".jpg"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}{suffix}")
+    Image.new("RGB", (32, 32)).save(tmp_path / "other.png")
+    images = [tmp_path / f"{name}.png", tmp_path / f"{name}.jpg", tmp_path / "other.png"]
+    assert reconstruct(model, tmp_path / "out", *images) == 0
+    written = sorted(path.name for path in (tmp_path / "out").glob("*-strip.png"))
+    assert len(written) == 3 and "other-strip.png" in written
+    assert all(len(name.encode()) < 130 for name in written)
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_a_name_that_is_no_utf8(model: Path, tmp_path: Path):
+    image = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    try:
+        Image.new("RGB", (32, 32)).save(os.fsdecode(image))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    command = [sys.executable, "-m", "detailflow", "reconstruct", image, "--model", str(model), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["caf\ufffd-reconstruction.png", "caf\ufffd-strip.png"]
+    assert "caf\ufffd" in done.stdout.decode()
+
+
+def photos(folder: Path, per: int = 3) -> Path:
+    for number, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for i in range(per):
+            Image.new("RGB", (40, 32), (80 * number, 20 * i, 0)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_a_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = photos(tmp_path / "photos")
+    assert reconstruct(model, tmp_path / "out", folder, folder / "cat" / "0.png") == 0
+    out, err = capsys.readouterr()
+    expected = ["cat-0", "cat-1", "cat-2", "dog-0", "dog-1", "dog-2", "0"]
+    assert [line.split()[0] for line in out.splitlines()[1:]] == expected
+    assert err == f"{folder}: 6 images in 2 classes (cat 3, dog 3), 40×32\n"
+    assert sorted(path.name for path in (tmp_path / "out").glob("*-reconstruction.png")) == sorted(
+        f"{name}-reconstruction.png" for name in expected
+    )
+
+
+def test_so_many_of_a_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = photos(tmp_path / "photos", per=10)
+    assert main(["reconstruct", str(folder), "--model", str(model), "--output", str(tmp_path / "out"), "--num", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["cat-4", "cat-9", "dog-4", "dog-9"]  # of every class
+    assert err.splitlines()[1] == f"{folder}: 4 of these images, spread over it; --num 20 takes all"
+    assert reconstruct(model, tmp_path / "default", folder) == 0
+    assert len(list((tmp_path / "default").glob("*-strip.png"))) == 16
+
+
+def test_other_sets(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, shard = photos(tmp_path / "photos"), tmp_path / "shard.tar"
+    with tarfile.open(shard, "w") as archive:
+        archive.add(folder / "cat" / "0.png", "a/b.png")
+    assert reconstruct(model, tmp_path / "out", shard) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "shard.tar-a-b-reconstruction.png",
+        "shard.tar-a-b-strip.png",
+    ]
+
+
+def test_an_unreadable_image_in_a_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = photos(tmp_path / "photos")
+    (folder / "cat" / "1.png").write_text("no image")
+    assert reconstruct(model, tmp_path / "out", folder) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 6
+    assert err.splitlines()[-1].startswith(f"left out: {folder / 'cat' / '1.png'} is ")
+    (folder / "dog" / "1.png").write_text("no image")  # 1% is tolerated, and at least one
+    assert reconstruct(model, tmp_path / "again", folder) == 2
+    assert str(folder / "dog" / "1.png") in capsys.readouterr().err
+
+
+def test_an_image_is_not_replaced_by_its_own_picture(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("a.png", "a-strip.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    before = (tmp_path / "a-strip.png").read_bytes()
+    assert reconstruct(model, tmp_path, tmp_path / "a.png", tmp_path / "a-strip.png") == 2
+    assert "a-strip.png is one of the images and would be replaced: give another --output" in capsys.readouterr().err
+    assert (tmp_path / "a-strip.png").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("problem", ["missing", "folder", "text", "truncated"])

@@ -1,9 +1,37 @@
 """`detailflow reconstruct`: images through the tokenizer and back."""
 
-from collections.abc import Sequence
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from detailflow.cli.common import Parser, add_model_options, add_output_option, check_output, expanded, make_output, write_png
+from detailflow.cli.common import (
+    Parser,
+    add_model_options,
+    add_output_option,
+    check_output,
+    expanded,
+    make_output,
+    positive,
+    write_png,
+)
+from detailflow.errors import DetailFlowError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from detailflow.data.images import ImageSource
+
+OF_A_SET = 16  # images that are taken of a folder unless --num says otherwise
+
+
+class _Input(NamedTuple):
+    name: str
+    read: "Callable[[], Image.Image]"
+    of_a_set: bool
 
 
 def parser() -> Parser:
@@ -11,64 +39,119 @@ def parser() -> Parser:
     result = Parser(
         "reconstruct",
         "IMAGE …",
-        "Encode images and decode them from their first 1, 2, 4, … tokens: a strip per image, and the PSNR in dB.",
+        "Encode images and decode them from their first 1, 2, 4, … tokens: a strip per image, the image from all of its tokens, "
+        "and the PSNR in dB.",
     )
     result.add_argument(
-        "images", type=expanded, nargs="+", metavar="IMAGE", help="image files of any size; the centre square is used"
-    )
+        "images", type=expanded, nargs="+", metavar="IMAGE",
+        help="image files of any size, folders of them, parquet, WebDataset or a hub name; the centre square is used",
+    )  # fmt: skip
     result.add_argument("--whole", action="store_true", help="use the whole image in its own shape")
+    result.add_argument(
+        "--num", type=positive, default=OF_A_SET, metavar="N", help="images of each folder or set (default: %(default)s)"
+    )
     add_output_option(result)
     add_model_options(result)
     return result
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write `NAME-strip.png` for every image and print the table of PSNRs."""
+    """Write `NAME-strip.png` and `NAME-reconstruction.png` for every image and print the table of PSNRs."""
     args = parser().parse_args(argv)
     check_output(args.output)
 
     from tqdm import tqdm
 
-    from detailflow.data.images import load_rgb
+    from detailflow.data.source import tolerated
     from detailflow.hub import default_directory
     from detailflow.models.tokenizer import DetailFlowTokenizer
     from detailflow.pictures import strip
     from detailflow.pipeline import fit, reconstruct, stage_counts
+    from detailflow.storage import output_names
 
     source = default_directory("tokenizer") if args.model is None else args.model
     tokenizer = DetailFlowTokenizer.from_pretrained(source, device=args.device, dtype=args.dtype)
     schedule = tokenizer.schedule
-    # All images are read before any work is done, but only what is encoded of them is kept.
-    reading = tqdm(args.images, desc="reading", delay=2, leave=False, disable=None, unit="image")
-    images = [fit(schedule, load_rgb(path), args.whole) for path in reading]
-    names = _names([Path(path).stem for path in args.images])
+    inputs = _inputs(args, lambda image: fit(schedule, image, args.whole))
+    names = output_names([given.name for given in inputs])
+    _spare_inputs(args, names)
     make_output(args.output)
 
     rows, counts = [], stage_counts(schedule)
-    with tqdm(desc="reconstructing", total=len(images) * len(counts), delay=2, leave=False, disable=None, unit="picture") as bar:
-        for name, image in zip(names, images, strict=True):
+    bad: list[DetailFlowError] = []
+    with tqdm(desc="reconstructing", total=len(inputs) * len(counts), delay=2, leave=False, disable=None, unit="picture") as bar:
+        for name, given in zip(names, inputs, strict=True):
+            try:
+                image = given.read()
+            except DetailFlowError as error:
+                bad.append(error)
+                if not given.of_a_set or len(bad) > tolerated(len(inputs)):
+                    raise
+                continue
             stages = []
             for stage in reconstruct(tokenizer, image, counts):
                 stages.append(stage)
                 bar.update()
-            write_png(strip(stages, original=image), args.output / f"{name}-strip.png")
+            write_png(strip(stages, original=image), args.output / f"{name}-strip.png", "comparison")
+            write_png(stages[-1].images[0], args.output / f"{name}-reconstruction.png")
             rows.append([name, *(f"{stage.psnr:.2f}" for stage in stages)])
+    if not rows:
+        raise bad[0]
     print(_table(["PSNR (dB) at tokens:", *map(str, counts)], rows))
+    for problem in bad:
+        print(f"left out: {problem}", file=sys.stderr)
     return 0
 
 
-def _names(stems: Sequence[str]) -> list[str]:
-    """A name for each file, all different, even where upper and lower case are the same."""
-    names: list[str] = []
-    taken: set[str] = set()
-    for stem in stems:
-        name, number = stem, 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name.casefold())
-        names.append(name)
-    return names
+def _inputs(args: argparse.Namespace, fitted: "Callable[[Image.Image], Image.Image]") -> list[_Input]:
+    """All images. Those that are given as files are read before any work is done, but only what is encoded of them is kept."""
+    from tqdm import tqdm
+
+    from detailflow.data.folder import MANY
+    from detailflow.data.images import load_rgb, open_images
+    from detailflow.evaluation.sets import spread
+
+    result: list[_Input] = []
+    for given in tqdm(args.images, desc="reading", delay=2, leave=False, disable=None, unit="image"):
+        path = Path(given)
+        if os.path.isfile(path) and path.suffix.lower() not in MANY:
+            image = fitted(load_rgb(given))
+            result.append(_Input(path.stem, partial(_same, image), of_a_set=False))
+            continue
+        source = open_images(given)
+        print(source.summary, file=sys.stderr)
+        total = len(source)
+        if total > args.num:
+            print(f"{source.where}: {args.num:,} of these images, spread over it; --num {total} takes all", file=sys.stderr)
+        for number in spread(total, args.num) if total > args.num else range(total):
+            result.append(_Input(_name_in(source, number, given), partial(_read, source, number, fitted), of_a_set=True))
+    return result
+
+
+def _same(image: "Image.Image") -> "Image.Image":
+    return image
+
+
+def _read(source: "ImageSource", number: int, fitted: "Callable[[Image.Image], Image.Image]") -> "Image.Image":
+    return fitted(source.image(number))
+
+
+def _name_in(source: "ImageSource", number: int, given: str) -> str:
+    """Name an image of a set: cat/1.jpg of the folder photos is cat-1, and row 3 of photos.parquet is photos.parquet-row-3."""
+    name = source.name(number)
+    if os.path.isdir(given) and os.path.isfile(name):
+        return os.path.splitext(os.path.relpath(name, given))[0].replace(os.sep, "-")
+    return name.removeprefix(os.path.dirname(given) + os.sep).replace(" ", "-")
+
+
+def _spare_inputs(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise a `DetailFlowError` if a picture would take the place of an image that was given."""
+    given = {os.path.realpath(path) for path in args.images if os.path.isfile(path)}
+    for name in names:
+        for what in ("strip", "reconstruction"):
+            output = args.output / f"{name}-{what}.png"
+            if os.path.realpath(output) in given:
+                raise DetailFlowError(f"{output} is one of the images and would be replaced: give another --output")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
