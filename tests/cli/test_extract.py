@@ -42,7 +42,9 @@ def test_a_text_file_among_many_images(folder: Path, model: Path, tmp_path: Path
     assert np.bincount(store.labels).tolist() == [100, 99, 100]
     before = {p: Path(p).read_bytes() for p in written(tmp_path)}
     assert main(extract(folder, model, tmp_path / "store")) == 0
-    assert capsys.readouterr().out.startswith(f"{tmp_path / 'store'}: these tokens are finished already\n299 images, ")
+    out = capsys.readouterr().out
+    assert out.startswith(f"{folder}: 300 images in 3 classes (a 100, b 100, c 100), ")
+    assert f"\n{tmp_path / 'store'}: these tokens are finished already\n299 images, " in out
     assert main(extract(folder, model, tmp_path / "store", "--seed", "1")) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "holds tokens made with seed 0, not 1: repeat its settings, delete it or choose" in err

@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,10 +120,29 @@ class TestBadImages:
         with pytest.raises(DetailFlowError, match="zebra.png has 30×32 pixels and .*000.png 32×32: give images of one size"):
             pixels(open_set(tmp_path / "set"))
 
-    def test_unreadable(self, folder: Path, tmp_path: Path):
+    @pytest.mark.parametrize("number", [0, 10, 24])
+    def test_up_to_one_percent_may_be_unreadable(self, folder: Path, tmp_path: Path, number: int):
+        """As in training: named, counted, and the next one takes its place."""
         shutil.copytree(folder, tmp_path / "set")
-        (tmp_path / "set" / "010.png").write_bytes((folder / "010.png").read_bytes()[:500])
-        with pytest.raises(DetailFlowError, match="010.png is damaged and cannot be decoded"):
+        bad = tmp_path / "set" / f"{number:03d}.png"
+        bad.write_bytes((folder / bad.name).read_bytes()[:500])
+        with pytest.warns(UserWarning, match=f"{bad.name} is damaged .* Another image takes its place") as caught:
+            found = open_set(tmp_path / "set")
+            read = pixels(found)
+            pixels(found)
+        assert len([warning for warning in caught if "takes its place" in str(warning.message)]) == 1
+        expected = pixels(open_set(folder))
+        expected[number] = expected[(number + 1) % 25]
+        np.testing.assert_array_equal(read, expected)
+        assert len(found.description()["unreadable"]) == 1 and "unreadable" not in open_set(folder).description()
+
+    @pytest.mark.filterwarnings("ignore:.*Another image takes its place")
+    @pytest.mark.parametrize("numbers", [[3, 17], range(25)])
+    def test_more_stop_it(self, folder: Path, tmp_path: Path, numbers: Sequence[int]):
+        shutil.copytree(folder, tmp_path / "set")
+        for number in numbers:
+            (tmp_path / "set" / f"{number:03d}.png").write_text("no image")
+        with pytest.raises(DetailFlowError, match="At least 2 of the 25 images of .*set cannot be read, more than 1%"):
             pixels(open_set(tmp_path / "set"))
 
     def test_no_such_place(self, tmp_path: Path):

@@ -1,6 +1,7 @@
 """`detailflow COMMAND …`: finds the command, and turns bad input into one sentence and exit status 2."""
 
 import io
+import logging
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ COMMANDS = {  # each is the module of that name in this package, imported when a
     "generate": "make images of classes",
     "classes": "list the classes that a model can make images of",
     "reconstruct": "encode images and decode them again, from coarse to fine",
+    "data": "say what a set of images holds, and what is wrong with it",
     "train": "train a tokenizer or an AR model on your own images",
     "evaluate": "measure models and images: FID, PSNR, …, as a report with plots",
     "ablate": "run the paper's ablation on your images: a table and a plot",
@@ -22,6 +24,8 @@ COMMANDS = {  # each is the module of that name in this package, imported when a
     "convert": "write models in another layout: safetensors or the published one",
     "extract": "write the tokens of your images to disk, to train an AR model on",
 }
+
+_READ_IMAGES = ("train", "extract", "evaluate", "ablate")  # these say first what they read
 
 HELP = f"""usage: detailflow COMMAND …
 
@@ -119,4 +123,27 @@ def _run(argv: list[str]) -> int:
         raise DetailFlowError(
             f"{command} needs the package {error.name}: install it with pip install 'detailflow[train]'"
         ) from error
-    return module.main(rest)
+    if command not in _READ_IMAGES or "--dry-run" in rest or os.environ.get("RANK", "0") != "0":
+        return module.main(rest)
+    logger, printer = logging.getLogger("detailflow.data"), _Printer()
+    level = logger.level
+    logger.addHandler(printer)
+    logger.setLevel(logging.INFO)
+    try:
+        return module.main(rest)
+    finally:
+        logger.removeHandler(printer)
+        logger.setLevel(level)
+
+
+class _Printer(logging.Handler):
+    """Print each line once: what a set of images holds, as it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.printed: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (line := record.getMessage()) not in self.printed:
+            self.printed.add(line)
+            print(line, flush=True)

@@ -69,9 +69,18 @@ def counted(kind: str, names: Sequence[str]) -> str:
     """Return "2 archives (a.zip, b.zip)" or "40 .heic (read by pillow-heif)"."""
     number = f"{len(names):,} {plural(kind) if len(names) != 1 else kind}"
     if kind in PLUGINS:
-        return f"{number} (read by {PLUGINS[kind]})"
+        return f"{number} ({why(kind)})"
     few = not kind.startswith(".") and len(names) <= _NAMES_SHOWN
     return f"{number} ({', '.join(names)})" if few else number
+
+
+def why(kind: str) -> str:
+    """Return why files of a kind are left aside; "" if the kind itself says it."""
+    if kind in PLUGINS:
+        return f"read by {PLUGINS[kind]}"
+    if kind == "archive":
+        return "images in archives are not read between image files: unpack them, or give the archives alone"
+    return "not the suffix of an image file" if kind.startswith(".") else ""
 
 
 def plural(kind: str) -> str:

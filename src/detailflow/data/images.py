@@ -3,6 +3,7 @@
 Only parquet files, folders by `save_to_disk` and hub data sets need the `datasets` library (the `train` extra).
 """
 
+import logging
 import os
 import re
 import warnings
@@ -20,6 +21,7 @@ from detailflow.errors import DetailFlowError, printable
 
 __all__ = ["Found", "ImageSource", "find", "load_rgb", "open_images", "to_rgb"]
 
+_log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LONGEST_RANGE = 1_000_000  # files
@@ -60,6 +62,8 @@ def open_images(
     source.where, source.notes = printable(os.fspath(data)), found.notes
     for problem in found.notes.warnings:
         warnings.warn(printable(problem), stacklevel=2)
+    if _log.isEnabledFor(logging.INFO):  # as the summary takes a while
+        _log.info("%s", source.summary)
     return source
 
 

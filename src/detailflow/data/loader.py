@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from detailflow.data.images import ImageSource
+from detailflow.data.source import ImageSource, tolerated
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
 from detailflow.errors import DetailFlowError
 from detailflow.processes import Processes
@@ -84,7 +84,7 @@ class _Crops(Dataset[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]):
         self.source, self.size, self.order, self.share = source, size, order, share
         self.flip, self.max_scale = flip, max_scale
         self.least = side_for_crops(size, max_scale)
-        self.tolerated = max(1, len(source) // 100)
+        self.tolerated = tolerated(len(source))
 
     def __getitem__(self, key: BatchKey) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
         # One generator for the whole batch: seeding one per image would take longer than the crop of a small one.

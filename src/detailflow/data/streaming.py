@@ -4,6 +4,7 @@ A stream has no random access: its order is the shuffled order of its files, thr
 depends on the seed, the epoch and how many processes share it, and not on the number of threads.
 """
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ from detailflow.errors import DetailFlowError, printable
 from detailflow.processes import Processes
 from detailflow.schedule import require_not_negative, require_positive
 
+_log = logging.getLogger(__name__)
 _ORDER, _SAMPLE = 2, 3  # random streams of their own beside the loader's
 _AHEAD = 4  # batches that are read and decoded before they are asked for
 _HANDFUL = 5  # unreadable images that are no reason to stop, however few have been read
@@ -187,6 +189,7 @@ def open_stream(
     label = label_column if has_labels else None
     source = StreamSource(dataset, name, image_column, label, names, count or None, listing, folders)
     source.notes = found.notes
+    _log.info("%s", source.summary)
     return source
 
 

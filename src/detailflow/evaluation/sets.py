@@ -10,10 +10,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from detailflow.data.decode import first_line
 from detailflow.data.images import ImageSource, open_images
+from detailflow.data.loader import note_unreadable
+from detailflow.data.source import tolerated
 from detailflow.data.transforms import center_crop
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.metrics import Gaussian
@@ -51,6 +54,8 @@ def check_total(total: int, processes: Processes) -> None:
 
 class _Pixels(Protocol):
     """Where images lie, each (H, W, 3) bytes of one size."""
+
+    unreadable: dict[int, str]  # those that others stood in for: what is wrong with them
 
     def __len__(self) -> int: ...
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
@@ -98,7 +103,8 @@ class ImageSet:
         """What it is, for reports: data, kind, images, height, width, preprocessing and stored statistics."""
         height, width = self.side or (None, None)
         stored = self.statistics and (self.statistics.features or "inception (ADM)")
-        return {**self._about, "images": len(self), "height": height, "width": width, "stored_statistics": stored}
+        bad = {"unreadable": list(self._pixels.unreadable.values())} if self._pixels and self._pixels.unreadable else {}
+        return {**self._about, **bad, "images": len(self), "height": height, "width": width, "stored_statistics": stored}
 
 
 def open_set(
@@ -124,8 +130,8 @@ def open_set(
         split: as for `open_images`.
 
     Raises:
-        DetailFlowError: if it can't be read or holds too few images; iterating raises it for an unreadable image, or one of
-            another size.
+        DetailFlowError: if it can't be read or holds too few images; iterating raises it for too many unreadable images, or
+            one of another size.
     """
     file = Path(path).expanduser()
     if (file / "samples.npz").is_file():
@@ -158,34 +164,63 @@ def open_set(
 
 
 class _Decoded:
-    """Image files of any kind, decoded a few at a time ahead of their use."""
+    """Image files of any kind, decoded a few at a time ahead of their use.
+
+    As in training, up to 1% of them may be unreadable: the next one takes the place of each, with a warning.
+    """
 
     def __init__(self, source: ImageSource, size: int | None) -> None:
         self.source, self.size = source, size
-        width, height = (size, size) if size else source.image(0).size
-        self.side = (height, width)
+        self.unreadable: dict[int, str] = {}
+        self._first = 0
+        self.side = (size, size) if size else self._first_side()
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def _decode(self, number: int) -> np.ndarray:
-        image = self.source.image(number)
+    def _first_side(self) -> tuple[int, int]:
+        image, found, self._first = self._image(0)
+        self._note(found)
+        assert image is not None  # or `_note` has raised
+        return image.height, image.width
+
+    def _image(self, number: int) -> tuple[Image.Image | None, dict[int, str], int]:
+        """An image or the next one that can be read, what is wrong with those before it, and its number."""
+        found: dict[int, str] = {}
+        while len(found) <= tolerated(len(self)):
+            try:
+                return self.source.image(number), found, number
+            except DetailFlowError as error:
+                found[number] = str(error)
+                number = (number + 1) % len(self)
+        return None, found, number
+
+    def _note(self, found: dict[int, str]) -> None:
+        note_unreadable(self.unreadable, found, tolerated(len(self)), f"the {len(self)} images of {self.source.where}")
+
+    def _decode(self, number: int) -> tuple[np.ndarray, dict[int, str]]:
+        image, found, number = self._image(number)
+        if image is None:
+            return np.empty(0), found
         if self.size:
-            return center_crop(image, self.size)
+            return center_crop(image, self.size), found
         height, width = self.side
         if image.size != (width, height):
+            name, first = self.source.name(number), self.source.name(self._first)
             raise DetailFlowError(
-                f"{self.source.name(number)} has {image.width}×{image.height} pixels and {self.source.name(0)} {width}×{height}: "
+                f"{name} has {image.width}×{image.height} pixels and {first} {width}×{height}: "
                 "give images of one size, or a size (--size) to crop them to"
             )
-        return np.asarray(image)
+        return np.asarray(image), found
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         window = 16 * _READERS
         with ThreadPoolExecutor(_READERS) as pool:
             ahead = [pool.submit(self._decode, number) for number in numbers[:window]]
             for position in range(len(numbers)):
-                yield ahead[position % window].result()
+                pixels, found = ahead[position % window].result()
+                self._note(found)
+                yield pixels
                 if position + window < len(numbers):
                     ahead[position % window] = pool.submit(self._decode, numbers[position + window])
 
@@ -195,6 +230,7 @@ class _Npz:
 
     def __init__(self, file: Path, shape: tuple[int, ...], offset: int) -> None:
         self.file, self.shape, self.offset = file, shape, offset
+        self.unreadable: dict[int, str] = {}
         self.side = (shape[1], shape[2])
 
     def __len__(self) -> int:

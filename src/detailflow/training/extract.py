@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
+from detailflow.data.source import tolerated
 from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
 from detailflow.data.transforms import ten_crops, to_tensor, two_crops
 from detailflow.device import autocast
@@ -28,7 +29,6 @@ from detailflow.training.loop import PRECISIONS
 from detailflow.training.passes import draw_position
 
 CROPS = {"ten": (ten_crops, 10), "two": (two_crops, 2)}
-BAD_SHARE = 0.01  # more unreadable images than this stop the extraction
 CHUNK_IMAGES = 512  # what a killed process loses at most; seconds of work on a GPU, so that writing them takes no time
 
 
@@ -248,7 +248,7 @@ class _Extractor:
         """Raises DetailFlowError in all processes where more than 1% (and more than one) of the images can't be read."""
         own = torch.tensor([len(self.unreadable)], device=self.processes.device)
         count = int(self.processes.gather(own).sum())
-        if count <= max(1, BAD_SHARE * len(self.source)):
+        if count <= tolerated(len(self.source)):
             return
         first = "; ".join(list(self.writer.unreadable().values())[:3])
         self.processes.wait()  # until all have read that
