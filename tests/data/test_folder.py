@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -212,7 +213,9 @@ def test_a_dangling_link_is_named(folder):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs permissions as in POSIX")
-def test_a_folder_that_cannot_be_read_is_named(folder):
+def test_a_folder_that_cannot_be_read_is_named():
+    folder = photos(Path(tempfile.mkdtemp()))  # not below pytest's, which nobody else may enter
+    folder.chmod(0o755)
     (folder / "dog").chmod(0)
     code = """
 import os, sys, warnings
@@ -225,10 +228,9 @@ if os.geteuid() == 0:
 source = open_images(sys.argv[1])
 print(source.counts, source.notes.warnings)
 """
-    for parent in (folder, *folder.parents[:3]):
-        parent.chmod(0o755)
     result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     (folder / "dog").chmod(0o755)
+    shutil.rmtree(folder)
     assert result.stdout.startswith("{'cat': 4, 'fish': 4}") and "dog cannot be read (Permission denied)" in result.stdout, result
 
 
