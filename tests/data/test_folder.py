@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from detailflow.data import open_images
+from detailflow.data.decode import image_suffixes
 from detailflow.errors import DetailFlowError
 
 from .conftest import write_tar
@@ -127,7 +128,9 @@ def test_two_folders_of_one_split(tmp_path):
 
 
 def test_every_suffix_that_pillow_reads(tmp_path):
-    suffixes = ["jpg", "jfif", "jpe", "TIF", "webp", "tga", "qoi", "jp2", "ico"]
+    suffixes = ["jpg", "jfif", "jpe", "TIF", "webp", "tga", "jp2", "ico"]
+    if ".avif" in image_suffixes():
+        suffixes.append("avif")
     for suffix in suffixes:
         form = {"jfif": "JPEG", "jpe": "JPEG"}.get(suffix)
         (tmp_path / "cat").mkdir(exist_ok=True)
@@ -227,14 +230,30 @@ if os.geteuid() == 0:
     os.setuid(65534)
 source = open_images(sys.argv[1])
 print(source.counts, source.notes.warnings)
+try:
+    open_images(sys.argv[1] + "/dog")
+except ValueError as error:
+    print(error)
 """
     result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     (folder / "dog").chmod(0o755)
     shutil.rmtree(folder)
-    assert result.stdout.startswith("{'cat': 4, 'fish': 4}") and "dog cannot be read (Permission denied)" in result.stdout, result
+    assert (
+        result.stdout.startswith("{'cat': 4, 'fish': 4}") and result.stdout.count("dog cannot be read (Permission denied)") == 2
+    ), result
 
 
 # ------------------------------------------------------------------------------------------------- classes
+
+
+def test_a_class_without_images(folder):
+    (folder / "ca").mkdir()
+    (folder / "cat2").symlink_to("/nowhere")
+    with pytest.raises(DetailFlowError, match="set/ca holds no images: put some there or remove this class subfolder"):
+        open_images(folder)
+    (folder / "ca").rename(folder / "ant")
+    with pytest.raises(DetailFlowError, match="set/ant holds no images"):
+        open_images(folder)
 
 
 def test_one_level_too_high(tmp_path):

@@ -6,7 +6,9 @@ at most eight bytes a pixel while it is read, and may have `max_pixels()` of the
 
 import io
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -66,7 +68,11 @@ def raster_formats() -> tuple[str, ...]:
             module = import_module(name)
             if register:
                 getattr(module, register)()
-    missing = {name for name, feature in _OPTIONAL.items() if not features.check(feature) and name not in Image.OPEN}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an older Pillow does not know the names of all features
+        missing = {name for name, feature in _OPTIONAL.items() if not features.check(feature)}
+    if "pillow_avif" in sys.modules:
+        missing.discard("AVIF")
     return tuple(name for name in _RASTER if name in Image.OPEN and name not in missing)
 
 
@@ -254,7 +260,8 @@ def _stripes(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 def _stripe_to_rgb(image: Image.Image, transparent: bool, white: float | None) -> Image.Image:
     if white is not None:
-        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=white)
+        with np.errstate(all="ignore"):
+            values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=white)
         return Image.fromarray((values * (255 / white) + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
     if not transparent:
         return image.convert("RGB")

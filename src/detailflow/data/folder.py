@@ -113,10 +113,10 @@ def find_in_folder(folder: Path, split: str | None) -> Found:
         DetailFlowError: if there is nothing, no such split, or the folder cannot be read.
     """
     notes, top = Notes(), str(folder)
-    if any((folder / name).is_file() for name in SAVED):
+    if any(os.path.isfile(folder / name) for name in SAVED):  # no error for a folder that may not be entered
         return _saved(folder, split, notes)
     subfolders = [entry.name for entry in _entries(top) if not _is_system(entry.name) and _is_folder(entry)]
-    metadata = [os.path.join(top, name) for name in METADATA if (folder / name).is_file()]
+    metadata = [os.path.join(top, name) for name in METADATA if os.path.isfile(folder / name)]
     splits = _split_folders(subfolders)
     if splits:
         chosen = pick_split(top, splits, split, notes)
@@ -171,7 +171,7 @@ def _leave_others(top: str, files: Iterable[str], taken: set[str], notes: Notes)
 
 def _saved(folder: Path, split: str | None, notes: Notes) -> Found:
     """A folder by `save_to_disk`: one set, or one in a subfolder for each split."""
-    if (folder / "dataset_dict.json").is_file():
+    if os.path.isfile(folder / "dataset_dict.json"):
         names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry)]
         folder = folder / pick_split(str(folder), {name: _split_of(name) or name for name in names}, split, notes)
     elif split is not None:

@@ -154,7 +154,7 @@ def _open_folder(found: Found, label_column: str) -> ImageSource:
     names = [name for name in classes if name is not None]
     for empty in sorted(set(found.folders).difference(names)):
         folder = os.path.join(top, empty)
-        if not any(problem.startswith(folder) for problem in notes.warnings):  # said already
+        if not any(problem.startswith((f"{folder} ", f"{folder}{os.sep}")) for problem in notes.warnings):  # said already
             holds = sorted({kind for kind, files in notes.left_aside.items() if any(f.startswith(f"{empty}/") for f in files)})
             inside = f" (it holds {', '.join(holds)})" if holds else ""
             raise DetailFlowError(f"{folder} holds no images{inside}: put some there or remove this class subfolder")

@@ -73,6 +73,10 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is only said once, which may be long: it would travel to every worker process."""
+        return {**self.__dict__, "notes": Notes()}
+
     def name(self, index: int) -> str:
         """Where the image lies, for messages: a path, "file.parquet row 17" or "shard.tar key"."""
         return printable(self._rows.name(index))

@@ -1,6 +1,7 @@
 """Any two sets of images against each other, and what all evaluations share: who works, what was read, names of figures."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Work:
             DetailFlowError: as `open_set`, or for images of another size in an .npz file.
         """
         place = Path(path).expanduser()
-        if place.suffix != ".npz" and not (place / "samples.npz").is_file():
+        if place.suffix != ".npz" and not os.path.isfile(place / "samples.npz"):
             return open_set(path, self.processes, size, count, self.batch_size, split)
         found = open_set(path, self.processes, None, count, self.batch_size, split)
         if size is not None and found.side is not None and found.side != (size, size):

@@ -134,7 +134,7 @@ def open_set(
             one of another size.
     """
     file = Path(path).expanduser()
-    if (file / "samples.npz").is_file():
+    if os.path.isfile(file / "samples.npz"):
         file = file / "samples.npz"
     pixels: _Npz | _Decoded | None
     statistics = None
