@@ -70,7 +70,8 @@ def assert_same(first: Path, second: Path, tolerance: float) -> None:
     for name in ours:
         allowed = tolerance * (10 if name.endswith("gradient_norm") else 1)  # the losses' derivatives feel rounding more
         np.testing.assert_allclose(theirs[name], ours[name], rtol=allowed, atol=allowed, err_msg=name)
-    assert ours["loss"][-10:, 1].mean() < 0.95 * ours["loss"][:10, 1].mean()  # something was learnt
+    learnt = ours["pixel" if "pixel" in ours else "loss"][:, 1]  # a tokenizer's loss rises with the weights of its terms
+    assert learnt[-10:].mean() < 0.95 * learnt[:10].mean()
     a, b = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=20 * tolerance, msg=lambda m, name=name: f"{name}: {m}")

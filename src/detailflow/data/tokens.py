@@ -11,6 +11,7 @@ The manifest is written last. Until then there is also a folder, `unfinished`, o
 chunk of images that is on disk: all that a killed extraction needs to go on.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -116,6 +117,18 @@ class TokenStore:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise DetailFlowError(f"{directory / _MANIFEST} is damaged ({error!r}): extract the tokens again") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of what the store holds, which is the same wherever it is."""
+        names = (*TokenStoreInfo.__dataclass_fields__, "chunks", "labels_crc32", "ids_crc32")
+        return hashlib.sha256(json.dumps([self._manifest[name] for name in names]).encode()).hexdigest()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Class name → images."""
+        counts = np.bincount(self.labels, minlength=len(self.info.class_names)).tolist()
+        return dict(zip(self.info.class_names, counts, strict=True))
 
     def read(self, images: np.ndarray, crops: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """The codes of B images, of one crop and row each. → (B, N) uint16"""
@@ -389,7 +402,14 @@ def _require_same(directory: Path, theirs: dict[str, Any], mine: dict[str, Any])
             raise DetailFlowError(f"{directory} holds tokens made with {name} {other!r}, not {value!r}: {advice}")
     for name, value in mine.items():
         if theirs.get(name) != value:
-            raise DetailFlowError(f"{directory} holds tokens of {_DIFFERENCES.get(name, f'another {name}')}: {advice}")
+            what = _DIFFERENCES.get(name, f"another {name}")
+            counts = f" ({_listing(theirs)} then, {_listing(mine)} now)" if what == "other images" else ""
+            raise DetailFlowError(f"{directory} holds tokens of {what}: {advice}{counts}")
+
+
+def _listing(manifest: Mapping[str, Any]) -> str:
+    images, names, checksum = (manifest.get(key) for key in ("images", "class_names", "ids_crc32"))
+    return f"{images} in {len(names or ())} classes, checksum of their names {checksum}"
 
 
 class TokenBatches:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from detailflow.hub import CONFIG_FILE
 from detailflow.processes import Processes
 from detailflow.runs import CHECKPOINTS, MILESTONES, RUN_FILE, checkpoints, read_checkpoint, read_settings, readable, step_of
 from detailflow.storage import replacing, save_torch
+from detailflow.training.inputs import Input, difference
 
+KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name
 # Settings of the loop that a run may go on with in another value: they change how it is done, not what comes out.
 FREE = {
     *("workers", "log_every", "pictures_every", "trackers", "checkpoint_minutes", "keep", "milestone_every"),
@@ -21,21 +23,24 @@ FREE = {
 }
 
 
-def claim(output: Path, kind: str, config: dict[str, Any]) -> bool:
-    """Make `output` this run's folder; False where the run is finished already.
+def claim(output: Path, kind: str, config: dict[str, Any], inputs: Mapping[str, Input] | None = None) -> bool:
+    """Make `output` this run's folder; False if the run is finished already.
+
+    Args:
+        inputs: what those settings name that are known by their content; their paths may change.
 
     Raises:
-        DetailFlowError: if it can't be written, or belongs to a run with another config.
+        DetailFlowError: if it can't be written, or belongs to a run with another config or other inputs.
     """
     mine = {"kind": kind, **json.loads(json.dumps(config))}
     path = output / RUN_FILE
     try:
         finished = (output / CONFIG_FILE).exists()  # which `export` writes last
         theirs = read_settings(path) if path.exists() else None
-        if theirs is not None and (different := _differences(_fixed(theirs), _fixed(mine))):
-            raise DetailFlowError(
-                f"{output} holds a run with another {different[0]}; repeat its settings ({RUN_FILE}) or choose another output"
-            )
+        known = dict((theirs or {}).get(KNOWN_BY) or {})
+        mine[KNOWN_BY] = _content(output, inputs or {}, theirs or {}, mine, known)
+        if theirs is not None:
+            _require_same(output, theirs, mine, known)
         if finished and theirs is None:
             raise DetailFlowError(f"{output} holds a model that was not trained there; choose another output")
         if finished:
@@ -43,15 +48,46 @@ def claim(output: Path, kind: str, config: dict[str, Any]) -> bool:
         (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         if theirs != mine:
             with replacing(path) as temporary:
-                temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
+                temporary.write_text(yaml.safe_dump(mine, sort_keys=False, allow_unicode=True), encoding="utf-8")
     except OSError as error:
         raise DetailFlowError(f"{output}: the output folder can't be written ({error.strerror})") from None
     return True
 
 
-def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _content(
+    output: Path,
+    inputs: Mapping[str, Input],
+    theirs: Mapping[str, Any],
+    mine: Mapping[str, Any],
+    known: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what the inputs are known by; those that a run does not need to go on are not read if their names are the same."""
+    begun, result = bool(checkpoints(output)), {}
+    for name, one in inputs.items():
+        needed = not (one.at_start and begun and name in known and theirs.get(name) == mine.get(name))
+        result[name] = one.read() if needed else known[name]
+    return result
+
+
+def _require_same(output: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    both = [name for name in mine[KNOWN_BY] if name in known]
+    if different := _differences(_fixed(theirs, both), _fixed(mine, both)):
+        raise DetailFlowError(
+            f"{output} holds a run with another {different[0]}; repeat its settings ({RUN_FILE}) or choose another output"
+        )
+    for name in both:
+        if changed := difference(name, known[name], mine[KNOWN_BY][name]):
+            raise DetailFlowError(
+                f"{output} holds a run that was begun with {changed}: give it the same again, or choose another output, "
+                f"with --init {output} to start from its weights"
+            )
+
+
+def _fixed(settings: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return the settings that must be the same, without those that are known by their content."""
     loop = settings.get("loop")
-    return {**settings, "loop": {k: v for k, v in loop.items() if k not in FREE} if isinstance(loop, dict) else loop}
+    fixed = {name: value for name, value in settings.items() if name != KNOWN_BY and name not in known}
+    return {**fixed, "loop": {k: v for k, v in loop.items() if k not in FREE} if isinstance(loop, dict) else loop}
 
 
 def _differences(theirs: Any, mine: Any, prefix: str = "") -> list[str]:

@@ -155,7 +155,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     writer = TokenWriter(output, info, source.labels, CHUNK_IMAGES)
     with processes.together():
         if processes.is_main:
-            same = {k: v for k, v in asdict(config).items() if k not in ("tokenizer", "batch_size", "workers")}
+            same = {k: v for k, v in asdict(config).items() if k not in ("data", "tokenizer", "batch_size", "workers")}
             writer.begin(_names(source, config.data), same)
     if processes.from_main(lambda: writer.finished):
         if processes.is_main:
@@ -169,8 +169,11 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
 
 
 def _names(source: ImageSource, data: str) -> Iterator[str]:
-    """The images' names, within their folder where it is one."""
-    folder = f"{Path(data).expanduser()}/"
+    """The images' names, within the folder that they were found in, if it is on this machine."""
+    path = Path(data).expanduser()
+    if not path.is_dir():  # a file, or a pattern of files
+        path = next((parent for parent in path.parents if not set("*?[{") & set(str(parent))), path.parent)
+    folder = f"{path}/" if path != Path() and path.is_dir() else ""
     return (source.name(slot).removeprefix(folder) for slot in range(len(source)))
 
 

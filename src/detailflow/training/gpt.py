@@ -35,6 +35,7 @@ from detailflow.processes import Processes, launched
 from detailflow.schedule import require_not_negative, require_shares
 from detailflow.seeds import mixed_seed
 from detailflow.training.extract import tokenizer_fingerprint
+from detailflow.training.inputs import Input, model_input, tokens_input
 from detailflow.training.loop import PRECISIONS, LoopConfig, run
 from detailflow.training.updates import Updater, gradients_stay, recompute_activations
 
@@ -279,4 +280,7 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
     def make(resuming: bool) -> GPTStage:
         return GPTStage(config, sizes, store, tokenizer, place, resuming, processes)
 
-    run(make, "gpt", config, output, processes)
+    inputs = {"tokens": tokens_input(store), "tokenizer": Input(lambda: {"fingerprint": store.info.tokenizer_fingerprint})}
+    if config.init:
+        inputs["init"] = model_input(config.init, "gpt")
+    run(make, "gpt", config, output, processes, inputs)

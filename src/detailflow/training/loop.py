@@ -25,6 +25,7 @@ from detailflow.schedule import require_not_negative, require_positive, require_
 from detailflow.seeds import check_seeds, mixed_seed
 from detailflow.storage import held, writing
 from detailflow.training.checkpoints import claim, load_checkpoint, save_checkpoint
+from detailflow.training.inputs import Input
 from detailflow.training.tracking import Trackers, check_trackers
 
 AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish
@@ -153,22 +154,30 @@ class Stage(Protocol):
         """Let the main process write the model in our layout."""
 
 
-def run(make_stage: Callable[[bool], Stage], kind: str, config: Any, output: Path, processes: Processes) -> None:
+def run(
+    make_stage: Callable[[bool], Stage],
+    kind: str,
+    config: Any,
+    output: Path,
+    processes: Processes,
+    inputs: Mapping[str, Input] | None = None,
+) -> None:
     """Train from the last checkpoint in `output`, or from the start, and export the model to `output`.
 
     Args:
         make_stage: builds the stage; called after the folder is known to be usable, with whether a checkpoint will be restored.
         config: the stage's dataclass, a `LoopConfig` in its field `loop`.
+        inputs: what the settings of these names are known by.
 
     Raises:
-        DetailFlowError: if `output` holds a run with another config, is at work in another process, or can't be written; or if
-            steps go wrong.
+        DetailFlowError: if `output` holds a run with another config or other inputs, is at work in another process, or can't be
+            written; or if steps go wrong.
     """
     loop: LoopConfig = config.loop
     loop.images_at_once(processes)
     with held(output, "training run", processes):
         fresh = not os.path.exists(output / RUN_FILE)
-        if not processes.from_main(lambda: claim(output, kind, asdict(config))):
+        if not processes.from_main(lambda: claim(output, kind, asdict(config), inputs)):
             if processes.is_main:
                 print(f"{output}: this {kind} is finished already")
             return

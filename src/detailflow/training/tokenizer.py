@@ -28,6 +28,7 @@ from detailflow.pictures import grid
 from detailflow.processes import Processes, launched
 from detailflow.schedule import require_not_negative, require_positive, require_shares
 from detailflow.training.adversary import PATCH, Adversary, Draws
+from detailflow.training.inputs import Input, files_input, images_input, model_input
 from detailflow.training.loop import PRECISIONS, LoopConfig, run
 from detailflow.training.losses import alignment_loss, quantization_loss
 from detailflow.training.networks import SMALLEST_SIDE
@@ -35,6 +36,7 @@ from detailflow.training.passes import Passes, TokenizerNetworks, draw_count, dr
 from detailflow.training.teachers import CLASSIFIER, crops, find_teachers, open_source
 from detailflow.training.updates import Updater, gradients_stay, recompute_activations
 
+NETWORKS = (CLASSIFIER, PATCH, "lpips", "dino")  # which are no files
 PICTURES = 8  # images in the pictures of reconstructions
 COUNT_STEPS = 100  # after which the uses of codes are counted anew, where no codes are replaced
 
@@ -362,6 +364,18 @@ def initial_tokenizer(config: TokenizerTraining, resuming: bool = False) -> Deta
     return model
 
 
+def _inputs(config: TokenizerTraining, source: ImageSource | StreamSource) -> dict[str, Input]:
+    """Return what the settings name that is known by its content."""
+    inputs = {"data": images_input(source)}
+    if config.init:
+        inputs["init"] = model_input(config.init, "tokenizer")
+    for name in ("encoder_init", "perceptual_network", "adversarial_network", "alignment_network"):
+        value = getattr(config, name)
+        if value not in NETWORKS and (one := files_input(value, at_start=name == "encoder_init")):
+            inputs[name] = one
+    return inputs
+
+
 def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None = None) -> None:
     """Train a tokenizer into `output`: config.json, model.safetensors, checkpoints, pictures, TensorBoard scalars.
 
@@ -381,4 +395,4 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
     def make(resuming: bool) -> TokenizerStage:
         return TokenizerStage(config, source, output, place, resuming, processes)
 
-    run(make, "tokenizer", config, output, processes)
+    run(make, "tokenizer", config, output, processes, _inputs(config, source))

@@ -1,0 +1,94 @@
+"""What a run was begun with: images, tokens and models are known by their content, wherever they are."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detailflow import hub
+from detailflow.data.images import ImageSource
+from detailflow.data.streaming import StreamSource
+from detailflow.data.tokens import TokenStore
+from detailflow.errors import DetailFlowError
+from detailflow.published import Kind
+
+SHOWN = 12  # of a fingerprint's digits
+_WEIGHTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # of a network that is given by its folder
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a setting names.
+
+    Attributes:
+        read: returns what it is known by: its "fingerprint", and of images their number of each class as "classes".
+        at_start: whether it is used at the start of a run alone, so that a run can go on without it.
+    """
+
+    read: Callable[[], dict[str, Any]]
+    at_start: bool = False
+
+
+def images_input(source: ImageSource | StreamSource) -> Input:
+    """Return what a set of images is known by: the listing of its files."""
+    return Input(lambda: {"fingerprint": source.fingerprint, "classes": source.counts})
+
+
+def tokens_input(store: TokenStore) -> Input:
+    """Return what a token store is known by."""
+    return Input(lambda: {"fingerprint": store.fingerprint, "classes": store.counts})
+
+
+def model_input(path_or_id: str, kind: Kind) -> Input:
+    """Return what a model to start from is known by: its config and weights."""
+    return Input(lambda: {"fingerprint": hub.fingerprint(*hub.load(path_or_id, kind))}, at_start=True)
+
+
+def files_input(path_or_name: str | None, at_start: bool = False) -> Input | None:
+    """Return what weights in a file, or in a folder of files, are known by; `None` if it is neither, as a name on the hub."""
+    path = Path(path_or_name or "").expanduser()
+    if not path_or_name or not path.exists():
+        return None
+    return Input(lambda: {"fingerprint": _digest(path)}, at_start)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(_weight_files(path)):
+        try:
+            with file.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise DetailFlowError(f"could not read {file}: {error.strerror or error}") from error
+        digest.update(f"{'' if path.is_file() else file.name} {content}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    for entry in os.scandir(folder):
+        if entry.is_file() and entry.name.endswith(_WEIGHTS):
+            yield Path(entry.path)
+
+
+def difference(name: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
+    """Return what is different of an input: "other images: 40 images in 2 classes (…) then, …"; `None` if nothing is."""
+    if theirs.get("fingerprint") == mine.get("fingerprint"):
+        return None
+    prints = " and now ".join(str(one.get("fingerprint"))[:SHOWN] for one in (theirs, mine))
+    what = {"data": "images", "tokens": "tokens"}.get(name)
+    if what is None:
+        return f"another {name} (its fingerprint was {prints})"
+    before, now = ({str(k): int(v) for k, v in dict(one.get("classes") or {}).items()} for one in (theirs, mine))
+    changed = [f"{k} {before.get(k, 0):,} → {now.get(k, 0):,}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    counts = f"{_counted(before)} then, {_counted(now)} now" if before and now else ""
+    if changed:
+        counts += f"; changed: {', '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}"
+    elif counts:
+        counts += "; as many of each class, in other files"
+    return f"other {what} ({counts + '; ' if counts else ''}the fingerprint of their listing was {prints})"
+
+
+def _counted(classes: Mapping[str, int]) -> str:
+    return f"{sum(classes.values()):,} images in {len(classes):,} classes"
