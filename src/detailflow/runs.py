@@ -70,7 +70,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return those that a run can go on from, the newest first."""
-    found = (path for path in (folder / CHECKPOINTS).glob("step-*.pt") if _NAME.fullmatch(path.name))
+    found = (path for path in (folder / CHECKPOINTS).glob("step-*.pt") if _NAME.fullmatch(path.name) and path.is_file())
     return sorted(found, key=step_of, reverse=True)
 
 

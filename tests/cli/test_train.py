@@ -2,8 +2,10 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +101,35 @@ def test_an_unreadable_image_among_the_first_is_not_the_end(cifar: Path, folder:
         assert main([*TRAIN, "--data", "many", "--loop.batch_size", "201"]) == 0
     with Image.open("run/pictures/reconstructions-00000002.png") as picture:
         assert picture.height > 8 * 32
+
+
+def _of_another_run(state: dict[str, Any]) -> None:
+    state["networks"].pop("model.quantizer.codebook")
+
+
+def _of_other_shapes(state: dict[str, Any]) -> None:
+    state["updater"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+def _of_odd_settings(state: dict[str, Any]) -> None:
+    state["updater"]["optimizer"]["param_groups"][0] |= {"betas": "x", "eps": None}
+
+
+@pytest.mark.parametrize(("change", "fits"), [(_of_another_run, False), (_of_other_shapes, False), (_of_odd_settings, True)])
+def test_a_checkpoint_that_does_not_fit(
+    change: Callable[[dict[str, Any]], None], fits: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*TRAIN, "--loop.checkpoint_minutes", "0"]) == 0
+    for name in ("config.json", "model.safetensors", "resume/step-00000002.pt"):
+        Path("run", name).unlink()
+    path = Path("run/resume/step-00000001.pt")
+    content = torch.load(path, weights_only=True)
+    change(content["state"])
+    torch.save(content, path)
+    capsys.readouterr()
+    assert main([*TRAIN, "--loop.checkpoint_minutes", "0"]) == (0 if fits else 2)
+    said = "run/resume: the checkpoint of step 1 does not fit this run; remove it to go on from the one before"
+    assert (said in capsys.readouterr().err) is not fits
 
 
 @pytest.mark.parametrize("split", ["tokenizer", "gpt"])

@@ -228,7 +228,21 @@ def test_what_cannot_be_compared(tmp_path: Path):
     with pytest.raises(DetailFlowError, match="report.json is not valid JSON"):
         compare_reports(tmp_path / "a", tmp_path / "b")
     content = json.loads((tmp_path / "b" / "report.json").read_text())
-    content["sections"] = [{"title": "t", "rows": [{"setting": {}}]}]
-    (tmp_path / "b" / "report.json").write_text(json.dumps(content))
-    with pytest.raises(DetailFlowError, match="'A title' is damaged"):
-        compare_reports(tmp_path / "b", tmp_path / "b")
+    for section in (
+        {"title": "t", "rows": [{"setting": {}}]},
+        {"title": "t", "rows": [{"setting": {}, "figures": {"PSNR": {"value": {}, "spread": None}}}]},
+        {"title": "t", "rows": [{"setting": {}, "figures": {"PSNR": {"value": 10**400, "spread": None}}}]},
+        {"title": "t", "rows": [{"setting": [], "figures": {}}]},
+        {"title": 3, "rows": []},
+        [],
+    ):
+        (tmp_path / "b" / "report.json").write_text(json.dumps(content | {"sections": [section]}))
+        with pytest.raises(DetailFlowError, match="report.json is damaged: its notes, sections or provenance"):
+            compare_reports(tmp_path / "b", tmp_path / "b")
+
+
+def test_a_name_that_is_no_text(tmp_path: Path):
+    """A file's name may be bytes that are not UTF-8."""
+    Report("samples", "FID of caf\udce9", [], {"command": "x \udcff"}).write(tmp_path / "odd")
+    assert load(tmp_path / "odd")["title"] == "FID of caf\ufffd"
+    assert (tmp_path / "odd" / "report.md").read_text().startswith("# FID of caf\ufffd")

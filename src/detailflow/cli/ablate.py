@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from detailflow.cli.common import Parser, check_output, expanded_path
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, printable
 
 SETTINGS = (
     *("data", "split", "test_data", "test_split", "reference", "reference_split", "features", "num_reconstructions"),
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     for one in (*map(read_settings_file, args.config), *_given(rest)):
         values = laid_over(values, one)
     config = Ablation.from_dict(expand_values(values), " ".join(args.config))
-    report = run_ablation(config, args.output, args.variants, args.device, shlex.join(["detailflow", "ablate", *argv]))
+    report = run_ablation(config, args.output, args.variants, args.device, printable(shlex.join(["detailflow", "ablate", *argv])))
     if report is not None:
         for section in report.sections:
             print(f"\n{section.title}\n", *section_table(section), sep="\n")

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from detailflow.cli.common import TOP_K, TOP_P, Parser, add_model_options, check_output, expanded, expanded_path, positive
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, printable
 
 if TYPE_CHECKING:
     from detailflow.evaluation.report import Report
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] not in kinds:
         raise DetailFlowError(f"what to evaluate must be one of {', '.join(kinds)}, not {argv[0]!r}")
     with ExitStack() as stack:
-        kinds[argv[0]](argv[1:], shlex.join(["detailflow", "evaluate", *argv]), stack)
+        kinds[argv[0]](argv[1:], printable(shlex.join(["detailflow", "evaluate", *argv])), stack)
     return 0
 
 

@@ -70,7 +70,7 @@ def parse(
         settings = kind(**vars(parser.instantiate(namespace)))
     except DetailFlowError:
         raise
-    except (argparse.ArgumentError, ValueError, TypeError, KeyError) as error:
+    except (argparse.ArgumentError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise DetailFlowError(explain(kind, str(error), can_plan)) from error
     if not dry_run:
         if output is None:

@@ -66,20 +66,13 @@ def _brief(entry: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def figures(report: Mapping[str, Any]) -> Figures:
-    """All figures of a report by what they are of.
-
-    Raises:
-        DetailFlowError: where the report is damaged.
-    """
-    try:
-        return {
-            (section["title"], json.dumps(row["setting"], sort_keys=True), measure): figure
-            for section in report["sections"]
-            for row in section["rows"]
-            for measure, figure in row["figures"].items()
-        }
-    except (KeyError, TypeError, AttributeError):
-        raise DetailFlowError(f"the report {report.get('title')!r} is damaged: its sections can't be read") from None
+    """All figures of a report by what they are of."""
+    return {
+        (section["title"], json.dumps(row["setting"], sort_keys=True), measure): figure
+        for section in report["sections"]
+        for row in section["rows"]
+        for measure, figure in row["figures"].items()
+    }
 
 
 def _figure_table(left: Figures, right: Figures) -> list[str]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from detailflow import hub
 from detailflow.benchmark import machine_name
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, printable
 from detailflow.published import Kind
 from detailflow.storage import read_json, replacing
 
@@ -143,9 +143,9 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:  # which puts the files in place in the opposite order, once all are written
                 path = stack.enter_context(replacing(folder / JSON_FILE))
-                path.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                path.write_text(printable(json.dumps(self.as_dict(), indent=1, ensure_ascii=False)) + "\n", encoding="utf-8")
                 path = stack.enter_context(replacing(folder / MARKDOWN_FILE))
-                path.write_text(self.markdown(), encoding="utf-8")
+                path.write_text(printable(self.markdown()), encoding="utf-8")
                 for plot in self.plots:
                     draw(plot, stack.enter_context(replacing(folder / f"{plot.name}.png")))
                 for picture in self.pictures:
@@ -366,7 +366,24 @@ def load(path: Path) -> dict[str, Any]:
         raise DetailFlowError(f"{path} holds no report: give the output folder of an evaluation, or its {JSON_FILE}")
     content = read_json(file)
     if content.get("format") != FORMAT or not all(
-        isinstance(content.get(key), kind) for key, kind in (("sections", list), ("provenance", dict), ("kind", str))
+        isinstance(content.get(key), kind)
+        for key, kind in (("sections", list), ("provenance", dict), ("kind", str), ("title", str), ("notes", list))
     ):
         raise DetailFlowError(f"{file} is no report of an evaluation")
+    subjects = (content["provenance"].get(subject, {}) for subject in ("data", "features", "preprocessing"))
+    sound = all(isinstance(note, str) for note in content["notes"]) and all(isinstance(subject, dict) for subject in subjects)
+    if not sound or not all(map(_is_section, content["sections"])):
+        raise DetailFlowError(f"{file} is damaged: its notes, sections or provenance are not as an evaluation writes them")
     return content
+
+
+def _is_section(section: Any) -> bool:
+    """Whether a section is as `Report.write` has it: a title and rows of a setting and figures, each a value and its spread."""
+    try:
+        rows = section["rows"]
+        figures = [figure for row in rows for figure in row["figures"].values()]
+        numbers = [float(number) for figure in figures for number in (figure["value"], figure["spread"]) if number is not None]
+        named = isinstance(section["title"], str) and all(isinstance(row["setting"], dict) for row in rows)
+        return named and all(figure["value"] is not None for figure in figures) and len(numbers) >= len(figures)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        return False

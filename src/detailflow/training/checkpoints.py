@@ -133,7 +133,8 @@ def save_checkpoint(
         elif readable(older):
             left -= 1
     for killed in path.parent.glob(".step-*.tmp"):  # what a run left that was killed while it wrote
-        killed.unlink(missing_ok=True)
+        if killed.is_file():
+            killed.unlink(missing_ok=True)
     return path
 
 

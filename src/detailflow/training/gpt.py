@@ -169,8 +169,11 @@ class GPTStage:
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        weights = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        _, own = get_state_dict(self.model, self.updater.optimizer, options=WHOLE)
+        optimizer = {"state": state["optimizer"]["state"], "param_groups": own["param_groups"]}  # the settings are this run's
+        weights = dict(model_state_dict=state["model"], optim_state_dict=optimizer)
         set_state_dict(self.model, self.updater.optimizer, **weights, options=WHOLE)
+        self.updater.check()
         set_model_state_dict(self.ema, state["ema"], options=WHOLE)
         self.updater.scaler.load_state_dict(state["scaler"])
 

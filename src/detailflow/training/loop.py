@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 from detailflow.processes import Processes
-from detailflow.runs import RUN_FILE, checkpoints
+from detailflow.runs import CHECKPOINTS, RUN_FILE, checkpoints
 from detailflow.schedule import require_not_negative, require_positive, require_shares
 from detailflow.seeds import check_seeds, mixed_seed
 from detailflow.storage import held, writing
@@ -190,11 +190,27 @@ def run(
                 (output / RUN_FILE).unlink()
             raise
         if start:
-            stage.restore(state)
+            _restore(stage, state, output / CHECKPOINTS, start)
         del state
         _Run(stage, kind, config, output, processes).train(start)
         with processes.together():
             stage.export(output)
+
+
+def _restore(stage: Stage, state: dict[str, Any], folder: Path, step: int) -> None:
+    """Have a stage go on from what a checkpoint holds.
+
+    Raises:
+        DetailFlowError: if that is not what a run of these settings writes.
+    """
+    try:
+        stage.restore(state)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # torch has one for each difference
+        raise DetailFlowError(
+            f"{folder}: the checkpoint of step {step} does not fit this run; remove it to go on from the one before"
+        ) from error
 
 
 class _Run:

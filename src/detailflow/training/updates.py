@@ -52,8 +52,22 @@ class Updater:
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = self.optimizer.state_dict()["param_groups"]  # the settings, which are this run's
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+        self.check()
         self.scaler.load_state_dict(state["scaler"])
+
+    def check(self) -> None:
+        """Check that what Adam remembers of each parameter is all there and has its shape, as torch would find out late.
+
+        Raises:
+            ValueError, KeyError, AttributeError: if not.
+        """
+        for parameter, known in self.optimizer.state.items():
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                shape = known[name].shape
+                if shape != (torch.Size() if name == "step" else parameter.shape):
+                    raise ValueError(f"{name} has shape {shape}, not {tuple(parameter.shape)}")
 
     def _parameters(self) -> Iterable[Tensor]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
