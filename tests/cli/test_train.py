@@ -156,7 +156,7 @@ CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ({"model": {"group_size": 4.5}}, "setting model.group_size is wrong: it must be int, not 4.5"),
     ({"flip": "perhaps"}, "setting flip is wrong: it must be bool, not perhaps"),
     ({"loop": {"learning_rate": -1}}, "learning_rate must be above 0, not -1.0"),
-    ({"loop": {"seed": -1}}, "seed must be 0 or more, not -1"),
+    ({"loop": {"seed": -1}}, "seed must be 0 to 2^64 - 1, not -1"),
     ({"loop": {"precision": "fp8"}}, "precision must be bf16, fp16, fp32, not 'fp8'"),
     ({"max_scale": 0.5}, "max_scale must be 1 (no zoom) or more, not 0.5"),
     ({"perceptual": -1}, "perceptual must be 0 or more, not -1.0"),
