@@ -23,6 +23,7 @@ from detailflow.storage import (
     output_names,
     read_headers,
     read_json,
+    read_state_dict,
     read_tensors,
     read_yaml,
     replacing,
@@ -241,11 +242,28 @@ class TestTorchZip:
     def test_files_that_are_damaged(self, plain: Path):
         with pytest.raises(DetailFlowError, match="could not read .*none.pt: No such file"):
             check_torch_zip(plain.with_name("none.pt"))
+        os.mkfifo(plain.with_name("pipe.pt"))
+        with pytest.raises(DetailFlowError, match="could not read .*pipe.pt: it is no regular file"):
+            check_torch_zip(plain.with_name("pipe.pt"))
         content = plain.read_bytes()
         for cut in (4, 40, len(content) // 2, len(content) - 30, len(content) - 1):
             plain.write_bytes(content[:cut])
             with pytest.raises(DetailFlowError, match="plain.pt"):
                 check_torch_zip(plain)
+
+
+def test_a_state_dict_of_either_kind(tmp_path: Path):
+    tensors = some_tensors()
+    torch.save(tensors, tmp_path / "a.pth")
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert same(read_state_dict(tmp_path / "a.pth"), tensors) and same(read_state_dict(tmp_path / "a.safetensors"), tensors)
+    for content in ([1], torch.zeros(2), {"a": 1}, {1: torch.zeros(2)}):
+        torch.save(content, tmp_path / "b.pth")
+        with pytest.raises(DetailFlowError, match="b.pth must hold tensors by name and nothing else"):
+            read_state_dict(tmp_path / "b.pth")
+    (tmp_path / "b.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:-100])
+    with pytest.raises(DetailFlowError, match="b.pth: it is damaged, incomplete"):
+        read_state_dict(tmp_path / "b.pth")
 
 
 LOAD = Path(__file__).with_name("load_gpt.py")

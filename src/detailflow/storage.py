@@ -281,6 +281,8 @@ def check_torch_zip(path: Path) -> None:
         DetailFlowError: for a zip file with such members, or one that is damaged or cannot be read.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no regular file")
         with path.open("rb") as file:
             if file.read(4) != b"PK\3\4":
                 return
@@ -375,11 +377,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise DetailFlowError(f"{path} cannot be read: {''.join(str(error).splitlines()[:1])}") from error
-    if not isinstance(tensors, dict):
-        raise DetailFlowError(f"{path} must hold tensors by name, not a {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not isinstance(name, str):
-            raise DetailFlowError(f"{path} must hold tensors by name, not a {type(tensor).__name__} as {str(name)[:60]!r}")
+    entries = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
+    if any(not isinstance(name, str) or not isinstance(tensor, Tensor) for name, tensor in entries):
+        raise DetailFlowError(f"{path} must hold tensors by name and nothing else: save the network's state_dict()")
     return dict(tensors)
 
 
