@@ -15,7 +15,8 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 from detailflow.published import Kind, check_kind
-from detailflow.storage import check_torch_zip, in_pieces, read_yaml
+from detailflow.storage import in_pieces, read_yaml
+from detailflow.torch_zip import check_torch_zip
 
 RUN_FILE = "run.yaml"
 CHECKPOINTS = "resume"  # not "checkpoints", by which the published layout is known

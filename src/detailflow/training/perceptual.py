@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError
-from detailflow.storage import check_torch_zip
+from detailflow.torch_zip import check_torch_zip
 
 SMALLEST_SIDE = 16  # which the last map of features halves to one pixel
 VGG16_FILE = "https://download.pytorch.org/models/vgg16-397923af.pth"

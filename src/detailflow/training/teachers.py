@@ -14,7 +14,8 @@ from detailflow.data.streaming import StreamedBatches, StreamSource, open_stream
 from detailflow.errors import DetailFlowError
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.processes import Processes
-from detailflow.storage import check_torch_zip, save_torch
+from detailflow.storage import save_torch
+from detailflow.torch_zip import check_torch_zip
 from detailflow.training.loop import PRECISIONS
 from detailflow.training.losses import perceptual_loss
 from detailflow.training.networks import FeatureNetwork, train_classifier
