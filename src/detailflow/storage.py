@@ -196,10 +196,11 @@ def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT) -> str:
         OSError: if it cannot be read, with the reason as its `strerror`.
         UnicodeDecodeError: if it is not UTF-8.
     """
-    if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with open(path, "rb") as file:
-        content = file.read(most + 1)
+        content = file.read(min(most, found.st_size) + 1)  # Python takes as much memory as it is asked to read
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
     return content.decode("utf-8")
