@@ -1,7 +1,9 @@
 """The decoding loop: the cache against recomputing everything, guidance, and the distributions that are drawn from."""
 
+import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +120,26 @@ def test_temperature_0_is_argmax():
     assert torch.equal(ids, model.generate(CLASSES, temperature=0, guidance_scale=1.0))
     with torch.no_grad():
         assert torch.equal(model(CLASSES, ids).argmax(-1), ids)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_no_numbers(value: float, temperature: float):
+    """They ended silently in the last code."""
+    model = make(8, 4, 4)
+    model.head.weight.data[3, 0] = value
+    with pytest.raises(DetailFlowError, match="the AR model's logits are no finite numbers: its weights are damaged"):
+        model.generate(CLASSES, temperature=temperature)
+    with pytest.raises(DetailFlowError, match="the AR model's logits are no finite numbers"):
+        model.generate(CLASSES, temperature=temperature, num_tokens=1)
+
+
+def test_numpys_numbers_are_numbers():
+    model = make(8, 1, 1)
+    values = dict(guidance_scale=np.float32(1.5), temperature=np.float64(0.5), top_k=np.int64(3), top_p=np.float32(0.5))
+    assert json.dumps(vars(SamplingConfig(**values)))
+    ids = model.generate(CLASSES, generator=seeds(3), **values)
+    assert torch.equal(ids, model.generate(CLASSES, generator=seeds(3), guidance_scale=1.5, temperature=0.5, top_k=3, top_p=0.5))
 
 
 def test_the_models_own_best_values():
@@ -239,6 +261,11 @@ def test_generated_tokens_follow_the_model():
         ({"guidance_schedule": "cosine"}, "guidance_schedule must be constant or linear, not 'cosine'"),
         ({"temperature": -0.1}, "temperature must be 0"),
         ({"top_k": 0}, "top_k must be 1 or more, not 0"),
+        ({"top_k": 2.5}, "top_k must be 1 or more, not 2.5"),
+        ({"top_k": True}, "top_k must be a number, not True"),
+        ({"top_p": "most"}, "top_p must be a number, not 'most'"),
+        ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be 0 or more"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
     ],
 )

@@ -6,6 +6,7 @@ cumulative probability passes its number, so an image never depends on what else
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, Protocol
 
 import torch
@@ -35,6 +36,12 @@ class SamplingConfig:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("guidance_scale", "temperature", "top_k", "top_p"):
+            value, optional = getattr(self, name), name.startswith("top")
+            if isinstance(value, bool) or not (isinstance(value, Real) or (optional and value is None)):
+                raise DetailFlowError(f"{name} must be a number, not {value!r}")
+            if hasattr(value, "item"):  # NumPy's, which JSON doesn't know
+                object.__setattr__(self, name, value.item())
         if not 0 <= self.guidance_scale <= LARGEST_GUIDANCE:
             raise DetailFlowError(
                 f"guidance_scale must be 0 or more (1 is no guidance), at most {LARGEST_GUIDANCE:g}, not {self.guidance_scale!r}"
@@ -43,7 +50,7 @@ class SamplingConfig:
             raise DetailFlowError(f"guidance_schedule must be {' or '.join(GUIDANCE_SCHEDULES)}, not {self.guidance_schedule!r}")
         if not 0 <= self.temperature < float("inf"):
             raise DetailFlowError(f"temperature must be 0 (argmax) or more, not {self.temperature!r}")
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
             raise DetailFlowError(f"top_k must be 1 or more, not {self.top_k!r}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise DetailFlowError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
@@ -77,10 +84,14 @@ def generate(
     """Yield the tokens so far, (B, n) int64, after every decoding step up to n = `num_tokens`.
 
     With guidance the model's logits carry the images twice: with their class first, then with the null class.
+
+    Raises:
+        DetailFlowError: before the last step, if a logit was no finite number.
     """
     batch = noise.shape[0]
     noise = noise.to(device, torch.float64 if device.type != "mps" else torch.float32)
     tokens = torch.zeros(batch, schedule.num_tokens, dtype=torch.int64, device=device)
+    sound = torch.ones((), dtype=torch.bool, device=device)  # looked at once, as each look waits for a GPU
     for start, end in schedule.steps:
         if start >= num_tokens:
             return
@@ -89,6 +100,9 @@ def generate(
             conditional, unconditional = logits.chunk(2)
             scale = guidance_at(sampling, schedule, start)
             logits = unconditional + scale * (conditional - unconditional)
+        sound &= logits.amax(-1).isfinite().all()
+        if end == num_tokens and not sound:
+            raise DetailFlowError("the AR model's logits are no finite numbers: its weights are damaged, or too large for its dtype")
         tokens[:, start:end] = sample(logits, noise[:, start:end], sampling)
         yield tokens[:, :end].clone()
 

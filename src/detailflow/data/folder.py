@@ -147,7 +147,7 @@ def _sorted_out(top: str, split: str | None, notes: Notes, metadata: list[str]) 
         _leave_others(top, files, {*taken, *many[kind]}, notes)
         return Found(kind, top, [Path(file) for file in taken], notes)
     metadata += [file for file in files if os.path.basename(file) in METADATA and file not in metadata]
-    notes.leave("file that shows several images", *(within(file, top) for file in sorted(pictures)))
+    notes.leave("file of several images", *(within(file, top) for file in sorted(pictures)))
     _leave_others(top, files, {*images, *pictures, *metadata}, notes)
     if not images:
         holds = f"; it holds {notes.aside()}" if notes.left_aside else ""
