@@ -8,6 +8,10 @@ class DetailFlowError(ValueError):
         super().__init__(printable(str(message)))
 
 
+class DetailFlowWarning(UserWarning):
+    """What is probably a mistake, in one sentence, such as an image that cannot be read."""
+
+
 def printable(name: str) -> str:
     """Return a name that any program can write: what is no UTF-8 in a file's name becomes the replacement character."""
     return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,11 @@ def test_what_reads_images_says_first_what_it_reads(
     printed = out("train", "tokenizer", "--config", tmp_path / "a.yaml")
     assert printed.startswith(line) and printed.count(line) == 1
     assert "photos" not in out("train", "tokenizer", "--config", tmp_path / "a.yaml", "--loop.steps", "none")
+
+
+def test_a_warning_is_a_sentence(photos: Path):
+    (photos / "bird").symlink_to("/nowhere")
+    code = "import sys; from detailflow.cli import main; from detailflow.data import open_images; "
+    code += "main._run = lambda argv: open_images(argv[0]) and 0; main.main(sys.argv[1:])"
+    result = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True)
+    assert result.stderr == f"detailflow: warning: {photos}/bird is a link to /nowhere, which is not there: it is left out\n"

@@ -10,6 +10,7 @@ from PIL import Image
 
 from detailflow.data.images import open_images
 from detailflow.data.stored import stored_image
+from detailflow.data.tables import check_columns
 from detailflow.errors import DetailFlowError
 
 pyarrow = pytest.importorskip("pyarrow", reason="needs detailflow[train]")
@@ -114,6 +115,16 @@ def test_labels_are_no_files(tmp_path):
     datasets.Dataset.from_dict({"image": [cell], "label": [cell]}, features).to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(DetailFlowError, match="no labels in its column 'label'"):
         open_images(tmp_path / "a.parquet")
+
+
+def test_only_images_are_images(tmp_path):
+    """Videos, sounds and PDF files are stored like images, and other libraries would open them."""
+    datasets = pytest.importorskip("datasets", reason="needs detailflow[train]")
+    kinds = [getattr(datasets, name) for name in ("Audio", "Video", "Pdf") if hasattr(datasets, name)]
+    for kind in kinds:
+        with pytest.raises(DetailFlowError, match="a set has no images in its column 'image'"):
+            check_columns("a set", datasets.Features({"image": kind(decode=False)}), "image", "label")
+    assert kinds and not check_columns("a set", datasets.Features({"image": datasets.Image()}), "image", "label")
 
 
 def test_rows_that_hold_no_image():

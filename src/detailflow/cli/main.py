@@ -5,12 +5,13 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
 from detailflow import __version__
-from detailflow.errors import DetailFlowError, ReportedElsewhereError
+from detailflow.errors import DetailFlowError, DetailFlowWarning, ReportedElsewhereError
 
 COMMANDS = {  # each is the module of that name in this package, imported when asked for
     "generate": "make images of classes",
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to stop
         sys.stdout.reconfigure(errors="replace")
+    usual, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a closed pipe can still be caught
@@ -63,6 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         _leave_other_processes(1, error)
         raise
+    finally:
+        warnings.formatwarning = usual
+
+
+def _warning_line(message: object, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Our own warnings as sentences, those of libraries with the place they come from."""
+    if issubclass(category, DetailFlowWarning):
+        return f"detailflow: warning: {' '.join(str(message).split())}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _take_max_pixels(argv: list[str]) -> None:

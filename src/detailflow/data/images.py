@@ -17,7 +17,7 @@ from detailflow.data.metadata import read_labels
 from detailflow.data.source import ImageSource, class_order, file_sizes, from_names, labelled, unlabelled
 from detailflow.data.tables import open_hub, open_parquet, open_saved
 from detailflow.data.webdataset import open_shards
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError, DetailFlowWarning, printable
 
 __all__ = ["Found", "ImageSource", "find", "load_rgb", "open_images", "to_rgb"]
 
@@ -61,7 +61,7 @@ def open_images(
         source = _open_folder(found, label_column)
     source.where, source.notes = printable(os.fspath(data)), found.notes
     for problem in found.notes.warnings:
-        warnings.warn(printable(problem), stacklevel=2)
+        warnings.warn(printable(problem), DetailFlowWarning, stacklevel=2)
     if _log.isEnabledFor(logging.INFO):  # as the summary takes a while
         _log.info("%s", source.summary)
     return source

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detailflow.data.source import ImageSource, tolerated
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, DetailFlowWarning
 from detailflow.processes import Processes
 
 Key = TypeVar("Key", bound=Hashable)
@@ -68,7 +68,7 @@ def note_unreadable(bad: dict[Key, str], found: Mapping[Key, str], tolerated: in
     for key, problem in found.items():
         if key not in bad:
             bad[key] = problem
-            warnings.warn(f"{problem}. Another image takes its place.", stacklevel=3)
+            warnings.warn(f"{problem}. Another image takes its place.", DetailFlowWarning, stacklevel=3)
     if len(bad) > tolerated:
         first = next(iter(bad.values()))
         raise DetailFlowError(

@@ -212,7 +212,8 @@ def check_columns(where: str, features: Any, image_column: str, label_column: st
     if image_column not in columns:
         raise DetailFlowError(f"{where} has no column {image_column!r}: its columns are {', '.join(columns)}")
     storage = str(features.arrow_schema.field(image_column).type)
-    if "binary" not in storage:
+    datasets = import_datasets()
+    if "binary" not in storage or not isinstance(features[image_column], datasets.Image | datasets.Value | dict):  # not videos
         raise DetailFlowError(f"{where} has no images in its column {image_column!r}: that column holds {storage}")
     kind = features.get(label_column)
     if kind is not None and type(kind).__name__ not in ("ClassLabel", "Value"):  # others may name files that are opened
