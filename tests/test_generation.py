@@ -128,9 +128,9 @@ def test_logits_that_are_no_numbers(value: float, temperature: float):
     """They ended silently in the last code."""
     model = make(8, 4, 4)
     model.head.weight.data[3, 0] = value
-    with pytest.raises(DetailFlowError, match="the AR model's logits are no finite numbers: its weights are damaged"):
+    with pytest.raises(DetailFlowError, match="the AR model's logits are not finite: its weights are damaged"):
         model.generate(CLASSES, temperature=temperature)
-    with pytest.raises(DetailFlowError, match="the AR model's logits are no finite numbers"):
+    with pytest.raises(DetailFlowError, match="the AR model's logits are not finite"):
         model.generate(CLASSES, temperature=temperature, num_tokens=1)
 
 

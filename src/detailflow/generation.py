@@ -7,7 +7,7 @@ cumulative probability passes its number, so an image never depends on what else
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         for name in ("guidance_scale", "temperature", "top_k", "top_p"):
-            value, optional = getattr(self, name), name.startswith("top")
+            value: Any = getattr(self, name)
+            optional = name.startswith("top")
             if isinstance(value, bool) or not (isinstance(value, Real) or (optional and value is None)):
                 raise DetailFlowError(f"{name} must be a number, not {value!r}")
             if hasattr(value, "item"):  # NumPy's, which JSON doesn't know
@@ -102,7 +103,7 @@ def generate(
             logits = unconditional + scale * (conditional - unconditional)
         sound &= logits.amax(-1).isfinite().all()
         if end == num_tokens and not sound:
-            raise DetailFlowError("the AR model's logits are no finite numbers: its weights are damaged, or too large for its dtype")
+            raise DetailFlowError("the AR model's logits are not finite: its weights are damaged, or too large for its dtype")
         tokens[:, start:end] = sample(logits, noise[:, start:end], sampling)
         yield tokens[:, :end].clone()
 
