@@ -26,6 +26,7 @@ from detailflow.published import (
     read_arguments,
     tensor_names,
 )
+from detailflow.runs import is_run
 from detailflow.storage import SHARD_SIZE, read_json, replacing, shard_bytes
 
 LAYOUTS = ("detailflow", "published")
@@ -95,6 +96,8 @@ def convert(
 
 def _check_target(target: Path, kind: Kind, to: str) -> None:
     """Refuse a folder in which the new model would lie beside, or in place of, another sort of model."""
+    if is_run(target) and not (target / hub.CONFIG_FILE).exists():
+        raise DetailFlowError(f"{target} holds a training run that is not finished: give another output folder")
     taken, published = (target / hub.CONFIG_FILE).exists(), is_published(target)
     if (published and to != "published") or (taken and not published and to == "published"):
         raise DetailFlowError(f"{target} already holds a model in the other layout: give another output folder")
@@ -107,6 +110,8 @@ def _origin(path: Path) -> dict[str, Any] | None:
     if is_published(path):
         directory = model_folder(path)
         return {"config": read_json(directory / hub.CONFIG_FILE), "arguments": read_arguments(directory)}
+    if not (path / hub.CONFIG_FILE).exists():  # a training run's
+        return None
     origin = read_json(path / hub.CONFIG_FILE).get("published")
     known = isinstance(origin, dict) and isinstance(origin.get("config"), dict) and isinstance(origin.get("arguments"), str)
     return origin if known else None

@@ -6,11 +6,13 @@ Our layout is a directory with `config.json` ("format": "detailflow", "kind", th
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +32,10 @@ from detailflow.published import (
     model_folder,
     published_config,
 )
+from detailflow.runs import checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
 from detailflow.storage import SHARD_SIZE, TENSOR_FILES, read_json, read_tensors, replacing, write_tensors
 
+logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 KINDS: tuple[Kind, ...] = ("tokenizer", "gpt")
 
@@ -67,9 +71,10 @@ def resolve(path_or_id: str | Path, kind: Kind, revision: str | None = None) -> 
     """Return the local folder of a model, or one checkpoint file in it.
 
     `path_or_id` is a folder, one with tokenizer/ and gpt/ or any two such folders inside, a checkpoint of the published layout
-    (FOLDER/checkpoints/NAME.pt), a zoo shorthand or a hub name (owner/name; that of either half of a zoo pair stands for both).
-    Whatever is an existing folder is taken as one; hub models are downloaded into the hub's cache, `revision` (a branch, tag or
-    commit; `None` is the newest) of them.
+    (FOLDER/checkpoints/NAME.pt), the folder of a training run that is not finished, one of a run's checkpoints (step-….pt), a
+    zoo shorthand or a hub name (owner/name; that of either half of a zoo pair stands for both). Whatever is an existing folder
+    is taken as one; hub models are downloaded into the hub's cache, `revision` (a branch, tag or commit; `None` is the newest)
+    of them.
 
     Raises:
         DetailFlowError: if there is no such folder, the download fails or a folder is given with a revision.
@@ -81,7 +86,7 @@ def resolve(path_or_id: str | Path, kind: Kind, revision: str | None = None) -> 
     if name and os.path.isdir(path):  # os.path, which takes an impossible name for a missing one
         return _nested(path, kind)
     if os.path.isfile(path):
-        if path.suffix == ".pt" and is_published(path.absolute()):
+        if is_checkpoint(path) or (path.suffix == ".pt" and is_published(path.absolute())):
             return path.absolute()
         raise DetailFlowError(f"{name} is a file: give the folder that holds {CONFIG_FILE} and the weights")
     if isinstance(path_or_id, str):
@@ -101,12 +106,12 @@ def is_hub_name(name: str) -> bool:
 
 def _nested(directory: Path, kind: Kind) -> Path:
     """The folder itself where it holds a model, else the one inside that holds a model of that kind."""
-    if os.path.exists(directory / CONFIG_FILE):
+    if _holds_model(directory):
         return directory
     if os.path.isdir(directory / kind):
         return directory / kind
     try:
-        inside = [child for child in sorted(directory.iterdir()) if os.path.isfile(child / CONFIG_FILE)]
+        inside = [child for child in sorted(directory.iterdir()) if _holds_model(child)]
     except OSError as error:
         raise DetailFlowError(f"could not read {directory}: {error.strerror or error}") from error
     found = []
@@ -118,12 +123,24 @@ def _nested(directory: Path, kind: Kind) -> Path:
     return found[0] if found else directory
 
 
+def _holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a model itself, be it that of a training run that is not finished."""
+    return os.path.isfile(folder / CONFIG_FILE) or is_run(folder)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Return whether a path that was resolved is a training run's that is not finished, or a checkpoint of a run."""
+    return not is_published(path) and (is_checkpoint(path) or (not os.path.exists(path / CONFIG_FILE) and is_run(path)))
+
+
 def read_kind(path: Path) -> Any:
     """The kind that a model's config states, or `None`.
 
     Raises:
         DetailFlowError: if the config can't be read.
     """
+    if _is_unfinished(path):
+        return run_kind(path)
     config = read_json(model_folder(path) / CONFIG_FILE)
     return kind_of(config) if is_published(path) else config.get("kind")
 
@@ -139,7 +156,7 @@ def find(path_or_id: str | Path) -> dict[Kind, Path]:
     if not local and is_hub_name(name) and not zoo_model(name):
         path_or_id = fetch(name, [pattern for kind in KINDS for pattern in _patterns(kind)])
     places = {kind: resolve(path_or_id, kind) for kind in KINDS}
-    found = {kind: place for kind, place in places.items() if not place.is_dir() or (place / CONFIG_FILE).exists()}
+    found = {kind: place for kind, place in places.items() if not place.is_dir() or _holds_model(place)}
     if not found:
         read_kind(places["tokenizer"])  # raises
     if len(set(found.values())) == len(found):
@@ -206,7 +223,8 @@ def load(
     Args:
         path_or_id: as in `resolve`.
         kind: "tokenizer" or "gpt".
-        variant: which weights of a published checkpoint: "ema" where present, or "model". Our layout has one set.
+        variant: which weights of a published checkpoint, or of one of a training run: "ema" where present, or "model". Our
+            layout has one set.
         dtype: of the tensors; `None` is as they are stored.
         revision: as in `resolve`.
 
@@ -216,6 +234,11 @@ def load(
     if variant not in ("ema", "model"):
         raise DetailFlowError(f"variant must be 'ema' or 'model', not {variant!r}")
     path = resolve(path_or_id, kind, revision)
+    if _is_unfinished(path):
+        checkpoint = checkpoint_of(path)
+        config, tensors, step = load_run(checkpoint, kind, variant, dtype)
+        _say_step(path, step)
+        return config, tensors
     if is_published(path):
         config, tensors = load_published(path, kind, variant, dtype)
         return _with_guidance(config, kind), tensors
@@ -229,7 +252,15 @@ def load_config(path_or_id: str | Path, kind: Kind) -> dict[str, Any]:
         DetailFlowError: as `load`.
     """
     path = resolve(path_or_id, kind)
+    if _is_unfinished(path):
+        return run_config(checkpoint_of(path), kind)
     return _with_guidance(published_config(path, kind), kind) if is_published(path) else _read_config(path, kind)
+
+
+@cache  # once for each, as some commands load a model more than once
+def _say_step(path: Path, step: int) -> None:
+    what = "the model of this checkpoint" if path.is_file() else "this training run is not finished: its model"
+    logger.warning("%s: %s is as it was at step %d", path, what, step)
 
 
 def _with_guidance(config: dict[str, Any], kind: Kind) -> dict[str, Any]:

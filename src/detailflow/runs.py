@@ -4,6 +4,7 @@ A run's folder has `run.yaml`, `resume/step-….pt` to go on from, perhaps `mile
 finished, a model in our layout. A checkpoint holds the step, the state to go on from, and the config of the model in it.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,7 +91,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     check_torch_zip(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step, state, kind, config = int(content["step"]), content["state"], content.get("kind"), content.get("config")
+        step, state, kind = int(content["step"]), content["state"], content.get("kind")
+        config = json.loads(json.dumps(content.get("config")))  # lists for tuples, as in config.json; raises for anything else
     except Exception as error:  # torch raises many kinds for a damaged file
         raise DetailFlowError(f"could not read {path}: it is damaged or no checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or not isinstance(config, dict | None):
@@ -172,4 +174,4 @@ def _weights(path: Path, checkpoint: Checkpoint, kind: Kind, variant: str) -> di
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not dense or not tensor.is_floating_point() or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise DetailFlowError(f"{name!s} in {path} is no tensor of floating-point weights")
-    return dict(stored)
+    return {str(name): tensor for name, tensor in stored.items()}

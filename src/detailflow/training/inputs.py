@@ -14,6 +14,7 @@ from detailflow.data.tokens import TokenStore
 from detailflow.errors import DetailFlowError
 from detailflow.published import Kind
 
+MOST_CLASSES = 2000  # whose counts are kept
 SHOWN = 12  # of a fingerprint's digits
 _WEIGHTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # of a network that is given by its folder
 
@@ -23,7 +24,8 @@ class Input:
     """What a setting names.
 
     Attributes:
-        read: returns what it is known by: its "fingerprint", and of images their number of each class as "classes".
+        read: returns what it is known by: its "fingerprint"; of images also their number as "images", and that of each class as
+            "classes" if these are not too many.
         at_start: whether it is used at the start of a run alone, so that a run can go on without it.
     """
 
@@ -33,12 +35,17 @@ class Input:
 
 def images_input(source: ImageSource | StreamSource) -> Input:
     """Return what a set of images is known by: the listing of its files."""
-    return Input(lambda: {"fingerprint": source.fingerprint, "classes": source.counts})
+    return Input(lambda: _counted_input(source.fingerprint, source.counts))
 
 
 def tokens_input(store: TokenStore) -> Input:
     """Return what a token store is known by."""
-    return Input(lambda: {"fingerprint": store.fingerprint, "classes": store.counts})
+    return Input(lambda: _counted_input(store.fingerprint, store.counts))
+
+
+def _counted_input(fingerprint: str, counts: Mapping[str, int]) -> dict[str, Any]:
+    classes = dict(counts) if len(counts) <= MOST_CLASSES else {}
+    return {"fingerprint": fingerprint, "images": sum(counts.values()), "classes": classes}
 
 
 def model_input(path_or_id: str, kind: Kind) -> Input:
@@ -82,13 +89,14 @@ def difference(name: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) ->
         return f"another {name} (its fingerprint was {prints})"
     before, now = ({str(k): int(v) for k, v in dict(one.get("classes") or {}).items()} for one in (theirs, mine))
     changed = [f"{k} {before.get(k, 0):,} → {now.get(k, 0):,}" for k in {**before, **now} if before.get(k) != now.get(k)]
-    counts = f"{_counted(before)} then, {_counted(now)} now" if before and now else ""
+    facts = [f"{_number(theirs)} then, {_number(mine)} now"]
     if changed:
-        counts += f"; changed: {', '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}"
-    elif counts:
-        counts += "; as many of each class, in other files"
-    return f"other {what} ({counts + '; ' if counts else ''}the fingerprint of their listing was {prints})"
+        facts.append(f"changed: {', '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}")
+    elif before:
+        facts.append("as many of each class, in other files")
+    return f"other {what} ({'; '.join(facts)}; the fingerprint of their listing was {prints})"
 
 
-def _counted(classes: Mapping[str, int]) -> str:
-    return f"{sum(classes.values()):,} images in {len(classes):,} classes"
+def _number(one: Mapping[str, Any]) -> str:
+    classes = f" in {len(one['classes']):,} classes" if one.get("classes") else ""
+    return f"{one.get('images')} images{classes}"
