@@ -41,8 +41,8 @@ class SamplingConfig:
             optional = name.startswith("top")
             if isinstance(value, bool) or not (isinstance(value, Real) or (optional and value is None)):
                 raise DetailFlowError(f"{name} must be a number, not {value!r}")
-            if hasattr(value, "item"):  # NumPy's, which JSON doesn't know
-                object.__setattr__(self, name, value.item())
+            if item := getattr(value, "item", None):  # NumPy's, which JSON doesn't know
+                object.__setattr__(self, name, item())
         if not 0 <= self.guidance_scale <= LARGEST_GUIDANCE:
             raise DetailFlowError(
                 f"guidance_scale must be 0 or more (1 is no guidance), at most {LARGEST_GUIDANCE:g}, not {self.guidance_scale!r}"
