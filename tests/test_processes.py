@@ -90,6 +90,30 @@ def test_the_folder_is_another_runs(command: list[str], tmp_path: Path):
     assert "holds a run with another kind" in complaints(err)[0] and not complaints(other)
 
 
+def test_samples_of_one_do_not_fit(model: Path, tmp_path: Path):
+    def work(rank: int) -> int:
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+        many = ["--num-images", "4", "--batch-size", "2", "--output", str(tmp_path / "samples")]
+        return main(["generate", "--model", str(model), "--device", "cpu", *many])
+
+    (first, _, err), (second, _, other) = launch(work, tmp_path)
+    assert (first, second) == (2, 2), err + other
+    assert not complaints(err) and "cannot write" in complaints(other)[0] and complaints(other)[0].endswith("File too large")
+
+
+def test_a_report_of_something_else(cifar: Path, tmp_path: Path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text("{}")
+
+    def work(rank: int) -> int:
+        return main(["evaluate", "samples", str(cifar), str(cifar), "--output", str(tmp_path / "report"), "--device", "cpu"])
+
+    (first, _, err), (second, _, other) = launch(work, tmp_path)
+    assert (first, second) == (2, 2), err + other
+    assert "holds a report.json that is no report of ours" in complaints(err)[0] and not complaints(other)
+
+
 @pytest.mark.parametrize("bug", [False, True])
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_a_step_of_one_process(bug: bool, wrong: int, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

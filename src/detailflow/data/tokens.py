@@ -101,7 +101,7 @@ class TokenStore:
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "TokenStore":
         """Open a finished store. Raises DetailFlowError when anything is missing or does not fit; see also `verify`."""
-        directory = Path(directory)
+        directory = Path(directory).expanduser()
         manifest = _read_manifest(directory)
         try:
             fields = {name: manifest[name] for name in TokenStoreInfo.__dataclass_fields__}

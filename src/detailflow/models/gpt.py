@@ -216,7 +216,6 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 class DetailFlowGPT(nn.Module):
     """Class labels to sequences of codes; see `forward` and `generate`."""
 
-    rotation: Tensor
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -1,0 +1,51 @@
+"""The messages that the documentation explains are ones that the code has."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FEWEST = 12  # letters that must be the code's own, and not a value's
+
+
+def explained() -> list[str]:
+    """The messages in the tables headed "message"."""
+    found = []
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for table in re.findall(r"^\| message \|.*\n\|[-|]*\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            found += re.findall(r"^\| `([^`]*)` \|", table, re.MULTILINE)
+    return found
+
+
+def parts_of(node: ast.expr) -> list[str | None]:
+    """The parts of a text in the code; `None` is a value within it."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value]
+    if isinstance(node, ast.JoinedStr):
+        return [part for value in node.values for part in parts_of(value)]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*parts_of(node.left), *parts_of(node.right)]
+    return [None]
+
+
+def texts() -> list[list[str | None]]:
+    """Every text in the code that says enough to be known by it."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "src").rglob("*.py"))]
+    found = [parts_of(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.expr)]
+    return [parts for parts in found if sum(len(part or "") for part in parts) >= FEWEST]
+
+
+def begins(parts: list[str | None], message: str) -> bool:
+    """Whether a message is such a text, or its beginning if the message ends in dots."""
+    start = message.removesuffix("…").rstrip()
+    for end in range(len(parts), 0, -1) if message.endswith("…") else (len(parts),):
+        pattern = "".join(".*" if part is None else re.escape(part) for part in parts[:end])
+        if sum(len(part or "") for part in parts[:end]) >= FEWEST and re.fullmatch(pattern, start, re.DOTALL):
+            return True
+    return False
+
+
+def test_every_message_that_is_explained():
+    messages, known = explained(), texts()
+    assert len(messages) > 10
+    assert [message for message in messages if not any(begins(parts, message) for parts in known)] == []
