@@ -94,8 +94,8 @@ class TestResidual:
 class TestLibraries:
     def test_timm(self, tmp_path: Path):
         """Pooled features before the last layer, in half precision, at the network's own side and normalisation."""
-        network = of("timm", "test_resnet.r160_in1k", 7)
-        stored = {"architecture": "timm/test_resnet.r160_in1k", "num_classes": "7", "size": "64"}
+        network = of("timm", "resnet10t.c3_in1k", 7)
+        stored = {"architecture": "timm/resnet10t.c3_in1k", "num_classes": "7", "size": "64"}
         stored |= {"mean": "0.485, 0.456, 0.406", "std": "0.229,0.224,0.225"}
         extractor = load_extractor(saved(network, tmp_path / "a.safetensors", half=True, **stored))
         assert "resized to 64×64" in extractor.preprocessing and "mean (0.485, 0.456, 0.406)" in extractor.preprocessing
