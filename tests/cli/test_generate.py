@@ -158,7 +158,7 @@ def test_grid_and_strips_are_no_samples(model: Path, tmp_path: Path):
         (["--top-p", "0"], "top_p must be above 0 and at most 1, not 0.0"),
         (["--guidance-scale", "inf"], "guidance_scale must be"),
         (["--guidance-scale", "1e39"], "guidance_scale must be"),
-        (["--num", "1000000000"], "5,000,000,000 images are more than --num is for, 100,000: give --num-images 5000000000"),
+        (["--num", "1000000000"], "--num must make at most 10,000,000 images in all, not 5,000,000,000"),
         (["--num-images", "1000000000"], "--num-images must be at most 10,000,000, not 1,000,000,000: make several sets"),
         (["--top-p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
         (["--num-tokens", "5"], "num_tokens must be 1 to 4 or a multiple of 4 up to 16, not 5"),

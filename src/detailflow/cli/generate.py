@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "npz", "webdataset")
 GRID_IMAGES = 400  # about as many as a grid shows if there are more
-LARGEST_SET = 10_000_000  # of --num-images
+LARGEST_SET = 10_000_000  # images of one call
 SAMPLING = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
 
 
@@ -50,8 +50,8 @@ def parser() -> Parser:
     group.add_argument("--guidance-scale", type=float, metavar="S", help="strength of the class; 1 is no guidance")
     group.add_argument("--guidance-schedule", metavar="NAME", help="constant, or linear: lower from group to group")
     group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely code")
-    group.add_argument("--top-k", type=TOP_K, metavar="K", help="draw from the K likeliest codes only; off or 0: all")
-    group.add_argument("--top-p", type=TOP_P, metavar="P", help="draw from the likeliest codes that sum to P; off or 1: all")
+    group.add_argument("--top-k", type=TOP_K, metavar="K", help="draw from the K likeliest codes only, or off")
+    group.add_argument("--top-p", type=TOP_P, metavar="P", help="from the likeliest codes that sum to P, or off")
     add_model_options(result, tokenizer=True)
     return result
 
@@ -121,12 +121,12 @@ def _few(
     from tqdm import tqdm
 
     from detailflow.pictures import grid, strip
-    from detailflow.pipeline import BATCH_SIZE, LARGEST_CALL, stage_counts
+    from detailflow.pipeline import BATCH_SIZE, stage_counts
     from detailflow.samples import check_no_set, file_label, remove_earlier
 
     total, schedule = len(classes) * args.num, pipeline.tokenizer.schedule
-    if total > LARGEST_CALL:
-        raise DetailFlowError(f"{total:,} images are more than --num is for, {LARGEST_CALL:,}: give --num-images {total}")
+    if total > LARGEST_SET:
+        raise DetailFlowError(f"--num must make at most {LARGEST_SET:,} images in all, not {total:,}: make them in several folders")
     check_no_set(args.output)
     num_tokens = schedule.check_count(args.num_tokens)
     counts = stage_counts(schedule, num_tokens) if args.progressive else [num_tokens]
