@@ -88,12 +88,15 @@ def build(
     return model.eval()
 
 
+_DRAWS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_, F.normalize)
+
+
 class _NoDraws(TorchFunctionMode):
     """Skips what only the values of initial weights need: the meta device has none, and would import a compiler for it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (nn.init.normal_, Tensor.normal_, Tensor.uniform_, F.normalize):
+        if func in _DRAWS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 

@@ -63,6 +63,18 @@ class SigLIP2(nn.Module):
         tower.load_state_dict(_read(path, names, dtype), assign=True)
         return tower.requires_grad_(False).eval().to(device)
 
+    @classmethod
+    def without_weights(cls, path_or_id: str, device: torch.device | str, dtype: torch.dtype) -> "SigLIP2":
+        """Return a tower as `from_pretrained` does, with random weights; one on the hub is taken to have `SIGLIP2`'s sizes."""
+        config, patch_size = ViTConfig(1152, 27, 16, 4304), 16
+        if os.path.exists(os.path.expanduser(path_or_id)):
+            sizes = _sizes(tower := _find(path_or_id, None)[2])
+            config = ViTConfig(sizes["width"], len(tower.blocks), sizes["heads"], sizes["MLP size"])
+            patch_size = tower.patch_size
+        tower = cls(config, patch_size)
+        tower.load_state_dict({name: tensor.to(dtype) for name, tensor in tower.state_dict().items()}, assign=True)
+        return tower.requires_grad_(False).eval().to(device)
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) pixels in [-1, 1] → (B, H/f · W/f, width), the last hidden state after the final LN.
 

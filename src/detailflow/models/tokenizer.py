@@ -335,6 +335,6 @@ class DetailFlowTokenizer(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and not module.weight.is_meta:  # whose arithmetic would import a compiler
         nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
         nn.init.zeros_(module.bias)

@@ -73,6 +73,7 @@ class Adversary:
         network: "patch", "dino", or a file of DINO's weights.
         augment: whether it sees images through DiffAugment.
         lecam, consistency: weights of its regularisers.
+        load: whether to read DINO's weights; those of a plan are random.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class Adversary:
         consistency: float,
         device: torch.device,
         processes: Processes,
+        load: bool = True,
     ) -> None:
         self.device, self.precision, self.processes = device, PRECISIONS[loop.precision], processes
         self.lecam, self.consistency = lecam, consistency
-        made = PatchDiscriminator() if network == PATCH else DINODiscriminator(None if network == "dino" else network)
+        made = PatchDiscriminator() if network == PATCH else DINODiscriminator(None if network == "dino" else network, load)
         self.network = made.to(device).train()
         self.any_side = isinstance(made, DINODiscriminator)  # or the tokenizer's full size alone
         self.judgement: nn.Module = _Judgement(self.network, augment, consistency > 0)

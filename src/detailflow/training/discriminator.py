@@ -30,6 +30,7 @@ class DINODiscriminator(nn.Module):
     Args:
         weights: a local file of the backbone's weights, as on the hub (.safetensors, or a folder with it) or DINO's own (.pth);
             `None` downloads them, once, to the hub's cache.
+        load: whether to read weights at all; the network of a plan has random ones.
 
     Raises:
         DetailFlowError: if those weights can't be had or read, or a package is missing.
@@ -38,7 +39,7 @@ class DINODiscriminator(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, weights: str | None = None) -> None:
+    def __init__(self, weights: str | None = None, load: bool = True) -> None:
         super().__init__()
         try:
             import timm
@@ -50,7 +51,8 @@ class DINODiscriminator(nn.Module):
             ) from error
         backbone: Any = timm.create_model(BACKBONE, num_classes=0)
         try:
-            load_weights(backbone, _read(weights), weights or BACKBONE)
+            if load:
+                load_weights(backbone, _read(weights), weights or BACKBONE)
         except DetailFlowError as error:
             raise DetailFlowError(
                 "the adversarial loss (DINO discriminator) needs DINO ViT-S/16's weights: get model.safetensors of "

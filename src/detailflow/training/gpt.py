@@ -114,12 +114,17 @@ class GPTStage:
         adam = torch.optim.AdamW(groups, lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
         self.updater = Updater(adam, loop, device)
         if loop.checkpoint_activations:
-            recompute_activations(self.model.blocks)
+            recompute_activations(self.blocks)
         forward: nn.Module = self.model
         if processes.count > 1 and not self.sharded:
             forward = DistributedDataParallel(self.model)
         self.forward: Callable[..., Tensor] = torch.compile(forward, dynamic=False) if loop.compile else forward
         self.parallel = forward
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers that `checkpoint_activations` is about."""
+        return self.model.blocks
 
     def batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This process's labels, input rows and target rows."""

@@ -25,6 +25,7 @@ class LPIPS(nn.Module):
     Args:
         weights: a local file with torchvision's weights of VGG-16, of which only those of the features are read; `None`
             downloads it, once, to torch.hub's cache.
+        load: whether to read weights at all; the network of a plan has random ones.
 
     Raises:
         DetailFlowError: if those weights can't be had or read, or a package is missing.
@@ -33,7 +34,7 @@ class LPIPS(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, weights: str | None = None) -> None:
+    def __init__(self, weights: str | None = None, load: bool = True) -> None:
         super().__init__()
         try:
             from torchvision.models import vgg16
@@ -41,15 +42,19 @@ class LPIPS(nn.Module):
             raise _missing("torchvision") from error
         with torch.device("meta"):  # VGG-16's classifier, most of its 138M weights, takes no memory there
             self.layers = vgg16(weights=None, init_weights=False).features[: MAPS[-1] + 1]
-        stored = _vgg16_weights(weights)
+        wanted = self.layers.state_dict()
+        if load:
+            stored = _vgg16_weights(weights)
+        else:
+            stored = {f"features.{name}": torch.randn(tensor.shape) for name, tensor in wanted.items()}
         try:
-            self.layers.load_state_dict({name: stored[f"features.{name}"] for name in self.layers.state_dict()}, assign=True)
+            self.layers.load_state_dict({name: stored[f"features.{name}"] for name in wanted}, assign=True)
         except (KeyError, TypeError, RuntimeError):  # torch's error for another shape is the last
             raise DetailFlowError(
                 f"the perceptual loss (LPIPS) needs VGG-16's weights, which {weights or VGG16_FILE} does not hold: "
                 f"give torchvision's file, {VGG16_FILE}, {_INSTEAD}"
             ) from None
-        self.heads = nn.ParameterList(_heads())
+        self.heads = nn.ParameterList(_heads() if load else [torch.ones(wanted[f"{i - 1}.bias"].shape[0], 1, 1) for i in MAPS])
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("deviation", torch.tensor(DEVIATION)[:, None, None], persistent=False)
         self.float().eval().requires_grad_(False)

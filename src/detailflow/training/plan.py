@@ -1,36 +1,184 @@
-"""What a run will cost, before it starts: memory, operations, time and disk, from the settings and the data's count."""
+"""What a run will cost, before it starts: steps of the real stage, counted on tensors that have shapes but no data."""
 
 import os
-from dataclasses import dataclass
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from detailflow import hub
 from detailflow.data.loader import BatchOrder
 from detailflow.data.tokens import TokenStore
 from detailflow.device import choose_device
 from detailflow.machine import measure_ceilings
+from detailflow.models import attention
 from detailflow.models.loading import config_from_dict
+from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.processes import Processes
-from detailflow.training.costs import (
-    FROZEN,
-    THROWN_AWAY,
-    TRAINED,
-    Network,
-    alignment_networks,
-    discriminator_networks,
-    gpt_network,
-    perceptual_network,
-    tokenizer_networks,
-)
-from detailflow.training.gpt import GPTTraining, model_config
+from detailflow.training.discriminator import DINODiscriminator
+from detailflow.training.gpt import GPTStage, GPTTraining, model_config
 from detailflow.training.loop import PRECISIONS, LoopConfig
+from detailflow.training.networks import FeatureNetwork
+from detailflow.training.perceptual import LPIPS
 from detailflow.training.teachers import image_count, open_source
-from detailflow.training.tokenizer import TokenizerTraining, count_of_steps
+from detailflow.training.tokenizer import TokenizerStage, TokenizerTraining, count_of_steps
+from detailflow.training.updates import recompute_activations
 
 SHARES = {"cpu": 0.5, "gpu": 0.4}  # of the measured ceiling of products that training is taken to reach
+TRAINED, THROWN_AWAY, FROZEN = "trained", "trained, not kept", "frozen"
+CPU = torch.device("cpu")
+
+
+class Network(NamedTuple):
+    """One network of a run; `fate` is `TRAINED`, `THROWN_AWAY` (trained, but no part of the model) or `FROZEN`."""
+
+    name: str
+    fate: str
+    parameters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, name: str, fate: str, module: nn.Module) -> "Network":
+        """Count a module's weights."""
+        weights = list(module.parameters())
+        return cls(name, fate, sum(w.numel() for w in weights), sum(w.numel() * w.itemsize for w in weights))
+
+
+class StepCosts(NamedTuple):
+    """What one process does in a step.
+
+    Attributes:
+        operations: of products, the mean over the run's steps.
+        peak: bytes that the step takes at most, besides weights, averages and the optimiser's state.
+        again: further operations with `checkpoint_activations`.
+        peak_again: `peak` with `checkpoint_activations`.
+    """
+
+    operations: float
+    peak: float
+    again: float
+    peak_again: float
+
+
+class Counter(TorchDispatchMode):
+    """Count operations of matrix products and convolutions, and the bytes that tensors made inside take.
+
+    Fake tensors have no numbers to give, so every draw and norm that a step asks for is 1, every index 0, every condition false:
+    such a step trains all N tokens, plants its mistakes at the first and finds finite gradients.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":  # questions about a tensor, which are most of all calls
+            return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 0
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.operations += formula(*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in self._alive:
+                self._alive.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.bytes -= size
+
+    def of(self, function: Callable[[], object]) -> tuple[int, int]:
+        """Call it; return its operations, and the most bytes that it held beyond those held before."""
+        operations, self.peak, before = self.operations, self.bytes, self.bytes
+        function()
+        return self.operations - operations, self.peak - before
+
+
+class _Fake(FakeTensorMode):
+    def __deepcopy__(self, memo: Any) -> "_Fake":  # one mode for all, also of a network that is copied
+        return self
+
+
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """Make tensors without data and count them. Networks must be made on their device: they cannot be moved."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        patch.object(nn.Module, "_apply", lambda self, *_, **__: self),
+        patch.object(attention, "SCORES", 2**62),  # attention on a CPU in one part, of as many operations as in many
+        _Fake(),
+        Counter() as counter,
+    ):
+        yield counter
+
+
+def count_steps(
+    make_stage: Callable[[], TokenizerStage | GPTStage],
+    make_batch: Callable[[], Any],
+    place: torch.device,
+    last_share: float = 1.0,
+) -> tuple[StepCosts, list[Network]]:
+    """Count a run's first and last step, and the last again with `checkpoint_activations`.
+
+    Args:
+        make_stage: called once, for a stage without `checkpoint_activations`.
+        last_share: of the run's steps, those that are like the last one; the others are like the first.
+    """
+    with counting() as counter:
+        with torch.device(place):
+            stage, batch = make_stage(), make_batch()
+        steps = stage.config.loop.steps
+        adversary = getattr(stage, "adversary", None)
+        for updater in (stage.updater, *([adversary.updater] if adversary else [])):  # so that their state is there
+            for weight in (w for group in updater.optimizer.param_groups for w in group["params"]):
+                weight.grad = torch.zeros_like(weight)
+            updater.optimizer.step()
+            updater.optimizer.zero_grad()
+        first, _ = counter.of(lambda: stage.step(0, batch, 0.0)) if last_share < 1 else (0, 0)
+        last, peak = counter.of(lambda: stage.step(steps - 1, batch, 0.0))
+        recompute_activations(stage.blocks)
+        with_again, peak_again = counter.of(lambda: stage.step(steps - 1, batch, 0.0))
+        costs = StepCosts(last_share * last + (1 - last_share) * first, peak, with_again - last, peak_again)
+        return costs, networks_of(stage)
+
+
+def networks_of(stage: TokenizerStage | GPTStage) -> list[Network]:
+    """All networks of a stage, in the order that a page lists them."""
+    if isinstance(stage, GPTStage):
+        return [Network.of("AR model", TRAINED, stage.model)]
+    networks = [Network.of(name, TRAINED, getattr(stage.model, name)) for name in ("encoder", "quantizer", "decoder")]
+    if stage.networks.head is not None:
+        networks.append(Network.of("head of the alignment", THROWN_AWAY, stage.networks.head))
+    names = {SigLIP2: "SigLIP2", FeatureNetwork: "classifier", LPIPS: "VGG-16 (LPIPS)"}
+    teachers = (stage.teachers.alignment, stage.teachers.features, stage.teachers.lpips)
+    for teacher in dict.fromkeys(filter(None, teachers)):  # one may be both
+        networks.append(Network.of(names[type(teacher)], FROZEN, teacher))
+    judge = stage.adversary.network if stage.adversary else None
+    if isinstance(judge, DINODiscriminator):
+        networks += [
+            Network.of("heads of the discriminator", THROWN_AWAY, judge),
+            Network.of("DINO ViT-S/16", FROZEN, judge.backbone),
+        ]
+    elif judge:
+        networks.append(Network.of("discriminator", THROWN_AWAY, judge))
+    return networks
 
 
 @dataclass(frozen=True)
@@ -39,18 +187,20 @@ class Plan:
 
     Attributes:
         of: what is trained on what.
-        epochs: passes over the data; `None` where nobody knows how much there is.
+        epochs: passes over the data; `None` if nobody knows how much there is.
         tokens: N, of an image.
+        costs: of one process, with its share of the batch.
         ema: whether a moving average of the weights is kept.
-        store: bytes of the token store, where the data is one.
+        store: bytes of the token store, if the data is one.
     """
 
     of: str
     loop: LoopConfig
     epochs: float | None
     tokens: int
-    networks: tuple[Network, ...]
+    networks: Sequence[Network]
     processes: int
+    costs: StepCosts
     ema: bool = False
     store: int = 0
 
@@ -61,13 +211,12 @@ class Plan:
     @property
     def operations(self) -> float:
         """Of one step, all processes together."""
-        again = sum(network.again for network in self.networks) if self.loop.checkpoint_activations else 0.0
-        return self.loop.batch_size * (again + sum(network.operations for network in self.networks))
+        return self.processes * (self.costs.operations + self.loop.checkpoint_activations * self.costs.again)
 
     def activations(self, checkpointed: bool) -> float:
-        """Bytes that one process keeps for the way back, of the images that it works on at once."""
-        kept = (n.activations if n.kept is None or not checkpointed else n.kept for n in self.networks)
-        return sum(kept) * self.loop.batch_size / self.processes / self.loop.accumulate
+        """Bytes that a step of one process takes at most, besides gradients: what autograd keeps, copies in 16 bits, …"""
+        peak = self.costs.peak_again if checkpointed else self.costs.peak
+        return max(0.0, peak - 4 * self.parameters(TRAINED))
 
     @property
     def memory(self) -> dict[str, float]:
@@ -78,11 +227,9 @@ class Plan:
         parts = {"weights": 4 * own, "gradients": 4 * own, "Adam's averages": 8 * own}
         if self.ema:
             parts["average of the weights"] = 4 * own
-        if self.loop.precision != "fp32":
-            parts[f"{self.loop.precision} copies"] = 2 * weights
         if self.processes > 1 and not sharded:
             parts["gradients on their way"] = 4 * weights
-        frozen = sum(network.parameters * network.weight_bytes for network in self.networks if network.fate == FROZEN)
+        frozen = sum(network.bytes for network in self.networks if network.fate == FROZEN)
         return {**parts, **({"frozen weights": frozen} if frozen else {})}
 
     @property
@@ -144,43 +291,47 @@ def print_plan(config: TokenizerTraining | GPTTraining, device: str | None = Non
     place, processes = choose_device(device), processes_of_this_launch()
     if not processes.is_main:
         return
-    on_cpu = place.type == "cpu"
     if isinstance(config, TokenizerTraining):
-        plan = plan_tokenizer(config, processes, on_cpu)
+        plan = plan_tokenizer(config, processes, place)
     else:
-        plan = plan_gpt(config, processes, on_cpu)
+        plan = plan_gpt(config, processes, place)
     products = measure_ceilings(place, PRECISIONS[config.loop.precision], repeats=2).products
-    print(plan.text(products, SHARES["cpu" if on_cpu else "gpu"], str(place)))
+    print(plan.text(products, SHARES["cpu" if place.type == "cpu" else "gpu"], str(place)))
 
 
-def plan_tokenizer(config: TokenizerTraining, processes: Processes, on_cpu: bool = False) -> Plan:
-    """The costs of a tokenizer's run; every step is counted as one that trains all N tokens.
+def _alone(loop: LoopConfig, processes: Processes) -> LoopConfig:
+    """The loop of one process with its share of the batch.
+
+    Raises:
+        DetailFlowError: if the batch can't be parted evenly.
+    """
+    loop.images_at_once(processes)
+    return replace(loop, batch_size=loop.batch_size // processes.count, checkpoint_activations=False, shard=False, compile=False)
+
+
+def plan_tokenizer(config: TokenizerTraining, processes: Processes, place: torch.device = CPU) -> Plan:
+    """Count a tokenizer's run; every step is counted as one that trains all N tokens.
 
     Raises:
         DetailFlowError: for images that can't be read, or a batch that can't be parted evenly.
     """
-    source = open_source(config)
-    count = image_count(source)
-    config.loop.images_at_once(processes)
-    loop, side, half = config.loop, config.model.image_size, config.loop.precision != "fp32"
-    pictures = 1 + config.correction_share
-    networks = tokenizer_networks(config.model, config.correction_share, half, on_cpu)
-    if config.alignment:
-        networks += alignment_networks(config.alignment_network, config.model, half)
-    if config.perceptual:
-        networks.append(perceptual_network(config.perceptual_network, side, pictures, half))
-    if config.adversarial:
-        share = 1 - min(1.0, count_of_steps(config.adversarial_from, loop.steps) / loop.steps)
-        views = 2 + 2 * (config.consistency > 0)  # real and fake, and both again
-        networks += discriminator_networks(config.adversarial_network, side, share, pictures, views, half)
+    source, loop = open_source(config), config.loop
+    count, side = image_count(source), config.model.image_size
+    alone = replace(config, loop=_alone(loop, processes), revive_every=0)
+    costs, networks = count_steps(
+        lambda: TokenizerStage(alone, source, Path(), place, resuming=True, load=False),
+        lambda: (torch.zeros(alone.loop.batch_size, side, side, 3, dtype=torch.uint8), None),
+        place,
+        last_share=1 - min(1.0, count_of_steps(config.adversarial_from, loop.steps) / loop.steps) if config.adversarial else 1.0,
+    )
     epochs = loop.steps / BatchOrder(count, loop.batch_size, loop.seed).steps_per_epoch if count else None
     images = _several(count, "image") if count else "a stream of images"
     of = f"a tokenizer, on {images} of {_several(len(source.class_names), 'class')}"
-    return Plan(of, loop, epochs, config.model.num_tokens, tuple(networks), processes.count)
+    return Plan(of, loop, epochs, config.model.num_tokens, networks, processes.count, costs)
 
 
-def plan_gpt(config: GPTTraining, processes: Processes, on_cpu: bool = False) -> Plan:
-    """The costs of an AR model's run.
+def plan_gpt(config: GPTTraining, processes: Processes, place: torch.device = CPU) -> Plan:
+    """Count an AR model's run.
 
     Raises:
         DetailFlowError: for a store or a tokenizer that can't be read, sizes that contradict each other, or a batch that the
@@ -189,14 +340,20 @@ def plan_gpt(config: GPTTraining, processes: Processes, on_cpu: bool = False) ->
     store, loop = TokenStore.open(config.tokens), config.loop
     known = config_from_dict(TokenizerConfig, hub.load_config(config.tokenizer, "tokenizer"), config.tokenizer)
     with torch.device("meta"):
-        sizes = model_config(config, store, DetailFlowTokenizer(known))
-    loop.images_at_once(processes)
+        tokenizer = DetailFlowTokenizer(known)
+    sizes = model_config(config, store, tokenizer)
+    alone = replace(config, loop=_alone(loop, processes))
+    rows, n = alone.loop.batch_size, sizes.num_tokens
+    costs, networks = count_steps(
+        lambda: GPTStage(alone, sizes, store, tokenizer, place, resuming=True),  # so no weights to start from are read
+        lambda: [torch.zeros(shape, dtype=torch.long) for shape in ((rows,), (rows, n), (rows, n))],
+        place,
+    )
     epochs = loop.steps / BatchOrder(len(store), loop.batch_size, loop.seed).steps_per_epoch
     size = sum(path.stat().st_size for path in Path(config.tokens).rglob("*") if path.is_file())
     crops = _several(store.info.crops, "crop")
     of = f"an AR model, on {_several(len(store), 'image')} of {_several(sizes.num_classes, 'class')}, {crops} of each"
-    networks = (gpt_network(sizes, loop.precision != "fp32", on_cpu),)
-    return Plan(of, loop, epochs, sizes.num_tokens, networks, processes.count, ema=True, store=size)
+    return Plan(of, loop, epochs, n, networks, processes.count, costs, ema=True, store=size)
 
 
 def _several(number: int, word: str) -> str:
@@ -204,28 +361,22 @@ def _several(number: int, word: str) -> str:
 
 
 def _count(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:,.1f}{letter}"
-    return f"{value:,.0f}"
+    return _scaled(value, {1e12: "T", 1e9: "G", 1e6: "M"}, ",.1f") or f"{value:,.0f}"
 
 
 def _operations(value: float) -> str:
-    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T")):
-        if value >= size:
-            return f"{value / size:,.3g} {letter}FLOP"
-    return f"{value / 1e9:,.3g} GFLOP"
+    return _scaled(value, {1e18: " EFLOP", 1e15: " PFLOP", 1e12: " TFLOP"}, ",.3g") or f"{value / 1e9:,.3g} GFLOP"
 
 
 def _bytes(value: float) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= size:
-            return f"{value / size:,.1f} {unit}"
-    return f"{value:,.0f} bytes"
+    return _scaled(value, {2**30: " GiB", 2**20: " MiB", 2**10: " KiB"}, ",.1f") or f"{value:,.0f} bytes"
 
 
 def _duration(seconds: float) -> str:
-    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {name}"
-    return f"{seconds:,.0f} seconds"
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"))
+    return next((f"{seconds / size:,.1f} {name}" for size, name in units if seconds >= 2 * size), f"{seconds:,.0f} seconds")
+
+
+def _scaled(value: float, units: dict[float, str], form: str) -> str | None:
+    """`value` in the first unit that it is at least one of."""
+    return next((f"{value / size:{form}}{unit}" for size, unit in units.items() if value >= size), None)

@@ -82,9 +82,14 @@ def crops(
 
 
 def find_teachers(
-    config: "TokenizerTraining", source: ImageSource | StreamSource, output: Path, device: torch.device, processes: Processes
+    config: "TokenizerTraining",
+    source: ImageSource | StreamSource,
+    output: Path,
+    device: torch.device,
+    processes: Processes,
+    load: bool = True,
 ) -> Teachers:
-    """Load what can be had, and train what can't.
+    """Load what can be had, and train what can't; without `load` neither, and all weights are random, as for a plan.
 
     Raises:
         DetailFlowError: where weights can't be downloaded or read.
@@ -92,13 +97,17 @@ def find_teachers(
     perceptual, alignment = config.perceptual > 0, config.alignment > 0
     lpips = None
     if perceptual and config.perceptual_network != CLASSIFIER:
-        lpips = LPIPS(None if config.perceptual_network == "lpips" else config.perceptual_network).to(device)
+        lpips = LPIPS(None if config.perceptual_network == "lpips" else config.perceptual_network, load).to(device)
     teacher: SigLIP2 | FeatureNetwork | None = None
     if alignment and config.alignment_network != CLASSIFIER:
-        teacher = SigLIP2.from_pretrained(config.alignment_network, device=device, dtype=PRECISIONS[config.loop.precision])
+        made = SigLIP2.from_pretrained if load else SigLIP2.without_weights
+        teacher = made(config.alignment_network, device=device, dtype=PRECISIONS[config.loop.precision])
     features = None
     if (perceptual and lpips is None) or (alignment and teacher is None):
-        features = feature_network(config, source, output, device, processes)
+        if load:
+            features = feature_network(config, source, output, device, processes)
+        else:
+            features = FeatureNetwork(len(source.class_names)).to(device).eval().requires_grad_(False)
     return Teachers(features if lpips is None else None, lpips, teacher if teacher or not alignment else features)
 
 

@@ -127,7 +127,10 @@ class TokenizerTraining:
 
 
 class TokenizerStage:
-    """The networks, optimisers and one step of tokenizer training; a `Stage` of the loop."""
+    """The networks, optimisers and one step of tokenizer training; a `Stage` of the loop.
+
+    Without `load`, networks that would be read or downloaded have random weights: that is enough to plan a run.
+    """
 
     def __init__(
         self,
@@ -137,6 +140,7 @@ class TokenizerStage:
         device: torch.device,
         resuming: bool = False,
         processes: Processes | None = None,
+        load: bool = True,
     ) -> None:
         loop, processes = config.loop, processes or Processes()
         self.config, self.source, self.device, self.processes = config, source, device, processes
@@ -146,15 +150,15 @@ class TokenizerStage:
         self.adversary: Adversary | None = None
         if config.adversarial:
             regularisers = (config.augment, config.lecam, config.consistency)
-            self.adversary = Adversary(config.adversarial_network, loop, *regularisers, device, processes)
-        self.teachers = find_teachers(config, source, output, device, processes)  # last, as it may train one
+            self.adversary = Adversary(config.adversarial_network, loop, *regularisers, device, processes, load)
+        self.teachers = find_teachers(config, source, output, device, processes, load)  # last, as it may train one
         torch.manual_seed(loop.seed)
         self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width).to(device)
         adam = torch.optim.Adam(self.networks.parameters(), lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
         self.updater = Updater(adam, loop, device)
         self.counts = torch.zeros(config.model.codebook_size, device=device)  # of each code's uses since they were last set to 0
         if loop.checkpoint_activations:
-            recompute_activations([*self.model.encoder.blocks, *self.model.decoder.blocks])
+            recompute_activations(self.blocks)
         if loop.compile:
             encoder = self.model.encoder
             encoder.patches = torch.compile(encoder.patches, dynamic=False)  # type: ignore[method-assign]
@@ -164,6 +168,11 @@ class TokenizerStage:
         self.passes: nn.Module = self.networks
         if processes.count > 1:  # a step leaves out what fewer tokens or no correction don't need
             self.passes = DistributedDataParallel(self.networks, find_unused_parameters=True)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers that `checkpoint_activations` is about."""
+        return [*self.model.encoder.blocks, *self.model.decoder.blocks]
 
     def batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's crops, as bytes (B, R, R, 3), and their labels."""
@@ -203,7 +212,9 @@ class TokenizerStage:
             for name, value in terms.items():
                 logged[name] = logged.get(name, 0.0) + value.detach() * (size / len(images))
             latents.append(made.latents[0].detach())
-            self.counts += self.processes.sum(torch.bincount(made.ids.flatten(), minlength=len(self.counts)).float())
+            ids = made.ids.flatten()
+            used = torch.zeros_like(self.counts).index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+            self.counts += self.processes.sum(used)
             if draws is not None:
                 judged.append((*pair[1:], draws.of(part)))
         logged["gradient_norm"] = norm = self.updater.step(rate)
