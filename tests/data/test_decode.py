@@ -161,6 +161,9 @@ def test_the_limit_on_pixels_has_a_sentence_of_its_own(tmp_path, monkeypatch):
             load_rgb(tmp_path / "a.png")
         monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "768")
         assert load_rgb(tmp_path / "a.png").size == (32, 24)
+    noise().save(tmp_path / "a.webp")
+    with pytest.raises(DetailFlowError, match="32×24 pixels, which in WEBP count twice, and 768 are the most.*--max-pixels 1536"):
+        load_rgb(tmp_path / "a.webp")
     monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "many")
     with pytest.raises(DetailFlowError, match="the limit on pixels .* is 'many'"):
         max_pixels()

@@ -383,5 +383,10 @@ def test_a_folder_by_save_to_disk(folder, tmp_path):
     assert open_images(tmp_path / "splits").counts == source.counts
     assert open_images(tmp_path / "splits", "val").counts == {"cat": 0, "dog": 1}
     (moved / "state.json").write_text("{")
+    (folder / "state.json").write_text("{}")  # of something else
+    assert counts(folder) == ALL
+    (folder / "dataset_dict.json").write_text("{}")
+    with pytest.raises(DetailFlowError, match="no split that was saved"):
+        open_images(folder)
     with pytest.raises(DetailFlowError, match="is not a readable folder by `save_to_disk`"):
         open_images(moved)

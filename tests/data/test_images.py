@@ -333,6 +333,16 @@ def test_wrong_parquet(tmp_path):
         open_images(tmp_path / "b.parquet")
 
 
+def test_parquet_files_without_rows(tmp_path, capfd):
+    pytest.importorskip("datasets", reason="needs detailflow[train]")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([], pyarrow.binary())}), tmp_path / "a.parquet")
+    with pytest.raises(DetailFlowError, match="a.parquet holds no images: it has no rows"):
+        open_images(tmp_path / "a.parquet")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_datasets_is_named_where_it_is_missing(tmp_path, monkeypatch):
     file = write_parquet(tmp_path / "a.parquet", [png(picture(0))], [0])
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -1,7 +1,7 @@
 """One image file, or its bytes, as RGB.
 
 Pillow does all the decoding, in raster formats alone: those of its plug-ins that start programs are never asked. An image costs
-at most eight bytes a pixel while it is read, and may have `max_pixels()` of them.
+at most eight bytes a pixel while it is read (in WebP and JPEG 2000 sixteen), and may have `max_pixels()` of them.
 """
 
 import io
@@ -32,6 +32,8 @@ _RASTER = (
     "XBM", "XPM",
 )  # fmt: skip
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # formats that not every Pillow was built with
+
+_COST = {"WEBP": 2, "JPEG2000": 2}  # how often a pixel counts: these decoders take sixteen bytes for it
 
 PLUGINS = {  # suffix → the package that reads such files
     **dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif"),
@@ -194,10 +196,12 @@ def _open(file: BinaryIO) -> Image.Image:
 def _decode(file: BinaryIO, name: str, least: int | None, limit: int | None) -> Image.Image:
     image = _open(file)
     limit = limit or max_pixels()
-    if image.width * image.height > limit:
+    pixels = image.width * image.height * _COST.get(image.format or "", 1)
+    if pixels > limit:
+        twice = f", which in {image.format} count twice" if image.format in _COST else ""
         raise DetailFlowError(
-            f"{name} is too large an image: it has {image.width}×{image.height} pixels, and {limit:,} are the most; "
-            f"raise that limit with --max-pixels {image.width * image.height} if you trust the file"
+            f"{name} is too large an image: it has {image.width}×{image.height} pixels{twice}, and {limit:,} are the most; "
+            f"raise that limit with --max-pixels {pixels} if you trust the file"
         )
     if least:
         image.draft(None, (least, least))

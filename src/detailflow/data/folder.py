@@ -13,7 +13,6 @@ from detailflow.pictures import is_overview
 
 MANY = (".parquet", ".tar")  # files of many images
 METADATA = ("metadata.csv", "metadata.jsonl")
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` of the `datasets` library leaves
 
 SPLITS = {  # as the `datasets` library names them
     **dict.fromkeys(("train", "training"), "train"),
@@ -113,7 +112,7 @@ def find_in_folder(folder: Path, split: str | None) -> Found:
         DetailFlowError: if there is nothing, no such split, or the folder cannot be read.
     """
     notes, top = Notes(), str(folder)
-    if any(os.path.isfile(folder / name) for name in SAVED):  # no error for a folder that may not be entered
+    if _is_saved(top):
         return _saved(folder, split, notes)
     subfolders = [entry.name for entry in _entries(top) if not _is_system(entry.name) and _is_folder(entry)]
     metadata = [os.path.join(top, name) for name in METADATA if os.path.isfile(folder / name)]
@@ -169,10 +168,18 @@ def _leave_others(top: str, files: Iterable[str], taken: set[str], notes: Notes)
             notes.leave(kind, within(file, top))
 
 
+def _is_saved(folder: str) -> bool:
+    """Whether `save_to_disk` of the `datasets` library has written a folder."""
+    names = ("dataset_dict.json",), ("dataset_info.json", "state.json")
+    return any(all(os.path.isfile(os.path.join(folder, name)) for name in some) for some in names)
+
+
 def _saved(folder: Path, split: str | None, notes: Notes) -> Found:
     """A folder by `save_to_disk`: one set, or one in a subfolder for each split."""
     if os.path.isfile(folder / "dataset_dict.json"):
-        names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry)]
+        names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry) and _is_saved(entry.path)]
+        if not names:
+            raise DetailFlowError(f"{folder} holds no images: it has dataset_dict.json and no split that was saved")
         folder = folder / pick_split(str(folder), {name: _split_of(name) or name for name in names}, split, notes)
     elif split is not None:
         raise DetailFlowError(f"{folder} has no split {split!r}: it was saved as one set")

@@ -85,7 +85,7 @@ def quiet(datasets: ModuleType, progress: bool) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels, hide_bars = [logger.level for logger in loggers], not progress and not datasets.are_progress_bars_disabled()
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # what goes wrong is raised as well
     if hide_bars:
         datasets.disable_progress_bars()
     try:
@@ -138,6 +138,8 @@ def read_footers(files: list[Path]) -> ParquetFiles:
 def open_parquet(files: list[Path], image_column: str, label_column: str) -> ImageSource:
     """Raises DetailFlowError for files that can't be read, have no such columns, or labels that can't be."""
     datasets, parquet = import_datasets(), read_footers(files)
+    if not any(rows for _, rows in parquet.counted):
+        raise DetailFlowError(f"{parquet.where} holds no images: it has no rows")
     paths = [str(file) for file in files]
     try:
         with quiet(datasets, sum(file.stat().st_size for file in files) > _SHOW_PROGRESS_ABOVE):
