@@ -126,7 +126,7 @@ def _few(
 
     total, schedule = len(classes) * args.num, pipeline.tokenizer.schedule
     if total > LARGEST_SET:
-        raise DetailFlowError(f"--num must make at most {LARGEST_SET:,} images in all, not {total:,}: make them in several folders")
+        raise DetailFlowError(f"--num must make at most {LARGEST_SET:,} images in all, not {total:,}: use several folders")
     check_no_set(args.output)
     num_tokens = schedule.check_count(args.num_tokens)
     counts = stage_counts(schedule, num_tokens) if args.progressive else [num_tokens]
