@@ -90,6 +90,13 @@ def test_the_folder_is_another_runs(command: list[str], tmp_path: Path):
     assert "holds a run with another kind" in complaints(err)[0] and not complaints(other)
 
 
+def test_what_both_find(command: list[str], tmp_path: Path):
+    """One of them says it."""
+    (first, _, err), (second, _, other) = launch(lambda rank: main([*command, "--tokens=nowhere"]), tmp_path)
+    assert (first, second) == (2, 2), err + other
+    assert len(complaints(err)) == 1 and "nowhere is no token store" in err and not complaints(other)
+
+
 def test_samples_of_one_do_not_fit(model: Path, tmp_path: Path):
     def work(rank: int) -> int:
         if rank == 1:

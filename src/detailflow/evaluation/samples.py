@@ -57,14 +57,15 @@ class Work:
         Raises:
             DetailFlowError: as `open_set`, or for images of another size in an .npz file.
         """
-        place = Path(path).expanduser()
-        if place.suffix != ".npz" and not os.path.isfile(place / "samples.npz"):
-            return open_set(path, self.processes, size, count, self.batch_size, split)
-        found = open_set(path, self.processes, None, count, self.batch_size, split)
-        if size is not None and found.side is not None and found.side != (size, size):
-            height, width = found.side
-            raise DetailFlowError(f"{path} holds images of {width}×{height} pixels, where {size}×{size} are needed")
-        return found
+        with self.processes.together():
+            place = Path(path).expanduser()
+            if place.suffix != ".npz" and not os.path.isfile(place / "samples.npz"):
+                return open_set(path, self.processes, size, count, self.batch_size, split)
+            found = open_set(path, self.processes, None, count, self.batch_size, split)
+            if size is not None and found.side is not None and found.side != (size, size):
+                height, width = found.side
+                raise DetailFlowError(f"{path} holds images of {width}×{height} pixels, where {size}×{size} are needed")
+            return found
 
 
 class Checksum:

@@ -143,17 +143,17 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
             of something else.
     """
     processes, place = launched(device)
-    model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
-    source = open_images(config.data, config.split, config.image_column, config.label_column)
-    info = TokenStoreInfo(
-        num_tokens=model.config.num_tokens,
-        codebook_size=model.config.codebook_size,
-        crops=CROPS[config.crops][1],
-        class_names=source.class_names,
-        tokenizer_fingerprint=tokenizer_fingerprint(config.tokenizer),
-    )
-    writer = TokenWriter(output, info, source.labels, CHUNK_IMAGES)
     with processes.together():
+        model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
+        source = open_images(config.data, config.split, config.image_column, config.label_column)
+        info = TokenStoreInfo(
+            num_tokens=model.config.num_tokens,
+            codebook_size=model.config.codebook_size,
+            crops=CROPS[config.crops][1],
+            class_names=source.class_names,
+            tokenizer_fingerprint=tokenizer_fingerprint(config.tokenizer),
+        )
+        writer = TokenWriter(output, info, source.labels, CHUNK_IMAGES)
         if processes.is_main:
             same = {k: v for k, v in asdict(config).items() if k not in ("data", "tokenizer", "batch_size", "workers")}
             writer.begin(_names(source, config.data), same)

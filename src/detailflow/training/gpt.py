@@ -274,16 +274,16 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
             output folder that can't be used.
     """
     processes, place = launched(device)
-    store = TokenStore.open(config.tokens)
-    if store.info.tokenizer_fingerprint != tokenizer_fingerprint(config.tokenizer):
-        raise DetailFlowError(
-            f"{config.tokens}: these tokens were made by another tokenizer than {config.tokenizer}; extract them again"
-        )
     with processes.together():
+        store = TokenStore.open(config.tokens)
+        if store.info.tokenizer_fingerprint != tokenizer_fingerprint(config.tokenizer):
+            raise DetailFlowError(
+                f"{config.tokens}: these tokens were made by another tokenizer than {config.tokenizer}; extract them again"
+            )
         if processes.is_main:
             store.verify()
-    tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
-    sizes = model_config(config, store, tokenizer)
+        tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
+        sizes = model_config(config, store, tokenizer)
 
     def make(resuming: bool) -> GPTStage:
         return GPTStage(config, sizes, store, tokenizer, place, resuming, processes)

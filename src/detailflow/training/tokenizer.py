@@ -395,13 +395,14 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
             folder that can't be used.
     """
     processes, place = launched(device)
-    source = open_source(config)
-    for name in ("perceptual", "alignment"):
-        if getattr(config, name) and getattr(config, f"{name}_network") == CLASSIFIER and len(source.class_names) < 2:
-            raise DetailFlowError(
-                f"the {name} loss learns its features from class labels, and these images have one class only: "
-                f"set {name} to 0 or {name}_network to another"
-            )
+    with processes.together():
+        source = open_source(config)
+        for name in ("perceptual", "alignment"):
+            if getattr(config, name) and getattr(config, f"{name}_network") == CLASSIFIER and len(source.class_names) < 2:
+                raise DetailFlowError(
+                    f"the {name} loss learns its features from class labels, and these images have one class only: "
+                    f"set {name} to 0 or {name}_network to another"
+                )
 
     def make(resuming: bool) -> TokenizerStage:
         return TokenizerStage(config, source, output, place, resuming, processes)
