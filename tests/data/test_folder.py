@@ -112,6 +112,11 @@ def test_a_class_may_be_called_train(tmp_path):
     photos(tmp_path, ("bus", "train", "truck"))
     assert counts(tmp_path) == {"bus": 4, "train": 4, "truck": 4}
     assert "did you mean the split" in open_images(tmp_path).summary
+    (tmp_path / "truck" / "0.png").unlink()
+    for index in range(1, 4):
+        (tmp_path / "truck" / f"{index}.png").unlink()
+    with pytest.raises(DetailFlowError, match="truck holds no images.*; did you mean the split .*train?"):
+        open_images(tmp_path)
     photos(tmp_path / "more", ("bullet train", "test tube"))
     assert counts(tmp_path / "more") == {"bullet train": 4, "test tube": 4}
 
@@ -265,8 +270,8 @@ def test_one_level_too_high(tmp_path):
 
 
 def test_numbers_are_in_numeric_order(tmp_path):
-    photos(tmp_path / "numbers", ("10", "0", "2", "1", "01"))
-    assert open_images(tmp_path / "numbers").class_names == ("0", "1", "01", "2", "10")
+    photos(tmp_path / "numbers", ("10", "0", "2", "1", "01", "-2", "-10"))
+    assert open_images(tmp_path / "numbers").class_names == ("-10", "-2", "0", "1", "01", "2", "10")
     photos(tmp_path / "names", ("10", "b2", "2"))
     assert open_images(tmp_path / "names").class_names == ("10", "2", "b2")
 

@@ -157,7 +157,8 @@ def _open_folder(found: Found, label_column: str) -> ImageSource:
         if not any(problem.startswith((f"{folder} ", f"{folder}{os.sep}")) for problem in notes.warnings):  # said already
             holds = sorted({kind for kind, files in notes.left_aside.items() if any(f.startswith(f"{empty}/") for f in files)})
             inside = f" (it holds {', '.join(holds)})" if holds else ""
-            raise DetailFlowError(f"{folder} holds no images{inside}: put some there or remove this class subfolder")
+            question = f"; {notes.question}" if notes.question else ""
+            raise DetailFlowError(f"{folder} holds no images{inside}: put some there or remove this class subfolder{question}")
     _ask_for_the_folder_below(top, names, found)
     return from_names(rows, names, top)
 

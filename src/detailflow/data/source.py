@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -197,8 +198,8 @@ def read_file(path: str, name: str) -> bytes:
 def class_order(names: Iterable[str]) -> list[str]:
     """Return the names in the classes' order: by number if all are numbers, else by code point."""
     names = sorted(set(names))
-    if all(name.isascii() and name.isdecimal() for name in names):
-        names.sort(key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), len(name)))
+    if all(re.fullmatch("-?[0-9]{1,1000}", name) for name in names):
+        names.sort(key=lambda name: (int(name), len(name)))
     return names
 
 
