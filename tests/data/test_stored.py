@@ -108,6 +108,26 @@ def test_a_saved_folder_names_no_files_elsewhere(tmp_path):
         open_images(tmp_path / "set")
 
 
+def test_a_hub_data_set_names_files_of_its_own_download_alone(tmp_path, monkeypatch):
+    """The hub itself is stood in for."""
+    datasets = pytest.importorskip("datasets", reason="needs detailflow[train]")
+    own, other = (tmp_path / "hub" / f"datasets--someone--{name}" / "a.png" for name in ("cats", "private"))
+    for file in (own, other, tmp_path / "secret.png"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png())
+    paths = [str(own), str(other), str(tmp_path / "secret.png"), other.as_uri()]
+    file, load = table(tmp_path / "a.parquet", [{"bytes": None, "path": path} for path in paths]), datasets.load_dataset
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: load("parquet", data_files=str(file), split="train"))
+    source = open_images("someone/cats")
+    assert source.image(0).size == (8, 8)
+    for index in range(1, 4):
+        with pytest.raises(
+            DetailFlowError, match=f"someone/cats train row {index} names .*, which is not (in the folder|fetched)"
+        ):
+            source.image(index)
+
+
 def test_labels_are_no_files(tmp_path):
     datasets = pytest.importorskip("datasets", reason="needs detailflow[train]")
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Image(decode=False)})
