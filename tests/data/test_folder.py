@@ -376,11 +376,12 @@ def test_a_folder_by_save_to_disk(folder, tmp_path):
     cells = [{"bytes": (folder / name / "0.png").read_bytes(), "path": None} for name in ("cat", "dog", "dog")]
     whole = datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 1]}, features)
     datasets.disable_progress_bars()
-    whole.save_to_disk(str(tmp_path / "one"))
+    whole.save_to_disk(str(tmp_path / "one"), num_shards=2)
     datasets.DatasetDict(train=whole, validation=whole.select([1])).save_to_disk(str(tmp_path / "splits"))
     datasets.enable_progress_bars()
     source = open_images(tmp_path / "one")
     assert source.counts == {"cat": 1, "dog": 2} and source.image(2).size == (8, 8)
+    assert source.name(2).endswith("one/data-00001-of-00002.arrow row 0")
     moved = shutil.copytree(tmp_path / "one", tmp_path / "moved")
     assert open_images(moved).fingerprint == source.fingerprint
     with pytest.raises(DetailFlowError, match="no split 'test': it was saved as one set"):

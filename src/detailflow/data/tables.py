@@ -184,6 +184,7 @@ def open_saved(folder: str, image_column: str, label_column: str) -> ImageSource
             raise DetailFlowError(f"{folder} names {outside[0]}, which is not in it: no other file is read")
         with quiet(datasets, False):
             dataset = datasets.load_from_disk(folder)
+        counted = [(os.path.join(folder, file), _arrow_rows(os.path.join(folder, file))) for file in files]
     except DetailFlowError:
         raise
     except Exception as error:  # `datasets` raises many kinds
@@ -191,9 +192,16 @@ def open_saved(folder: str, image_column: str, label_column: str) -> ImageSource
     if dataset._indices is not None:  # a selection of the rows that are stored
         with quiet(datasets, False):
             dataset = dataset.flatten_indices(keep_in_memory=True)
-    listed = [(os.path.join(folder, files[0] if len(files) == 1 else "state.json"), len(dataset))]
+        counted = [*((file, 0) for file, _ in counted), (os.path.join(folder, "state.json"), len(dataset))]
     names = stored_names(dataset.features, label_column)
-    return _from_table(dataset, folder, listed, image_column, label_column, names, on_hub=False)
+    return _from_table(dataset, folder, counted, image_column, label_column, names, on_hub=False)
+
+
+def _arrow_rows(file: str) -> int:
+    import pyarrow
+
+    with pyarrow.memory_map(file) as mapped, pyarrow.ipc.open_stream(mapped) as batches:
+        return sum(batch.num_rows for batch in batches)
 
 
 def open_hub(name: str, split: str, image_column: str, label_column: str) -> ImageSource:
