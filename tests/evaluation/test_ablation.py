@@ -148,10 +148,13 @@ def test_a_table_that_grows(images: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "Not measured with these settings, so not in the table: two, mine." in other.notes
     assert 0 < spent(output)["one/evaluation"].cpu < 1e5
 
-    # Other images under the same name.
-    one, another = sorted(images.rglob("*.png"))[:2]
+    # Another reference; other training images are another run.
+    reference = Path(shutil.copytree(images, tmp_path / "reference"))
+    one, another = sorted(reference.rglob("*.png"))[:2]
     one.write_bytes(another.read_bytes())
-    changed = run_ablation(make(images, num_samples=16), output, ["one"], "cpu", "the command")
+    with pytest.raises(DetailFlowError, match="begun with other images"):
+        run_ablation(make(reference, num_samples=16), output, ["one"], "cpu", "the command")
+    changed = run_ablation(make(images, num_samples=16, reference=str(reference)), output, ["one"], "cpu", "the command")
     assert changed is not None and len(measured) == 5
     assert changed.provenance["data"]["reference"]["checksum"] != data["reference"]["checksum"]
 
@@ -173,7 +176,7 @@ def test_what_is_refused(images: Path, tmp_path: Path, monkeypatch: pytest.Monke
             run_ablation(config, output, names, "cpu")
         assert not output.exists()
     output.mkdir()
-    other = {"format": "detailflow-report", "kind": "gpt", "sections": [], "provenance": {}}
+    other = {"format": "detailflow-report", "kind": "gpt", "title": "", "notes": [], "sections": [], "provenance": {}}
     (output / "report.json").write_text(json.dumps(other))
     with pytest.raises(DetailFlowError, match="holds the report of another evaluation"):
         run_ablation(make(images), output, (), "cpu")
@@ -184,9 +187,9 @@ def test_what_goes_wrong_is_one_sentence(images: Path, tmp_path: Path, monkeypat
     (tmp_path / "file").touch()
     with pytest.raises(DetailFlowError, match="cannot write to .*file: it is no folder"):
         run_ablation(make(images), tmp_path / "file", (), "cpu")
-    damaged = sorted(images.rglob("*.png"))[3]
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(DetailFlowError, match=f"{damaged.name} is damaged and cannot be decoded"):
+    for damaged in sorted(images.rglob("*.png"))[3:6]:
+        damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(DetailFlowError, match=r"more than 1%.*\.png is damaged and cannot be decoded"):
         run_ablation(make(images), tmp_path / "out", (), "cpu")
 
 
