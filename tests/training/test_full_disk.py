@@ -26,7 +26,7 @@ TOKENIZER = {"model": MODEL, "adversarial": 0, "perceptual": 0.1, "classifier_ep
 GPT = {"width": 16, "depth": 1, "heads": 2, "loop": LOOP}
 
 
-def with_little_room(folder: Path, size: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+def with_little_room(folder: Path, size: str, command: list[str], filled: bool = False) -> subprocess.CompletedProcess[str]:
     """Run detailflow where `folder` is a file system of `size`; what is written there is gone afterwards."""
     folder.mkdir(parents=True)
     mount = f"mount -t tmpfs -o size={size} tmpfs {shlex.quote(str(folder))}"
@@ -37,9 +37,10 @@ def with_little_room(folder: Path, size: str, command: list[str]) -> subprocess.
         possible = False
     if not possible:
         pytest.skip("needs a file system of its own, which this machine does not allow")
+    fill = f"head -c {size} /dev/zero > {shlex.quote(str(folder / 'full'))} && " if filled else ""
     run = shlex.join([sys.executable, "-m", "detailflow", *command])
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*space, f"{mount} && exec {run}"], capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run([*space, f"{mount} && {fill}exec {run}"], capture_output=True, text=True, env=environment, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,17 @@ def test_there_is_a_checkpoint(part: str, size: str, message: str, commands: dic
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert last == f"detailflow: error: {message.format(output=output)}"
     assert [path.name for path in (output / "resume").iterdir()] == ["step-00000002.pt"]
+    assert main(command) == 0
+
+
+def test_nothing_can_be_logged(commands: dict[str, list[str]], tmp_path: Path):
+    """It is full before the run begins."""
+    output = tmp_path / "run"
+    command = [*commands["gpt"], "--output", str(output)]
+    done = with_little_room(output / "tensorboard", "4k", command, filled=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    message = f"detailflow: error: cannot write TensorBoard's log to {output}: No space left on device"
+    assert done.stderr.splitlines()[-1] == message
     assert main(command) == 0
 
 

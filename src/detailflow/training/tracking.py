@@ -54,18 +54,24 @@ class Trackers:
         self.output, self.processes = output, processes or Processes()
         self.board: Any = None
         self.wandb: Any = None
-        with self.processes.together():
-            if "tensorboard" in names:
-                with _writing("TensorBoard's log", output):
-                    self._open_board(start_step)
-            if "wandb" in names:
-                with _writing("Weights & Biases' log", output):
-                    self._open_wandb(kind, config)
+        self._hook, threading.excepthook = threading.excepthook, _without_tensorboard(threading.excepthook)
+        try:
+            with self.processes.together():
+                if "tensorboard" in names:
+                    with _writing("TensorBoard's log", output):
+                        self._open_board(start_step)
+                if "wandb" in names:
+                    with _writing("Weights & Biases' log", output):
+                        self._open_wandb(kind, config)
+        except DetailFlowError:
+            threading.excepthook = self._hook
+            raise
 
     def _open_board(self, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(str(self.output / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self.board.flush()
 
     def _open_wandb(self, kind: str, config: Mapping[str, Any]) -> None:
         import wandb  # type: ignore[import-not-found, unused-ignore]
@@ -102,7 +108,6 @@ class Trackers:
                 self.wandb.log({**values, **{name: wandb.Image(picture) for name, picture in pictures.items()}}, step=step)
 
     def __enter__(self) -> "Trackers":
-        self._hook, threading.excepthook = threading.excepthook, _without_tensorboard(threading.excepthook)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
