@@ -7,11 +7,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from detailflow.cli import ablate, bench, classes, convert, evaluate, generate, reconstruct
+from detailflow.cli import bench, classes, convert, evaluate, generate, reconstruct
 from detailflow.cli.main import main
 
 PARSERS = (
-    *(module.parser for module in (ablate, bench, classes, convert, generate, reconstruct)),
+    *(module.parser for module in (bench, classes, convert, generate, reconstruct)),
     *(getattr(evaluate, f"{name}_parser") for name in ("tokenizer", "gpt", "samples", "statistics", "compare")),
 )
 PATHS = {"DIR", "FILE", "MODEL", "IMAGE", "SOURCE", "SAMPLES", "REFERENCE", "DATA", "SET", "A", "B"}  # as their values are called

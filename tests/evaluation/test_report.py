@@ -90,9 +90,7 @@ def test_what_is_written(tmp_path: Path):
 
 
 def test_panels_stand_in_rows_of_three(tmp_path: Path):
-    panel = Panel(
-        "variant", "PSNR", {"a": [(1.0, Figure(1)), (2.0, Figure(2))], "b": [(1.0, Figure(3))]}, ticks={1.0: "one", 2.0: "two"}
-    )
+    panel = Panel("tokens", "PSNR", {"a": [(1.0, Figure(1)), (2.0, Figure(2))], "b": [(1.0, Figure(3))]})
     sizes = []
     for count in (1, 3, 4):
         draw(Plot("p", "", [panel] * count), tmp_path / "p.png")

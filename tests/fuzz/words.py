@@ -198,10 +198,6 @@ COMMANDS = {
         "--output --features --weights --size --num-images --split",
     ),
     "evaluate compare": ("in/report in/report", "--output"),
-    "ablate": (
-        "--config in/tokenizer.yaml --output out",
-        "--output --config --variants --data --tokenizer.loop.steps --x --seeds",
-    ),
     "bench": ("--model nowhere/at/all --no-naive", "--batch-sizes --dtypes --device --other --json --repeats"),
     "vary": ("in/photos/cat/0.png --model in/model --device cpu --output out", "--model --output --keep --label"),
     "nonsense": ("", "--x"),

@@ -20,13 +20,12 @@ COMMANDS = {  # each is the module of that name in this package, imported when a
     "data": "say what a set of images holds, and what is wrong with it",
     "train": "train a tokenizer or an AR model on your own images",
     "evaluate": "measure models and images: FID, PSNR, …, as a report with plots",
-    "ablate": "run the paper's ablation on your images: a table and a plot",
     "bench": "time a model on this machine, beside the machine's own limits",
     "convert": "write models in another layout: safetensors or the published one",
     "extract": "write the tokens of your images to disk, to train an AR model on",
 }
 
-_READ_IMAGES = ("train", "extract", "evaluate", "ablate")  # these say first what they read
+_READ_IMAGES = ("train", "extract", "evaluate")  # these say first what they read
 
 HELP = f"""usage: detailflow COMMAND …
 

@@ -14,7 +14,7 @@ SIDE = 256  # of the images that all of them are for
 
 @cache
 def published() -> dict[str, Any]:
-    """The data file: "models", "guidance", "group_size", "ablation", and the "conditions" and "source" of all."""
+    """The data file: "models", "guidance", "group_size", and the "conditions" and "source" of all."""
     content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     return content
 

@@ -72,13 +72,12 @@ def place(point: Point) -> float:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes with curves by name; `ticks` are words in place of the numbers along x."""
+    """One pair of axes with curves by name."""
 
     x: str
     measure: str
     curves: Mapping[str, Sequence[Point]]
     log_x: bool = False
-    ticks: Mapping[float, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -280,10 +279,8 @@ def draw(plot: Plot, path: Path) -> None:
             ticks = sorted({x for points in panel.curves.values() for x, _ in points if x is not None})
             axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axis.minorticks_off()
-        elif not panel.ticks:
+        else:
             axis.locator_params(axis="x", nbins=6)  # more run together
-        if panel.ticks:
-            axis.set_xticks(list(panel.ticks), list(panel.ticks.values()), rotation=30, ha="right")
         axis.set(xlabel=panel.x, ylabel=with_unit(panel.measure))
         axis.grid(alpha=0.3)
         if len(panel.curves) > 1 and tuple(panel.curves) not in explained:
