@@ -173,7 +173,7 @@ def test_an_adapter_without_the_function(tmp_path: Path):
 
 
 def test_random_weights_have_the_published_sizes():
-    """326M, 184.5M and 85.9M parameters (method §3, §6); heads, masks and embeddings included."""
+    """326M, 184.5M and 85.9M parameters (docs/method.md#tokenizer, #ar-model); heads, masks and embeddings included."""
     pipeline = benchmark.random_pipeline("detailflow-16", torch.device("meta"), torch.bfloat16)
     count = [
         sum(p.numel() for p in m.parameters()) / 1e6

@@ -1,4 +1,4 @@
-"""The published checkpoint layout: safe reading and translation (method §9)."""
+"""The published checkpoint layout: safe reading and translation (docs/method.md#published-layout)."""
 
 import argparse
 import copy

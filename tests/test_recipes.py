@@ -1,4 +1,4 @@
-"""The recipes in configs/: each is whole, and ImageNet's are the paper's, whose constants stand here again (method §1 to §7)."""
+"""The recipes in configs/: each is whole, and ImageNet's are the paper's, whose constants stand here again."""
 
 from dataclasses import asdict
 from importlib.resources import files

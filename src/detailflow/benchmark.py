@@ -92,7 +92,7 @@ def _steps(pipeline: DetailFlowPipeline, class_ids: Sequence[int], seed: int) ->
 
 
 def random_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> DetailFlowPipeline:
-    """A published pair's sizes with random weights, which take as long as the real ones (method §1, §3, §6).
+    """Make a published pair's networks with random weights, which take as long as the real ones (docs/method.md).
 
     Raises:
         DetailFlowError: for a name that is not in the zoo.

@@ -1,4 +1,4 @@
-"""Models from the published layout (method §9) to ours and back, bit for bit, with a model card beside them."""
+"""Convert models between the published layout and ours, bit for bit, with a model card (docs/method.md#published-layout)."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,6 @@
-"""The decoding loop: guidance, sampling, one step after another (method §7). It drives anything that can take a step.
+"""The decoding loop: guidance, sampling, one step after another (docs/method.md#sampling).
+
+It drives anything that can take a step.
 
 Every image has a noise stream of its own: one uniform number per token, drawn in advance. A token is the code at which the
 cumulative probability passes its number, so an image never depends on what else is in its batch.
@@ -109,7 +111,10 @@ def generate(
 
 
 def guidance_at(sampling: SamplingConfig, schedule: TokenSchedule, start: int) -> float:
-    """The guidance scale of the step that starts at token `start`: s, or s·(M − i + 1)/(M + 1) for group i of M (method §7)."""
+    """Return the guidance scale of the step that starts at token `start` (docs/method.md#sampling).
+
+    It is s, or s·(M − i + 1)/(M + 1) for group i of M.
+    """
     if sampling.guidance_schedule == "constant" or start < schedule.prefix:
         return sampling.guidance_scale
     groups = schedule.num_tokens // schedule.group_size

@@ -1,7 +1,7 @@
 """Where models lie and how they are read and written. Knows no network.
 
 Our layout is a directory with `config.json` ("format": "detailflow", "kind", then the model's own keys) and
-`model.safetensors`, or its shards; the published layout (method §9) is recognised and translated by `published`.
+`model.safetensors`, or its shards. `published` recognises and translates the other (docs/method.md#published-layout).
 """
 
 import hashlib
@@ -42,7 +42,7 @@ KINDS: tuple[Kind, ...] = ("tokenizer", "gpt")
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A published pair of models: hub names, length N of its sequences and its best guidance scale (method §7)."""
+    """A published pair of models: hub names, length N of its sequences and its best guidance scale (docs/method.md#sampling)."""
 
     tokenizer: str
     gpt: str

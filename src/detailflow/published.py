@@ -1,4 +1,4 @@
-"""The published checkpoint layout (method §9), read safely and in our config keys and tensor names. Knows no network.
+"""The published checkpoint layout, read safely, in our config keys and tensor names (docs/method.md#published-layout).
 
 A published model is a directory with `config.json` (constructor arguments), `config.yaml` (training arguments) and
 `checkpoints/N.pt`, a pickle of state dicts and training leftovers. Nothing in the pickle is ever executed.

@@ -1,4 +1,4 @@
-"""How many tokens make which picture: groups, valid counts, resolutions and attention masks (method §1, §2, §6). No weights here.
+"""How many tokens make which picture: groups, valid counts, resolutions and masks (docs/method.md#groups, #resolution-map).
 
 The paper's symbols: N tokens in groups of g, the first c of them one by one; n tokens hold an image at resolution R(n),
 which is decoded at side D(n), a multiple of the patch size f.
@@ -88,7 +88,7 @@ class TokenSchedule:
 
     @cached_property
     def steps(self) -> tuple[tuple[int, int], ...]:
-        """(start, end) of each decoding step's tokens: c single tokens, then whole groups (method §7)."""
+        """(start, end) of each decoding step's tokens: c single tokens, then whole groups (docs/method.md#groups)."""
         return tuple(zip((0, *self.valid_counts[:-1]), self.valid_counts, strict=True))
 
     def check_count(self, n: int | None) -> int:
@@ -160,7 +160,7 @@ class TokenSchedule:
     def attention_mask(self, n: int, device: torch.device | str | None = None) -> Tensor:
         """(n, n) bool, True where the row sees the column: earlier groups and its own, but nothing later within the first c.
 
-        The encoder's queries (method §3) and the AR model's positions (method §6) share this mask.
+        The encoder's queries (docs/method.md#tokenizer) and the AR model's positions (docs/method.md#ar-model) share this mask.
         """
         i = torch.arange(n, device=device)
         row, column = i[:, None], i[None, :]

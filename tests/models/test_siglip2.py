@@ -1,4 +1,4 @@
-"""SigLIP2's vision tower against transformers', its files, and the encoder that starts from it (method §3, §4)."""
+"""SigLIP2's vision tower against transformers', its files, and the encoder that starts from it."""
 
 import json
 import sys

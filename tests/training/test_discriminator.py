@@ -44,7 +44,7 @@ def pixels(*shape: int, seed: int = 0) -> Tensor:
 
 
 def plain_head(x: Tensor, head: nn.Module) -> Tensor:
-    """(B, C, L) → (B, L), method §4.4 word for word."""
+    """(B, C, L) → (B, L), docs/method.md#losses word for word."""
     convolutions = [m for m in head.modules() if isinstance(m, nn.Conv1d)]
     norms = [m for m in head.modules() if isinstance(m, nn.BatchNorm1d)]
     assert [c.kernel_size for c in convolutions] == [(1,), (9,), (1,)] and len(norms) == 2

@@ -1,4 +1,4 @@
-"""What a step draws: the number of tokens (method §4.1) and the place of the mistakes (method §4.2)."""
+"""What a step draws: the number of tokens and the place of the mistakes (docs/method.md#coarse-targets, #self-correction)."""
 
 from collections import Counter
 from collections.abc import Mapping

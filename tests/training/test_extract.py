@@ -1,4 +1,4 @@
-"""Token extraction (method §5) against the tokenizer's public contract."""
+"""Token extraction (docs/method.md#extraction) against the tokenizer's public contract."""
 
 import shutil
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_a_folder(tokenizer: DetailFlowTokenizer, tokens: Path, cifar: Path):
 
 
 def test_one_position_per_image(tokens: Path):
-    """All crops of an image have their mistakes at one place, and over the images every step is such a place (method §4.2)."""
+    """All crops of an image have their mistakes at one place, and over the images every step is such a place."""
     store = TokenStore.open(tokens)
     differ = store.codes[:, :, INPUT] != store.codes[:, :, LABEL]  # a mistake may be right by chance: 1 in 50
     starts = []

@@ -232,7 +232,7 @@ def test_the_other_terms_enter_with_their_weights(cifar: Path, images: torch.Ten
 
 
 def test_the_whole_objective(cifar: Path, images: torch.Tensor, tmp_path: Path):
-    """All terms of method §4.4 with their weights, the perceptual one's while it rises, and the alignment by hand."""
+    """All terms of docs/method.md#losses with their weights, the perceptual one's while it rises, and the alignment by hand."""
     stand_ins = dict(perceptual=0.3, perceptual_warmup=8, classifier_epochs=1, alignment=0.4)
     adversarial = dict(adversarial=0.7, adversarial_from=3, augment=True, lecam=0.1, consistency=2.0)
     made = stage(cifar, tmp_path, coarse_probability=0.0, **stand_ins, **adversarial)

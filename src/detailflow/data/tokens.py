@@ -1,4 +1,4 @@
-"""The token store: what `detailflow extract` writes and training the AR model reads (method §5, §6).
+"""The token store: what `detailflow extract` writes and training the AR model reads (docs/method.md#extraction, #ar-model).
 
 A directory of four files, whatever the number of images. Every image of the source has a slot, at its place there:
 

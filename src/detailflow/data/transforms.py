@@ -31,7 +31,7 @@ def _slack(image: Image.Image, side: int, size: int) -> tuple[int, int]:
 
 
 def random_crop(image: Image.Image, size: int, draws: np.ndarray, max_scale: float = 1.25, flip: bool = True) -> np.ndarray:
-    """The training crop of method §4.5: shorter side to a random integer in [size, size·max_scale], a random crop,
+    """The training crop (docs/method.md#losses): shorter side to a random integer in [size, size·max_scale], a random crop,
     mirrored half of the time unless `flip` is off.
 
     `draws` are four random numbers in [0, 1). → uint8 (size, size, 3)
@@ -74,7 +74,7 @@ def two_crops(image: Image.Image, size: int) -> np.ndarray:
 
 
 def ten_crops(image: Image.Image, size: int) -> np.ndarray:
-    """Token extraction's crops (method §5): from the centre crop of side int(1.1·size), the top left, top right,
+    """Token extraction's crops (docs/method.md#extraction): from the centre crop of side int(1.1·size), the top left, top right,
     bottom left, bottom right and centre crops, then the mirror images of these five. → uint8 (10, size, size, 3)
     """
     large = center_crop(image, int(1.1 * size))
@@ -93,13 +93,13 @@ def to_tensor(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Float (B, 3, H, W) in [-1, 1] → bytes (B, H, W, 3): clamp(127.5·x + 128, 0, 255), truncated (method §7)."""
+    """Float (B, 3, H, W) in [-1, 1] → bytes (B, H, W, 3): clamp(127.5·x + 128, 0, 255), truncated (docs/method.md#sampling)."""
     return pixels.float().mul(127.5).add_(128.0).clamp_(0.0, 255.0).to(torch.uint8).movedim(-3, -1).contiguous()
 
 
 def coarse_target(x: torch.Tensor, resolution: int, size: int) -> torch.Tensor:
-    """What the first t tokens should show (method §4.1): `x` (B, 3, R, R) area-downsampled to `resolution` = R(t), then
-    bicubic-upsampled to `size` = D(t). At full resolution this is `x` itself. → (B, 3, size, size)
+    """Return what the first t tokens should show (docs/method.md#coarse-targets): `x` (B, 3, R, R), area-downsampled to
+    `resolution` = R(t), then bicubic-upsampled to `size` = D(t). At full resolution this is `x` itself. → (B, 3, size, size)
     """
     if resolution != x.shape[-1]:
         x = F.interpolate(x, size=(resolution, resolution), mode="area")

@@ -1,4 +1,4 @@
-"""How good generated images are, by how they were sampled: distances to a reference set, setting by setting (method §7, §8)."""
+"""Measure generated images: distances to a reference set, for each way to sample (docs/method.md#sampling)."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""The published numbers (method §8), from one data file, and which of them stand beside a figure of ours."""
+"""Published numbers (docs/method.md#published-numbers) from one data file, and which of them belong beside ours."""
 
 import json
 from collections.abc import Iterator, Mapping

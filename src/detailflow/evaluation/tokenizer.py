@@ -107,7 +107,7 @@ def evaluate_tokenizer(
     model: str | None = None,
     notes: Sequence[str] = (),
 ) -> Report | None:
-    """Measure reconstructions of `images` (method §3, §8), reading each image once.
+    """Measure reconstructions of `images` (docs/method.md#tokenizer, #published-numbers), reading each image once.
 
     Args:
         images: of side R.

@@ -1,4 +1,4 @@
-"""The autoregressive model: LlamaGen's transformer over grouped tokens (method §6)."""
+"""The autoregressive model: LlamaGen's transformer over grouped tokens (docs/method.md#ar-model)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -188,7 +188,7 @@ class Block(nn.Module):
 def rotary_table(config: GPTConfig) -> Tensor:
     """(N, head_dim/2, 2) cosines and sines: row ⌊(i−1)/g⌋ in the first half of the pairs, column (i−1) mod g in the second.
 
-    Position 0, the class, gets zeros, so that its query and key vanish (method §6).
+    Position 0, the class, gets zeros, so that its query and key vanish (docs/method.md#ar-model).
     """
     half = config.width // config.heads // 2
     frequencies = config.rope_base ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
@@ -377,7 +377,9 @@ class DetailFlowGPT(nn.Module):
         return generation.generate(model, self.schedule, sampling, noise, n, self.device)
 
     def _inputs(self, class_ids: Tensor, ids: Tensor, start: int, end: int) -> Tensor:
-        """Input embeddings of positions `start` to `end` of [class, z_1 … z_c, m_1 … m_{g−1}, z_{c+1} … z_{N−g}] (method §6).
+        """Embed positions `start` to `end` of [class, z_1 … z_c, m_1 … m_{g−1}, z_{c+1} … z_{N−g}].
+
+        See docs/method.md#ar-model.
 
         Position i holds token i − 1 up to c; the g − 1 masks follow; from c + g on position i holds token i − g.
         """

@@ -1,4 +1,4 @@
-"""The vector quantizer: nearest of K unit vectors in d dimensions (method §3)."""
+"""The vector quantizer: nearest of K unit vectors in d dimensions (docs/method.md#quantizer)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,7 @@
 """SigLIP2's vision tower (NaFlex): what the tokenizer's encoder starts from, and the frozen teacher of the alignment loss.
 
-Tschannen et al., SigLIP 2 (arXiv 2502.14786); method §3 and §4. Its blocks are those of the tokenizer, under the same names.
+Tschannen et al., SigLIP 2 (arXiv 2502.14786); docs/method.md#tokenizer. Its blocks are those of the tokenizer, under the
+same names.
 """
 
 import math
@@ -101,7 +102,7 @@ class SigLIP2(nn.Module):
 
     @torch.no_grad()
     def alignment_target(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels in [-1, 1] → (B, width) float32, the mean over the patches of `forward` (method §4.4).
+        """(B, 3, H, W) pixels in [-1, 1] → (B, width) float32, the mean over the patches of `forward` (docs/method.md#losses).
 
         Raises:
             DetailFlowError: for a wrong shape.
@@ -110,7 +111,9 @@ class SigLIP2(nn.Module):
 
 
 def initialise_encoder(encoder: Encoder, path_or_id: str | Path = SIGLIP2) -> None:
-    """Copy the patch embedding, the position grid, as many layers as the encoder has and the final LN into it (method §3).
+    """Copy the patch embedding, the position grid, as many layers as the encoder has and the final LN into it.
+
+    See docs/method.md#tokenizer.
 
     Its query tokens, their positions and `refine` stay as they are.
 

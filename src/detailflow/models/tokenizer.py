@@ -1,4 +1,4 @@
-"""The 1-D tokenizer: an image to an ordered sequence of codes, and the first n of them back to an image (method §3)."""
+"""The 1-D tokenizer: an image to an ordered sequence of codes, and the first n of them back (docs/method.md#tokenizer)."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,12 +27,12 @@ from detailflow.schedule import TokenSchedule, require_positive
 
 POSITION_SCALE = 0.5  # of query tokens and their positions at the start: as large as what is added to them, so that they are seen
 LARGEST_PIXEL = 1.5  # in size; 1 is white, and what a decoder or a resize makes goes somewhat beyond
-WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (method §3)
+WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (docs/method.md#self-correction)
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes of a `DetailFlowTokenizer`; the defaults are DetailFlow-16's schedule and codebook (method §1).
+    """Sizes of a `DetailFlowTokenizer`; the defaults are DetailFlow-16's schedule and codebook (docs/method.md#symbols).
 
     With `causal_encoder` off the encoder's queries all see each other, as in the baseline of the paper's table 2.
 
@@ -192,7 +192,7 @@ class DetailFlowTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
-        """Decode codes: (B, n) → (B, 3, s, s) pixels in about [-1, 1]; `size` `None` means D(n) (method §2).
+        """Decode codes: (B, n) → (B, 3, s, s) pixels in about [-1, 1]; `size` `None` means D(n) (docs/method.md#resolution-map).
 
         `size` may be (height, width) as well; `TokenSchedule.decode_shape` has the D(n) of such shapes.
 
@@ -211,7 +211,7 @@ class DetailFlowTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode_correction(self, images: Tensor, position: int, wrong_tokens: Tensor) -> Tensor:
-        """The self-correction pass: what the later tokens become once those at `position` are wrong (method §3).
+        """Return what the later tokens become if those at `position` are wrong (docs/method.md#self-correction).
 
         Args:
             images: (B, 3, H, W) pixels in [-1, 1], as for `encode`.

@@ -1,4 +1,4 @@
-"""The transformer that the tokenizer's encoder and decoder share (method §3): pre-norm blocks over patches and 1-D tokens."""
+"""The tokenizer's transformer: pre-norm blocks over patches and 1-D tokens (docs/method.md#tokenizer)."""
 
 import math
 from dataclasses import dataclass

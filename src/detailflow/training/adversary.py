@@ -1,4 +1,4 @@
-"""The adversarial loss: a discriminator, how it learns, and what it asks of the tokenizer (method §4.4)."""
+"""The adversarial loss: a discriminator, how it learns, and what it asks of the tokenizer (docs/method.md#losses)."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""DiffAugment: what the discriminator sees images through (Zhao et al. 2020, arXiv 2006.10738; method §4.4)."""
+"""DiffAugment: what the discriminator sees images through (Zhao et al. 2020, arXiv 2006.10738; docs/method.md#losses)."""
 
 import torch
 from torch import Tensor

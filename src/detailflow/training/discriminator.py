@@ -1,4 +1,4 @@
-"""The paper's discriminator: trainable heads on the features of a frozen DINO (method §4.4; DINO: arXiv 2104.14294)."""
+"""The paper's discriminator: trainable heads on the features of a frozen DINO (docs/method.md#losses; DINO: arXiv 2104.14294)."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Token extraction: every training image's crops as three rows of codes in a token store (method §5).
+"""Token extraction: every training image's crops as three rows of codes in a token store (docs/method.md#extraction).
 
 Any number of processes share the work by chunks of images, each of which is on disk as a whole or not at all. So the same
 command goes on after it was killed. What is random depends on (seed, chunk), and no pass through the tokenizer reaches over a
@@ -104,7 +104,7 @@ def code_rows(
     generator: torch.Generator,
     mistakes: int = WRONG_CANDIDATES,
 ) -> Tensor:
-    """The three rows of codes of each image: clean, input (mistakes planted, later tokens corrected), label (method §5).
+    """Return three rows of codes of each image: clean, input (planted mistakes, corrected), label (docs/method.md#extraction).
 
     Args:
         images: (B, 3, R, R) pixels in [-1, 1].

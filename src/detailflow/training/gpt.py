@@ -1,4 +1,4 @@
-"""Training of the AR model on extracted tokens: teacher forcing with planted mistakes, label dropout, EMA (method §6)."""
+"""Train the AR model on extracted tokens: teacher forcing with planted mistakes, label dropout, EMA (docs/method.md#ar-model)."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass(frozen=True)
 class GPTTraining:
-    """An AR model's training run; the defaults are the paper's GPT-L (method §6).
+    """An AR model's training run; the defaults are the paper's GPT-L (docs/method.md#ar-model).
 
     Attributes:
         tokens: a token store's folder.
@@ -133,7 +133,7 @@ class GPTStage:
         return iter(TokenBatches(self.store, loop.batch_size, loop.seed, share, start_step, self.processes))
 
     def step(self, step: int, batch: tuple[Tensor, Tensor, Tensor], rate: float) -> dict[str, Tensor | float]:
-        """One step of method §6."""
+        """One step (docs/method.md#ar-model)."""
         loop, processes = self.config.loop, self.processes
         dropped = torch.rand(loop.batch_size)[processes.share(loop.batch_size)] < self.config.label_dropout
         if processes.count > 1:  # what a process drops out of its own images is its own

@@ -1,4 +1,4 @@
-"""The tokenizer's loss terms (method §4.4), each a plain function of tensors."""
+"""The tokenizer's loss terms (docs/method.md#losses), each a plain function of tensors."""
 
 import torch.nn.functional as F
 from torch import Tensor

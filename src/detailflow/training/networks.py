@@ -80,7 +80,7 @@ def train_classifier(
 
 
 class PatchDiscriminator(nn.Module):
-    """Spectral-norm convolutions that judge overlapping patches of an image; trained from scratch (for method §4.4)."""
+    """Spectral-norm convolutions that judge overlapping patches of an image; trained from scratch (for docs/method.md#losses)."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class AlignmentHead(nn.Sequential):
-    """From the first token's code to what a teacher says of the whole image: (B, d) → (B, width) (method §4.4)."""
+    """From the first token's code to what a teacher says of the whole image: (B, d) → (B, width) (docs/method.md#losses)."""
 
     def __init__(self, d: int, width: int, hidden: int = 1024) -> None:
         super().__init__(nn.Linear(d, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width))

@@ -1,4 +1,4 @@
-"""What one step of tokenizer training draws, and its passes through the networks (method §4.1 to §4.3)."""
+"""What one step of tokenizer training draws, and its passes through the networks (docs/method.md#coarse-targets)."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from detailflow.training.networks import AlignmentHead
 
 
 def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
-    """t, the number of tokens that one step trains: N, or now and then a smaller count (method §4.1)."""
+    """t, the number of tokens that one step trains: N, or now and then a smaller count (docs/method.md#coarse-targets)."""
     n, g = schedule.num_tokens, schedule.group_size
     if n == g or float(torch.rand(())) >= coarse_probability:
         return n
@@ -21,7 +21,7 @@ def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
 
 
 def draw_position(schedule: TokenSchedule, t: int, generator: torch.Generator | None = None) -> int | None:
-    """p, where mistakes are planted for a step that trains t tokens; `None` where nothing would come after (method §4.2)."""
+    """Draw p, where a step of t tokens plants mistakes; `None` if nothing would come after (docs/method.md#self-correction)."""
     if t == schedule.valid_counts[0]:
         return None
     last = t if t <= schedule.prefix else t - schedule.group_size
@@ -62,7 +62,7 @@ class TokenizerNetworks(nn.Module):
         self.decode_full = model.decode_quantized
 
     def forward(self, images: Tensor, t: int, position: int | None, choice: Tensor | None) -> Passes:
-        """Both passes, and the decoding of what they made from t tokens (method §4.1 to §4.3).
+        """Both passes, and the decoding of what they made from t tokens (docs/method.md#coarse-targets).
 
         Args:
             images: (B, 3, R, R) pixels in [-1, 1].

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual distance of images in VGG-16's features (Zhang et al. 2018, arXiv 1801.03924; method §4.4).
+"""LPIPS, the perceptual distance of images in VGG-16's features (Zhang et al. 2018, arXiv 1801.03924; docs/method.md#losses).
 
 torchmetrics measures with the same numbers, but refuses the pixels beyond −1 that a tokenizer in training makes.
 """

@@ -75,7 +75,7 @@ def crops(
     start_step: int = 0,
     processes: Processes | None = None,
 ) -> ImageBatches | StreamedBatches:
-    """The endless training crops of these settings (method §4.5)."""
+    """The endless training crops of these settings (docs/method.md#losses)."""
     kind = StreamedBatches if isinstance(source, StreamSource) else ImageBatches
     size, loop = config.model.image_size, config.loop
     return kind(source, size, batch_size, loop.seed, loop.workers, start_step, config.flip, config.max_scale, processes)  # type: ignore[arg-type]

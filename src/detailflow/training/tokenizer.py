@@ -1,4 +1,4 @@
-"""Tokenizer training: coarse-to-fine targets, self-correction, quantization and adversarial losses (method §4)."""
+"""Tokenizer training: coarse-to-fine targets, self-correction, quantization and adversarial losses (docs/method.md#losses)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -43,13 +43,13 @@ COUNT_STEPS = 100  # after which the uses of codes are counted anew, where no co
 
 @dataclass(frozen=True)
 class TokenizerTraining:
-    """A tokenizer's training run; the defaults are the paper's where it has them (method §4).
+    """A tokenizer's training run; the defaults are the paper's where it has them (docs/method.md#losses).
 
     Attributes:
         data: a folder of images in class subfolders, parquet file(s), WebDataset shards, or a hub data set.
         streaming: whether to read a hub data set or shards as a stream, without a copy on this machine.
         init: a tokenizer to start from: a folder, hub name or zoo name; `model` must have its sizes, but may have more tokens.
-        encoder_init: SigLIP2's vision tower to start the encoder from: a hub name, folder or file (method §3).
+        encoder_init: SigLIP2's vision tower to start the encoder from: a hub name, folder or file (docs/method.md#tokenizer).
         flip, max_scale: training crops are mirrored half of the time, out of images enlarged by up to `max_scale`.
         coarse_probability: share of the steps that train fewer than all N tokens (paper table 3).
         correction_share: share of each batch that also goes through the self-correction pass.
@@ -180,7 +180,7 @@ class TokenizerStage:
         return crops(config, self.source, config.loop.batch_size, start_step, self.processes).as_bytes()
 
     def step(self, step: int, batch: tuple[Tensor, Tensor], rate: float) -> dict[str, Tensor | float]:
-        """One step of method §4."""
+        """One step (docs/method.md#coarse-targets)."""
         config, schedule = self.config, self.model.schedule
         t = draw_count(schedule, config.coarse_probability)
         position = draw_position(schedule, t)
@@ -228,7 +228,7 @@ class TokenizerStage:
     def _losses(
         self, step: int, images: Tensor, t: int, position: int | None, choice: Tensor | None, draws: Draws | None
     ) -> tuple[Passes, dict[str, tuple[float, Tensor]], tuple[Tensor, Tensor, Tensor]]:
-        """What the networks made, (weight, value) of each term (method §4.4), and the target, which follows again with
+        """What the networks made, (weight, value) of each term (docs/method.md#losses), and the target, which follows again with
         the reconstruction as the discriminator sees them.
         """
         config, schedule, teachers = self.config, self.model.schedule, self.teachers
