@@ -154,9 +154,9 @@ COMMANDS = {
     "classes": ("--model in/model", "--search --model"),
     "reconstruct": (
         "in/photos/cat/0.png --model in/model --device cpu --output out",
-        "--model --device --dtype --output --whole",
+        "--model --device --dtype --output --whole --num --max-pixels",
     ),
-    "data": ("in/photos", "--json --split"),
+    "data": ("in/photos", "--json --split --image-column --label-column --max-pixels"),
     "train": ("--data in/photos --preset none", "--output --data --device --split"),
     "train tokenizer": (
         "--config in/tokenizer.yaml --loop.steps 1 --device cpu --output out",
@@ -191,7 +191,7 @@ COMMANDS = {
     ),
     "evaluate samples": (
         "in/photos in/photos.npz --size 16 --features in/features.safetensors --device cpu --output out",
-        "--output --features --weights --size --num-images --batch-size --device",
+        "--output --features --weights --size --num-images --batch-size --device --max-pixels",
     ),
     "evaluate statistics": (
         "in/photos --features in/features.safetensors --device cpu --output out.npz",

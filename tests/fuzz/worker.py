@@ -88,7 +88,7 @@ def call(argv: Sequence[str]) -> tuple[int | str, str, str]:
     """The exit status of a command, or its traceback; and what it wrote to both streams."""
     from detailflow.cli.main import main
 
-    kept = sys.stdout, sys.stderr
+    kept, environment = (sys.stdout, sys.stderr), dict(os.environ)
     out, err = Captured("strict"), Captured("backslashreplace")  # as Python's own are
     sys.stdout, sys.stderr = out, err
     status: int | str
@@ -100,6 +100,8 @@ def call(argv: Sequence[str]) -> tuple[int | str, str, str]:
         status = traceback.format_exc()
     finally:
         sys.stdout, sys.stderr = kept
+        os.environ.clear()
+        os.environ.update(environment)
     return status, out.text(), err.text()
 
 
