@@ -189,6 +189,18 @@ class TestBadNpz:
                 open_set(tmp_path / "evil.npz")
         assert not (tmp_path / "executed").exists()
 
+    def test_statistics_that_would_fill_the_memory(self, tmp_path: Path):
+        np.savez_compressed(tmp_path / "zeros.npz", mu=np.zeros(2**25), sigma=np.eye(2))
+        with pytest.raises(DetailFlowError, match=r"zeros.npz grows from .* bytes to 268,435,584 as mu.npy is read"):
+            open_set(tmp_path / "zeros.npz")
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**45,)})
+        with zipfile.ZipFile(tmp_path / "lie.npz", "w") as archive:
+            archive.writestr("mu.npy", header.getvalue())
+            archive.writestr("sigma.npy", header.getvalue())
+        with pytest.raises(DetailFlowError, match=r"lie.npz is damaged, or no .npz file"):
+            open_set(tmp_path / "lie.npz")
+
     def test_damaged(self, images: np.ndarray, tmp_path: Path):
         whole = make_npz(tmp_path, images).read_bytes()
         for name, content in (("text.npz", b"text"), ("half.npz", whole[: len(whole) // 2])):

@@ -58,6 +58,7 @@ def run(number: int, folder: Path, stock: Path, guard: Guard) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "number": number, "kind": kind_of(number), "argv": [], "out": "", "err": "", "seconds": 0.0, "peak": 0,
     }
+    (folder / "case.json").write_text(json.dumps(answer))
     try:
         answer["argv"] = argv = make(number, stock)
     except Exception:

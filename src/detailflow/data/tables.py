@@ -18,6 +18,8 @@ from detailflow.data.stored import stored_image
 from detailflow.errors import DetailFlowError
 from detailflow.storage import read_text
 
+_EXPANDED = 256 * 2**20  # bytes that a row group may always have
+_MOST_EXPANSION = 20  # and how many times its compressed size if it is larger
 _SHOW_PROGRESS_ABOVE = 256 * 2**20  # bytes of parquet; less is ready in seconds
 
 
@@ -130,9 +132,26 @@ def read_footers(files: list[Path]) -> ParquetFiles:
             parquet = pyarrow.parquet.ParquetFile(file)
         except (OSError, ValueError) as error:
             raise DetailFlowError(f"{file} is not a readable parquet file ({first_line(error)})") from error
+        _check_expansion(file, parquet.metadata)
         counted.append((str(file), parquet.metadata.num_rows))
     where = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} parquet files)"
     return ParquetFiles(where, counted, parquet.schema_arrow)
+
+
+def _check_expansion(file: Path, metadata: Any) -> None:
+    """Check that no row group, which is read as a whole, is far larger than what of the file holds it.
+
+    Raises:
+        DetailFlowError: for one that could fill the memory from a small file. Images, compressed already, hardly grow.
+    """
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        columns = [group.column(j) for j in range(group.num_columns)]
+        stored, read = sum(c.total_compressed_size for c in columns), sum(c.total_uncompressed_size for c in columns)
+        if read > max(_EXPANDED, _MOST_EXPANSION * stored):
+            raise DetailFlowError(
+                f"{file} grows from {stored:,} bytes to {read:,} as it is read (row group {i}): store images as PNG or JPEG files"
+            )
 
 
 def open_parquet(files: list[Path], image_column: str, label_column: str) -> ImageSource:

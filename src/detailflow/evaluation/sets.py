@@ -252,7 +252,9 @@ class _Npz:
             raise DetailFlowError(f"{self.file} is damaged and cannot be read ({first_line(error)})") from error
 
 
-_DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_EXPANDED = 256 * 2**20  # bytes that an entry of statistics may always have
+_MOST_EXPANSION = 20  # and how many times its compressed size if it is larger
+_DAMAGE = (OSError, EOFError, MemoryError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def _open_npz(file: Path) -> tuple[_Npz | None, Statistics | None]:
@@ -294,6 +296,15 @@ def _read_header(archive: zipfile.ZipFile, file: Path) -> _Npz:
     return _Npz(file, shape, offset)
 
 
+def _check_expansion(member: zipfile.ZipInfo, file: Path) -> None:
+    """Check that an entry that is read as a whole is not far larger than what of the file holds it."""
+    if member.file_size > max(_EXPANDED, _MOST_EXPANSION * member.compress_size):
+        raise DetailFlowError(
+            f"{file} grows from {member.compress_size:,} bytes to {member.file_size:,} as {member.filename} is read: "
+            "measure the statistics again"
+        )
+
+
 def _read_statistics(file: Path, names: set[str]) -> Statistics | None:
     if not {"mu", "sigma"} <= names:
         return None
@@ -301,6 +312,7 @@ def _read_statistics(file: Path, names: set[str]) -> Statistics | None:
 
         def entry(name: str, dtype: type, *shape: int) -> np.ndarray:
             """Raises where it is another thing; −1 in the shape is any number."""
+            _check_expansion(stored.zip.getinfo(f"{name}.npy"), file)
             try:
                 value = stored[name]
             except ValueError as error:
