@@ -15,11 +15,22 @@ from detailflow.errors import DetailFlowError
 LARGEST_ALPHA = 20  # beyond, R(n) jumps from 1 to R, and its powers leave floating-point numbers
 
 
+_MOST = {"depth": 1000, "batch_size": 10**6}  # what takes all memory before anything else is found wrong with it
+
+
 def require_positive(**values: int) -> None:
-    """Raise a `DetailFlowError` that names the first value which is not a positive integer."""
+    """Raise a `DetailFlowError` that names the first value which is not a positive integer, or larger than any can be meant."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise DetailFlowError(f"{name} must be a positive integer, not {value!r}")
+        require_at_most(_MOST.get(name, 2**31 - 1), **{name: value})
+
+
+def require_at_most(most: int, **values: float) -> None:
+    """Raise a `DetailFlowError` that names the first value which is larger; it may have more digits than Python prints."""
+    for name, value in values.items():
+        if value > most:
+            raise DetailFlowError(f"{name} must be at most {most:,}")
 
 
 def require_not_negative(**values: float) -> None:

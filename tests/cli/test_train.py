@@ -162,6 +162,10 @@ CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ({"perceptual": -1}, "perceptual must be 0 or more, not -1.0"),
     ({"coarse_probability": 2}, "coarse_probability must lie in 0 to 1, not 2.0"),
     ({"model": {"image_size": 4, "patch_size": 4}, "perceptual": 1}, "the perceptual loss needs an image_size of 8 or more"),
+    ({"model": {"encoder": {"depth": 10**40}}}, "depth must be at most 1,000"),
+    ({"model": {"codebook_dim": 10**15}}, "codebook_dim must be at most 2,147,483,647"),
+    ({"loop": {"batch_size": 10**15}}, "batch_size must be at most 1,000,000"),
+    ({"loop": {"workers": 10**6}}, "workers must be at most 1,000"),
     ("data: [a\nmodel: }", "--config b.yaml: this file is not valid YAML (line 2)"),
     ("- a\n- b\n", "--config b.yaml: this file must hold settings, each as KEY: VALUE"),
     ("", "--config b.yaml: this file must hold settings, each as KEY: VALUE"),
@@ -202,6 +206,11 @@ def test_bad_options(argv: list[str], message: str, folder: Path, capsys: pytest
     before = files(folder)
     assert complaint([*TRAIN, *argv], capsys).startswith(message)
     assert files(folder) == before
+
+
+def test_more_than_any_memory(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([*TRAIN, "--model.encoder.width", "2000000"]) == 2
+    assert "there is not enough memory for this: choose smaller batches" in capsys.readouterr().err
 
 
 def test_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -52,6 +52,8 @@ def test_a_row_names_files_of_its_own_set_alone(tmp_path):
     for index in (9, 10):
         with pytest.raises(DetailFlowError, match="does not exist"):
             source.image(index)
+    with pytest.raises(DetailFlowError, match="not in the folder of its set"):
+        stored_image({"path": "images/\0a.png"}, "row 1", [str(own)], False)
 
 
 @pytest.mark.parametrize(

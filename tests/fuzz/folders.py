@@ -33,7 +33,7 @@ def data(rng: Random) -> list[str]:
     path = {"folder": _folder, "metadata": _metadata, "parquet": _parquet, "shards": _shards, "saved": _saved, "npz": _npz}[kind](
         rng
     )
-    if rng.random() < 0.03:
+    if rng.random() < 0.03 and os.path.exists(path):
         misplace(Path(path), rng)
     return _command(path, kind, rng)
 
@@ -269,10 +269,13 @@ def _npz(rng: Random) -> str:
         np.savez(path, **{rng.choice(("arr_0", "mu", "sigma", "x", "é")): np.zeros(rng.choice(shapes), rng.choice(kinds))})
     elif way == 2:
         np.savez(path, arr_0=np.array([{"a": 1}, None], dtype=object), mu=np.zeros(4), sigma=np.full((4, 4), np.nan))
+    elif rng.random() < 0.1:
+        np.savez_compressed(path, mu=np.zeros(40_000_000), sigma=np.zeros(3))
     else:
         shape = rng.choice(((10**9, 10**9), (2**40,), (-1, 3), (10**6, 256, 256, 3)))
         header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
         with zipfile.ZipFile(path, "w") as archive:
             content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(100)
-            archive.writestr("arr_0.npy", content)
+            archive.writestr(rng.choice(("arr_0.npy", "mu.npy")), content)
+            archive.writestr("sigma.npy", content)
     return str(path)

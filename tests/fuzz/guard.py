@@ -46,7 +46,8 @@ class Guard:
         free = any(f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(inputs)}/") for path in outputs)
         before = _listing(inputs)
         self.found = []
-        self._allowed = (f"{os.path.realpath(folder)}/", self._scratch, *DEVICES)
+        named = (f"{os.path.realpath(path)}/" for path in outputs if path)
+        self._allowed = (f"{os.path.realpath(folder)}/", self._scratch, *DEVICES, *named)
         self._forbidden = "\0" if free else f"{os.path.realpath(inputs)}/"
         self._watching = True
         try:

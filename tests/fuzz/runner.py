@@ -17,7 +17,8 @@ from typing import Any
 from .guard import SECONDS, processor_seconds
 
 START = 300.0  # seconds for a worker to import torch, and the first one to make the stock
-LIFE = 1000  # cases that one process runs, so that what one leaves behind ends sometime
+LIFE = 1000  # cases that one process runs, so that what one leaves behind ends sometime,
+KEPT = 2**30  # as it does once that are so many bytes
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,9 +41,10 @@ class Worker:
         line = self._line_of_case(process)
         if line:
             self._since += 1
-            if self._since == LIFE:
+            answer = json.loads(line)
+            if self._since == LIFE or answer["faults"] or answer["resident"] > KEPT:
                 self.stop()
-            return json.loads(line)
+            return answer
         if hung := line is None:
             process.send_signal(signal.SIGUSR1)  # has it write what it is at
             time.sleep(1)

@@ -79,6 +79,9 @@ def _yaml(tree: Mapping[str, Any], rng: Random) -> bytes:
     sound = yaml.safe_dump(dict(tree))
     if way < 0.6:
         values = _changed(yaml.safe_load(sound), rng)
+        for part in (values, values.get("loop")):  # what asks for processes gets them
+            if isinstance(part, dict) and isinstance(part.get("workers"), int) and 0 < part["workers"] < 1000:
+                part["workers"] = 0
         return yaml.safe_dump(values, allow_unicode=True).encode("utf-8", "surrogateescape")
     if way < 0.75:
         return mutate_bytes(sound.encode(), rng)

@@ -56,7 +56,7 @@ def run(number: int, folder: Path, stock: Path, guard: Guard) -> dict[str, Any]:
     (case / "in").mkdir(parents=True)
     os.chdir(case)
     answer: dict[str, Any] = {
-        "number": number, "kind": kind_of(number), "argv": [], "out": "", "err": "", "seconds": 0.0, "peak": 0,
+        "number": number, "kind": kind_of(number), "argv": [], "out": "", "err": "", "seconds": 0.0, "peak": 0, "resident": 0,
     }
     (folder / "case.json").write_text(json.dumps(answer))
     try:
@@ -70,13 +70,20 @@ def run(number: int, folder: Path, stock: Path, guard: Guard) -> dict[str, Any]:
         status, out, err = call(argv)
         seconds = time.monotonic() - started
     peak = peak_memory()
+    forget_peak()
+    resident = peak_memory()  # what the case has left behind, with all else
+    if "not enough memory" in err and answer["kind"] in ("settings", "line"):  # which may ask for any size, and were refused
+        peak, err = 0, err.rpartition("\n")[0].rpartition("\n")[2]
     faults = [*dict.fromkeys(found)]
     if os.path.lexists(case / "executed"):
         faults.append("executed a pickle")
     if peak > MEMORY:
         faults.append(f"took {peak / 2**30:.1f} GiB")
     faults += judge(status, err)
-    return answer | {"status": status, "out": out, "err": err, "seconds": seconds, "peak": peak, "faults": faults}
+    if "not enough memory" in err and answer["kind"] not in ("settings", "line"):
+        faults.append(f"asked for more than {MEMORY / 2**30:.0f} GiB")
+    answer |= {"status": status, "out": out, "err": err, "seconds": seconds}
+    return answer | {"peak": peak, "resident": resident, "faults": faults}
 
 
 def _outputs(argv: Sequence[str]) -> list[str]:

@@ -63,8 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        _leave_other_processes(1, error)
-        raise
+        if not _out_of_memory(error):
+            _leave_other_processes(1, error)
+            raise
+        _report("there is not enough memory for this: choose smaller batches, images or models")
+        _leave_other_processes(2)
+        return 2
     finally:
         warnings.formatwarning = usual
 
@@ -91,6 +95,12 @@ def _take_max_pixels(argv: list[str]) -> None:
         del argv[i : i + (1 if equals else 2)]
         max_pixels()  # raises if that is no number
         return
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether it is Python's or one of torch's: on a CPU torch has no exception of its own for it."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in text and "memory" in text)
 
 
 def _report(error: object) -> None:

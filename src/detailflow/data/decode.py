@@ -222,8 +222,11 @@ def _unreadable(name: str, error: Exception) -> DetailFlowError:
 
 def _bare_png(file: BinaryIO) -> BinaryIO | None:
     """A PNG file with nothing but what its pixels need: Pillow gives up at long or damaged texts and profiles."""
-    file.seek(0)
-    content = file.read() if file.read(8) == b"\x89PNG\r\n\x1a\n" else b""
+    try:
+        file.seek(0)
+        content = file.read() if file.read(8) == b"\x89PNG\r\n\x1a\n" else b""
+    except OSError:  # which was why it could not be decoded
+        return None
     kept, start = [b"\x89PNG\r\n\x1a\n"], 0
     while start + 8 <= len(content):
         kind = content[start + 4 : start + 8]

@@ -42,7 +42,7 @@ def stored_image(value: Any, name: str, folders: Sequence[str], urls: bool) -> s
             return _fetch(content, name)
         kinds = "https:// and hf:// alone are read" if urls else "URLs are read from hub data sets and streams alone"
         raise DetailFlowError(f"{name} names {_short(content)}, which is not fetched: {kinds}")
-    for folder in map(os.path.realpath, folders):
+    for folder in () if "\0" in content else map(os.path.realpath, folders):
         path = os.path.realpath(os.path.join(folder, content))
         if path.startswith(os.path.join(folder, "")):
             return path

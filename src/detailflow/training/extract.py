@@ -23,7 +23,7 @@ from detailflow.device import autocast
 from detailflow.errors import DetailFlowError
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
 from detailflow.processes import Processes, launched
-from detailflow.schedule import require_not_negative, require_positive
+from detailflow.schedule import require_at_most, require_not_negative, require_positive
 from detailflow.seeds import check_seeds
 from detailflow.training.loop import PRECISIONS
 from detailflow.training.passes import draw_position
@@ -60,6 +60,7 @@ class Extraction:
 
     def __post_init__(self) -> None:
         require_positive(batch_size=self.batch_size, mistakes=self.mistakes)
+        require_at_most(1000, workers=self.workers)
         require_not_negative(workers=self.workers)
         check_seeds(self.seed, name="seed")
         if self.crops not in CROPS:

@@ -21,7 +21,7 @@ from torch import Tensor
 from detailflow.errors import DetailFlowError
 from detailflow.processes import Processes
 from detailflow.runs import CHECKPOINTS, RUN_FILE, checkpoints
-from detailflow.schedule import require_not_negative, require_positive, require_shares
+from detailflow.schedule import require_at_most, require_not_negative, require_positive, require_shares
 from detailflow.seeds import check_seeds, mixed_seed
 from detailflow.storage import held, writing
 from detailflow.training.checkpoints import claim, load_checkpoint, save_checkpoint
@@ -93,6 +93,7 @@ class LoopConfig:
         require_shares(initial_rate=self.initial_rate, final_rate=self.final_rate)
         if not self.grad_clip > 0:
             raise DetailFlowError(f"grad_clip must be above 0, not {self.grad_clip!r}")
+        require_at_most(1000, workers=self.workers)
         require_not_negative(
             workers=self.workers,
             checkpoint_minutes=self.checkpoint_minutes,
