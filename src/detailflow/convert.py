@@ -162,10 +162,16 @@ def _published_config(kind: Kind, config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         DetailFlowError: where the number of heads is not the one that the layout implies, or it has no place for what the model
-            leaves out (the paper's table 2): the causal prefix, or the encoder's causal mask.
+            leaves out (the paper's table 2) or has beyond the paper.
     """
-    if not config["causal_tokens"] or not config.get("causal_encoder", True):
-        what = "causal_tokens of 0" if not config["causal_tokens"] else "an encoder without a causal mask"
+    lacking = {
+        "causal_tokens of 0": not config["causal_tokens"],
+        "an encoder without a causal mask": not config.get("causal_encoder", True),
+        "a linear path": config.get("linear_path", False),
+        "pixel_channels above 3": config.get("pixel_channels", 3) > 3,
+        "an absent token": config.get("absent_token", False),
+    }
+    if what := next((name for name, present in lacking.items() if present), None):
         raise DetailFlowError(f"the published layout cannot hold a model with {what}: keep it in ours")
     shared = {"group_size": config["group_size"], "causal_num": config["causal_tokens"]}
     if kind == "gpt":

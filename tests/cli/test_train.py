@@ -108,11 +108,11 @@ def _of_another_run(state: dict[str, Any]) -> None:
 
 
 def _of_other_shapes(state: dict[str, Any]) -> None:
-    state["updater"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    state["updater"]["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(3)
 
 
 def _of_odd_settings(state: dict[str, Any]) -> None:
-    state["updater"]["optimizer"]["param_groups"][0] |= {"betas": "x", "eps": None}
+    state["updater"]["optimizers"][0]["param_groups"][0] |= {"betas": "x", "eps": None}
 
 
 @pytest.mark.parametrize(("change", "fits"), [(_of_another_run, False), (_of_other_shapes, False), (_of_odd_settings, True)])

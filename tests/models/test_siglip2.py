@@ -302,7 +302,7 @@ def test_an_encoder_starts_from_the_first_layers(folder: Path, depth: int):
         block.attn.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
     with torch.no_grad():
         tower(images)
-        for (k, v), (other_k, other_v) in zip(start.patches(images), seen, strict=True):
+        for (k, v), (other_k, other_v) in zip(start.patches(images).blocks, seen, strict=True):
             assert torch.equal(k, other_k) and torch.equal(v, other_v)
     copied = {name for name, parameter in parameters.items() if not torch.equal(parameter, fresh.get_parameter(name))}
     assert copied == tower.state_dict().keys()  # the queries and `refine` are left alone

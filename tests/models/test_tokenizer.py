@@ -83,12 +83,12 @@ def test_patches_do_not_depend_on_queries(images: torch.Tensor):
     second.load_state_dict(state)
     with torch.no_grad():
         a, b = first.encode_patches(images), second.encode_patches(images)
-        for (k, v), (other_k, other_v) in zip(a, b, strict=True):
+        for (k, v), (other_k, other_v) in zip(a.blocks, b.blocks, strict=True):
             assert torch.equal(k, other_k) and torch.equal(v, other_v)
         assert not torch.equal(first.encode_latents(a, 16), second.encode_latents(b, 16))
-        before = [(k.clone(), v.clone()) for k, v in a]
+        before = [(k.clone(), v.clone()) for k, v in a.blocks]
         first.encode_latents(a, 16)
-        assert all(torch.equal(x, y) for pair in zip(a, before, strict=True) for x, y in zip(*pair, strict=True))
+        assert all(torch.equal(x, y) for pair in zip(a.blocks, before, strict=True) for x, y in zip(*pair, strict=True))
 
 
 def test_training_and_inference_attend_alike(tokenizer: DetailFlowTokenizer, images: torch.Tensor):

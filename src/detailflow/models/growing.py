@@ -15,6 +15,8 @@ from detailflow.models.gpt import GPTConfig
 from detailflow.models.loading import require_same
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 
+EXTRAS = ("linear_path", "pixel_channels", "absent_token")
+LINEAR = ("encoder.linear", "decoder.linear")
 PER_TOKEN = ("encoder.query_tokens", "encoder.refined_tokens", "encoder.query_pos_embed", "decoder.latent_pos_embed")
 
 
@@ -35,14 +37,16 @@ def grow_tokenizer(
         DetailFlowError: where anything else differs, or the network has fewer tokens.
     """
     ours = fresh.config
-    require_same(ours, theirs, ("encoder", "decoder", "patch_size", "codebook_size", "codebook_dim"), source)
+    require_same(ours, theirs, ("encoder", "decoder", "patch_size", "codebook_size", "codebook_dim", *EXTRAS), source)
     if ours.num_tokens < theirs.num_tokens:
         raise DetailFlowError(
             f"the weights of {source} do not fit: num_tokens is {theirs.num_tokens} there and {ours.num_tokens} here, "
             "and a tokenizer can only grow"
         )
     grown, own = dict(tensors), fresh.state_dict()
-    for name in PER_TOKEN:
+    for name in (*PER_TOKEN, *(LINEAR if ours.linear_path else ())):
+        if tensors[name].shape[1:] != own[name].shape[1:]:
+            raise DetailFlowError(f"the weights of {source} do not fit: with a linear path it grows to 64 tokens at most")
         grown[name] = torch.cat((tensors[name], own[name][theirs.num_tokens :].to(tensors[name])))
     return grown
 

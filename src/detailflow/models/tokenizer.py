@@ -1,10 +1,13 @@
 """The 1-D tokenizer: an image to an ordered sequence of codes, and the first n of them back (docs/method.md#tokenizer)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow import hub
@@ -34,7 +37,16 @@ WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (do
 class TokenizerConfig:
     """Sizes of a `DetailFlowTokenizer`; the defaults are DetailFlow-16's schedule and codebook (docs/method.md#symbols).
 
-    With `causal_encoder` off the encoder's queries all see each other, as in the baseline of the paper's table 2.
+    With `causal_encoder` off the encoder's queries all see each other, as in the baseline of the paper's table 2. The last three
+    are not in the paper, nor in the published layout (docs/method.md#beyond-the-paper):
+
+    Attributes:
+        linear_path: a learned linear map from patches to queries, and from codes to the canvas, beside attention. It starts as a
+            cosine transform, low frequencies first.
+        pixel_channels: numbers that the decoder's last linear layer gives for each pixel. Above 3, two small convolutions turn
+            them into the picture, across patch edges.
+        absent_token: a learned vector that the decoder sees in place of each token that is not given, so that a few tokens can
+            be decoded at full size (nested dropout: FlexTok, arXiv 2502.13967).
 
     Raises:
         DetailFlowError: where the values contradict each other.
@@ -51,15 +63,56 @@ class TokenizerConfig:
     codebook_size: int = 8192
     codebook_dim: int = 8
     causal_encoder: bool = True
+    linear_path: bool = False
+    pixel_channels: int = 3
+    absent_token: bool = False
 
     def __post_init__(self) -> None:
         require_positive(codebook_size=self.codebook_size, codebook_dim=self.codebook_dim)
+        if isinstance(self.pixel_channels, bool) or not isinstance(self.pixel_channels, int) or self.pixel_channels < 3:
+            raise DetailFlowError(f"pixel_channels must be 3 (no convolutions) or more, not {self.pixel_channels!r}")
         object.__setattr__(self, "causal_tokens", self.schedule.causal_tokens)
 
     @property
     def schedule(self) -> TokenSchedule:
         """The order of the tokens and the resolutions they stand for."""
         return TokenSchedule(self.num_tokens, self.group_size, self.causal_tokens, self.image_size, self.patch_size, self.alpha)
+
+
+class Patches(NamedTuple):
+    """What every set of queries needs of the images."""
+
+    blocks: list[KeyValue]  # of every block's patches
+    linear: Tensor | None  # (B, N, width): what the linear path adds to the queries
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return len(self.blocks[0][0])
+
+    def first(self, count: int) -> "Patches":
+        """Of the first `count` images."""
+        blocks = [(k[:count], v[:count]) for k, v in self.blocks]
+        return Patches(blocks, None if self.linear is None else self.linear[:count])
+
+
+def cosine_grid(num_tokens: int) -> Tensor:
+    """(N, G, G): the N lowest frequencies of the orthonormal 2-D cosine transform of a grid, the lowest first; G is 8 if that
+    has as many, else the least that has.
+    """
+    side = max(8, math.isqrt(num_tokens - 1) + 1)
+    k = torch.arange(side, dtype=torch.float32)
+    waves = torch.cos(math.pi / side * (k[None] + 0.5) * k[:, None]) * (2 / side) ** 0.5  # (frequency, place)
+    waves[0] /= 2**0.5
+    order = sorted(range(side * side), key=lambda i: ((i // side) ** 2 + (i % side) ** 2, i))[:num_tokens]
+    return torch.stack([torch.outer(waves[i // side], waves[i % side]) for i in order])
+
+
+def resize_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
+    """(N, G, G) → (N, rows·columns), bilinear with antialiasing."""
+    if grid.shape[1:] != (rows, columns):
+        grid = F.interpolate(grid.float()[None], (rows, columns), mode="bilinear", align_corners=False, antialias=True)[0]
+    return grid.flatten(1)
 
 
 class Encoder(nn.Module):
@@ -81,25 +134,35 @@ class Encoder(nn.Module):
         self.refine = nn.Linear(config.codebook_dim, width)
         self.blocks = nn.ModuleList(Block(config.encoder) for _ in range(config.encoder.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.linear: nn.Parameter | None = None
+        if config.linear_path:
+            grid = 0.5 * cosine_grid(config.num_tokens)
+            grid[0] = 1 / grid.shape[1] ** 2 * grid.shape[1] / 8  # the mean of all patches
+            self.linear = nn.Parameter(grid)
 
-    def patches(self, images: Tensor) -> list[KeyValue]:
-        """(B, 3, H, W) → keys and values of every block's patches."""
+    def patches(self, images: Tensor) -> Patches:
+        """(B, 3, H, W) → keys and values of every block's patches, and what the linear path makes of them."""
         rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-        x = self.patch_embed(patchify(images, self.patch_size)) + resize_positions(self.pos_embed, rows, columns)
+        embedded = self.patch_embed(patchify(images, self.patch_size))
+        linear = None
+        if self.linear is not None:  # as large on any grid as on its own
+            scale = self.linear.shape[1] / (rows * columns) ** 0.5
+            linear = (resize_grid(self.linear, rows, columns) * scale).to(embedded.dtype) @ embedded
+        x = embedded + resize_positions(self.pos_embed, rows, columns)
         cache = []
         for block in self.blocks:
             x, own = block(x)
             cache.append(own)
-        return cache
+        return Patches(cache, linear)
 
-    def queries(self, queries: Tensor, patches: list[KeyValue], schedule: TokenSchedule) -> Tensor:
+    def queries(self, queries: Tensor, patches: Patches, schedule: TokenSchedule) -> Tensor:
         """(B, n, width) queries without positions → (B, n, width) latents."""
         n, mask = queries.shape[1], None
         if self.causal:
-            mask = torch.ones(n, patches[0][0].shape[2] + n, dtype=torch.bool, device=queries.device)
+            mask = torch.ones(n, patches.blocks[0][0].shape[2] + n, dtype=torch.bool, device=queries.device)
             mask[:, -n:] = schedule.attention_mask(n, queries.device)
         x = queries + self.query_pos_embed[:n]
-        for block, past in zip(self.blocks, patches, strict=True):
+        for block, past in zip(self.blocks, patches.blocks, strict=True):
             x, _ = block(x, past, mask)
         return self.norm(x)
 
@@ -117,17 +180,44 @@ class Decoder(nn.Module):
         self.pos_embed = nn.Parameter(initial_positions(width))
         self.blocks = nn.ModuleList(Block(config.decoder) for _ in range(config.decoder.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.to_pixels = nn.Linear(width, patch * patch * 3)
+        self.to_pixels = nn.Linear(width, patch * patch * config.pixel_channels)
+        self.linear = nn.Parameter(cosine_grid(config.num_tokens)) if config.linear_path else None
+        self.absent = initial_normal(width, std=POSITION_SCALE) if config.absent_token else None
+        self.refine_pixels: nn.Module | None = None
+        if config.pixel_channels > 3:
+            first, last = (nn.Conv2d(config.pixel_channels, out, 3, padding=1) for out in (config.pixel_channels, 3))
+            self.refine_pixels = nn.Sequential(first, nn.GELU(), last)
 
-    def forward(self, quantized: Tensor, height: int, width: int) -> Tensor:
-        """(B, n, d) unit vectors → (B, 3, height, width) pixels in about [-1, 1]."""
+    def forward(self, quantized: Tensor, height: int, width: int, present: Tensor | None = None) -> Tensor:
+        """(B, n, d) unit vectors → (B, 3, height, width) pixels in about [-1, 1].
+
+        Args:
+            present: (B, n), False for tokens that are to be as absent as those after the n; only with an `absent_token`.
+        """
         rows, columns = height // self.patch_size, width // self.patch_size
-        latents = self.project(quantized) + self.latent_pos_embed[: quantized.shape[1]]
+        projected = self.project(quantized)
+        latents = projected + self.latent_pos_embed[: quantized.shape[1]]
+        if self.absent is not None:
+            latents, projected = self._with_absent(latents, projected, present)
         canvas = self.mask_token + resize_positions(self.pos_embed, rows, columns)
-        x = torch.cat((canvas.expand(latents.shape[0], -1, -1).to(latents.dtype), latents), 1)
+        canvas = canvas.expand(latents.shape[0], -1, -1).to(latents.dtype)
+        if self.linear is not None:
+            canvas = canvas + resize_grid(self.linear, rows, columns)[: projected.shape[1]].T.to(projected.dtype) @ projected
+        x = torch.cat((canvas, latents), 1)
         for block in self.blocks:
             x, _ = block(x)
-        return unpatchify(self.to_pixels(self.norm(x[:, : rows * columns])), height, width, self.patch_size)
+        pixels = unpatchify(self.to_pixels(self.norm(x[:, : rows * columns])), height, width, self.patch_size)
+        return pixels if self.refine_pixels is None else pixels[:, :3] + self.refine_pixels(pixels)
+
+    def _with_absent(self, latents: Tensor, projected: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The learned vector in place of latents (B, n, width) that are not there, up to all N; no linear path from them."""
+        assert self.absent is not None
+        absent = self.absent.to(latents.dtype)
+        if present is not None:
+            latents = torch.where(present[..., None], latents, absent)
+            projected = projected * present[..., None].to(projected.dtype)
+        missing = len(self.latent_pos_embed) - latents.shape[1]
+        return torch.cat((latents, absent.expand(len(latents), missing, -1)), 1), projected
 
 
 class DetailFlowTokenizer(nn.Module):
@@ -268,7 +358,7 @@ class DetailFlowTokenizer(nn.Module):
             f"position must be {single}a multiple of {self.config.group_size} below {self.config.num_tokens}, not {position}"
         )
 
-    def encode_patches(self, images: Tensor) -> list[KeyValue]:
+    def encode_patches(self, images: Tensor) -> Patches:
         """(B, 3, H, W) → what every set of queries needs of the image.
 
         Raises:
@@ -282,13 +372,15 @@ class DetailFlowTokenizer(nn.Module):
             )
         return self.encoder.patches(images)
 
-    def encode_latents(self, patches: list[KeyValue], n: int) -> Tensor:
+    def encode_latents(self, patches: Patches, n: int) -> Tensor:
         """→ (B, n, d) unit vectors before quantization."""
         count = n if self.config.causal_encoder else self.config.num_tokens  # else later queries count for the first n as well
-        queries = self.encoder.query_tokens[:count].expand(patches[0][0].shape[0], -1, -1)
+        queries = self.encoder.query_tokens[:count].expand(patches.images, -1, -1)
+        if patches.linear is not None:
+            queries = queries + patches.linear[:, :count]
         return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))[:, :n]
 
-    def correct_latents(self, patches: list[KeyValue], given: Tensor, end: Tensor | int) -> Tensor:
+    def correct_latents(self, patches: Patches, given: Tensor, end: Tensor | int) -> Tensor:
         """The self-correction pass with gradients.
 
         Args:
@@ -301,6 +393,8 @@ class DetailFlowTokenizer(nn.Module):
         written = torch.arange(self.config.num_tokens, device=given.device) < end
         refined = self.encoder.refine(self.quantizer.lookup(given).detach())
         pending = self.encoder.refined_tokens.to(refined.dtype)
+        if patches.linear is not None:
+            pending = pending + patches.linear.to(refined.dtype)
         queries = torch.where(written.expand(given.shape)[..., None], refined, pending)
         return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))
 
@@ -310,13 +404,13 @@ class DetailFlowTokenizer(nn.Module):
         choice = torch.randint(near.shape[-1], near.shape[:-1], generator=generator).to(near.device)
         return near.gather(-1, choice[..., None])[..., 0]
 
-    def decode_quantized(self, quantized: Tensor, size: int | tuple[int, int]) -> Tensor:
-        """(B, n, d) unit vectors → (B, 3, size, size) pixels, or (B, 3, height, width)."""
+    def decode_quantized(self, quantized: Tensor, size: int | tuple[int, int], present: Tensor | None = None) -> Tensor:
+        """(B, n, d) unit vectors → (B, 3, size, size) pixels, or (B, 3, height, width); for `present` see `Decoder`."""
         height, width = size if isinstance(size, tuple) else (size, size)
         full = (self.compiled_for, self.config.num_tokens, self.config.image_size, self.config.image_size)
-        if self._compiled is not None and (*quantized.shape[:2], height, width) == full:
+        if self._compiled is not None and present is None and (*quantized.shape[:2], height, width) == full:
             return self._compiled(quantized, height, width)
-        return self.decoder(quantized, height, width)
+        return self.decoder(quantized, height, width, present)
 
     def compile_decoding(self, batch_size: int) -> None:
         """Let the decoding of `batch_size` images at a time, from all tokens at side R, run as a compiled program.
@@ -338,3 +432,6 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear) and not module.weight.is_meta:  # whose arithmetic would import a compiler
         nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
         nn.init.zeros_(module.bias)
+    if isinstance(module, Decoder) and isinstance(module.refine_pixels, nn.Sequential):  # starts as nothing
+        for parameter in module.refine_pixels[-1].parameters():
+            nn.init.zeros_(parameter)

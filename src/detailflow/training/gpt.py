@@ -164,7 +164,7 @@ class GPTStage:
 
     def state(self) -> dict[str, Any]:
         """Weights, their average and the optimiser, whole and by name, so that a run can go on parted otherwise."""
-        model, optimizer = get_state_dict(self.model, self.updater.optimizer, options=WHOLE)
+        model, optimizer = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
         ema = get_model_state_dict(self.ema, options=WHOLE)
         return {"model": model, "ema": ema, "optimizer": optimizer, "scaler": self.updater.scaler.state_dict()}
 
@@ -174,10 +174,10 @@ class GPTStage:
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        _, own = get_state_dict(self.model, self.updater.optimizer, options=WHOLE)
+        _, own = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
         optimizer = {"state": state["optimizer"]["state"], "param_groups": own["param_groups"]}  # the settings are this run's
         weights = dict(model_state_dict=state["model"], optim_state_dict=optimizer)
-        set_state_dict(self.model, self.updater.optimizer, **weights, options=WHOLE)
+        set_state_dict(self.model, self.updater.optimizers[0], **weights, options=WHOLE)
         self.updater.check()
         set_model_state_dict(self.ema, state["ema"], options=WHOLE)
         self.updater.scaler.load_state_dict(state["scaler"])

@@ -20,6 +20,15 @@ def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
     return t if t <= schedule.prefix else -(-t // g) * g
 
 
+def draw_present(schedule: TokenSchedule, count: int) -> Tensor:
+    """(count, N) bool: for each image the first 1, 2, 4, … of the tokens, as many images on average with each power of two
+    (nested dropout: Rippel et al. 2014; FlexTok, arXiv 2502.13967).
+    """
+    powers = torch.tensor([n for n in schedule.valid_counts if n < schedule.num_tokens and n.bit_count() == 1])
+    kept = powers[torch.randint(len(powers), (count,))]
+    return torch.arange(schedule.num_tokens) < kept[:, None]
+
+
 def draw_position(schedule: TokenSchedule, t: int, generator: torch.Generator | None = None) -> int | None:
     """Draw p, where a step of t tokens plants mistakes; `None` if nothing would come after (docs/method.md#self-correction)."""
     if t == schedule.valid_counts[0]:
@@ -61,23 +70,31 @@ class TokenizerNetworks(nn.Module):
         self.head = None if teacher_width is None else AlignmentHead(model.config.codebook_dim, teacher_width)
         self.decode_full = model.decode_quantized
 
-    def forward(self, images: Tensor, t: int, position: int | None, choice: Tensor | None) -> Passes:
+    def forward(
+        self, images: Tensor, t: int, position: int | None, choice: Tensor | None, present: Tensor | None = None
+    ) -> Passes:
         """Both passes, and the decoding of what they made from t tokens (docs/method.md#coarse-targets).
 
         Args:
             images: (B, 3, R, R) pixels in [-1, 1].
             position: where mistakes are planted, in the first `len(choice)` images; `None` for nowhere.
             choice: (b, end − position), which of the nearest codes each mistake is.
+            present: (B, N), the tokens that are decoded of each image; without mistakes only.
 
         Returns:
             pixels (B + b, 3, D(t), D(t)); latents, codes and ids as in `Encoded`; and what the alignment's head makes of the
             first token, (B, width).
         """
         made, model = self.encode(images, position, choice), self.model
-        decode = self.decode_full if t == model.config.num_tokens else model.decode_quantized
-        pixels = decode(torch.cat([s[:, :t] for s in made.sequences]), model.schedule.decode_size(t)).float()
+        side, sequences = model.schedule.decode_size(t), torch.cat([s[:, :t] for s in made.sequences])
+        if present is not None:
+            pixels = model.decode_quantized(sequences, side, present)
+        elif t == model.config.num_tokens:
+            pixels = self.decode_full(sequences, side)
+        else:
+            pixels = model.decode_quantized(sequences, side)
         summary = None if self.head is None else self.head(made.sequences[0][:, 0])
-        return Passes(pixels, made.latents, made.codes, made.ids, summary)
+        return Passes(pixels.float(), made.latents, made.codes, made.ids, summary)
 
     def encode(self, images: Tensor, position: int | None, choice: Tensor | None) -> Encoded:
         """The passes alone, with the arguments of `forward`."""
@@ -93,7 +110,7 @@ class TokenizerNetworks(nn.Module):
         near = model.quantizer.nearest_k(z[:count, position:end].detach(), self.mistakes)
         given = ids[:count].clone()
         given[:, position:end] = wrong = near.gather(-1, choice[..., None])[..., 0]
-        corrected = model.correct_latents([(k[:count], v[:count]) for k, v in patches], given, end)[:, end:]
+        corrected = model.correct_latents(patches.first(count), given, end)[:, end:]
         corrected_codes = model.quantizer.lookup(model.quantizer.nearest(corrected))
         planted = model.quantizer.lookup(wrong).detach()
         repaired = torch.cat((clean[:count, :position], planted, straight_through(corrected, corrected_codes)), 1)

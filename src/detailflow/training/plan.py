@@ -147,10 +147,11 @@ def count_steps(
         steps = stage.config.loop.steps
         adversary = getattr(stage, "adversary", None)
         for updater in (stage.updater, *([adversary.updater] if adversary else [])):  # so that their state is there
-            for weight in (w for group in updater.optimizer.param_groups for w in group["params"]):
+            for weight in updater.parameters():
                 weight.grad = torch.zeros_like(weight)
-            updater.optimizer.step()
-            updater.optimizer.zero_grad()
+            for optimizer in updater.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         first, _ = counter.of(lambda: stage.step(0, batch, 0.0)) if last_share < 1 else (0, 0)
         last, peak = counter.of(lambda: stage.step(steps - 1, batch, 0.0))
         recompute_activations(stage.blocks)

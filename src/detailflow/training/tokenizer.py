@@ -32,7 +32,7 @@ from detailflow.training.inputs import Input, files_input, images_input, model_i
 from detailflow.training.loop import PRECISIONS, LoopConfig, run
 from detailflow.training.losses import alignment_loss, quantization_loss
 from detailflow.training.networks import SMALLEST_SIDE
-from detailflow.training.passes import Passes, TokenizerNetworks, draw_count, draw_position
+from detailflow.training.passes import Passes, TokenizerNetworks, draw_count, draw_position, draw_present
 from detailflow.training.teachers import CLASSIFIER, crops, find_teachers, open_source
 from detailflow.training.updates import Updater, gradients_stay, recompute_activations
 
@@ -52,6 +52,8 @@ class TokenizerTraining:
         encoder_init: SigLIP2's vision tower to start the encoder from: a hub name, folder or file (docs/method.md#tokenizer).
         flip, max_scale: training crops are mirrored half of the time, out of images enlarged by up to `max_scale`.
         coarse_probability: share of the steps that train fewer than all N tokens (paper table 3).
+        nested_probability: share of the other steps, in which images are decoded at full size from their first 1, 2, 4, … tokens,
+            by the pixel loss alone; needs `model.absent_token`. Not in the paper.
         correction_share: share of each batch that also goes through the self-correction pass.
         mistakes: planted mistakes are drawn from that many nearest codes.
         perceptual: weight of the distance of features; 0 for none.
@@ -66,6 +68,8 @@ class TokenizerTraining:
         lecam, consistency: weights of the discriminator's two regularisers; 0 for none.
         alignment: weight of the first token's alignment with a teacher's view of the whole image; 0 for none.
         alignment_network: the teacher, SigLIP2's vision tower by hub name, folder or file, or "classifier", as above.
+        muon: learning rate of the matrices of all blocks, by Muon (Jordan et al. 2024) in place of Adam; 0 for Adam. Not in the
+            paper.
         revive_every: steps after which codes that were not used since are replaced, in the first half of the run; 0 for never.
     """
 
@@ -81,6 +85,7 @@ class TokenizerTraining:
     flip: bool = True
     max_scale: float = 1.25
     coarse_probability: float = 0.2
+    nested_probability: float = 0.0
     correction_share: float = 1.0
     mistakes: int = WRONG_CANDIDATES
     pixel: float = 1.0
@@ -98,13 +103,20 @@ class TokenizerTraining:
     consistency: float = 0.0
     alignment: float = 0.0
     alignment_network: str = CLASSIFIER
+    muon: float = 0.0
     revive_every: int = 100
 
     def __post_init__(self) -> None:
         require_positive(classifier_epochs=self.classifier_epochs, mistakes=self.mistakes)
         if self.init and self.encoder_init:
             raise DetailFlowError("init and encoder_init exclude each other: a tokenizer has an encoder already")
-        require_shares(coarse_probability=self.coarse_probability, correction_share=self.correction_share)
+        require_shares(
+            coarse_probability=self.coarse_probability,
+            nested_probability=self.nested_probability,
+            correction_share=self.correction_share,
+        )
+        if self.nested_probability and not self.model.absent_token:
+            raise DetailFlowError("nested_probability needs a model with an absent token: set model.absent_token to true")
         require_not_negative(
             pixel=self.pixel,
             quantization=self.quantization,
@@ -116,6 +128,7 @@ class TokenizerTraining:
             lecam=self.lecam,
             consistency=self.consistency,
             alignment=self.alignment,
+            muon=self.muon,
             revive_every=self.revive_every,
         )
         if not 1 <= self.max_scale < float("inf"):
@@ -154,8 +167,7 @@ class TokenizerStage:
         self.teachers = find_teachers(config, source, output, device, processes, load)  # last, as it may train one
         torch.manual_seed(loop.seed)
         self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width).to(device)
-        adam = torch.optim.Adam(self.networks.parameters(), lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
-        self.updater = Updater(adam, loop, device)
+        self.updater = Updater(tokenizer_optimizers(self.networks, config), loop, device)
         self.counts = torch.zeros(config.model.codebook_size, device=device)  # of each code's uses since they were last set to 0
         if loop.checkpoint_activations:
             recompute_activations(self.blocks)
@@ -183,7 +195,10 @@ class TokenizerStage:
         """One step (docs/method.md#coarse-targets)."""
         config, schedule = self.config, self.model.schedule
         t = draw_count(schedule, config.coarse_probability)
-        position = draw_position(schedule, t)
+        present = None
+        if t == schedule.num_tokens and config.nested_probability and float(torch.rand(())) < config.nested_probability:
+            present = draw_present(schedule, config.loop.batch_size)[self.processes.share(config.loop.batch_size)].to(self.device)
+        position = draw_position(schedule, t) if present is None else None
         choice = None
         if position is not None:
             candidates = min(config.mistakes, config.model.codebook_size)
@@ -192,7 +207,7 @@ class TokenizerStage:
         images = to_tensor(batch[0].to(self.device, non_blocking=True))
         adversarial = self.adversary is not None and step >= count_of_steps(config.adversarial_from, config.loop.steps)
         draws = None
-        if adversarial:
+        if adversarial and present is None:
             draws = Draws.make(config.loop.batch_size).of(self.processes.share(config.loop.batch_size))
         size = config.loop.images_at_once(self.processes)
         first = self.processes.share(config.loop.batch_size).start  # of the whole batch, a share of which is corrected
@@ -205,10 +220,13 @@ class TokenizerStage:
                 before, after = (round(config.correction_share * (first + end)) for end in (start, start + size))
                 some = choice[part][: after - before].to(self.device)
             with gradients_stay(self.passes, start + size < len(images)):
-                made, losses, pair = self._losses(step, images[part], t, position, some, draws and draws.of(part))
+                made, losses, pair = self._losses(
+                    step, images[part], t, position, some, draws and draws.of(part), None if present is None else present[part]
+                )
                 total = sum((weight * loss for weight, loss in losses.values()), torch.zeros((), device=self.device))
                 self.updater.backward(total * (size / len(images)))
-            terms = {"loss": total, "psnr": self._psnr(made.pixels[:size], pair[0]), **{k: v for k, (_, v) in losses.items()}}
+            name = "psnr" if present is None else "psnr_nested"
+            terms = {"loss": total, name: self._psnr(made.pixels[:size], pair[0]), **{k: v for k, (_, v) in losses.items()}}
             for name, value in terms.items():
                 logged[name] = logged.get(name, 0.0) + value.detach() * (size / len(images))
             latents.append(made.latents[0].detach())
@@ -226,7 +244,14 @@ class TokenizerStage:
         return logged
 
     def _losses(
-        self, step: int, images: Tensor, t: int, position: int | None, choice: Tensor | None, draws: Draws | None
+        self,
+        step: int,
+        images: Tensor,
+        t: int,
+        position: int | None,
+        choice: Tensor | None,
+        draws: Draws | None,
+        present: Tensor | None = None,
     ) -> tuple[Passes, dict[str, tuple[float, Tensor]], tuple[Tensor, Tensor, Tensor]]:
         """What the networks made, (weight, value) of each term (docs/method.md#losses), and the target, which follows again with
         the reconstruction as the discriminator sees them.
@@ -234,13 +259,13 @@ class TokenizerStage:
         config, schedule, teachers = self.config, self.model.schedule, self.teachers
         target = coarse_target(images, schedule.resolution(t), schedule.decode_size(t))
         with autocast(self.device, self.precision):
-            made: Passes = self.passes(images, t, position, choice)
+            made: Passes = self.passes(images, t, position, choice, present)
         pixels, corrected = made.pixels, made.corrected
         losses = {
             "pixel": (config.pixel, F.mse_loss(pixels, torch.cat((target, target[:corrected])))),
             "quantization": (config.quantization, self._quantization(made)),
         }
-        if config.perceptual:
+        if config.perceptual and present is None:
             rising = count_of_steps(config.perceptual_warmup, config.loop.steps)
             weight = config.perceptual * min(1.0, step / rising if rising else 1.0)
             seen, wanted = (pixels, target) if teachers.lpips else (self._full_size(pixels), self._full_size(target))
@@ -353,6 +378,19 @@ def _table(originals: np.ndarray, columns: Sequence[Tensor]) -> Image.Image:
     made = [to_uint8(column.float()).cpu().numpy() for column in columns]
     rows = [Image.fromarray(a) for i, o in enumerate(originals) for a in (o, *(c[i] for c in made))]
     return grid(rows, columns=len(made) + 1)
+
+
+def tokenizer_optimizers(networks: TokenizerNetworks, config: TokenizerTraining) -> list[torch.optim.Optimizer]:
+    """Adam for all weights (Sec. 3.4), or Muon for the matrices of the blocks and Adam for the rest."""
+    rate, parts = config.loop.learning_rate, (networks.model.encoder.blocks, networks.model.decoder.blocks)
+    matrices = [p for part in parts for p in part.parameters() if p.ndim == 2] if config.muon else []
+    taken = {id(p) for p in matrices}
+    others = [p for p in networks.parameters() if id(p) not in taken]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=rate, betas=(0.9, 0.95), fused=True)]
+    if matrices:
+        muon = torch.optim.Muon(matrices, lr=config.muon, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers
 
 
 def count_of_steps(value: float, steps: int) -> float:

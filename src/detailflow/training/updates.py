@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,10 +16,18 @@ from detailflow.training.loop import PRECISIONS, LoopConfig
 
 
 class Updater:
-    """One optimiser and its loss scale (which only float16 needs)."""
+    """Optimisers of one loss and its scale (which only float16 needs).
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: LoopConfig, device: torch.device) -> None:
-        self.optimizer, self.clip = optimizer, config.grad_clip
+    The learning rate of a step is that of the first; those of the others keep the ratio to it that they began with.
+    """
+
+    def __init__(
+        self, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], config: LoopConfig, device: torch.device
+    ) -> None:
+        self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        self.clip = config.grad_clip
+        rates = [float(optimizer.param_groups[0]["lr"]) for optimizer in self.optimizers]
+        self.ratios = [rate / rates[0] for rate in rates]
         self.scaler = torch.amp.GradScaler(device.type, enabled=PRECISIONS[config.precision] == torch.float16)
 
     def backward(self, loss: Tensor) -> None:
@@ -32,45 +40,51 @@ class Updater:
         Returns:
             the norm of all gradients before clipping.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip)
+        for optimizer, ratio in zip(self.optimizers, self.ratios, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * ratio
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
         if isinstance(norm, torch.distributed.tensor.DTensor):
             norm = norm.full_tensor()
         size = float(norm)
         if math.isfinite(size):
-            self.scaler.step(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         if self.scaler.is_enabled():
             self.scaler.update()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         return size
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        own = self.optimizer.state_dict()["param_groups"]  # the settings, which are this run's
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            own = optimizer.state_dict()["param_groups"]  # the settings, which are this run's
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
         self.check()
         self.scaler.load_state_dict(state["scaler"])
 
     def check(self) -> None:
-        """Check that what Adam remembers of each parameter is all there and has its shape, as torch would find out late.
+        """Check that what the optimisers remember of each parameter is all there and has its shape, as torch would find out late.
 
         Raises:
             ValueError, KeyError, AttributeError: if not.
         """
-        for parameter, known in self.optimizer.state.items():
-            for name in ("step", "exp_avg", "exp_avg_sq"):
+        pairs = [(optimizer, parameter, known) for optimizer in self.optimizers for parameter, known in optimizer.state.items()]
+        for optimizer, parameter, known in pairs:
+            for name in ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq"):
                 shape = known[name].shape
                 if shape != (torch.Size() if name == "step" else parameter.shape):
                     raise ValueError(f"{name} has shape {shape}, not {tuple(parameter.shape)}")
 
-    def _parameters(self) -> Iterable[Tensor]:
-        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+    def parameters(self) -> Iterable[Tensor]:
+        """Return the weights of all optimisers."""
+        return (parameter for optimizer in self.optimizers for group in optimizer.param_groups for parameter in group["params"])
 
 
 def gradients_stay(network: nn.Module, stay: bool) -> AbstractContextManager[None]:
