@@ -131,7 +131,7 @@ def _changed(tree: Any, rng: Random) -> Any:
 # --- command lines -------------------------------------------------------------------------------------------------------
 
 OUTPUTS = (
-    *("out", "out/", "a/b/c", "x" * 300, "in/photos/cat/0.png", "in/photos/cat/0.png/x", "/dev/null", "/dev/null/x", "/proc/x"),
+    *("out", "out/", "a/b/c", "x" * 300, "in/photos/cat/0.png", "in/photos/cat/0.png/x", "/dev/null", "/dev/null/x", "/etc/passwd/x"),
     *("~/x", "", "é", "\udcff", "-", "."),
 )
 NETWORKS = (
