@@ -131,8 +131,8 @@ def _changed(tree: Any, rng: Random) -> Any:
 # --- command lines -------------------------------------------------------------------------------------------------------
 
 OUTPUTS = (
-    *("out", "out/", "a/b/c", "x" * 300, "in/photos/cat/0.png", "in/photos/cat/0.png/x", "/dev/null", "/dev/null/x", "/etc/passwd/x"),
-    *("~/x", "", "é", "\udcff", "-", "."),
+    *("out", "out/", "a/b/c", "x" * 300, "in/photos/cat/0.png", "in/photos/cat/0.png/x", "/dev/null", "/dev/null/x"),
+    *("/etc/passwd/x", "~/x", "", "é", "\udcff", "-", "."),
 )
 NETWORKS = (
     *("none", "inception", "dinov2", "in/features.safetensors", "in/none.safetensors"),
