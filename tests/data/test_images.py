@@ -318,6 +318,8 @@ def test_parquet_labels(tmp_path):
         assert source.class_names == ("image",) and source.labels.tolist() == [0, 0, 0]
     with pytest.raises(DetailFlowError, match="some.parquet row 1 has no label"):
         open_images(write_parquet(tmp_path / "some.parquet", pictures, [0, -1, 1]))
+    with pytest.raises(DetailFlowError, match="large.parquet has a label of 1,000,000 or more"):
+        open_images(write_parquet(tmp_path / "large.parquet", pictures, [0, 2**40, 1]))
 
 
 def test_wrong_parquet(tmp_path):

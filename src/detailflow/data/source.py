@@ -222,6 +222,9 @@ def unlabelled(rows: Rows) -> ImageSource:
     return ImageSource(rows, np.zeros(len(rows), np.int64), ("image",))
 
 
+_MOST_CLASSES = 10**6
+
+
 def labelled(rows: Rows, where: str, values: Sequence[Any], class_names: tuple[str, ...] = ()) -> ImageSource:
     """A set whose labels stand beside its images as class numbers or names; `None` and −1 (the hub's mark of a hidden label)
     are none. Raises DetailFlowError where only some images have one, or for labels of another kind.
@@ -236,6 +239,8 @@ def labelled(rows: Rows, where: str, values: Sequence[Any], class_names: tuple[s
         return from_names(rows, values, where)
     if not all(isinstance(value, int) and value >= 0 for value in values):
         raise DetailFlowError(f"{where} has labels that are neither class numbers nor names")
+    if max(values) >= _MOST_CLASSES:  # as many names would be made
+        raise DetailFlowError(f"{where} has a label of {_MOST_CLASSES:,} or more: class numbers count from 0, up to fewer than that")
     labels = given.astype(np.int64)
     class_names = class_names or tuple(map(str, range(labels.max() + 1)))
     if labels.max() >= len(class_names):
