@@ -240,7 +240,7 @@ def labelled(rows: Rows, where: str, values: Sequence[Any], class_names: tuple[s
     if not all(isinstance(value, int) and value >= 0 for value in values):
         raise DetailFlowError(f"{where} has labels that are neither class numbers nor names")
     if max(values) >= _MOST_CLASSES:  # as many names would be made
-        raise DetailFlowError(f"{where} has a label of {_MOST_CLASSES:,} or more: class numbers count from 0, up to fewer than that")
+        raise DetailFlowError(f"{where} has a label of {_MOST_CLASSES:,} or more: class numbers count from 0")
     labels = given.astype(np.int64)
     class_names = class_names or tuple(map(str, range(labels.max() + 1)))
     if labels.max() >= len(class_names):
