@@ -25,9 +25,9 @@ from detailflow.device import choose_device
 from detailflow.machine import measure_ceilings, seconds
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.loading import config_from_dict
-from detailflow.training.gpt import GPTStage, GPTTraining
-from detailflow.training.loop import PRECISIONS
-from detailflow.training.tokenizer import TokenizerStage, TokenizerTraining
+from detailflow.training.config import PRECISIONS, GPTTraining, TokenizerTraining
+from detailflow.training.gpt import GPTStage
+from detailflow.training.tokenizer import TokenizerStage
 
 KINDS = {  # of operation → words in the profiler's names, the first that fits counts
     "optimiser": ("adam", "_foreach", "clip_grad"),

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
 from detailflow.models.gpt import GPTConfig
+from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import TokenizerConfig
-from detailflow.models.vit import ViTConfig
 
 torch.set_num_threads(1)
 
@@ -112,7 +112,8 @@ def feature_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokens(model: Path, cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The token store of those images, two crops each, made by the tokenizer of `model`."""
-    from detailflow.training.extract import Extraction, extract
+    from detailflow.training.config import Extraction
+    from detailflow.training.extract import extract
 
     folder = tmp_path_factory.mktemp("tokens") / "store"
     extract(Extraction(str(cifar), str(model), crops="two"), folder, "cpu")

@@ -13,7 +13,7 @@ import torch
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, hub
 from detailflow.errors import DetailFlowError
-from detailflow.storage import replacing
+from detailflow.files import replacing
 
 TINY = Path(__file__).parent / "parity" / "tiny-32"
 CONFIG = {"num_tokens": 32, "alpha": 1.5, "class_names": ["chien", "müde"], "encoder": {"width": 8}}

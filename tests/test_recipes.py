@@ -14,10 +14,9 @@ from detailflow.cli.settings import parse
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.growing import grow_tokenizer
 from detailflow.models.loading import config_from_dict
-from detailflow.training.extract import Extraction
-from detailflow.training.gpt import GPTTraining
+from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
 from detailflow.training.presets import PRESETS, load_settings
-from detailflow.training.tokenizer import TokenizerTraining, count_of_steps
+from detailflow.training.tokenizer import count_of_steps
 
 CONFIGS = Path(str(files("detailflow") / "configs"))
 RECIPES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml"))

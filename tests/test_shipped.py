@@ -15,7 +15,7 @@ from detailflow.data.transforms import to_tensor
 from detailflow.hub import default_directory
 from detailflow.models.loading import config_from_dict
 from detailflow.pipeline import psnr, reconstruct
-from detailflow.training.tokenizer import TokenizerTraining
+from detailflow.training.config import TokenizerTraining
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

@@ -11,8 +11,8 @@ from detailflow.errors import DetailFlowError
 if TYPE_CHECKING:
     from detailflow.generation import SamplingConfig
     from detailflow.models.gpt import DetailFlowGPT, GPTConfig
+    from detailflow.models.layers import ViTConfig
     from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
-    from detailflow.models.vit import ViTConfig
     from detailflow.pipeline import DetailFlowPipeline
     from detailflow.schedule import TokenSchedule
 
@@ -39,7 +39,7 @@ _LAZY = {
     "SamplingConfig": "detailflow.generation",
     "TokenSchedule": "detailflow.schedule",
     "TokenizerConfig": "detailflow.models.tokenizer",
-    "ViTConfig": "detailflow.models.vit",
+    "ViTConfig": "detailflow.models.layers",
 }
 
 

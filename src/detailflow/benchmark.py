@@ -29,8 +29,8 @@ from detailflow.machine import (
     seconds,
 )
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig, rotary_table, with_null_class
+from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
-from detailflow.models.vit import ViTConfig
 from detailflow.pipeline import DetailFlowPipeline, image_generator
 
 Images = Callable[[list[int]], object]  # class ids → images, in whatever form

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
+from detailflow.files import SHARD_SIZE, TENSOR_FILES, read_json, read_tensors, replacing, write_tensors
 from detailflow.published import (
     ARGUMENTS_FILE,
     CHECKPOINTS,
@@ -33,7 +34,6 @@ from detailflow.published import (
     published_config,
 )
 from detailflow.runs import checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
-from detailflow.storage import SHARD_SIZE, TENSOR_FILES, read_json, read_tensors, replacing, write_tensors
 
 logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"

@@ -17,8 +17,8 @@ import yaml
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, some_names
+from detailflow.files import LARGEST_YAML, in_pieces, load_yaml, read_json, read_text
 from detailflow.labels import default_names
-from detailflow.storage import LARGEST_YAML, in_pieces, load_yaml, read_json, read_text
 from detailflow.torch_zip import check_torch_zip
 
 Kind = Literal["tokenizer", "gpt"]

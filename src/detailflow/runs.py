@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
+from detailflow.files import in_pieces, read_yaml
 from detailflow.published import Kind, check_kind
-from detailflow.storage import in_pieces, read_yaml
 from detailflow.torch_zip import check_torch_zip
 
 RUN_FILE = "run.yaml"

@@ -22,14 +22,14 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
+from detailflow.files import read_json, replacing, shortened, write_json
 from detailflow.hub import fingerprint
 from detailflow.labels import ClassId
 from detailflow.pictures import generated
 from detailflow.pipeline import DetailFlowPipeline
-from detailflow.processes import Processes
 from detailflow.seeds import check_seeds
-from detailflow.storage import read_json, replacing, shortened, write_json
 
 SETTINGS_FILE = "samples.json"
 TEMPORARY = "temporary"  # in that file: whether the samples may go once they have served

@@ -11,8 +11,8 @@ import torch
 from detailflow.data.images import open_images
 from detailflow.data.loader import ImageBatches
 from detailflow.data.transforms import random_crop, to_tensor
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.processes import Processes
 
 
 def test_an_image_has_four_draws_of_its_own(cifar):

@@ -12,8 +12,8 @@ import torch
 from detailflow.data.images import open_images
 from detailflow.data.streaming import StreamedBatches, open_stream
 from detailflow.data.transforms import to_tensor
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.processes import Processes
 
 from .conftest import write_tar
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from detailflow.data.tokens import TokenBatches, TokenStore, TokenStoreInfo, TokenWriter
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.processes import Processes
 
 INFO = TokenStoreInfo(
     num_tokens=8, codebook_size=65536, crops=10, class_names=("cat", "dog", "frog"), tokenizer_fingerprint="abc"

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from detailflow.data.images import open_images
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import Measured, cautions, compare_sets, measure, save_statistics
 from detailflow.evaluation.features import Extractor, Features, load_extractor
 from detailflow.evaluation.metrics import frechet_distance, inception_score, precision_recall
 from detailflow.evaluation.sets import open_set, share_of
-from detailflow.processes import Processes
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow import DetailFlowPipeline
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation import gpt
 from detailflow.evaluation.distances import compare_sets, measure
@@ -19,7 +20,6 @@ from detailflow.evaluation.features import Features
 from detailflow.evaluation.gpt import Sweep, class_labels, evaluate_gpt, over_seeds, sweep_plot
 from detailflow.evaluation.report import Figure, Report, Row
 from detailflow.evaluation.samples import Checksum, Work
-from detailflow.processes import Processes
 
 COUNT = 23
 

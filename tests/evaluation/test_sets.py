@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.sets import ImageSet, open_set, share_of, spread
-from detailflow.processes import Processes
 
 
 @pytest.fixture(scope="module")

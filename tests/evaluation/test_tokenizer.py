@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detailflow import DetailFlowPipeline, DetailFlowTokenizer, hub
 from detailflow.data.transforms import to_tensor, to_uint8
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import Features
 from detailflow.evaluation.report import Figure, Report
@@ -20,7 +21,6 @@ from detailflow.evaluation.samples import Work
 from detailflow.evaluation.tokenizer import evaluate_tokenizer, find_lpips, gather_shares
 from detailflow.evaluation.views import Span, parse_spans
 from detailflow.pipeline import psnr
-from detailflow.processes import Processes
 
 COUNT = 40
 

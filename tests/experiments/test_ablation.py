@@ -18,9 +18,7 @@ import yaml
 from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
 from detailflow.cli.settings import parse
-from detailflow.training.extract import Extraction
-from detailflow.training.gpt import GPTTraining
-from detailflow.training.tokenizer import TokenizerTraining
+from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "ablation" / "run.py"
 VIT = {"width": 16, "depth": 1, "heads": 2}

@@ -117,8 +117,8 @@ def _models(root: Path) -> None:
     from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
     from detailflow.evaluation.architectures import ResidualFeatures
     from detailflow.models.gpt import GPTConfig
+    from detailflow.models.layers import ViTConfig
     from detailflow.models.tokenizer import TokenizerConfig
-    from detailflow.models.vit import ViTConfig
 
     torch.manual_seed(0)
     metadata = {"architecture": "detailflow/residual", "width": "2", "num_classes": "5"}

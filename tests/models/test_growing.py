@@ -11,8 +11,8 @@ from detailflow.data.transforms import center_crop, to_tensor
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.growing import PER_TOKEN, grow_tokenizer, require_growable
+from detailflow.models.layers import ViTConfig
 from detailflow.models.loading import load_weights
-from detailflow.models.vit import ViTConfig
 
 
 @pytest.fixture(scope="module")

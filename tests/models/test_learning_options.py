@@ -10,8 +10,8 @@ from detailflow import DetailFlowTokenizer
 from detailflow.convert import convert
 from detailflow.errors import DetailFlowError
 from detailflow.models.growing import grow_tokenizer
-from detailflow.models.tokenizer import TokenizerConfig, cosine_grid, resize_grid
-from detailflow.models.vit import ViTConfig
+from detailflow.models.layers import ViTConfig, cosine_grid, resize_grid
+from detailflow.models.tokenizer import TokenizerConfig
 
 VIT = ViTConfig(32, 2, 2)
 PLAIN = TokenizerConfig(

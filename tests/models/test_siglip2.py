@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from detailflow import storage
+from detailflow import files
 from detailflow.errors import DetailFlowError
+from detailflow.models.layers import ViTConfig
 from detailflow.models.siglip2 import SIGLIP2, SigLIP2, initialise_encoder
 from detailflow.models.tokenizer import Encoder, TokenizerConfig
-from detailflow.models.vit import ViTConfig
 
 WIDTH, MLP, DEPTH, PATCH = 128, 200, 3, 4
 FC1 = "vision_model.encoder.layers.1.mlp.fc1.weight"
@@ -184,14 +184,14 @@ def test_nothing_else_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
             self.get_slice, self.keys = file.get_slice, file.keys
             self.get_tensor = lambda name: read.append(name) or file.get_tensor(name)
 
-    opened = storage.safe_open
+    opened = files.safe_open
 
     @contextmanager
     def spying(*arguments: object) -> Iterator[Spy]:
         with opened(*arguments) as file:
             yield Spy(file)
 
-    monkeypatch.setattr(storage, "safe_open", spying)
+    monkeypatch.setattr(files, "safe_open", spying)
     SigLIP2.from_pretrained(folder, depth=1)
     assert len(read) == len(set(read)) == 5 + 16
     assert all(name.startswith(("vision_model.e", "vision_model.post_layernorm")) for name in read)

@@ -10,8 +10,8 @@ import torch
 
 from detailflow import DetailFlowPipeline, DetailFlowTokenizer
 from detailflow.errors import DetailFlowError
+from detailflow.models.layers import ViTConfig, patchify, unpatchify
 from detailflow.models.tokenizer import TokenizerConfig
-from detailflow.models.vit import ViTConfig, patchify, unpatchify
 
 VIT = ViTConfig(32, 2, 2)
 CONFIG = TokenizerConfig(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError
-from detailflow.training.discriminator import BACKBONE, BLOCKS, CROP_DRAWS, BatchNorm, DINODiscriminator
+from detailflow.training.adversary import BACKBONE, BLOCKS, CROP_DRAWS, BatchNorm, DINODiscriminator
 
 
 @pytest.fixture(scope="module")

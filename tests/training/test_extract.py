@@ -13,9 +13,9 @@ from detailflow.data.tokens import CLEAN, INPUT, LABEL, TokenStore, TokenWriter
 from detailflow.data.transforms import ten_crops, to_tensor, two_crops
 from detailflow.errors import DetailFlowError
 from detailflow.training import extract as extraction
-from detailflow.training.extract import Extraction, code_rows, extract
-from detailflow.training.gpt import GPTTraining, train_gpt
-from detailflow.training.loop import LoopConfig
+from detailflow.training.config import Extraction, GPTTraining, LoopConfig
+from detailflow.training.extract import code_rows, extract
+from detailflow.training.gpt import train_gpt
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,8 @@ def test_fewer_candidates(folder: Path, model: Path, tmp_path: Path):
 
 def test_a_whole_prefix(folder: Path, tmp_path: Path):
     """c = N: every token is predicted alone, and the last may be wrong too."""
+    from detailflow.models.layers import ViTConfig
     from detailflow.models.tokenizer import TokenizerConfig
-    from detailflow.models.vit import ViTConfig
 
     torch.manual_seed(0)
     vit = ViTConfig(16, 1, 2)

@@ -10,7 +10,8 @@ import pytest
 
 from detailflow.data.tokens import TokenStore
 from detailflow.training import extract as extraction
-from detailflow.training.extract import Extraction, extract
+from detailflow.training.config import Extraction
+from detailflow.training.extract import extract
 
 CHUNK = 2  # of 200 images
 COMMAND = f"""

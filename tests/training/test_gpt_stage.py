@@ -8,8 +8,8 @@ import torch
 
 from detailflow import DetailFlowGPT
 from detailflow.models.gpt import GPTConfig
-from detailflow.training.gpt import GPTStage, GPTTraining, initial_weights
-from detailflow.training.loop import LoopConfig
+from detailflow.training.config import GPTTraining, LoopConfig
+from detailflow.training.gpt import GPTStage, initial_weights
 
 LOOP = LoopConfig(steps=4, batch_size=4, learning_rate=1e-2, precision="fp32")
 

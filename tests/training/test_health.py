@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.processes import Processes
-from detailflow.training.loop import LoopConfig, run
-from detailflow.training.updates import Updater, recompute_activations
+from detailflow.training.config import LoopConfig
+from detailflow.training.loop import run
+from detailflow.training.optimizer import Updater, recompute_activations
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from detailflow import DetailFlowGPT, DetailFlowTokenizer
 from detailflow.data.images import open_images
 from detailflow.data.tokens import CLEAN
 from detailflow.data.transforms import center_crop, to_tensor
+from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import TokenizerConfig
-from detailflow.models.vit import ViTConfig
-from detailflow.training.extract import Extraction, extract
-from detailflow.training.gpt import GPTTraining, train_gpt
-from detailflow.training.loop import LoopConfig
-from detailflow.training.tokenizer import TokenizerTraining, train_tokenizer
+from detailflow.training.config import Extraction, GPTTraining, LoopConfig, TokenizerTraining
+from detailflow.training.extract import extract
+from detailflow.training.gpt import train_gpt
+from detailflow.training.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,11 @@ import torch
 from detailflow import DetailFlowTokenizer
 from detailflow.data.images import open_images
 from detailflow.errors import DetailFlowError
+from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import TokenizerConfig
-from detailflow.models.vit import ViTConfig
 from detailflow.schedule import TokenSchedule
-from detailflow.training.loop import LoopConfig
-from detailflow.training.passes import TokenizerNetworks, draw_present
-from detailflow.training.tokenizer import TokenizerStage, TokenizerTraining, tokenizer_optimizers
+from detailflow.training.config import LoopConfig, TokenizerTraining
+from detailflow.training.tokenizer import TokenizerNetworks, TokenizerStage, draw_present, tokenizer_optimizers
 
 VIT = ViTConfig(32, 2, 2)
 SIZES = dict(image_size=32, patch_size=8, num_tokens=16, group_size=4, causal_tokens=8, codebook_size=64, codebook_dim=4)

@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.processes import Processes
 from detailflow.runs import RUN_FILE
 from detailflow.training.checkpoints import claim, load_checkpoint, save_checkpoint
-from detailflow.training.loop import LoopConfig
+from detailflow.training.config import LoopConfig
 
 
 def test_the_learning_rate():

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from detailflow.data.images import open_images
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor
+from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import TokenizerConfig
-from detailflow.models.vit import ViTConfig
 from detailflow.training.adversary import Draws
-from detailflow.training.loop import LoopConfig
+from detailflow.training.config import LoopConfig, TokenizerTraining
 from detailflow.training.losses import (
     discriminator_loss,
     generator_loss,
@@ -21,8 +21,7 @@ from detailflow.training.losses import (
     quantization_loss,
     straight_through,
 )
-from detailflow.training.passes import draw_count, draw_position
-from detailflow.training.tokenizer import TokenizerStage, TokenizerTraining
+from detailflow.training.tokenizer import TokenizerStage, draw_count, draw_position
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

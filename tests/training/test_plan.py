@@ -14,15 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detailflow import DetailFlowGPT, DetailFlowTokenizer
 from detailflow.data.images import open_images
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import GPTConfig
+from detailflow.models.layers import ViTConfig
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import TokenizerConfig
-from detailflow.models.vit import ViTConfig
-from detailflow.processes import Processes
 from detailflow.published import vit_names
-from detailflow.training.gpt import GPTStage, GPTTraining
-from detailflow.training.loop import LoopConfig
+from detailflow.training.config import GPTTraining, LoopConfig, TokenizerTraining
+from detailflow.training.gpt import GPTStage
 from detailflow.training.plan import (
     FROZEN,
     THROWN_AWAY,
@@ -37,7 +37,7 @@ from detailflow.training.plan import (
     plan_tokenizer,
     processes_of_this_launch,
 )
-from detailflow.training.tokenizer import TokenizerStage, TokenizerTraining
+from detailflow.training.tokenizer import TokenizerStage
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -149,12 +149,12 @@ def test_parts_of_a_batch_take_less_memory():
 
 def test_nothing_of_it_stays():
     """The networks of a training that follows in the same process are real, and so is what they attend with."""
-    from detailflow.models import attention
+    from detailflow.models import layers
 
-    before = attention.SCORES
+    before = layers.SCORES
     with pytest.raises(ZeroDivisionError), counting():
         raise ZeroDivisionError
-    assert before == attention.SCORES
+    assert before == layers.SCORES
     assert nn.Linear(2, 2).double().weight.dtype == torch.float64 and torch.ones(1).tolist() == [1.0]
 
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from detailflow.benchmark import benchmark, other_implementation
-    from detailflow.storage import write_json
+    from detailflow.files import write_json
 
     other = other_implementation(args.other) if args.other else None
     with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as bar:

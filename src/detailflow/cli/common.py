@@ -130,8 +130,8 @@ def write_png(image: "Image.Image", path: Path, made_as: "Made | None" = None) -
     Raises:
         DetailFlowError: if it cannot be written.
     """
+    from detailflow.files import writing
     from detailflow.pictures import png_text
-    from detailflow.storage import writing
 
     with writing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=png_text(made_as) if made_as else None)

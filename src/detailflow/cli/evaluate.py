@@ -259,7 +259,7 @@ def _start(args: argparse.Namespace, stack: ExitStack) -> "Work":
 
     from detailflow.evaluation.report import check_packages
     from detailflow.evaluation.samples import Work
-    from detailflow.storage import held
+    from detailflow.files import held
 
     check_packages("matplotlib")
     work = Work.here(args.device, args.batch_size)

@@ -9,8 +9,9 @@ SUMMARY = "Write the tokens of every image, with and without planted mistakes, t
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit status."""
-    from detailflow.processes import Processes
-    from detailflow.training.extract import Extraction, extract
+    from detailflow.distributed import Processes
+    from detailflow.training.config import Extraction
+    from detailflow.training.extract import extract
 
     if request := parse(Extraction, "extract", SUMMARY, argv):
         store = extract(request.settings, request.output, request.device)

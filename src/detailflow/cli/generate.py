@@ -19,9 +19,9 @@ from detailflow.cli.common import (
 from detailflow.errors import DetailFlowError
 
 if TYPE_CHECKING:
+    from detailflow.distributed import Processes
     from detailflow.labels import ClassId
     from detailflow.pipeline import DetailFlowPipeline
-    from detailflow.processes import Processes
 
 FORMATS = ("png", "npz", "webdataset")
 GRID_IMAGES = 400  # about as many as a grid shows if there are more
@@ -62,10 +62,10 @@ def main(argv: Sequence[str]) -> int:
     check_output(args.output)
     _check(args)
 
+    from detailflow.distributed import Processes
     from detailflow.generation import SamplingConfig
     from detailflow.labels import ClassId
     from detailflow.pipeline import DetailFlowPipeline
-    from detailflow.processes import Processes
 
     processes = Processes.of_this_launch(cpu=args.device == "cpu") if args.num_images else Processes()
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}

@@ -109,9 +109,9 @@ def _report(error: object) -> None:
 
 def _leave_other_processes(status: int, error: Exception | None = None) -> None:
     """End this process at once if it is one of several: the others may wait for it."""
-    if "detailflow.processes" not in sys.modules:  # nor is torch, whose import takes seconds
+    if "detailflow.distributed" not in sys.modules:  # nor is torch, whose import takes seconds
         return
-    from detailflow.processes import in_group, leave_after_error, lost
+    from detailflow.distributed import in_group, leave_after_error, lost
 
     if not in_group():
         return

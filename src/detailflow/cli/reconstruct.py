@@ -63,11 +63,11 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from detailflow.data.source import tolerated
+    from detailflow.files import output_names
     from detailflow.hub import default_directory
     from detailflow.models.tokenizer import DetailFlowTokenizer
     from detailflow.pictures import strip
     from detailflow.pipeline import fit, reconstruct, stage_counts
-    from detailflow.storage import output_names
 
     source = default_directory("tokenizer") if args.model is None else args.model
     tokenizer = DetailFlowTokenizer.from_pretrained(source, device=args.device, dtype=args.dtype)

@@ -83,7 +83,7 @@ def read_settings_file(path: str) -> dict[str, Any]:
     """The file's settings; says what is wrong with a file as a whole, by its name, and leaves wrong settings to others."""
     import yaml
 
-    from detailflow.storage import read_yaml
+    from detailflow.files import read_yaml
 
     try:
         content = read_yaml(expanded_path(path))

@@ -17,7 +17,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; the exit status."""
     stage = argv[0] if argv else ""
     if stage == "tokenizer":
-        from detailflow.training.tokenizer import TokenizerTraining, train_tokenizer
+        from detailflow.training.config import TokenizerTraining
+        from detailflow.training.tokenizer import train_tokenizer
 
         if request := parse(TokenizerTraining, "train tokenizer", TOKENIZER, argv[1:], _tokenizer_sizes, can_plan=True):
             if request.dry_run:
@@ -25,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
             else:
                 train_tokenizer(request.settings, request.output, request.device)
     elif stage == "gpt":
-        from detailflow.training.gpt import GPTTraining, train_gpt
+        from detailflow.training.config import GPTTraining
+        from detailflow.training.gpt import train_gpt
 
         if request := parse(GPTTraining, "train gpt", GPT, argv[1:], _gpt_sizes, can_plan=True):
             if request.dry_run:

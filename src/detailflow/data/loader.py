@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detailflow.data.source import ImageSource, tolerated
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError, DetailFlowWarning
-from detailflow.processes import Processes
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -32,8 +32,8 @@ from detailflow.data.tables import (
     stored_names,
 )
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError, printable
-from detailflow.processes import Processes
 from detailflow.schedule import require_not_negative, require_positive
 
 _log = logging.getLogger(__name__)

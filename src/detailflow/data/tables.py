@@ -16,7 +16,7 @@ from detailflow.data.decode import first_line
 from detailflow.data.source import ImageSource, common_folder, file_sizes, labelled, unlabelled
 from detailflow.data.stored import stored_image
 from detailflow.errors import DetailFlowError
-from detailflow.storage import read_text
+from detailflow.files import read_text
 
 _EXPANDED = 256 * 2**20  # bytes that a row group may always have
 _MOST_EXPANSION = 20  # and how many times its compressed size if it is larger

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from detailflow.data.loader import BatchOrder
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.processes import Processes
-from detailflow.storage import read_text, replacing
+from detailflow.files import read_text, replacing
 
 CLEAN, INPUT, LABEL = range(3)  # the rows of one crop
 _FORMAT, _VERSION = "detailflow-tokens", 2

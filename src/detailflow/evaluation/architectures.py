@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError
+from detailflow.files import read_metadata, read_tensors
 from detailflow.models.loading import load_weights
-from detailflow.storage import read_metadata, read_tensors
 
 MAX_SIDE = 1024  # that images are resized to
 MAX_CLASSES = 10**5

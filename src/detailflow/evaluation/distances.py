@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import Extractor, Features
 from detailflow.evaluation.metrics import (
@@ -26,8 +27,7 @@ from detailflow.evaluation.metrics import (
     precision_recall,
 )
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, share_of, spread
-from detailflow.processes import Processes
-from detailflow.storage import writing
+from detailflow.files import writing
 
 SAMPLES_KEPT, REFERENCE_KEPT = 50_000, 10_000  # images whose features ADM's evaluation takes precision and recall of
 

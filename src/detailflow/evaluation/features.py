@@ -13,8 +13,8 @@ from detailflow import hub
 from detailflow.data.transforms import to_tensor
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.architectures import load_network
+from detailflow.files import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.models.loading import load_weights
-from detailflow.storage import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.torch_zip import check_torch_zip
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"  # timm's name, and on the hub timm/…

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.processes import Processes
 
 NEIGHBOURS = 3  # of precision and recall, as ADM's evaluation has them
 IMAGES_PER_SPLIT = 5000  # of the inception score, as in ADM's evaluation: ten splits of 50,000 images

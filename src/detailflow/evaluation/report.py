@@ -17,8 +17,8 @@ from PIL import Image
 from detailflow import hub
 from detailflow.benchmark import machine_name
 from detailflow.errors import DetailFlowError, printable
+from detailflow.files import read_json, replacing
 from detailflow.published import Kind
-from detailflow.storage import read_json, replacing
 
 JSON_FILE, MARKDOWN_FILE = "report.json", "report.md"
 FORMAT = "detailflow-report"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detailflow import hub
 from detailflow.data.transforms import resized
+from detailflow.distributed import Processes, launched
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, SAMPLES_KEPT, Measured, cautions, compare_sets, measure
 from detailflow.evaluation.features import Extractor, Features, load_extractor
@@ -21,7 +22,6 @@ from detailflow.evaluation.metrics import IMAGES_PER_SPLIT
 from detailflow.evaluation.report import Figure, Picture, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, open_set, share_of
 from detailflow.pictures import grid
-from detailflow.processes import Processes, launched
 
 INCEPTION = "inception"
 BATCH_SIZE = {"cpu": 64, "cuda": 256}  # where the user gives none

@@ -18,9 +18,9 @@ from detailflow.data.images import ImageSource, open_images
 from detailflow.data.loader import note_unreadable
 from detailflow.data.source import tolerated
 from detailflow.data.transforms import center_crop
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.metrics import Gaussian
-from detailflow.processes import Processes
 
 IMAGES = "arr_0"  # the entry of an ADM .npz that holds images, (n, H, W, 3) bytes
 _READERS = 4  # threads that decode a process's images; Pillow lets them run at once

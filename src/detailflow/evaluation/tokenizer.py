@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from detailflow import hub
 from detailflow.data.transforms import to_tensor, to_uint8
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, Measured, Running, compare_sets
 from detailflow.evaluation.features import Extractor
@@ -33,13 +34,11 @@ from detailflow.evaluation.samples import (
 )
 from detailflow.evaluation.sets import ImageSet, check_total, share_of
 from detailflow.evaluation.views import Span, View, views_by_count, views_with_mistakes
-from detailflow.models.quantizer import usage_and_perplexity
-from detailflow.models.tokenizer import DetailFlowTokenizer
+from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.pictures import grid
 from detailflow.pipeline import image_generator
-from detailflow.processes import Processes
 from detailflow.seeds import check_seeds
-from detailflow.training.perceptual import LPIPS, SMALLEST_SIDE, VGG16_FILE
+from detailflow.training.losses import LPIPS, SMALLEST_SIDE, VGG16_FILE
 
 PICTURES = 6  # images that the report shows
 LPIPS_IMAGES = 8  # at once: VGG's maps of one are 30 MiB at 256×256

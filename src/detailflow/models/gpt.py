@@ -13,7 +13,7 @@ from detailflow import generation, hub
 from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
-from detailflow.models.attention import attend
+from detailflow.models.layers import attend
 from detailflow.models.loading import build, check_ids
 from detailflow.schedule import TokenSchedule, require_positive
 

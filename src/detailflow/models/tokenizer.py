@@ -1,6 +1,5 @@
 """The 1-D tokenizer: an image to an ordered sequence of codes, and the first n of them back (docs/method.md#tokenizer)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,20 +12,68 @@ from torch import Tensor, nn
 from detailflow import hub
 from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.errors import DetailFlowError
-from detailflow.models.loading import build, check_ids
-from detailflow.models.quantizer import VectorQuantizer
-from detailflow.models.vit import (
+from detailflow.models.layers import (
     Block,
     KeyValue,
     ViTConfig,
+    cosine_grid,
     has_patches,
     initial_normal,
     initial_positions,
     patchify,
+    resize_grid,
     resize_positions,
     unpatchify,
 )
+from detailflow.models.loading import build, check_ids
 from detailflow.schedule import TokenSchedule, require_positive
+
+
+class VectorQuantizer(nn.Module):
+    """Projects latents to d dimensions, L2-normalises them and picks the nearest L2-normalised code.
+
+    Args:
+        width: of the latents that come in.
+        size: K, number of codes.
+        dim: d, dimensions of a code.
+    """
+
+    def __init__(self, width: int, size: int, dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, dim)
+        self.codebook = nn.Parameter(F.normalize(torch.empty(size, dim).normal_(), dim=-1))
+
+    def codes(self) -> Tensor:
+        """(K, d) unit vectors."""
+        return F.normalize(self.codebook, dim=-1)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """(…) int64 → (…, d) unit vectors."""
+        return F.normalize(self.codebook[ids], dim=-1)
+
+    def unit_latents(self, latents: Tensor) -> Tensor:
+        """(B, n, width) → (B, n, d), projected and L2-normalised, always in float32."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return F.normalize(F.linear(latents.float(), self.project.weight.float(), self.project.bias.float()), dim=-1)
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """(…, d) unit vectors → (…) int64, the nearest code: for unit vectors the one with the largest dot product."""
+        with torch.autocast(z.device.type, enabled=False):
+            return (z @ self.codes().to(z.dtype).T).argmax(-1)
+
+    @torch.no_grad()
+    def nearest_k(self, z: Tensor, k: int) -> Tensor:
+        """(…, d) unit vectors → (…, min(k, K)) int64, the nearest codes, the nearest first."""
+        with torch.autocast(z.device.type, enabled=False):
+            return (z @ self.codes().to(z.dtype).T).topk(min(k, self.codebook.shape[0]), dim=-1).indices
+
+
+def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(K,) uses of each code → the share of codes that were used, and how many equally frequent ones are as hard to guess."""
+    shares = counts / counts.sum()
+    return (shares > 0).to(shares.dtype).mean(), torch.special.entr(shares).sum().exp()
+
 
 POSITION_SCALE = 0.5  # of query tokens and their positions at the start: as large as what is added to them, so that they are seen
 LARGEST_PIXEL = 1.5  # in size; 1 is white, and what a decoder or a resize makes goes somewhat beyond
@@ -96,23 +143,8 @@ class Patches(NamedTuple):
         return Patches(blocks, None if self.linear is None else self.linear[:count])
 
 
-def cosine_grid(num_tokens: int) -> Tensor:
-    """(N, G, G): the N lowest frequencies of the orthonormal 2-D cosine transform of a grid, the lowest first; G is 8 if that
-    has as many, else the least that has.
-    """
-    side = max(8, math.isqrt(num_tokens - 1) + 1)
-    k = torch.arange(side, dtype=torch.float32)
-    waves = torch.cos(math.pi / side * (k[None] + 0.5) * k[:, None]) * (2 / side) ** 0.5  # (frequency, place)
-    waves[0] /= 2**0.5
-    order = sorted(range(side * side), key=lambda i: ((i // side) ** 2 + (i % side) ** 2, i))[:num_tokens]
-    return torch.stack([torch.outer(waves[i // side], waves[i % side]) for i in order])
 
 
-def resize_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
-    """(N, G, G) → (N, rows·columns), bilinear with antialiasing."""
-    if grid.shape[1:] != (rows, columns):
-        grid = F.interpolate(grid.float()[None], (rows, columns), mode="bilinear", align_corners=False, antialias=True)[0]
-    return grid.flatten(1)
 
 
 class Encoder(nn.Module):

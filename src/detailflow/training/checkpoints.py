@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
+from detailflow.files import replacing, save_torch
 from detailflow.hub import CONFIG_FILE
-from detailflow.processes import Processes
 from detailflow.runs import CHECKPOINTS, MILESTONES, RUN_FILE, checkpoints, read_checkpoint, read_settings, readable, step_of
-from detailflow.storage import replacing, save_torch
 from detailflow.training.inputs import Input, difference
 
 KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name

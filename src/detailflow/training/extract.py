@@ -6,7 +6,7 @@ chunk's end, so that the store's bytes depend neither on the number of processes
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,60 +18,17 @@ from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.source import tolerated
 from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
-from detailflow.data.transforms import ten_crops, to_tensor, two_crops
+from detailflow.data.transforms import to_tensor
 from detailflow.device import autocast
+from detailflow.distributed import Processes, launched
 from detailflow.errors import DetailFlowError
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
-from detailflow.processes import Processes, launched
-from detailflow.schedule import require_at_most, require_not_negative, require_positive
-from detailflow.seeds import check_seeds
-from detailflow.training.loop import PRECISIONS
-from detailflow.training.passes import draw_position
+from detailflow.training.config import CROPS, PRECISIONS, Extraction
+from detailflow.training.tokenizer import draw_position
 
-CROPS = {"ten": (ten_crops, 10), "two": (two_crops, 2)}
 CHUNK_IMAGES = 512  # what a killed process loses at most; seconds of work on a GPU, so that writing them takes no time
 
 
-@dataclass(frozen=True)
-class Extraction:
-    """What to extract, and how.
-
-    Attributes:
-        data, split, image_column, label_column: the images, as in tokenizer training.
-        tokenizer: folder or hub id.
-        crops: "ten" (4 corners and centre of the image at 1.1 times the size, and their flips: the paper's) or "two" (the
-            centre and its flip, for small images that fill their frame).
-        mistakes: planted mistakes are drawn from that many nearest codes.
-        batch_size: crops per pass through the tokenizer, in each process.
-        workers: processes that decode images, for each process.
-    """
-
-    data: str
-    tokenizer: str
-    split: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    crops: str = "ten"
-    mistakes: int = WRONG_CANDIDATES
-    batch_size: int = 250
-    precision: str = "fp32"
-    workers: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_positive(batch_size=self.batch_size, mistakes=self.mistakes)
-        require_at_most(1000, workers=self.workers)
-        require_not_negative(workers=self.workers)
-        check_seeds(self.seed, name="seed")
-        if self.crops not in CROPS:
-            raise DetailFlowError(f"crops must be {' or '.join(CROPS)}, not {self.crops!r}")
-        if self.precision not in PRECISIONS:
-            raise DetailFlowError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
-
-    @property
-    def images_per_pass(self) -> int:
-        """How many images' crops go through the tokenizer at once."""
-        return max(1, self.batch_size // CROPS[self.crops][1])
 
 
 class _ImageCrops(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,59 +23,25 @@ from detailflow import hub
 from detailflow.data.tokens import TokenBatches, TokenStore
 from detailflow.data.transforms import to_uint8
 from detailflow.device import autocast
+from detailflow.distributed import Processes, launched
 from detailflow.errors import DetailFlowError
-from detailflow.generation import SamplingConfig
 from detailflow.labels import ClassLabels
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.growing import require_growable
 from detailflow.models.loading import config_from_dict, load_weights
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
-from detailflow.processes import Processes, launched
-from detailflow.schedule import require_not_negative, require_shares
 from detailflow.seeds import mixed_seed
+from detailflow.training.config import PRECISIONS, GPTTraining
 from detailflow.training.extract import tokenizer_fingerprint
 from detailflow.training.inputs import Input, model_input, tokens_input
-from detailflow.training.loop import PRECISIONS, LoopConfig, run
-from detailflow.training.updates import Updater, gradients_stay, recompute_activations
+from detailflow.training.loop import run
+from detailflow.training.optimizer import Updater, gradients_stay, recompute_activations
 
 PICTURE_CLASSES, PICTURE_SAMPLES = 10, 4
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-@dataclass(frozen=True)
-class GPTTraining:
-    """An AR model's training run; the defaults are the paper's GPT-L (docs/method.md#ar-model).
-
-    Attributes:
-        tokens: a token store's folder.
-        tokenizer: the tokenizer that made it; gives the groups, and decodes the samples to look at.
-        init: an AR model to start from: a folder, hub name or zoo name, of as many tokens or fewer. Its classes are matched
-            by name.
-        planted_share: share of the samples whose input has planted mistakes.
-        label_dropout: share of the samples whose class is replaced by the null class.
-        weight_decay: on matrices only.
-        ema: decay of the moving average of the weights, which is what the run exports.
-        sampling: stored in the model's config as its own best.
-    """
-
-    tokens: str
-    tokenizer: str
-    loop: LoopConfig
-    init: str | None = None
-    width: int = 1024
-    depth: int = 24
-    heads: int = 16
-    dropout: float = 0.1
-    planted_share: float = 0.3
-    label_dropout: float = 0.1
-    weight_decay: float = 0.05
-    ema: float = 0.9999
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-    def __post_init__(self) -> None:
-        require_shares(planted_share=self.planted_share, label_dropout=self.label_dropout, ema=self.ema)
-        require_not_negative(weight_decay=self.weight_decay)
 
 
 class GPTStage:

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,116 +18,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.processes import Processes
+from detailflow.files import held, writing
 from detailflow.runs import CHECKPOINTS, RUN_FILE, checkpoints
-from detailflow.schedule import require_at_most, require_not_negative, require_positive, require_shares
-from detailflow.seeds import check_seeds, mixed_seed
-from detailflow.storage import held, writing
+from detailflow.seeds import mixed_seed
 from detailflow.training.checkpoints import claim, load_checkpoint, save_checkpoint
+from detailflow.training.config import LoopConfig
 from detailflow.training.inputs import Input
-from detailflow.training.tracking import Trackers, check_trackers
+from detailflow.training.tracking import Trackers
 
 AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish
 BAD_STEPS = {"bf16": 5, "fp32": 5, "fp16": 25}  # in a row that stop a run; float16 may need 16 to find its loss scale
 
 
-@dataclass(frozen=True)
-class LoopConfig:
-    """What the two stages' runs have in common.
-
-    Attributes:
-        steps: optimiser steps of the whole run.
-        batch_size: images (or token rows) per step, of all processes together.
-        learning_rate: at the peak, as it is used (not per 256 images).
-        warmup: share of the steps over which the rate rises linearly, from `initial_rate` (a share of the peak).
-        final_rate: the rate that the cosine ends at, as a share of the peak.
-        grad_clip: largest norm of a step's gradient.
-        precision: "bf16" or "fp16" (autocast), or "fp32".
-        accumulate: parts that each process's share of the batch is worked through in, where memory is short.
-        checkpoint_activations: compute the blocks' activations again on the way back: less memory, a third more time.
-        shard: part weights and optimiser among the processes (FSDP2), where the network does not fit one; AR models only.
-        compile: fuse the networks with `torch.compile`: a minute of preparation for about a third more speed.
-        workers: processes that decode images, for each training process.
-        log_every, pictures_every: steps between log lines and between pictures.
-        trackers: where the log goes: tensorboard, wandb.
-        checkpoint_minutes: between checkpoints, the last `keep` of which stay, and one every `milestone_every` steps (0: none).
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup: float = 0.05
-    initial_rate: float = 0.0
-    final_rate: float = 0.1
-    grad_clip: float = 1.0
-    precision: str = "bf16"
-    accumulate: int = 1
-    checkpoint_activations: bool = False
-    shard: bool = False
-    compile: bool = False
-    seed: int = 0
-    workers: int = 0
-    log_every: int = 20
-    pictures_every: int = 500
-    trackers: tuple[str, ...] = ("tensorboard",)
-    checkpoint_minutes: float = 3.0
-    keep: int = 2
-    milestone_every: int = 0
-
-    def __post_init__(self) -> None:
-        require_positive(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            accumulate=self.accumulate,
-            log_every=self.log_every,
-            pictures_every=self.pictures_every,
-            keep=self.keep,
-        )
-        if self.precision not in PRECISIONS:
-            raise DetailFlowError(f"precision must be {', '.join(PRECISIONS)}, not {self.precision!r}")
-        if not self.learning_rate > 0:
-            raise DetailFlowError(f"learning_rate must be above 0, not {self.learning_rate!r}")
-        if not 0 <= self.warmup < 1:
-            raise DetailFlowError(f"warmup must be at least 0 and below 1, not {self.warmup!r}")
-        require_shares(initial_rate=self.initial_rate, final_rate=self.final_rate)
-        if not self.grad_clip > 0:
-            raise DetailFlowError(f"grad_clip must be above 0, not {self.grad_clip!r}")
-        require_at_most(1000, workers=self.workers)
-        require_not_negative(
-            workers=self.workers,
-            checkpoint_minutes=self.checkpoint_minutes,
-            milestone_every=self.milestone_every,
-        )
-        check_seeds(self.seed, name="seed")
-        check_trackers(self.trackers)
-
-    def images_at_once(self, processes: Processes) -> int:
-        """Of a step, those that one process works on at a time.
-
-        Raises:
-            DetailFlowError: where the batch can't be parted evenly.
-        """
-        share = processes.share(self.batch_size)
-        if (share.stop - share.start) % self.accumulate:
-            raise DetailFlowError(
-                f"accumulate must divide the images of each process, and {self.accumulate} does not divide "
-                f"{share.stop - share.start} (batch_size {self.batch_size}, {processes.count} process(es))"
-            )
-        return (share.stop - share.start) // self.accumulate
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of `step` (0-based): linear warm-up, then a cosine."""
-        rising = self.warmup * self.steps
-        if step < rising:
-            low = self.initial_rate
-            return self.learning_rate * (low + (1 - low) * (step + 1) / (rising + 1))
-        progress = (step - rising) / max(self.steps - rising, 1)
-        low = self.final_rate
-        return self.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Stage(Protocol):

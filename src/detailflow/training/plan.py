@@ -21,20 +21,19 @@ from detailflow import hub
 from detailflow.data.loader import BatchOrder
 from detailflow.data.tokens import TokenStore
 from detailflow.device import choose_device
+from detailflow.distributed import Processes
 from detailflow.machine import measure_ceilings
-from detailflow.models import attention
+from detailflow.models import layers
 from detailflow.models.loading import config_from_dict
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
-from detailflow.processes import Processes
-from detailflow.training.discriminator import DINODiscriminator
-from detailflow.training.gpt import GPTStage, GPTTraining, model_config
-from detailflow.training.loop import PRECISIONS, LoopConfig
-from detailflow.training.networks import FeatureNetwork
-from detailflow.training.perceptual import LPIPS
-from detailflow.training.teachers import image_count, open_source
-from detailflow.training.tokenizer import TokenizerStage, TokenizerTraining, count_of_steps
-from detailflow.training.updates import recompute_activations
+from detailflow.training.adversary import DINODiscriminator
+from detailflow.training.config import PRECISIONS, GPTTraining, LoopConfig, TokenizerTraining
+from detailflow.training.gpt import GPTStage, model_config
+from detailflow.training.losses import LPIPS
+from detailflow.training.optimizer import recompute_activations
+from detailflow.training.teachers import FeatureNetwork, image_count, open_source
+from detailflow.training.tokenizer import TokenizerStage, count_of_steps
 
 SHARES = {"cpu": 0.5, "gpu": 0.4}  # of the measured ceiling of products that training is taken to reach
 TRAINED, THROWN_AWAY, FROZEN = "trained", "trained, not kept", "frozen"
@@ -122,7 +121,7 @@ def counting() -> Iterator[Counter]:
     with (
         warnings.catch_warnings(action="ignore"),
         patch.object(nn.Module, "_apply", lambda self, *_, **__: self),
-        patch.object(attention, "SCORES", 2**62),  # attention on a CPU in one part, of as many operations as in many
+        patch.object(layers, "SCORES", 2**62),  # attention on a CPU in one part, of as many operations as in many
         _Fake(),
         Counter() as counter,
     ):

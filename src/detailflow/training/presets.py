@@ -9,10 +9,10 @@ import yaml
 
 from detailflow.data.images import open_images
 from detailflow.models.loading import config_from_dict
-from detailflow.training.extract import Extraction, extract
-from detailflow.training.gpt import GPTTraining, train_gpt
-from detailflow.training.teachers import CLASSIFIER
-from detailflow.training.tokenizer import TokenizerTraining, train_tokenizer
+from detailflow.training.config import CLASSIFIER, Extraction, GPTTraining, TokenizerTraining
+from detailflow.training.extract import extract
+from detailflow.training.gpt import train_gpt
+from detailflow.training.tokenizer import train_tokenizer
 
 PRESETS = ("small-32", "own-64", "own-128", "own-256")  # small-32 is the default
 

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,125 +18,139 @@ from detailflow.data.images import ImageSource
 from detailflow.data.streaming import StreamedBatches, StreamSource
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor, to_uint8
 from detailflow.device import autocast
+from detailflow.distributed import Processes, launched
 from detailflow.errors import DetailFlowError
 from detailflow.models.growing import grow_tokenizer
 from detailflow.models.loading import load_weights
-from detailflow.models.quantizer import usage_and_perplexity
 from detailflow.models.siglip2 import initialise_encoder
-from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer, TokenizerConfig
+from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.pictures import grid
-from detailflow.processes import Processes, launched
-from detailflow.schedule import require_not_negative, require_positive, require_shares
-from detailflow.training.adversary import PATCH, Adversary, Draws
+from detailflow.schedule import TokenSchedule
+from detailflow.training.adversary import Adversary, Draws
+from detailflow.training.config import CLASSIFIER, NETWORKS, PRECISIONS, TokenizerTraining
 from detailflow.training.inputs import Input, files_input, images_input, model_input
-from detailflow.training.loop import PRECISIONS, LoopConfig, run
-from detailflow.training.losses import alignment_loss, quantization_loss
-from detailflow.training.networks import SMALLEST_SIDE
-from detailflow.training.passes import Passes, TokenizerNetworks, draw_count, draw_position, draw_present
-from detailflow.training.teachers import CLASSIFIER, crops, find_teachers, open_source
-from detailflow.training.updates import Updater, gradients_stay, recompute_activations
+from detailflow.training.loop import run
+from detailflow.training.losses import alignment_loss, quantization_loss, straight_through
+from detailflow.training.optimizer import Updater, gradients_stay, recompute_activations
+from detailflow.training.teachers import crops, find_teachers, open_source
 
-NETWORKS = (CLASSIFIER, PATCH, "lpips", "dino")  # which are no files
 PICTURES = 8  # images in the pictures of reconstructions
 COUNT_STEPS = 100  # after which the uses of codes are counted anew, where no codes are replaced
 
 
-@dataclass(frozen=True)
-class TokenizerTraining:
-    """A tokenizer's training run; the defaults are the paper's where it has them (docs/method.md#losses).
 
-    Attributes:
-        data: a folder of images in class subfolders, parquet file(s), WebDataset shards, or a hub data set.
-        streaming: whether to read a hub data set or shards as a stream, without a copy on this machine.
-        init: a tokenizer to start from: a folder, hub name or zoo name; `model` must have its sizes, but may have more tokens.
-        encoder_init: SigLIP2's vision tower to start the encoder from: a hub name, folder or file (docs/method.md#tokenizer).
-        flip, max_scale: training crops are mirrored half of the time, out of images enlarged by up to `max_scale`.
-        coarse_probability: share of the steps that train fewer than all N tokens (paper table 3).
-        nested_probability: share of the other steps, in which images are decoded at full size from their first 1, 2, 4, … tokens,
-            by the pixel loss alone; needs `model.absent_token`. Not in the paper.
-        correction_share: share of each batch that also goes through the self-correction pass.
-        mistakes: planted mistakes are drawn from that many nearest codes.
-        perceptual: weight of the distance of features; 0 for none.
-        perceptual_network: "lpips" (the paper's; needs VGG-16's weights, downloaded once), a file with those weights, or
-            "classifier", a small one that learns the classes of the same images first, for `classifier_epochs`.
-        perceptual_warmup: share of the steps, or from 1 on their number, over which that weight rises linearly.
-        adversarial: weight of the adversarial loss; 0 for none.
-        adversarial_network: "dino" (the paper's; needs DINO ViT-S/16's weights, downloaded once), a file with those weights, or
-            "patch", small convolutions that learn from scratch.
-        adversarial_from: share of the steps, or from 1 on their number, before the discriminator starts.
-        augment: whether the discriminator sees images through DiffAugment.
-        lecam, consistency: weights of the discriminator's two regularisers; 0 for none.
-        alignment: weight of the first token's alignment with a teacher's view of the whole image; 0 for none.
-        alignment_network: the teacher, SigLIP2's vision tower by hub name, folder or file, or "classifier", as above.
-        muon: learning rate of the matrices of all blocks, by Muon (Jordan et al. 2024) in place of Adam; 0 for Adam. Not in the
-            paper.
-        revive_every: steps after which codes that were not used since are replaced, in the first half of the run; 0 for never.
+
+class AlignmentHead(nn.Sequential):
+    """From the first token's code to what a teacher says of the whole image: (B, d) → (B, width) (docs/method.md#losses)."""
+
+    def __init__(self, d: int, width: int, hidden: int = 1024) -> None:
+        super().__init__(nn.Linear(d, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width))
+
+
+def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
+    """t, the number of tokens that one step trains: N, or now and then a smaller count (docs/method.md#coarse-targets)."""
+    n, g = schedule.num_tokens, schedule.group_size
+    if n == g or float(torch.rand(())) >= coarse_probability:
+        return n
+    t = int(torch.randint(1, n - g + 1, ()))
+    return t if t <= schedule.prefix else -(-t // g) * g
+
+
+def draw_present(schedule: TokenSchedule, count: int) -> Tensor:
+    """(count, N) bool: for each image the first 1, 2, 4, … of the tokens, as many images on average with each power of two
+    (nested dropout: Rippel et al. 2014; FlexTok, arXiv 2502.13967).
     """
+    powers = torch.tensor([n for n in schedule.valid_counts if n < schedule.num_tokens and n.bit_count() == 1])
+    kept = powers[torch.randint(len(powers), (count,))]
+    return torch.arange(schedule.num_tokens) < kept[:, None]
 
-    data: str
-    model: TokenizerConfig
-    loop: LoopConfig
-    init: str | None = None
-    encoder_init: str | None = None
-    split: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    streaming: bool = False
-    flip: bool = True
-    max_scale: float = 1.25
-    coarse_probability: float = 0.2
-    nested_probability: float = 0.0
-    correction_share: float = 1.0
-    mistakes: int = WRONG_CANDIDATES
-    pixel: float = 1.0
-    quantization: float = 1.0
-    commitment: float = 0.25
-    perceptual: float = 0.0
-    perceptual_network: str = CLASSIFIER
-    perceptual_warmup: float = 0.0
-    classifier_epochs: int = 5
-    adversarial: float = 0.2
-    adversarial_network: str = PATCH
-    adversarial_from: float = 0.5
-    augment: bool = False
-    lecam: float = 0.0
-    consistency: float = 0.0
-    alignment: float = 0.0
-    alignment_network: str = CLASSIFIER
-    muon: float = 0.0
-    revive_every: int = 100
 
-    def __post_init__(self) -> None:
-        require_positive(classifier_epochs=self.classifier_epochs, mistakes=self.mistakes)
-        if self.init and self.encoder_init:
-            raise DetailFlowError("init and encoder_init exclude each other: a tokenizer has an encoder already")
-        require_shares(
-            coarse_probability=self.coarse_probability,
-            nested_probability=self.nested_probability,
-            correction_share=self.correction_share,
-        )
-        if self.nested_probability and not self.model.absent_token:
-            raise DetailFlowError("nested_probability needs a model with an absent token: set model.absent_token to true")
-        require_not_negative(
-            pixel=self.pixel,
-            quantization=self.quantization,
-            commitment=self.commitment,
-            perceptual=self.perceptual,
-            perceptual_warmup=self.perceptual_warmup,
-            adversarial=self.adversarial,
-            adversarial_from=self.adversarial_from,
-            lecam=self.lecam,
-            consistency=self.consistency,
-            alignment=self.alignment,
-            muon=self.muon,
-            revive_every=self.revive_every,
-        )
-        if not 1 <= self.max_scale < float("inf"):
-            raise DetailFlowError(f"max_scale must be 1 (no zoom) or more, not {self.max_scale!r}")
-        if self.perceptual and self.model.image_size < SMALLEST_SIDE:
-            raise DetailFlowError(f"the perceptual loss needs an image_size of {SMALLEST_SIDE} or more: set perceptual to 0")
-        if self.loop.shard:
-            raise DetailFlowError("loop.shard is for AR models: a tokenizer fits one process, so leave it false")
+def draw_position(schedule: TokenSchedule, t: int, generator: torch.Generator | None = None) -> int | None:
+    """Draw p, where a step of t tokens plants mistakes; `None` if nothing would come after (docs/method.md#self-correction)."""
+    if t == schedule.valid_counts[0]:
+        return None
+    last = t if t <= schedule.prefix else t - schedule.group_size
+    return schedule.group_start(int(torch.randint(last, (), generator=generator)))
+
+
+class Encoded(NamedTuple):
+    """The clean pass and, where mistakes are planted, the self-correction pass: a list each of one or two."""
+
+    latents: list[Tensor]  # (B, N, d), and (b, N − end, d) after the mistakes
+    codes: list[Tensor]  # nearest to them
+    sequences: list[Tensor]  # (B, N, d) and (b, N, d) to decode: the straight-through codes, and those given
+    ids: Tensor  # (B, N), the clean codes
+
+
+class Passes(NamedTuple):
+    """What the networks make of a batch: see `TokenizerNetworks.forward`."""
+
+    pixels: Tensor
+    latents: list[Tensor]
+    codes: list[Tensor]
+    ids: Tensor
+    summary: Tensor | None
+
+    @property
+    def corrected(self) -> int:
+        """How many images went through the self-correction pass."""
+        return len(self.latents[1]) if len(self.latents) > 1 else 0
+
+
+class TokenizerNetworks(nn.Module):
+    """All that learns together, and one step's passes through it as one call, as DistributedDataParallel asks for."""
+
+    def __init__(self, model: DetailFlowTokenizer, mistakes: int, teacher_width: int | None) -> None:
+        super().__init__()
+        self.model, self.mistakes = model, mistakes
+        self.head = None if teacher_width is None else AlignmentHead(model.config.codebook_dim, teacher_width)
+        self.decode_full = model.decode_quantized
+
+    def forward(
+        self, images: Tensor, t: int, position: int | None, choice: Tensor | None, present: Tensor | None = None
+    ) -> Passes:
+        """Both passes, and the decoding of what they made from t tokens (docs/method.md#coarse-targets).
+
+        Args:
+            images: (B, 3, R, R) pixels in [-1, 1].
+            position: where mistakes are planted, in the first `len(choice)` images; `None` for nowhere.
+            choice: (b, end − position), which of the nearest codes each mistake is.
+            present: (B, N), the tokens that are decoded of each image; without mistakes only.
+
+        Returns:
+            pixels (B + b, 3, D(t), D(t)); latents, codes and ids as in `Encoded`; and what the alignment's head makes of the
+            first token, (B, width).
+        """
+        made, model = self.encode(images, position, choice), self.model
+        side, sequences = model.schedule.decode_size(t), torch.cat([s[:, :t] for s in made.sequences])
+        if present is not None:
+            pixels = model.decode_quantized(sequences, side, present)
+        elif t == model.config.num_tokens:
+            pixels = self.decode_full(sequences, side)
+        else:
+            pixels = model.decode_quantized(sequences, side)
+        summary = None if self.head is None else self.head(made.sequences[0][:, 0])
+        return Passes(pixels.float(), made.latents, made.codes, made.ids, summary)
+
+    def encode(self, images: Tensor, position: int | None, choice: Tensor | None) -> Encoded:
+        """The passes alone, with the arguments of `forward`."""
+        model = self.model
+        patches = model.encode_patches(images)
+        z = model.encode_latents(patches, model.config.num_tokens)
+        ids = model.quantizer.nearest(z)
+        codes = model.quantizer.lookup(ids)
+        clean = straight_through(z, codes)
+        if position is None or choice is None or not len(choice):
+            return Encoded([z], [codes], [clean], ids)
+        count, end = len(choice), model.span(position)
+        near = model.quantizer.nearest_k(z[:count, position:end].detach(), self.mistakes)
+        given = ids[:count].clone()
+        given[:, position:end] = wrong = near.gather(-1, choice[..., None])[..., 0]
+        corrected = model.correct_latents(patches.first(count), given, end)[:, end:]
+        corrected_codes = model.quantizer.lookup(model.quantizer.nearest(corrected))
+        planted = model.quantizer.lookup(wrong).detach()
+        repaired = torch.cat((clean[:count, :position], planted, straight_through(corrected, corrected_codes)), 1)
+        return Encoded([z, corrected], [codes, corrected_codes], [clean, repaired], ids)
 
 
 class TokenizerStage:

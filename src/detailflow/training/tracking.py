@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.processes import Processes
-from detailflow.storage import writing
+from detailflow.files import writing
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # tracker → what it needs
 WANDB_ID_FILE = "wandb-id.txt"

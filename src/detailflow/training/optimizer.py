@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from detailflow.training.loop import PRECISIONS, LoopConfig
+from detailflow.training.config import PRECISIONS, LoopConfig
 
 
 class Updater:

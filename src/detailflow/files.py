@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError, printable
-from detailflow.processes import Processes
 from detailflow.torch_zip import check_torch_zip
 
 LOCK_FILE = ".lock"

@@ -8,8 +8,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError
-from detailflow.models.attention import attend
 from detailflow.schedule import require_positive
+
+SCORES = 2**21  # of so many images at a time on a CPU: more than fit its caches take twice as long
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ/√d)·v over (B, heads, T, d); `mask` (T, S) is True where a row may look at a column, of which each has one.
+
+    On a CPU with units for bfloat16 plain products take a third to all of the fused kernel's time in that type, least where
+    queries are few, and with gradients down to a quarter in any. Their scores are in q's type, as in training; the kernel's in
+    float32.
+    """
+    if q.device.type != "cpu" or (q.dtype != torch.bfloat16 and not torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    count = max(1, SCORES // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
+    if count < len(q) and not torch.compiler.is_compiling():  # which would take a program for each part
+        parts = zip(q.split(count), k.split(count), v.split(count), strict=True)
+        return torch.cat([attend(*part, mask) for part in parts])
+    scale = q.shape[-1] ** -0.5
+    if mask is None:
+        scores = (q * scale) @ k.transpose(-2, -1)
+    else:
+        bias = q.new_zeros(()).masked_fill(~mask, -torch.inf)
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale).unflatten(0, q.shape[:2])
+    return scores.softmax(-1).to(v.dtype) @ v
+
 
 KeyValue = tuple[Tensor, Tensor]  # (B, heads, T, width / heads) each
 
@@ -122,6 +146,25 @@ def initial_positions(width: int) -> Tensor:
     axis = torch.cat((phase.sin(), phase.cos()), 1)
     rows, columns = axis[:, None].expand(GRID, GRID, -1), axis[None].expand(GRID, GRID, -1)
     return 0.7 * torch.cat((rows, columns), -1).reshape(GRID * GRID, -1)[:, :width]
+
+
+def cosine_grid(num_tokens: int) -> Tensor:
+    """(N, G, G): the N lowest frequencies of the orthonormal 2-D cosine transform of a grid, the lowest first; G is 8 if that
+    has as many, else the least that has.
+    """
+    side = max(8, math.isqrt(num_tokens - 1) + 1)
+    k = torch.arange(side, dtype=torch.float32)
+    waves = torch.cos(math.pi / side * (k[None] + 0.5) * k[:, None]) * (2 / side) ** 0.5  # (frequency, place)
+    waves[0] /= 2**0.5
+    order = sorted(range(side * side), key=lambda i: ((i // side) ** 2 + (i % side) ** 2, i))[:num_tokens]
+    return torch.stack([torch.outer(waves[i // side], waves[i % side]) for i in order])
+
+
+def resize_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
+    """(N, G, G) → (N, rows·columns), bilinear with antialiasing."""
+    if grid.shape[1:] != (rows, columns):
+        grid = F.interpolate(grid.float()[None], (rows, columns), mode="bilinear", align_corners=False, antialias=True)[0]
+    return grid.flatten(1)
 
 
 def resize_positions(grid: Tensor, rows: int, columns: int) -> Tensor:

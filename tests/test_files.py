@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from detailflow.errors import DetailFlowError
-from detailflow.storage import (
+from detailflow.files import (
     LARGEST_YAML,
     PIECE,
     held,
@@ -130,7 +130,7 @@ def test_pieces():
 HOLD = """
 import sys
 from pathlib import Path
-from detailflow.storage import held
+from detailflow.files import held
 with held(Path(sys.argv[1]), "run"):
     print("held", flush=True)
     sys.stdin.read()

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detailflow.models import attention
-from detailflow.models.attention import attend
+from detailflow.models import layers
+from detailflow.models.layers import attend
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -13,7 +13,7 @@ from detailflow.models.attention import attend
 @pytest.mark.parametrize("scores", [1, 2 * 3 * 6 * 9, 2**21])  # an image at a time, at most two, all five
 def test_both_ways_agree(scores: int, queries: int, masked: bool, monkeypatch: pytest.MonkeyPatch):
     """Values and gradients, in one part or several, with fewer queries than keys."""
-    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(layers, "SCORES", scores)
     torch.manual_seed(0)
     q, k, v = (torch.randn(5, 3, length, 8, requires_grad=True) for length in (queries, 9, 9))
     mask = torch.ones(queries, 9, dtype=torch.bool).tril(9 - queries) if masked else None

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from detailflow.cli.main import main
+from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.processes import Processes
-from detailflow.storage import held
+from detailflow.files import held
 from detailflow.training.checkpoints import load_checkpoint, save_checkpoint
 from detailflow.training.gpt import GPTStage
 
@@ -146,7 +146,7 @@ def test_a_step_of_one_process(bug: bool, wrong: int, command: list[str], tmp_pa
 
 def test_the_main_process_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The other one waits for as long as it says that it works, and ends with it."""
-    monkeypatch.setattr("detailflow.processes.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("detailflow.distributed.BEAT_SECONDS", 0.0)
 
     def work(rank: int) -> int:
         processes = Processes.of_this_launch(cpu=True)
