@@ -10,6 +10,7 @@ demo: .venv/core  ## images of every class, and how they take shape, into output
 test: .venv/dev  ## what must pass before every commit
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -q -n 2 -m "not slow"
 
 test-oldest: .venv-oldest/dev  ## the tests on the oldest versions that pyproject.toml allows

@@ -1,7 +1,7 @@
 """Training throughput on this machine: a recipe's images per second, its share of the ceiling, where the rest goes.
 
-    python benchmarks/training.py tokenizer --config configs/own-64/tokenizer.yaml --data PHOTOS
-    python benchmarks/training.py gpt --config configs/own-64/gpt.yaml --num-tokens 64 --codebook-size 4096
+    python benchmarks/training.py tokenizer --config own-64/tokenizer.yaml --data PHOTOS
+    python benchmarks/training.py gpt --config own-64/gpt.yaml --num-tokens 64 --codebook-size 4096
 
 Operations are counted by PyTorch in the very steps that are timed (matrix products, convolutions and attention, forward and
 backward, frozen networks included); all other settings go in as with `detailflow train`.

@@ -1,4 +1,4 @@
-"""The recipes in configs/: each is whole, and ImageNet's are the paper's, whose constants stand here again."""
+"""The recipes of the package: each is whole, and ImageNet's are the paper's, whose constants stand here again."""
 
 from dataclasses import asdict
 from importlib.resources import files
@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from detailflow import DetailFlowGPT, DetailFlowTokenizer
-from detailflow.cli.settings import parse
+from detailflow.cli.settings import parse, recipe_file
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.growing import grow_tokenizer
 from detailflow.models.loading import config_from_dict
@@ -18,8 +18,8 @@ from detailflow.training.config import Extraction, GPTTraining, TokenizerTrainin
 from detailflow.training.presets import PRESETS, load_settings
 from detailflow.training.tokenizer import count_of_steps
 
-CONFIGS = Path(str(files("detailflow") / "configs"))
-RECIPES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml"))
+FOLDER = Path(str(files("detailflow") / "recipes"))
+RECIPES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.yaml"))
 IMAGENET = 1_281_167
 SIGLIP2 = "google/siglip2-so400m-patch16-naflex"
 USER_GIVES = {"tokenizer": ["data"], "extract": ["data", "tokenizer"], "gpt": ["tokens", "tokenizer"]}
@@ -29,9 +29,9 @@ KINDS = {"tokenizer": TokenizerTraining, "extract": Extraction, "gpt": GPTTraini
 def read(*names: str) -> Any:
     """The recipe of these files, laid over one another as on the command line."""
     stage = Path(names[0]).name.partition("-")[0]
-    contents = [yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in names]
+    contents = [yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in names]
     missing = [key for key in USER_GIVES[stage] if not any(key in content for content in contents)]
-    argv = [item for name in names for item in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    argv = [item for name in names for item in ("--config", str(FOLDER / f"{name}.yaml"))]
     request = parse(KINDS[stage], stage, "", [*argv, "--output", "no/where", *(f"--{key}=x" for key in missing)])
     assert request is not None
     return request.settings
@@ -49,8 +49,23 @@ def test_every_recipe_is_whole(name: str):
     settings = read(*base(name))
     if isinstance(settings, TokenizerTraining | GPTTraining):
         assert settings.loop.rate_at(0) < settings.loop.learning_rate
-    text = (CONFIGS / f"{name}.yaml").read_text()
+    text = (FOLDER / f"{name}.yaml").read_text()
     assert text.startswith("# ") and max(map(len, text.splitlines())) <= 130
+
+
+def test_a_recipe_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """--config imagenet/tokenizer is the package's own, unless there is such a file here; no other file of the package is one."""
+    monkeypatch.chdir(tmp_path)
+    known = str((FOLDER / "imagenet" / "tokenizer.yaml").resolve())
+    assert recipe_file("imagenet/tokenizer") == recipe_file("imagenet/tokenizer.yaml") == known
+    for name in ("../weights/gpt/config", "imagenet", "imagenet/none", ""):
+        assert recipe_file(name) == str(Path(name))
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet" / "tokenizer").write_text("data: mine")
+    assert recipe_file("imagenet/tokenizer") == "imagenet/tokenizer"
+    argv = ["--config", "own-64/tokenizer", "--config=own-64/tokenizer.yaml", "--data", "x", "--output", "no/where"]
+    request = parse(TokenizerTraining, "train tokenizer", "", argv)
+    assert request is not None and request.settings.model.num_tokens == 64
 
 
 def test_recipes_are_there():
@@ -128,7 +143,7 @@ def test_imagenet_ar_models(size: int, overlay: list[str], guidance: float):
     assert loop.rate_at(rising // 2) == pytest.approx(1e-4 * (0.005 + 1) / 2, rel=1e-3)
     assert loop.rate_at(rising) == pytest.approx(1e-4, rel=1e-3)
     assert loop.rate_at(loop.steps - 1) == pytest.approx(0.01 * 1e-4, rel=1e-3)
-    comment = (CONFIGS / "imagenet" / "gpt.yaml").read_text()
+    comment = (FOLDER / "imagenet" / "gpt.yaml").read_text()
     assert f"--loop.batch_size 512 --loop.steps {300 * (IMAGENET // 512)}" in comment
 
 
@@ -138,7 +153,7 @@ def test_imagenet_extraction():
     sizes = [round(IMAGENET * (10 * 3 * n * 2 + 8) / 1e9) for n in (128, 256, 512)]
     assert (
         f"takes {sizes[0]} GB for DetailFlow-16, {sizes[1]} for -32 and {sizes[2]} for -64"
-        in (CONFIGS / "imagenet" / "extract.yaml").read_text()
+        in (FOLDER / "imagenet" / "extract.yaml").read_text()
     )
 
 

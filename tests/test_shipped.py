@@ -33,7 +33,7 @@ def test_is_small_and_knows_its_classes(shipped: DetailFlowPipeline) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer-correction"])
 def test_the_recipes_are_those_of_the_shipped_sizes(name: str, shipped: DetailFlowPipeline) -> None:
-    settings = yaml.safe_load((Path(detailflow.__file__).parent / "configs" / "cifar10" / f"{name}.yaml").read_text())
+    settings = yaml.safe_load((Path(detailflow.__file__).parent / "recipes" / "cifar10" / f"{name}.yaml").read_text())
     recipe = config_from_dict(TokenizerTraining, settings, name)
     assert recipe.model == shipped.tokenizer.config and recipe.perceptual > 0
 

@@ -358,7 +358,7 @@ def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_dry_run_of_the_papers_recipe(folder: Path, capsys: pytest.CaptureFixture[str]):
-    recipe = Path(__file__).parents[2] / "src" / "detailflow" / "configs" / "imagenet" / "tokenizer.yaml"
+    recipe = Path(__file__).parents[2] / "src" / "detailflow" / "recipes" / "imagenet" / "tokenizer.yaml"
     before = files(folder)
     assert main(["train", "tokenizer", "--config", str(recipe), "--data", "images", "--dry-run", "--device", "cpu"]) == 0
     out = capsys.readouterr().out

@@ -14,6 +14,7 @@ from detailflow.cli.common import check_output, expanded, expanded_path
 from detailflow.errors import DetailFlowError
 
 DRY_RUN = "--dry-run"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 class Request(NamedTuple):
@@ -56,6 +57,7 @@ def parse(
     parser.add_argument("--output", type=expanded_path)
     parser.add_argument("--device", type=str)
     parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
+    argv = _with_recipes(argv)
     files = [read_settings_file(path) for path in _values(argv, "--config")]
     init = ([content.get("init") for content in files] + _values(argv, "--init"))[-1:]  # what is given last counts
     if sizes and init and init[0] not in (None, "", "null"):
@@ -98,6 +100,20 @@ def read_settings_file(path: str) -> dict[str, Any]:
     return content
 
 
+def recipe_file(name: str) -> str:
+    """Return the path of a settings file: the file itself, or the recipe of that name in the package, as imagenet/tokenizer."""
+    recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if expanded_path(name).exists() or not recipe.is_file() or not recipe.resolve().is_relative_to(RECIPES.resolve()):
+        return str(expanded_path(name))
+    return str(recipe)
+
+
+def _with_recipes(argv: Sequence[str]) -> list[str]:
+    """Return the words with the path of its file in place of each value of --config."""
+    result = [f"--config={recipe_file(item[9:])}" if item.startswith("--config=") else item for item in argv]
+    return [recipe_file(item) if i and result[i - 1] == "--config" else item for i, item in enumerate(result)]
+
+
 def expand_values(values: Any) -> Any:
     """Return settings, one or nested, with `~` expanded in every text: each may be a path, and nothing else begins so."""
     if isinstance(values, Mapping):
@@ -138,7 +154,7 @@ def help_text(kind: type, command: str, summary: str, can_plan: bool = False) ->
         f"usage: detailflow {command} --config FILE --output DIR [--device DEVICE] [--KEY VALUE …]\n\n"
         f"{summary}\n\n"
         "options:\n"
-        "  --config FILE    YAML with the settings below; several are laid over one another\n"
+        "  --config FILE    YAML with the settings below, or a recipe as own-64/tokenizer; the last of several wins\n"
         "  --output DIR     where to write\n"
         "  --device DEVICE  cpu, cuda, cuda:1, … (default: the GPU where there is one)\n"
         f"{plan}"

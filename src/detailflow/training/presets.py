@@ -18,8 +18,8 @@ PRESETS = ("small-32", "own-64", "own-128", "own-256")  # small-32 is the defaul
 
 
 def load_settings(preset: str, stage: str) -> dict[str, Any]:
-    """The settings of one stage ("tokenizer", "extract" or "gpt") of a recipe in `configs/`."""
-    return yaml.safe_load((files("detailflow") / "configs" / preset / f"{stage}.yaml").read_text())
+    """The settings of one stage ("tokenizer", "extract" or "gpt") of a recipe in `recipes/`."""
+    return yaml.safe_load((files("detailflow") / "recipes" / preset / f"{stage}.yaml").read_text())
 
 
 def train_preset(
