@@ -217,7 +217,9 @@ def test_values_out_of_range(pipeline: DetailFlowPipeline, options: dict[str, in
 
 def test_more_images_than_one_call_makes(pipeline: DetailFlowPipeline):
     for call in (pipeline, pipeline.stream):
-        with pytest.raises(DetailFlowError, match="200,000,000,000 images are more than one call makes, which is 100,000: make"):
+        with pytest.raises(DetailFlowError, match="2,000,000,000 images are more than one call makes, which is 100,000: make"):
+            call(["cat", "bird"], num_images_per_class=10**9)
+        with pytest.raises(DetailFlowError, match="num_images_per_class must be at most 2,147,483,647"):
             call(["cat", "bird"], num_images_per_class=10**11)
 
 
