@@ -14,8 +14,9 @@ import torch
 
 from detailflow.benchmark import Contender, RecomputingGPT, race
 from detailflow.device import choose_device
+from detailflow.generation import CachedModel
 from detailflow.machine import generation_work, measure_ceilings
-from detailflow.models.gpt import CachedGPT, DetailFlowGPT, GPTConfig
+from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 
 BASE = dict(width=512, depth=8, heads=8, num_tokens=128)
 
@@ -27,7 +28,7 @@ def build(device: torch.device, dtype: torch.dtype, **sizes: int) -> DetailFlowG
     return DetailFlowGPT(config).to(device, dtype).eval()
 
 
-def a_step(gpt: DetailFlowGPT, start: int, kind: type[CachedGPT] | type[RecomputingGPT]) -> Callable[[], object]:
+def a_step(gpt: DetailFlowGPT, start: int, kind: type[CachedModel] | type[RecomputingGPT]) -> Callable[[], object]:
     """The step that writes the group at `start`, alone; what was there before is zeros, which costs the same."""
     state = kind(gpt, torch.zeros(1, dtype=torch.int64, device=gpt.device), guided=True)
     tokens = torch.zeros(1, gpt.config.num_tokens, dtype=torch.int64, device=gpt.device)
@@ -67,10 +68,10 @@ def main() -> None:
     widths = [(f"width {w}", 1, {"width": w, "heads": w // 64}) for w in (256, 512, 768, 1024)]
     generations("all tokens of one image, by width", widths)
     gpt = build(device, dtype, num_tokens=512)
-    for kind, law in ((CachedGPT, lambda start: 1.0), (RecomputingGPT, lambda start: start + 8.0)):
+    for kind, law in ((CachedModel, lambda start: 1.0), (RecomputingGPT, lambda start: start + 8.0)):
         starts = (8, 64, 128, 256, 504)
         measured = race({f"{s} there": Contender(a_step(gpt, s, kind), None) for s in starts}, device, args.repeats)
-        name = "with the cache" if kind is CachedGPT else "computing all again"
+        name = "with the cache" if kind is CachedModel else "computing all again"
         table(f"one step of 8 tokens, {name}", [(f"{s} there", measured[f"{s} there"][0], law(s)) for s in starts])
 
 

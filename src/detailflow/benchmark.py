@@ -17,6 +17,7 @@ from torch import Tensor
 from detailflow import generation
 from detailflow.device import choose_device, within_memory
 from detailflow.errors import DetailFlowError
+from detailflow.generation import with_null_class
 from detailflow.hub import ZOO
 from detailflow.machine import (
     Ceilings,
@@ -28,7 +29,7 @@ from detailflow.machine import (
     measure_ceilings,
     seconds,
 )
-from detailflow.models.gpt import DetailFlowGPT, GPTConfig, rotary_table, with_null_class
+from detailflow.models.gpt import DetailFlowGPT, GPTConfig, rotary_table
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.pipeline import DetailFlowPipeline, image_generator
@@ -46,7 +47,8 @@ class RecomputingGPT:
     """A generation that keeps nothing: every step computes all positions so far again, and the logits of the new ones."""
 
     def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
-        self.model, self.class_ids, self.guided = model, with_null_class(class_ids, model.config) if guided else class_ids, guided
+        self.model, self.guided = model, guided
+        self.class_ids = with_null_class(class_ids, model.config.num_classes) if guided else class_ids
         self.rotation = rotary_table(model.config).to(model.device)
         self.mask = model.schedule.attention_mask(model.config.num_tokens, model.device)
 
@@ -55,7 +57,7 @@ class RecomputingGPT:
         """(B, N) tokens, known before `start` → logits (B or 2B, end − start, K)."""
         if self.guided:
             tokens = tokens.repeat(2, 1)
-        x = self.model._inputs(self.class_ids, tokens, 0, end)
+        x = self.model.inputs(self.class_ids, tokens, 0, end)
         for block in self.model.blocks:
             x = block(x, self.rotation[:end], self.mask[:end, :end])
         return self.model.head(self.model.norm(x[:, start:]))

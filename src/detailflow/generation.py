@@ -6,13 +6,13 @@ Every image has a noise stream of its own: one uniform number per token, drawn i
 cumulative probability passes its number, so an image never depends on what else is in its batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError
 from detailflow.schedule import TokenSchedule
@@ -20,6 +20,7 @@ from detailflow.schedule import TokenSchedule
 GUIDANCE_SCHEDULES = ("constant", "linear")
 OFF: Literal["off"] = "off"  # a top-k or top-p that keeps all codes, whatever the model's own best is
 LARGEST_GUIDANCE = 1e6  # beyond, a scaled difference of logits may leave float32
+FEWEST_ROWS = 4  # of a compiled step on a CPU: there matrix products of 2 rows take a third longer than those of 4
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -159,3 +160,110 @@ def _outside_nucleus(logits: Tensor, top_p: float) -> Tensor:
     outside = before >= top_p
     outside[..., 0] = False  # whatever a tiny `top_p` is in float32
     return torch.zeros_like(outside).scatter(-1, order, outside)
+
+
+# --- the KV cache --------------------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """Keys and values of one attention layer, preallocated for all N positions."""
+
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
+        self.keys = torch.empty(batch, heads, length, head_dim, dtype=like.dtype, device=like.device)
+        self.values = torch.empty_like(self.keys)
+
+    def append(self, start: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store positions from `start` on; return everything up to them."""
+        assert isinstance(start, int)
+        end = start + k.shape[2]
+        self.keys[:, :, start:end], self.values[:, :, start:end] = k, v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class StaticCache(Cache):
+    """A cache that is always seen whole, so that every step of a size has the same shapes; a mask hides what is not yet there."""
+
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
+        super().__init__(batch, heads, length, head_dim, like)
+        self.keys.zero_()  # what a mask hides is still multiplied by 0, and must be a number
+        self.values.zero_()
+
+    def append(self, start: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the positions that `start` lists; return everything, later positions included."""
+        assert isinstance(start, Tensor)
+        self.keys.index_copy_(2, start, k)
+        self.values.index_copy_(2, start, v)
+        return self.keys, self.values
+
+
+def with_null_class(class_ids: Tensor, null_class: int) -> Tensor:
+    """(B,) class ids → (2B,): these, then the null class as often, for guidance in one pass."""
+    return torch.cat((class_ids, torch.full_like(class_ids, null_class)))
+
+
+class CacheableModel(Protocol):
+    """What the cache needs of an AR model; `DetailFlowGPT` is one."""
+
+    config: Any
+    compiled_for: int | None  # images at a time, for which `compiled_logits` is a program
+    compiled_logits: Callable[..., Tensor] | None
+
+    def inputs(self, class_ids: Tensor, ids: Tensor, start: int, end: int) -> Tensor:
+        """Embed the positions from `start` to `end`: (B,), (B, N) → (B, end − start, width)."""
+
+    def logits(
+        self, x: Tensor, rotation: Tensor, mask: Tensor | None, caches: Sequence[Cache] | None, start: int | Tensor
+    ) -> Tensor:
+        """(B, T, width) embeddings → (B, T, K) logits, keys and values of earlier positions in the caches."""
+
+    @property
+    def head(self) -> nn.Module:
+        """The last layer, whose weights have the type and the device of the cache."""
+
+    def rotary_table(self) -> Tensor:
+        """Return the rotation of each position, (N, head_dim/2, 2)."""
+
+
+class CachedModel:
+    """The state of one generation: the classes, doubled with the null class if guided, and the cache of every layer."""
+
+    @torch.inference_mode()  # here as well, or a compiled program would meet two kinds of tensors
+    def __init__(self, model: CacheableModel, class_ids: Tensor, guided: bool) -> None:
+        config, weight = model.config, model.head.get_parameter("weight")
+        self.compiled = model.compiled_logits if len(class_ids) == model.compiled_for else None
+        if guided:
+            class_ids = with_null_class(class_ids, config.num_classes)
+        self.model, self.guided, self.class_ids = model, guided, class_ids
+        self.rotation = model.rotary_table().to(weight.device)
+        kind = StaticCache if self.compiled else Cache
+        self.caches = [
+            kind(len(class_ids), config.heads, config.num_tokens, config.width // config.heads, weight)
+            for _ in range(config.depth)
+        ]
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        """(B, N) tokens, known before `start` → logits (B or 2B, end − start, K)."""
+        if self.guided:
+            tokens = tokens.repeat(2, 1)
+        x = self.model.inputs(self.class_ids, tokens, start, end)
+        rotation = self.rotation[start:end]
+        if self.compiled is None:  # no mask: all that is cached may be seen
+            return self.model.logits(x, rotation, None, self.caches, start)
+        mask = torch.arange(self.model.config.num_tokens, device=x.device) < end
+        positions = torch.arange(start, end, device=x.device)
+        if end - start == 1 and x.device.type == "cpu":  # the same position several times over
+            copies = -(-FEWEST_ROWS // len(x))
+            x, rotation, positions = x.expand(-1, copies, -1), rotation.expand(copies, -1, -1), positions.expand(copies)
+        return self.compiled(x, rotation, mask.expand(len(positions), -1), self.caches, positions)[:, : end - start]
+
+
+def one_each(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
+    """A generator per image, from a list of that length or seeded by draws from one (`None`: torch's own)."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = generator.device if generator is not None else "cpu"
+        seeds = torch.randint(2**62, (count,), generator=generator, device=device)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    if len(generator) != count:
+        raise DetailFlowError(f"generator must be one or a list of {count}, one per image, not a list of {len(generator)}")
+    return list(generator)

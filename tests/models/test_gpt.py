@@ -77,7 +77,7 @@ def test_without_a_causal_prefix():
     torch.manual_seed(0)
     gpt = DetailFlowGPT(replace(CONFIG, group_size=4, causal_tokens=0)).eval()
     ids = torch.randint(gpt.config.codebook_size, (1, 16))
-    x = gpt._inputs(torch.tensor([1]), ids, 0, 16)
+    x = gpt.inputs(torch.tensor([1]), ids, 0, 16)
     parts = (gpt.class_embedding.weight[1:2], gpt.mask_embedding.weight, gpt.token_embedding(ids[0, :12]))
     assert torch.equal(x[0], torch.cat(parts))
     changed = ids.clone()

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from detailflow import generation, hub
 from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.errors import DetailFlowError
-from detailflow.generation import SamplingConfig
+from detailflow.generation import Cache, SamplingConfig
 from detailflow.models.layers import attend
 from detailflow.models.loading import build, check_ids
 from detailflow.schedule import TokenSchedule, require_positive
-
-FEWEST_ROWS = 4  # of a compiled step on a CPU: there matrix products of 2 rows take a third longer than those of 4
 
 
 @dataclass(frozen=True)
@@ -102,35 +100,8 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), eps=1e-5)
 
 
-class Cache:
-    """Keys and values of one attention layer, preallocated for all N positions."""
-
-    def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        self.keys = torch.empty(batch, heads, length, head_dim, dtype=like.dtype, device=like.device)
-        self.values = torch.empty_like(self.keys)
-
-    def append(self, start: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store positions from `start` on; return everything up to them."""
-        assert isinstance(start, int)
-        end = start + k.shape[2]
-        self.keys[:, :, start:end], self.values[:, :, start:end] = k, v
-        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-class StaticCache(Cache):
-    """A cache that is always seen whole, so that every step of a size has the same shapes; a mask hides what is not yet there."""
-
-    def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        super().__init__(batch, heads, length, head_dim, like)
-        self.keys.zero_()  # what a mask hides is still multiplied by 0, and must be a number
-        self.values.zero_()
-
-    def append(self, start: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the positions that `start` lists; return everything, later positions included."""
-        assert isinstance(start, Tensor)
-        self.keys.index_copy_(2, start, k)
-        self.values.index_copy_(2, start, v)
-        return self.keys, self.values
 
 
 class Attention(nn.Module):
@@ -228,7 +199,7 @@ class DetailFlowGPT(nn.Module):
         self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.apply(_initialise)
-        self._compiled: Callable[..., Tensor] | None = None
+        self.compiled_logits: Callable[..., Tensor] | None = None
         self.compiled_for: int | None = None  # images at a time
 
     @classmethod
@@ -276,9 +247,9 @@ class DetailFlowGPT(nn.Module):
         if ids.ndim != 2 or ids.shape != (len(class_ids), self.config.num_tokens):
             raise DetailFlowError(f"codes must have shape ({len(class_ids)}, {self.config.num_tokens}), not {tuple(ids.shape)}")
         class_ids, ids = class_ids.to(self.device), ids.to(self.device)
-        x = F.dropout(self._inputs(class_ids, ids, 0, self.config.num_tokens), self.config.dropout, self.training)
-        rotation = rotary_table(self.config).to(x.device)
-        return self._logits(x, rotation, self.schedule.attention_mask(self.config.num_tokens, x.device))
+        x = F.dropout(self.inputs(class_ids, ids, 0, self.config.num_tokens), self.config.dropout, self.training)
+        rotation = self.rotary_table().to(x.device)
+        return self.logits(x, rotation, self.schedule.attention_mask(self.config.num_tokens, x.device))
 
     def compile_generation(self, batch_size: int) -> None:
         """Let generation of `batch_size` images at a time run as a compiled program; any other number stays as it is.
@@ -290,13 +261,13 @@ class DetailFlowGPT(nn.Module):
             DetailFlowError: where nothing can be compiled, for lack of a C++ compiler for example.
         """
         require_positive(batch_size=batch_size)
-        self._compiled, self.compiled_for = compiled(self._logits, self.device), batch_size
+        self.compiled_logits, self.compiled_for = compiled(self.logits, self.device), batch_size
 
     def forget_compiled(self) -> None:
         """Go back to what is not compiled, for weights that are others or elsewhere now."""
-        self._compiled = self.compiled_for = None
+        self.compiled_logits = self.compiled_for = None
 
-    def _logits(
+    def logits(
         self,
         x: Tensor,
         rotation: Tensor,
@@ -372,11 +343,15 @@ class DetailFlowGPT(nn.Module):
         check_ids("class_ids", class_ids, 1, self.config.num_classes + 1)
         if not len(class_ids):
             raise DetailFlowError("class_ids must have at least one class")
-        noise = generation.image_noise(_one_each(generator, len(class_ids)), self.config.num_tokens)
-        model = CachedGPT(self, class_ids, sampling.guided)
+        noise = generation.image_noise(generation.one_each(generator, len(class_ids)), self.config.num_tokens)
+        model = generation.CachedModel(self, class_ids, sampling.guided)
         return generation.generate(model, self.schedule, sampling, noise, n, self.device)
 
-    def _inputs(self, class_ids: Tensor, ids: Tensor, start: int, end: int) -> Tensor:
+    def rotary_table(self) -> Tensor:
+        """Return `rotary_table` of this model's config."""
+        return rotary_table(self.config)
+
+    def inputs(self, class_ids: Tensor, ids: Tensor, start: int, end: int) -> Tensor:
         """Embed positions `start` to `end` of [class, z_1 … z_c, m_1 … m_{g−1}, z_{c+1} … z_{N−g}].
 
         See docs/method.md#ar-model.
@@ -396,54 +371,10 @@ class DetailFlowGPT(nn.Module):
         return torch.cat(parts, 1)
 
 
-def with_null_class(class_ids: Tensor, config: GPTConfig) -> Tensor:
-    """(B,) class ids → (2B,): these, then the null class as often, for guidance in one pass."""
-    return torch.cat((class_ids, torch.full_like(class_ids, config.num_classes)))
 
 
-class CachedGPT:
-    """One generation's state: the classes, doubled with the null class where guided, and every layer's cache."""
-
-    @torch.inference_mode()  # here as well, or a compiled program would meet two kinds of tensors
-    def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
-        config, weight = model.config, model.head.weight
-        self.compiled = model._compiled if len(class_ids) == model.compiled_for else None
-        if guided:
-            class_ids = with_null_class(class_ids, config)
-        self.model, self.guided, self.class_ids = model, guided, class_ids
-        self.rotation = rotary_table(config).to(weight.device)
-        kind = StaticCache if self.compiled else Cache
-        self.caches = [
-            kind(len(class_ids), config.heads, config.num_tokens, config.width // config.heads, weight)
-            for _ in range(config.depth)
-        ]
-
-    @torch.inference_mode()
-    def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
-        """(B, N) tokens, known before `start` → logits (B or 2B, end − start, K)."""
-        if self.guided:
-            tokens = tokens.repeat(2, 1)
-        x = self.model._inputs(self.class_ids, tokens, start, end)
-        rotation = self.rotation[start:end]
-        if self.compiled is None:  # no mask: all that is cached may be seen
-            return self.model._logits(x, rotation, None, self.caches, start)
-        mask = torch.arange(self.model.config.num_tokens, device=x.device) < end
-        positions = torch.arange(start, end, device=x.device)
-        if end - start == 1 and x.device.type == "cpu":  # the same position several times over
-            copies = -(-FEWEST_ROWS // len(x))
-            x, rotation, positions = x.expand(-1, copies, -1), rotation.expand(copies, -1, -1), positions.expand(copies)
-        return self.compiled(x, rotation, mask.expand(len(positions), -1), self.caches, positions)[:, : end - start]
 
 
-def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
-    """A generator per image, from a list of that length or seeded by draws from one (`None`: torch's own)."""
-    if generator is None or isinstance(generator, torch.Generator):
-        device = generator.device if generator is not None else "cpu"
-        seeds = torch.randint(2**62, (count,), generator=generator, device=device)
-        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-    if len(generator) != count:
-        raise DetailFlowError(f"generator must be one or a list of {count}, one per image, not a list of {len(generator)}")
-    return list(generator)
 
 
 def _initialise(module: nn.Module) -> None:
