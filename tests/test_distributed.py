@@ -45,8 +45,13 @@ def launch(work: Callable[[int], int], folder: Path) -> list[tuple[int | None, s
     for process in processes:
         process.join(SECONDS)
         process.kill()
-    said = [[(folder / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(2)]
+    said = [[_without_gloo((folder / f"{rank}.{name}").read_text()) for name in ("out", "err")] for rank in range(2)]
     return [(process.exitcode, out, err) for process, (out, err) in zip(processes, said, strict=True)]
+
+
+def _without_gloo(text: str) -> str:
+    """The text without the lines that torch 2.9 prints of its connections."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo]"))
 
 
 def complaints(text: str) -> list[str]:

@@ -99,7 +99,7 @@ class StreamSource:
     def records(self, rng: np.random.Generator, buffer: int, processes: Processes) -> Iterator[Record]:
         """One pass over this process's part, shuffled. Raises DetailFlowError where reading fails or there is nothing."""
         # The library shuffles the files; its own buffer of images can't hold more than 2 GB.
-        rows = _part(self._dataset, processes).shuffle(generator=rng, buffer_size=1)
+        rows = _part(self._dataset, processes).shuffle(seed=int(rng.integers(2**31)), buffer_size=1)
         waiting: list[Record] = []
         try:
             for row in rows:
