@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from detailflow.device import choose_device
-from detailflow.errors import DetailFlowError, ReportedElsewhereError
+from detailflow.errors import DetailFlowError, ReportedElsewhereError, missing_package
 
 Result = TypeVar("Result")
 LONGEST_WAIT = timedelta(hours=3)  # for one that does what only one should, such as reading all of a token store
@@ -41,9 +41,7 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError as error:
-            raise DetailFlowError(
-                "several processes need the package accelerate: install it with pip install 'detailflow[train]'"
-            ) from error
+            raise missing_package("work by several processes", "accelerate") from error
         # Without an accelerator it joins processes only where it is told so; of a Mac's GPU there is one only.
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         state = PartialState(cpu=cpu or accelerator is None or accelerator.type == "mps", timeout=LONGEST_WAIT)

@@ -17,6 +17,12 @@ def printable(name: str) -> str:
     return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def missing_package(what: str, package: str | None, instead: str = "") -> DetailFlowError:
+    """Return the error of `what` for a package that is not installed: it names the extra that brings it."""
+    get = "install it with pip install 'detailflow[train]' (from a clone: pip install '.[train]')"
+    return DetailFlowError(f"{what} needs the package {package}: {get}{instead and ', '}{instead}")
+
+
 class ReportedElsewhereError(DetailFlowError):
     """A `DetailFlowError` of another process of this launch, which reports it: the command line prints nothing more."""
 

@@ -99,7 +99,7 @@ def test_a_model_without_names(capsys: pytest.CaptureFixture[str]):
         (["--model", "nowhere/at/all"], "there is no such folder: nowhere/at/all"),
         (["--model", "TOKENIZER"], "TOKENIZER holds a tokenizer, not an AR model (gpt)"),
         (["--model", "EMPTY"], "EMPTY has no config.json"),
-        (["cat"], "unrecognized arguments: cat"),
+        (["cat"], "cat is more than this command takes: see detailflow classes --help"),
     ],
 )
 def test_bad_input(argv: list[str], message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -169,7 +169,8 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["everything"], "what to evaluate must be one of tokenizer, gpt, samples, statistics, compare, not 'everything'"),
+        (["everything"], "unknown evaluation 'everything': give tokenizer, gpt, samples, statistics, compare"),
+        (["smaples"], "unknown evaluation 'smaples': did you mean samples?"),
         (["tokenizer", "--output", "OUT"], "the following arguments are required: --data"),
         (["tokenizer", "--data", "nowhere/at.parquet", "--output", "OUT"], "nowhere/at.parquet does not exist"),
         (["tokenizer", "--data", "CIFAR"], "the following arguments are required: --output"),

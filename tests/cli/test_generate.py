@@ -166,7 +166,10 @@ def test_grid_and_strips_are_no_samples(model: Path, tmp_path: Path):
         (["--num", "many"], "argument --num: must be a positive integer, not 'many'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--device", "quantum"], "device 'quantum' cannot be used here: give another, such as cpu"),
-        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--bogus"], "unknown option '--bogus': see detailflow generate --help"),
+        (["--tempreature", "1"], "unknown option '--tempreature': did you mean --temperature?"),
+        (["--nmu=3"], "unknown option '--nmu': did you mean --num?"),
+        (["-x"], "-x is more than this command takes: see detailflow generate --help"),
         (["--model", "nowhere/at/all"], "there is no such folder: nowhere/at/all"),
     ],
 )

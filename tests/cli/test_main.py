@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,19 +28,19 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
         assert command in out
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["reconstruct", "--help"]])
+MODES = {"train": ("tokenizer", "gpt"), "evaluate": ("tokenizer", "gpt", "samples", "statistics", "compare")}
+PAGES = ["", *front.COMMANDS, *(f"{command} {mode}" for command, modes in MODES.items() for mode in modes)]
+
+
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("columns", ["80", "300"])
-def test_help_fits_a_screen(argv: list[str], columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_help_fits_a_screen(page: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", columns)
-    if len(argv) == 1:
-        main(argv)
-    else:
-        with pytest.raises(SystemExit) as stopped:  # argparse's own way out
-            main(argv)
-        assert stopped.value.code == 0
+    with suppress(SystemExit):  # argparse's own way out
+        assert main([*page.split(), "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 40
-    assert max(map(len, lines)) <= min(100, int(columns))
+    assert 8 <= len(lines) <= 40
+    assert max(map(len, lines)) <= min(100, int(columns) - 1)
 
 
 def test_help_does_not_wait_for_torch():
@@ -77,6 +78,60 @@ def test_a_command_that_needs_more_packages(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setitem(front.COMMANDS, "needy", "")
     assert main(["needy"]) == 2
     assert "needy needs the package a_package_that_is_not_there: install it with" in capsys.readouterr().err
+
+
+WITHOUT_THE_EXTRA = """
+import re, sys, tomllib
+from importlib.abc import MetaPathFinder
+
+EXTRA = tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"]["train"]
+NAMES = {re.match(r"[\\w-]+", line)[0].replace("-", "_") for line in EXTRA} | {"pyarrow"}
+
+class Hidden(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in NAMES:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+from detailflow.cli.main import main
+
+for line in sys.stdin:
+    try:
+        status = main(line.split())
+    except SystemExit as stopped:
+        status = stopped.code
+    print("status", status, file=sys.stderr)
+"""
+
+
+def test_without_the_extra(tmp_path: Path, model: Path):
+    """Each command says which package it lacks, and the extra that brings it, or does without; help is always there."""
+    for k in range(2):
+        (tmp_path / "images" / str(k)).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (90 * k, 100, 200)).save(tmp_path / "images" / str(k) / "a.png")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    lacking = {
+        "train tokenizer --data images --output run": "jsonargparse",
+        "train gpt --tokens tokens --output run": "jsonargparse",
+        "extract --data images --output run": "jsonargparse",
+        "train --data images --output run": "tensorboard",
+        "data a.parquet": "datasets",
+        f"evaluate tokenizer --data images --model {model} --output run": "matplotlib",
+    }
+    helps = [*(f"{page} --help" for page in ("train", "train tokenizer", "train gpt", "extract", "evaluate gpt"))]
+    plain = [f"generate --model {model}", "data images", f"reconstruct images --model {model}"]
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_EXTRA, str(pyproject)],
+        input="\n".join([*lacking, *helps, *plain]), capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    said = done.stderr.splitlines()
+    for i, package in enumerate(lacking.values()):
+        assert f"needs the package {package}: install it with pip install 'detailflow[train]' (from a clone: pip" in said[2 * i]
+        assert said[2 * i].endswith("install '.[train]')") and said[2 * i + 1] == "status 2"
+    assert [line for line in said[2 * len(lacking) :] if line.startswith("status")] == ["status 0"] * len([*helps, *plain])
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
 def test_a_reader_that_leaves_gets_no_traceback():

@@ -147,7 +147,7 @@ def test_help_fits_a_screen(split: str, capsys: pytest.CaptureFixture[str]):
 
 CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ({"perceptul": 1}, "unknown setting 'perceptul': did you mean perceptual?"),
-    ({"loop": {"lerning_rate": 1}}, "unknown setting 'lerning_rate': did you mean learning_rate?"),
+    ({"loop": {"lerning_rate": 1}}, "unknown setting 'lerning_rate': did you mean loop.learning_rate?"),
     ({"model": {"encoder": {"dpth": 1}}}, "unknown setting 'encoder.dpth': did you mean model.encoder.depth?"),
     ({"model": {"group_size": 3}}, "group_size must divide num_tokens, and 3 does not divide 8"),
     ({"model": {"patch_size": 5}}, "patch_size must divide image_size, and 5 does not divide 32"),
@@ -186,9 +186,9 @@ def test_bad_config_files(values: dict | str | None, message: str, folder: Path,
     ("argv", "message"),
     [
         (["--loop.stepz", "3"], "unknown setting 'loop.stepz': did you mean loop.steps?"),
-        (["--dry-runs", "3"], "unknown setting 'dry-runs': did you mean dry-run?"),
+        (["--dry-runs", "3"], "unknown setting 'dry-runs': did you mean --dry-run?"),
         (["--loop.trackers", "tensorboard"], "setting loop.trackers is wrong: "),
-        (["--conf", "a.yaml"], "unknown setting 'conf': did you mean config?"),
+        (["--conf", "a.yaml"], "unknown setting 'conf': did you mean --config?"),
         (["--data", "nowhere/at/all"], "nowhere/at/all does not exist: give a folder of images"),
         (["--data", "empty"], "empty holds no images"),
         (["--data", "a.yaml"], "a.yaml is neither a folder of images nor a .parquet"),
@@ -399,7 +399,7 @@ def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, 
     assert complaint(gpt(model, "images", "--dry-run"), capsys).startswith("images is no token store")
     assert complaint([*TRAIN, "--dry-run", "--device", "quantum"], capsys).startswith("device 'quantum' cannot be used")
     extraction = ["extract", "--data", "images", "--tokenizer", str(model), "--output", "t", "--dry-run"]
-    assert complaint(extraction, capsys).startswith("unknown setting 'dry-run': the settings are config, output, device, data")
+    assert complaint(extraction, capsys).startswith("unknown setting 'dry-run': see detailflow extract --help")
 
 
 # ------------------------------------------------------------------------------------------------- all in a row
@@ -419,7 +419,10 @@ def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, 
         ),
         (["--data", "images", "--output", "run", "--split", "val"], "images has no split 'val'"),
         (["--data", "images", "--output", "run", "--device", "quantum"], "device 'quantum' cannot be used here"),
-        (["tokeniser", "--config", "a.yaml"], "unknown stage 'tokeniser': give tokenizer or gpt, or --data DATA --output DIR"),
+        (["tokeniser", "--config", "a.yaml"], "unknown stage 'tokeniser': did you mean tokenizer?"),
+        (["everything"], "unknown stage 'everything': give tokenizer or gpt, or --data DATA --output DIR"),
+        (["--dta", "images", "--output", "run"], "unknown option '--dta': did you mean --data?"),
+        (["--gpt-stpes", "3"], "unknown option '--gpt-stpes': did you mean --gpt-steps?"),
     ],
 )
 def test_bad_options_of_all_in_a_row(argv: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]):

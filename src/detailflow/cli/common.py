@@ -3,8 +3,10 @@
 import argparse
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,8 +34,30 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        """Raise a `DetailFlowError`: of a misspelled option if there is one, as argparse may complain of what it left missing."""
+        options = self._words[: self._words.index("--")] if "--" in self._words else self._words
+        known = self._option_string_actions
+        for word in (word.partition("=")[0] for word in options if word.startswith("--")):
+            if word not in known:
+                raise DetailFlowError(unknown("option", word, [*known, "--max-pixels"], f"see {self.prog} --help"))
+        unexpected = "unrecognized arguments: "
+        if message.startswith(unexpected):
+            message = f"{message.removeprefix(unexpected)} is more than this command takes: see {self.prog} --help"
         raise DetailFlowError(message)
+
+
+def unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
+    """Return the sentence for a word that is none of those known: the closest of them, or what to do `otherwise`."""
+    by_name = {name.strip("-"): name for name in known}
+    parts = {name.rpartition(".")[2]: name for name in reversed(by_name)}  # loop.steps is found by steps, too
+    close = get_close_matches(word.strip("-"), [*by_name, *(part for part in parts if part not in by_name)], n=1)
+    advice = f"did you mean {by_name.get(close[0]) or by_name[parts[close[0]]]}?" if close else otherwise
+    return f"unknown {what} {word!r}: {advice}"
 
 
 def add_model_options(parser: argparse.ArgumentParser, tokenizer: bool = False, dtype: bool = True) -> None:

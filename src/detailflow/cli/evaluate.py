@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from detailflow.cli.common import TOP_K, TOP_P, Parser, add_model_options, check_output, expanded, expanded_path, positive
+from detailflow.cli.common import (
+    TOP_K,
+    TOP_P,
+    Parser,
+    add_model_options,
+    check_output,
+    expanded,
+    expanded_path,
+    positive,
+    unknown,
+)
 from detailflow.errors import DetailFlowError, printable
 
 if TYPE_CHECKING:
@@ -19,11 +29,11 @@ NONE = "none"  # for --features
 HELP = """usage: detailflow evaluate WHAT …
 
 Measure models and images by the field's standard means. The first three write
-a folder with report.json, report.md and plots, by one process or, with torchrun
-or accelerate launch, by several.
+a folder with report.json, report.md and plots; torchrun or accelerate launch
+may start several processes.
 
 what:
-  tokenizer   how well a tokenizer rebuilds images, by tokens and with planted mistakes
+  tokenizer   how well a tokenizer rebuilds images
   gpt         how good generated images are, over ways to sample them
   samples     any two sets of images: folder, .npz, WebDataset, parquet
   statistics  a reference's, measured once and kept in an .npz file
@@ -41,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     kinds = {"tokenizer": _tokenizer, "gpt": _gpt, "samples": _samples, "statistics": _statistics, "compare": _compare}
     if argv[0] not in kinds:
-        raise DetailFlowError(f"what to evaluate must be one of {', '.join(kinds)}, not {argv[0]!r}")
+        raise DetailFlowError(unknown("evaluation", argv[0], kinds, f"give {', '.join(kinds)}"))
     with ExitStack() as stack:
         kinds[argv[0]](argv[1:], printable(shlex.join(["detailflow", "evaluate", *argv])), stack)
     return 0

@@ -7,11 +7,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 
 from detailflow import __version__
-from detailflow.errors import DetailFlowError, DetailFlowWarning, ReportedElsewhereError
+from detailflow.cli.common import unknown
+from detailflow.errors import DetailFlowError, DetailFlowWarning, ReportedElsewhereError, missing_package
 
 COMMANDS = {  # each is the module of that name in this package, imported when asked for
     "generate": "make images of classes",
@@ -133,17 +133,17 @@ def _run(argv: list[str]) -> int:
         return 0
     command, *rest = argv
     if command not in COMMANDS:
-        close = get_close_matches(command, COMMANDS, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
-        raise DetailFlowError(f"unknown command {command!r}: {advice}")
+        raise DetailFlowError(unknown("command", command, COMMANDS, f"the commands are {', '.join(COMMANDS)}"))
     try:
-        module = import_module(f"detailflow.cli.{command}")
-    except ModuleNotFoundError as error:
+        return _command(command, rest)
+    except ModuleNotFoundError as error:  # wherever it is imported
         if error.name is None or error.name.split(".")[0] == "detailflow":
             raise
-        raise DetailFlowError(
-            f"{command} needs the package {error.name}: install it with pip install 'detailflow[train]'"
-        ) from error
+        raise missing_package(f"detailflow {command}", error.name.split(".")[0]) from error
+
+
+def _command(command: str, rest: list[str]) -> int:
+    module = import_module(f"detailflow.cli.{command}")
     if command not in _READ_IMAGES or "--dry-run" in rest or os.environ.get("RANK", "0") != "0":
         return module.main(rest)
     logger, printer = logging.getLogger("detailflow.data"), _Printer()

@@ -6,11 +6,10 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from detailflow.cli.common import check_output, expanded, expanded_path
+from detailflow.cli.common import check_output, expanded, expanded_path, unknown
 from detailflow.errors import DetailFlowError
 
 DRY_RUN = "--dry-run"
@@ -44,11 +43,12 @@ def parse(
         DetailFlowError: for a file that can't be read, an unknown key, a value that is wrong or missing, or an output folder
             that can't be written to.
     """
-    from jsonargparse import ArgumentParser
-
     if not argv or "--help" in argv or "-h" in argv:
         print(help_text(kind, command, summary, can_plan), end="")
         return None
+
+    from jsonargparse import ArgumentParser
+
     dry_run = can_plan and DRY_RUN in argv
     if dry_run:
         argv = [item for item in argv if item != DRY_RUN]
@@ -73,7 +73,7 @@ def parse(
     except DetailFlowError:
         raise
     except (argparse.ArgumentError, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise DetailFlowError(explain(kind, str(error), can_plan)) from error
+        raise DetailFlowError(explain(kind, command, str(error), can_plan)) from error
     if not dry_run:
         if output is None:
             raise DetailFlowError("--output is missing: the folder to write to")
@@ -148,13 +148,13 @@ def keys(kind: type, prefix: str = "") -> Iterable[tuple[str, Any]]:
 def help_text(kind: type, command: str, summary: str, can_plan: bool = False) -> str:
     """A page that names every setting with its default."""
     named = [name if default is MISSING else f"{name}={_plain(default)}" for name, default in keys(kind)]
-    settings = textwrap.fill("  ".join(named), 96, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    settings = textwrap.fill("  ".join(named), 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     plan = f"  {DRY_RUN}        only say what the run will cost: memory, time, disk\n" if can_plan else ""
     return (
-        f"usage: detailflow {command} --config FILE --output DIR [--device DEVICE] [--KEY VALUE …]\n\n"
-        f"{summary}\n\n"
+        f"usage: detailflow {command} --config FILE --output DIR [options]\n\n"
+        f"{textwrap.fill(summary, 78)}\n\n"
         "options:\n"
-        "  --config FILE    YAML with the settings below, or a recipe as own-64/tokenizer; the last of several wins\n"
+        "  --config FILE    settings in YAML, or a recipe such as own-64/tokenizer\n"
         "  --output DIR     where to write\n"
         "  --device DEVICE  cpu, cuda, cuda:1, … (default: the GPU where there is one)\n"
         f"{plan}"
@@ -170,14 +170,12 @@ def _plain(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def explain(kind: type, message: str, can_plan: bool = False) -> str:
+def explain(kind: type, command: str, message: str, can_plan: bool = False) -> str:
     """One sentence out of jsonargparse's message."""
     text = " ".join(message.split())
     if match := re.search(r"(?:Option |option |arguments: )'?(?:--)?([\w.-]+)'?", text):
-        names = ["config", "output", "device", *([DRY_RUN[2:]] if can_plan else []), *(name for name, _ in keys(kind))]
-        wrong = match[1]
-        close = get_close_matches(wrong, [*names, *(name.rpartition(".")[2] for name in names)], n=1)
-        return f"unknown setting {wrong!r}: " + (f"did you mean {close[0]}?" if close else f"the settings are {', '.join(names)}")
+        options = ["--config", "--output", "--device", "--max-pixels", *([DRY_RUN] if can_plan else [])]
+        return unknown("setting", match[1], [*options, *(name for name, _ in keys(kind))], f"see detailflow {command} --help")
     if match := re.search(r"required: (.*)", text):
         return f"settings are missing: {match[1]} (give them in --config FILE or as --KEY VALUE)"
     if match := re.search(r'Parser key "([\w.]+)": (.*)', text):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from detailflow.cli.common import Parser, check_output, expanded, expanded_path, positive
+from detailflow.cli.common import Parser, check_output, expanded, expanded_path, positive, unknown
 from detailflow.cli.settings import Request, parse
 from detailflow.errors import DetailFlowError
 
@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
             else:
                 train_gpt(request.settings, request.output, request.device)
     elif stage and not stage.startswith("-"):
-        raise DetailFlowError(f"unknown stage {stage!r}: give tokenizer or gpt, or --data DATA --output DIR for all in a row")
+        otherwise = "give tokenizer or gpt, or --data DATA --output DIR for all in a row"
+        raise DetailFlowError(unknown("stage", stage, ("tokenizer", "gpt"), otherwise))
     else:
         _train_all(argv)
     return 0
@@ -71,14 +72,14 @@ def _train_all(argv: Sequence[str]) -> None:
 
     parser = Parser(
         "train",
-        "{tokenizer,gpt} --config FILE … | --data DATA --output DIR",
+        "{tokenizer,gpt} … | --data DATA --output DIR",
         "Train a tokenizer or an AR model (see `detailflow train tokenizer --help`, `detailflow train gpt --help`), "
         "or, with --data, all in a row: tokenizer, extraction, AR model. The same command goes on with an interrupted run.",
     )
+    parser.add_argument("--data", type=expanded, required=True, help="a folder of class subfolders, parquet, or a hub data set")
     parser.add_argument(
-        "--data", type=expanded, required=True, help="a folder of images in class subfolders, parquet file(s), or a hub data set"
+        "--preset", choices=PRESETS, default=PRESETS[0], metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: the first)"
     )
-    parser.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help="sizes and schedule (default: %(default)s)")
     parser.add_argument("--output", type=expanded_path, required=True, metavar="DIR", help="gets tokenizer/, tokens/ and gpt/")
     parser.add_argument("--split", help="of the data, where it has several (default: train)")
     parser.add_argument("--tokenizer-steps", type=positive, metavar="N", help="in place of the preset's")

@@ -15,7 +15,7 @@ import numpy as np
 from detailflow.data.decode import first_line
 from detailflow.data.source import ImageSource, common_folder, file_sizes, labelled, unlabelled
 from detailflow.data.stored import stored_image
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, missing_package
 from detailflow.files import read_text
 
 _EXPANDED = 256 * 2**20  # bytes that a row group may always have
@@ -75,9 +75,7 @@ def import_datasets() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
-        raise DetailFlowError(
-            "Parquet files and hub datasets need the datasets library: pip install 'detailflow[train]'"
-        ) from error
+        raise missing_package("a parquet file or hub data set", "datasets") from error
     return datasets
 
 
@@ -176,9 +174,10 @@ def load_hub(name: str, split: str, **options: Any) -> Any:
         with quiet(datasets, True):
             return datasets.load_dataset(name, split=split, **options)
     except Exception as error:  # no network, no such dataset, no such split, gated, ...: `datasets` says which
-        raise DetailFlowError(
-            f"{name} is neither a file or folder here nor a hub dataset that can be opened ({first_line(error)})"
-        ) from error
+        reached = f"on the hub it cannot be opened as a data set ({first_line(error)})"
+        if isinstance(error, ConnectionError):
+            reached = "the hub cannot be reached to look for a data set of that name"
+        raise DetailFlowError(f"{name} is neither a file nor a folder here, and {reached}") from error
 
 
 def cache_folders(name: str) -> list[str]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow import hub
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, missing_package
 from detailflow.files import read_metadata, read_tensors
 from detailflow.models.loading import load_weights
 
@@ -151,22 +151,18 @@ def _build(settings: Settings, path: Path) -> tuple[nn.Module, Run]:
     try:
         from accelerate import init_empty_weights
     except ImportError as error:
-        raise _missing(path, "accelerate") from error
+        raise missing_package(str(path), "accelerate") from error
     try:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about initial values
             return builders[library](name, settings)
     except ImportError as error:
-        raise _missing(path, library) from error
+        raise missing_package(str(path), library) from error
     except KeyError:
         raise DetailFlowError(f"{path}: {library} has no classification network {name[:60]!r}") from None
     except Exception as error:  # libraries have many kinds
         reason = str(error).strip().splitlines()[:1]
         raise DetailFlowError(f"{path}: {settings.architecture} cannot be built ({''.join(reason)})") from error
-
-
-def _missing(path: Path, package: str) -> DetailFlowError:
-    return DetailFlowError(f"{path} needs the package {package}: install it with pip install 'detailflow[train]'")
 
 
 def _of_timm(name: str, settings: Settings) -> tuple[nn.Module, Run]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detailflow import hub
 from detailflow.data.transforms import to_tensor
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, missing_package
 from detailflow.evaluation.architectures import load_network
 from detailflow.files import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.models.loading import load_weights
@@ -101,7 +101,7 @@ class Inception:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
         except ImportError as error:
-            raise _missing("torch-fidelity") from error
+            raise missing_package("--features inception", "torch-fidelity", _INSTEAD) from error
         # torch-fidelity unpickles its file without a check: it gets to see what was read as plain tensors, written anew.
         plain = io.BytesIO()
         torch.save(_inception_weights(URL_INCEPTION_V3, weights), plain)
@@ -157,7 +157,7 @@ class DINOv2:
             import timm
             from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         except ImportError as error:
-            raise _missing("timm") from error
+            raise missing_package("--features dinov2", "timm", _INSTEAD) from error
         try:
             tensors = _dinov2_weights(weights)
             network: Any = timm.create_model(DINOV2, num_classes=0, img_size=224)
@@ -252,10 +252,4 @@ def _no_weights(name: str, what: str, source: str) -> DetailFlowError:
     return DetailFlowError(
         f"--features {name} needs its network's weights, which {what} {source}: "
         f"get that file and give its path as --weights FILE, {_INSTEAD}"
-    )
-
-
-def _missing(package: str) -> DetailFlowError:
-    return DetailFlowError(
-        f"these features need the package {package}: install it with pip install 'detailflow[train]', {_INSTEAD}"
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detailflow.distributed import Processes
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, missing_package
 
 NEIGHBOURS = 3  # of precision and recall, as ADM's evaluation has them
 IMAGES_PER_SPLIT = 5000  # of the inception score, as in ADM's evaluation: ten splits of 50,000 images
@@ -264,9 +264,7 @@ def _torchmetrics(name: str) -> Callable[..., Any]:
     try:
         from torchmetrics.functional import image
     except ImportError as error:
-        raise DetailFlowError(
-            "PSNR and SSIM need the package torchmetrics: install it with pip install 'detailflow[train]'"
-        ) from error
+        raise missing_package("the measure of PSNR and SSIM", "torchmetrics") from error
     return getattr(image, name)
 
 

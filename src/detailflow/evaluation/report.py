@@ -16,7 +16,7 @@ from PIL import Image
 
 from detailflow import hub
 from detailflow.benchmark import machine_name
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError, missing_package, printable
 from detailflow.files import read_json, replacing
 from detailflow.published import Kind
 
@@ -302,7 +302,7 @@ def check_packages(*names: str) -> None:
     """
     for name in names:
         if find_spec(name) is None:
-            raise DetailFlowError(f"evaluation needs the package {name}: install it with pip install 'detailflow[train]'")
+            raise missing_package("evaluation", name)
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from detailflow import hub
 from detailflow.device import autocast
 from detailflow.distributed import Processes
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, missing_package
 from detailflow.files import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.models.loading import load_weights
 from detailflow.training.config import PATCH, PRECISIONS, LoopConfig
@@ -72,10 +72,7 @@ class DINODiscriminator(nn.Module):
             import timm
             from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         except ImportError as error:
-            raise DetailFlowError(
-                "the adversarial loss (DINO discriminator) needs the package timm: install it with "
-                f"pip install 'detailflow[train]', {_INSTEAD}"
-            ) from error
+            raise missing_package("the adversarial loss (DINO discriminator)", "timm", _INSTEAD) from error
         backbone: Any = timm.create_model(BACKBONE, num_classes=0)
         try:
             if load:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, missing_package
 from detailflow.torch_zip import check_torch_zip
 
 
@@ -179,6 +179,4 @@ def _heads() -> list[Tensor]:
 
 
 def _missing(package: str) -> DetailFlowError:
-    return DetailFlowError(
-        f"the perceptual loss (LPIPS) needs the package {package}: install it with pip install 'detailflow[train]', {_INSTEAD}"
-    )
+    return missing_package("the perceptual loss (LPIPS)", package, _INSTEAD)

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from detailflow.distributed import Processes
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, missing_package
 from detailflow.files import writing
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # tracker → what it needs
+TRACKERS = ("tensorboard", "wandb")  # each is named as the package that it needs
 WANDB_ID_FILE = "wandb-id.txt"
 
 
@@ -26,10 +26,12 @@ def check_trackers(names: Sequence[str]) -> None:
         DetailFlowError: if not.
     """
     for name in names:
-        if name not in PACKAGES:
-            raise DetailFlowError(f"trackers must be among {', '.join(PACKAGES)}, not {name!r}")
-        if find_spec(PACKAGES[name]) is None:
-            raise DetailFlowError(f"the tracker {name} needs its package: pip install {PACKAGES[name]}, or leave it out")
+        if name not in TRACKERS:
+            raise DetailFlowError(f"trackers must be among {', '.join(TRACKERS)}, not {name!r}")
+        if find_spec(name) is None and name == "wandb":  # which no extra brings
+            raise DetailFlowError("the tracker wandb needs the package wandb: pip install wandb")
+        if find_spec(name) is None:
+            raise missing_package(f"the tracker {name}", name)
 
 
 class Trackers:
