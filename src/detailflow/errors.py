@@ -1,5 +1,11 @@
 """The one exception for what a user can put right, and how sentences name things."""
 
+import re
+
+# Control characters, which a terminal would obey, and those that turn the direction of what follows.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
 
 class DetailFlowError(ValueError):
     """Bad input: a file, config, flag, checkpoint or image. The message, one sentence, names it and says what would be right."""
@@ -13,8 +19,18 @@ class DetailFlowWarning(UserWarning):
 
 
 def printable(name: str) -> str:
-    """Return a name that any program can write: what is no UTF-8 in a file's name becomes the replacement character."""
-    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """Return a name that any program can write and that any terminal shows.
+
+    What is no UTF-8 in a file's name becomes the replacement character, a control character its escape sequence, such as \\x1b;
+    line ends and tabs stay.
+    """
+    name = _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", name)
+    return _CONTROLS.sub(_escaped, name)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def missing_package(what: str, package: str | None, instead: str = "") -> DetailFlowError:
