@@ -2,16 +2,22 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from PIL.IcoImagePlugin import IcoImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from detailflow.data.decode import image_size, image_suffixes, load_rgb, max_pixels, raster_formats, to_rgb
+from detailflow.data.folder import why
 from detailflow.errors import DetailFlowError, printable
 
 QUARTER_TURN = 6  # the EXIF orientation of a phone held upright
@@ -194,3 +200,102 @@ def test_names_that_are_not_utf8_are_printable(tmp_path):
     with pytest.raises(DetailFlowError, match="caf\N{REPLACEMENT CHARACTER}.png is not an image") as caught:
         load_rgb(file)
     str(caught.value).encode()
+
+
+# ------------------------------------------------------------------------------------------------- headers
+
+
+def decoded_formats(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The formats that are decoded from now on."""
+    decoded = []
+    for plugin in (PngImageFile, IcoImageFile):
+        load = plugin.load
+
+        def spy(self: Image.Image, load: Callable = load) -> object:
+            decoded.append(self.format)
+            return load(self)
+
+        monkeypatch.setattr(plugin, "load", spy)
+    return decoded
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels(monkeypatch):
+    content = saved(Image.new("1", (4000, 3000)), "PNG")
+    exif = Image.Exif()
+    exif[0x0112] = QUARTER_TURN
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    late = content[:-12] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[-12:]
+    decoded = decoded_formats(monkeypatch)
+    assert image_size(content, "a.png") == (4000, 3000)
+    assert image_size(saved(Image.new("1", (4000, 3000)), "PNG", exif=exif), "a.png") == (3000, 4000)
+    assert image_size(late, "a.png") == (3000, 4000)
+    assert not decoded
+    assert load_rgb(late).size == (3000, 4000)
+
+
+@pytest.mark.parametrize("form", ["ICO", "ICNS"])
+def test_the_limit_holds_for_images_within_images(form, monkeypatch):
+    def nested(side: int) -> bytes:
+        inner = saved(Image.new("RGBA", (side, side)), "PNG")
+        if form == "ICO":
+            return struct.pack("<3H4B2H2I", 0, 1, 1, 128, 128, 0, 0, 1, 32, len(inner), 22) + inner
+        return b"icns" + struct.pack(">I", len(inner) + 16) + b"ic07" + struct.pack(">I", len(inner) + 8) + inner
+
+    monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "20000")
+    assert load_rgb(nested(128)).size == (128, 128) == image_size(nested(128), "a")
+    decoded = decoded_formats(monkeypatch)
+    for read in (load_rgb, image_size) if form == "ICO" else (load_rgb,):
+        with pytest.raises(DetailFlowError, match="a is too large an image"):
+            read(nested(2000), "a")
+    assert "PNG" not in decoded
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["TIFF", "JPEG", "PNG", "WEBP"])
+def test_the_size_is_that_of_the_image_as_shown(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(noise(), form, exif=exif)
+    assert image_size(content, "a") == load_rgb(content).size == ((24, 32) if orientation >= 5 else (32, 24))
+
+
+def test_textures_of_games_are_not_read():
+    """Pillow decodes them pixel by pixel in Python."""
+    with pytest.raises(DetailFlowError, match="is not an image"):
+        load_rgb(saved(noise(), "DDS"))
+    assert ".dds" not in image_suffixes() and why(".dds")
+
+
+# ------------------------------------------------------------------------------------------------- scales
+
+
+def grey(content: bytes) -> list[int]:
+    image = load_rgb(content)
+    return np.asarray(image)[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [(np.uint16, (0, 257, 25700, 65535)), (np.float32, (0, 1 / 255, 100 / 255, 1))],
+)
+def test_tiff_files_in_which_0_is_white(dtype, values):
+    image = Image.fromarray(np.array([values], dtype))
+    assert grey(saved(image, "TIFF")) == [0, 1, 100, 255]
+    assert grey(saved(image, "TIFF", tiffinfo={262: 0})) == [255, 254, 155, 0]
+
+
+def test_tiff_files_of_12_bits():
+    values = np.array([0, 16, 1606, 4095])
+    bits = "".join(f"{value:012b}" for value in values)
+    packed = int(bits, 2).to_bytes(6, "big")
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 1, 279: 6}
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    content += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(4) + packed
+    assert grey(content) == [0, 1, 100, 255]
+
+
+@pytest.mark.parametrize("maxval", [65535, 1000])
+def test_a_pgm_file_says_its_scale(maxval):
+    values = [0, round(maxval / 10), round(maxval / 20)]
+    content = b"P5 3 1 %d\n" % maxval + struct.pack(">3H", *values)
+    assert grey(content) == [0, 26, 13]

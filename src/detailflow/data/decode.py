@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 from detailflow.errors import DetailFlowError, printable
 
@@ -25,13 +26,17 @@ MAX_PIXELS = 178_956_970  # beyond that Pillow, too, takes a file for an attack
 MAX_PIXELS_VARIABLE = "DETAILFLOW_MAX_PIXELS"  # which reaches worker processes, however they are started
 
 # What only decodes pixels. Not: EPS (starts Ghostscript), WMF (Windows draws it), IPTC (opens what is in it in any format),
-# FITS (unpacks without a limit), and those of which Pillow knows only the name.
+# FITS (unpacks without a limit), DDS (decoded in Python, which takes minutes), and those of which Pillow knows only the name.
 _RASTER = (
-    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "MPO", "HEIF", "JXL", "BLP", "CUR", "DCX", "DDS",
-    "DIB", "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA",
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "MPO", "HEIF", "JXL", "BLP", "CUR", "DCX", "DIB",
+    "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA",
     "XBM", "XPM",
 )  # fmt: skip
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # formats that not every Pillow was built with
+
+# Images within images, whose own headers may say another size. Pillow reads that of an ICO file when it is opened.
+_NESTED = ("ICO", "ICNS", "BLP")
+_ICO = b"\0\0\1\0"
 
 _COST = {"WEBP": 2, "JPEG2000": 2}  # how often a pixel counts: these decoders take sixteen bytes for it
 
@@ -43,6 +48,7 @@ PLUGINS = {  # suffix → the package that reads such files
         (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw"),
         "rawpy, which converts them",
     ),
+    ".dds": "nothing here: convert them to PNG",
     **dict.fromkeys((".svg", ".eps", ".ps", ".pdf", ".ai", ".wmf", ".emf"), "nothing here: no raster image"),
 }
 _MODULES = (("pillow_heif", "register_heif_opener"), ("pillow_jxl", ""), ("pillow_avif", ""))
@@ -57,6 +63,8 @@ _TURNS = {  # EXIF orientation → what shows the image upright
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC = 256, 257, 258, 262  # tags of TIFF files
+_LONGEST_EXIF = 2**20  # bytes
 _STRIPE = 2**17  # pixels that are converted at once
 _OPENING = threading.Lock()
 
@@ -138,9 +146,14 @@ def image_size(source: str | os.PathLike[str] | bytes, name: str) -> tuple[int, 
     """
     with _opened(source, name) as file:
         try:
-            with _open(file) as image:
+            with _open(file, max_pixels()) as image:
+                if image.format == "PNG":  # whose whole content Pillow would decode to see if EXIF data come after the pixels
+                    image.info.setdefault("exif", _png_exif(file))
                 turned = _orientation(image) >= 5
-                return (image.height, image.width) if turned else image.size
+                width, height = image.size
+                if isinstance(image, TiffImageFile):  # not all versions of Pillow give its size as stored
+                    width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
+                return (height, width) if turned else (width, height)
         except Exception as error:
             raise _unreadable(name, error) from error
 
@@ -179,23 +192,47 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str) -> BinaryIO:
         raise DetailFlowError(f"{name} cannot be opened ({getattr(error, 'strerror', None) or first_line(error)})") from error
 
 
-def _open(file: BinaryIO) -> Image.Image:
-    """Read an image's header, whatever its size."""
+def _open(file: BinaryIO, limit: int) -> Image.Image:
+    """Read an image's header, whatever its size; of what is decoded for that, the limit holds."""
     file.seek(0)
     if isinstance(file, io.BufferedReader):
         file.peek()  # so that nobody waits for the disk below
-    # Pillow's own limit is one number for all threads and warns at half of it; ours is checked by `_decode`.
+    nested = file.read(len(_ICO)) == _ICO
+    file.seek(0)
+    with _pillows_limit(limit if nested else None):
+        return Image.open(file, formats=raster_formats())
+
+
+@contextmanager
+def _pillows_limit(limit: int | None) -> Iterator[None]:
+    """Set Pillow's own limit, which is one number for all threads; above it Pillow warns, above twice that it stops."""
     with _OPENING:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, limit
         try:
-            return Image.open(file, formats=raster_formats())
+            yield
         finally:
-            Image.MAX_IMAGE_PIXELS = limit
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _decode(file: BinaryIO, name: str, least: int | None, limit: int | None) -> Image.Image:
-    image = _open(file)
     limit = limit or max_pixels()
+    image = _open(file, limit)
+    _check_pixels(image, name, limit)
+    if least:
+        image.draft(None, (least, least))
+    if image.format in _NESTED:
+        with _pillows_limit(limit):
+            image.load()
+        _check_pixels(image, name, limit)
+    else:
+        image.load()
+    turn = _TURNS.get(_orientation(image))
+    rgb = _converted(image)
+    del image  # its pixels, before they are needed twice
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _check_pixels(image: Image.Image, name: str, limit: int) -> None:
     pixels = image.width * image.height * _COST.get(image.format or "", 1)
     if pixels > limit:
         twice = f", which in {image.format} count twice" if image.format in _COST else ""
@@ -203,20 +240,15 @@ def _decode(file: BinaryIO, name: str, least: int | None, limit: int | None) -> 
             f"{name} is too large an image: it has {image.width}×{image.height} pixels{twice}, and {limit:,} are the most; "
             f"raise that limit with --max-pixels {pixels} if you trust the file"
         )
-    if least:
-        image.draft(None, (least, least))
-    image.load()
-    turn = _TURNS.get(_orientation(image))
-    rgb = _converted(image)
-    del image  # its pixels, before they are needed twice
-    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _unreadable(name: str, error: Exception) -> DetailFlowError:
     if isinstance(error, DetailFlowError):
         return error
     if isinstance(error, Image.UnidentifiedImageError):
-        return DetailFlowError(f"{name} is not an image: its contents are in no raster format that Pillow knows")
+        return DetailFlowError(f"{name} is not an image: its contents are in no raster format that is read")
+    if isinstance(error, Image.DecompressionBombError):
+        return DetailFlowError(f"{name} is too large an image: one within it has more pixels than --max-pixels allows")
     return DetailFlowError(f"{name} is damaged and cannot be decoded ({first_line(error)})")
 
 
@@ -237,6 +269,19 @@ def _bare_png(file: BinaryIO) -> BinaryIO | None:
     return io.BytesIO(b"".join(kept)) if content else None
 
 
+def _png_exif(file: BinaryIO) -> bytes:
+    """Return the EXIF data of a PNG file, as Pillow has them, without decoding it; only the heads of its chunks are read."""
+    place = file.tell()
+    start, found = 8, b""
+    while not found and file.seek(start) == start and len(head := file.read(8)) == 8:
+        size = int.from_bytes(head[:4], "big")
+        if head[4:] == b"eXIf":
+            found = b"Exif\0\0" + file.read(min(size, _LONGEST_EXIF))
+        start += 12 + size
+    file.seek(place)
+    return found
+
+
 def _orientation(image: Image.Image) -> int:
     # The pixels may be sound if only the EXIF block is not: then they are taken as they are stored.
     with suppress(Exception):
@@ -251,11 +296,12 @@ def _converted(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not transparent:
         return image
     white = _white(image) if image.mode == "F" or image.mode.startswith("I") else None
+    negative = white is not None and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # 8 bits Pillow inverts itself
     if image.width * image.height <= _STRIPE:
-        return _stripe_to_rgb(image, transparent, white)
+        return _stripe_to_rgb(image, transparent, white, negative)
     result = Image.new("RGB", image.size)
     for top, stripe in _stripes(image):
-        result.paste(_stripe_to_rgb(stripe, transparent, white), (0, top))
+        result.paste(_stripe_to_rgb(stripe, transparent, white, negative), (0, top))
     return result
 
 
@@ -265,10 +311,12 @@ def _stripes(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def _stripe_to_rgb(image: Image.Image, transparent: bool, white: float | None) -> Image.Image:
+def _stripe_to_rgb(image: Image.Image, transparent: bool, white: float | None, negative: bool) -> Image.Image:
     if white is not None:
         with np.errstate(all="ignore"):
             values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=white)
+        if negative:
+            values = white - values
         return Image.fromarray((values * (255 / white) + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
     if not transparent:
         return image.convert("RGB")
@@ -280,10 +328,13 @@ def _stripe_to_rgb(image: Image.Image, transparent: bool, white: float | None) -
 def _white(image: Image.Image) -> float:
     """The number that is white in an image of one channel of 16 bits, 32 bits or floating-point numbers.
 
-    Pillow would clip all of them to 0 to 255. By convention floating-point white is 1, but files of 0 to 255 and of 0 to 65535
-    are common: the brightest pixel tells.
+    Pillow would clip all of them to 0 to 255. Up to 16 bits their number says it; PGM files Pillow scales to 16. By convention
+    floating-point white is 1, but files of 0 to 255 and of 0 to 65535 are common: the brightest pixel tells.
     """
     if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(_BITS, (16,))
+        return float(2 ** bits[0] - 1)
+    if image.mode == "I" and image.format == "PPM":
         return 65535
     brightest = 0.0
     for _, stripe in _stripes(image):
