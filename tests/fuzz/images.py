@@ -97,6 +97,8 @@ def _options(form: str, image: Image.Image, rng: Random) -> dict:
         text.add_text("a", "x" * rng.choice((10, 3_000_000)), zip=True)
         text.add_itxt("b", "é" * 100, zip=True)
         options |= {"pnginfo": text, "icc_profile": bytes(rng.choice((0, 10, 10_000)))}
+    if form == "DDS":
+        options["pixel_format"] = rng.choice((None, "DXT1", "DXT5", "BC5", "BC3"))
     if form in ("JPEG", "WEBP", "JPEG2000", "MPO"):
         options |= rng.choice(({}, {"progressive": True}, {"lossless": True}, {"irreversible": True}, {"quality": 1}))
     return options
