@@ -71,3 +71,93 @@ def test_files_that_are_damaged(plain: Path):
         plain.write_bytes(content[:cut])
         with pytest.raises(DetailFlowError, match="plain.pt"):
             check_torch_zip(plain)
+
+
+def pickled(path: Path, *parts: bytes, zipped: bool) -> Path:
+    """A file whose pickle is of these opcodes."""
+    content = b"\x80\x02" + b"".join(parts) + b"."
+    if not zipped:
+        path.write_bytes(content)
+        return path
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/byteorder", b"little")
+        archive.writestr("archive/data/0", bytes(16))
+        archive.writestr("archive/version", b"3\n")
+    return path
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"%stQ"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"%s\x89ccollections\nOrderedDict\n)RtR"
+LARGE = {
+    "a byte array": b"cbuiltins\nbytearray\n" + number(10**9) + b"\x85R",
+    "text in hex": b"c_codecs\nencode\n" + text("a" * 1000) + text("hex") + b"\x86R",
+    "many copies of a text": text("a" * 1000) + b"q\x01" + (b"c_codecs\nencode\nh\x01" + text("latin1") + b"\x86R") * 1000,
+    "a tensor by its side": b"ctorch\nFloatTensor\n" + number(10**9) + b"\x85R",
+    "a parameter by its side": b"ctorch._utils\n_rebuild_parameter\n" + number(10**9) + b"\x89}\x87R",
+    "a storage": TENSOR % (number(10**9), b"K\x00K\x04\x85K\x01\x85"),
+    "a tensor beyond its storage": TENSOR % (b"K\x04", b"K\x00" + number(10**9) + b"\x85K\x01\x85"),
+    "a tensor in several parts": b"ctorch._utils\n_rebuild_nested_tensor\n)R",
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", LARGE)
+def test_a_small_pickle_that_asks_for_much(tmp_path: Path, name: str, zipped: bool):
+    file = pickled(tmp_path / "small.pt", LARGE[name], zipped=zipped)
+    with pytest.raises(DetailFlowError, match="refused to load .*small.pt: it asks for"):
+        check_torch_zip(file)
+
+
+def test_a_tensor_that_fits(tmp_path: Path):
+    file = pickled(tmp_path / "small.pt", TENSOR % (b"K\x04", b"K\x00K\x02K\x02\x86K\x01K\x02\x86"), zipped=True)
+    check_torch_zip(file)
+    assert torch.load(file, weights_only=True).shape == (2, 2)
+
+
+def test_what_torch_saves(tmp_path: Path):
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).double()
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.zeros(5, 3, dtype=torch.double)).sum().backward()
+    optimizer.step()
+    content = {
+        "network": network.state_dict(),
+        "parameters": dict(network.named_parameters()),
+        "optimizer": optimizer.state_dict(),
+        "views": [torch.arange(12.0).reshape(3, 4).T, torch.zeros(0, 4), torch.zeros(()), torch.ones(9)[3:5]],
+        "types": [torch.zeros(2, dtype=kind) for kind in (torch.bfloat16, torch.half, torch.uint8, torch.bool)],
+        "plain": [1, 2**70, 1.5, None, True, "é", b"bytes\xff", {"a"}, bytearray(b"b"), torch.Size([1]), torch.float32, (1, 2)],
+        "rng": torch.get_rng_state(),
+        "device": torch.device("cpu"),
+    }
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
+        check_torch_zip(tmp_path / "file.pt")
+        assert torch.load(tmp_path / "file.pt", weights_only=True)["plain"] == content["plain"]
+    torch.save([torch.zeros(3, dtype=torch.uint16), torch.zeros(3, dtype=torch.float8_e5m2)], tmp_path / "new.pt")
+    check_torch_zip(tmp_path / "new.pt")
+
+
+def test_two_pickles_in_a_zip_file(plain: Path):
+    for name in ("PLAIN/DATA.PKL", "other/data.pkl"):
+        with zipfile.ZipFile(again(plain, "two.pt", zipfile.ZIP_STORED), "a") as archive:
+            archive.writestr(name, b"\x80\x02}.")
+        with pytest.raises(DetailFlowError, match="two.pt"):
+            check_torch_zip(plain.with_name("two.pt"))
+
+
+@pytest.mark.parametrize("name", ["ccollections\nOrderedDict\n", "cargparse\nNamespace\n", "ctorch._utils\n_rebuild_tensor_v2\n"])
+def test_a_pickle_cannot_change_the_check(tmp_path: Path, name: str):
+    """BUILD sets attributes of what is on the stack."""
+    changes = name.encode() + b"}" + text("function") + b"Nsb0"
+    pickled(tmp_path / "file.pt", changes, LARGE["a tensor beyond its storage"], zipped=True)
+    with pytest.raises(DetailFlowError, match=r"file\.pt"):
+        check_torch_zip(tmp_path / "file.pt")

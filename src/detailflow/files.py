@@ -335,6 +335,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     entries = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
     if any(not isinstance(name, str) or not isinstance(tensor, Tensor) for name, tensor in entries):
         raise DetailFlowError(f"{path} must hold tensors by name and nothing else: save the network's state_dict()")
+    for name, tensor in entries:
+        if tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():  # an expanded one would grow once it is used
+            raise DetailFlowError(f"{name} in {path} has more numbers than the file: save the network's state_dict()")
     return dict(tensors)
 
 
