@@ -172,3 +172,98 @@ def test_keys_with_dots(content, tmp_path):
     assert source.labels.tolist() == [0, 1, 2] and all(source.image(index).size == (32, 32) for index in range(3))
     assert source.notes.left_aside == {".seg.png": ["a.seg.png"]} and "left aside: 1 .seg.png" in source.summary
     assert len(open_images(write_tar(tmp_path / "b.tar", [("caf\udce9.png", content)]))) == 1
+
+
+# ------------------------------------------------------------------------------------------------- hostile and odd shards
+
+
+def base256(size: int) -> bytes:
+    """A number as a header has it that octal digits do not hold, or that is negative."""
+    return (size % 256**12 | (0x80 << 88 if size >= 0 else 0)).to_bytes(12, "big")
+
+
+def with_size(header: bytes, size: int, kind: bytes = b"0") -> bytes:
+    header = header[:124] + base256(size) + header[136:148] + b" " * 8 + kind + header[157:]
+    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
+@pytest.mark.parametrize("size", [-512, -1024, 2**40, 2**62, 2**80])
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x", b"g"])
+@pytest.mark.parametrize("name", ["1.png", "0.cls", "0.json"])
+def test_sizes_that_cannot_be(tmp_path, content, name, size, kind):
+    file = write_tar(tmp_path / "a.tar", [("0.png", content), (name, b"0")])
+    whole = file.read_bytes()
+    start = whole.index(name.encode() + b"\0")
+    file.write_bytes(whole[:start] + with_size(whole[start : start + 512], size, kind) + whole[start + 512 :])
+    with pytest.raises(DetailFlowError, match="a.tar is not a readable WebDataset shard"):
+        open_images(file)
+
+
+def test_names_and_labels_have_a_limit(tmp_path, content):
+    file = write_tar(tmp_path / "a.tar", [("a" * 2000 + ".png", content)])
+    with pytest.raises(DetailFlowError, match="a.tar is not a readable WebDataset shard.*name of 2,004 characters"):
+        open_images(file)
+    file = write_tar(tmp_path / "b.tar", [("0.png", content), ("0.cls", bytes(17 * 2**20))])
+    with pytest.raises(DetailFlowError, match="b.tar is not a readable WebDataset shard"):
+        open_images(file)
+
+
+def test_the_last_of_two_members_of_one_name_is_taken(tmp_path, cifar):
+    first, last = (file.read_bytes() for file in sorted(cifar.rglob("*.png"))[:2])
+    members = [("0.png", first), ("0.json", b'{"label": "old"}'), ("1.png", first), ("1.cls", b"b")]
+    members += [("0.png", last), ("0.json", b'{"label": "new"}')]
+    file = write_tar(tmp_path / "a.tar", members)
+    with pytest.warns(UserWarning, match=r"a\.tar holds 2 files twice \(the first: 0\.png\): the last of each name is taken"):
+        source = open_images(file)
+    assert source.counts == {"b": 1, "new": 1} and source.class_names[source.labels[0]] == "new"
+    assert source.stored_bytes(0) == last and source.stored_bytes(1) == first
+
+
+def test_images_that_a_shard_holds_beside_are_named(tmp_path, content):
+    file = write_tar(
+        tmp_path / "a.tar", [("0.png", content), ("0.jpg", content), ("1.xheic", b""), ("2.dng", b""), ("2.txt", b"")]
+    )
+    with tarfile.open(file, "a") as archive:
+        for name, kind in (("3.png", tarfile.LNKTYPE), ("4.png", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "0.png"
+            archive.addfile(link)
+    source = open_images(file)
+    assert len(source) == 1 and source.stored_bytes(0) == content
+    assert source.notes.left_aside == {".jpg": ["0.jpg"], ".dng": ["2.dng"], "link": ["3.png", "4.png"]}
+    assert "2 links (3.png, 4.png)" in source.summary and "1 .dng (read by rawpy" in source.summary
+
+
+def test_folders_in_a_shard_may_be_classes(tmp_path, content):
+    members = [("cat/a.png", content), ("dog/a.png", content)]
+    source = open_images(write_tar(tmp_path / "a.tar", members))
+    assert source.class_names == ("image",)
+    assert "its images are in the folders cat, dog: if these are their classes, unpack " in source.summary
+    labelled = [(f"{name[:-4]}.cls", b"x") for name, _ in members]
+    assert "unpack" not in open_images(write_tar(tmp_path / "b.tar", members + labelled)).summary
+    assert "unpack" not in open_images(write_tar(tmp_path / "c.tar", members[:1])).summary
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (("\N{ARABIC-INDIC DIGIT THREE}", "3"), ("3", "\N{ARABIC-INDIC DIGIT THREE}")),
+        (("\ufeffcat", "cat"), ("cat",)),
+        (("\ufeff1", "0"), ("0", "1")),
+        (("9" * 30, "1"), ("1", "9" * 30)),  # a name rather than a number
+        (("9" * 5000, "1"), ("1", "9" * 5000)),
+    ],
+)
+def test_odd_labels(tmp_path, content, texts, names):
+    members = [(f"{k}.png", content) for k in range(2)] + [(f"{k}.cls", text.encode()) for k, text in enumerate(texts)]
+    assert open_images(write_tar(tmp_path / "a.tar", members)).class_names == names
+
+
+def test_labels_that_are_no_text_have_a_sentence(tmp_path, content):
+    def labelled(text: str) -> Path:
+        return write_tar(tmp_path / "a.tar", [("0.png", content), ("0.json", f'{{"label": {text}}}'.encode())])
+
+    assert open_images(labelled('"\\ud800"')).class_names == ("\N{REPLACEMENT CHARACTER}",)
+    for wrong in ("9" * 25, "9" * 5000, "1.5", "[" * 100_000):
+        with pytest.raises(DetailFlowError, match="a.tar"):
+            open_images(labelled(wrong))
