@@ -40,7 +40,7 @@ def test_processes_see_together_what_one_sees(cifar, tmp_path, workers):
         assert first[0].shape == (4, 3, 32, 32)
         assert torch.equal(torch.cat((first[0], second[0])), images)
         assert torch.equal(torch.cat((first[1], second[1])), labels)
-    assert list(alone.bad.values()) == [f"{bad} is not an image: its contents are in no raster format that Pillow knows"]
+    assert list(alone.bad.values()) == [f"{bad} is not an image: its contents are in no raster format that is read"]
     assert alone.bad == {**parts[0].bad, **parts[1].bad} and parts[0].bad
     resumed = ImageBatches(source, 32, 8, seed=1, start_step=20, processes=Processes(1, 2))
     assert torch.equal(next(iter(resumed))[0], shares[1][20][0])
