@@ -169,6 +169,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["convert", str(TINY / "gpt"), "--output", str(out), "--dtype", "bfloat16", "--shard-size", "100KB"]) == 0
     assert capsys.readouterr().out.startswith(f"wrote an AR model (gpt) to {out} (0.4 MB)")
     assert (out / "README.md").exists()
+    assert main(["convert", str(TINY / "gpt"), "--output", str(out)]) == 0
+    assert capsys.readouterr().out == f"wrote an AR model (gpt) to {out} (0.8 MB), in place of the model that was there\n"
     for argv, message in (
         (["convert", "nowhere"], "unknown model 'nowhere'"),
         (["convert", str(TINY), "--to", "onnx"], "invalid choice: 'onnx'"),

@@ -33,7 +33,7 @@ from detailflow.published import (
     model_folder,
     published_config,
 )
-from detailflow.runs import checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
+from detailflow.runs import RUN_FILE, checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
 
 logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
@@ -272,6 +272,11 @@ def _with_guidance(config: dict[str, Any], kind: Kind) -> dict[str, Any]:
 
 def _read_config(directory: Path, kind: Kind) -> dict[str, Any]:
     path = directory / CONFIG_FILE
+    if kind == "gpt" and not path.exists() and _holds_model(directory / "tokenizer"):
+        problem = f"{directory} holds a tokenizer and no AR model"
+        if (directory / "tokenizer" / RUN_FILE).exists():
+            problem += ", whose training has not begun: repeat the training command to go on"
+        raise DetailFlowError(problem)
     config = read_json(path)
     if config.pop("format", None) != "detailflow":
         raise DetailFlowError(f'{path} is no DetailFlow config: it lacks "format": "detailflow"')

@@ -3,21 +3,24 @@
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, get_args
+from urllib.parse import quote
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from detailflow.errors import DetailFlowError
 
 SMALLEST_TILE = 128  # pixels; smaller images are enlarged to a multiple of their side that is no less
 GAP = 4
 FONT_SIZE = 12
 LINE = 16  # pixels from one line of a caption to the next
-MADE_AS = "detailflow"  # the key of a PNG file's text that says which of these it is
-Made = Literal["sample", "grid", "strip", "comparison"]  # by `generate`, the last, a strip, by `reconstruct`
+MADE_AS = "detailflow"  # the key of a PNG file's text that says which of these it is, and the name that it was written by
+Made = Literal["sample", "grid", "strip", "comparison", "reconstruction"]  # by `generate`, the last two by `reconstruct`
 _NAMES = re.compile(r"grid\.png|(strip-)?\d{4,}-.*\.png", re.DOTALL)  # of what `generate` writes
-_HEAD = 200  # bytes of a PNG file in which that text is
+_HEAD = 1024  # bytes of a PNG file in which that text is
 
 
 class StageLike(Protocol):
@@ -29,26 +32,43 @@ class StageLike(Protocol):
     def images(self) -> Sequence[Image.Image]: ...
 
 
-def png_text(made_as: Made) -> PngInfo:
-    """Return what a PNG file says of itself: whether we made it as a sample, or as a picture of several images."""
+def png_text(made_as: Made, name: str) -> PngInfo:
+    """Return what a PNG file says of itself: what we made it as, and by which name."""
     text = PngInfo()
-    text.add_text(MADE_AS, made_as)
+    text.add_text(MADE_AS, f"{made_as} {quote(name)}")
     return text
 
 
 def made_as(path: Path) -> Made | None:
     """Return what we made a file as; `None` for any other file."""
+    made = _mark(path)[0]
+    return next((known for known in get_args(Made) if known == made), None)
+
+
+def _mark(path: Path) -> tuple[str, str]:
+    """Return what `png_text` wrote, its name still quoted; nothing for any other file."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError:
-        return None
-    mark = f"tEXt{MADE_AS}\0".encode()
-    before, found, after = head.partition(mark)
+        return "", ""
+    before, found, after = head.partition(f"tEXt{MADE_AS}\0".encode())
     if not found or not head.startswith(b"\x89PNG"):
-        return None
+        return "", ""
     length = int.from_bytes(before[-4:], "big") - len(MADE_AS) - 1
-    return next((made for made in get_args(Made) if made.encode() == after[:length]), None)
+    made, _, name = after[:length].decode("latin-1").partition(" ")
+    return made, name
+
+
+def check_ours(paths: Iterable[Path], command: str) -> None:
+    """Check that no file of the user's own would be replaced by one of ours.
+
+    Raises:
+        DetailFlowError: if one would, with its name.
+    """
+    for path in paths:
+        if os.path.isfile(path) and made_as(path) is None:  # which takes an impossible name for a missing one
+            raise DetailFlowError(f"{path} was not made by `detailflow {command}`: move it, or choose another output")
 
 
 def is_overview(path: str) -> bool:
@@ -59,9 +79,9 @@ def is_overview(path: str) -> bool:
 
 
 def generated(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder that `generate` made, whenever it was."""
+    """Yield the files in a folder that `generate` made, whenever it was; copies under other names are the user's."""
     for path in sorted(folder.iterdir()):
-        if _NAMES.fullmatch(path.name) and made_as(path) in ("sample", "grid", "strip"):
+        if _NAMES.fullmatch(path.name) and made_as(path) in ("sample", "grid", "strip") and _mark(path)[1] == quote(path.name):
             yield path
 
 

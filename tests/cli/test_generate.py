@@ -110,6 +110,25 @@ def test_fewer_images_in_the_same_folder(model: Path, tmp_path: Path, capsys: py
     assert all((tmp_path / name).read_bytes() == content for name, content in own.items())
 
 
+@pytest.mark.parametrize("name", ["0000-cat.png", "strip-0001-cat.png", "grid.png"])
+def test_no_file_of_the_users_own_is_replaced(name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    assert generate(model, tmp_path, "cat", "--num", "2", "--progressive") == 2
+    problem = f"{tmp_path / name} was not made by `detailflow generate`: move it, or choose another output"
+    assert capsys.readouterr().err == f"detailflow: error: {problem}\n"
+    assert files(tmp_path) == [name] and (tmp_path / name).read_bytes() == before
+
+
+def test_copies_under_other_names_stay(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Also of pictures that `generate` made, under names that it could give; those of other models' classes go."""
+    assert generate(model, tmp_path, "4", "cat", "--progressive") == 0
+    shutil.copy(tmp_path / "0001-cat.png", tmp_path / "0007-kitten.png")
+    shutil.copy(tmp_path / "strip-0001-cat.png", tmp_path / "strip-0001-kitten.png")
+    assert generate(model, tmp_path, "bird", "--no-grid") == 0
+    assert files(tmp_path) == ["0000-bird.png", "0007-kitten.png", "strip-0001-kitten.png"]
+
+
 def test_a_run_that_fails_removes_nothing(model: Path, tmp_path: Path):
     assert generate(model, tmp_path, "cat", "--num", "2") == 0
     before = files(tmp_path)

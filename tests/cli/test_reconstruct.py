@@ -43,7 +43,7 @@ def test_a_strip_and_a_row_per_image(
     with Image.open(tmp_path / "out" / "wide-strip.png") as sheet:
         assert sheet.width == 6 * 132 + 4  # 1, 2, 4, 8, 16 tokens and the original
     out, err = capsys.readouterr()
-    assert err == ""
+    assert err == f"wrote a strip and a reconstruction of each image to {tmp_path / 'out'}\n"
     header, *rows = out.splitlines()
     assert header.split() == ["PSNR", "(dB)", "at", "tokens:", "1", "2", "4", "8", "16"]
     assert [row[:9].strip() for row in rows] == ["wide", "small one"]
@@ -128,7 +128,7 @@ def test_a_name_that_is_no_utf8(model: Path, tmp_path: Path):
         pytest.skip("this file system takes UTF-8 alone")
     command = [sys.executable, "-m", "detailflow", "reconstruct", image, "--model", str(model), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.returncode == 0 and done.stderr.count(b"\n") == 1  # where they are
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["caf\ufffd-reconstruction.png", "caf\ufffd-strip.png"]
     assert "caf\ufffd" in done.stdout.decode()
 
@@ -147,7 +147,7 @@ def test_a_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     out, err = capsys.readouterr()
     expected = ["cat-0", "cat-1", "cat-2", "dog-0", "dog-1", "dog-2", "0"]
     assert [line.split()[0] for line in out.splitlines()[1:]] == expected
-    assert err == f"{folder}: 6 images in 2 classes (cat 3, dog 3), 40×32\n"
+    assert err.splitlines()[:-1] == [f"{folder}: 6 images in 2 classes (cat 3, dog 3), 40×32"]
     assert sorted(path.name for path in (tmp_path / "out").glob("*-reconstruction.png")) == sorted(
         f"{name}-reconstruction.png" for name in expected
     )
@@ -158,7 +158,7 @@ def test_so_many_of_a_folder(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["reconstruct", str(folder), "--model", str(model), "--output", str(tmp_path / "out"), "--num", "4"]) == 0
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["cat-4", "cat-9", "dog-4", "dog-9"]  # of every class
-    assert err.splitlines()[1] == f"{folder}: 4 of these images, spread over it; --num 20 takes all"
+    assert err.splitlines()[1] == f"{folder}: 4 of its 20 images, evenly spread; --num 20 takes all"
     assert reconstruct(model, tmp_path / "default", folder) == 0
     assert len(list((tmp_path / "default").glob("*-strip.png"))) == 16
 
@@ -212,6 +212,20 @@ def test_an_image_that_cannot_be_read(problem: str, model: Path, tmp_path: Path,
     assert err.startswith(f"detailflow: error: {bad} ")
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_no_file_of_the_users_own_is_replaced(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    any_image("RGB").save(tmp_path / "a.png")
+    assert reconstruct(model, tmp_path / "out", tmp_path / "a.png") == 0
+    assert reconstruct(model, tmp_path / "out", tmp_path / "a.png") == 0  # its own it replaces
+    for name in ("a-strip.png", "a-reconstruction.png"):
+        own = tmp_path / name / name
+        own.parent.mkdir()
+        any_image("RGB").save(own)
+        before = own.read_bytes()
+        assert reconstruct(model, own.parent, tmp_path / "a.png") == 2
+        assert f"{own} was not made by `detailflow reconstruct`: move it" in capsys.readouterr().err
+        assert own.read_bytes() == before and len(list(own.parent.iterdir())) == 1
 
 
 def test_no_image(capsys: pytest.CaptureFixture[str]):

@@ -447,6 +447,14 @@ def test_all_in_a_row_without_classes(folder: Path, cifar: Path, capsys: pytest.
     assert not Path("run/tokenizer/features.pt").exists()
     assert main(["generate", "--model", "run", "--output", "pictures", "--no-grid"]) == 0
     assert files(folder / "pictures") == ["0000-image.png"]
+    capsys.readouterr()
+    assert main(everything("flat", count="1")) == 0
+    assert "run/tokens: these tokens are finished already\n" in capsys.readouterr().out
+    shutil.rmtree("run/gpt")  # as after Ctrl-C in the tokenizer's training
+    Path("run/tokenizer/config.json").unlink()
+    assert main(["generate", "--model", "run", "--output", "pictures"]) == 2
+    problem = "run holds a tokenizer and no AR model, whose training has not begun: repeat the training command to go on\n"
+    assert capsys.readouterr().err.endswith(f"detailflow: error: {problem}")
 
 
 @pytest.mark.slow
@@ -456,7 +464,11 @@ def test_all_in_a_row(folder: Path, cifar: Path, capsys: pytest.CaptureFixture[s
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert main(everything(str(cifar))) == 0  # what is finished stays
-    assert capsys.readouterr().out.count("is finished already") == 2
+    assert [line for line in capsys.readouterr().out.splitlines() if "finished already" in line] == [
+        "run/tokenizer: this tokenizer is finished already",
+        "run/tokens: these tokens are finished already",
+        "run/gpt: this AR model is finished already",
+    ]
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
     assert main(everything(str(cifar), "--gpt-steps", "4")) == 2
     assert "run/gpt holds a run with another loop.steps (3, not 4)" in capsys.readouterr().err

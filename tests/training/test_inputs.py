@@ -73,7 +73,9 @@ def test_images_are_known_by_their_listing(here: Path, capsys: pytest.CaptureFix
         "run holds a run that was begun with other images (6 images in 2 classes then, 9 images in 3 classes now; "
         "changed: fox 0 → 3; the fingerprint of their listing was "
     )
-    assert said.endswith("give it the same again, or choose another output, with --init run to start from its weights")
+    assert said.endswith(
+        "give it the same again, or choose another output (`detailflow train tokenizer … --init run` starts from its weights)"
+    )
     shutil.rmtree("moved/fox")
     Image.new("RGB", (40, 40), "red").save("moved/cat/0.png")
     assert "as many of each class, in other files" in complaint([*TOKENIZER, "--data", "moved"], capsys)

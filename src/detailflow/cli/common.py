@@ -158,4 +158,4 @@ def write_png(image: "Image.Image", path: Path, made_as: "Made | None" = None) -
     from detailflow.pictures import png_text
 
     with writing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=png_text(made_as) if made_as else None)
+        image.save(temporary, format="PNG", pnginfo=png_text(made_as, path.name) if made_as else None)

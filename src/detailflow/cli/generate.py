@@ -120,7 +120,7 @@ def _few(
     """Write `--num` images of each class and the pictures of them, in place of those of an earlier call."""
     from tqdm import tqdm
 
-    from detailflow.pictures import grid, strip
+    from detailflow.pictures import check_ours, grid, strip
     from detailflow.pipeline import BATCH_SIZE, stage_counts
     from detailflow.samples import check_no_set, file_label, remove_earlier
 
@@ -132,8 +132,12 @@ def _few(
     counts = stage_counts(schedule, num_tokens) if args.progressive else [num_tokens]
     labels = [label for label in classes for _ in range(args.num)]
     per_class = min(args.num, max(1, GRID_IMAGES // len(classes)))
+    samples = [f"{i:04d}-{file_label(pipeline, label)}.png" for i, label in enumerate(labels)]
+    strips = [f"strip-{name}" for name in samples] if args.progressive else []
+    names = [*samples, *strips, *(["grid.png"] if args.grid else [])]
+    check_ours([args.output / name for name in names], "generate")
 
-    shown, names = [], []
+    shown = []
     # A bar in percent: it counts decoding steps of images, which say nothing to the user.
     bar = tqdm(
         total=len(labels) * (schedule.valid_counts.index(num_tokens) + 1), desc="generating", delay=2, leave=False,
@@ -148,17 +152,14 @@ def _few(
             stages = list(made)
             make_output(args.output)
             for i, image in enumerate(stages[-1].images):
-                names.append(f"{first + i:04d}-{file_label(pipeline, batch[i])}.png")
-                write_png(image, args.output / names[-1], "sample")
-                if args.progressive:
-                    names.append(f"strip-{names[-1]}")
-                    write_png(strip(stages, i), args.output / names[-1], "strip")
+                write_png(image, args.output / samples[first + i], "sample")
+                if strips:
+                    write_png(strip(stages, i), args.output / strips[first + i], "strip")
                 if (first + i) % args.num < per_class:
                     shown.append(image)
     if args.grid:
-        names.append("grid.png")
         captions = [pipeline.class_name(label) for label in classes for _ in range(per_class)]
-        write_png(grid(shown, per_class if per_class > 1 else None, captions), args.output / names[-1], "grid")
+        write_png(grid(shown, per_class if per_class > 1 else None, captions), args.output / "grid.png", "grid")
     removed = remove_earlier(args.output, names)
     instead = f" in place of {removed} earlier file{'s' if removed > 1 else ''}" if removed else ""
     print(f"wrote {len(labels)} image{'s' if len(labels) > 1 else ''} to {args.output}{instead}")

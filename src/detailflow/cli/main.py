@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _report(error)
         _leave_other_processes(2)
         return 2
-    except KeyboardInterrupt:
-        print("detailflow: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # training says at which step
+        print(f"detailflow: {str(stop) or 'interrupted'}", file=sys.stderr)
         _leave_other_processes(130)
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `head` does

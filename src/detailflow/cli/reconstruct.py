@@ -93,11 +93,12 @@ def main(argv: Sequence[str]) -> int:
                 stages.append(stage)
                 bar.update()
             write_png(strip(stages, original=image), args.output / f"{name}-strip.png", "comparison")
-            write_png(stages[-1].images[0], args.output / f"{name}-reconstruction.png")
+            write_png(stages[-1].images[0], args.output / f"{name}-reconstruction.png", "reconstruction")
             rows.append([name, *(f"{stage.psnr:.2f}" for stage in stages)])
     if not rows:
         raise bad[0]
     print(_table(["PSNR (dB) at tokens:", *map(str, counts)], rows))
+    print(f"wrote a strip and a reconstruction of {'each image' if len(rows) > 1 else 'it'} to {args.output}", file=sys.stderr)
     for problem in bad:
         print(f"left out: {problem}", file=sys.stderr)
     return 0
@@ -122,7 +123,9 @@ def _inputs(args: argparse.Namespace, fitted: "Callable[[Image.Image], Image.Ima
         print(source.summary, file=sys.stderr)
         total = len(source)
         if total > args.num:
-            print(f"{source.where}: {args.num:,} of these images, spread over it; --num {total} takes all", file=sys.stderr)
+            print(
+                f"{source.where}: {args.num:,} of its {total:,} images, evenly spread; --num {total} takes all", file=sys.stderr
+            )
         for number in spread(total, args.num) if total > args.num else range(total):
             result.append(_Input(_name_in(source, number, given), partial(_read, source, number, fitted), of_a_set=True))
     return result
@@ -145,13 +148,16 @@ def _name_in(source: "ImageSource", number: int, given: str) -> str:
 
 
 def _spare_inputs(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raise a `DetailFlowError` if a picture would take the place of an image that was given."""
+    """Raise a `DetailFlowError` if a picture would take the place of an image that was given, or another of the user's own."""
+    from detailflow.pictures import check_ours
+
     given = {os.path.realpath(path) for path in args.images if os.path.isfile(path)}
     for name in names:
         for what in ("strip", "reconstruction"):
             output = args.output / f"{name}-{what}.png"
             if os.path.realpath(output) in given:
                 raise DetailFlowError(f"{output} is one of the images and would be replaced: give another --output")
+            check_ours([output], "reconstruct")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -78,8 +78,8 @@ def _require_same(output: Path, theirs: Mapping[str, Any], mine: Mapping[str, An
     for name in both:
         if changed := difference(name, known[name], mine[KNOWN_BY][name]):
             raise DetailFlowError(
-                f"{output} holds a run that was begun with {changed}: give it the same again, or choose another output, "
-                f"with --init {output} to start from its weights"
+                f"{output} holds a run that was begun with {changed}: give it the same again, or choose another output "
+                f"(`detailflow train {mine['kind']} … --init {output}` starts from its weights)"
             )
 
 

@@ -86,7 +86,7 @@ def run(
         fresh = not os.path.exists(output / RUN_FILE)
         if not processes.from_main(lambda: claim(output, kind, asdict(config), inputs)):
             if processes.is_main:
-                print(f"{output}: this {kind} is finished already")
+                print(f"{output}: this {'AR model' if kind == 'gpt' else kind} is finished already")
             return
         try:
             start, state = load_checkpoint(output, processes)
@@ -156,7 +156,8 @@ class _Run:
                 self._log(done, scalars, trackers, bar)
                 if stop:
                     processes.wait()  # or the launcher, seeing one gone, would end the one that still writes
-                    raise KeyboardInterrupt
+                    at = f"interrupted at step {done} of {loop.steps}: the same command goes on from there"
+                    raise KeyboardInterrupt(*([at] if processes.is_main else []))
 
     def _checkpoint_is_due(self, done: int) -> bool:
         late = self.processes.is_main and time.monotonic() - self.saved_at > self.loop.checkpoint_minutes * 60

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from detailflow.data.images import open_images
+from detailflow.distributed import Processes
 from detailflow.models.loading import config_from_dict
 from detailflow.training.config import CLASSIFIER, Extraction, GPTTraining, TokenizerTraining
 from detailflow.training.extract import extract
@@ -50,6 +51,8 @@ def train_preset(
     if not (Path(tokens) / "manifest.json").exists():
         settings = {**load_settings(preset, "extract"), **images, "tokenizer": tokenizer}
         extract(config_from_dict(Extraction, settings, preset), Path(tokens), device)
+    elif Processes.of_this_launch(cpu=device == "cpu").is_main:
+        print(f"{tokens}: these tokens are finished already")
 
     last = config_from_dict(GPTTraining, {**load_settings(preset, "gpt"), "tokens": tokens, "tokenizer": tokenizer}, preset)
     if gpt_steps is not None:
