@@ -189,6 +189,82 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path):
         pass
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+def test_a_lock_that_is_no_file(tmp_path: Path, kind: str):
+    """A link would lead to a file that nobody named, and a pipe would be waited for."""
+    (tmp_path / "diary.txt").write_text("dear diary")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if kind == "pipe":
+        os.mkfifo(folder / ".lock")
+    elif kind == "folder":
+        (folder / ".lock").mkdir()
+    else:
+        (folder / ".lock").symlink_to(tmp_path / ("diary.txt" if kind == "link" else "new.txt"))
+    with pytest.raises(DetailFlowError, match="cannot write to .*out: "), held(folder, "run"):
+        pass
+    assert names(tmp_path) == ["diary.txt", "out"] and (tmp_path / "diary.txt").read_text() == "dear diary"
+
+
+def test_temporary_files_follow_no_link(tmp_path: Path):
+    """Their names cannot be known before, as several machines that share a folder have processes of one number."""
+    with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
+        assert first != second
+    (tmp_path / "diary.txt").write_text("dear diary")
+    (tmp_path / "b").symlink_to(tmp_path / "diary.txt")
+    with replacing(tmp_path / "b") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "diary.txt").read_text() == "dear diary" and (tmp_path / "b").read_text() == "new"
+
+
+def test_tensors_come_from_regular_files(tmp_path: Path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(DetailFlowError, match=r"could not read .*model.safetensors: it is no regular file"):
+        read_tensors(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
+    os.mkfifo(tmp_path / "a.safetensors")
+    for read in (read_headers, read_tensors):
+        with pytest.raises(DetailFlowError, match=r"could not read .*a.safetensors: it is no regular file"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F32", "shape": [2**63, 2], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}},
+        {name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for name in "ab"},
+        {"a": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}},
+        {"a": {"dtype": "F32", "shape": [4], "data_offsets": [2**60, 2**60 + 16]}},
+        {"a": {"dtype": "F99", "shape": [4], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F4", "shape": [32], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F6_E2M3", "shape": [16], "data_offsets": [0, 12]}},
+        {"a": {"dtype": "C64", "shape": [2], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "BOOL", "shape": [16], "data_offsets": [0, 16]}},
+    ],
+)
+def test_headers_that_lie(tmp_path: Path, header: dict[str, object]):
+    content = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(content).to_bytes(8, "little") + content + bytes(16))
+    with pytest.raises(DetailFlowError, match=r"a\.safetensors"):
+        read_tensors(tmp_path / "a.safetensors", torch.float32)
+
+
+@pytest.mark.parametrize("length", [0, 2**30, 2**63, 2**64 - 1])
+def test_a_header_of_a_length_that_cannot_be(tmp_path: Path, length: int):
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}" + bytes(16))
+    with pytest.raises(DetailFlowError, match=r"could not read .*a\.safetensors: it is damaged"):
+        read_headers(tmp_path / "a.safetensors")
+
+
+def test_a_state_dict_that_grows(tmp_path: Path):
+    torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "a.pt")
+    with pytest.raises(DetailFlowError, match=r"a in .*a.pt has more numbers than the file"):
+        read_state_dict(tmp_path / "a.pt")
+
+
 def test_a_state_dict_of_either_kind(tmp_path: Path):
     tensors = some_tensors()
     torch.save(tensors, tmp_path / "a.pth")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import secrets
 import stat
 import unicodedata
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -65,9 +66,9 @@ def output_names(names: Iterable[str]) -> list[str]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` to write to: it takes the place of `path` at the end, or vanishes on an error."""
-    temporary = path.with_name(f".{shortened(path.name)}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{shortened(path.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        temporary.touch()
+        open_own(temporary, os.O_WRONLY | os.O_EXCL).close()
         mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files for their owner only
         yield temporary
         temporary.chmod(mode)
@@ -77,6 +78,34 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_own(path: Path, flags: int) -> IO[bytes]:
+    """Open a file of a folder that is ours to write to, made if it is missing; its content stays.
+
+    A link in its place would lead to a file that nobody named, and a pipe would be waited for.
+
+    Raises:
+        OSError: if there is anything but a regular file, or it cannot be opened.
+    """
+    flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, f"{path.name} is a link", str(path))
+    opened = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.EINVAL, f"{path.name} is no regular file", str(path))
+    return os.fdopen(opened, "r+b" if flags & os.O_RDWR else "wb")
+
+
+def check_regular(path: Path) -> None:
+    """Check that what is at `path`, if anything, is a regular file: reading a pipe or a device may never end.
+
+    Raises:
+        OSError: if not.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def _sync(folder: Path) -> None:
@@ -119,7 +148,7 @@ def _held(folder: Path, work: str) -> Iterator[None]:
     try:
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        file = open_own(path, os.O_RDWR)
     except FileExistsError:
         raise DetailFlowError(f"cannot write to {folder}: it is no folder") from None
     except OSError as error:
@@ -136,7 +165,7 @@ def _held(folder: Path, work: str) -> Iterator[None]:
                     folder.rmdir()
 
 
-def _locked(file: IO[str]) -> bool:
+def _locked(file: IO[bytes]) -> bool:
     """Lock a file until it is closed; False where another process has. Systems and file systems without locks lock nothing."""
     try:
         import fcntl
@@ -313,7 +342,10 @@ def read_tensors(
                         raise DetailFlowError(
                             f"{name} in {file} is of type {tensor.dtype}, where weights are floating-point numbers"
                         )
-                    tensors[name] = tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
+                    try:
+                        tensors[name] = tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
+                    except NotImplementedError as error:  # torch has types of four bits that it cannot copy
+                        raise DetailFlowError(f"{name} in {file} is of type {tensor.dtype}, which cannot be computed with") from error
     return tensors
 
 
@@ -369,6 +401,7 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 @contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
     try:
+        check_regular(file)
         with safe_open(file, "pt") as opened:
             yield opened
     except FileNotFoundError:

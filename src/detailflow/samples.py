@@ -74,7 +74,7 @@ class PngWriter:
         return filter(Path.exists, map(self.path, range(len(self.labels))))
 
     def is_done(self, part: int, numbers: range) -> bool:
-        return all(self.path(number).exists() for number in numbers)
+        return all(self.path(number).is_file() for number in numbers)
 
     def write(self, part: int, numbers: range, labels: Sequence[int], images: Sequence[Image.Image]) -> None:
         for number, image in zip(numbers, images, strict=True):
@@ -103,14 +103,14 @@ class NpzWriter:
         return [*self.folder.glob("samples.npz"), *self.folder.glob("part-*.npy")]
 
     def is_done(self, part: int, numbers: range) -> bool:
-        return self._part(part).exists() or (self.folder / "samples.npz").exists()
+        return self._part(part).is_file() or (self.folder / "samples.npz").is_file()
 
     def write(self, part: int, numbers: range, labels: Sequence[int], images: Sequence[Image.Image]) -> None:
         with replacing(self._part(part)) as path, path.open("wb") as file:
             np.save(file, np.stack([np.asarray(image) for image in images]))
 
     def finish(self, parts: int, labels: Sequence[int]) -> None:
-        if (self.folder / "samples.npz").exists():
+        if (self.folder / "samples.npz").is_file():
             return
         shape = np.load(self._part(0), mmap_mode="r").shape[1:]
         with replacing(self.folder / "samples.npz") as path, zipfile.ZipFile(path, "w") as archive:
@@ -126,7 +126,7 @@ class NpzWriter:
 
     def reopen(self, images: int, size: int) -> None:
         whole, file = images // size, self.folder / "samples.npz"
-        if file.exists():
+        if file.is_file():
             with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as member:
                 np.lib.format.read_magic(member)
                 shape = np.lib.format.read_array_header_1_0(member)[0][1:]
@@ -151,7 +151,7 @@ class WebDatasetWriter:
         return self.folder.glob("samples-*.tar")
 
     def is_done(self, part: int, numbers: range) -> bool:
-        return self._shard(part).exists()
+        return self._shard(part).is_file()
 
     def write(self, part: int, numbers: range, labels: Sequence[int], images: Sequence[Image.Image]) -> None:
         with replacing(self._shard(part)) as path, tarfile.open(path, "w") as archive:

@@ -1,4 +1,5 @@
 import json
+import os
 from itertools import islice
 
 import numpy as np
@@ -191,6 +192,9 @@ def test_one_flipped_bit(store, name):
         ({"class_names": None}, "damaged"),
         ({"chunks": [1, 2, 3]}, "damaged"),
         ({"chunk_images": 0}, "damaged"),
+        ({"chunk_images": 12.5}, "damaged"),
+        ({"labels_crc32": None}, "damaged"),
+        ({"ids_crc32": "1"}, "damaged"),
         ({"unreadable": None}, "damaged"),
     ],
 )
@@ -214,6 +218,24 @@ def test_open_refuses_missing_or_damaged_files(store, tmp_path):
         (store.directory / "manifest.json").write_text(content)
         with pytest.raises(DetailFlowError, match="is damaged"):
             TokenStore.open(store.directory)
+
+
+def test_codes_that_are_no_file(tmp_path):
+    """A link would lead to a file that nobody named, and a pipe would be waited for."""
+    (tmp_path / "diary.txt").write_text("dear diary")
+    for name, make in (("link", lambda path: path.symlink_to(tmp_path / "diary.txt")), ("pipe", os.mkfifo)):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "codes.bin")
+        with pytest.raises(DetailFlowError, match=f"{name} cannot be written .*codes.bin is"):
+            writer_for(tmp_path / name)
+    assert (tmp_path / "diary.txt").read_text() == "dear diary"
+
+
+def test_names_that_are_damaged(store):
+    for content in (b"", b'"a"\n' * 3, b"\xff" * 50, b"{" * 50):
+        (store.directory / "ids.jsonl").write_bytes(content)
+        with pytest.raises(DetailFlowError, match=r"ids\.jsonl is damaged"):
+            store.ids()
 
 
 # ------------------------------------------------------------------------------------------------- what does not fit

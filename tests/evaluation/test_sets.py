@@ -201,6 +201,16 @@ class TestBadNpz:
         with pytest.raises(DetailFlowError, match=r"lie.npz is damaged, or no .npz file"):
             open_set(tmp_path / "lie.npz")
 
+    def test_millions_of_tiny_images(self, tmp_path: Path):
+        np.savez_compressed(tmp_path / "tiny.npz", arr_0=np.zeros((3_000_000, 1, 1, 3), np.uint8))
+        with pytest.raises(DetailFlowError, match=r"tiny.npz holds 3,000,000 images in .* bytes: no real images are as small"):
+            open_set(tmp_path / "tiny.npz")
+
+    def test_a_pipe(self, tmp_path: Path):
+        os.mkfifo(tmp_path / "pipe.npz")
+        with pytest.raises(DetailFlowError, match="pipe.npz"):
+            open_set(tmp_path / "pipe.npz")
+
     def test_damaged(self, images: np.ndarray, tmp_path: Path):
         whole = make_npz(tmp_path, images).read_bytes()
         for name, content in (("text.npz", b"text"), ("half.npz", whole[: len(whole) // 2])):

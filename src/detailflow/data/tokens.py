@@ -29,7 +29,7 @@ import torch
 from detailflow.data.loader import BatchOrder
 from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.files import read_text, replacing
+from detailflow.files import check_regular, open_own, read_text, replacing
 
 CLEAN, INPUT, LABEL = range(3)  # the rows of one crop
 _FORMAT, _VERSION = "detailflow-tokens", 2
@@ -107,6 +107,8 @@ class TokenStore:
             fields = {name: manifest[name] for name in TokenStoreInfo.__dataclass_fields__}
             fields["class_names"] = tuple(fields["class_names"])
             images, per_chunk, checksums = (manifest[name] for name in ("images", "chunk_images", "chunks"))
+            if type(per_chunk) is not int or any(type(manifest[name]) is not int for name in ("labels_crc32", "ids_crc32")):
+                raise ValueError("chunk_images and checksums are whole numbers")
             if type(images) is not int or images < 1:
                 raise DetailFlowError(f"{directory / _MANIFEST} says that it holds {images!r} images: extract the tokens again")
             if len(checksums) != -(-images // per_chunk):
@@ -135,9 +137,17 @@ class TokenStore:
         return self.codes[self.slots[images], crops, rows]
 
     def ids(self) -> list[str]:
-        """The images' names in their source."""
-        lines = (self.directory / _IDS).read_text(encoding="utf-8").splitlines()
-        return [json.loads(lines[slot]) for slot in self.slots.tolist()]
+        """Return the images' names in their source.
+
+        Raises:
+            DetailFlowError: if their file is damaged.
+        """
+        try:
+            check_regular(self.directory / _IDS)
+            lines = (self.directory / _IDS).read_text(encoding="utf-8").splitlines()
+            return [str(json.loads(lines[slot])) for slot in self.slots.tolist()]
+        except (OSError, ValueError, LookupError, RecursionError) as error:
+            raise _damaged(self.directory / _IDS) from error
 
     def verify(self) -> None:
         """Compare every file with its checksum, in bounded memory.
@@ -217,7 +227,7 @@ class TokenWriter:
             self._sweep()
             with replacing(self.directory / _IDS) as temporary:
                 temporary.write_bytes(lines)
-            with open(self.directory / _CODES, "ab") as file:  # sparse until it is written
+            with open_own(self.directory / _CODES, os.O_RDWR) as file:  # sparse until it is written
                 file.truncate(len(self.labels) * self.info.image_bytes)
             for chunk, checksum in _checksums(self.directory / _CODES, self.chunk_images * self.info.image_bytes, records):
                 if checksum != records[chunk]["crc32"]:
@@ -255,7 +265,7 @@ class TokenWriter:
         content = codes.astype(_CODE_TYPE).tobytes()
         record = {"crc32": zlib.crc32(content), "unreadable": dict(unreadable)}
         with _writing(self.directory):
-            with open(self.directory / _CODES, "r+b") as file:  # not through a map: a full disk would kill the process
+            with open_own(self.directory / _CODES, os.O_RDWR) as file:  # not through a map: a full disk would kill the process
                 file.seek(self.slots(chunk).start * self.info.image_bytes)
                 file.write(content)
                 file.flush()

@@ -1,5 +1,6 @@
 """Sets of images to measure: all that `open_images` reads, and .npz files in the layout of ADM's evaluation."""
 
+import math
 import os
 import zipfile
 import zlib
@@ -21,6 +22,7 @@ from detailflow.data.transforms import center_crop
 from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.metrics import Gaussian
+from detailflow.files import check_regular
 
 IMAGES = "arr_0"  # the entry of an ADM .npz that holds images, (n, H, W, 3) bytes
 _READERS = 4  # threads that decode a process's images; Pillow lets them run at once
@@ -238,7 +240,7 @@ class _Npz:
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         image = self.shape[1:]
-        size = int(np.prod(image))
+        size = math.prod(image)
         try:
             with zipfile.ZipFile(self.file) as archive, archive.open(f"{IMAGES}.npy") as member:
                 for number in numbers:
@@ -254,6 +256,8 @@ class _Npz:
 
 _EXPANDED = 256 * 2**20  # bytes that an entry of statistics may always have
 _MOST_EXPANSION = 20  # and how many times its compressed size if it is larger
+_MANY_IMAGES = 10**5  # that may have any size
+_LEAST_BYTES = 64  # compressed, of each image if there are more
 _DAMAGE = (OSError, EOFError, MemoryError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
@@ -262,6 +266,7 @@ def _open_npz(file: Path) -> tuple[_Npz | None, Statistics | None]:
     if not file.exists():
         raise DetailFlowError(f"{file} does not exist: give an .npz file, a folder or another set of images")
     try:
+        check_regular(file)
         with zipfile.ZipFile(file) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
             header = _read_header(archive, file) if IMAGES in names else None
@@ -283,6 +288,7 @@ def _read_header(archive: zipfile.ZipFile, file: Path) -> _Npz:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, kind = read(member)
         offset = member.tell()
+    compressed = archive.getinfo(f"{IMAGES}.npy").compress_size
     if kind.hasobject:
         raise DetailFlowError(f"{file} holds pickled objects as {IMAGES}, which are not read: save the images as uint8 numbers")
     grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
@@ -293,6 +299,8 @@ def _read_header(archive: zipfile.ZipFile, file: Path) -> _Npz:
         )
     if 0 in shape:
         raise DetailFlowError(f"{file} holds no images: {IMAGES} is empty")
+    if shape[0] > max(_MANY_IMAGES, compressed // _LEAST_BYTES):
+        raise DetailFlowError(f"{file} holds {shape[0]:,} images in {compressed:,} bytes: no real images are as small")
     return _Npz(file, shape, offset)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError, missing_package
-from detailflow.files import writing
+from detailflow.files import read_text, writing
 
 TRACKERS = ("tensorboard", "wandb")  # each is named as the package that it needs
 WANDB_ID_FILE = "wandb-id.txt"
@@ -131,13 +131,16 @@ def run_id(output: Path) -> str:
     """Return the name by which Weights & Biases knows the run in `output`: drawn once and kept in its folder.
 
     Raises:
-        DetailFlowError: if it cannot be written.
+        DetailFlowError: if it cannot be written or read.
     """
     path = output / WANDB_ID_FILE
     if not path.exists():
         with writing(path) as temporary:
             temporary.write_text(f"{secrets.token_hex(8)}\n", encoding="ascii")
-    return path.read_text(encoding="utf-8").strip()
+    try:
+        return read_text(path).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DetailFlowError(f"could not read {path}: remove it to begin another run there ({error})") from error
 
 
 @contextmanager
