@@ -345,7 +345,7 @@ def read_tensors(
                     try:
                         tensors[name] = tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
                     except NotImplementedError as error:  # torch has types of four bits that it cannot copy
-                        raise DetailFlowError(f"{name} in {file} is of type {tensor.dtype}, which cannot be computed with") from error
+                        raise DetailFlowError(f"{name} in {file} is of type {tensor.dtype}, which no model has") from error
     return tensors
 
 
