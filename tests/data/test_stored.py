@@ -158,15 +158,3 @@ def test_rows_that_hold_no_image():
     ):
         with pytest.raises(DetailFlowError, match=message):
             stored_image(value, "row 1", [], urls=True)
-
-
-def test_a_parquet_file_that_would_fill_the_memory(tmp_path: Path):
-    """Half a gigabyte of zeros in a few kilobytes."""
-    pytest.importorskip("datasets", reason="needs detailflow[train]")
-    import pyarrow.parquet
-
-    image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    table = pyarrow.table({"image": pyarrow.array([{"bytes": bytes(2**29), "path": None}], image)})
-    pyarrow.parquet.write_table(table, tmp_path / "zeros.parquet", compression="zstd")
-    with pytest.raises(DetailFlowError, match="zeros.parquet grows from .* bytes to 536,87.* as it is read"):
-        open_images(str(tmp_path / "zeros.parquet"))

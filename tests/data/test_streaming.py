@@ -219,10 +219,10 @@ def test_hub(tables, monkeypatch):
     assert source.class_names[:2] == ("class0", "class1") and source.num_images == 200 and source.name == "someone/cats"
     images, numbers = next(iter(StreamedBatches(source, 32, 8, seed=0)))
     assert images.shape == (8, 3, 32, 32) and numbers.any()
-    with pytest.raises(DetailFlowError, match="nobody is neither a file nor a folder here, and on the hub it cannot") as caught:
-        open_stream("nobody", "val")
+    with pytest.raises(DetailFlowError, match="someone/nobody is neither a file nor a folder here, and on the hub it cannot") as caught:
+        open_stream("someone/nobody", "val")
     assert "\n" not in str(caught.value)
-    assert asked == [("someone/cats", "train", True), ("nobody", "val", True)]
+    assert asked == [("someone/cats", "train", True), ("someone/nobody", "val", True)]
 
 
 def test_what_cannot_be_streamed(cifar, tables, shards, tmp_path):

@@ -14,8 +14,9 @@ from pathlib import Path
 from detailflow.data.decode import image_suffixes, load_rgb, to_rgb
 from detailflow.data.folder import MANY, Found, Notes, find_in_folder, in_folders, within
 from detailflow.data.metadata import read_labels
+from detailflow.data.parquet import open_parquet
 from detailflow.data.source import ImageSource, class_order, file_sizes, from_names, labelled, unlabelled
-from detailflow.data.tables import open_hub, open_parquet, open_saved
+from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError, DetailFlowWarning, printable
 
@@ -52,7 +53,7 @@ def open_images(
     if found.kind == "hub":
         source = open_hub(found.where, split or "train", image_column, label_column)
     elif found.kind == ".parquet":
-        source = open_parquet(found.files, image_column, label_column)
+        source = open_parquet(found.files, image_column, label_column, found.notes)
     elif found.kind == "saved":
         source = open_saved(found.where, image_column, label_column)
     elif found.kind == ".tar":

@@ -189,10 +189,12 @@ def read_file(path: str, name: str) -> bytes:
         DetailFlowError: naming it, if it cannot be read.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device may never end
+            raise DetailFlowError(f"{name} cannot be read: {path} is no regular file")
         with open(path, "rb") as file:
             return file.read()
-    except OSError as error:
-        raise DetailFlowError(f"{name} cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise DetailFlowError(f"{name} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def class_order(names: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from glob import escape
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,17 +21,10 @@ from detailflow.data.decode import first_line, load_rgb
 from detailflow.data.folder import Notes
 from detailflow.data.images import find
 from detailflow.data.loader import note_unreadable
+from detailflow.data.parquet import list_tables, name_of, read_footers, stream_parquet
 from detailflow.data.source import common_folder, file_sizes, fingerprint
 from detailflow.data.stored import stored_image
-from detailflow.data.tables import (
-    check_columns,
-    import_datasets,
-    list_tables,
-    load_hub,
-    quiet,
-    read_footers,
-    stored_names,
-)
+from detailflow.data.tables import check_columns, import_datasets, load_hub, quiet, stored_names
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
 from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError, printable
@@ -161,11 +155,11 @@ def open_stream(
         what = "a folder of image files" if found.kind == "folder" else "a folder by `save_to_disk`"
         raise DetailFlowError(f"{data} is {what}, which can't be streamed: leave streaming off")
     if found.kind == ".parquet":
-        footers = read_footers(found.files)
-        name, count = footers.where, sum(rows for _, rows in footers.counted)
-        listing = list_tables(footers.counted)
-        dataset = _stream_files("parquet", found.files, name, features=footers.features)
-        names = footers.class_names(label_column)
+        footers = read_footers(found.files, image_column, label_column)
+        name, count, listing = name_of(found.files), sum(footer.rows for footer in footers), list_tables(footers)
+        names = footers[0].class_names if footers[0].labels == "numbers" else ()
+        has_labels = bool(names)
+        dataset = stream_parquet(footers, image_column, label_column if has_labels else None)
     else:
         name, count = os.fspath(data), None
         if found.kind == "hub":
@@ -174,16 +168,16 @@ def open_stream(
             count = sizes.num_examples if sizes else None
             listing = [(name, split or "train", str(dataset.info.version), str(dataset.info.download_checksums), str(sizes))]
         else:
-            dataset = _stream_files("webdataset", found.files, name)
+            dataset = _stream_shards(found.files, name)
             paths = [str(file) for file in found.files]
             listing = list(file_sizes(paths, common_folder(paths)))
         if dataset.features is None:
             raise DetailFlowError(f"{name} doesn't say what its columns are, so it can't be streamed: leave streaming off")
-        names = stored_names(dataset.features, label_column)
+        names = stored_names(name, dataset.features, label_column)
         pictures = [column for column, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
         if image_column == "image" and "__key__" in dataset.features and pictures:
             image_column = pictures[0]
-    has_labels = check_columns(name, dataset.features, image_column, label_column)
+        has_labels = check_columns(name, dataset.features, image_column, label_column)
     if isinstance(dataset.features[image_column], datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     label = label_column if has_labels else None
@@ -193,12 +187,13 @@ def open_stream(
     return source
 
 
-def _stream_files(builder: str, files: list[Path], name: str, **options: Any) -> Any:
-    datasets = import_datasets()
+def _stream_shards(files: list[Path], name: str) -> Any:
+    datasets, paths = import_datasets(), [os.path.abspath(file) for file in files]
+    if odd := next((path for path in paths if "::" in path or "://" in path), None):
+        raise DetailFlowError(f"{odd} cannot be streamed, since '::' stands for an address: rename it, or leave streaming off")
     try:
-        with quiet(datasets, False):
-            paths = [str(file) for file in files]
-            return datasets.load_dataset(builder, data_files=paths, split="train", streaming=True, **options)
+        with quiet(datasets, False):  # which takes paths for patterns
+            return datasets.load_dataset("webdataset", data_files=list(map(escape, paths)), split="train", streaming=True)
     except Exception as error:
         raise DetailFlowError(f"{name} cannot be read ({first_line(error.__cause__ or error)})") from error
 

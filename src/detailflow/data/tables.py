@@ -1,4 +1,4 @@
-"""Parquet files and hub datasets, through the `datasets` library (the `train` extra), which never decodes an image here."""
+"""Hub data sets and folders by `save_to_disk`, through the `datasets` library, which never decodes an image here."""
 
 import json
 import logging
@@ -8,19 +8,15 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from detailflow.data.decode import first_line
 from detailflow.data.source import ImageSource, common_folder, file_sizes, labelled, unlabelled
 from detailflow.data.stored import stored_image
-from detailflow.errors import DetailFlowError, missing_package
+from detailflow.errors import DetailFlowError, missing_package, printable
 from detailflow.files import read_text
-
-_EXPANDED = 256 * 2**20  # bytes that a row group may always have
-_MOST_EXPANSION = 20  # and how many times its compressed size if it is larger
-_SHOW_PROGRESS_ABOVE = 256 * 2**20  # bytes of parquet; less is ready in seconds
 
 
 class _TableRows:
@@ -60,14 +56,8 @@ class _TableRows:
     def listing(self) -> Iterable[tuple[str | int, ...]]:
         if self.on_hub:  # where the library's own checksum is of the files' contents or revision
             return [(self.file_names[0], len(self), str(self.dataset._fingerprint))]
-        return list_tables(list(zip(self.file_names, np.diff(self.ends, prepend=0).tolist(), strict=True)))
-
-
-def list_tables(files: Sequence[tuple[str, int]]) -> list[tuple[str | int, ...]]:
-    """Return each file's name in the folder that holds them all, its bytes and its rows."""
-    names = [name for name, _ in files]
-    sizes = file_sizes(names, common_folder(names))
-    return [(*entry, rows) for entry, (_, rows) in zip(sizes, files, strict=True)]
+        sizes = file_sizes(self.file_names, common_folder(self.file_names))
+        return [(*entry, rows) for entry, rows in zip(sizes, np.diff(self.ends, prepend=0).tolist(), strict=True)]
 
 
 def import_datasets() -> ModuleType:
@@ -97,87 +87,43 @@ def quiet(datasets: ModuleType, progress: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-class ParquetFiles(NamedTuple):
-    """What the footers of parquet files say."""
-
-    where: str
-    counted: list[tuple[str, int]]  # each file's name and its rows
-    schema: Any
-
-    @property
-    def features(self) -> Any:
-        """Plain columns, without the label names in the files' metadata: `datasets` refuses names that occur twice, and
-        ImageNet has two cranes."""
-        return import_datasets().Features.from_arrow_schema(self.schema.remove_metadata())
-
-    def class_names(self, column: str) -> tuple[str, ...]:
-        """Those that the Hugging Face metadata gives for a label column; () where none."""
-        try:
-            metadata = json.loads(self.schema.metadata[b"huggingface"])
-            return tuple(metadata["info"]["features"][column]["names"])
-        except (KeyError, TypeError, ValueError):
-            return ()
-
-
-def read_footers(files: list[Path]) -> ParquetFiles:
-    """Raises DetailFlowError for a file that is no parquet."""
-    import_datasets()
-    import pyarrow.parquet
-
-    counted = []
-    for file in files:
-        try:
-            parquet = pyarrow.parquet.ParquetFile(file)
-        except (OSError, ValueError) as error:
-            raise DetailFlowError(f"{file} is not a readable parquet file ({first_line(error)})") from error
-        _check_expansion(file, parquet.metadata)
-        counted.append((str(file), parquet.metadata.num_rows))
-    where = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} parquet files)"
-    return ParquetFiles(where, counted, parquet.schema_arrow)
-
-
-def _check_expansion(file: Path, metadata: Any) -> None:
-    """Check that no row group, which is read as a whole, is far larger than what of the file holds it.
+def load_hub(name: str, split: str, **options: Any) -> Any:
+    """Open a data set on the hub by `datasets.load_dataset`, which runs no code of its own.
 
     Raises:
-        DetailFlowError: for one that could fill the memory from a small file. Images, compressed already, hardly grow.
+        DetailFlowError: if that fails.
     """
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        columns = [group.column(j) for j in range(group.num_columns)]
-        stored, read = sum(c.total_compressed_size for c in columns), sum(c.total_uncompressed_size for c in columns)
-        if read > max(_EXPANDED, _MOST_EXPANSION * stored):
-            raise DetailFlowError(
-                f"{file} grows from {stored:,} bytes to {read:,} as it is read (row group {i}): store images as PNG or JPEG files"
-            )
-
-
-def open_parquet(files: list[Path], image_column: str, label_column: str) -> ImageSource:
-    """Raises DetailFlowError for files that can't be read, have no such columns, or labels that can't be."""
-    datasets, parquet = import_datasets(), read_footers(files)
-    if not any(rows for _, rows in parquet.counted):
-        raise DetailFlowError(f"{parquet.where} holds no images: it has no rows")
-    paths = [str(file) for file in files]
-    try:
-        with quiet(datasets, sum(file.stat().st_size for file in files) > _SHOW_PROGRESS_ABOVE):
-            dataset = datasets.load_dataset("parquet", data_files=paths, features=parquet.features, split="train")
-    except Exception as error:  # `datasets` raises many kinds: columns that differ, a full disk, damaged pages
-        raise DetailFlowError(f"{parquet.where} cannot be read ({first_line(error.__cause__ or error)})") from error
-    names = parquet.class_names(label_column)
-    return _from_table(dataset, parquet.where, parquet.counted, image_column, label_column, names, on_hub=False)
-
-
-def load_hub(name: str, split: str, **options: Any) -> Any:
-    """`datasets.load_dataset`. Raises DetailFlowError where it fails."""
     datasets = import_datasets()
     try:
         with quiet(datasets, True):
-            return datasets.load_dataset(name, split=split, **options)
+            return datasets.load_dataset(_hub_id(name), split=split, **options)
     except Exception as error:  # no network, no such dataset, no such split, gated, ...: `datasets` says which
         reached = f"on the hub it cannot be opened as a data set ({first_line(error)})"
         if isinstance(error, ConnectionError):
             reached = "the hub cannot be reached to look for a data set of that name"
         raise DetailFlowError(f"{name} is neither a file nor a folder here, and {reached}") from error
+
+
+def _hub_id(name: str) -> str:
+    """Return the full name of a data set on the hub: "ylecun/mnist" for "mnist".
+
+    A name without its owner is never handed to `load_dataset`, for which "json", "pandas" and the like are kinds of files
+    that it then looks for in the current folder, and opens, pickles too.
+    """
+    if "/" in name:
+        return name
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        found = str(HfApi().dataset_info(name).id)
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception as error:  # of the library that carries the question, which changes between releases
+        raise ConnectionError(first_line(error)) from error
+    if "/" not in found:
+        raise DetailFlowError("give its owner too, as in owner/name")
+    return found
 
 
 def cache_folders(name: str) -> list[str]:
@@ -200,6 +146,9 @@ def open_saved(folder: str, image_column: str, label_column: str) -> ImageSource
         files = [str(entry["filename"]) for key in ("_data_files", "_indices_files") for entry in state.get(key) or ()]
         if outside := [file for file in files if os.path.basename(file) != file]:
             raise DetailFlowError(f"{folder} names {outside[0]}, which is not in it: no other file is read")
+        for file in ("dataset_info.json", *files):
+            if not os.path.isfile(path := os.path.join(folder, file)):  # reading a pipe may never end
+                raise DetailFlowError(f"{path} is {'no regular file' if os.path.exists(path) else 'missing'}: save the set again")
         with quiet(datasets, False):
             dataset = datasets.load_from_disk(folder)
         counted = [(os.path.join(folder, file), _arrow_rows(os.path.join(folder, file))) for file in files]
@@ -211,7 +160,7 @@ def open_saved(folder: str, image_column: str, label_column: str) -> ImageSource
         with quiet(datasets, False):
             dataset = dataset.flatten_indices(keep_in_memory=True)
         counted = [*((file, 0) for file, _ in counted), (os.path.join(folder, "state.json"), len(dataset))]
-    names = stored_names(dataset.features, label_column)
+    names = stored_names(folder, dataset.features, label_column)
     return _from_table(dataset, folder, counted, image_column, label_column, names, on_hub=False)
 
 
@@ -225,20 +174,46 @@ def _arrow_rows(file: str) -> int:
 def open_hub(name: str, split: str, image_column: str, label_column: str) -> ImageSource:
     """Raises DetailFlowError where the dataset can't be opened, has no such columns, or labels that can't be."""
     dataset = load_hub(name, split)
-    names = stored_names(dataset.features, label_column)
+    names = stored_names(name, dataset.features, label_column)
     return _from_table(dataset, name, [(f"{name} {split}", len(dataset))], image_column, label_column, names, on_hub=True)
 
 
-def stored_names(features: Any, column: str) -> tuple[str, ...]:
-    """The class names that a dataset's features give for a label column; () where none."""
-    return tuple(getattr(features.get(column), "names", ()))
+def stored_names(where: str, features: Any, column: str) -> tuple[str, ...]:
+    """Return the class names that a dataset's features give for a label column; () if they give none."""
+    return check_names(where, getattr(features.get(column), "names", None))
+
+
+def check_names(where: str, names: Any) -> tuple[str, ...]:
+    """Return the names of classes that a set states; () if it states none.
+
+    Raises:
+        DetailFlowError: if they are not a list of texts.
+    """
+    if names is None:
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DetailFlowError(f"{where} does not name its classes in a list of texts: write its metadata again")
+    return tuple(map(printable, names))
+
+
+def require_columns(where: str, columns: Sequence[str], image_column: str, label_column: str = "label") -> None:
+    """Check that a table has the columns that were asked for by name; "label" may be missing.
+
+    Raises:
+        DetailFlowError: if it has not.
+    """
+    for column in (image_column, label_column):
+        if column not in columns and (column == image_column or column != "label"):
+            raise DetailFlowError(f"{where} has no column {column!r}: its columns are {', '.join(columns)}")
 
 
 def check_columns(where: str, features: Any, image_column: str, label_column: str) -> bool:
-    """Whether there is a label column. Raises DetailFlowError where there are no images, or no labels of a name asked for."""
-    columns = list(features)
-    if image_column not in columns:
-        raise DetailFlowError(f"{where} has no column {image_column!r}: its columns are {', '.join(columns)}")
+    """Return whether there is a label column.
+
+    Raises:
+        DetailFlowError: if there are no images, or no labels of a name asked for.
+    """
+    require_columns(where, list(features), image_column, label_column)
     storage = str(features.arrow_schema.field(image_column).type)
     datasets = import_datasets()
     if "binary" not in storage or not isinstance(features[image_column], datasets.Image | datasets.Value | dict):  # not videos
@@ -246,9 +221,7 @@ def check_columns(where: str, features: Any, image_column: str, label_column: st
     kind = features.get(label_column)
     if kind is not None and type(kind).__name__ not in ("ClassLabel", "Value"):  # others may name files that are opened
         raise DetailFlowError(f"{where} has no labels in its column {label_column!r}: that column holds {kind}")
-    if label_column not in columns and label_column != "label":  # asked for by name
-        raise DetailFlowError(f"{where} has no column {label_column!r}: its columns are {', '.join(columns)}")
-    return label_column in columns
+    return label_column in features
 
 
 def _from_table(

@@ -1,0 +1,186 @@
+"""Parquet files: what their names, labels and contents say, and what a small file may cost."""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detailflow.data.images import open_images
+from detailflow.data.streaming import open_stream
+from detailflow.errors import DetailFlowError
+
+arrow = pytest.importorskip("pyarrow", reason="needs detailflow[train]")
+parquet = pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("datasets", reason="needs detailflow[train]")
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def png(colour: tuple[int, int, int] = (0, 0, 0)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
+
+
+def write(file: Path, images: list[Any], labels: Any = None, names: Any = None, metadata: bytes | None = None) -> Path:
+    """Write a table of images, given as bytes or as paths, and labels; `names` are those of the Hugging Face metadata."""
+    kind = arrow.struct({"bytes": arrow.binary(), "path": arrow.string()})
+    cells = [{"path": image} if isinstance(image, str) else {"bytes": image} for image in images]
+    table = arrow.table({"image": arrow.array(cells, kind)})
+    if labels is not None:
+        table = table.append_column("label", labels if isinstance(labels, arrow.Array) else arrow.array(labels))
+    if names is not None:
+        metadata = json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}).encode()
+    if metadata is not None:
+        table = table.replace_schema_metadata({b"huggingface": metadata})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, file)
+    return file
+
+
+def colour(source: Any, index: int) -> str:
+    return "red" if source.image(index).getpixel((0, 0))[0] else "blue"
+
+
+@pytest.mark.parametrize("opened", [open_images, open_stream])
+def test_files_that_name_their_classes_differently_are_refused(tmp_path, opened):
+    write(tmp_path / "0.parquet", [RED, BLUE], [0, 1], ["cat", "dog"])
+    write(tmp_path / "1.parquet", [RED, BLUE], [0, 1], ["dog", "cat"])
+    with pytest.raises(DetailFlowError, match=r"1\.parquet names the classes dog, cat, and .*0\.parquet cat, dog"):
+        opened(tmp_path)
+    write(tmp_path / "1.parquet", [RED, BLUE], [0, 1])
+    with pytest.raises(DetailFlowError, match=r"1\.parquet names no classes, and .*0\.parquet cat, dog"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("first, second", [([1, 2], ["10", "9"]), (["10", "9"], [1, 2]), ([1, 2], None), (None, [1, 2])])
+def test_files_with_different_columns_are_refused(tmp_path, first, second):
+    write(tmp_path / "0.parquet", [RED, BLUE], first)
+    write(tmp_path / "1.parquet", [RED, BLUE], second)
+    with pytest.raises(DetailFlowError, match=r"1\.parquet has .* 'label', and .*0\.parquet"):
+        open_images(tmp_path)
+
+
+def test_a_file_that_is_replaced_is_read_again(tmp_path):
+    file = tmp_path / "a.parquet"
+    for image, label in ((RED, 0), (BLUE, 1)):
+        write(file, [image, image], [label, label])
+        os.utime(file, (1e9, 1e9))
+        source = open_images(file)
+        assert colour(source, 1) == ("blue" if label else "red") and source.labels.tolist() == [label, label]
+    os.replace(write(tmp_path / "new", [RED, BLUE], [0, 1]), file)
+    os.utime(file, (1e9, 1e9))
+    assert [colour(open_images(file), k) for k in range(2)] == ["red", "blue"]
+
+
+@pytest.mark.parametrize("folder", ["p[1]", "zip::b", "a{b}", "x*y", "q?"])
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_paths_are_no_patterns(tmp_path, folder):
+    write(tmp_path / folder / "x?.parquet", [RED], [0])
+    write(tmp_path / folder / "xy.parquet", [BLUE], [1])
+    source = open_images(tmp_path / folder)
+    assert [colour(source, k) for k in range(2)] == ["red", "blue"] and source.labels.tolist() == [0, 1]
+    assert source.name(1).endswith("xy.parquet row 0")
+    stream = open_stream(tmp_path / folder / "x?.parquet")
+    assert [row["image"]["bytes"] for row in stream._dataset] == [RED] and stream.num_images == 1
+
+
+def repeated(value: Any, rows: int, kind: Any) -> Any:
+    return arrow.DictionaryArray.from_arrays(np.zeros(rows, np.int32), arrow.array([value], kind))
+
+
+def test_a_small_file_does_not_become_a_large_one(tmp_path, monkeypatch):
+    """A dictionary holds what all rows share once: half a megabyte on the disk may be gigabytes of images, or of labels."""
+    monkeypatch.setattr("detailflow.data.parquet._EXPANDED", 2**24)  # a sixteenth, to write less
+    file, big = tmp_path / "a.parquet", np.random.default_rng(0).bytes(2**19)
+    parquet.write_table(arrow.table({"image": repeated(big, 200, arrow.binary())}), file, store_schema=False)
+    with pytest.raises(DetailFlowError, match=r"a\.parquet grows from .* bytes to more than"):
+        open_images(file)
+    parquet.write_table(arrow.table({"image": [bytes(2**25)]}), file, compression="zstd")
+    with pytest.raises(DetailFlowError, match=r"a\.parquet grows from .* bytes to 33,55.* as it is read"):
+        open_images(file)
+    parquet.write_table(arrow.table({"image": arrow.nulls(3_000_000, arrow.binary())}), file, store_schema=False)
+    with pytest.raises(DetailFlowError, match=r"a\.parquet has 3,000,000 rows in [\d,]+ bytes"):
+        open_images(file)
+    columns = {"image": repeated(RED, 100_000, arrow.binary()), "label": repeated("x" * 2**19, 100_000, arrow.string())}
+    parquet.write_table(arrow.table(columns), file, store_schema=False)
+    assert len(open_images(file).class_names) == 1  # of 52 GB, were each label a text of its own
+
+
+def test_folders_of_parquet_files(tmp_path):
+    for name in ("cat", "dog"):
+        write(tmp_path / "hive" / f"label={name}" / "0.parquet", [RED])
+        write(tmp_path / "plain" / name / "0.parquet", [RED])
+    hive = open_images(tmp_path / "hive")
+    assert hive.class_names == ("cat", "dog") and hive.labels.tolist() == [0, 1]
+    plain = open_images(tmp_path / "plain")
+    assert plain.class_names == ("image",)
+    assert "in folders (cat, dog), which give no labels: add a column 'label'" in plain.summary
+
+
+@pytest.mark.parametrize("names", ["cat", {"0": "cat"}, [1, 2], [None, ["x"]]])
+def test_names_of_classes_are_texts(tmp_path, names):
+    with pytest.raises(DetailFlowError, match=r"a\.parquet does not name its classes in a list of texts"):
+        open_images(write(tmp_path / "a.parquet", [RED, BLUE], [0, 1], names))
+
+
+@pytest.mark.parametrize(
+    "metadata", [b"[" * 100_000, b"{", b"\xff", b'{"info": {"features": {"label": {"names": [' + b"[" * 10_000]
+)
+def test_metadata_that_is_none(tmp_path, metadata):
+    with pytest.raises(DetailFlowError, match=r"a\.parquet has damaged Hugging Face metadata"):
+        open_images(write(tmp_path / "a.parquet", [RED], [0], metadata=metadata))
+
+
+@pytest.mark.parametrize("metadata", [b"[]", b"1", b'{"info": 3}', b'{"info": {"features": []}}', b'{"pandas": {}}'])
+def test_metadata_of_something_else(tmp_path, metadata):
+    assert open_images(write(tmp_path / "a.parquet", [RED], [0], metadata=metadata)).class_names == ("0",)
+
+
+def test_labels_of_every_type(tmp_path):
+    words = arrow.array(["dog", "cat"]).dictionary_encode()
+    assert open_images(write(tmp_path / "a.parquet", [RED, BLUE], words)).class_names == ("cat", "dog")
+    for kind in ("int8", "uint16", "int64", "uint64"):
+        file = write(tmp_path / "a.parquet", [RED, BLUE], arrow.array([1, 0], kind))
+        assert open_images(file).labels.tolist() == [1, 0]
+    assert open_images(write(tmp_path / "a.parquet", [RED], arrow.nulls(1))).class_names == ("image",)
+    for number in (arrow.array([2**63, 1], "uint64"), arrow.array([2**63 - 1, 1]), arrow.array([30_000_000, 0])):
+        with pytest.raises(DetailFlowError, match="label of 1,000,000 or more"):
+            open_images(write(tmp_path / "a.parquet", [RED, BLUE], number))
+    kinds = [arrow.float32(), arrow.decimal128(38), arrow.binary(), arrow.timestamp("us"), arrow.list_(arrow.int64())]
+    for kind in kinds:
+        with pytest.raises(DetailFlowError, match="no labels in its column 'label', but .*: give class numbers or names"):
+            open_images(write(tmp_path / "a.parquet", [RED], arrow.nulls(1, kind)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_rows_that_name_no_regular_file(tmp_path):
+    """None of them may wait for ever, nor keep the others from being looked at."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "a.png").write_bytes(RED)
+    source = open_images(write(tmp_path / "a.parquet", ["a.png", "pipe.png", "a\0.png", "."]))
+    assert "8×8" in source.summary and colour(source, 0) == "red"
+    for index in range(1, 4):
+        for read in (source.image, source.size, source.stored_bytes):
+            with pytest.raises(DetailFlowError, match=f"row {index} "):
+                read(index)
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(DetailFlowError, match=r"neither a folder of images nor|no regular file|does not exist"):
+        open_images(tmp_path / "pipe.parquet")
+
+
+def test_a_damaged_page_is_named(tmp_path):
+    file = write(tmp_path / "a.parquet", [np.random.default_rng(k).bytes(3000) for k in range(10)], [0] * 10)
+    content = bytearray(file.read_bytes())
+    content[4:3000] = b"\xff" * 2996
+    file.write_bytes(content)
+    with pytest.raises(DetailFlowError, match=r"a\.parquet cannot be read") as caught:
+        open_images(file)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,104 @@
+"""Hub data sets and folders by `save_to_disk`: which names are asked for, and what a damaged folder may do."""
+
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from detailflow.data.images import open_images
+from detailflow.data.streaming import open_stream
+from detailflow.errors import DetailFlowError
+
+datasets = pytest.importorskip("datasets", reason="needs detailflow[train]")
+HFValidationError = pytest.importorskip("huggingface_hub.errors").HFValidationError
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+class _Touch:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("executed",)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that knows one data set, which stands in for the real one."""
+
+    def dataset_info(self: object, name: str) -> Any:
+        if name not in ("cats", "lonely"):
+            raise HFValidationError(f"{name} is not on the hub")
+        return type("Info", (), {"id": "someone/cats" if name == "cats" else name})
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("opened", [open_images, open_stream])
+@pytest.mark.parametrize("name", ["pandas", "parquet", "imagefolder", "csv", "json", "webdataset", "arrow", "text", "lonely"])
+def test_no_kind_of_file_is_a_data_set(tmp_path, monkeypatch, name, opened):
+    """`datasets` takes these names for kinds of files, and looks for them in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("pkl", "pandas", "parquet", "csv", "json", "txt"):
+        (tmp_path / f"train.{suffix}").write_bytes(pickle.dumps(_Touch()))
+    with pytest.raises(DetailFlowError, match=f"{name} is neither a file nor a folder here, and on the hub it cannot"):
+        opened(name)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_name_without_its_owner(monkeypatch):
+    asked = []
+
+    def load_dataset(name: str, split: str) -> Any:
+        asked.append((name, split))
+        raise ValueError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("cats", "someone/cats"):
+        with pytest.raises(DetailFlowError, match=f"{name} is neither .*no network"):
+            open_images(name)
+    assert asked == [("someone/cats", "train")] * 2
+
+
+def save(folder: Path) -> Path:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": label})
+    cell = {"bytes": file.getvalue(), "path": None}
+    datasets.Dataset.from_dict({"image": [cell], "label": [1]}, features).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_saved_folder_of_pipes(tmp_path):
+    folder = save(tmp_path / "set")
+    assert open_images(folder).counts == {"cat": 0, "dog": 1}
+    arrow = next(folder.glob("*.arrow"))
+    arrow.unlink()
+    with pytest.raises(DetailFlowError, match=r"\.arrow is missing"):
+        open_images(folder)
+    os.mkfifo(arrow)
+    with pytest.raises(DetailFlowError, match=r"\.arrow is no regular file"):
+        open_images(folder)
+
+
+@pytest.mark.parametrize("names", ["cat", {"0": "cat"}, [1, 2], [None, ["x"]], 3])
+def test_a_saved_folder_with_odd_names(tmp_path, names):
+    info = save(tmp_path / "set") / "dataset_info.json"
+    content = json.loads(info.read_text())
+    content["features"]["label"]["names"] = names
+    info.write_text(json.dumps(content))
+    with pytest.raises(DetailFlowError, match="list of texts|is not a readable folder by `save_to_disk`"):
+        open_images(tmp_path / "set")
+
+
+def test_a_saved_folder_with_nested_settings(tmp_path):
+    for name in ("dataset_info.json", "state.json"):
+        (save(tmp_path / name) / name).write_text("[" * 100_000)
+        with pytest.raises(DetailFlowError, match="is not a readable folder by `save_to_disk`"):
+            open_images(tmp_path / name)
