@@ -73,6 +73,9 @@ def test_a_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]):
     pictures = "pictures", *(f"pictures/{name}-00000002.png" for name in ("mistakes", "reconstructions"))
     assert made == ["config.json", "model.safetensors", *pictures, "resume", "resume/step-00000002.pt", "run.yaml", "tensorboard"]
     assert yaml.safe_load(Path("run/run.yaml").read_text())["loop"]["steps"] == 2
+    for name, columns, lines in (("reconstructions", 5, 1), ("mistakes", 6, 2)):
+        with Image.open(f"run/pictures/{name}-00000002.png") as picture:  # of all eight images, with captions below them
+            assert picture.size == (columns * 132 + 4, 8 * (132 + 16 * lines) + 4)
 
 
 def test_options_and_files_are_laid_over_one_another(folder: Path):

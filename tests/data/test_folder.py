@@ -396,3 +396,11 @@ def test_a_folder_by_save_to_disk(folder, tmp_path):
         open_images(folder)
     with pytest.raises(DetailFlowError, match="is not a readable folder by `save_to_disk`"):
         open_images(moved)
+
+
+def test_some_images_are_of_every_class(folder: Path):
+    """And one that cannot be read gives way to its neighbour."""
+    assert [image.getpixel((0, 0))[:2] for image in open_images(folder).some(3)] == [(0, 3), (1, 3), (2, 3)]
+    (folder / "dog" / "3.png").write_text("no image")
+    assert [image.getpixel((0, 0))[:2] for image in open_images(folder).some(3)] == [(0, 3), (1, 2), (2, 3)]
+    assert len(list(open_images(folder).some(100))) == 11

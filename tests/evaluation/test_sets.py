@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from detailflow.data.source import spread
 from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.evaluation.sets import ImageSet, open_set, share_of, spread
+from detailflow.evaluation.sets import ImageSet, open_set, share_of
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,11 @@ def test_every_kind_is_the_same(kind: str, folder: Path, images: np.ndarray, tmp
     np.testing.assert_array_equal(pixels(open_set(path, count=4)), images[[6, 12, 18, 24]])
     about = found.description()
     assert about["data"] == str(path) and about["images"] == 25 and (about["height"], about["width"]) == (32, 32)
+
+
+def test_some_are_spread_over_the_set(folder: Path, images: np.ndarray):
+    np.testing.assert_array_equal(open_set(folder, Processes(1, 2)).some(3), images[[8, 16, 24]])  # by any process
+    assert len(open_set(folder).some(100)) == 25
 
 
 def test_shares_follow_one_another():

@@ -249,7 +249,7 @@ def _statistics(argv: Sequence[str], command: str, stack: ExitStack) -> None:
 
     work = Work.here(args.device, args.batch_size)
     images = work.open(args.set, args.size, args.num_images, args.split)
-    measured, _, _ = measure_set(load_extractor(args.features, work.device, args.weights), images, work, REFERENCE_KEPT)
+    measured, _ = measure_set(load_extractor(args.features, work.device, args.weights), images, work, REFERENCE_KEPT)
     if work.processes.is_main:
         save_statistics(args.output, measured)
         print(f"wrote {args.output}")

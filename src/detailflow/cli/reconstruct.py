@@ -110,7 +110,7 @@ def _inputs(args: argparse.Namespace, fitted: "Callable[[Image.Image], Image.Ima
 
     from detailflow.data.folder import MANY
     from detailflow.data.images import load_rgb, open_images
-    from detailflow.evaluation.sets import spread
+    from detailflow.data.source import spread
 
     result: list[_Input] = []
     for given in tqdm(args.images, desc="reading", delay=2, leave=False, disable=None, unit="image"):

@@ -119,6 +119,21 @@ class ImageSource:
             with suppress(DetailFlowError):
                 yield self.image(index)
 
+    def some(self, count: int) -> Iterator[Image.Image]:
+        """Yield up to `count` images spread over the set; one that cannot be read gives way to one before it."""
+        before = -1
+        for index in spread(len(self), min(count, len(self))):
+            for candidate in range(index, before, -1):
+                with suppress(DetailFlowError):
+                    yield self.image(candidate)
+                    break
+            before = index
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return `count` of the numbers below `total`, evenly: a set may be sorted by class."""
+    return [((i + 1) * total - 1) // count for i in range(count)]
+
 
 def fingerprint(listing: Iterable[tuple[str | int, ...]], class_names: Sequence[str], labels: bytes = b"") -> str:
     """Return the SHA-256 of a set's listing, its class names and its labels, in hex."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from detailflow.data.source import spread
 from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import Extractor, Features
@@ -26,7 +27,7 @@ from detailflow.evaluation.metrics import (
     frechet_distance,
     precision_recall,
 )
-from detailflow.evaluation.sets import ImageSet, Statistics, check_total, share_of, spread
+from detailflow.evaluation.sets import ImageSet, Statistics, check_total, share_of
 from detailflow.files import writing
 
 SAMPLES_KEPT, REFERENCE_KEPT = 50_000, 10_000  # images whose features ADM's evaluation takes precision and recall of

@@ -158,7 +158,7 @@ def evaluate_gpt(
     check_seeds(*seeds)
     check_total(num_samples, work.processes)
     seeds, settings = list(dict.fromkeys(seeds)), (sweep or Sweep()).settings(pipeline)
-    wanted, reference_entry, _ = measure_set(extractor, reference, work, REFERENCE_KEPT)
+    wanted, reference_entry = measure_set(extractor, reference, work, REFERENCE_KEPT)
     common = shared_settings([setting.shown() for setting in settings])
     rows: list[Row] = []
     checksums: dict[str, str] = {}

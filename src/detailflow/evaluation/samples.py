@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,18 +111,15 @@ class Watching:
         return features
 
 
-def measure_set(
-    extractor: Extractor, images: ImageSet, work: Work, keep: int
-) -> tuple[Measured, dict[str, Any], list[Image.Image]]:
-    """What was measured of a set, what a report says of it, and its first images where pixels were read.
+def measure_set(extractor: Extractor, images: ImageSet, work: Work, keep: int) -> tuple[Measured, dict[str, Any]]:
+    """Return what was measured of a set, and what a report says of it.
 
     Raises:
         DetailFlowError: as `measure`.
     """
-    watching = Watching(extractor, share_of(len(images), work.processes).start, PICTURES)
+    watching = Watching(extractor, share_of(len(images), work.processes).start)
     measured = measure(watching, images, work.processes, keep)
-    shown = [Image.fromarray(image.numpy()) for image in watching.shown]
-    return measured, data_entry(images, watching.checksum, work.processes), shown
+    return measured, data_entry(images, watching.checksum, work.processes)
 
 
 def at_side(images: Tensor, side: int) -> Tensor:
@@ -172,8 +169,8 @@ def evaluate_samples(
             f"{samples} has images of {sides[0]} pixels and {reference} of {sides[1]}: give a size (--size) for both"
         )
     extractor = load_extractor(features, work.device, weights)
-    measured, samples_entry, shown = measure_set(extractor, ours, work, SAMPLES_KEPT)
-    wanted, reference_entry, shown_beside = measure_set(extractor, theirs, work, REFERENCE_KEPT)
+    measured, samples_entry = measure_set(extractor, ours, work, SAMPLES_KEPT)
+    wanted, reference_entry = measure_set(extractor, theirs, work, REFERENCE_KEPT)
     if not work.processes.is_main:
         return None
     figures = named(compare_sets(wanted, measured, work.device), extractor)
@@ -186,16 +183,19 @@ def evaluate_samples(
             "features": features_entry(extractor),
             "preprocessing": preprocessing_entry(extractor, size),
         },
-        pictures=[_picture(shown, shown_beside)] if shown else [],
+        pictures=_pictures(ours, theirs),
         notes=warnings_of(wanted, measured, extractor),
     )
 
 
-def _picture(samples: Sequence[Image.Image], reference: Sequence[Image.Image]) -> Picture:
-    """A row of each set, where the reference has images."""
-    beside = reference[: len(samples)]
-    caption = "The first images of the samples" + (", and below them of the reference" if beside else "")
-    return Picture("samples", caption, grid([*samples, *beside], len(samples)))
+def _pictures(samples: ImageSet, reference: ImageSet) -> list[Picture]:
+    """Return a picture with a row of each set, as far as they have images."""
+    shown = [Image.fromarray(image) for image in samples.some(PICTURES)]
+    if not shown:
+        return []
+    beside = [Image.fromarray(image) for image in reference.some(len(shown))]
+    caption = "Images spread over the samples" + (", and below them over the reference" if beside else "")
+    return [Picture("samples", caption, grid([*shown, *beside], len(shown)))]
 
 
 def names_of(extractor: Extractor, prefix: str = "", spatial: str = "") -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from detailflow.data.decode import first_line
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.loader import note_unreadable
-from detailflow.data.source import tolerated
+from detailflow.data.source import spread, tolerated
 from detailflow.data.transforms import center_crop
 from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
@@ -41,11 +41,6 @@ class Statistics(NamedTuple):
 def share_of(total: int, processes: Processes) -> range:
     """The numbers of this process's images among `total`: the shares follow one another in the processes' order."""
     return range(processes.rank * total // processes.count, (processes.rank + 1) * total // processes.count)
-
-
-def spread(total: int, count: int) -> list[int]:
-    """`count` of the numbers below `total`, evenly: a set may be sorted by class."""
-    return [((i + 1) * total - 1) // count for i in range(count)]
 
 
 def check_total(total: int, processes: Processes) -> None:
@@ -100,6 +95,12 @@ class ImageSet:
                 batch = []
         if batch:
             yield torch.from_numpy(np.stack(batch))
+
+    def some(self, count: int) -> list[np.ndarray]:
+        """Return up to `count` images spread over the whole set, as bytes (H, W, 3); none of a file of statistics alone."""
+        if self._pixels is None:
+            return []
+        return list(self._pixels.read([self._numbers[i] for i in spread(len(self), min(count, len(self)))]))
 
     def description(self) -> dict[str, Any]:
         """What it is, for reports: data, kind, images, height, width, preprocessing and stored statistics."""

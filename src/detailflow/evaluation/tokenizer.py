@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -57,13 +58,12 @@ class Measures:
 
 
 class Tally:
-    """What adds up of one view: distances to each original, statistics of features, and the first pictures."""
+    """What adds up of one view: distances to each original, and statistics of features."""
 
     def __init__(self, measures: Measures, total: int, processes: Processes) -> None:
         self.measures, self.total, self.processes = measures, total, processes
         self.distances: dict[str, list[Tensor]] = {}
         self.running = running(measures.extractor, total, processes, min(KEPT, total))
-        self.shown: list[Tensor] = []
 
     def add(self, pixels: Tensor, originals: Tensor) -> None:
         """A batch: uint8 (B, R, R, 3) twice."""
@@ -76,7 +76,6 @@ class Tally:
             self._note("LPIPS", torch.cat([lpips.distances(a, b) for a, b in parts]))
         if extractor is not None and self.running is not None:
             self.running.update(extractor(pixels))
-        self.shown += list(pixels[: PICTURES - len(self.shown)].cpu())
 
     def _note(self, measure: str, values: Tensor) -> None:
         self.distances.setdefault(measure, []).append(values.double().cpu())
@@ -134,7 +133,7 @@ def evaluate_tokenizer(
     check_total(total, processes)
     data: dict[str, Any] = {}
     if reference is not None and extractor is not None:
-        wanted, data["reference"], _ = measure_set(extractor, reference, work, REFERENCE_KEPT)
+        wanted, data["reference"] = measure_set(extractor, reference, work, REFERENCE_KEPT)
     tallies = [Tally(measures, total, processes) for _ in views]
     originals = Originals(tokenizer, extractor if reference is None else None, total, processes)
     _rebuild_all(tokenizer, images, work, views, tallies, originals, seed)
@@ -163,7 +162,7 @@ def evaluate_tokenizer(
             "settings": {"seed": seed, "batch_size": work.batch_size},
         },
         plots=_plots(views, rows),
-        pictures=[_picture(views, tallies, originals.shown)],
+        pictures=[_picture(tokenizer, views, images)],
         notes=said,
         published=_quotes(tokenizer, model, clean, reference is None),
     )
@@ -194,13 +193,12 @@ def _with_distances(row: Row, reference: Measured, made: Measured, extractor: Ex
 
 
 class Originals:
-    """What adds up of the originals: how often each code is used, statistics of features, a checksum and the first pictures."""
+    """What adds up of the originals: how often each code is used, statistics of features, and a checksum."""
 
     def __init__(self, tokenizer: DetailFlowTokenizer, extractor: Extractor | None, total: int, processes: Processes) -> None:
         self.extractor, self.running = extractor, running(extractor, total, processes)
         self.used = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64, device=tokenizer.device)
         self.checksum = Checksum(share_of(total, processes).start)
-        self.shown: list[Tensor] = []
 
     def add(self, images: Tensor, ids: Tensor) -> None:
         """A batch: uint8 (B, R, R, 3) and its clean codes (B, N)."""
@@ -208,7 +206,6 @@ class Originals:
         self.used += torch.bincount(ids.flatten(), minlength=len(self.used))
         if self.extractor is not None and self.running is not None:
             self.running.update(self.extractor(images))
-        self.shown += list(images[: PICTURES - len(self.shown)].cpu())
 
 
 @torch.inference_mode()
@@ -351,13 +348,16 @@ def _plots(views: Sequence[View], rows: Sequence[Row]) -> list[Plot]:
     return plots
 
 
-def _picture(views: Sequence[View], tallies: Sequence[Tally], originals: Sequence[Tensor]) -> Picture:
-    """The first images, each a row that ends with the original."""
-    shown = [(f"{v.n} at {v.side}", tally.shown) for v, tally in zip(views, tallies, strict=True) if v.by_count]
+@torch.inference_mode()
+def _picture(tokenizer: DetailFlowTokenizer, views: Sequence[View], source: ImageSet) -> Picture:
+    """Return images spread over the set, each a row that ends with the original."""
+    originals = torch.from_numpy(np.stack(source.some(PICTURES)))
+    codes = _sequences(tokenizer, originals.to(tokenizer.device), (), range(0), 0)[None, False]
+    shown = [(f"{v.n} at {v.side}", rebuild(tokenizer, codes[:, : v.n], v.side).cpu()) for v in views if v.by_count]
     columns = [*shown, ("original", originals)]
     images = [Image.fromarray(pictures[i].numpy()) for i in range(len(originals)) for _, pictures in columns]
     labels = [label for _ in originals for label, _ in columns]
-    caption = "The first images, by number of tokens and the side at which they are decoded"
+    caption = "Images spread over the set, by number of tokens and the side at which they are decoded"
     return Picture("reconstructions", caption, grid(images, len(columns), labels))
 
 

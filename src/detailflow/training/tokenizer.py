@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -346,7 +345,7 @@ class TokenizerStage:
 
     @torch.no_grad()
     def pictures(self) -> dict[str, Image.Image]:
-        """The first images of the data: what 1, c/2, c, N/2 and N tokens make of them, and what planted mistakes do.
+        """Images spread over the data: what 1, c/2, c, N/2 and N tokens make of them, and what planted mistakes do.
 
         In the latter the columns are the original, all tokens, mistakes at the first token alone, the tokens after it
         corrected, mistakes in the first whole group alone, corrected.
@@ -363,15 +362,20 @@ class TokenizerStage:
             {1, schedule.prefix // 2, schedule.prefix, schedule.num_tokens // 2, schedule.num_tokens} & set(schedule.valid_counts)
         )
         by_count = [self._full_size(self.model.decode(ids[:, :n]).float()) for n in counts]
-        mistaken = [self.model.decode(ids)]
+        mistaken, captions = [self.model.decode(ids)], [_tokens(schedule.num_tokens)]
         for position in sorted({0, schedule.prefix if schedule.prefix < schedule.num_tokens else 0}):
             end = schedule.span_end(position)
             z = self.model.encode_latents(self.model.encode_patches(images), schedule.num_tokens)[:, position:end]
             corrected = self.model.encode_correction(images, position, self.model.plant_mistakes(z, self.config.mistakes))
             alone = torch.cat((corrected[:, :end], ids[:, end:]), 1)
             mistaken += [self.model.decode(alone), self.model.decode(corrected)]
+            wrong = f"token {end} wrong" if end == position + 1 else f"tokens {position + 1} to {end} wrong"
+            captions += [wrong, f"{wrong},\nthe later corrected"]
         self.model.train()
-        return {"reconstructions": _table(originals, by_count), "mistakes": _table(originals, mistaken)}
+        return {
+            "reconstructions": _table(originals, by_count, [_tokens(n) for n in counts]),
+            "mistakes": _table(originals, mistaken, captions),
+        }
 
     def export(self, directory: Path) -> None:
         """Write the tokenizer."""
@@ -380,18 +384,22 @@ class TokenizerStage:
 
 
 def some_images(source: ImageSource | StreamSource, size: int) -> np.ndarray:
-    """(PICTURES, size, size, 3) bytes: the centres of the first images that can be read."""
+    """Return (≤ PICTURES, size, size, 3) bytes: the centres of images spread over the set, or the first of a stream."""
     if isinstance(source, StreamSource):
         images, _ = next(iter(StreamedBatches(source, size, PICTURES, 0, flip=False, max_scale=1.0, buffer=PICTURES)))
         return to_uint8(images).numpy()
-    return np.stack([center_crop(image, size) for image in islice(source.readable(), PICTURES)])
+    return np.stack([center_crop(image, size) for image in source.some(PICTURES)])
 
 
-def _table(originals: np.ndarray, columns: Sequence[Tensor]) -> Image.Image:
-    """A row of pictures for each image: the original, then one of each (B, 3, R, R)."""
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' if count > 1 else ''}"
+
+
+def _table(originals: np.ndarray, columns: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
+    """Lay out a row of pictures for each image: the original, then one of each (B, 3, R, R) with its caption."""
     made = [to_uint8(column.float()).cpu().numpy() for column in columns]
     rows = [Image.fromarray(a) for i, o in enumerate(originals) for a in (o, *(c[i] for c in made))]
-    return grid(rows, columns=len(made) + 1)
+    return grid(rows, len(made) + 1, ["original", *captions] * len(originals))
 
 
 def tokenizer_optimizers(networks: TokenizerNetworks, config: TokenizerTraining) -> list[torch.optim.Optimizer]:
