@@ -97,6 +97,62 @@ def test_splits_are_named_as_in_datasets(tmp_path, names, split, taken):
     assert f"split {taken.lower()} of " in source.summary
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("seg_train", "seg_test"),
+        ("asl_alphabet_train", "asl_alphabet_test"),
+        ("imagenet-train", "imagenet-val"),
+        ("train-v2", "test-v2"),
+        ("my_train", "my_val"),
+        ("train_full", "test_full"),
+        ("train.v1", "valid.v1"),
+        ("train_32x32", "val_32x32"),
+        ("train-clean-100", "test-clean"),
+        ("Train ", "Test "),
+        ("xtrain", "xtest"),
+        ("Trainings", "Tests"),
+        ("trainval", "test"),
+        ("train_val", "test"),
+        ("train", "holdout"),
+        ("train", "hold-out"),
+        ("train", "validate"),
+    ],
+)
+def test_names_that_differ_in_the_split_alone_are_splits(tmp_path, train, test):
+    photos(tmp_path / train, per=2)
+    photos(tmp_path / test, per=1)
+    assert counts(tmp_path) == dict.fromkeys(CLASSES, 2)
+    assert open_images(tmp_path).notes.splits == (train.lower(), test.lower())
+    meaning = "val" if "val" in test else "test"
+    assert counts(tmp_path, meaning) == dict.fromkeys(CLASSES, 1)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bullet train", "test tube"),
+        ("constraint", "contest"),
+        ("strain", "test"),
+        ("medieval", "medical"),
+        ("train", "training wheel", "bus"),
+        ("model train", "model plane"),
+        ("latest", "greatest"),
+    ],
+)
+def test_classes_whose_names_hold_the_word_of_a_split(tmp_path, names):
+    assert counts(photos(tmp_path, names)) == dict.fromkeys(names, 4)
+
+
+@pytest.mark.parametrize(
+    "names", [("public_test", "private_test"), ("Training", "PublicTest", "PrivateTest"), ("train_a", "test_b")]
+)
+def test_what_may_be_splits_is_asked(tmp_path, names):
+    source = open_images(photos(tmp_path, names))
+    assert set(source.counts) == set(names)
+    assert "did you mean" in source.summary and "split" in source.summary
+
+
 def test_folders_beside_the_splits_are_left_aside(tmp_path):
     for name in ("train", "val", "unlabeled"):
         photos(tmp_path / name)
@@ -158,7 +214,23 @@ def test_suffixes_that_need_more_are_named(folder):
         open_images(folder)
 
 
-@pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", "lost+found", ".ipynb_checkpoints", ".thumbnails", "$RECYCLE.BIN"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "@eaDir",
+        "__MACOSX",
+        "lost+found",
+        ".ipynb_checkpoints",
+        ".thumbnails",
+        "$RECYCLE.BIN",
+        "#snapshot",
+        "~snapshot",
+        "@Recently-Snapshot",
+        "RECYCLER",
+        "Recycled",
+        "@tmp",
+    ],
+)
 def test_folders_of_systems_are_no_data(folder, name):
     save(folder / name / "a.png")
     save(folder / "cat" / name / "0.png" / "thumbnail.png")
@@ -288,6 +360,20 @@ def test_names_that_are_not_utf8(tmp_path):
     (source.summary + source.name(0) + source.fingerprint + json.dumps(source.class_names, ensure_ascii=False)).encode()
 
 
+@pytest.mark.parametrize("names", [("caf\xe9", "cafe\u0301"), ("cat", "cat ")])
+def test_names_that_look_the_same(tmp_path, names):
+    photos(tmp_path, names)
+    with pytest.raises(DetailFlowError, match="several classes called (caf.|cat): rename them"):
+        open_images(tmp_path)
+
+
+def test_thumbnails_are_left_aside(folder):
+    photos(folder / "cat", ("Thumbnails",))
+    photos(folder, ("thumbnails",))
+    assert counts(folder) == ALL
+    assert open_images(folder).notes.left_aside == {"folder of thumbnails": ["thumbnails", os.path.join("cat", "Thumbnails")]}
+
+
 # ------------------------------------------------------------------------------------------------- metadata
 
 
@@ -334,6 +420,56 @@ def test_numbers_as_labels_in_metadata(tmp_path):
     write_metadata(tmp_path / "metadata.csv", {"0.png": "pug", "1.png": "pug", "2.png": "tabby"}, "breed")
     assert open_images(tmp_path, label_column="breed").counts == {"pug": 2, "tabby": 1}
     assert counts(tmp_path) == {"image": 3} and "left aside: 1 .csv" in open_images(tmp_path).summary
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name, label\n0.png, cat\n1.png, dog\n"),
+        ("metadata.csv", "file_name;label\n0.png;cat\n1.png;dog\n"),
+        ("metadata.csv", "file_name\tlabel\n0.png\tcat\n1.png\tdog\n"),
+        ("metadata.csv", "\ufeffFile_Name,Label\r\n0.png,cat \r\n1.png,dog\r\n"),
+        ("metadata.csv", '"file_name","label","text"\n"0.png","cat","a, b; c; d"\n"1.png","dog",""\n'),
+        ("Metadata.CSV", "file_name,label\n0.png,cat\n1.png,dog\n"),
+        ("metadata.jsonl", '{"File_Name": "0.png", "Label": "cat"}\n{"file_name": "1.png", "label": " dog"}\n'),
+    ],
+)
+def test_ways_to_write_metadata(tmp_path, name, text):
+    photos(tmp_path, (".",), per=2)
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert counts(tmp_path) == {"cat": 1, "dog": 1}
+
+
+def test_another_column_of_labels_is_asked_for(tmp_path):
+    photos(tmp_path, (".",), per=2)
+    (tmp_path / "metadata.csv").write_text("file_name,labels\n0.png,cat\n1.png,dog\n")
+    assert "metadata.csv has no column label: did you mean labels" in open_images(tmp_path).summary
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,cat\n1.png,dog\n")
+    assert "did you mean" not in open_images(tmp_path).summary
+
+
+@pytest.mark.parametrize("header", ["file_name,label,label", "file_name,label,Label ", "file_name,file_name,label"])
+def test_a_column_twice(tmp_path, header):
+    photos(tmp_path, (".",), per=1)
+    (tmp_path / "metadata.csv").write_text(f"{header}\n0.png,0.png,cat\n")
+    with pytest.raises(DetailFlowError, match="metadata.csv has several columns called"):
+        open_images(tmp_path)
+
+
+def test_metadata_in_parquet_is_named(tmp_path):
+    photos(tmp_path, (".",), per=1)
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    source = open_images(tmp_path)
+    assert len(source) == 1 and "metadata.parquet is not read: write metadata.csv" in source.summary
+
+
+def test_metadata_of_some_class_folders_is_left_aside(folder):
+    write_metadata(folder / "cat" / "metadata.csv", {"0.png": "pug"})
+    with pytest.warns(UserWarning, match=r"cat.metadata\.csv is left aside: it says nothing of images in other folders"):
+        assert open_images(folder).counts == ALL
+    for name in CLASSES:
+        write_metadata(folder / name / "metadata.csv", {f"{index}.png": f"{index}" for index in range(4)})
+    assert counts(folder) == {str(index): 3 for index in range(4)}
 
 
 @pytest.mark.parametrize(

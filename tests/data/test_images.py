@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detailflow.data.images import load_rgb, open_images
+from detailflow.data.images import find, load_rgb, open_images
 from detailflow.data.loader import ImageBatches
 from detailflow.data.streaming import open_stream
 from detailflow.data.transforms import center_crop, random_crop, side_for_crops, to_tensor
@@ -206,6 +206,20 @@ def test_wrong_folders(folder, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- what a set is known by
+
+
+def test_patterns_that_never_end(shards, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(".")
+    for name in ("0.tar", "sub/1.tar", ".hidden/2.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(shards / "cifar-train-000.tar", tmp_path / name)
+    assert [str(file) for file in find(f"{tmp_path}/**/*.tar").files] == [f"{tmp_path}/0.tar", f"{tmp_path}/sub/1.tar"]
+    assert len(find(f"{tmp_path}/**").files) == 2 and len(find(f"{tmp_path}/a/[s]*/*.tar").files) == 1
+    assert len(find(f"{tmp_path}/.hid*/*.tar").files) == 1
+    for pattern in ("x{0..999999}/{0..999999}/{0..99}.tar", "x{0..1000}{0..1000}.tar", "{0..1000000}.tar"):
+        with pytest.raises(DetailFlowError, match="is too long a range: it may name 1,000,000 files"):
+            find(pattern)
 
 
 def test_a_set_is_known_by_its_content_and_not_by_its_path(folder, tmp_path, monkeypatch):

@@ -13,22 +13,30 @@ from detailflow.pictures import is_overview
 
 MANY = (".parquet", ".tar")  # files of many images
 METADATA = ("metadata.csv", "metadata.jsonl")
+_METADATA_IN_PARQUET = "metadata.parquet"
 
-SPLITS = {  # as the `datasets` library names them
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+SPLITS = {  # as the `datasets` library names them, and a few more
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout"), "test"),
 }
-# train, Train2017, train_images, images-train, but not "bullet train", which may be a class
-_AFFIX = r"(?:images?|imgs?|data|set|split|\d+)"
+_IN_TWO_WORDS = re.compile(r"(train)[-_. ](val)|(hold)[-_. ](out)")
 _WORDS = "|".join(sorted(SPLITS, key=len, reverse=True))
-_SPLIT_FOLDER = re.compile(rf"(?:{_AFFIX}[-_. ]?)?({_WORDS})(?:[-_. ]?{_AFFIX})*")
+# train, Train2017, train_images, images-train; my_train and train-v2 if the other splits are called alike
+_AFFIX = r"(?:images?|imgs?|data|set|split|\d+)"
+_SPLIT_NAME = re.compile(
+    rf"(?P<before>(?:.*?[^a-z])??)(?:{_AFFIX}[-_. ]?)?(?P<word>{_WORDS})(?:[-_. ]?{_AFFIX})*(?P<after>(?:[^a-z].*)?)", re.DOTALL
+)
+_WORD_WITHIN = re.compile(rf"(?P<before>.*?)(?P<word>{_WORDS})(?P<after>.*)", re.DOTALL)  # xtrain, Trainings
+_LETTERS = re.compile(r"[^\W\d_]+")
 
 # What systems and programs leave beside people's files; hidden files and folders are no data either.
 _SYSTEM = frozenset((
     "@eadir", "#recycle", "@recycle", "@__thumb", "__macosx", "lost+found", "$recycle.bin", "system volume information",
-    "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+    "#snapshot", "~snapshot", "@recently-snapshot", "@tmp", "recycler", "recycled", "__pycache__",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 ))  # fmt: skip
+_THUMBNAILS = ("thumbnails", "thumbs")  # smaller copies of the images beside them
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 _NAMES_SHOWN, _KINDS_SHOWN = 3, 6  # of what was left aside; the rest is counted
 
@@ -114,17 +122,18 @@ def find_in_folder(folder: Path, split: str | None) -> Found:
     notes, top = Notes(), str(folder)
     if _is_saved(top):
         return _saved(folder, split, notes)
-    subfolders = [entry.name for entry in _entries(top) if not _is_system(entry.name) and _is_folder(entry)]
-    metadata = [os.path.join(top, name) for name in METADATA if os.path.isfile(folder / name)]
+    entries = [entry for entry in _entries(top) if not _is_system(entry.name)]
+    subfolders = [entry.name for entry in entries if _is_folder(entry) and entry.name.lower() not in _THUMBNAILS]
+    metadata = [entry.path for entry in entries if entry.name.lower() in METADATA and _is_file(entry)]
     splits = _split_folders(subfolders)
     if splits:
         chosen = pick_split(top, splits, split, notes)
         notes.leave("folder beside the splits", *(name for name in subfolders if name not in splits))
-        files = [entry.name for entry in _entries(top) if not _is_system(entry.name) and _is_file(entry)]
-        notes.leave("file beside the splits", *(name for name in files if name not in METADATA))
+        files = [entry.name for entry in entries if _is_file(entry)]
+        notes.leave("file beside the splits", *(name for name in files if name.lower() not in METADATA))
         split, top = None, os.path.join(top, chosen)
-    elif len(named := [name for name in subfolders if _split_of(name)]) == 1:
-        notes.question = f"did you mean the split {printable(os.path.join(top, named[0]))}?"
+    else:
+        notes.question = _ask_for_a_split(top, subfolders)
 
     found = _sorted_out(top, split, notes, metadata)
     if split is not None and not notes.splits:
@@ -140,12 +149,16 @@ def _sorted_out(top: str, split: str | None, notes: Notes, metadata: list[str]) 
     pictures = {file for file in images if is_overview(file)}
     images = [file for file in images if file not in pictures]
     many = {kind: [file for file, suffix in zip(files, suffixes, strict=True) if suffix == kind] for kind in MANY}
+    if images:
+        many[".parquet"] = [file for file in many[".parquet"] if os.path.basename(file) != _METADATA_IN_PARQUET]
     kind = max(MANY, key=lambda kind: len(many[kind]))
     if many[kind] and not _images_win(top, images, many[kind]):
         taken = _files_of_split(top, many[kind], split, notes)
         _leave_others(top, files, {*taken, *many[kind]}, notes)
         return Found(kind, top, [Path(file) for file in taken], notes)
-    metadata += [file for file in files if os.path.basename(file) in METADATA and file not in metadata]
+    metadata += [file for file in files if os.path.basename(file).lower() in METADATA and file not in metadata]
+    if not metadata and any(os.path.basename(file) == _METADATA_IN_PARQUET for file in files):
+        notes.question = notes.question or f"{_METADATA_IN_PARQUET} is not read: write metadata.csv"
     notes.leave("file of several images", *(within(file, top) for file in sorted(pictures)))
     _leave_others(top, files, {*images, *pictures, *metadata}, notes)
     if not images:
@@ -189,15 +202,47 @@ def _saved(folder: Path, split: str | None, notes: Notes) -> Found:
 # --- splits --------------------------------------------------------------------------------------------------------------
 
 
+def _parsed(name: str, pattern: re.Pattern[str]) -> tuple[str, str] | None:
+    """Return the split that a name means, and the letters before and after the word for it."""
+    name = _IN_TWO_WORDS.sub(lambda match: "".join(filter(None, match.groups())), name.strip().lower())
+    match = pattern.fullmatch(name)
+    return match and (SPLITS[match["word"]], "|".join("".join(_LETTERS.findall(match[part])) for part in ("before", "after")))
+
+
 def _split_of(name: str) -> str | None:
-    match = _SPLIT_FOLDER.fullmatch(name.lower())
-    return SPLITS[match[1]] if match else None
+    """Return the split that a name means if it says nothing else."""
+    split, rest = _parsed(name, _SPLIT_NAME) or ("", "")
+    return split if rest == "|" else None
 
 
 def _split_folders(names: Sequence[str]) -> dict[str, str]:
-    """Folder → split; empty if these are classes: one of them may be called train, between bus and truck."""
-    found = {name: split for name in names if (split := _split_of(name))}
-    return found if len(set(found.values())) > 1 or (found and len(names) == 1) else {}
+    """Return folder → split; empty if these are classes: one of them may be called train, between bus and truck.
+
+    Two different splits are enough if their names are otherwise alike; if the word for the split is part of a longer word, all
+    names have to be.
+    """
+    for pattern in (_SPLIT_NAME, _WORD_WITHIN):
+        alike: dict[str, dict[str, str]] = {}
+        for name in names:
+            if parsed := _parsed(name, pattern):
+                alike.setdefault(parsed[1], {})[name] = parsed[0]
+        groups = [group for group in alike.values() if len(set(group.values())) > 1]
+        plain = alike.get("|", {})
+        if plain in groups or (plain and len(names) == 1):
+            return plain
+        if len(groups) == 1 and (pattern is _SPLIT_NAME or len(groups[0]) == len(names)):
+            return groups[0]
+    return {}
+
+
+def _ask_for_a_split(top: str, names: Sequence[str]) -> str:
+    """Return the question that the names of folders raise if they are read as classes, or ""."""
+    plain = [name for name in names if _split_of(name)]
+    if len(plain) == 1:
+        return f"did you mean the split {printable(os.path.join(top, plain[0]))}?"
+    if len(names) > 1 and all(_parsed(name, _SPLIT_NAME) for name in names):
+        return f"did you mean one of the splits {', '.join(map(printable, names[:_NAMES_SHOWN]))}?"
+    return ""
 
 
 def _files_of_split(top: str, files: list[str], split: str | None, notes: Notes) -> list[str]:
@@ -271,7 +316,9 @@ def _walk(top: str, notes: Notes) -> tuple[list[str], tuple[str, ...]]:
             if _is_system(entry.name):
                 continue
             if _is_folder(entry):
-                if entry.is_symlink() and _overlap(os.path.realpath(entry.path), home):
+                if entry.name.lower() in _THUMBNAILS:
+                    notes.leave("folder of thumbnails", within(entry.path, top))
+                elif entry.is_symlink() and _overlap(os.path.realpath(entry.path), home):
                     notes.leave("link to a folder of the set itself", within(entry.path, top))
                 elif (identity := _identity(entry.path)) in seen:
                     notes.leave("link to a folder that is read already", within(entry.path, top))

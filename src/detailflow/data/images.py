@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from glob import glob
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 from detailflow.data.decode import image_suffixes, load_rgb, to_rgb
@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LONGEST_RANGE = 1_000_000  # files
+_LONGEST_NUMBER = 12  # digits
+_MAGIC = re.compile(r"[*?[]")
 
 
 def open_images(
@@ -88,8 +90,8 @@ def find(data: str | os.PathLike[str], split: str | None = None) -> Found:
         return Found(path.suffix.lower(), data, [path], Notes())
     if _RANGE.search(data):
         return _of_one_kind(data, [Path(name) for name in _ranged(data)])
-    if any(character in data for character in "*?["):
-        return _of_one_kind(data, [Path(name) for name in sorted(glob(data, recursive=True))])
+    if _MAGIC.search(data):
+        return _of_one_kind(data, _matching(data))
     if not _HUB_NAME.fullmatch(data) or path.suffix.lower() in image_suffixes().union(MANY):
         raise DetailFlowError(
             f"{data} does not exist: give a folder of images, .parquet or .tar files, or the name of a hub data set"
@@ -99,15 +101,31 @@ def find(data: str | os.PathLike[str], split: str | None = None) -> Found:
 
 def _ranged(pattern: str) -> Iterator[str]:
     """shard-{000..002}.tar → shard-000.tar, shard-001.tar, shard-002.tar"""
-    match = _RANGE.search(pattern)
-    if match is None:
-        yield pattern
-        return
-    first, last = match.groups()
-    if len(last) > 12 or int(last) - int(first) >= _LONGEST_RANGE:
-        raise DetailFlowError(f"{pattern} is too long a range: it may name {_LONGEST_RANGE:,} files")
-    for number in range(int(first), int(last) + 1):
-        yield from _ranged(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
+    parts: list[Sequence[str]] = []
+    count, end = 1, 0
+    for match in _RANGE.finditer(pattern):
+        first, last = match.groups()
+        count *= int(last) - int(first) + 1 if len(last) <= _LONGEST_NUMBER else _LONGEST_RANGE + 1
+        if count > _LONGEST_RANGE:
+            raise DetailFlowError(f"{pattern} is too long a range: it may name {_LONGEST_RANGE:,} files")
+        numbers = range(int(first), int(last) + 1)
+        parts += [pattern[end : match.start()]], [f"{number:0{len(first)}d}" for number in numbers]
+        end = match.end()
+    return map("".join, product(*parts, [pattern[end:]]))
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Return the files and folders that a pattern matches. `**` follows no links, which may lead round in circles."""
+    parts = Path(pattern).parts
+    first = next(number for number, part in enumerate(parts) if _MAGIC.search(part))
+    rest = [part if part == "**" else part.replace("**", "*") for part in parts[first:]]
+    if rest[-1] == "**":
+        rest.append("*")
+    top = Path(*parts[:first])
+    found = top.glob(os.path.join(*rest))
+    if not any(part.startswith(".") for part in rest):
+        found = (path for path in found if not any(part.startswith(".") for part in path.relative_to(top).parts))
+    return sorted(set(found), key=str)
 
 
 def _of_one_kind(data: str, files: list[Path]) -> Found:
@@ -140,6 +158,7 @@ class _FileRows:
 def _open_folder(found: Found, label_column: str) -> ImageSource:
     """A folder of image files, with the labels of its metadata, or else of its subfolders."""
     top, notes = found.where, found.notes
+    found = _without_partial_metadata(found)
     labels = read_labels(found.metadata, label_column, notes) if found.metadata or label_column != "label" else None
     if labels is not None:
         return _with_labels(found, labels)
@@ -162,6 +181,20 @@ def _open_folder(found: Found, label_column: str) -> ImageSource:
             raise DetailFlowError(f"{folder} holds no images{inside}: put some there or remove this class subfolder{question}")
     _ask_for_the_folder_below(top, names, found)
     return from_names(rows, names, top)
+
+
+def _without_partial_metadata(found: Found) -> Found:
+    """Leave metadata aside if there are images above it or beside its folder: it would make these vanish."""
+    holders = {os.path.dirname(file) for file in found.metadata}
+    folders = {file.parent for file in found.files}
+    outside = next((folder for folder in sorted(folders) if not holders.intersection(map(str, (folder, *folder.parents)))), None)
+    if outside is None or not holders:
+        return found
+    for file in found.metadata:
+        found.notes.leave(os.path.splitext(file)[1].lower(), within(file, found.where))
+    metadata = found.metadata[0]
+    found.notes.warnings.append(f"{metadata} is left aside: it says nothing of images in other folders, such as {outside}")
+    return found._replace(metadata=[])
 
 
 def _ask_for_the_folder_below(top: str, names: list[str], found: Found) -> None:

@@ -4,13 +4,15 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TextIO
 
 from detailflow.data.decode import first_line
 from detailflow.data.folder import Notes
 from detailflow.errors import DetailFlowError
 
 _NAMES = ("file_name", "image_file_name")
+_LIKE_LABEL = ("label", "class", "categor")  # how a column of labels may be called
 
 
 def read_labels(files: list[str], label_column: str, notes: Notes) -> dict[str, str | None] | None:
@@ -22,25 +24,29 @@ def read_labels(files: list[str], label_column: str, notes: Notes) -> dict[str, 
         DetailFlowError: for a file that cannot be read, a path that leads out of its folder, or an image with two labels.
     """
     labels: dict[str, str | None] = {}
-    used = False
+    wanted, used = _column(label_column), False
     for file in files:
-        folder = os.path.dirname(file)
+        folder, base = os.path.split(file)
         found = 0
-        for number, row in _rows(file):
+        others: set[str] = set()  # columns of rows that give no label
+        for number, row in _rows(file, {*_NAMES, wanted}):
             name = next((row[key] for key in _NAMES if row.get(key)), None)
-            if name is None or label_column not in row:
+            if name is None or wanted not in row:
+                others.update(row)
                 continue
             found += 1
             path = _inside(folder, name, f"{file} row {number}")
-            label = _text(row[label_column], f"{file} row {number}")
+            label = _text(row[wanted], f"{file} row {number}")
             if labels.setdefault(path, label) != label:
                 raise DetailFlowError(
                     f"{file} row {number} gives {name} the label {label!r}, and another gives it {labels[path]!r}"
                 )
         if found:
             used = True
-        else:
-            notes.leave(os.path.splitext(file)[1], os.path.basename(file))
+            continue
+        notes.leave(os.path.splitext(file)[1], base)
+        if alike := sorted(column for column in others if column.startswith(_LIKE_LABEL)):
+            notes.question = f"{base} has no column {label_column}: did you mean {alike[0]} (--label-column {alike[0]})?"
     if not used and label_column != "label":
         raise DetailFlowError(
             f"no images have the label {label_column!r}: it would be a column beside file_name in metadata.csv or metadata.jsonl"
@@ -48,18 +54,47 @@ def read_labels(files: list[str], label_column: str, notes: Notes) -> dict[str, 
     return labels if used else None
 
 
-def _rows(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _column(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each row's number and its cells by the names of their columns in lower case."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as opened:
-            rows = csv.DictReader(opened) if file.endswith(".csv") else map(json.loads, filter(str.strip, opened))
+            rows = _csv_rows(opened) if file.lower().endswith(".csv") else map(_json_row, filter(str.strip, opened))
             for number, row in enumerate(rows, 1):
-                if not isinstance(row, dict):
-                    raise ValueError(f"row {number} is no object")
-                yield number, row
+                names = [name for name, _ in row]
+                cells = {_column(name): cell for name, cell in row}
+                if len(cells) < len(names):
+                    columns = [_column(name) for name in names]
+                    if twice := next((name for name in columns if name in wanted and columns.count(name) > 1), None):
+                        raise DetailFlowError(f"{file} has several columns called {twice}: keep one of them")
+                yield number, cells
+    except DetailFlowError:
+        raise
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise DetailFlowError(
             f"{file} cannot be read ({first_line(error)}): it has a row with file_name for each image"
         ) from error
+
+
+def _csv_rows(opened: TextIO) -> Iterator[list[tuple[str, Any]]]:
+    """Yield the rows of a file whose columns are parted by commas, semicolons or tabs, whichever its first line has most of."""
+    first = opened.readline()
+    opened.seek(0)
+    reader = csv.reader(opened, delimiter=max(",;\t", key=first.count), skipinitialspace=True)
+    header = next(reader, [])
+    for cells in reader:
+        if cells:
+            yield list(zip_longest(header, cells[: len(header)]))
+
+
+def _json_row(line: str) -> list[tuple[str, Any]]:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("a row is no object")
+    return list(row.items())
 
 
 def _inside(folder: str, name: Any, where: str) -> str:
@@ -76,4 +111,4 @@ def _text(label: Any, where: str) -> str | None:
         return None
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise DetailFlowError(f"{where} has the label {label!r}, which is neither a class number nor a name")
-    return str(label)
+    return str(label).strip() or None

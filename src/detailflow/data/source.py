@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -224,12 +225,13 @@ def from_names(rows: Rows, names: Sequence[str], where: str) -> ImageSource:
     """A set whose images' classes are known by name.
 
     Raises:
-        DetailFlowError: if two classes look the same, as their names are no UTF-8.
+        DetailFlowError: if two classes look the same, as names that are no UTF-8, or that differ in a space at their end, do.
     """
     classes = class_order(names)
     shown = tuple(map(printable, classes))
-    if len(set(shown)) < len(shown):
-        raise DetailFlowError(f"{where} has several classes called {max(shown, key=shown.count)}: rename them in UTF-8")
+    looks = [unicodedata.normalize("NFC", name).strip() for name in shown]
+    if len(set(looks)) < len(looks):
+        raise DetailFlowError(f"{where} has several classes called {max(looks, key=looks.count)}: rename them")
     numbers = {name: number for number, name in enumerate(classes)}
     return ImageSource(rows, np.array([numbers[name] for name in names], np.int64), shown)
 
