@@ -230,7 +230,7 @@ def test_images_that_a_shard_holds_beside_are_named(tmp_path, content):
             archive.addfile(link)
     source = open_images(file)
     assert len(source) == 1 and source.stored_bytes(0) == content
-    assert source.notes.left_aside == {".jpg": ["0.jpg"], ".dng": ["2.dng"], "link": ["3.png", "4.png"]}
+    assert source.notes.left_aside == {"second image of a key": ["0.jpg"], ".dng": ["2.dng"], "link": ["3.png", "4.png"]}
     assert "2 links (3.png, 4.png)" in source.summary and "1 .dng (read by rawpy" in source.summary
 
 

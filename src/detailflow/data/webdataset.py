@@ -177,7 +177,7 @@ class _Members:
             if name[len(key) :].lower() not in self.suffixes:
                 dotted.append(name)
             elif key in spans:
-                aside.append((name[len(key) :].lower(), name))
+                aside.append(("second image of a key", name))
             else:
                 spans[key] = span
         for name in dotted:
