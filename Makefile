@@ -11,10 +11,10 @@ test: .venv/dev  ## what must pass before every commit
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -q -n 2 -m "not slow"
+	$(BIN)/pytest -q -rs -n 2 -m "not slow"
 
 test-oldest: .venv-oldest/dev  ## the tests on the oldest versions that pyproject.toml allows
-	.venv-oldest/bin/python -m pytest -q -n 2 -m "not slow"
+	.venv-oldest/bin/python -m pytest -q -rs -n 2 -m "not slow"
 
 slow: .venv/dev  ## the tests that take longer
 	$(BIN)/pytest -q -m slow

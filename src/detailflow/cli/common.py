@@ -56,8 +56,9 @@ def unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
     by_name = {name.strip("-"): name for name in known}
     parts = {name.rpartition(".")[2]: name for name in reversed(by_name)}  # loop.steps is found by steps, too
     close = get_close_matches(word.strip("-"), [*by_name, *(part for part in parts if part not in by_name)], n=1)
-    advice = f"did you mean {by_name.get(close[0]) or by_name[parts[close[0]]]}?" if close else otherwise
-    return f"unknown {what} {word!r}: {advice}"
+    if not close:
+        return f"unknown {what} {word!r}: {otherwise}"
+    return f"unknown {what} {word!r}: did you mean {by_name.get(close[0]) or by_name[parts[close[0]]]}?"
 
 
 def add_model_options(parser: argparse.ArgumentParser, tokenizer: bool = False, dtype: bool = True) -> None:

@@ -163,7 +163,7 @@ def _sorted_out(top: str, split: str | None, notes: Notes, metadata: list[str]) 
     _leave_others(top, files, {*images, *pictures, *metadata}, notes)
     if not images:
         holds = f"; it holds {notes.aside()}" if notes.left_aside else ""
-        raise DetailFlowError(f"{top} holds no images: put some there, in one subfolder per class{holds}")
+        raise DetailFlowError(f"{top} holds no images: put some there, in one subfolder per class if they have any{holds}")
     return Found("folder", top, [Path(file) for file in images], notes, metadata, folders)
 
 
