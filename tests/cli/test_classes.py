@@ -64,6 +64,11 @@ def test_a_model_on_imagenets_folders(model: Path, tmp_path: Path, capsys: pytes
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000-golden-retriever.png", "0001-giant-panda.png"]
 
 
+def test_names_that_a_terminal_would_obey(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    own = renamed(model, tmp_path / "own", ["\x1b[2Jcat", "\ud800", "c", "d", "e"])
+    assert lines(capsys, "--model", str(own))[:2] == ["0  \\x1b[2Jcat", "1  \N{REPLACEMENT CHARACTER}"]
+
+
 def test_classes_that_are_called_by_numbers(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     own = renamed(model, tmp_path / "own", ["0", "1", "10", "2", "UPPER"])
     options = ["--model", str(own), "--num-tokens", "1", "--device", "cpu", "--no-grid"]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detailflow.cli.common import Parser, expanded
+from detailflow.errors import printable
 from detailflow.labels import ClassLabels, default_names
 
 
@@ -23,7 +24,8 @@ def main(argv: Sequence[str]) -> int:
     labels = _labels(args.model)
     for i in range(labels.count) if args.search is None else labels.search(args.search):
         number = str(i).rjust(len(str(labels.count - 1)))
-        print(number, *(wnid.ljust(9) for wnid in labels.wnids[i : i + 1]), *labels.names[i : i + 1], sep="  ")
+        parts = (number, *(wnid.ljust(9) for wnid in labels.wnids[i : i + 1]), *labels.names[i : i + 1])
+        print(printable("  ".join(parts)))
     return 0
 
 
