@@ -282,7 +282,7 @@ def _batches(footer: ParquetFile, columns: list[str]) -> Iterator[Any]:
     """
     import pyarrow.parquet
 
-    count = max(1, min(_BATCH_ROWS, 2 * _EXPANDED // max(1, footer.largest)))
+    count = max(1, min(_BATCH_ROWS, _EXPANDED // max(1, footer.largest)))
     try:
         with pyarrow.parquet.ParquetFile(footer.path, buffer_size=2**20) as parquet:
             yield from parquet.iter_batches(count, columns=columns)
@@ -292,16 +292,19 @@ def _batches(footer: ParquetFile, columns: list[str]) -> Iterator[Any]:
 
 def _larger(batches: Iterator[Any]) -> Iterator[Any]:
     """Yield the rows of batches in larger ones, of which reading a row then has fewer to look through."""
-    import pyarrow
-
     some: list[Any] = []
     for batch in batches:
         some.append(batch)
         if sum(b.num_rows for b in some) >= _BATCH_ROWS or sum(b.nbytes for b in some) >= _BATCH:
-            yield from pyarrow.Table.from_batches(some).combine_chunks().to_batches()
+            yield from _joined(some)
             some = []
-    if some:
-        yield from pyarrow.Table.from_batches(some).combine_chunks().to_batches()
+    yield from _joined(some)
+
+
+def _joined(batches: list[Any]) -> list[Any]:
+    import pyarrow
+
+    return batches if len(batches) < 2 else pyarrow.Table.from_batches(batches).combine_chunks().to_batches()  # a copy
 
 
 def open_parquet(files: list[Path], image_column: str, label_column: str, notes: Notes | None = None) -> ImageSource:
