@@ -206,6 +206,38 @@ def test_a_lock_that_is_no_file(tmp_path: Path, kind: str):
     assert names(tmp_path) == ["diary.txt", "out"] and (tmp_path / "diary.txt").read_text() == "dear diary"
 
 
+def test_a_killed_process_leaves_no_lock_to_its_workers(tmp_path: Path):
+    """Forked workers, which live on for seconds, have its open files."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from detailflow.files import held\n"
+        "with held(Path(sys.argv[1]), 'run'):\n"
+        "    worker = os.fork()\n"
+        "    time.sleep(0.2) if worker else None\n"
+        "    print(worker, flush=True) if worker else None\n"
+        "    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        worker = int(other.stdout.readline())
+        try:
+            with pytest.raises(DetailFlowError, match="at work"), held(tmp_path, "run"):
+                pass
+            other.kill()
+            other.wait()
+            with held(tmp_path, "run"):
+                pass
+        finally:
+            os.kill(worker, 9)
+
+
+def test_what_a_killed_process_left_goes(tmp_path: Path):
+    mine = [".a", ".b.tmp", ".c.12.tmp", "d.12-0123abcd.tmp"]
+    for name in (*mine, ".samples.npz.12-0123abcd.tmp"):
+        (tmp_path / name).touch()
+    with held(tmp_path, "run"):
+        assert names(tmp_path) == sorted([*mine, ".lock"])
+
+
 def test_temporary_files_follow_no_link(tmp_path: Path):
     """Their names cannot be known before, as several machines that share a folder have processes of one number."""
     with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:

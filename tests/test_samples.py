@@ -16,6 +16,7 @@ from PIL import Image
 from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
+from detailflow.files import held
 from detailflow.samples import SETTINGS_FILE, generate_many, remove_temporary
 
 LABELS = [3, 1] * 5 + [4]
@@ -214,6 +215,17 @@ def test_one_process_and_several(model: Path, tmp_path: Path):
     assert run.stdout.count("wrote 11 images") == 1
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert json.loads((tmp_path / "two" / SETTINGS_FILE).read_text())["num_images"] == 11
+
+
+@pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
+def test_one_at_a_time(form: str, pipeline: DetailFlowPipeline, tmp_path: Path):
+    """Two at once would take each other's parts."""
+    with (
+        held(tmp_path, "generation"),
+        pytest.raises(DetailFlowError, match="another generation is at work in .*: choose another folder, or wait for its end"),
+    ):
+        generate_many(pipeline, [0, 1], tmp_path, form)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_options(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

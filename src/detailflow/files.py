@@ -24,6 +24,7 @@ from detailflow.errors import DetailFlowError, printable
 from detailflow.torch_zip import check_torch_zip
 
 LOCK_FILE = ".lock"
+_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # names that `replacing` makes up
 LONGEST_NAME = 100  # bytes of a file's name that we make up; the least that a file system allows is about 140
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -98,6 +99,14 @@ def open_own(path: Path, flags: int) -> IO[bytes]:
     return os.fdopen(opened, "r+b" if flags & os.O_RDWR else "wb")
 
 
+def remove_killed(folder: Path) -> None:
+    """Remove what processes left in a folder that were killed in `replacing`; nobody else may be at work there."""
+    with suppress(OSError):  # it is only in the way
+        for entry in os.scandir(folder):
+            if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
+
+
 def check_regular(path: Path) -> None:
     """Check that what is at `path`, if anything, is a regular file: reading a pipe or a device may never end.
 
@@ -121,6 +130,8 @@ def _sync(folder: Path) -> None:
 @contextmanager
 def held(folder: Path, work: str, processes: Processes | None = None) -> Iterator[None]:
     """Keep `folder` for this launch alone; it is made if it is missing, and goes again if it stays empty.
+
+    Temporary files that a killed launch left in it are removed.
 
     Args:
         work: what is done there, for the message.
@@ -156,13 +167,28 @@ def _held(folder: Path, work: str) -> Iterator[None]:
     with file:
         if not _locked(file):
             raise DetailFlowError(f"another {work} is at work in {folder}: choose another folder, or wait for its end")
+        _HELD.add(file)
         try:
+            remove_killed(folder)
             yield
         finally:
+            _HELD.discard(file)
             path.unlink(missing_ok=True)
             if made:
                 with suppress(OSError):  # something is in it
                     folder.rmdir()
+
+
+def _let_go() -> None:
+    """Close the locks in a process that was forked, which would keep them after this one is killed."""
+    for file in _HELD:
+        file.close()
+    _HELD.clear()
+
+
+_HELD: set[IO[bytes]] = set()  # by this process
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _locked(file: IO[bytes]) -> bool:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
-from detailflow.files import read_json, replacing, shortened, write_json
+from detailflow.files import held, read_json, replacing, shortened, write_json
 from detailflow.hub import fingerprint
 from detailflow.labels import ClassId
 from detailflow.pictures import generated
@@ -107,7 +107,7 @@ class NpzWriter:
 
     def write(self, part: int, numbers: range, labels: Sequence[int], images: Sequence[Image.Image]) -> None:
         with replacing(self._part(part)) as path, path.open("wb") as file:
-            np.save(file, np.stack([np.asarray(image) for image in images]))
+            file.write(_npy(np.stack([np.asarray(image) for image in images])))
 
     def finish(self, parts: int, labels: Sequence[int]) -> None:
         if (self.folder / "samples.npz").is_file():
@@ -133,9 +133,16 @@ class NpzWriter:
                 for part in range(whole):
                     pixels = np.frombuffer(member.read(size * math.prod(shape)), np.uint8)
                     with replacing(self._part(part)) as path, path.open("wb") as out:
-                        np.save(out, pixels.reshape(size, *shape))
+                        out.write(_npy(pixels.reshape(size, *shape)))
             file.unlink()
         self._part(whole).unlink(missing_ok=True)
+
+
+def _npy(array: np.ndarray) -> memoryview:
+    """Return the bytes of an .npy file: NumPy's own writing does not say that the disk is full."""
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getbuffer()
 
 
 class WebDatasetWriter:
@@ -326,29 +333,30 @@ def generate_many(
     if form not in writers:
         raise DetailFlowError(f"the format must be one of {', '.join(writers)}, not {form!r}")
     writer = writers[form]()
-    with processes.together():
-        if processes.is_main:
-            settings = {
-                "format": form,
-                "seed": seed,
-                "num_tokens": pipeline.tokenizer.schedule.check_count(num_tokens),
-                "batch_size": batch_size,
-                "compiled_for": pipeline.gpt.compiled_for,  # on which rounding depends as well
-                "dtype": str(pipeline.gpt.head.weight.dtype).removeprefix("torch."),
-                **asdict(pipeline.gpt.sampling(**sampling)),
-                "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),
-                "gpt": fingerprint({}, pipeline.gpt.state_dict()),
-            }
-            claim_set(folder, settings, labels, writer, batch_size * writer.batches, temporary)
-    parts = range(-(-len(labels) // (batch_size * writer.batches)))
-    bar = tqdm(total=len(labels), desc="generating", unit="image", disable=True if processes.rank else None)
-    with processes.together(), bar, _writing_samples():
-        mine = parts[processes.rank :: processes.count]
-        for count in _write_parts(pipeline, labels, writer, seed, batch_size, mine, num_tokens=num_tokens, **sampling):
-            bar.update(min(count * processes.count, len(labels) - bar.n))
-    with processes.together(), _writing_samples():
-        if processes.is_main:
-            writer.finish(len(parts), labels)
+    with held(folder, "generation", processes):
+        with processes.together():
+            if processes.is_main:
+                settings = {
+                    "format": form,
+                    "seed": seed,
+                    "num_tokens": pipeline.tokenizer.schedule.check_count(num_tokens),
+                    "batch_size": batch_size,
+                    "compiled_for": pipeline.gpt.compiled_for,  # on which rounding depends as well
+                    "dtype": str(pipeline.gpt.head.weight.dtype).removeprefix("torch."),
+                    **asdict(pipeline.gpt.sampling(**sampling)),
+                    "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),
+                    "gpt": fingerprint({}, pipeline.gpt.state_dict()),
+                }
+                claim_set(folder, settings, labels, writer, batch_size * writer.batches, temporary)
+        parts = range(-(-len(labels) // (batch_size * writer.batches)))
+        bar = tqdm(total=len(labels), desc="generating", unit="image", disable=True if processes.rank else None)
+        with processes.together(), bar, _writing_samples():
+            mine = parts[processes.rank :: processes.count]
+            for count in _write_parts(pipeline, labels, writer, seed, batch_size, mine, num_tokens=num_tokens, **sampling):
+                bar.update(min(count * processes.count, len(labels) - bar.n))
+        with processes.together(), _writing_samples():
+            if processes.is_main:
+                writer.finish(len(parts), labels)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from detailflow.data.tokens import TokenStore
+from detailflow.errors import DetailFlowError
+from detailflow.files import held
 from detailflow.training import extract as extraction
 from detailflow.training.config import Extraction
 from detailflow.training.extract import extract
@@ -112,3 +114,11 @@ def test_two_processes(cifar: Path, model: Path, tmp_path: Path, monkeypatch: py
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("going on after 120 of 200 images") == done.stdout.count("200 images, 2 crops each") == 1
     assert files_in(tmp_path / "store") == files_in(tmp_path / "whole")
+
+
+def test_one_at_a_time(cifar: Path, model: Path, tmp_path: Path):
+    """Two at once would take each other's records."""
+    config = Extraction(data=str(cifar), tokenizer=str(model), crops="two")
+    with held(tmp_path, "extraction"), pytest.raises(DetailFlowError, match="another extraction is at work in "):
+        extract(config, tmp_path, "cpu")
+    assert list(tmp_path.iterdir()) == []

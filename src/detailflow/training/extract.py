@@ -6,6 +6,7 @@ chunk's end, so that the store's bytes depend neither on the number of processes
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from detailflow.data.transforms import to_tensor
 from detailflow.device import autocast
 from detailflow.distributed import Processes, launched
 from detailflow.errors import DetailFlowError
+from detailflow.files import held
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
 from detailflow.training.config import CROPS, PRECISIONS, Extraction
 from detailflow.training.tokenizer import draw_position
@@ -112,6 +114,17 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
             tokenizer_fingerprint=tokenizer_fingerprint(config.tokenizer),
         )
         writer = TokenWriter(output, info, source.labels, CHUNK_IMAGES)
+    with ExitStack() as stack:
+        if not processes.from_main(lambda: writer.finished):  # a finished one may be on a disk that is not ours to write to
+            stack.enter_context(held(output, "extraction", processes))
+        return _extract(config, model, source, writer, processes)
+
+
+def _extract(
+    config: Extraction, model: DetailFlowTokenizer, source: ImageSource, writer: TokenWriter, processes: Processes
+) -> TokenStore:
+    output = writer.directory
+    with processes.together():
         if processes.is_main:
             same = {k: v for k, v in asdict(config).items() if k not in ("data", "tokenizer", "batch_size", "workers")}
             writer.begin(_names(source, config.data), same)
