@@ -369,8 +369,8 @@ class TokenizerStage:
             corrected = self.model.encode_correction(images, position, self.model.plant_mistakes(z, self.config.mistakes))
             alone = torch.cat((corrected[:, :end], ids[:, end:]), 1)
             mistaken += [self.model.decode(alone), self.model.decode(corrected)]
-            wrong = f"token {end} wrong" if end == position + 1 else f"tokens {position + 1}–{end} wrong"
-            captions += [wrong, f"{wrong}\nthe later corrected"]
+            wrong = f"token {end} wrong" if end == position + 1 else f"tokens {position + 1}-{end} wrong"
+            captions += [wrong, f"{wrong}\nlater ones corrected"]
         self.model.train()
         return {
             "reconstructions": _table(originals, by_count, [_tokens(n) for n in counts]),
