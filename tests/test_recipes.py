@@ -58,7 +58,7 @@ def test_a_recipe_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     known = str((FOLDER / "imagenet" / "tokenizer.yaml").resolve())
     assert recipe_file("imagenet/tokenizer") == recipe_file("imagenet/tokenizer.yaml") == known
-    for name in ("../weights/gpt/config", "imagenet", "imagenet/none", ""):
+    for name in ("../weights/gpt/config", "imagenet", "imagenet/none", "x" * 5000, "a\0b", ""):
         assert recipe_file(name) == str(Path(name))
     (tmp_path / "imagenet").mkdir()
     (tmp_path / "imagenet" / "tokenizer").write_text("data: mine")

@@ -184,3 +184,22 @@ def test_a_damaged_page_is_named(tmp_path):
     with pytest.raises(DetailFlowError, match=r"a\.parquet cannot be read") as caught:
         open_images(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("twice", ["image", "label"])
+def test_two_columns_of_one_name(tmp_path, twice):
+    table = arrow.table([[png()], [0], [png()]], names=["image", "label", "other"])
+    names = ["image", "label", twice] if twice == "image" else ["image", "label", "label"]
+    parquet.write_table(table.rename_columns(names), tmp_path / "a.parquet")
+    with pytest.raises(DetailFlowError, match=rf"a\.parquet has 2 columns '{twice}': give each a name of its own"):
+        open_images(tmp_path / "a.parquet")
+
+
+def test_names_of_columns_that_are_no_text(tmp_path):
+    content = write(tmp_path / "a.parquet", [png()], [0]).read_bytes()
+    for name in (b"image", b"label", b"bytes"):
+        damaged = content.replace(name, b"\xff" + name[1:])
+        assert damaged != content
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        with pytest.raises(DetailFlowError, match=r"a\.parquet "):
+            open_images(tmp_path / "a.parquet")

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -103,7 +104,8 @@ def read_settings_file(path: str) -> dict[str, Any]:
 def recipe_file(name: str) -> str:
     """Return the path of a settings file: the file itself, or the recipe of that name in the package, as imagenet/tokenizer."""
     recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
-    if expanded_path(name).exists() or not recipe.is_file() or not recipe.resolve().is_relative_to(RECIPES.resolve()):
+    # os.path, which takes an impossible name for a missing file
+    if os.path.exists(expanded_path(name)) or not os.path.isfile(recipe) or not recipe.resolve().is_relative_to(RECIPES.resolve()):
         return str(expanded_path(name))
     return str(recipe)
 

@@ -98,18 +98,22 @@ def _read_footer(file: Path, image_column: str, label_column: str) -> ParquetFil
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
-    except (OSError, ValueError) as error:
+        largest, columns = _check_expansion(file, metadata, image_column), schema.names
+    except DetailFlowError:
+        raise
+    except (OSError, ValueError) as error:  # names that are not UTF-8 among them
         raise DetailFlowError(f"{file} is not a readable parquet file ({first_line(error)})") from error
-    largest = _check_expansion(file, metadata, image_column)
     folders = [part.partition("=") for part in file.parent.parts]
     folder_label = next((unquote(value) for key, _, value in folders if key == label_column and value), None)
     wanted = [image_column] if folder_label is not None else [image_column, label_column]
-    require_columns(str(file), schema.names, *wanted)
+    require_columns(str(file), columns, *wanted)
+    if twice := [column for column in (image_column, label_column) if columns.count(column) > 1]:
+        raise DetailFlowError(f"{file} has {columns.count(twice[0])} columns {twice[0]!r}: give each a name of its own")
     images = schema.field(image_column).type
     if not (_is_binary(images) or (pyarrow.types.is_struct(images) and "binary" in str(images))):
         raise DetailFlowError(f"{file} has no images in its column {image_column!r}: that column holds {images}")
     labels = ""
-    if label_column in schema.names:
+    if label_column in columns:
         folder_label, labels = None, _kind(file, label_column, schema.field(label_column).type)
     names = _class_names(file, schema.metadata or {}, label_column) if labels else ()
     return ParquetFile(file, metadata.num_rows, images, labels, folder_label, names, largest)
