@@ -103,11 +103,10 @@ def read_settings_file(path: str) -> dict[str, Any]:
 
 def recipe_file(name: str) -> str:
     """Return the path of a settings file: the file itself, or the recipe of that name in the package, as imagenet/tokenizer."""
-    recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
-    # os.path, which takes an impossible name for a missing file
-    if os.path.exists(expanded_path(name)) or not os.path.isfile(recipe) or not recipe.resolve().is_relative_to(RECIPES.resolve()):
-        return str(expanded_path(name))
-    return str(recipe)
+    path, recipe = expanded_path(name), RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if os.path.exists(path) or not os.path.isfile(recipe):  # os.path, which takes an impossible name for a missing file
+        return str(path)
+    return str(recipe if recipe.resolve().is_relative_to(RECIPES.resolve()) else path)
 
 
 def _with_recipes(argv: Sequence[str]) -> list[str]:
