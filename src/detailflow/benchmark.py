@@ -29,7 +29,7 @@ from detailflow.machine import (
     measure_ceilings,
     seconds,
 )
-from detailflow.models.gpt import DetailFlowGPT, GPTConfig, rotary_table
+from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.pipeline import DetailFlowPipeline, image_generator
@@ -49,7 +49,7 @@ class RecomputingGPT:
     def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
         self.model, self.guided = model, guided
         self.class_ids = with_null_class(class_ids, model.config.num_classes) if guided else class_ids
-        self.rotation = rotary_table(model.config).to(model.device)
+        self.rotation = model.rotary_table().to(model.device)
         self.mask = model.schedule.attention_mask(model.config.num_tokens, model.device)
 
     @torch.inference_mode()
