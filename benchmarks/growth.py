@@ -51,7 +51,9 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
     ceilings = measure_ceilings(device, dtype)
-    print(f"{args.dtype}: {ceilings.read / 1e9:.1f} GB/s read, {ceilings.products / 1e9:,.0f} GFLOP/s in matrix products")
+    print(
+        f"{args.dtype}: {ceilings.read / 1e9:.1f} GB/s read, {ceilings.products / 1e9:,.0f} GFLOP/s in matrix products"
+    )
 
     def generations(title: str, cases: list[tuple[str, int, dict[str, int]]]) -> None:
         models = {name: (build(device, dtype, **sizes), batch) for name, batch, sizes in cases}

@@ -45,7 +45,10 @@ def generated(pipeline: DetailFlowPipeline, count: int, seed: int) -> list[Image
     stages = list(pipeline.stream(labels, seed=seed, counts=stage_counts(pipeline.tokenizer.schedule)))
     side = pipeline.tokenizer.schedule.image_size
     # Enlarged as `reconstruct` enlarges them, so that all strips can be compared.
-    shown = [Stage(s.num_tokens, s.size, [i.resize((side, side), Image.Resampling.BICUBIC) for i in s.images]) for s in stages]
+    shown = [
+        Stage(s.num_tokens, s.size, [i.resize((side, side), Image.Resampling.BICUBIC) for i in s.images])
+        for s in stages
+    ]
     return [strip(shown, i) for i in range(len(labels))]
 
 
@@ -94,7 +97,9 @@ def _show_mask(axes: Axes, mask: torch.Tensor, title: str) -> None:
 
 def resolution(schedules: list[TokenSchedule]) -> Figure:
     """R(n), and the side D(n) at which n tokens are decoded, of each schedule."""
-    figure, panels = plt.subplots(1, len(schedules), figsize=(5.5 * len(schedules), 4), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(schedules), figsize=(5.5 * len(schedules), 4), layout="constrained", squeeze=False
+    )
     for axes, schedule in zip(panels[0], schedules, strict=True):
         every = range(1, schedule.num_tokens + 1)
         valid = schedule.valid_counts

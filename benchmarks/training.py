@@ -35,7 +35,20 @@ KINDS = {  # of operation → words in the profiler's names, the first that fits
     "convolutions": ("conv",),
     "matrix products": ("mm", "linear", "matmul", "addmm", "gemm", "mkldnn", "bmm"),
     "casts and copies": ("copy", "to_copy", "clone", "contiguous", "cat"),
-    "norms, activations, sums": ("norm", "gelu", "silu", "softmax", "mul", "add", "sub", "div", "sum", "mean", "native", "pow"),
+    "norms, activations, sums": (
+        "norm",
+        "gelu",
+        "silu",
+        "softmax",
+        "mul",
+        "add",
+        "sub",
+        "div",
+        "sum",
+        "mean",
+        "native",
+        "pow",
+    ),
 }
 
 
@@ -51,7 +64,9 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="or not, whatever the recipe says")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--device")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting in place of the recipe's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting in place of the recipe's"
+    )
     args = parser.parse_args()
     device = choose_device(args.device)
     settings: dict[str, Any] = {}
@@ -78,7 +93,9 @@ def main() -> None:
     step, batch = sum(times) / len(times), loop.batch_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{args.stage}, {', '.join(map(str, args.config))}: torch {torch.__version__}, {name}, {loop.precision}")
-    print(f"batch {batch}, {'compiled' if loop.compile else 'not compiled'}; ceiling {ceiling.products / 1e9:.0f} GFLOP/s\n")
+    print(
+        f"batch {batch}, {'compiled' if loop.compile else 'not compiled'}; ceiling {ceiling.products / 1e9:.0f} GFLOP/s\n"
+    )
     print(f"step                  {step * 1e3:10.1f} ms   (best {min(times) * 1e3:.1f})")
     print(f"images per second     {batch / step:10.1f}")
     print(f"operations per image  {operations / len(times) / batch / 1e9:10.1f} GFLOP")
@@ -92,7 +109,10 @@ def main() -> None:
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Settings with others laid over them."""
-    both = {k: merged(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()}
+    both = {
+        k: merged(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v
+        for k, v in above.items()
+    }
     return {**below, **both}
 
 

@@ -37,7 +37,9 @@ def pipeline() -> DetailFlowPipeline:
             **schedule,
         )
     )
-    gpt = DetailFlowGPT(GPTConfig(num_classes=5, width=32, depth=2, heads=2, mlp=64, class_names=CLASS_NAMES, **schedule))
+    gpt = DetailFlowGPT(
+        GPTConfig(num_classes=5, width=32, depth=2, heads=2, mlp=64, class_names=CLASS_NAMES, **schedule)
+    )
     for parameter in gpt.parameters():  # as initialised all codes are about equally likely, whatever the class
         if parameter.ndim == 2:
             parameter.data.mul_(10)
@@ -55,7 +57,9 @@ def model(pipeline: DetailFlowPipeline, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The AR model of tests/parity/tiny-32 with 1,000 classes instead of 10, beside its tokenizer."""
-    folder = Path(shutil.copytree(Path(__file__).parent / "parity" / "tiny-32", tmp_path_factory.mktemp("published") / "tiny"))
+    folder = Path(
+        shutil.copytree(Path(__file__).parent / "parity" / "tiny-32", tmp_path_factory.mktemp("published") / "tiny")
+    )
     path = folder / "gpt" / "checkpoints" / "32.pt"
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = torch.load(path, weights_only=True)

@@ -48,10 +48,14 @@ def test_bytes_are_weights_and_cache(pipeline: DetailFlowPipeline):
     matrices = sum(p.numel() for name, p in gpt.named_parameters() if p.ndim == 2 and "embedding" not in name)
     expected = [4 * (matrices + 2 * 2 * 6 * start * 32) for start, _ in gpt.schedule.steps]
     assert [part.bytes for part in machine.generation_work(gpt, 3, True)] == expected
-    names = {name: p.numel() for name, p in pipeline.tokenizer.named_parameters() if p.ndim == 2 and name.endswith("weight")}
+    names = {
+        name: p.numel() for name, p in pipeline.tokenizer.named_parameters() if p.ndim == 2 and name.endswith("weight")
+    }
     decoder = sum(size for name, size in names.items() if name.startswith("decoder"))
     assert [part.bytes for part in machine.decoding_work(pipeline.tokenizer, 3)] == [4 * decoder]
-    encoder = sum(size for name, size in names.items() if name.startswith(("encoder", "quantizer")) and "refine" not in name)
+    encoder = sum(
+        size for name, size in names.items() if name.startswith(("encoder", "quantizer")) and "refine" not in name
+    )
     assert [part.bytes for part in machine.encoding_work(pipeline.tokenizer, 3)] == [4 * encoder]
 
 
@@ -97,7 +101,9 @@ def test_turns_and_the_best_of_several():
 
 def test_too_little_memory():
     contender = benchmark.Contender(lambda: torch.empty(2**60, dtype=torch.uint8), None)
-    with pytest.raises(DetailFlowError, match="huge, 8 × float32: this does not fit in memory, so give smaller batch sizes"):
+    with pytest.raises(
+        DetailFlowError, match="huge, 8 × float32: this does not fit in memory, so give smaller batch sizes"
+    ):
         benchmark.race({"huge": contender}, torch.device("cpu"), 1, "8 × float32")
 
 
@@ -153,7 +159,9 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--json", "."], "--json must be a file to write, and . is a folder"),
     ],
 )
-def test_wrong_options(argv: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_wrong_options(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(machine, "PRODUCT_SIDES", (64,))
     monkeypatch.setattr(machine, "READ_BYTES", 2**20)
     assert main(["bench", "--no-naive", *argv]) == 2
@@ -165,7 +173,9 @@ def test_an_adapter_without_the_function(tmp_path: Path):
     with pytest.raises(DetailFlowError, match="has no function images"):
         benchmark.other_implementation(f"{tmp_path}/theirs.py:images")
     (tmp_path / "broken.py").write_text("import a_package_that_is_not_here\n")
-    with pytest.raises(DetailFlowError, match=r"broken.py:f: .*broken.py can't be imported: No module named 'a_package"):
+    with pytest.raises(
+        DetailFlowError, match=r"broken.py:f: .*broken.py can't be imported: No module named 'a_package"
+    ):
         benchmark.other_implementation(f"{tmp_path}/broken.py:f")
     (tmp_path / "fails.py").write_text("def f(ids):\n    return ids[99]\n")
     with pytest.raises(DetailFlowError, match=r"fails.py:f failed: IndexError: list index out of range"):

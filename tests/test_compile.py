@@ -10,7 +10,9 @@ from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
 
-compiles = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="compiling needs a C++ compiler")
+compiles = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="compiling needs a C++ compiler"
+)
 
 
 @compiles
@@ -82,7 +84,10 @@ def test_where_nothing_can_be_compiled(
         "--compile",
     ]
     assert main([*argv, "--batch-size", "2"]) == 2
-    assert "nothing can be compiled here, which needs a C++ compiler: No working C++ compiler found\n" in capsys.readouterr().err
+    assert (
+        "nothing can be compiled here, which needs a C++ compiler: No working C++ compiler found\n"
+        in capsys.readouterr().err
+    )
     assert main([*argv, "--batch-size", "8"]) == 2
     assert "--compile is for batches of 8, and 4 images fill none" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -95,8 +100,15 @@ def test_where_nothing_can_be_compiled(
 def test_commands_that_compile(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The benchmark has rows for it, and a set of images keeps apart what was compiled and what was not."""
     place = ["--model", str(model), "--device", "cpu"]
-    assert main(["bench", *place, "--compile", "--batch-sizes", "1", "--dtypes", "float32", "--repeats", "1", "--no-naive"]) == 0
-    assert {"generate, compiled", "decode, compiled"} <= {line[:18].strip() for line in capsys.readouterr().out.splitlines()}
+    assert (
+        main(
+            ["bench", *place, "--compile", "--batch-sizes", "1", "--dtypes", "float32", "--repeats", "1", "--no-naive"]
+        )
+        == 0
+    )
+    assert {"generate, compiled", "decode, compiled"} <= {
+        line[:18].strip() for line in capsys.readouterr().out.splitlines()
+    }
     argv = ["generate", *place, "--num-images", "4", "--batch-size", "2", "--output", str(tmp_path / "set")]
     assert main([*argv, "--compile"]) == 0
     assert len(list((tmp_path / "set").glob("*.png"))) == 4

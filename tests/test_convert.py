@@ -84,7 +84,9 @@ def test_a_model_that_never_was_published(pipeline: DetailFlowPipeline, model: P
     wanted = pipeline.gpt.generate(classes, temperature=0, guidance_scale=2.0)
     assert torch.equal(again.generate(classes, temperature=0, guidance_scale=2.0), wanted)
     message = error_of(model / "tokenizer", tmp_path / "tokenizer", to="published")
-    assert message == ("the published layout cannot hold this tokenizer: there, width 32 means 1 heads, and this encoder has 2")
+    assert message == (
+        "the published layout cannot hold this tokenizer: there, width 32 means 1 heads, and this encoder has 2"
+    )
     assert not (tmp_path / "tokenizer").exists()
 
 
@@ -166,11 +168,15 @@ def test_what_cannot_be_converted(ours: Path, tmp_path: Path):
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
-    assert main(["convert", str(TINY / "gpt"), "--output", str(out), "--dtype", "bfloat16", "--shard-size", "100KB"]) == 0
+    assert (
+        main(["convert", str(TINY / "gpt"), "--output", str(out), "--dtype", "bfloat16", "--shard-size", "100KB"]) == 0
+    )
     assert capsys.readouterr().out.startswith(f"wrote an AR model (gpt) to {out} (0.4 MB)")
     assert (out / "README.md").exists()
     assert main(["convert", str(TINY / "gpt"), "--output", str(out)]) == 0
-    assert capsys.readouterr().out == f"wrote an AR model (gpt) to {out} (0.8 MB), in place of the model that was there\n"
+    assert (
+        capsys.readouterr().out == f"wrote an AR model (gpt) to {out} (0.8 MB), in place of the model that was there\n"
+    )
     for argv, message in (
         (["convert", "nowhere"], "unknown model 'nowhere'"),
         (["convert", str(TINY), "--to", "onnx"], "invalid choice: 'onnx'"),

@@ -84,7 +84,9 @@ def test_the_folder_is_held(command: list[str], tmp_path: Path):
     with held(tmp_path / "run", "training run"):
         (first, _, err), (second, _, other) = launch(lambda rank: main(command), tmp_path)
     assert (first, second) == (2, 2), err + other
-    assert complaints(err)[0].startswith("detailflow: error: another training run is at work in") and not complaints(other)
+    assert complaints(err)[0].startswith("detailflow: error: another training run is at work in") and not complaints(
+        other
+    )
 
 
 def test_the_folder_is_another_runs(command: list[str], tmp_path: Path):
@@ -111,7 +113,11 @@ def test_samples_of_one_do_not_fit(model: Path, tmp_path: Path):
 
     (first, _, err), (second, _, other) = launch(work, tmp_path)
     assert (first, second) == (2, 2), err + other
-    assert not complaints(err) and "cannot write" in complaints(other)[0] and complaints(other)[0].endswith("File too large")
+    assert (
+        not complaints(err)
+        and "cannot write" in complaints(other)[0]
+        and complaints(other)[0].endswith("File too large")
+    )
 
 
 def test_a_report_of_something_else(cifar: Path, tmp_path: Path):
@@ -119,7 +125,9 @@ def test_a_report_of_something_else(cifar: Path, tmp_path: Path):
     (tmp_path / "report" / "report.json").write_text("{}")
 
     def work(rank: int) -> int:
-        return main(["evaluate", "samples", str(cifar), str(cifar), "--output", str(tmp_path / "report"), "--device", "cpu"])
+        return main(
+            ["evaluate", "samples", str(cifar), str(cifar), "--output", str(tmp_path / "report"), "--device", "cpu"]
+        )
 
     (first, _, err), (second, _, other) = launch(work, tmp_path)
     assert (first, second) == (2, 2), err + other
@@ -128,7 +136,9 @@ def test_a_report_of_something_else(cifar: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("bug", [False, True])
 @pytest.mark.parametrize("wrong", [0, 1])
-def test_a_step_of_one_process(bug: bool, wrong: int, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_step_of_one_process(
+    bug: bool, wrong: int, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The other one is in a collective call at that time."""
     plain = GPTStage.step
 

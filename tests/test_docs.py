@@ -12,7 +12,9 @@ def explained() -> list[str]:
     """The messages in the tables headed "message"."""
     found = []
     for page in sorted((ROOT / "docs").glob("*.md")):
-        for table in re.findall(r"^\| message \|.*\n\|[-|]*\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        for table in re.findall(
+            r"^\| message \|.*\n\|[-|]*\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.MULTILINE
+        ):
             found += re.findall(r"^\| `([^`]*)` \|", table, re.MULTILINE)
     return found
 

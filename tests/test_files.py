@@ -62,7 +62,9 @@ def test_a_file_with_as_long_a_name_as_can_be(tmp_path: Path):
 def test_shards_and_back_to_one_file(tmp_path: Path):
     tensors = some_tensors()
     write_tensors(tmp_path, tensors, "10KB")
-    assert names(tmp_path) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)] + ["model.safetensors.index.json"]
+    assert names(tmp_path) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)] + [
+        "model.safetensors.index.json"
+    ]
     assert same(read_tensors(tmp_path), tensors)
     assert read_headers(tmp_path)["t3"] == ("F32", (100, 10))
     write_tensors(tmp_path, tensors, "20KB")
@@ -301,7 +303,9 @@ def test_a_state_dict_of_either_kind(tmp_path: Path):
     tensors = some_tensors()
     torch.save(tensors, tmp_path / "a.pth")
     save_file(tensors, tmp_path / "a.safetensors")
-    assert same(read_state_dict(tmp_path / "a.pth"), tensors) and same(read_state_dict(tmp_path / "a.safetensors"), tensors)
+    assert same(read_state_dict(tmp_path / "a.pth"), tensors) and same(
+        read_state_dict(tmp_path / "a.safetensors"), tensors
+    )
     for content in ([1], torch.zeros(2), {"a": 1}, {1: torch.zeros(2)}):
         torch.save(content, tmp_path / "b.pth")
         with pytest.raises(DetailFlowError, match="b.pth must hold tensors by name and nothing else"):
@@ -321,7 +325,9 @@ def test_loading_holds_little_more_than_the_model(tmp_path: Path):
     from detailflow.convert import save_published
     from detailflow.models.gpt import GPTConfig
 
-    model = DetailFlowGPT(GPTConfig(num_classes=10, width=768, depth=10, heads=12))  # 75M parameters, 151 MB in bfloat16
+    model = DetailFlowGPT(
+        GPTConfig(num_classes=10, width=768, depth=10, heads=12)
+    )  # 75M parameters, 151 MB in bfloat16
     model.save_pretrained(tmp_path / "ours")
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     save_published(tmp_path / "published", "gpt", config, model.state_dict())

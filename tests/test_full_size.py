@@ -81,7 +81,9 @@ def tokenizer_shapes() -> dict[str, tuple[int, ...]]:
     for name, shape in linears.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     teacher = vit_shapes("repa_model.", 1152, 27, 4304)
-    return shapes | vit_shapes("encoder.visual_model.", *ENCODER) | vit_shapes("decoder.visual_model.", *DECODER) | teacher
+    return (
+        shapes | vit_shapes("encoder.visual_model.", *ENCODER) | vit_shapes("decoder.visual_model.", *DECODER) | teacher
+    )
 
 
 def gpt_shapes() -> dict[str, tuple[int, ...]]:
@@ -125,7 +127,11 @@ def write(folder: Path, config: dict, checkpoint: dict) -> None:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
-    write(folder / "DetailFlow-16", TOKENIZER, {"model": random_state(tokenizer_shapes()), "args": argparse.Namespace(a=1)})
+    write(
+        folder / "DetailFlow-16",
+        TOKENIZER,
+        {"model": random_state(tokenizer_shapes()), "args": argparse.Namespace(a=1)},
+    )
     ema, raw = random_state(gpt_shapes()), random_state(gpt_shapes())
     moments = {i: {"exp_avg": tensor, "exp_avg_sq": tensor.clone()} for i, tensor in enumerate(raw.values())}
     write(folder / "DetailFlow-16-GPT-L", GPT, {"model": raw, "ema": ema, "optimizer": {"state": moments}, "steps": 9})

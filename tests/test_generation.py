@@ -139,7 +139,9 @@ def test_numpys_numbers_are_numbers():
     values = dict(guidance_scale=np.float32(1.5), temperature=np.float64(0.5), top_k=np.int64(3), top_p=np.float32(0.5))
     assert json.dumps(vars(SamplingConfig(**values)))
     ids = model.generate(CLASSES, generator=seeds(3), **values)
-    assert torch.equal(ids, model.generate(CLASSES, generator=seeds(3), guidance_scale=1.5, temperature=0.5, top_k=3, top_p=0.5))
+    assert torch.equal(
+        ids, model.generate(CLASSES, generator=seeds(3), guidance_scale=1.5, temperature=0.5, top_k=3, top_p=0.5)
+    )
 
 
 def test_the_models_own_best_values():
@@ -174,13 +176,16 @@ def allowed(probabilities: list[float], top_k: int | None, top_p: float | None) 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(None, None), (1, None), (5, None), (99, None), (None, 1.0), (None, 0.3), (None, 0.9), (8, 0.8)]
+    ("top_k", "top_p"),
+    [(None, None), (1, None), (5, None), (99, None), (None, 1.0), (None, 0.3), (None, 0.9), (8, 0.8)],
 )
 def test_the_distribution(temperature: float, top_k: int | None, top_p: float | None):
     logits = torch.randn(20, generator=torch.Generator().manual_seed(2)) * 1.5
     probabilities = (logits.double() / temperature).softmax(-1)
     kept = allowed(probabilities.tolist(), top_k, top_p)
-    expected = torch.tensor([p if i in kept else 0.0 for i, p in enumerate(probabilities.tolist())], dtype=torch.float64)
+    expected = torch.tensor(
+        [p if i in kept else 0.0 for i, p in enumerate(probabilities.tolist())], dtype=torch.float64
+    )
     expected *= 40000 / expected.sum()
     counts = draws(logits, 40000, SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p))
     assert counts.sum() == 40000

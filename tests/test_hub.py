@@ -295,10 +295,16 @@ def test_a_revision(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     DetailFlowPipeline.from_pretrained("detailflow-16", revision="v1", device="cpu")
     DetailFlowTokenizer.from_pretrained("someone/model", revision="abc")
-    expected = [("ByteFlow-AI/DetailFlow-16", "v1"), ("ByteFlow-AI/DetailFlow-16-GPT-L", "v1"), ("someone/model", "abc")]
+    expected = [
+        ("ByteFlow-AI/DetailFlow-16", "v1"),
+        ("ByteFlow-AI/DetailFlow-16-GPT-L", "v1"),
+        ("someone/model", "abc"),
+    ]
     assert asked == expected
     for loader, place in ((DetailFlowGPT, TINY), (DetailFlowTokenizer, str(TINY)), (DetailFlowPipeline, None)):
-        with pytest.raises(DetailFlowError, match="is on this machine, and only models on the hub have a revision: leave it out"):
+        with pytest.raises(
+            DetailFlowError, match="is on this machine, and only models on the hub have a revision: leave it out"
+        ):
             loader.from_pretrained(place, revision="v1")
 
 
@@ -331,5 +337,7 @@ def test_loading_imports_no_compiler():
         "DetailFlowPipeline.from_pretrained(device='cpu')\n"
         "print(sorted(({'torch._dynamo', 'sympy', 'torch._inductor'} & set(sys.modules)) - before))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

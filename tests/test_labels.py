@@ -154,7 +154,9 @@ def test_numbers_are_names_where_the_names_are_numbers(names: tuple[str, ...]):
 def test_the_whole_name_as_it_is_written_wins():
     labels = ClassLabels(("UPPER", "upper", "7", "07"), 4)
     assert [labels.index(label) for label in ("UPPER", "upper", " upper ", 7, "7", "07")] == [0, 1, 1, 2, 2, 3]
-    with pytest.raises(DetailFlowError, match=r"2 classes are called 'Upper': give the number, one of 0 \(UPPER\), 1 \(upper\)"):
+    with pytest.raises(
+        DetailFlowError, match=r"2 classes are called 'Upper': give the number, one of 0 \(UPPER\), 1 \(upper\)"
+    ):
         labels.index("Upper")
 
 

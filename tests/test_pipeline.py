@@ -71,7 +71,9 @@ def test_the_noise_of_an_image_stays_what_it_is():
 
 @pytest.mark.parametrize("batch_size", [2, 32])
 def test_a_stream_ends_with_the_images_of_the_plain_call(pipeline: DetailFlowPipeline, batch_size: int):
-    options = dict(num_images_per_class=3, guidance_scale=2.0, guidance_schedule="linear", seed=9, batch_size=batch_size)
+    options = dict(
+        num_images_per_class=3, guidance_scale=2.0, guidance_schedule="linear", seed=9, batch_size=batch_size
+    )
     stages = list(pipeline.stream(["cat", "bird"], **options))
     schedule = pipeline.tokenizer.schedule
     assert tuple(stage.num_tokens for stage in stages) == schedule.valid_counts
@@ -217,7 +219,9 @@ def test_values_out_of_range(pipeline: DetailFlowPipeline, options: dict[str, in
 
 def test_more_images_than_one_call_makes(pipeline: DetailFlowPipeline):
     for call in (pipeline, pipeline.stream):
-        with pytest.raises(DetailFlowError, match="2,000,000,000 images are more than one call makes, which is 100,000: make"):
+        with pytest.raises(
+            DetailFlowError, match="2,000,000,000 images are more than one call makes, which is 100,000: make"
+        ):
             call(["cat", "bird"], num_images_per_class=10**9)
         with pytest.raises(DetailFlowError, match="num_images_per_class must be at most 2,147,483,647"):
             call(["cat", "bird"], num_images_per_class=10**11)
@@ -225,7 +229,10 @@ def test_more_images_than_one_call_makes(pipeline: DetailFlowPipeline):
 
 def test_what_does_not_fit_in_memory():
     message = "a batch of 5 images does not fit in memory, so give a smaller batch_size"
-    with pytest.raises(DetailFlowError, match=message), within_memory("a batch of 5 images", "give a smaller batch_size"):
+    with (
+        pytest.raises(DetailFlowError, match=message),
+        within_memory("a batch of 5 images", "give a smaller batch_size"),
+    ):
         torch.empty(2**60)
     with pytest.raises(RuntimeError, match="anything else"), within_memory("a", "b"):
         raise RuntimeError("anything else")
@@ -235,7 +242,9 @@ def test_the_largest_seed(pipeline: DetailFlowPipeline):
     assert len(pipeline(["cat"], seed=2**64 - 1)) == 1
 
 
-@pytest.mark.parametrize(("key", "value"), [("num_tokens", 32), ("group_size", 8), ("causal_tokens", 8), ("codebook_size", 65)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_tokens", 32), ("group_size", 8), ("causal_tokens", 8), ("codebook_size", 65)]
+)
 def test_models_that_do_not_fit_together(pipeline: DetailFlowPipeline, key: str, value: int):
     causal = {"causal_tokens": 8} if key == "group_size" else {}
     gpt = DetailFlowGPT(replace(pipeline.gpt.config, **{key: value} | causal))
@@ -276,7 +285,9 @@ def test_a_type_as_text(dtype: str | torch.dtype, model: Path):
         assert weight(loader.from_pretrained(model, device="cpu", dtype=dtype)).dtype == torch.bfloat16
         assert weight(loader.from_pretrained(model, device="cpu", dtype=None)).dtype == torch.float32
         for wrong in ("int8", "float", torch.int64):
-            with pytest.raises(DetailFlowError, match="dtype must be one of float32, bfloat16, float16, float64, not '"):
+            with pytest.raises(
+                DetailFlowError, match="dtype must be one of float32, bfloat16, float16, float64, not '"
+            ):
                 loader.from_pretrained(model, dtype=wrong)
 
 

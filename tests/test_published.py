@@ -326,7 +326,9 @@ def test_missing_and_unexpected_tensors(gpt: Path):
 
 def test_a_gap_in_the_layers(gpt: Path):
     checkpoint = stored(gpt)
-    checkpoint["ema"] = {name.replace("layers.1.", "layers.9.", 1): tensor for name, tensor in checkpoint["ema"].items()}
+    checkpoint["ema"] = {
+        name.replace("layers.1.", "layers.9.", 1): tensor for name, tensor in checkpoint["ema"].items()
+    }
     torch.save(checkpoint, gpt / "checkpoints" / "32.pt")
     assert "lacks layers.1." in error_of(gpt, "gpt")
 

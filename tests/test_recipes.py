@@ -86,12 +86,20 @@ def test_presets_fit_together(preset: str):
 # ------------------------------------------------------------------------------------------------- the paper's scale
 
 
-@pytest.mark.parametrize(("size", "overlay"), [(16, []), (32, ["imagenet/tokenizer-32"]), (64, ["imagenet/tokenizer-64"])])
+@pytest.mark.parametrize(
+    ("size", "overlay"), [(16, []), (32, ["imagenet/tokenizer-32"]), (64, ["imagenet/tokenizer-64"])]
+)
 def test_imagenet_tokenizers(size: int, overlay: list[str]):
     config = read("imagenet/tokenizer", *overlay)
     model = config.model
     assert model.num_tokens == {16: 128, 32: 256, 64: 512}[size] == size * 8
-    assert (model.group_size, model.causal_tokens, model.image_size, model.patch_size, model.alpha) == (8, 8, 256, 16, 1.5)
+    assert (model.group_size, model.causal_tokens, model.image_size, model.patch_size, model.alpha) == (
+        8,
+        8,
+        256,
+        16,
+        1.5,
+    )
     assert (model.codebook_size, model.codebook_dim) == (8192, 8)
     assert asdict(model.encoder) == {"width": 1152, "depth": 12, "heads": 16, "mlp": 4304}
     assert asdict(model.decoder) == {"width": 768, "depth": 12, "heads": 12, "mlp": 3072}
@@ -113,7 +121,9 @@ def test_imagenet_tokenizers(size: int, overlay: list[str]):
     assert loop.rate_at(0) < 1e-3 * peak
     assert loop.rate_at(epoch // 2) == pytest.approx(peak / 2, rel=1e-3)
     assert loop.rate_at(epoch) == pytest.approx(peak, rel=1e-3) == max(loop.rate_at(epoch + k) for k in range(-9, 9))
-    assert loop.rate_at(epoch + (loop.steps - epoch) // 2) == pytest.approx(0.55 * peak, rel=1e-3)  # half-way down to a tenth
+    assert loop.rate_at(epoch + (loop.steps - epoch) // 2) == pytest.approx(
+        0.55 * peak, rel=1e-3
+    )  # half-way down to a tenth
     assert loop.rate_at(loop.steps - 1) == pytest.approx(0.1 * peak, rel=1e-3)
     fast = read("imagenet/tokenizer", *overlay, "imagenet/tokenizer-fast")
     assert fast.loop.steps == 50 * epoch and fast.model == model

@@ -16,7 +16,14 @@ from detailflow.runs import read_checkpoint
 
 NETWORK = {"width": 16, "depth": 1, "heads": 2}
 SIZES = dict(image_size=32, patch_size=16, num_tokens=8, group_size=4, codebook_size=32, codebook_dim=4)
-LOOP = {"steps": 4, "batch_size": 2, "learning_rate": 0.01, "trackers": [], "checkpoint_minutes": 0, "milestone_every": 2}
+LOOP = {
+    "steps": 4,
+    "batch_size": 2,
+    "learning_rate": 0.01,
+    "trackers": [],
+    "checkpoint_minutes": 0,
+    "milestone_every": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +35,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = folder / "images" / name / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.effect_noise((32, 32), 60).save(path)
-    first = {"data": str(folder / "images"), "model": {**SIZES, "encoder": NETWORK, "decoder": NETWORK}, "adversarial": 0}
+    first = {
+        "data": str(folder / "images"),
+        "model": {**SIZES, "encoder": NETWORK, "decoder": NETWORK},
+        "adversarial": 0,
+    }
     tokens, tokenizer = str(folder / "tokens"), str(folder / "tokenizer")
     last = {"tokens": tokens, "tokenizer": tokenizer, "width": 16, "depth": 1, "heads": 2, "ema": 0.5}
     for stage, settings in (("tokenizer", first), ("gpt", last)):
         (folder / f"{stage}.yaml").write_text(yaml.safe_dump({**settings, "loop": LOOP}))
-    extraction = ["extract", "--data", str(folder / "images"), "--tokenizer", tokenizer, "--output", tokens, "--crops", "two"]
+    extraction = [
+        "extract",
+        "--data",
+        str(folder / "images"),
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        tokens,
+        "--crops",
+        "two",
+    ]
     for command in (train(folder, "tokenizer"), extraction, train(folder, "gpt")):
         assert main([*command, "--device", "cpu"]) == 0
     return folder
@@ -54,7 +75,9 @@ def stopped(whole: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", hub.KINDS)
-def test_its_newest_checkpoint_is_the_model(kind: hub.Kind, whole: Path, stopped: Path, caplog: pytest.LogCaptureFixture):
+def test_its_newest_checkpoint_is_the_model(
+    kind: hub.Kind, whole: Path, stopped: Path, caplog: pytest.LogCaptureFixture
+):
     """What the run would write if it ended there; of an AR model the averaged weights, or on request the others."""
     config, tensors = hub.load(whole / kind, kind)
     for place in (stopped / kind, stopped, str(stopped / kind / "resume" / "step-00000004.pt")):
@@ -79,7 +102,9 @@ def test_one_that_is_damaged(stopped: Path, caplog: pytest.LogCaptureFixture):
         hub.load(newest, "tokenizer")
 
 
-def test_every_command(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_every_command(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.chdir(stopped)
     milestone, cpu = "tokenizer/milestones/step-00000002.pt", ["--device", "cpu"]
     assert main(["reconstruct", "images/cat/0.png", "--model", "tokenizer", "--output", "a", *cpu]) == 0
@@ -97,8 +122,16 @@ def test_every_command(stopped: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     written, read = (hub.load(place, "tokenizer")[1]["quantizer.codebook"] for place in ("f", milestone))
     assert torch.equal(written, read)
     for start in ("tokenizer", milestone):
-        assert main([*train(stopped, "tokenizer")[:-1], f"g-{Path(start).stem}", "--init", start, "--loop.steps", "1", *cpu]) == 0
-    assert main([*train(stopped, "gpt")[:-1], "h", "--init", "gpt", "--tokenizer", "tokenizer", "--loop.steps", "1", *cpu]) == 0
+        assert (
+            main(
+                [*train(stopped, "tokenizer")[:-1], f"g-{Path(start).stem}", "--init", start, "--loop.steps", "1", *cpu]
+            )
+            == 0
+        )
+    assert (
+        main([*train(stopped, "gpt")[:-1], "h", "--init", "gpt", "--tokenizer", "tokenizer", "--loop.steps", "1", *cpu])
+        == 0
+    )
 
 
 def test_what_cannot_be_used(stopped: Path, capsys: pytest.CaptureFixture[str]):
@@ -109,9 +142,9 @@ def test_what_cannot_be_used(stopped: Path, capsys: pytest.CaptureFixture[str]):
 
     image, tokenizer, gpt = str(stopped / "images/cat/0.png"), stopped / "tokenizer", stopped / "gpt"
     out = ("--output", str(stopped / "out"))
-    assert "gpt holds an AR model (gpt), not a tokenizer" in complaint("reconstruct", image, "--model", str(gpt), *out).replace(
-        "/resume/step-00000004.pt", ""
-    )
+    assert "gpt holds an AR model (gpt), not a tokenizer" in complaint(
+        "reconstruct", image, "--model", str(gpt), *out
+    ).replace("/resume/step-00000004.pt", "")
     assert "holds a training run that is not finished: give another output folder" in complaint(
         "convert", str(tokenizer), "--output", str(tokenizer)
     )
@@ -133,7 +166,12 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest
     torch.save({"step": 1, "state": {"networks": Payload()}, "kind": "tokenizer", "config": {}}, "step-00000001.pt")
     with pytest.raises(DetailFlowError, match="refused to load step-00000001.pt: it asks for .*mkdir"):
         read_checkpoint(Path("step-00000001.pt"))
-    for state in ({}, {"networks": 3}, {"networks": {"model.x": 3}}, {"networks": {"model.x": torch.ones(1, dtype=torch.int64)}}):
+    for state in (
+        {},
+        {"networks": 3},
+        {"networks": {"model.x": 3}},
+        {"networks": {"model.x": torch.ones(1, dtype=torch.int64)}},
+    ):
         torch.save({"step": 1, "state": state, "kind": "tokenizer", "config": {}}, "step-00000001.pt")
         with pytest.raises(DetailFlowError):
             DetailFlowTokenizer.from_pretrained("step-00000001.pt")

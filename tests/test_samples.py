@@ -51,7 +51,9 @@ def test_npz_in_the_layout_of_adm(pipeline: DetailFlowPipeline, expected: np.nda
         assert stored["arr_1"].tolist() == LABELS
 
 
-def test_webdataset(pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_webdataset(
+    pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("detailflow.samples.SHARD_IMAGES", 8)
     generate_many(pipeline, LABELS, tmp_path, "webdataset", seed=2, batch_size=4)
     assert sorted(contents(tmp_path)) == ["samples-000000.tar", "samples-000001.tar"]
@@ -101,7 +103,9 @@ def test_what_is_there_stays(form: str, pipeline: DetailFlowPipeline, tmp_path: 
 
 @pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
 @pytest.mark.parametrize("first", [1, 4, 6, 8])
-def test_a_set_grows(form: str, first: int, pipeline: DetailFlowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_set_grows(
+    form: str, first: int, pipeline: DetailFlowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """What is there of whole batches stays; the files are those of a set that was made at once."""
     monkeypatch.setattr("detailflow.samples.SHARD_IMAGES", 4)
     calls = []
@@ -120,7 +124,9 @@ def test_a_set_grows(form: str, first: int, pipeline: DetailFlowPipeline, tmp_pa
     assert calls == [number for number in (0, 4, 8) if number >= first // 4 * 4]
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
     assert (tmp_path / "part" / SETTINGS_FILE).read_text() == (tmp_path / "whole" / SETTINGS_FILE).read_text()
-    with pytest.raises(DetailFlowError, match="part holds a set of 11 images, more than 6: ask for as many or more, or choose"):
+    with pytest.raises(
+        DetailFlowError, match="part holds a set of 11 images, more than 6: ask for as many or more, or choose"
+    ):
         generate_many(pipeline, LABELS[:6], tmp_path / "part", form, seed=2, batch_size=4)
 
 
@@ -170,7 +176,9 @@ def test_samples_of_unknown_settings_are_not_taken_for_parts(form: str, pipeline
     generate_many(pipeline, LABELS[:7], tmp_path, form, seed=2, batch_size=4)
     (tmp_path / SETTINGS_FILE).unlink()
     before = contents(tmp_path)
-    with pytest.raises(DetailFlowError, match="no samples.json that says how it was made: choose another folder") as caught:
+    with pytest.raises(
+        DetailFlowError, match="no samples.json that says how it was made: choose another folder"
+    ) as caught:
         generate_many(pipeline, LABELS, tmp_path, form, seed=3, batch_size=4)
     assert any(name in str(caught.value) for name in before)
     assert contents(tmp_path) == before
@@ -207,7 +215,16 @@ def test_one_process_and_several(model: Path, tmp_path: Path):
     if torch.accelerator.is_available():  # else it need not be said
         options += ["--device", "cpu"]
     assert main(["generate", "cat", "1", *options, "--output", str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "detailflow"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "detailflow",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launch, "generate", "cat", "1", *options, "--output", str(tmp_path / "two")]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
@@ -222,7 +239,9 @@ def test_one_at_a_time(form: str, pipeline: DetailFlowPipeline, tmp_path: Path):
     """Two at once would take each other's parts."""
     with (
         held(tmp_path, "generation"),
-        pytest.raises(DetailFlowError, match="another generation is at work in .*: choose another folder, or wait for its end"),
+        pytest.raises(
+            DetailFlowError, match="another generation is at work in .*: choose another folder, or wait for its end"
+        ),
     ):
         generate_many(pipeline, [0, 1], tmp_path, form)
     assert list(tmp_path.iterdir()) == []

@@ -59,7 +59,9 @@ def test_resolutions_only_grow(n: int, g: int, c: int):
 
 
 def test_a_side_that_no_count_has():
-    with pytest.raises(DetailFlowError, match="no number of tokens is decoded at side 20; the sides are 16, 32, 48, 64"):
+    with pytest.raises(
+        DetailFlowError, match="no number of tokens is decoded at side 20; the sides are 16, 32, 48, 64"
+    ):
         make(32, 4, 8).best_count(20)
 
 
@@ -71,7 +73,10 @@ def test_causal_tokens_default_to_a_group():
     ("values", "message"),
     [
         ((16, 5, 5, 64, 16), "group_size must divide num_tokens, and 5 does not divide 16"),
-        ((16, 4, 6, 64, 16), r"causal_tokens must be a multiple of group_size \(4\) and at most num_tokens \(16\), not 6"),
+        (
+            (16, 4, 6, 64, 16),
+            r"causal_tokens must be a multiple of group_size \(4\) and at most num_tokens \(16\), not 6",
+        ),
         ((16, 4, 20, 64, 16), "causal_tokens must be a multiple"),
         ((16, 4, 4, 60, 16), "patch_size must divide image_size, and 16 does not divide 60"),
         ((0, 4, 4, 64, 16), "num_tokens must be a positive integer, not 0"),

@@ -67,7 +67,9 @@ def test_more_tokens_come_closer_to_real_photographs(shipped: DetailFlowPipeline
     originals = [source.image(i) for i in range(100)]
     counts = [1, schedule.prefix, schedule.num_tokens]
     decibels = np.array([[s.psnr for s in reconstruct(shipped.tokenizer, o, counts)] for o in originals]).mean(0)
-    colour = np.mean([psnr(np.broadcast_to(np.asarray(o).mean((0, 1)).round(), (32, 32, 3)), np.asarray(o)) for o in originals])
+    colour = np.mean(
+        [psnr(np.broadcast_to(np.asarray(o).mean((0, 1)).round(), (32, 32, 3)), np.asarray(o)) for o in originals]
+    )
     assert decibels[0] < decibels[1] < decibels[2]
     assert decibels[1] > colour + 3
     assert decibels[2] > 22

@@ -33,7 +33,9 @@ def test_files_that_pass(plain: Path):
 
 def test_compressed_members(plain: Path):
     file = again(plain, "small.pt", zipfile.ZIP_DEFLATED)
-    assert file.stat().st_size < 5000 and len(torch.load(file, weights_only=True)["a"]) == 100_000  # torch itself reads it
+    assert (
+        file.stat().st_size < 5000 and len(torch.load(file, weights_only=True)["a"]) == 100_000
+    )  # torch itself reads it
     with pytest.raises(DetailFlowError, match="refused to load .*small.pt: its members are compressed or overlap"):
         check_torch_zip(file)
 
@@ -100,7 +102,9 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"%s\x89ccollection
 LARGE = {
     "a byte array": b"cbuiltins\nbytearray\n" + number(10**9) + b"\x85R",
     "text in hex": b"c_codecs\nencode\n" + text("a" * 1000) + text("hex") + b"\x86R",
-    "many copies of a text": text("a" * 1000) + b"q\x01" + (b"c_codecs\nencode\nh\x01" + text("latin1") + b"\x86R") * 1000,
+    "many copies of a text": text("a" * 1000)
+    + b"q\x01"
+    + (b"c_codecs\nencode\nh\x01" + text("latin1") + b"\x86R") * 1000,
     "a tensor by its side": b"ctorch\nFloatTensor\n" + number(10**9) + b"\x85R",
     "a parameter by its side": b"ctorch._utils\n_rebuild_parameter\n" + number(10**9) + b"\x89}\x87R",
     "a storage": TENSOR % (number(10**9), b"K\x00K\x04\x85K\x01\x85"),
@@ -134,7 +138,20 @@ def test_what_torch_saves(tmp_path: Path):
         "optimizer": optimizer.state_dict(),
         "views": [torch.arange(12.0).reshape(3, 4).T, torch.zeros(0, 4), torch.zeros(()), torch.ones(9)[3:5]],
         "types": [torch.zeros(2, dtype=kind) for kind in (torch.bfloat16, torch.half, torch.uint8, torch.bool)],
-        "plain": [1, 2**70, 1.5, None, True, "é", b"bytes\xff", {"a"}, bytearray(b"b"), torch.Size([1]), torch.float32, (1, 2)],
+        "plain": [
+            1,
+            2**70,
+            1.5,
+            None,
+            True,
+            "é",
+            b"bytes\xff",
+            {"a"},
+            bytearray(b"b"),
+            torch.Size([1]),
+            torch.float32,
+            (1, 2),
+        ],
         "rng": torch.get_rng_state(),
         "device": torch.device("cpu"),
     }
@@ -154,7 +171,9 @@ def test_two_pickles_in_a_zip_file(plain: Path):
             check_torch_zip(plain.with_name("two.pt"))
 
 
-@pytest.mark.parametrize("name", ["ccollections\nOrderedDict\n", "cargparse\nNamespace\n", "ctorch._utils\n_rebuild_tensor_v2\n"])
+@pytest.mark.parametrize(
+    "name", ["ccollections\nOrderedDict\n", "cargparse\nNamespace\n", "ctorch._utils\n_rebuild_tensor_v2\n"]
+)
 def test_a_pickle_cannot_change_the_check(tmp_path: Path, name: str):
     """BUILD sets attributes of what is on the stack."""
     changes = name.encode() + b"}" + text("function") + b"Nsb0"

@@ -38,9 +38,13 @@ VARIANTS = {
         3.97,
     ),
     "causal-encoder": Variant("--model.causal_encoder true", "", 3.66),  # a query sees no later ones
-    "coarse-to-fine": Variant("--coarse_probability 0.3", "", 3.33),  # some steps train the first tokens on coarse targets
+    "coarse-to-fine": Variant(
+        "--coarse_probability 0.3", "", 3.33
+    ),  # some steps train the first tokens on coarse targets
     "parallel": Variant("--model.group_size 4 --model.causal_tokens 0", "", 4.11),  # groups of 4 at once, the first too
-    "self-correction": Variant("--correction_share 1", "--planted_share 0.3", 3.68),  # later tokens repair planted mistakes
+    "self-correction": Variant(
+        "--correction_share 1", "--planted_share 0.3", 3.68
+    ),  # later tokens repair planted mistakes
     "first-group-causal": Variant("--model.causal_tokens 4", "", 3.59),
     "alignment": Variant("--alignment 1", "", 3.35),  # of the first token with a teacher: here the classifier
 }
@@ -67,7 +71,11 @@ def commands(args: argparse.Namespace, name: str, seed: int) -> list[list[str]]:
     model = yaml.safe_load((args.recipe / "tokenizer.yaml").read_text(encoding="utf-8"))["model"]
     recipe, data, features, out = (shlex.quote(str(x)) for x in (args.recipe, args.data, args.features, args.output))
     seeds, scales = (" ".join(map(str, values)) for values in (args.sample_seeds, args.guidance_scale))
-    run, reference, device = f"{out}/{name}/seed-{seed}", f"{out}/reference.npz", f"--device {args.device}" if args.device else ""
+    run, reference, device = (
+        f"{out}/{name}/seed-{seed}",
+        f"{out}/reference.npz",
+        f"--device {args.device}" if args.device else "",
+    )
     lines = (
         f"evaluate statistics {data} --size {model['image_size']} --features {features} {device} --output {reference}",
         f"train tokenizer --config {recipe}/tokenizer.yaml --data {data} {options(name, 'tokenizer')}"
@@ -109,12 +117,18 @@ def measured(args: argparse.Namespace, name: str) -> dict[str, Any] | None:
     reports = [[finished(command) for command in commands(args, name, seed)[-2:]] for seed in args.seeds]
     if not all(report for pair in reports for report in pair):
         return None
-    rebuilt, generated = ([report["sections"][0]["rows"] for report in kind if report] for kind in zip(*reports, strict=True))
+    rebuilt, generated = (
+        [report["sections"][0]["rows"] for report in kind if report] for kind in zip(*reports, strict=True)
+    )
     scales = [(rows[0]["setting"]["guidance"], over_seeds(rows)) for rows in zip(*generated, strict=True)]
     scale, figures = min(scales, key=lambda one: mean(one[1][distance(one[1])]))
     ours = over_seeds([rows[0] for rows in rebuilt])
     figures = {key: ours[key] for key in ("PSNR", "rFID", "rFD") if key in ours} | figures
-    return {"guidance": scale, "figures": figures, "provenance": [r["provenance"] for pair in reports for r in pair if r]}
+    return {
+        "guidance": scale,
+        "figures": figures,
+        "provenance": [r["provenance"] for pair in reports for r in pair if r],
+    }
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -132,7 +146,9 @@ def distance(figures: Iterable[str]) -> str:
 def compare(before: Sequence[float], after: Sequence[float], paper: float) -> tuple[float, str]:
     """Return the change from one variant to the next, and what a two-sided t test at 95% says of it beside the paper's."""
     change, seeds = mean(after) - mean(before), len(after)
-    if seeds > 1 and abs(change) <= STUDENT[min(seeds, 11) - 2] * sqrt((stdev(before) ** 2 + stdev(after) ** 2) / seeds):
+    if seeds > 1 and abs(change) <= STUDENT[min(seeds, 11) - 2] * sqrt(
+        (stdev(before) ** 2 + stdev(after) ** 2) / seeds
+    ):
         return change, "no more than other seeds may differ"
     return change, "as in the paper" if (change < 0) == (paper < 0) else "the other way than in the paper"
 
@@ -170,7 +186,11 @@ def mean_and_error(values: Sequence[float]) -> str:
 def write_table(args: argparse.Namespace) -> None:
     """Write report.json and report.md with all variants that have been measured, and print the table."""
     rows = compare_all({name: found for name in VARIANTS if (found := measured(args, name))})
-    many = f"{len(args.seeds)} trainings" if len(args.seeds) > 1 else f"{len(args.sample_seeds)} sets of samples of one training"
+    many = (
+        f"{len(args.seeds)} trainings"
+        if len(args.seeds) > 1
+        else f"{len(args.sample_seeds)} sets of samples of one training"
+    )
     note = f"Means ± standard deviations over {many}. Changes are judged by a two-sided t test at 95% if these are several."
     content = {"note": note, "settings": vars(args), "rows": rows}
     (args.output / "report.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
@@ -182,11 +202,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder with train and test images")
-    parser.add_argument("--features", default=FEATURES, help="as of detailflow evaluate gpt (default: the CIFAR-10 network)")
+    parser.add_argument(
+        "--features", default=FEATURES, help="as of detailflow evaluate gpt (default: the CIFAR-10 network)"
+    )
     parser.add_argument("--output", required=True, type=lambda text: Path(text).expanduser(), help="a folder")
     parser.add_argument("--recipe", type=Path, default=HERE, help="a folder with tokenizer, extract, gpt .yaml")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of training: every variant is trained from each")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="of training: every variant is trained from each"
+    )
     parser.add_argument("--sample-seeds", nargs="+", type=int, default=[0, 1], help="of the generated images")
     parser.add_argument("--guidance-scale", nargs="+", type=float, default=[2.0, 4.0], help="the best one counts")
     parser.add_argument("--num-samples", type=int, default=5000, help="generated images of each sample seed")
@@ -211,5 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the command: it saves a checkpoint, and we end with it
+    signal.signal(
+        signal.SIGINT, lambda *_: None
+    )  # Ctrl-C reaches the command: it saves a checkpoint, and we end with it
     main()

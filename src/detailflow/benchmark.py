@@ -189,7 +189,9 @@ class Report:
         cells = [list(COLUMNS), *(row.cells() for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
         table = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+            "  ".join(
+                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
             for line in cells
         ]
         return "\n".join([*lines, "", *table])

@@ -74,7 +74,9 @@ def convert(
     found = hub.find(source)
     targets: dict[Kind, Path] = {kind: output / kind if len(found) > 1 else output for kind in found}
     if len(found) > 1 and (output / hub.CONFIG_FILE).exists():
-        raise DetailFlowError(f"{output} already holds a model, where a pair would lie unseen: give another output folder")
+        raise DetailFlowError(
+            f"{output} already holds a model, where a pair would lie unseen: give another output folder"
+        )
     for kind, target in targets.items():
         _check_target(target, kind, to)
     configs: dict[Kind, dict[str, Any]] = {}
@@ -113,7 +115,9 @@ def _origin(path: Path) -> dict[str, Any] | None:
     if not (path / hub.CONFIG_FILE).exists():  # a training run's
         return None
     origin = read_json(path / hub.CONFIG_FILE).get("published")
-    known = isinstance(origin, dict) and isinstance(origin.get("config"), dict) and isinstance(origin.get("arguments"), str)
+    known = (
+        isinstance(origin, dict) and isinstance(origin.get("config"), dict) and isinstance(origin.get("arguments"), str)
+    )
     return origin if known else None
 
 
@@ -187,7 +191,10 @@ def _published_config(kind: Kind, config: Mapping[str, Any]) -> dict[str, Any]:
             "resid_dropout_p": "dropout",
             "ffn_dropout_p": "dropout",
         }
-        return {"config": {theirs: config[ours] for theirs, ours in names.items()} | shared, "arguments": "gpt_type: c2i\n"}
+        return {
+            "config": {theirs: config[ours] for theirs, ours in names.items()} | shared,
+            "arguments": "gpt_type: c2i\n",
+        }
     for half in ("encoder", "decoder"):
         width, heads = config[half]["width"], config[half]["heads"]
         if heads != heads_of(width):
@@ -232,7 +239,9 @@ def _write_card(directory: Path, configs: Mapping[Kind, Mapping[str, Any]], sour
         if key != "class_names"
     ]
     name = directory.resolve().name
-    loader = "DetailFlowPipeline" if len(configs) > 1 else "DetailFlowGPT" if "gpt" in configs else "DetailFlowTokenizer"
+    loader = (
+        "DetailFlowPipeline" if len(configs) > 1 else "DetailFlowGPT" if "gpt" in configs else "DetailFlowTokenizer"
+    )
     text = f"""---
 {data.to_yaml()}
 ---

@@ -46,7 +46,9 @@ class Processes:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         state = PartialState(cpu=cpu or accelerator is None or accelerator.type == "mps", timeout=LONGEST_WAIT)
         atexit.register(state.destroy_process_group)  # or its threads may outlive what they use, and abort the program
-        device = torch.device("cpu") if state.device.type == "cpu" else state.device  # which it numbers, and torch does not
+        device = (
+            torch.device("cpu") if state.device.type == "cpu" else state.device
+        )  # which it numbers, and torch does not
         return cls(state.process_index, state.num_processes, device)
 
     @property
@@ -61,7 +63,9 @@ class Processes:
             DetailFlowError: where the batch can't be parted evenly.
         """
         if total % self.count:
-            raise DetailFlowError(f"a batch of {total} can't be shared evenly by {self.count} processes: choose a multiple")
+            raise DetailFlowError(
+                f"a batch of {total} can't be shared evenly by {self.count} processes: choose a multiple"
+            )
         size = total // self.count
         return slice(self.rank * size, (self.rank + 1) * size)
 
@@ -86,7 +90,9 @@ class Processes:
             problem = error
         if self.count > 1:
             texts: list[str | None] = [None] * self.count
-            torch.distributed.all_gather_object(texts, None if problem is None else str(problem) or type(problem).__name__)
+            torch.distributed.all_gather_object(
+                texts, None if problem is None else str(problem) or type(problem).__name__
+            )
             first = next((rank for rank, text in enumerate(texts) if text is not None), self.rank)
             if first != self.rank:
                 raise ReportedElsewhereError(str(texts[first])) from problem

@@ -317,7 +317,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DetailFlowError(f"could not read {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
-        raise DetailFlowError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+        raise DetailFlowError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         raise DetailFlowError(f"{path} is not valid JSON: it must be UTF-8 text with one object") from error
     if not isinstance(content, dict):
@@ -371,7 +373,9 @@ def read_tensors(
                     try:
                         tensors[name] = tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
                     except NotImplementedError as error:  # torch has types of four bits that it cannot copy
-                        raise DetailFlowError(f"{name} in {file} is of type {tensor.dtype}, which no model has") from error
+                        raise DetailFlowError(
+                            f"{name} in {file} is of type {tensor.dtype}, which no model has"
+                        ) from error
     return tensors
 
 
@@ -394,7 +398,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if any(not isinstance(name, str) or not isinstance(tensor, Tensor) for name, tensor in entries):
         raise DetailFlowError(f"{path} must hold tensors by name and nothing else: save the network's state_dict()")
     for name, tensor in entries:
-        if tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():  # an expanded one would grow once it is used
+        if (
+            tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes()
+        ):  # an expanded one would grow once it is used
             raise DetailFlowError(f"{name} in {path} has more numbers than the file: save the network's state_dict()")
     return dict(tensors)
 

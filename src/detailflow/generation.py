@@ -51,7 +51,9 @@ class SamplingConfig:
                 f"guidance_scale must be 0 or more (1 is no guidance), at most {LARGEST_GUIDANCE:g}, not {self.guidance_scale!r}"
             )
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise DetailFlowError(f"guidance_schedule must be {' or '.join(GUIDANCE_SCHEDULES)}, not {self.guidance_schedule!r}")
+            raise DetailFlowError(
+                f"guidance_schedule must be {' or '.join(GUIDANCE_SCHEDULES)}, not {self.guidance_schedule!r}"
+            )
         if not 0 <= self.temperature < float("inf"):
             raise DetailFlowError(f"temperature must be 0 (argmax) or more, not {self.temperature!r}")
         if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
@@ -74,7 +76,9 @@ class Stepper(Protocol):
 
 def image_noise(generators: Sequence[torch.Generator], num_tokens: int) -> Tensor:
     """(B, N) float64 uniform numbers on the CPU, one row from each image's own generator."""
-    return torch.stack([torch.rand(num_tokens, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators])
+    return torch.stack(
+        [torch.rand(num_tokens, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators]
+    )
 
 
 def generate(
@@ -106,7 +110,9 @@ def generate(
             logits = unconditional + scale * (conditional - unconditional)
         sound &= logits.amax(-1).isfinite().all()
         if end == num_tokens and not sound:
-            raise DetailFlowError("the AR model's logits are not finite: its weights are damaged, or too large for its dtype")
+            raise DetailFlowError(
+                "the AR model's logits are not finite: its weights are damaged, or too large for its dtype"
+            )
         tokens[:, start:end] = sample(logits, noise[:, start:end], sampling)
         yield tokens[:, :end].clone()
 
@@ -265,5 +271,7 @@ def one_each(generator: torch.Generator | Sequence[torch.Generator] | None, coun
         seeds = torch.randint(2**62, (count,), generator=generator, device=device)
         return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
     if len(generator) != count:
-        raise DetailFlowError(f"generator must be one or a list of {count}, one per image, not a list of {len(generator)}")
+        raise DetailFlowError(
+            f"generator must be one or a list of {count}, one per image, not a list of {len(generator)}"
+        )
     return list(generator)

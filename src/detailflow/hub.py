@@ -119,7 +119,9 @@ def _nested(directory: Path, kind: Kind) -> Path:
         with suppress(DetailFlowError):  # whatever else lies there
             found += [child] if read_kind(child) == kind else []
     if len(found) > 1:
-        raise DetailFlowError(f"{directory} holds several models of that kind ({', '.join(f.name for f in found)}): give one")
+        raise DetailFlowError(
+            f"{directory} holds several models of that kind ({', '.join(f.name for f in found)}): give one"
+        )
     return found[0] if found else directory
 
 

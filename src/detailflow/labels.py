@@ -43,7 +43,11 @@ class ClassLabels:
         known = set(by_id.values())
         self.count = count
         self.names = tuple(by_id.get(_key(name), name) for name in given)
-        ids = tuple(by_id) if given == tuple(by_id.values()) else [_key(name) if _key(name) in by_id else "" for name in given]
+        ids = (
+            tuple(by_id)
+            if given == tuple(by_id.values())
+            else [_key(name) if _key(name) in by_id else "" for name in given]
+        )
         self.wnids: tuple[str, ...] = tuple(ids) if any(ids) else ()
         self._synonyms = [name.split(", ") if name in known else [name] for name in self.names]
         self.numbered = any(map(_is_number, self.names))
@@ -69,7 +73,9 @@ class ClassLabels:
         matches = self._matches(text)
         if len(matches) > 1:
             way = "number or WordNet id" if any(self.wnids[i : i + 1] for i in matches) else "number"
-            ways = ", ".join(f"{i} ({': '.join(filter(None, (*self.wnids[i : i + 1], self.names[i])))})" for i in matches)
+            ways = ", ".join(
+                f"{i} ({': '.join(filter(None, (*self.wnids[i : i + 1], self.names[i])))})" for i in matches
+            )
             raise DetailFlowError(f"{len(matches)} classes are called {label!r}: give the {way}, one of {ways}")
         if matches:
             return matches[0]

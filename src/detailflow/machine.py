@@ -112,7 +112,9 @@ def generation_work(gpt: DetailFlowGPT, batch: int, guided: bool, num_tokens: in
         if start < n:
             cached = 2 * rows * start * config.width * config.depth
             attention = 4 * rows * (end - start) * end * config.width * config.depth
-            result.append(Work((weights + cached) * gpt.head.weight.itemsize, 2 * weights * rows * (end - start) + attention))
+            result.append(
+                Work((weights + cached) * gpt.head.weight.itemsize, 2 * weights * rows * (end - start) + attention)
+            )
     return result
 
 
@@ -121,7 +123,9 @@ def decoding_work(tokenizer: DetailFlowTokenizer, batch: int, num_tokens: int | 
     decoder, schedule, config = tokenizer.decoder, tokenizer.schedule, tokenizer.config.decoder
     n = schedule.check_count(num_tokens)
     patches = (schedule.decode_size(n) // decoder.patch_size) ** 2
-    products = _weights(decoder.blocks) * (n + patches) + _weights(decoder.project) * n + _weights(decoder.to_pixels) * patches
+    products = (
+        _weights(decoder.blocks) * (n + patches) + _weights(decoder.project) * n + _weights(decoder.to_pixels) * patches
+    )
     attention = 2 * (n + patches) ** 2 * config.width * config.depth
     return [Work(_weights(decoder) * decoder.mask_token.itemsize, 2 * batch * (products + attention))]
 
@@ -130,7 +134,9 @@ def encoding_work(tokenizer: DetailFlowTokenizer, batch: int) -> list[Work]:
     """All tokens of `batch` images of side R: patches see patches, tokens see both."""
     encoder, project, config = tokenizer.encoder, tokenizer.quantizer.project, tokenizer.config
     n, patches, vit = config.num_tokens, (config.image_size // config.patch_size) ** 2, config.encoder
-    products = _weights(encoder.blocks) * (n + patches) + _weights(encoder.patch_embed) * patches + _weights(project) * n
+    products = (
+        _weights(encoder.blocks) * (n + patches) + _weights(encoder.patch_embed) * patches + _weights(project) * n
+    )
     products += config.codebook_size * config.codebook_dim * n  # the distances from all codes
     attention = 2 * (patches**2 + n * (n + patches)) * vit.width * vit.depth
     weights = _weights(encoder.blocks, encoder.patch_embed, project)

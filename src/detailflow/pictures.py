@@ -17,8 +17,12 @@ SMALLEST_TILE = 128  # pixels; smaller images are enlarged to a multiple of thei
 GAP = 4
 FONT_SIZE = 12
 LINE = 16  # pixels from one line of a caption to the next
-MADE_AS = "detailflow"  # the key of a PNG file's text that says which of these it is, and the name that it was written by
-Made = Literal["sample", "grid", "strip", "comparison", "reconstruction"]  # by `generate`, the last two by `reconstruct`
+MADE_AS = (
+    "detailflow"  # the key of a PNG file's text that says which of these it is, and the name that it was written by
+)
+Made = Literal[
+    "sample", "grid", "strip", "comparison", "reconstruction"
+]  # by `generate`, the last two by `reconstruct`
 _NAMES = re.compile(r"grid\.png|(strip-)?\d{4,}-.*\.png", re.DOTALL)  # of what `generate` writes
 _HEAD = 1024  # bytes of a PNG file in which that text is
 
@@ -81,7 +85,11 @@ def is_overview(path: str) -> bool:
 def generated(folder: Path) -> Iterator[Path]:
     """Yield the files in a folder that `generate` made, whenever it was; copies under other names are the user's."""
     for path in sorted(folder.iterdir()):
-        if _NAMES.fullmatch(path.name) and made_as(path) in ("sample", "grid", "strip") and _mark(path)[1] == quote(path.name):
+        if (
+            _NAMES.fullmatch(path.name)
+            and made_as(path) in ("sample", "grid", "strip")
+            and _mark(path)[1] == quote(path.name)
+        ):
             yield path
 
 
@@ -141,7 +149,9 @@ def _lay_out(images: Sequence[Image.Image], captions: Sequence[Sequence[str]] | 
     return sheet
 
 
-def _shortened(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _shortened(
+    text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> str:
     """`text`, cut where it is wider than `width` pixels."""
     if draw.textlength(text, font) <= width:
         return text

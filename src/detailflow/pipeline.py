@@ -99,7 +99,9 @@ class DetailFlowPipeline:
         """Where the weights are."""
         return self.gpt.device
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> "DetailFlowPipeline":
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+    ) -> "DetailFlowPipeline":
         """Move both models to a device, change their type, or both; returns the pipeline. What was compiled has to be again.
 
         Raises:
@@ -286,7 +288,9 @@ class DetailFlowPipeline:
         """The short name of a class, or its number where the model's classes have no names."""
         return self.labels.name(class_id)
 
-    def reconstruct(self, image: Image.Image, counts: Sequence[int] | None = None, whole: bool = False) -> list[Reconstruction]:
+    def reconstruct(
+        self, image: Image.Image, counts: Sequence[int] | None = None, whole: bool = False
+    ) -> list[Reconstruction]:
         """See `reconstruct`, which needs the tokenizer alone."""
         return list(reconstruct(self.tokenizer, fit(self.tokenizer.schedule, image, whole), counts))
 

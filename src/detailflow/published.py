@@ -79,7 +79,9 @@ def load_published(
         DetailFlowError: if a file is missing, damaged or unsafe, or does not hold a model of that kind.
     """
     config, checkpoint, names = _inspect(path, kind, variant)
-    state = None if zipfile.is_zipfile(checkpoint) else _read_state(checkpoint, variant)  # an old pickle can't be mapped
+    state = (
+        None if zipfile.is_zipfile(checkpoint) else _read_state(checkpoint, variant)
+    )  # an old pickle can't be mapped
     return config, _translate(lambda: state or _read_state(checkpoint, variant), names, checkpoint, dtype)
 
 
@@ -99,7 +101,9 @@ def _inspect(path: Path, kind: Kind, variant: str) -> tuple[dict[str, Any], Path
     config = read_json(config_path)
     found = kind_of(config)
     if found is None:
-        raise DetailFlowError(f"{config_path} has neither num_latent_tokens nor block_size, so it is no published config")
+        raise DetailFlowError(
+            f"{config_path} has neither num_latent_tokens nor block_size, so it is no published config"
+        )
     check_kind(directory, found, kind)
     num_tokens = _integer(config, "num_latent_tokens" if kind == "tokenizer" else "block_size", config_path)
     checkpoint = path if path.is_file() else _find_checkpoint(directory / CHECKPOINTS, num_tokens)
@@ -151,7 +155,9 @@ def _find_checkpoint(folder: Path, num_tokens: int) -> Path:
         raise DetailFlowError(f"{folder} has no checkpoint: expected {num_tokens}.pt there")
     if len(found) > 1 and not named:
         names = ", ".join(path.name for path in found)
-        raise DetailFlowError(f"{folder} has several checkpoints ({names}) but no {num_tokens}.pt: give one of them by its path")
+        raise DetailFlowError(
+            f"{folder} has several checkpoints ({names}) but no {num_tokens}.pt: give one of them by its path"
+        )
     return named[0] if named else found[0]
 
 
@@ -166,7 +172,9 @@ def _read_state(path: Path, variant: str) -> dict[str, Tensor]:
         raise DetailFlowError(f"{path} holds no model weights: expected a state dict under 'model'")
     for name, tensor in state.items():
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        whole = dense and tensor.nbytes <= tensor.untyped_storage().nbytes()  # an expanded one would need more than the file has
+        whole = (
+            dense and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        )  # an expanded one would need more than the file has
         weights = whole and tensor.is_floating_point() and tensor.ndim > 0
         if not weights and not (dense and str(name).startswith(_TRAINING_ONLY)):
             raise DetailFlowError(f"{name!s} in {path} is no tensor of floating-point weights")
@@ -286,7 +294,10 @@ def _check_names(state: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...
 
 
 def _translate(
-    read: Callable[[], Mapping[str, Tensor]], names: Mapping[str, tuple[str, ...]], path: Path, dtype: torch.dtype | None
+    read: Callable[[], Mapping[str, Tensor]],
+    names: Mapping[str, tuple[str, ...]],
+    path: Path,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Copies of the named tensors, off the memory map that `read` makes, under our names."""
     state = read()
@@ -364,7 +375,9 @@ def _tokenizer_config(
     }
 
 
-def _gpt_config(config: Mapping[str, Any], path: Path, shapes: Mapping[str, tuple[int, ...]], num_tokens: int) -> dict[str, Any]:
+def _gpt_config(
+    config: Mapping[str, Any], path: Path, shapes: Mapping[str, tuple[int, ...]], num_tokens: int
+) -> dict[str, Any]:
     depth = sum(name.endswith("mlp.gate.weight") for name in shapes)
     return {
         "num_classes": _integer(config, "num_classes", path),

@@ -92,9 +92,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         step, state, kind = int(content["step"]), content["state"], content.get("kind")
-        config = json.loads(json.dumps(content.get("config")))  # lists for tuples, as in config.json; raises for anything else
+        config = json.loads(
+            json.dumps(content.get("config"))
+        )  # lists for tuples, as in config.json; raises for anything else
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise DetailFlowError(f"could not read {path}: it is damaged or no checkpoint ({type(error).__name__})") from error
+        raise DetailFlowError(
+            f"could not read {path}: it is damaged or no checkpoint ({type(error).__name__})"
+        ) from error
     if not isinstance(state, dict) or not isinstance(config, dict | None):
         raise DetailFlowError(f"could not read {path}: it is no checkpoint of a training run")
     return Checkpoint(step, state, kind, config)
@@ -151,7 +155,9 @@ def load_run(
     """
     checkpoint = read_checkpoint(path)
     config, tensors = _model(path, checkpoint, kind), dict[str, Tensor]()
-    for names in in_pieces({name: 4 * tensor.numel() for name, tensor in _weights(path, checkpoint, kind, variant).items()}):
+    for names in in_pieces(
+        {name: 4 * tensor.numel() for name, tensor in _weights(path, checkpoint, kind, variant).items()}
+    ):
         stored = _weights(path, read_checkpoint(path), kind, variant)
         tensors |= {name: stored[name].to(dtype, copy=True) for name in names}
     return config, tensors, checkpoint.step
@@ -159,7 +165,9 @@ def load_run(
 
 def _model(path: Path, checkpoint: Checkpoint, kind: Kind) -> dict[str, Any]:
     if checkpoint.kind is None or checkpoint.config is None:
-        raise DetailFlowError(f"{path} is of an earlier version, which did not note the model's sizes: let the run go on first")
+        raise DetailFlowError(
+            f"{path} is of an earlier version, which did not note the model's sizes: let the run go on first"
+        )
     check_kind(path, checkpoint.kind, kind)
     return dict(checkpoint.config)
 
@@ -167,7 +175,9 @@ def _model(path: Path, checkpoint: Checkpoint, kind: Kind) -> dict[str, Any]:
 def _weights(path: Path, checkpoint: Checkpoint, kind: Kind, variant: str) -> dict[str, Tensor]:
     stored: Any = checkpoint.state.get("networks" if kind == "tokenizer" else variant)
     if isinstance(stored, Mapping) and kind == "tokenizer":  # which was trained along with what only training needs
-        stored = {name.removeprefix("model."): value for name, value in stored.items() if str(name).startswith("model.")}
+        stored = {
+            name.removeprefix("model."): value for name, value in stored.items() if str(name).startswith("model.")
+        }
     if not isinstance(stored, Mapping) or not stored:
         raise DetailFlowError(f"{path} holds no weights of {kind}")
     for name, tensor in stored.items():

@@ -352,7 +352,9 @@ def generate_many(
         bar = tqdm(total=len(labels), desc="generating", unit="image", disable=True if processes.rank else None)
         with processes.together(), bar, _writing_samples():
             mine = parts[processes.rank :: processes.count]
-            for count in _write_parts(pipeline, labels, writer, seed, batch_size, mine, num_tokens=num_tokens, **sampling):
+            for count in _write_parts(
+                pipeline, labels, writer, seed, batch_size, mine, num_tokens=num_tokens, **sampling
+            ):
                 bar.update(min(count * processes.count, len(labels) - bar.n))
         with processes.together(), _writing_samples():
             if processes.is_main:

@@ -81,9 +81,13 @@ class TokenSchedule:
         if n % g:
             raise DetailFlowError(f"group_size must divide num_tokens, and {g} does not divide {n}")
         if c % g or c > n:
-            raise DetailFlowError(f"causal_tokens must be a multiple of group_size ({g}) and at most num_tokens ({n}), not {c}")
+            raise DetailFlowError(
+                f"causal_tokens must be a multiple of group_size ({g}) and at most num_tokens ({n}), not {c}"
+            )
         if self.image_size % self.patch_size:
-            raise DetailFlowError(f"patch_size must divide image_size, and {self.patch_size} does not divide {self.image_size}")
+            raise DetailFlowError(
+                f"patch_size must divide image_size, and {self.patch_size} does not divide {self.image_size}"
+            )
         if not 0 < self.alpha <= LARGEST_ALPHA:
             raise DetailFlowError(f"alpha must be above 0 and at most {LARGEST_ALPHA}, not {self.alpha!r}")
 
@@ -112,7 +116,9 @@ class TokenSchedule:
             return self.num_tokens
         if n not in self.valid_counts:
             single = f"1 to {self.prefix} or " if self.prefix else ""
-            raise DetailFlowError(f"num_tokens must be {single}a multiple of {self.group_size} up to {self.num_tokens}, not {n}")
+            raise DetailFlowError(
+                f"num_tokens must be {single}a multiple of {self.group_size} up to {self.num_tokens}, not {n}"
+            )
         return n
 
     def resolution(self, n: int) -> int:
@@ -157,7 +163,9 @@ class TokenSchedule:
         candidates = [n for n in self.valid_counts if self.decode_size(n) == side]
         if not candidates:
             sides = sorted({self.decode_size(n) for n in self.valid_counts})
-            raise DetailFlowError(f"no number of tokens is decoded at side {side}; the sides are {', '.join(map(str, sides))}")
+            raise DetailFlowError(
+                f"no number of tokens is decoded at side {side}; the sides are {', '.join(map(str, sides))}"
+            )
         return max(candidates, key=lambda n: (-abs(self.resolution(n) - side), n))
 
     def group_start(self, position: int) -> int:

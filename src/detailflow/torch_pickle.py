@@ -142,7 +142,9 @@ class _Reader(pickle._Unpickler):
             raise _UnknownError("a tensor without numbers")
         return tensor
 
-    def _tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> _Value:
+    def _tensor(
+        self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
+    ) -> _Value:
         return self._view(storage, storage.item, offset, shape, stride)
 
     def _typed_tensor(
@@ -158,7 +160,9 @@ class _Reader(pickle._Unpickler):
     ) -> _Value:
         return self._view(storage, kind.size, offset, shape, stride)
 
-    def _view(self, storage: _Storage, item: int, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> _Value:
+    def _view(
+        self, storage: _Storage, item: int, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+    ) -> _Value:
         """Stand for a tensor: torch makes a storage larger if a tensor does not fit it."""
         if any(type(x) is not int or x < 0 for x in (offset, *shape, *stride)) or len(shape) != len(stride):
             raise ValueError("a shape")

@@ -37,7 +37,12 @@ def check_torch_zip(path: Path) -> None:
                 check_pickle(file.read(LARGEST_PICKLE), size, path, whole=False)
     except OSError as error:
         raise DetailFlowError(f"could not read {path}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, RuntimeError) as error:  # the last for an encrypted member
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        struct.error,
+        RuntimeError,
+    ) as error:  # the last for an encrypted member
         raise _damaged(path) from error
     except ValueError as error:
         if isinstance(error, DetailFlowError):
@@ -46,7 +51,9 @@ def check_torch_zip(path: Path) -> None:
 
 
 def _damaged(path: Path) -> DetailFlowError:
-    return DetailFlowError(f"could not read {path}: it is damaged, incomplete or no PyTorch checkpoint, so fetch it again")
+    return DetailFlowError(
+        f"could not read {path}: it is damaged, incomplete or no PyTorch checkpoint, so fetch it again"
+    )
 
 
 def _check_zip(file: IO[bytes], size: int, path: Path) -> None:
@@ -54,8 +61,14 @@ def _check_zip(file: IO[bytes], size: int, path: Path) -> None:
         members, start = archive.infolist(), archive.start_dir
         tail = file.seek(max(0, size - _ZIP_TAIL)) and file.read()
         expands = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if expands or sum(member.file_size for member in members) > size or not _one_directory(tail or b"", size, start):
-            raise DetailFlowError(f"refused to load {path}: its members are compressed or overlap, so write it with torch.save")
+        if (
+            expands
+            or sum(member.file_size for member in members) > size
+            or not _one_directory(tail or b"", size, start)
+        ):
+            raise DetailFlowError(
+                f"refused to load {path}: its members are compressed or overlap, so write it with torch.save"
+            )
         names = [member.filename.lower() for member in members]  # torch's reader takes upper for lower case
         pickles = [member for member in members if member.filename.lower().rpartition("/")[2] == _PICKLE]
         if len(set(names)) < len(names) or len(pickles) != 1:

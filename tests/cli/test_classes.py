@@ -38,7 +38,10 @@ def test_the_zoos_without_a_download(name: str, capsys: pytest.CaptureFixture[st
 
 
 def test_a_search(capsys: pytest.CaptureFixture[str]):
-    assert lines(capsys, "--model", "detailflow-16", "--search", "CRANE") == ["134  n02012849  crane", "517  n03126707  crane"]
+    assert lines(capsys, "--model", "detailflow-16", "--search", "CRANE") == [
+        "134  n02012849  crane",
+        "517  n03126707  crane",
+    ]
     assert lines(capsys, "--model", "detailflow-16", "--search", "n02099601") == ["207  n02099601  golden retriever"]
 
 
@@ -59,9 +62,22 @@ def test_a_model_on_imagenets_folders(model: Path, tmp_path: Path, capsys: pytes
     shown = lines(capsys, "--model", str(own))
     assert shown[0] == "0  n01440764  tench, Tinca tinca" and shown[1] == "1  n02099601  golden retriever"
     assert shown[3] == "3             mine"
-    options = ["--model", str(own), "--num-tokens", "1", "--device", "cpu", "--no-grid", "--output", str(tmp_path / "out")]
+    options = [
+        "--model",
+        str(own),
+        "--num-tokens",
+        "1",
+        "--device",
+        "cpu",
+        "--no-grid",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(["generate", "golden retriever", "n02510455", *options]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000-golden-retriever.png", "0001-giant-panda.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "0000-golden-retriever.png",
+        "0001-giant-panda.png",
+    ]
 
 
 def test_names_that_a_terminal_would_obey(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -82,7 +98,10 @@ def test_classes_that_are_called_by_numbers(model: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert main(["generate", "3", *options, "--output", str(tmp_path / "three")]) == 2
     error = capsys.readouterr().err
-    assert error == "detailflow: error: unknown class '3': numbers are names here, and the classes are 0, 1, 10, 2, UPPER\n"
+    assert (
+        error
+        == "detailflow: error: unknown class '3': numbers are names here, and the classes are 0, 1, 10, 2, UPPER\n"
+    )
 
 
 def test_only_the_config_is_read(published: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

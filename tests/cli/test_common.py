@@ -14,7 +14,19 @@ PARSERS = (
     *(module.parser for module in (bench, classes, convert, generate, reconstruct)),
     *(getattr(evaluate, f"{name}_parser") for name in ("tokenizer", "gpt", "samples", "statistics", "compare")),
 )
-PATHS = {"DIR", "FILE", "MODEL", "IMAGE", "SOURCE", "SAMPLES", "REFERENCE", "DATA", "SET", "A", "B"}  # as their values are called
+PATHS = {
+    "DIR",
+    "FILE",
+    "MODEL",
+    "IMAGE",
+    "SOURCE",
+    "SAMPLES",
+    "REFERENCE",
+    "DATA",
+    "SET",
+    "A",
+    "B",
+}  # as their values are called
 
 
 @pytest.fixture
@@ -41,14 +53,35 @@ def test_settings(home: Path, capsys: pytest.CaptureFixture[str]):
     network = {"width": 16, "depth": 1, "heads": 2}
     sizes = dict(image_size=32, patch_size=16, num_tokens=8, group_size=4, codebook_size=32, codebook_dim=4)
     loop = {"steps": 1, "batch_size": 2, "learning_rate": 0.001, "trackers": []}
-    settings = {"data": "~/images", "model": {**sizes, "encoder": network, "decoder": network}, "loop": loop, "adversarial": 0}
+    settings = {
+        "data": "~/images",
+        "model": {**sizes, "encoder": network, "decoder": network},
+        "loop": loop,
+        "adversarial": 0,
+    }
     (home / "a.yaml").write_text(yaml.safe_dump(settings))
     assert main(["train", "tokenizer", "--config=~/a.yaml", "--output=~/first", "--device", "cpu"]) == 0
-    again = ["train", "tokenizer", "--config", "~/a.yaml", "--output", "~/second", "--init", "~/first", "--device", "cpu"]
+    again = [
+        "train",
+        "tokenizer",
+        "--config",
+        "~/a.yaml",
+        "--output",
+        "~/second",
+        "--init",
+        "~/first",
+        "--device",
+        "cpu",
+    ]
     assert main(again) == 0
     extraction = ["extract", "--data=~/images", "--tokenizer=~/second", "--crops", "two", "--output", "~/tokens"]
     assert main([*extraction, "--device", "cpu"]) == 0
     sizes_of_gpt = ["--width", "16", "--depth", "1", "--heads", "2", "--loop.steps", "1", "--loop.batch_size", "2"]
     more = ["--loop.learning_rate", "0.001", "--loop.trackers", "[]", "--device", "cpu"]
-    assert main(["train", "gpt", "--tokens", "~/tokens", "--tokenizer", "~/second", "--output=~/gpt", *sizes_of_gpt, *more]) == 0
+    assert (
+        main(
+            ["train", "gpt", "--tokens", "~/tokens", "--tokenizer", "~/second", "--output=~/gpt", *sizes_of_gpt, *more]
+        )
+        == 0
+    )
     assert (home / "gpt" / "model.safetensors").exists() and not Path("~").exists()

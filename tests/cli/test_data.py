@@ -33,7 +33,8 @@ def test_all_that_is_known(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert err == ""
     line, *rest = out.splitlines()
     assert (
-        line == f"{photos}: 13 images in 3 classes (cat 4, dog 5, fish 4), 16×8 to 17×11; left aside: 1 archive (all.zip), 1 .txt"
+        line
+        == f"{photos}: 13 images in 3 classes (cat 4, dog 5, fish 4), 16×8 to 17×11; left aside: 1 archive (all.zip), 1 .txt"
     )
     shown = "\n".join(rest)
     assert "  cat   4\n  dog   5\n  fish  4" in shown and "sizes: 16×8 to 17×11, most often 16×8 (2)" in shown
@@ -101,4 +102,7 @@ def test_a_warning_is_a_sentence(photos: Path):
     code = "import sys; from detailflow.cli import main; from detailflow.data import open_images; "
     code += "main._run = lambda argv: open_images(argv[0]) and 0; main.main(sys.argv[1:])"
     result = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True)
-    assert result.stderr == f"detailflow: warning: {photos}/bird is a link to /nowhere, which is not there: it is left out\n"
+    assert (
+        result.stderr
+        == f"detailflow: warning: {photos}/bird is a link to /nowhere, which is not there: it is left out\n"
+    )

@@ -30,7 +30,9 @@ def figures(folder: Path, section: int = 0) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("what", [[], ["tokenizer"], ["gpt"], ["samples"], ["statistics"], ["compare"]])
 @pytest.mark.parametrize("columns", ["80", "300"])
-def test_help_fits_a_screen(what: list[str], columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_help_fits_a_screen(
+    what: list[str], columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("COLUMNS", columns)
     if what:
         with pytest.raises(SystemExit) as stopped:
@@ -121,7 +123,9 @@ def test_gpt_then_its_samples_then_both_compared(
     (row,) = figures(tmp_path / "samples")
     ours = figures(tmp_path / "gpt")[2]
     assert row["FD"] == pytest.approx(ours["gFD"], rel=1e-6)
-    assert (row["IS"], row["precision"], row["recall"]) == pytest.approx((ours["IS"], ours["precision"], ours["recall"]))
+    assert (row["IS"], row["precision"], row["recall"]) == pytest.approx(
+        (ours["IS"], ours["precision"], ours["recall"])
+    )
 
     capsys.readouterr()
     assert evaluate("compare", tmp_path / "gpt", tmp_path / "gpt" / "report.json") == 0
@@ -135,7 +139,12 @@ def test_a_reference_measured_once(cifar: Path, network: Path, tmp_path: Path, c
     stored, common = tmp_path / "stored.npz", ("--features", network, "--device", "cpu")
     assert evaluate("statistics", cifar, *common, "--size", 32, "--num-images", 20, "--output", stored) == 0
     for name, reference in (("a", stored), ("b", cifar)):
-        assert evaluate("samples", cifar, reference, *common, "--size", 32, "--num-images", 20, "--output", tmp_path / name) == 0
+        assert (
+            evaluate(
+                "samples", cifar, reference, *common, "--size", 32, "--num-images", 20, "--output", tmp_path / name
+            )
+            == 0
+        )
     (once,), (all_of_them,) = figures(tmp_path / "a"), figures(tmp_path / "b")
     assert once["FD"] == pytest.approx(0, abs=1e-6) and all_of_them["FD"] > 1e-3
     assert once["precision"] == once["recall"] == 1
@@ -152,7 +161,10 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         Image.effect_noise((40, 48), 60 + i).convert("RGB").save(tmp_path / f"{i}.png")
     argv = ["samples", tmp_path, cifar, "--features", network, "--device", "cpu", "--output", tmp_path / "out"]
     assert evaluate(*argv) == 2
-    assert f"{tmp_path} has images of 40×48 pixels and {cifar} of 32×32: give a size (--size) for both" in capsys.readouterr().err
+    assert (
+        f"{tmp_path} has images of 40×48 pixels and {cifar} of 32×32: give a size (--size) for both"
+        in capsys.readouterr().err
+    )
     assert evaluate(*argv, "--size", 32) == 0
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.size == (8 * 132 + 4, 2 * 132 + 4)
@@ -162,7 +174,8 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
     text = (tmp_path / "out" / "report.md").read_text()
     assert "too few" not in text  # six features need no more than twelve images
     assert (
-        "| preprocessing.images | shorter side to 32 pixels (bicubic with antialiasing), centre crop; .npz as they are |" in text
+        "| preprocessing.images | shorter side to 32 pixels (bicubic with antialiasing), centre crop; .npz as they are |"
+        in text
     )
 
 
@@ -174,30 +187,81 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         (["tokenizer", "--output", "OUT"], "the following arguments are required: --data"),
         (["tokenizer", "--data", "nowhere/at.parquet", "--output", "OUT"], "nowhere/at.parquet does not exist"),
         (["tokenizer", "--data", "CIFAR"], "the following arguments are required: --output"),
-        (["tokenizer", "--data", "CIFAR", "--output", "OUT", "--features", "clip"], "features must be inception, dinov2 or"),
+        (
+            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--features", "clip"],
+            "features must be inception, dinov2 or",
+        ),
         (
             ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--num-tokens", "5"],
             "num_tokens must be 1",
         ),
-        (["tokenizer", "--data", "CIFAR", "--output", "OUT", "--mistakes-at", "g9"], "mistakes can be planted at token 0 to 15"),
-        (["tokenizer", "--data", "CIFAR", "--output", "OUT", "--num-images", "500"], "holds 200 images, of which 500 can't be"),
         (
-            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--features", "none", "--lpips", "none", "--seed", "-1"],
+            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--mistakes-at", "g9"],
+            "mistakes can be planted at token 0 to 15",
+        ),
+        (
+            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--num-images", "500"],
+            "holds 200 images, of which 500 can't be",
+        ),
+        (
+            [
+                "tokenizer",
+                "--data",
+                "CIFAR",
+                "--output",
+                "OUT",
+                "--features",
+                "none",
+                "--lpips",
+                "none",
+                "--seed",
+                "-1",
+            ],
             "seeds must be 0 to 2^64 - 1, not -1",
         ),
         (
-            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--features", "none", "--lpips", "none", "--reference", "CIFAR"],
+            [
+                "tokenizer",
+                "--data",
+                "CIFAR",
+                "--output",
+                "OUT",
+                "--features",
+                "none",
+                "--lpips",
+                "none",
+                "--reference",
+                "CIFAR",
+            ],
             "a reference is for Fréchet distances: give features",
         ),
-        (["gpt", "--reference", "CIFAR", "--output", "OUT", "--labels", "all", "--features", "NET"], "labels must be balanced"),
-        (["gpt", "--reference", "CIFAR", "--output", "OUT", "--num-samples", "1", "--features", "NET"], "too few images to"),
-        (["gpt", "--reference", "CIFAR", "--output", "OUT", "--top-k", "few"], "argument --top-k: invalid int or off value"),
-        (["gpt", "--reference", "CIFAR", "--output", "OUT", "--top-k", "-1", "--features", "NET"], "top_k must be 1 or more"),
+        (
+            ["gpt", "--reference", "CIFAR", "--output", "OUT", "--labels", "all", "--features", "NET"],
+            "labels must be balanced",
+        ),
+        (
+            ["gpt", "--reference", "CIFAR", "--output", "OUT", "--num-samples", "1", "--features", "NET"],
+            "too few images to",
+        ),
+        (
+            ["gpt", "--reference", "CIFAR", "--output", "OUT", "--top-k", "few"],
+            "argument --top-k: invalid int or off value",
+        ),
+        (
+            ["gpt", "--reference", "CIFAR", "--output", "OUT", "--top-k", "-1", "--features", "NET"],
+            "top_k must be 1 or more",
+        ),
         (["gpt", "--reference", "NPZ", "--output", "OUT"], "holds images of 16×8 pixels, where 32×32 are needed"),
     ],
 )
 def test_bad_input(
-    argv: list[str], message: str, model: Path, cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str],
+    message: str,
+    model: Path,
+    cifar: Path,
+    network: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     import numpy as np
 
@@ -218,7 +282,10 @@ def test_a_missing_package_is_named(model: Path, cifar: Path, tmp_path: Path, ca
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "find_spec", lambda name: None)
-        assert evaluate("tokenizer", "--model", model, "--data", cifar, "--output", tmp_path / "out", "--device", "cpu") == 2
+        assert (
+            evaluate("tokenizer", "--model", model, "--data", cifar, "--output", tmp_path / "out", "--device", "cpu")
+            == 2
+        )
     assert "evaluation needs the package matplotlib: install it with pip install" in capsys.readouterr().err
 
 
@@ -231,7 +298,16 @@ def test_two_processes_measure_what_one_does(what: str, model: Path, cifar: Path
         argv = ["--reference", cifar, "--num-samples", 31, "--seeds", 0, 1, "--labels", "random"]
     command = ["evaluate", what, "--model", model, *argv, "--features", network, "--batch-size", 8, "--device", "cpu"]
     assert main([*map(str, command), "--output", str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "detailflow"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "detailflow",
+    ]
     done = subprocess.run(
         [*launch, *map(str, command), "--output", str(tmp_path / "two")],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},

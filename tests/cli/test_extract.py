@@ -47,7 +47,9 @@ def test_a_text_file_among_many_images(folder: Path, model: Path, tmp_path: Path
     assert f"\n{tmp_path / 'store'}: these tokens are finished already\n299 images, " in out
     assert main(extract(folder, model, tmp_path / "store", "--seed", "1")) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "holds tokens made with seed 0, not 1: repeat its settings, delete it or choose" in err
+    assert (
+        err.count("\n") == 1 and "holds tokens made with seed 0, not 1: repeat its settings, delete it or choose" in err
+    )
     assert {p: Path(p).read_bytes() for p in written(tmp_path)} == before
 
 
@@ -60,7 +62,9 @@ def test_more_than_one_in_a_hundred(folder: Path, model: Path, tmp_path: Path, c
         for k in range(4):
             (folder / "a" / f"bad{k}.png").unlink()
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("detailflow: error: 5 images can't be read, more than 1%: remove or replace them (the first: ")
+    assert message.startswith(
+        "detailflow: error: 5 images can't be read, more than 1%: remove or replace them (the first: "
+    )
     assert all(f"{folder / 'a' / f'bad{k}.png'} is not an image" in message for k in range(3))
     assert not (tmp_path / "store" / "manifest.json").exists()
     assert main(extract(folder, model, tmp_path / "store")) == 0  # they are removed now
@@ -82,7 +86,9 @@ def test_more_than_one_in_a_hundred(folder: Path, model: Path, tmp_path: Path, c
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: this file can't be read"),
     ],
 )
-def test_bad_input(argv: list[str], message: str, folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_input(
+    argv: list[str], message: str, folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main(extract(folder, model, tmp_path / "store", *argv)) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1

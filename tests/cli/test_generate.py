@@ -111,7 +111,9 @@ def test_fewer_images_in_the_same_folder(model: Path, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("name", ["0000-cat.png", "strip-0001-cat.png", "grid.png"])
-def test_no_file_of_the_users_own_is_replaced(name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_no_file_of_the_users_own_is_replaced(
+    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     before = (tmp_path / name).read_bytes()
     assert generate(model, tmp_path, "cat", "--num", "2", "--progressive") == 2
@@ -144,7 +146,11 @@ def test_a_set_of_samples_is_left_alone(model: Path, tmp_path: Path, capsys: pyt
     for folder, argv, message in (
         ("set", ["cat"], "set holds a set of samples (samples.json): choose another folder"),
         ("few", ["--num-images", "2"], "few holds 0000-cat.png and no samples.json that says how it was"),
-        ("few", ["--num-images", "2", "--format", "npz"], "few holds 0000-cat.png and no samples.json that says how it was made"),
+        (
+            "few",
+            ["--num-images", "2", "--format", "npz"],
+            "few holds 0000-cat.png and no samples.json that says how it was made",
+        ),
     ):
         before = files(tmp_path / folder)
         assert generate(model, tmp_path / folder, *argv) == 2
@@ -178,7 +184,10 @@ def test_grid_and_strips_are_no_samples(model: Path, tmp_path: Path):
         (["--guidance-scale", "inf"], "guidance_scale must be"),
         (["--guidance-scale", "1e39"], "guidance_scale must be"),
         (["--num", "1000000000"], "--num must make at most 10,000,000 images in all, not 5,000,000,000"),
-        (["--num-images", "1000000000"], "--num-images must be at most 10,000,000, not 1,000,000,000: make several sets"),
+        (
+            ["--num-images", "1000000000"],
+            "--num-images must be at most 10,000,000, not 1,000,000,000: make several sets",
+        ),
         (["--top-p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
         (["--num-tokens", "5"], "num_tokens must be 1 to 4 or a multiple of 4 up to 16, not 5"),
         (["--num", "0"], "argument --num: must be a positive integer, not '0'"),

@@ -34,7 +34,9 @@ PAGES = ["", *front.COMMANDS, *(f"{command} {mode}" for command, modes in MODES.
 
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("columns", ["80", "300"])
-def test_help_fits_a_screen(page: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_help_fits_a_screen(
+    page: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("COLUMNS", columns)
     with suppress(SystemExit):  # argparse's own way out
         assert main([*page.split(), "--help"]) == 0
@@ -66,13 +68,17 @@ def test_the_package_exports_its_names():
         detailflow.DetailFlow  # noqa: B018
 
 
-@pytest.mark.parametrize(("command", "advice"), [("generat", "did you mean generate?"), ("x", "the commands are generate, ")])
+@pytest.mark.parametrize(
+    ("command", "advice"), [("generat", "did you mean generate?"), ("x", "the commands are generate, ")]
+)
 def test_unknown_command(command: str, advice: str, capsys: pytest.CaptureFixture[str]):
     assert main([command]) == 2
     assert f"detailflow: error: unknown command {command!r}: {advice}" in capsys.readouterr().err
 
 
-def test_a_command_that_needs_more_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_command_that_needs_more_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "needy.py").write_text("import a_package_that_is_not_there")
     monkeypatch.setattr("detailflow.cli.__path__", [str(tmp_path)])
     monkeypatch.setitem(front.COMMANDS, "needy", "")
@@ -128,9 +134,14 @@ def test_without_the_extra(tmp_path: Path, model: Path):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     said = done.stderr.splitlines()
     for i, package in enumerate(lacking.values()):
-        assert f"needs the package {package}: install it with pip install 'detailflow[train]' (from a clone: pip" in said[2 * i]
+        assert (
+            f"needs the package {package}: install it with pip install 'detailflow[train]' (from a clone: pip"
+            in said[2 * i]
+        )
         assert said[2 * i].endswith("install '.[train]')") and said[2 * i + 1] == "status 2"
-    assert [line for line in said[2 * len(lacking) :] if line.startswith("status")] == ["status 0"] * len([*helps, *plain])
+    assert [line for line in said[2 * len(lacking) :] if line.startswith("status")] == ["status 0"] * len(
+        [*helps, *plain]
+    )
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
@@ -149,7 +160,9 @@ def test_ctrl_c(model: Path, tmp_path: Path):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # which shells ignore in background jobs
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # which shells ignore in background jobs
     )
     try:
         deadline = time.monotonic() + 60
@@ -164,7 +177,9 @@ def test_ctrl_c(model: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("option", [["--max-pixels", "100"], ["--max-pixels=100"]])
-def test_one_option_sets_the_limit_on_pixels(option: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+def test_one_option_sets_the_limit_on_pixels(
+    option: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+):
     monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "1000")  # put back afterwards
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     assert main(["reconstruct", str(tmp_path / "a.png"), *option, "--output", str(tmp_path / "out")]) == 2
@@ -176,5 +191,7 @@ def test_one_option_sets_the_limit_on_pixels(option: list[str], monkeypatch: pyt
 
 def test_names_that_no_terminal_shows_are_printed():
     code = "import sys; from detailflow.cli import main; main._run = lambda argv: print('caf\\udce9'); sys.exit(main.main([]))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
     assert result.returncode == 0 and result.stdout == b"caf?\n"

@@ -54,9 +54,15 @@ def test_a_strip_and_a_row_per_image(
 def test_the_whole_image(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     wide = Image.effect_noise((90, 50), 60).convert("RGB")
     wide.save(tmp_path / "wide.png")
-    assert main(["reconstruct", str(tmp_path / "wide.png"), "--whole", "--model", str(model), "--output", str(tmp_path)]) == 0
+    assert (
+        main(["reconstruct", str(tmp_path / "wide.png"), "--whole", "--model", str(model), "--output", str(tmp_path)])
+        == 0
+    )
     with Image.open(tmp_path / "wide-strip.png") as sheet:
-        assert sheet.size == (6 * (4 * 40 + 4) + 4, 4 * 24 + 32 + 8)  # 40×24 pixels, four times enlarged, with two lines below
+        assert sheet.size == (
+            6 * (4 * 40 + 4) + 4,
+            4 * 24 + 32 + 8,
+        )  # 40×24 pixels, four times enlarged, with two lines below
     stages = pipeline.reconstruct(wide, whole=True)
     assert [stage.images[0].size for stage in stages] == [(40, 24)] * 5
     assert stages[-1].size == (24, 40) and stages[0].size == 8
@@ -126,10 +132,23 @@ def test_a_name_that_is_no_utf8(model: Path, tmp_path: Path):
         Image.new("RGB", (32, 32)).save(os.fsdecode(image))
     except OSError:
         pytest.skip("this file system takes UTF-8 alone")
-    command = [sys.executable, "-m", "detailflow", "reconstruct", image, "--model", str(model), "--output", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "detailflow",
+        "reconstruct",
+        image,
+        "--model",
+        str(model),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stderr.count(b"\n") == 1  # where they are
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["caf\ufffd-reconstruction.png", "caf\ufffd-strip.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "caf\ufffd-reconstruction.png",
+        "caf\ufffd-strip.png",
+    ]
     assert "caf\ufffd" in done.stdout.decode()
 
 
@@ -155,7 +174,9 @@ def test_a_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_so_many_of_a_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = photos(tmp_path / "photos", per=10)
-    assert main(["reconstruct", str(folder), "--model", str(model), "--output", str(tmp_path / "out"), "--num", "4"]) == 0
+    assert (
+        main(["reconstruct", str(folder), "--model", str(model), "--output", str(tmp_path / "out"), "--num", "4"]) == 0
+    )
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["cat-4", "cat-9", "dog-4", "dog-9"]  # of every class
     assert err.splitlines()[1] == f"{folder}: 4 of its 20 images, evenly spread; --num 20 takes all"

@@ -57,7 +57,9 @@ def complaint(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert main(argv) == 2
     out, err = capsys.readouterr()
-    assert out == "" or (out.startswith("images") and out.endswith(", 32×32\n") and out.count("\n") == 1)  # what was read
+    assert out == "" or (
+        out.startswith("images") and out.endswith(", 32×32\n") and out.count("\n") == 1
+    )  # what was read
     assert err.count("\n") == 1 and err.startswith("detailflow: error: ")
     return err.removeprefix("detailflow: error: ").rstrip()
 
@@ -71,10 +73,20 @@ def test_a_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert config.num_tokens == 8 and config.encoder.width == 16
     made = [f for f in files(folder / "run") if not f.startswith("tensorboard/")]
     pictures = "pictures", *(f"pictures/{name}-00000002.png" for name in ("mistakes", "reconstructions"))
-    assert made == ["config.json", "model.safetensors", *pictures, "resume", "resume/step-00000002.pt", "run.yaml", "tensorboard"]
+    assert made == [
+        "config.json",
+        "model.safetensors",
+        *pictures,
+        "resume",
+        "resume/step-00000002.pt",
+        "run.yaml",
+        "tensorboard",
+    ]
     assert yaml.safe_load(Path("run/run.yaml").read_text())["loop"]["steps"] == 2
     for name, columns, lines in (("reconstructions", 5, 1), ("mistakes", 6, 2)):
-        with Image.open(f"run/pictures/{name}-00000002.png") as picture:  # of all eight images, with captions below them
+        with Image.open(
+            f"run/pictures/{name}-00000002.png"
+        ) as picture:  # of all eight images, with captions below them
             assert picture.size == (columns * 132 + 4, 8 * (132 + 16 * lines) + 4)
 
 
@@ -118,7 +130,9 @@ def _of_odd_settings(state: dict[str, Any]) -> None:
     state["updater"]["optimizers"][0]["param_groups"][0] |= {"betas": "x", "eps": None}
 
 
-@pytest.mark.parametrize(("change", "fits"), [(_of_another_run, False), (_of_other_shapes, False), (_of_odd_settings, True)])
+@pytest.mark.parametrize(
+    ("change", "fits"), [(_of_another_run, False), (_of_other_shapes, False), (_of_odd_settings, True)]
+)
 def test_a_checkpoint_that_does_not_fit(
     change: Callable[[dict[str, Any]], None], fits: bool, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -164,7 +178,10 @@ CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ({"max_scale": 0.5}, "max_scale must be 1 (no zoom) or more, not 0.5"),
     ({"perceptual": -1}, "perceptual must be 0 or more, not -1.0"),
     ({"coarse_probability": 2}, "coarse_probability must lie in 0 to 1, not 2.0"),
-    ({"model": {"image_size": 4, "patch_size": 4}, "perceptual": 1}, "the perceptual loss needs an image_size of 8 or more"),
+    (
+        {"model": {"image_size": 4, "patch_size": 4}, "perceptual": 1},
+        "the perceptual loss needs an image_size of 8 or more",
+    ),
     ({"model": {"encoder": {"depth": 10**40}}}, "depth must be at most 1,000"),
     ({"model": {"codebook_dim": 10**15}}, "codebook_dim must be at most 2,147,483,647"),
     ({"loop": {"batch_size": 10**15}}, "batch_size must be at most 1,000,000"),
@@ -219,7 +236,9 @@ def test_more_than_any_memory(folder: Path, capsys: pytest.CaptureFixture[str]):
 def test_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert complaint(TRAIN[:4], capsys) == "--output is missing: the folder to write to"
     assert complaint(["train", "tokenizer", "--output", "run"], capsys).startswith("settings are missing: data, model.")
-    assert complaint(["train", "gpt", "--output", "run", "--loop.steps", "3"], capsys).startswith("settings are missing: tokens,")
+    assert complaint(["train", "gpt", "--output", "run", "--loop.steps", "3"], capsys).startswith(
+        "settings are missing: tokens,"
+    )
     assert not Path("run").exists()
 
 
@@ -267,14 +286,21 @@ def test_a_tokenizer_from_another(source: str, folder: Path, model: Path, capsys
 def test_what_does_not_fit_the_weights_of_another(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
     start = str(model / "tokenizer")
     message = complaint(from_scratch("run", "--init", start, "--model.num_tokens", "8"), capsys)
-    assert message == f"the weights of {start} do not fit: num_tokens is 16 there and 8 here, and a tokenizer can only grow"
-    assert "encoder is ViTConfig(" in complaint(from_scratch("run", "--init", start, "--model.encoder.depth", "2"), capsys)
+    assert (
+        message
+        == f"the weights of {start} do not fit: num_tokens is 16 there and 8 here, and a tokenizer can only grow"
+    )
+    assert "encoder is ViTConfig(" in complaint(
+        from_scratch("run", "--init", start, "--model.encoder.depth", "2"), capsys
+    )
     assert complaint(from_scratch("run", "--init", str(model / "gpt")), capsys).endswith("not a tokenizer")
     assert complaint(from_scratch("run", "--init", "nowhere"), capsys).startswith("unknown model 'nowhere'")
     both = ["--init", start, "--encoder_init", "nowhere"]
     assert complaint(from_scratch("run", *both), capsys).startswith("init and encoder_init exclude each other")
     assert not Path("run/run.yaml").exists()  # so the same folder will do
-    assert main(from_scratch("run", "--init", start, "--model.image_size", "64")) == 0  # the weights are those of any size
+    assert (
+        main(from_scratch("run", "--init", start, "--model.image_size", "64")) == 0
+    )  # the weights are those of any size
     assert DetailFlowTokenizer.from_pretrained("run").config.image_size == 64
 
 
@@ -311,7 +337,10 @@ def gpt(model: Path, tokens: Path | str, *argv: str) -> list[str]:
         (["--dropout", "2"], "dropout must be at least 0 and below 1, not 2.0"),
         (["--planted_share", "2"], "planted_share must lie in 0 to 1, not 2.0"),
         (["--sampling.top_k", "0"], "top_k must be 1 or more, not 0"),
-        (["--sampling.guidence_scale", "2"], "unknown setting 'sampling.guidence_scale': did you mean sampling.guidance_scale?"),
+        (
+            ["--sampling.guidence_scale", "2"],
+            "unknown setting 'sampling.guidence_scale': did you mean sampling.guidance_scale?",
+        ),
         (["--tokens", "nowhere"], "nowhere is no token store (no manifest.json): make one with `detailflow extract`"),
         (["--tokens", "images"], "images is no token store"),
         (["--tokenizer", "nowhere/at/all"], "there is no such folder: nowhere/at/all"),
@@ -337,7 +366,9 @@ def test_gpt(folder: Path, model: Path, tokens: Path, capsys: pytest.CaptureFixt
     shutil.copytree(model / "tokenizer", "pair/tokenizer")
     shutil.copytree("run", "pair/gpt")
     pipeline = DetailFlowPipeline.from_pretrained("pair")
-    assert pipeline.gpt.config.guidance_scale == 2 and pipeline.gpt.config.class_names == tuple(f"class{k}" for k in range(10))
+    assert pipeline.gpt.config.guidance_scale == 2 and pipeline.gpt.config.class_names == tuple(
+        f"class{k}" for k in range(10)
+    )
 
 
 # ------------------------------------------------------------------------------------------------- what a run will cost
@@ -363,10 +394,15 @@ def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[st
 def test_a_dry_run_of_the_papers_recipe(folder: Path, capsys: pytest.CaptureFixture[str]):
     recipe = Path(__file__).parents[2] / "src" / "detailflow" / "recipes" / "imagenet" / "tokenizer.yaml"
     before = files(folder)
-    assert main(["train", "tokenizer", "--config", str(recipe), "--data", "images", "--dry-run", "--device", "cpu"]) == 0
+    assert (
+        main(["train", "tokenizer", "--config", str(recipe), "--data", "images", "--dry-run", "--device", "cpu"]) == 0
+    )
     out = capsys.readouterr().out
     assert out.startswith("a tokenizer, on 8 images of 2 classes\n") and max(map(len, out.splitlines())) <= 80
-    for line in ("encoder                           184.5M  trained", "VGG-16 (LPIPS)                     14.7M  frozen"):
+    for line in (
+        "encoder                           184.5M  trained",
+        "VGG-16 (LPIPS)                     14.7M  frozen",
+    ):
         assert line in out
     assert "the 100 GFLOP/s of bf16 products measured here on cpu" in out
     assert files(folder) == before
@@ -382,7 +418,9 @@ def test_a_dry_run_of_an_ar_model(folder: Path, model: Path, tokens: Path, capsy
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_dry_run_for_several_processes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_dry_run_for_several_processes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([*TRAIN, "--dry-run"]) == 0
     assert "2 processes: 2 images of a step for each" in capsys.readouterr().out
@@ -397,7 +435,9 @@ def test_a_dry_run_for_several_processes(folder: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("quick")
 def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, capsys: pytest.CaptureFixture[str]):
-    assert complaint([*TRAIN, "--dry-run", "--data", "nowhere/at/all"], capsys).startswith("nowhere/at/all does not exist")
+    assert complaint([*TRAIN, "--dry-run", "--data", "nowhere/at/all"], capsys).startswith(
+        "nowhere/at/all does not exist"
+    )
     assert complaint([*TRAIN, "--dry-run", "--loop.stepz", "3"], capsys).startswith("unknown setting 'loop.stepz'")
     assert complaint(gpt(model, "images", "--dry-run"), capsys).startswith("images is no token store")
     assert complaint([*TRAIN, "--dry-run", "--device", "quantum"], capsys).startswith("device 'quantum' cannot be used")
@@ -411,7 +451,10 @@ def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--data", "images", "--output", "run", "--preset", "big"], "argument --preset: invalid choice: 'big' (choose from "),
+        (
+            ["--data", "images", "--output", "run", "--preset", "big"],
+            "argument --preset: invalid choice: 'big' (choose from ",
+        ),
         (["--data", "images"], "the following arguments are required: --output"),
         (["--output", "run"], "the following arguments are required: --data"),
         (["--data", "nowhere/at/all", "--output", "run"], "nowhere/at/all does not exist"),
@@ -456,7 +499,9 @@ def test_all_in_a_row_without_classes(folder: Path, cifar: Path, capsys: pytest.
     shutil.rmtree("run/gpt")  # as after Ctrl-C in the tokenizer's training
     Path("run/tokenizer/config.json").unlink()
     assert main(["generate", "--model", "run", "--output", "pictures"]) == 2
-    problem = "run holds a tokenizer and no AR model, whose training has not begun: repeat the training command to go on\n"
+    problem = (
+        "run holds a tokenizer and no AR model, whose training has not begun: repeat the training command to go on\n"
+    )
     assert capsys.readouterr().err.endswith(f"detailflow: error: {problem}")
 
 

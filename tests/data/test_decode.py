@@ -151,13 +151,17 @@ def test_memory_of_a_large_image(tmp_path):
     }
     paths = []
     for name, image in images.items():
-        options = {"compression": "tiff_lzw"} if name.endswith("tif") else {"exif": exif} if name.endswith("jpg") else {}
+        options = (
+            {"compression": "tiff_lzw"} if name.endswith("tif") else {"exif": exif} if name.endswith("jpg") else {}
+        )
         for path, saved_image in ((tmp_path / f"small-{name}", image.resize((8, 8))), (tmp_path / name, image)):
             saved_image.save(path, **options)
             paths.append(str(path))
     result = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True)
     measured = dict(line.rsplit(" ", 1) for line in result.stdout.splitlines())
-    assert len(measured) == 5 and all(float(value) < 10 for value in measured.values()), measured  # eight, and the decoder's own
+    assert len(measured) == 5 and all(float(value) < 10 for value in measured.values()), (
+        measured
+    )  # eight, and the decoder's own
 
 
 def test_the_limit_on_pixels_has_a_sentence_of_its_own(tmp_path, monkeypatch):
@@ -167,7 +171,9 @@ def test_the_limit_on_pixels_has_a_sentence_of_its_own(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         assert load_rgb(tmp_path / "a.png").size == (32, 24)
         assert Image.MAX_IMAGE_PIXELS == 100
-        with pytest.raises(DetailFlowError, match=r"a\.png is too large an image: it has 32×24 pixels, and 767 are the most"):
+        with pytest.raises(
+            DetailFlowError, match=r"a\.png is too large an image: it has 32×24 pixels, and 767 are the most"
+        ):
             load_rgb(tmp_path / "a.png", max_pixels=767)
         monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "700")
         with pytest.raises(DetailFlowError, match="--max-pixels 768"):
@@ -175,7 +181,9 @@ def test_the_limit_on_pixels_has_a_sentence_of_its_own(tmp_path, monkeypatch):
         monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "768")
         assert load_rgb(tmp_path / "a.png").size == (32, 24)
     noise().save(tmp_path / "a.webp")
-    with pytest.raises(DetailFlowError, match="32×24 pixels, which in WEBP count twice, and 768 are the most.*--max-pixels 1536"):
+    with pytest.raises(
+        DetailFlowError, match="32×24 pixels, which in WEBP count twice, and 768 are the most.*--max-pixels 1536"
+    ):
         load_rgb(tmp_path / "a.webp")
     monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "many")
     with pytest.raises(DetailFlowError, match="the limit on pixels .* is 'many'"):
@@ -194,7 +202,10 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
 
 
 def test_names_that_are_not_utf8_are_printable(tmp_path):
-    assert printable("photos/café") == "photos/café" and printable(os.fsdecode(b"caf\xe9")) == "caf\N{REPLACEMENT CHARACTER}"
+    assert (
+        printable("photos/café") == "photos/café"
+        and printable(os.fsdecode(b"caf\xe9")) == "caf\N{REPLACEMENT CHARACTER}"
+    )
     file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
     file.write_text("no image")
     with pytest.raises(DetailFlowError, match="caf\N{REPLACEMENT CHARACTER}.png is not an image") as caught:
@@ -224,7 +235,9 @@ def test_the_size_of_a_png_is_read_without_its_pixels(monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = QUARTER_TURN
     chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
-    late = content[:-12] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[-12:]
+    late = (
+        content[:-12] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[-12:]
+    )
     decoded = decoded_formats(monkeypatch)
     assert image_size(content, "a.png") == (4000, 3000)
     assert image_size(saved(Image.new("1", (4000, 3000)), "PNG", exif=exif), "a.png") == (3000, 4000)

@@ -55,7 +55,9 @@ ALL = dict.fromkeys(CLASSES, 4)
 # ------------------------------------------------------------------------------------------------- archives
 
 
-@pytest.mark.parametrize("names", [["cat.tar", "dog.tar"], ["cat/backup.tar"], ["all.parquet"], ["a.zip", "b.tar.gz", "c.7z"]])
+@pytest.mark.parametrize(
+    "names", [["cat.tar", "dog.tar"], ["cat/backup.tar"], ["all.parquet"], ["a.zip", "b.tar.gz", "c.7z"]]
+)
 def test_archives_between_images_are_left_aside(folder, names):
     for name in names:
         write_tar(folder / name, [("0.png", b"")])
@@ -159,7 +161,10 @@ def test_folders_beside_the_splits_are_left_aside(tmp_path):
     (tmp_path / "README.md").write_text("words")
     source = open_images(tmp_path)
     assert source.counts == ALL and source.notes.splits == ("train", "val")
-    assert source.notes.left_aside == {"folder beside the splits": ["unlabeled"], "file beside the splits": ["README.md"]}
+    assert source.notes.left_aside == {
+        "folder beside the splits": ["unlabeled"],
+        "file beside the splits": ["README.md"],
+    }
     with pytest.raises(DetailFlowError, match="has no split 'unlabeled': it has train, val"):
         open_images(tmp_path, "unlabeled")
 
@@ -316,7 +321,8 @@ except ValueError as error:
     (folder / "dog").chmod(0o755)
     shutil.rmtree(folder)
     assert (
-        result.stdout.startswith("{'cat': 4, 'fish': 4}") and result.stdout.count("dog cannot be read (Permission denied)") == 2
+        result.stdout.startswith("{'cat': 4, 'fish': 4}")
+        and result.stdout.count("dog cannot be read (Permission denied)") == 2
     ), result
 
 
@@ -371,7 +377,9 @@ def test_thumbnails_are_left_aside(folder):
     photos(folder / "cat", ("Thumbnails",))
     photos(folder, ("thumbnails",))
     assert counts(folder) == ALL
-    assert open_images(folder).notes.left_aside == {"folder of thumbnails": ["thumbnails", os.path.join("cat", "Thumbnails")]}
+    assert open_images(folder).notes.left_aside == {
+        "folder of thumbnails": ["thumbnails", os.path.join("cat", "Thumbnails")]
+    }
 
 
 # ------------------------------------------------------------------------------------------------- metadata
@@ -388,7 +396,9 @@ def write_metadata(file: Path, rows: dict[str, object], label: str = "label") ->
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_labels_in_metadata(tmp_path, suffix):
     photos(tmp_path, (".", "sub"), per=2)
-    write_metadata(tmp_path / f"metadata.{suffix}", {"0.png": "cat", "1.png": "dog", "sub/0.png": "dog", "./sub/1.png": "cat"})
+    write_metadata(
+        tmp_path / f"metadata.{suffix}", {"0.png": "cat", "1.png": "dog", "sub/0.png": "dog", "./sub/1.png": "cat"}
+    )
     assert counts(tmp_path) == {"cat": 2, "dog": 2}
     assert "left aside" not in open_images(tmp_path).summary
     save(tmp_path / "more.png")
@@ -465,7 +475,9 @@ def test_metadata_in_parquet_is_named(tmp_path):
 
 def test_metadata_of_some_class_folders_is_left_aside(folder):
     write_metadata(folder / "cat" / "metadata.csv", {"0.png": "pug"})
-    with pytest.warns(UserWarning, match=r"cat.metadata\.csv is left aside: it says nothing of images in other folders"):
+    with pytest.warns(
+        UserWarning, match=r"cat.metadata\.csv is left aside: it says nothing of images in other folders"
+    ):
         assert open_images(folder).counts == ALL
     for name in CLASSES:
         write_metadata(folder / name / "metadata.csv", {f"{index}.png": f"{index}" for index in range(4)})

@@ -60,7 +60,9 @@ def test_files_that_name_their_classes_differently_are_refused(tmp_path, opened)
         opened(tmp_path)
 
 
-@pytest.mark.parametrize("first, second", [([1, 2], ["10", "9"]), (["10", "9"], [1, 2]), ([1, 2], None), (None, [1, 2])])
+@pytest.mark.parametrize(
+    "first, second", [([1, 2], ["10", "9"]), (["10", "9"], [1, 2]), ([1, 2], None), (None, [1, 2])]
+)
 def test_files_with_different_columns_are_refused(tmp_path, first, second):
     write(tmp_path / "0.parquet", [RED, BLUE], first)
     write(tmp_path / "1.parquet", [RED, BLUE], second)
@@ -156,7 +158,9 @@ def test_labels_of_every_type(tmp_path):
             open_images(write(tmp_path / "a.parquet", [RED, BLUE], number))
     kinds = [arrow.float32(), arrow.decimal128(38), arrow.binary(), arrow.timestamp("us"), arrow.list_(arrow.int64())]
     for kind in kinds:
-        with pytest.raises(DetailFlowError, match="no labels in its column 'label', but .*: give class numbers or names"):
+        with pytest.raises(
+            DetailFlowError, match="no labels in its column 'label', but .*: give class numbers or names"
+        ):
             open_images(write(tmp_path / "a.parquet", [RED], arrow.nulls(1, kind)))
 
 

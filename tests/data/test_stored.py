@@ -25,7 +25,11 @@ def png() -> bytes:
 
 
 def table(file: Path, rows: list[object]) -> Path:
-    kind = pyarrow.string() if isinstance(rows[0], str) else pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    kind = (
+        pyarrow.string()
+        if isinstance(rows[0], str)
+        else pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    )
     pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array(rows, kind)}), file)
     return file
 
@@ -38,13 +42,22 @@ def test_a_row_names_files_of_its_own_set_alone(tmp_path):
     (own / "images" / "a.png").write_bytes(png())
     (own / "link.png").symlink_to(secret)
     (own / "out").symlink_to(tmp_path)
-    paths = ["images/a.png", str(own / "images" / "a.png"), str(secret), "../secret.png", "images/../../secret.png", "link.png"]
+    paths = [
+        "images/a.png",
+        str(own / "images" / "a.png"),
+        str(secret),
+        "../secret.png",
+        "images/../../secret.png",
+        "link.png",
+    ]
     paths += ["out/secret.png", secret.as_uri(), "https://example.com/a.png", "~/a.png", "images/gone.png"]
     source = open_images(table(own / "a.parquet", [{"bytes": None, "path": path} for path in paths]))
     for index in range(2):
         assert source.image(index).size == (8, 8)
     for index in range(2, 7):
-        with pytest.raises(DetailFlowError, match=f"row {index} names .* not in the folder of its set: no other file is read"):
+        with pytest.raises(
+            DetailFlowError, match=f"row {index} names .* not in the folder of its set: no other file is read"
+        ):
             source.image(index)
     for index in (7, 8):
         with pytest.raises(DetailFlowError, match="not fetched: URLs are read from hub data sets and streams alone"):
@@ -120,7 +133,9 @@ def test_a_hub_data_set_names_files_of_its_own_download_alone(tmp_path, monkeypa
     paths = [str(own), str(other), str(tmp_path / "secret.png"), other.as_uri()]
     file, load = table(tmp_path / "a.parquet", [{"bytes": None, "path": path} for path in paths]), datasets.load_dataset
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: load("parquet", data_files=str(file), split="train"))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, split: load("parquet", data_files=str(file), split="train")
+    )
     source = open_images("someone/cats")
     assert source.image(0).size == (8, 8)
     for index in range(1, 4):

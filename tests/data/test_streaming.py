@@ -50,7 +50,10 @@ def labels(cifar: Path) -> dict[bytes, int]:
     """The class of each of the 200 images by its contents."""
     source = open_images(cifar)
     numbers = [int(name.removeprefix("class")) for name in source.class_names]
-    return {to_tensor(np.asarray(source.image(index))).numpy().tobytes(): numbers[source.labels[index]] for index in range(200)}
+    return {
+        to_tensor(np.asarray(source.image(index))).numpy().tobytes(): numbers[source.labels[index]]
+        for index in range(200)
+    }
 
 
 def test_an_epoch_holds_every_image_once_with_its_label(tables, labels):
@@ -89,7 +92,9 @@ def test_resume_is_exact_with_any_number_of_threads(request, form):
 
 
 @pytest.mark.parametrize("form", ["tables", "shards"])
-@pytest.mark.parametrize("count", [2, 3])  # four files are dealt out to two processes; of three each takes every third image
+@pytest.mark.parametrize(
+    "count", [2, 3]
+)  # four files are dealt out to two processes; of three each takes every third image
 def test_processes_share_an_epoch(request, form, count, labels):
     data = request.getfixturevalue(form)
     size = {2: 10, 3: 6}[count]
@@ -103,7 +108,11 @@ def test_processes_share_an_epoch(request, form, count, labels):
 
 def test_a_short_part_begins_again_where_the_epoch_is_not_over(tables, tmp_path):
     shutil.copy(tables / "train-00000-of-00004.parquet", tmp_path / "train-0.parquet")
-    (shorter := datasets.load_dataset("parquet", data_files=str(tables / "train-00001-of-00004.parquet"), split="train"))
+    (
+        shorter := datasets.load_dataset(
+            "parquet", data_files=str(tables / "train-00001-of-00004.parquet"), split="train"
+        )
+    )
     shorter.select(range(10)).to_parquet(str(tmp_path / "train-1.parquet"))
     long, short = (batches(tmp_path, 5, batch_size=12, processes=Processes(rank, 2)) for rank in range(2))
     assert set(contents(long).values()) == {1}  # 30 of its 50 images
@@ -163,7 +172,10 @@ def test_labels_outside_the_classes_are_unreadable(tables, tmp_path):
     table = datasets.load_dataset("parquet", data_files=str(tables / "train-00001-of-00004.parquet"), split="train")
     hidden = table.remove_columns("label").add_column("label", [-1] * 50).cast_column("label", table.features["label"])
     hidden.to_parquet(str(tmp_path / "a.parquet"))
-    with pytest.warns(UserWarning, match="has the label -1, not a number of the 10 classes"), pytest.raises(DetailFlowError):
+    with (
+        pytest.warns(UserWarning, match="has the label -1, not a number of the 10 classes"),
+        pytest.raises(DetailFlowError),
+    ):
         batches(tmp_path / "a.parquet", 1)
 
 
@@ -182,7 +194,9 @@ def test_rows_may_name_files_on_the_hub(cifar, tmp_path, monkeypatch):
     monkeypatch.setattr("fsspec.open", lambda url, mode: io.BytesIO(Path(url.removeprefix("hf:/")).read_bytes()))
     data = table_of_paths(tmp_path / "a.parquet", [f"hf:/{file}" for file in files])
     read = batches(data, 1, batch_size=12)
-    assert contents(read) == Counter(to_tensor(np.asarray(open_images(cifar).image(k))).numpy().tobytes() for k in range(12))
+    assert contents(read) == Counter(
+        to_tensor(np.asarray(open_images(cifar).image(k))).numpy().tobytes() for k in range(12)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*Another image takes its place")

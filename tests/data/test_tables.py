@@ -38,7 +38,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("opened", [open_images, open_stream])
-@pytest.mark.parametrize("name", ["pandas", "parquet", "imagefolder", "csv", "json", "webdataset", "arrow", "text", "lonely"])
+@pytest.mark.parametrize(
+    "name", ["pandas", "parquet", "imagefolder", "csv", "json", "webdataset", "arrow", "text", "lonely"]
+)
 def test_no_kind_of_file_is_a_data_set(tmp_path, monkeypatch, name, opened):
     """`datasets` takes these names for kinds of files, and looks for them in the current folder."""
     monkeypatch.chdir(tmp_path)

@@ -81,7 +81,9 @@ def test_going_on_ends_in_the_same_bytes(store, tmp_path):
     write(writer_for(directory), 1, 3)
     with pytest.raises(DetailFlowError, match="again lacks 2 of its chunks"):
         writer_for(directory).finish()
-    with pytest.raises(DetailFlowError, match="no token store .*: repeat the `detailflow extract` that was not finished"):
+    with pytest.raises(
+        DetailFlowError, match="no token store .*: repeat the `detailflow extract` that was not finished"
+    ):
         TokenStore.open(directory)
     (directory / ".manifest.json.123.tmp").write_text("{")  # as a killed process leaves it
     (directory / "unfinished" / ".chunk-000002.json.123.tmp").write_text("{")
@@ -157,7 +159,10 @@ def test_a_full_disk(tmp_path, store, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(DetailFlowError, match=r"a cannot be written \(No space left on device\)"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DetailFlowError, match=r"a cannot be written \(No space left on device\)"),
+    ):
         patch.setattr("os.fsync", full)
         write(writer, 1)
     writer = writer_for(tmp_path / "a")

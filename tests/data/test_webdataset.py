@@ -63,7 +63,9 @@ def test_batches(shards, workers):
     source = open_images(shards)
     source.image(0)  # read in this process before it is copied
     alone = list(islice(ImageBatches(source, 32, 16, seed=0), 3))
-    for (images, labels), (same, too) in zip(alone, ImageBatches(source, 32, 16, seed=0, workers=workers), strict=False):
+    for (images, labels), (same, too) in zip(
+        alone, ImageBatches(source, 32, 16, seed=0, workers=workers), strict=False
+    ):
         assert torch.equal(images, same) and torch.equal(labels, too)
 
 
@@ -113,7 +115,9 @@ def test_labels(tmp_path, content):
 def test_one_of_several_images(tmp_path, content):
     Image.new("RGB", (4, 4)).save(tmp_path / "mask.bmp")
     mask = (tmp_path / "mask.bmp").read_bytes()
-    file = write_tar(tmp_path / "a.tar", [("0.png", content), ("0.mask.bmp", mask), ("0.bmp", mask), (".hidden.png", b"")])
+    file = write_tar(
+        tmp_path / "a.tar", [("0.png", content), ("0.mask.bmp", mask), ("0.bmp", mask), (".hidden.png", b"")]
+    )
     assert len(open_images(file)) == 1 and open_images(file).image(0).size == (32, 32)
     assert open_images(file, image_column="bmp").image(0).size == (4, 4)
     assert open_images(file, image_column="mask.bmp").image(0).size == (4, 4)
@@ -213,7 +217,9 @@ def test_the_last_of_two_members_of_one_name_is_taken(tmp_path, cifar):
     members = [("0.png", first), ("0.json", b'{"label": "old"}'), ("1.png", first), ("1.cls", b"b")]
     members += [("0.png", last), ("0.json", b'{"label": "new"}')]
     file = write_tar(tmp_path / "a.tar", members)
-    with pytest.warns(UserWarning, match=r"a\.tar holds 2 files twice \(the first: 0\.png\): the last of each name is taken"):
+    with pytest.warns(
+        UserWarning, match=r"a\.tar holds 2 files twice \(the first: 0\.png\): the last of each name is taken"
+    ):
         source = open_images(file)
     assert source.counts == {"b": 1, "new": 1} and source.class_names[source.labels[0]] == "new"
     assert source.stored_bytes(0) == last and source.stored_bytes(1) == first
@@ -230,7 +236,11 @@ def test_images_that_a_shard_holds_beside_are_named(tmp_path, content):
             archive.addfile(link)
     source = open_images(file)
     assert len(source) == 1 and source.stored_bytes(0) == content
-    assert source.notes.left_aside == {"second image of a key": ["0.jpg"], ".dng": ["2.dng"], "link": ["3.png", "4.png"]}
+    assert source.notes.left_aside == {
+        "second image of a key": ["0.jpg"],
+        ".dng": ["2.dng"],
+        "link": ["3.png", "4.png"],
+    }
     assert "2 links (3.png, 4.png)" in source.summary and "1 .dng (read by rawpy" in source.summary
 
 

@@ -42,7 +42,10 @@ class TestResidual:
         network = ResidualFeatures(2, 5).eval()
         network.load_state_dict(load_file(feature_file))
         extractor = load_extractor(str(feature_file))
-        assert extractor.name == "tiny.safetensors" and extractor.preprocessing == "bytes at their own size, scaled to [-1, 1]"
+        assert (
+            extractor.name == "tiny.safetensors"
+            and extractor.preprocessing == "bytes at their own size, scaled to [-1, 1]"
+        )
         for count, side in ((1, 32), (2, 9), (70, 32)):
             with torch.inference_mode():
                 features, logits = network(to_tensor(pictures(count, side)))
@@ -58,9 +61,13 @@ class TestResidual:
 
         def block(x: Tensor, name: str) -> Tensor:
             state = network.state_dict()
-            mean, var, weight, bias = (state[f"{name}.1.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+            mean, var, weight, bias = (
+                state[f"{name}.1.{k}"] for k in ("running_mean", "running_var", "weight", "bias")
+            )
             x = nn.functional.conv2d(x, state[f"{name}.0.weight"], padding=1)
-            x = (x - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None] * weight[:, None, None] + bias[:, None, None]
+            x = (x - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None] * weight[:, None, None] + bias[
+                :, None, None
+            ]
             return nn.functional.gelu(x)
 
         def halved(x: Tensor) -> Tensor:
@@ -133,7 +140,10 @@ class TestLibraries:
     [
         ({}, "names no architecture in its metadata, such as timm/resnet50"),
         ({"architecture": "resnet50"}, "the architecture must be like timm/resnet50, torchvision/.* not 'resnet50'"),
-        ({"architecture": "timm/hf-hub:someone/network"}, "timm has no classification network 'hf-hub:someone/network'"),
+        (
+            {"architecture": "timm/hf-hub:someone/network"},
+            "timm has no classification network 'hf-hub:someone/network'",
+        ),
         ({"architecture": "timm/local-dir:/tmp"}, "timm has no classification network 'local-dir:/tmp'"),
         ({"architecture": "timm/../resnet50"}, "timm has no classification network"),
         ({"architecture": "torchvision/fasterrcnn_resnet50_fpn"}, "torchvision has no classification network"),
@@ -142,7 +152,10 @@ class TestLibraries:
         ({**OURS, "width": "3"}, "enter.0.0.weight has shape .2, 3, 3, 3., where the config asks for .3, 3, 3, 3."),
         ({**OURS, "num_classes": "6"}, "head.* has shape .5.*, where the config asks for .6"),
         ({**OURS, "num_classes": "0"}, "num_classes in the metadata must be 1 or more for 'detailflow/residual'"),
-        ({**OURS, "num_classes": "1000000000"}, "num_classes in the metadata must be from 0 to 100000, not '1000000000'"),
+        (
+            {**OURS, "num_classes": "1000000000"},
+            "num_classes in the metadata must be from 0 to 100000, not '1000000000'",
+        ),
         ({**OURS, "width": "-1"}, "width in the metadata must be from 1 to 1024, not '-1'"),
         ({**OURS, "width": "own"}, "width in the metadata must be from 1 to 1024, not 'own'"),
         ({**OURS, "size": "5000"}, "size in the metadata must be from 8 to 1024 or own, not '5000'"),
@@ -150,7 +163,10 @@ class TestLibraries:
         ({**OURS, "mean": "0.5"}, "mean in the metadata must be like 0.5, 0.5, 0.5, not '0.5'"),
         ({**OURS, "std": "0.5, 0.5, nan"}, "std in the metadata must be like"),
         ({**OURS, "std": "0.5, 0.5, 0"}, "std in the metadata must be more than 0"),
-        ({**OURS, "sizes": "32"}, "unknown key 'sizes' in the metadata; the keys are architecture, num_classes, width, size"),
+        (
+            {**OURS, "sizes": "32"},
+            "unknown key 'sizes' in the metadata; the keys are architecture, num_classes, width, size",
+        ),
         ({"architecture": "timm/vit_giant_patch14_dinov2"}, "the checkpoint does not fit its config: it lacks"),
     ],
 )
@@ -231,7 +247,9 @@ def test_nothing_in_a_file_is_run(tmp_path: Path):
                     new.writestr(item, text)
                 folder = old.namelist()[0].split("/")[0]
                 new.writestr(f"{folder}/data/constants/{name}", pickle.dumps(Evil()))
-        with pytest.raises(DetailFlowError, match="evil.pt2 is an exported program, which could run any code and is not read"):
+        with pytest.raises(
+            DetailFlowError, match="evil.pt2 is an exported program, which could run any code and is not read"
+        ):
             load_extractor(str(tmp_path / "evil.pt2"))
         with pytest.raises(DetailFlowError, match="evil.safetensors: it is damaged or incomplete"):
             load_extractor(str(tmp_path / "evil.safetensors"))

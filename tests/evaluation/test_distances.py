@@ -93,7 +93,16 @@ def work(folder: Path) -> None:
 
 def test_two_processes_as_one(tmp_path: Path):
     """Sets of uneven shares, through the statistics' file."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+        str(tmp_path),
+    ]
     done = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     alone = [measure(Projection(), batches(noise(n, level=m), 20), None, k, n) for n, m, k in SETS]
@@ -126,12 +135,16 @@ class TestStored:
         class Other(Projection):
             fingerprint = "1" * 64
 
-        with pytest.raises(DetailFlowError, match="holds statistics of the features projection with other weights and no images"):
+        with pytest.raises(
+            DetailFlowError, match="holds statistics of the features projection with other weights and no images"
+        ):
             measure(Other(), open_set(tmp_path / "real.npz"))
         np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
         with pytest.raises(DetailFlowError, match="adm.npz holds statistics of the features inception and no images"):
             measure(Other(), open_set(tmp_path / "adm.npz"))
-        with pytest.raises(DetailFlowError, match=r"by projection \(00000000\) and the samples by projection \(11111111\)"):
+        with pytest.raises(
+            DetailFlowError, match=r"by projection \(00000000\) and the samples by projection \(11111111\)"
+        ):
             compare_sets(measured, measure(Other(), batches(noise(20), 20), total=20))
 
     def test_adms_reference(self, tmp_path: Path):
@@ -152,11 +165,17 @@ class TestStored:
         figures = compare_sets(found, samples)
         x = Projection()(noise(50, 1))
         assert figures["fid"] == pytest.approx(
-            frechet_distance(torch.from_numpy(mu), torch.from_numpy(sigma), x.pool.double().mean(0), x.pool.double().T.cov())
+            frechet_distance(
+                torch.from_numpy(mu), torch.from_numpy(sigma), x.pool.double().mean(0), x.pool.double().T.cov()
+            )
         )
         assert (figures["precision"], figures["recall"]) == precision_recall(Projection()(images).pool, x.pool)
-        assert_same(measure(Projection(), open_set(tmp_path / "adm.npz")), measure(Projection(), batches(images, 9), total=40))
-        assert any("precision, recall: of 40 images of the reference and 50" in line for line in cautions(found, samples))
+        assert_same(
+            measure(Projection(), open_set(tmp_path / "adm.npz")), measure(Projection(), batches(images, 9), total=40)
+        )
+        assert any(
+            "precision, recall: of 40 images of the reference and 50" in line for line in cautions(found, samples)
+        )
 
 
 class TestTooFew:
@@ -176,7 +195,9 @@ class TestTooFew:
         assert "precision, recall: there are none" in text
         assert compare_sets(real, real).keys() == {"fid", "fid_std", "sfid", "is", "precision", "recall"}
         assert compare_sets(real, real, neighbours=False).keys() == {"fid", "fid_std", "sfid", "is"}
-        assert cautions(real, real) == ["is: it is of 50 images, where usual splits have 5,000, and lower the fewer they are"]
+        assert cautions(real, real) == [
+            "is: it is of 50 images, where usual splits have 5,000, and lower the fewer they are"
+        ]
 
     def test_shares_that_are_not_whole(self):
         with pytest.raises(ValueError, match="30 images came where this process's share is 40"):
@@ -190,7 +211,9 @@ def test_features_that_are_not_finite():
         def __call__(self, images: Tensor) -> Features:
             return Features(torch.full((len(images), 3), torch.nan))
 
-    with pytest.raises(DetailFlowError, match="projection gives features that are not finite numbers for images 0 to 6"):
+    with pytest.raises(
+        DetailFlowError, match="projection gives features that are not finite numbers for images 0 to 6"
+    ):
         measure(Broken(), batches(noise(30), 7), total=30)
 
 

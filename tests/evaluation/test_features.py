@@ -65,7 +65,9 @@ class TestInception:
         branch = block.branch1x1
         y = F.relu(
             F.batch_norm(
-                branch.conv(x), *(branch.bn.state_dict()[k] for k in ("running_mean", "running_var", "weight", "bias")), eps=1e-3
+                branch.conv(x),
+                *(branch.bn.state_dict()[k] for k in ("running_mean", "running_var", "weight", "bias")),
+                eps=1e-3,
             )
         )
         spatial = found.spatial.reshape(3, 17, 17, 7)
@@ -77,7 +79,9 @@ class TestInception:
 
     def test_a_file_of_something_else(self, tmp_path: Path):
         torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "w.pth")
-        with pytest.raises(DetailFlowError, match="w.pth does not hold .*inception-2015-12-05.*--weights FILE, or another"):
+        with pytest.raises(
+            DetailFlowError, match="w.pth does not hold .*inception-2015-12-05.*--weights FILE, or another"
+        ):
             load_extractor("inception", weights=str(tmp_path / "w.pth"))
 
         class Evil:
@@ -101,7 +105,9 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("detailflow.hub.fetch", lambda *args: (_ for _ in ()).throw(DetailFlowError("could not download")))
+    monkeypatch.setattr(
+        "detailflow.hub.fetch", lambda *args: (_ for _ in ()).throw(DetailFlowError("could not download"))
+    )
 
 
 @pytest.mark.usefixtures("offline")
@@ -141,7 +147,9 @@ class TestDINOv2:
         found = extractor(images)
         assert found.pool.shape == (2, 384) and found.spatial is None and found.logits is None
         torch.testing.assert_close(found.pool, extractor._network.forward_features(seen[0])[:, 0])
-        channels = [Image.fromarray(images[0, :, :, c].float().numpy()).resize((224, 224), Image.BICUBIC) for c in range(3)]
+        channels = [
+            Image.fromarray(images[0, :, :, c].float().numpy()).resize((224, 224), Image.BICUBIC) for c in range(3)
+        ]
         expected = (np.stack(channels) / 255 - np.array([[[0.485]], [[0.456]], [[0.406]]])) / np.array(
             [[[0.229]], [[0.224]], [[0.225]]]
         )
@@ -188,7 +196,10 @@ def test_weights_that_expand_are_not_read(name: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(features, "DINOV2", "vit_small_patch14_dinov2.lvd142m")
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("the file was read"))
     torch.save({"a": torch.zeros(10**7)}, tmp_path / "large.pth")
-    with zipfile.ZipFile(tmp_path / "large.pth") as old, zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(tmp_path / "large.pth") as old,
+        zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for item in old.namelist():
             new.writestr(item, old.read(item))
     with pytest.raises(DetailFlowError, match=f"--features {name} needs its network's weights, which .*w.pth"):

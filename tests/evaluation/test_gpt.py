@@ -78,7 +78,9 @@ def test_one_setting(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
     assert picture.image.size == (8 * 132 + 4, 132 + 4)
 
 
-def test_coarse_images_are_measured_at_the_full_side_and_can_be_kept(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
+def test_coarse_images_are_measured_at_the_full_side_and_can_be_kept(
+    pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path
+):
     report = evaluated(pipeline, cifar, tmp_path, sweep=Sweep(num_tokens=[4, 16]), keep_samples=True)
     labels = [i % 5 for i in range(COUNT)]
     coarse = [np.asarray(image) for image in pipeline(labels, num_tokens=4, batch_size=8)]
@@ -100,10 +102,14 @@ def test_coarse_images_are_measured_at_the_full_side_and_can_be_kept(pipeline: D
 
 
 def test_several_seeds_show_the_spread(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
-    alone = [evaluated(pipeline, cifar, tmp_path, seeds=[seed]).sections[0].rows[0].figures["gFD"] for seed in (0, 1, 2)]
+    alone = [
+        evaluated(pipeline, cifar, tmp_path, seeds=[seed]).sections[0].rows[0].figures["gFD"] for seed in (0, 1, 2)
+    ]
     said: list[str] = []
     report = evaluated(pipeline, cifar, tmp_path, seeds=[0, 1, 2], say=said.append)
-    assert [line.rpartition(", ")[2] for line in said] == [f"seed {i}: gFD {x.text('gFD')}" for i, x in enumerate(alone)]
+    assert [line.rpartition(", ")[2] for line in said] == [
+        f"seed {i}: gFD {x.text('gFD')}" for i, x in enumerate(alone)
+    ]
     values = [figure.value for figure in alone]
     figure = report.sections[0].rows[0].figures["gFD"]
     assert figure.values == pytest.approx(values, rel=1e-6)
@@ -213,6 +219,9 @@ def test_a_reference_of_photographs_is_not_adms(pipeline: DetailFlowPipeline, ci
         assert report is not None
         return " ".join(report.notes)
 
-    np.savez(tmp_path / "set.npz", arr_0=torch.cat(list(Work(Processes(), torch.device("cpu"), 50).open(str(cifar), 32))).numpy())
+    np.savez(
+        tmp_path / "set.npz",
+        arr_0=torch.cat(list(Work(Processes(), torch.device("cpu"), 50).open(str(cifar), 32))).numpy(),
+    )
     assert "one bicubic resize" in notes(cifar, "inception")
     assert "one bicubic resize" not in notes(cifar, "blocks") + notes(tmp_path / "set.npz", "inception")

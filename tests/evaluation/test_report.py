@@ -29,7 +29,12 @@ COMMAND = "detailflow evaluate tokenizer --data x"
 
 
 def report(
-    psnr: float = 20.0, spread: float | None = 0.1, checksum: str = "1a", data: str = "x", kind: str = "tokenizer", **more: Figure
+    psnr: float = 20.0,
+    spread: float | None = 0.1,
+    checksum: str = "1a",
+    data: str = "x",
+    kind: str = "tokenizer",
+    **more: Figure,
 ) -> Report:
     rows = [
         Row({"tokens": 4, "side": 32}, {"PSNR": Figure(psnr, spread), "rFD": Figure(1.5)}),
@@ -54,7 +59,12 @@ def report(
 
 def test_what_is_written(tmp_path: Path):
     report().write(tmp_path / "a" / "b")
-    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["curve.png", "faces.png", "report.json", "report.md"]
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
+        "curve.png",
+        "faces.png",
+        "report.json",
+        "report.md",
+    ]
 
     def refuse(text: str) -> None:
         raise AssertionError(f"{text} is no JSON")
@@ -64,7 +74,10 @@ def test_what_is_written(tmp_path: Path):
     first, second = content["sections"][0]["rows"]
     assert first == {
         "setting": {"tokens": 4, "side": 32},
-        "figures": {"PSNR": {"value": 20.0, "spread": 0.1, "values": []}, "rFD": {"value": 1.5, "spread": None, "values": []}},
+        "figures": {
+            "PSNR": {"value": 20.0, "spread": 0.1, "values": []},
+            "rFD": {"value": 1.5, "spread": None, "values": []},
+        },
     }
     assert float(second["figures"]["PSNR"]["value"]) == math.inf
     text = (tmp_path / "a" / "b" / "report.md").read_text()
@@ -98,7 +111,9 @@ def test_panels_stand_in_rows_of_three(tmp_path: Path):
             sizes.append(picture.size)
     (width, height), three, four = sizes
     expected = (3 * width, height), (2 * width, 2 * height)
-    assert [*three, *four] == pytest.approx([side for size in expected for side in size], rel=0.01)  # releases round otherwise
+    assert [*three, *four] == pytest.approx(
+        [side for size in expected for side in size], rel=0.01
+    )  # releases round otherwise
 
 
 def test_one_row_shows_all_its_settings():

@@ -38,7 +38,9 @@ def pixels(found: ImageSet) -> np.ndarray:
 
 
 def make_npz(folder: Path, images: np.ndarray, compressed: bool = False) -> Path:
-    (np.savez_compressed if compressed else np.savez)(folder / "set.npz", arr_0=images, arr_1=np.zeros(len(images), np.int64))
+    (np.savez_compressed if compressed else np.savez)(
+        folder / "set.npz", arr_0=images, arr_1=np.zeros(len(images), np.int64)
+    )
     return folder / "set.npz"
 
 
@@ -58,7 +60,9 @@ def make_parquet(folder: Path, source: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["folder", "npz", "compressed npz", "folder of npz", "tar", "parquet"])
-def test_every_kind_is_the_same(kind: str, folder: Path, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_kind_is_the_same(
+    kind: str, folder: Path, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     if kind == "parquet":
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     make = {
@@ -123,7 +127,9 @@ class TestBadImages:
     def test_another_size(self, folder: Path, tmp_path: Path):
         shutil.copytree(folder, tmp_path / "set")
         Image.new("RGB", (30, 32)).save(tmp_path / "set" / "zebra.png")
-        with pytest.raises(DetailFlowError, match="zebra.png has 30×32 pixels and .*000.png 32×32: give images of one size"):
+        with pytest.raises(
+            DetailFlowError, match="zebra.png has 30×32 pixels and .*000.png 32×32: give images of one size"
+        ):
             pixels(open_set(tmp_path / "set"))
 
     @pytest.mark.parametrize("number", [0, 10, 24])
@@ -168,14 +174,23 @@ class TestBadNpz:
         ("entries", "message"),
         [
             ({"images": np.zeros(3)}, r"holds neither images \(arr_0\) nor statistics \(mu and sigma\), only images"),
-            ({"arr_0": np.zeros((2, 8, 8, 4), np.uint8)}, r"holds uint8 \(2, 8, 8, 4\) as arr_0, where images are uint8"),
+            (
+                {"arr_0": np.zeros((2, 8, 8, 4), np.uint8)},
+                r"holds uint8 \(2, 8, 8, 4\) as arr_0, where images are uint8",
+            ),
             ({"arr_0": np.zeros((2, 8, 8, 3))}, r"holds float64 \(2, 8, 8, 3\) as arr_0"),
             ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "holds no images: arr_0 is empty"),
-            ({"arr_0": np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8))}, r"holds uint8 \(2, 8, 8, 3\) in Fortran order"),
+            (
+                {"arr_0": np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8))},
+                r"holds uint8 \(2, 8, 8, 3\) in Fortran order",
+            ),
             ({"arr_0": np.array([{}, {}], object)}, "holds pickled objects as arr_0, which are not read"),
             ({"mu": np.array([{}, {}], object), "sigma": np.eye(2)}, "holds pickled objects as mu, which are not read"),
             ({"mu": np.zeros(3), "sigma": np.eye(2)}, r"holds float64 \(2, 2\) as sigma, where statistics"),
-            ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, r"holds float64 \(2,\) as mu, where statistics have finite"),
+            (
+                {"mu": np.full(2, np.nan), "sigma": np.eye(2)},
+                r"holds float64 \(2,\) as mu, where statistics have finite",
+            ),
             ({"mu": np.zeros(2), "sigma": np.eye(2), "kept": np.zeros((4, 3))}, r"holds float64 \(4, 3\) as kept"),
         ],
     )
@@ -209,7 +224,9 @@ class TestBadNpz:
 
     def test_millions_of_tiny_images(self, tmp_path: Path):
         np.savez_compressed(tmp_path / "tiny.npz", arr_0=np.zeros((3_000_000, 1, 1, 3), np.uint8))
-        with pytest.raises(DetailFlowError, match=r"tiny.npz holds 3,000,000 images in .* bytes: no real images are as small"):
+        with pytest.raises(
+            DetailFlowError, match=r"tiny.npz holds 3,000,000 images in .* bytes: no real images are as small"
+        ):
             open_set(tmp_path / "tiny.npz")
 
     def test_a_pipe(self, tmp_path: Path):

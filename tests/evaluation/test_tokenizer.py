@@ -45,7 +45,9 @@ def originals(cifar: Path) -> Tensor:
     return torch.cat(list(work().open(str(cifar), 32, COUNT)))
 
 
-def evaluated(tokenizer: DetailFlowTokenizer, cifar: Path, batch_size: int = 32, count: int = COUNT, **options: Any) -> Report:
+def evaluated(
+    tokenizer: DetailFlowTokenizer, cifar: Path, batch_size: int = 32, count: int = COUNT, **options: Any
+) -> Report:
     where = work(batch_size)
     report = evaluate_tokenizer(tokenizer, where.open(str(cifar), 32, count), where, **options)
     assert report is not None
@@ -63,10 +65,16 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + spread)
 
 
-def test_quality_by_tokens_is_what_the_pipeline_says_of_each_image(pipeline: DetailFlowPipeline, cifar: Path, originals: Tensor):
+def test_quality_by_tokens_is_what_the_pipeline_says_of_each_image(
+    pipeline: DetailFlowPipeline, cifar: Path, originals: Tensor
+):
     report = evaluated(pipeline.tokenizer, cifar, extractor=Blocks(), counts=[16, 2, 4])
     rows = figures(report)
-    assert [setting for setting, _ in rows] == [{"tokens": 2, "side": 8}, {"tokens": 4, "side": 16}, {"tokens": 16, "side": 32}]
+    assert [setting for setting, _ in rows] == [
+        {"tokens": 2, "side": 8},
+        {"tokens": 4, "side": 16},
+        {"tokens": 16, "side": 32},
+    ]
     rebuilt = [pipeline.reconstruct(Image.fromarray(image.numpy()), [2, 4, 16]) for image in originals]
     features = Blocks()(originals).pool.numpy()
     for i, (_, row) in enumerate(rows):
@@ -110,7 +118,13 @@ def test_planted_mistakes_and_their_correction(pipeline: DetailFlowPipeline, cif
     tokenizer = pipeline.tokenizer
     report = evaluated(tokenizer, cifar, extractor=Blocks(), counts=[16], mistakes=[Span(2, 3), Span(8, 12)], seed=3)
     rows = {(s["mistakes in tokens"], s["later tokens"]): row for s, row in figures(report, section=1)}
-    assert list(rows) == [("none", "clean"), ("2", "clean"), ("2", "corrected"), ("8–11", "clean"), ("8–11", "corrected")]
+    assert list(rows) == [
+        ("none", "clean"),
+        ("2", "clean"),
+        ("2", "corrected"),
+        ("8–11", "clean"),
+        ("8–11", "corrected"),
+    ]
     assert rows["none", "clean"] == figures(report)[0][1]
     x = to_tensor(originals)
     clean = tokenizer.encode(x)
@@ -149,7 +163,8 @@ def test_mistakes_depend_on_the_seed_and_on_no_other_place(pipeline: DetailFlowP
 
 def test_the_batch_size_does_not_matter(pipeline: DetailFlowPipeline, cifar: Path):
     a, b = (
-        evaluated(pipeline.tokenizer, cifar, size, extractor=Blocks(), counts=[4, 16], mistakes=[Span(4, 8)]) for size in (7, 40)
+        evaluated(pipeline.tokenizer, cifar, size, extractor=Blocks(), counts=[4, 16], mistakes=[Span(4, 8)])
+        for size in (7, 40)
     )
     assert a.provenance["data"] == b.provenance["data"]
     for ours, theirs in zip(a.sections, b.sections, strict=True):
@@ -243,9 +258,13 @@ def test_lpips_is_left_out_with_a_reason(tmp_path: Path, monkeypatch: pytest.Mon
     network, notes = find_lpips(None, 32, device)
     assert network is None
     assert len(notes) == 1 and notes[0].startswith("LPIPS is left out, for want of VGG-16's weights: get https://")
-    assert find_lpips(None, 8, device)[1] == ["LPIPS is left out: its network takes images of 16 pixels a side or more, not 8."]
+    assert find_lpips(None, 8, device)[1] == [
+        "LPIPS is left out: its network takes images of 16 pixels a side or more, not 8."
+    ]
     assert find_lpips("none", 32, device) == (None, [])
-    with pytest.raises(DetailFlowError, match="missing.pth does not exist: give VGG-16's weights, https://.*, or --lpips none"):
+    with pytest.raises(
+        DetailFlowError, match="missing.pth does not exist: give VGG-16's weights, https://.*, or --lpips none"
+    ):
         find_lpips(str(tmp_path / "missing.pth"), 32, device)
 
 

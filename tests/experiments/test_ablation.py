@@ -121,10 +121,14 @@ def test_the_table(ablation: ModuleType):
 
 
 def test_seeds_are_those_of_training_if_there_are_several(ablation: ModuleType):
-    runs = [{"figures": {"gFD": {"value": value, "spread": 1.0, "values": [value - 1, value + 1]}}} for value in (3.0, 5.0)]
+    runs = [
+        {"figures": {"gFD": {"value": value, "spread": 1.0, "values": [value - 1, value + 1]}}} for value in (3.0, 5.0)
+    ]
     assert ablation.over_seeds(runs) == {"gFD": [3.0, 5.0]}
     assert ablation.over_seeds(runs[:1]) == {"gFD": [2.0, 4.0]}
-    assert ablation.over_seeds([{"figures": {"PSNR": {"value": 20.0, "spread": 0.1, "values": []}}}]) == {"PSNR": [20.0]}
+    assert ablation.over_seeds([{"figures": {"PSNR": {"value": 20.0, "spread": 0.1, "values": []}}}]) == {
+        "PSNR": [20.0]
+    }
 
 
 def test_a_single_seed_is_not_tested(ablation: ModuleType):
@@ -168,12 +172,34 @@ def test_two_variants_from_end_to_end(cifar: Path, feature_file: Path, tmp_path:
     make_material(cifar, tmp_path)
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        line = ["--data", "images", "--features", str(feature_file), "--recipe", ".", "--output", "out", "--device", "cpu"]
+        line = [
+            "--data",
+            "images",
+            "--features",
+            str(feature_file),
+            "--recipe",
+            ".",
+            "--output",
+            "out",
+            "--device",
+            "cpu",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(SCRIPT), *line, *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
 
-    few = ["--variants", "coarse-to-fine", "parallel", "--num-samples", "12", "--num-images", "10", "--guidance-scale", "1", "2"]
+    few = [
+        "--variants",
+        "coarse-to-fine",
+        "parallel",
+        "--num-samples",
+        "12",
+        "--num-images",
+        "10",
+        "--guidance-scale",
+        "1",
+        "2",
+    ]
     done = run(*few)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "report.md").read_text().count("\n| ") == 4

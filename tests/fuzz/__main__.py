@@ -33,17 +33,25 @@ def main() -> int:
                 print(f"case {result['number']}: {fault}\n    {ascii(result['argv'])[:300]}", flush=True)
         if args.numbers:
             show(result)
-        endings[result["kind"], "failed" if result["faults"] else "refused" if result["status"] == 2 else "succeeded"] += 1
+        endings[
+            result["kind"], "failed" if result["faults"] else "refused" if result["status"] == 2 else "succeeded"
+        ] += 1
         slow.append((result["seconds"], result["number"]))
         if done % 500 == 0:
-            print(f"{done} cases, {sum(map(len, failed.values()))} faults, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{done} cases, {sum(map(len, failed.values()))} faults, {time.monotonic() - started:.0f} s", flush=True
+            )
 
     print(
         f"\n{len(slow)} cases in {time.monotonic() - started:.0f} s; slowest: ",
         *(f"{n} ({s:.1f} s)" for s, n in sorted(slow)[-5:]),
     )
     for kind in sorted({kind for kind, _ in endings}):
-        print(f"  {kind:10}", *(f"{endings[kind, ending]} {ending}" for ending in ("succeeded", "refused", "failed")), sep="  ")
+        print(
+            f"  {kind:10}",
+            *(f"{endings[kind, ending]} {ending}" for ending in ("succeeded", "refused", "failed")),
+            sep="  ",
+        )
     for fault, numbers in sorted(failed.items(), key=lambda item: -len(item[1])):
         print(f"{len(numbers):6} × {fault}: cases {', '.join(map(str, numbers[:8]))}")
     return 1 if failed else 0
@@ -52,7 +60,9 @@ def main() -> int:
 def show(result: dict) -> None:
     """All of one case."""
     print(f"case {result['number']} ({result['kind']}): {result['argv']!a}")
-    print(f"status {result['status']}, {result['seconds']:.1f} s, {result['peak'] / 2**20:.0f} MiB; faults: {result['faults']}")
+    print(
+        f"status {result['status']}, {result['seconds']:.1f} s, {result['peak'] / 2**20:.0f} MiB; faults: {result['faults']}"
+    )
     print(result.get("out", ""), result.get("err", ""), sep="\n")
 
 

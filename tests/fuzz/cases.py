@@ -8,7 +8,9 @@ from random import Random
 from . import folders, images, models, words
 
 SEED = 14
-KINDS: dict[str, tuple[Callable[[Random], list[str]], float, tuple[str, ...]]] = {  # how often, and the stock that each needs
+KINDS: dict[
+    str, tuple[Callable[[Random], list[str]], float, tuple[str, ...]]
+] = {  # how often, and the stock that each needs
     "image": (images.reconstruct, 25, ("model",)),
     "data": (folders.data, 20, ("model", "photos*", "shards", "features*", "*.yaml")),
     "model": (models.model, 16, ("model", "published", "photos", "tokens", "*.yaml")),

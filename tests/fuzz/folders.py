@@ -18,10 +18,36 @@ from .mutate import TEXTS, VALUES, misplace, mutate_bytes, mutate_file, mutate_z
 from .stock import CLASSES, encoded, photo
 
 NAMES = (
-    *("train", "Train", "test", "val", "unlabeled", "@eaDir", "__MACOSX", "lost+found", ".hidden", "0", "1", "10", "007", "é"),
     *(
-        "x" * 200, "caf\udce9", "a b", "UPPER", "upper", "-", "--help", "none", "\U0001f4a5", "new\nline", " ",
-        "metadata.csv", "tokenizer",
+        "train",
+        "Train",
+        "test",
+        "val",
+        "unlabeled",
+        "@eaDir",
+        "__MACOSX",
+        "lost+found",
+        ".hidden",
+        "0",
+        "1",
+        "10",
+        "007",
+        "é",
+    ),
+    *(
+        "x" * 200,
+        "caf\udce9",
+        "a b",
+        "UPPER",
+        "upper",
+        "-",
+        "--help",
+        "none",
+        "\U0001f4a5",
+        "new\nline",
+        " ",
+        "metadata.csv",
+        "tokenizer",
     ),
 )
 SECRET = ("../../secret.png", "../secret.png", "file://{root}/secret.png", "{root}/secret.png", "secret.png")
@@ -30,9 +56,14 @@ SECRET = ("../../secret.png", "../secret.png", "file://{root}/secret.png", "{roo
 def data(rng: Random) -> list[str]:
     """A data set that something was done to, and a command that reads it."""
     kind = rng.choice(("folder", "folder", "folder", "metadata", "parquet", "parquet", "shards", "saved", "npz"))
-    path = {"folder": _folder, "metadata": _metadata, "parquet": _parquet, "shards": _shards, "saved": _saved, "npz": _npz}[kind](
-        rng
-    )
+    path = {
+        "folder": _folder,
+        "metadata": _metadata,
+        "parquet": _parquet,
+        "shards": _shards,
+        "saved": _saved,
+        "npz": _npz,
+    }[kind](rng)
     if rng.random() < 0.03 and os.path.exists(path):
         misplace(Path(path), rng)
     return _command(path, kind, rng)
@@ -46,11 +77,33 @@ def _command(path: str, kind: str, rng: Random) -> list[str]:
     settings = ["--batch_size", "16", *(item.replace("--split", "--split") for item in split)]
     commands = [
         *2 * [["extract", "--data", path, "--tokenizer", "in/model", "--crops", "two", *settings, *rest]],
-        *2 * [["evaluate", "tokenizer", "--data", path, "--model", "in/model", *network, "--num-tokens", "8", *split, *rest]],
+        *2
+        * [
+            [
+                "evaluate",
+                "tokenizer",
+                "--data",
+                path,
+                "--model",
+                "in/model",
+                *network,
+                "--num-tokens",
+                "8",
+                *split,
+                *rest,
+            ]
+        ],
         ["train", "tokenizer", "--config", "in/tokenizer.yaml", "--data", path, "--loop.steps", "1", *split, *rest],
         ["evaluate", "samples", path, "in/photos.npz", "--size", "16", "--features", "in/features.safetensors", *rest],
         [
-            "evaluate", "statistics", path, "--size", "16", "--features", "in/features.safetensors", "--output",
+            "evaluate",
+            "statistics",
+            path,
+            "--size",
+            "16",
+            "--features",
+            "in/features.safetensors",
+            "--output",
             "out.npz",
         ],
         *3 * [["data", path, *split, *rng.choice(([], ["--json"]))]],
@@ -73,7 +126,9 @@ def _folder(rng: Random) -> str:
     for _ in range(rng.choice((1, 1, 2, 4))):
         _disturb(root, rng)
     return (
-        str(root) if rng.random() < 0.9 else rng.choice(("in/photos/", "in/./photos", "in", "in/photos/cat", "in/photos/*/*.tar"))
+        str(root)
+        if rng.random() < 0.9
+        else rng.choice(("in/photos/", "in/./photos", "in", "in/photos/cat", "in/photos/*/*.tar"))
     )
 
 
@@ -103,11 +158,13 @@ def _disturb(root: Path, rng: Random) -> None:
     elif way == 7:
         write_tar(folder / "backup.tar", [("1.png", encoded(photo(1))), ("1.cls", b"1")], rng)
     elif way == 8 and files and len(name) < 100:
-        rng.choice(files).rename(folder / f"{name}{rng.choice(('.png', '.jpg', '.jfif', '.avif', '.JPEG', '.heic', '.txt'))}")
-    elif way == 9:
-        (folder / rng.choice(("metadata.csv", "metadata.jsonl", "Thumbs.db", "labels.txt", "a.parquet", "a.tar"))).write_text(
-            rng.choice(("", "file_name,label\n", "{}", "no,such\nthing", "x" * 1000))
+        rng.choice(files).rename(
+            folder / f"{name}{rng.choice(('.png', '.jpg', '.jfif', '.avif', '.JPEG', '.heic', '.txt'))}"
         )
+    elif way == 9:
+        (
+            folder / rng.choice(("metadata.csv", "metadata.jsonl", "Thumbs.db", "labels.txt", "a.parquet", "a.tar"))
+        ).write_text(rng.choice(("", "file_name,label\n", "{}", "no,such\nthing", "x" * 1000)))
     elif way == 10:
         os.mkfifo(folder / f"pipe{rng.randrange(100)}.png") if not list(folder.glob("pipe*")) else None
     elif way == 11 and folder != root:
@@ -186,7 +243,9 @@ def _parquet(rng: Random) -> str:
             else [{**row, "label": 1.5} for row in rows]
         )
     names = rng.choice((CLASSES, (), CLASSES[:1], ("cat", "cat", "cat"), ("é", "", "x" * 1000), ("a/b", "..", "c")))
-    info = json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}}})
+    info = json.dumps(
+        {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}}}
+    )
     keep = rng.random() < 0.5
     try:
         table = pyarrow.Table.from_pylist(rows)
@@ -211,15 +270,41 @@ def _shards(rng: Random) -> str:
         members = [(f"{k:04d}.png", encoded(photo(k))) for k in range(4)]
         write_tar(file, [*members, ("0000.cls", b"1")], rng)
     elif way == 2:
-        odd = ("a.b.png", "a/../../0.png", "0.cls", "0.json", "0.txt", "0.jpg", "0.PNG", "", "x" * 300 + ".png", "0.png")
-        content = (b"", b"\xff", b"1", b"-1", b"9" * 5000, "é".encode(), encoded(photo(1)), b'{"label": 1}', b"[" * 100_000)
+        odd = (
+            "a.b.png",
+            "a/../../0.png",
+            "0.cls",
+            "0.json",
+            "0.txt",
+            "0.jpg",
+            "0.PNG",
+            "",
+            "x" * 300 + ".png",
+            "0.png",
+        )
+        content = (
+            b"",
+            b"\xff",
+            b"1",
+            b"-1",
+            b"9" * 5000,
+            "é".encode(),
+            encoded(photo(1)),
+            b'{"label": 1}',
+            b"[" * 100_000,
+        )
         write_tar(file, [(rng.choice(odd), rng.choice(content)) for _ in range(5)])
     elif way == 3:
         write_tar(root / "more-001.tar", [(f"{k}.png", encoded(photo(k))) for k in range(3)])
     else:
         shutil.copy(file, root / rng.choice(("train-0.tar", "val-0.tar", "a.tar.gz", "b.tgz", "train-{0..1}.tar")))
     return rng.choice(
-        (str(root), str(file), f"{root}/photos-{{000..{rng.choice(('000', '003', '999999999999'))}}}.tar", f"{root}/*.tar")
+        (
+            str(root),
+            str(file),
+            f"{root}/photos-{{000..{rng.choice(('000', '003', '999999999999'))}}}.tar",
+            f"{root}/*.tar",
+        )
     )
 
 
@@ -251,7 +336,9 @@ def _saved(rng: Random) -> str:
     (root / "dataset_info.json").write_text(json.dumps(info))
     (root / "state.json").write_text(json.dumps(state))
     if rng.random() < 0.3:
-        state["_data_files"] = [{"filename": rng.choice(("../photos.parquet", _rooted(SECRET[3]), "", "nowhere.arrow"))}]
+        state["_data_files"] = [
+            {"filename": rng.choice(("../photos.parquet", _rooted(SECRET[3]), "", "nowhere.arrow"))}
+        ]
         (root / "state.json").write_text(json.dumps(state))
     elif rng.random() < 0.5:
         mutate_file(rng.choice(sorted(root.iterdir())), rng, 500)
@@ -266,7 +353,9 @@ def _npz(rng: Random) -> str:
     elif way == 1:
         shapes = ((0, 16, 16, 3), (3, 16, 16), (2, 16, 16, 4), (1, 1, 1, 3), (2, 16, 16, 3), ())
         kinds = (np.uint8, np.float32, np.int64, np.float64, bool, "U3")
-        np.savez(path, **{rng.choice(("arr_0", "mu", "sigma", "x", "é")): np.zeros(rng.choice(shapes), rng.choice(kinds))})
+        np.savez(
+            path, **{rng.choice(("arr_0", "mu", "sigma", "x", "é")): np.zeros(rng.choice(shapes), rng.choice(kinds))}
+        )
     elif way == 2:
         np.savez(path, arr_0=np.array([{"a": 1}, None], dtype=object), mu=np.zeros(4), sigma=np.full((4, 4), np.nan))
     elif rng.random() < 0.1:

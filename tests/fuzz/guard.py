@@ -12,13 +12,24 @@ from typing import Any
 MEMORY = 2 * 2**30  # bytes that a case may take
 SECONDS = 30.0  # and how long
 _PROCESSES = {
-    *("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile"),
+    *(
+        "subprocess.Popen",
+        "os.system",
+        "os.exec",
+        "os.fork",
+        "os.forkpty",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.startfile",
+    ),
     *("os.kill", "os.killpg", "pty.spawn"),
 }
 _CALLS = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = {  # how many of the first arguments are paths that change
-    **dict.fromkeys(("os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.truncate", "os.utime", "os.setxattr"), 1),
+    **dict.fromkeys(
+        ("os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.truncate", "os.utime", "os.setxattr"), 1
+    ),
     **dict.fromkeys(("os.rename",), 2),
 }
 DEVICES = ("/dev/null", "/dev/shm/", "/proc/self/clear_refs")
@@ -94,7 +105,9 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):
             status = os.lstat(os.path.join(root, name))
-            found.append((os.path.join(root, name), status.st_size * (name in files), status.st_mtime_ns * (name in files)))
+            found.append(
+                (os.path.join(root, name), status.st_size * (name in files), status.st_mtime_ns * (name in files))
+            )
     return sorted(found)
 
 

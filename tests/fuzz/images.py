@@ -13,11 +13,42 @@ from .mutate import HUGE, misplace, mutate_bytes
 from .stock import photo
 
 MODES = (
-    "RGB", "RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "I;16B", "PA", "La", "RGBa",
+    "RGB",
+    "RGB",
+    "L",
+    "1",
+    "P",
+    "RGBA",
+    "LA",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "I",
+    "F",
+    "I;16",
+    "I;16B",
+    "PA",
+    "La",
+    "RGBa",
     "RGBX",
 )
 SUFFIXES = (
-    ".png", ".jpg", ".tif", ".webp", ".bmp", ".gif", ".eps", ".pdf", ".ico", ".psd", ".wmf", ".avif", ".jp2", ".heic", "",
+    ".png",
+    ".jpg",
+    ".tif",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".eps",
+    ".pdf",
+    ".ico",
+    ".psd",
+    ".wmf",
+    ".avif",
+    ".jp2",
+    ".heic",
+    "",
     ".txt",
 )
 
@@ -79,7 +110,9 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 def _options(form: str, image: Image.Image, rng: Random) -> dict:
     """What some formats can be told: several frames, turned by EXIF, tags, compression."""
     options: dict = {}
-    if form in ("GIF", "PNG", "WEBP", "TIFF", "MPO", "PDF") and rng.random() < 0.3:  # not AVIF, whose frames crash Pillow
+    if (
+        form in ("GIF", "PNG", "WEBP", "TIFF", "MPO", "PDF") and rng.random() < 0.3
+    ):  # not AVIF, whose frames crash Pillow
         options |= {"save_all": True, "append_images": [photo(k, image.size) for k in range(rng.choice((1, 5)))]}
     if form in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF") and rng.random() < 0.4:
         exif = Image.Exif()
@@ -87,7 +120,18 @@ def _options(form: str, image: Image.Image, rng: Random) -> dict:
         exif[0x010E] = "x" * rng.choice((0, 10, 60_000))
         options["exif"] = exif
     if form == "TIFF":
-        kinds = (None, "tiff_lzw", "jpeg", "tiff_adobe_deflate", "packbits", "group4", "group3", "tiff_ccitt", "zstd", "lzma")
+        kinds = (
+            None,
+            "tiff_lzw",
+            "jpeg",
+            "tiff_adobe_deflate",
+            "packbits",
+            "group4",
+            "group3",
+            "tiff_ccitt",
+            "zstd",
+            "lzma",
+        )
         options["compression"] = rng.choice(kinds)
         options["big_tiff"] = rng.random() < 0.2
     if form == "PNG" and rng.random() < 0.3:
@@ -141,7 +185,9 @@ def _crafted(rng: Random) -> bytes:
     elif extra:
         chunks.append((extra.encode(), rng.randbytes(rng.choice((0, 2, 6, 8, 40)))))
     chunks += [(b"IDAT", pixels), (b"IEND", b"")]
-    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 

@@ -27,7 +27,12 @@ def model(rng: Random) -> list[str]:
     source = str(folder)
     if rng.random() < 0.15:
         source = rng.choice(
-            (f"{folder}/gpt", f"{folder}/tokenizer", f"{folder}/tokenizer/checkpoints/32.pt", f"{folder}/gpt/config.json")
+            (
+                f"{folder}/gpt",
+                f"{folder}/tokenizer",
+                f"{folder}/tokenizer/checkpoints/32.pt",
+                f"{folder}/gpt/config.json",
+            )
         )
     rest = ["--device", "cpu", "--output", "out"]
     size = ["--num-tokens", "1"] if rng.random() < 0.7 else []
@@ -103,7 +108,9 @@ def damage_safetensors(path: Path, rng: Random) -> None:
             mutate_tree(header, rng)
         text = json.dumps(header).encode()
         path.write_bytes(
-            struct.pack("<Q", rng.choice((len(text), len(text), len(text), 2**40, 2**64 - 1, 0))) + text + content[8 + length :]
+            struct.pack("<Q", rng.choice((len(text), len(text), len(text), 2**40, 2**64 - 1, 0)))
+            + text
+            + content[8 + length :]
         )
         return
     shards = dict.fromkeys(header, "model-00001-of-00001.safetensors")
@@ -111,7 +118,9 @@ def damage_safetensors(path: Path, rng: Random) -> None:
         ("../../secret.png", "/dev/zero", "nowhere.safetensors", "", 1, None, "../tokenizer/model.safetensors")
     )
     path.rename(path.with_name("model-00001-of-00001.safetensors"))
-    path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": rng.choice((shards, [], {}, shards))}))
+    path.with_name("model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": rng.choice((shards, [], {}, shards))})
+    )
 
 
 def damage_checkpoint(path: Path, rng: Random) -> None:
@@ -133,7 +142,13 @@ def damage_checkpoint(path: Path, rng: Random) -> None:
         except Exception:  # damaged already
             return
     odd = (
-        None, 1, "x", torch.zeros(()), torch.zeros(3), torch.zeros(0), torch.full((4, 4), float("nan")),
+        None,
+        1,
+        "x",
+        torch.zeros(()),
+        torch.zeros(3),
+        torch.zeros(0),
+        torch.full((4, 4), float("nan")),
         torch.zeros(2, dtype=torch.int64),
     )
     odd += (
@@ -165,7 +180,14 @@ def _put_odd(value: Any, rng: Random, odd: tuple[Any, ...]) -> None:
         elif isinstance(value[key], torch.Tensor) and rng.random() < 0.5:
             part = value[key]
             value[key] = rng.choice(
-                (part.flatten()[:0], part.double(), part.half(), part.flatten(), part[None], torch.cat([part.flatten()] * 2))
+                (
+                    part.flatten()[:0],
+                    part.double(),
+                    part.half(),
+                    part.flatten(),
+                    part[None],
+                    torch.cat([part.flatten()] * 2),
+                )
             )
         else:
             value[key] = rng.choice(odd)
@@ -193,7 +215,13 @@ def _poison(path: Path, rng: Random, mark: Path) -> None:
 METADATA = {
     "architecture": (
         *("", "detailflow/residual", "detailflow/x", "timm/resnet10t", "timm/../x", "timm/", "torchvision/alexnet"),
-        *("torchvision/get_model", "os/system", "timm/vit_giant_patch14_dinov2", "torchvision/detection", "timm/hf-hub:a/b"),
+        *(
+            "torchvision/get_model",
+            "os/system",
+            "timm/vit_giant_patch14_dinov2",
+            "torchvision/detection",
+            "timm/hf-hub:a/b",
+        ),
         *("timm/local-dir:in", "é", "x" * 5000),
     ),
     "num_classes": ("0", "1", "5", "-1", "1e3", "9" * 5000, "99999", "٣", ""),
@@ -224,7 +252,9 @@ def network(rng: Random) -> list[str]:
         damage_safetensors(path, rng)
     if rng.random() < 0.05 and path.exists():
         misplace(path, rng)
-    source = rng.choice(("in/features.safetensors",) * 8 + ("in/model/gpt/model.safetensors", "in/model", "in/features.pt2"))
+    source = rng.choice(
+        ("in/features.safetensors",) * 8 + ("in/model/gpt/model.safetensors", "in/model", "in/features.pt2")
+    )
     return rng.choice(
         (
             ["evaluate", "samples", "in/photos", "in/photos.npz", "--size", "16", "--features", source, *rest],
@@ -278,8 +308,13 @@ def run(rng: Random) -> list[str]:
             mutate_file(path, rng)
     if rng.random() < 0.2:
         odd = (
-            "resume/step-99999999.pt", "resume/step-x.pt", "resume/.step-1.tmp", "resume/step-00000003.pt", ".lock",
-            "tensorboard", "pictures",
+            "resume/step-99999999.pt",
+            "resume/step-x.pt",
+            "resume/.step-1.tmp",
+            "resume/step-00000003.pt",
+            ".lock",
+            "tensorboard",
+            "pictures",
         )
         place = folder / rng.choice(odd)
         place.parent.mkdir(exist_ok=True)
@@ -334,7 +369,12 @@ def report(rng: Random) -> list[str]:
         misplace(path, rng)
     if rng.random() < 0.7:
         shutil.copytree("in/report", "in/other", symlinks=True, ignore=shutil.ignore_patterns("report.json"))
-        return ["evaluate", "compare", "in/report", rng.choice(("in/report", "in/report/report.json", "in/other", "in/sound"))]
+        return [
+            "evaluate",
+            "compare",
+            "in/report",
+            rng.choice(("in/report", "in/report/report.json", "in/other", "in/sound")),
+        ]
     shutil.copytree("in/report", "out", symlinks=True, ignore_dangling_symlinks=True, copy_function=_copy_plain)
     network = ["--features", "none", "--lpips", "none", "--num-tokens", "8", "--device", "cpu"]
     return ["evaluate", "tokenizer", "--model", "in/model", "--data", "in/photos", *network, "--output", "out"]

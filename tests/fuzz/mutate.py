@@ -18,9 +18,42 @@ from random import Random
 from typing import Any
 
 HUGE = (2**31 - 1, 2**32 - 1, 2**31, 65535, 32768, 2**24, 100_000, 0)
-NUMBERS = (-1, 0, 1, 2, 3, 7, 7.5, 1e-300, 10**6, 2**31, 2**63, 10**15, 10**40, 10**400, 1e308, float("nan"), float("inf"))
+NUMBERS = (
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    7.5,
+    1e-300,
+    10**6,
+    2**31,
+    2**63,
+    10**15,
+    10**40,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+)
 TEXTS = (
-    *("", " ", "8", "none", "cat", "é", "\U0001f4a5", "\udcff", "../../secret.png", "/dev/zero", "~", "~nobody/x", "a/b", "-1"),
+    *(
+        "",
+        " ",
+        "8",
+        "none",
+        "cat",
+        "é",
+        "\U0001f4a5",
+        "\udcff",
+        "../../secret.png",
+        "/dev/zero",
+        "~",
+        "~nobody/x",
+        "a/b",
+        "-1",
+    ),
     *("x" * 5000, "9" * 5000, "1e400", "nan", "inf", "0x10", "1_0", "٣", "%s", "{}", "a\nb", "\t", "bfloat16", "cpu"),
 )
 VALUES: tuple[Any, ...] = (None, True, False, *NUMBERS, *TEXTS, [], {}, [[1]], [None], {"a": 1}, {"": {}})
@@ -42,8 +75,13 @@ def attack(rng: Random, mark: Path) -> Attack:
     return Attack(
         *rng.choice(
             (
-                (os.system, f"touch {text}"), (exec, f"open({text!r}, 'w')"), (eval, f"open({text!r}, 'w')"),
-                (open, text, "w"), (os.mkdir, text), (shutil.copy, __file__, text), (subprocess.Popen, ["touch", text]),
+                (os.system, f"touch {text}"),
+                (exec, f"open({text!r}, 'w')"),
+                (eval, f"open({text!r}, 'w')"),
+                (open, text, "w"),
+                (os.mkdir, text),
+                (shutil.copy, __file__, text),
+                (subprocess.Popen, ["touch", text]),
             )
         )
     )
@@ -137,8 +175,19 @@ def mutate_json(text: str, rng: Random) -> bytes:
         return mutate_bytes(text.encode(), rng)
     if way < 0.9:
         return nested(*rng.choice((("[", "]"), ('{"a":', "}"))), rng).encode()
-    odd = ('{"a": %s}' % ("9" * 10_000), text.replace("{", "[", 1), text + text, f"\ufeff{text}", '"\\ud800"', "NaN", "", "[]")
-    return rng.choice((*(item.encode() for item in odd), text.encode("utf-16"), text.replace('"', '"\xe9').encode("latin-1")))
+    odd = (
+        '{"a": %s}' % ("9" * 10_000),
+        text.replace("{", "[", 1),
+        text + text,
+        f"\ufeff{text}",
+        '"\\ud800"',
+        "NaN",
+        "",
+        "[]",
+    )
+    return rng.choice(
+        (*(item.encode() for item in odd), text.encode("utf-16"), text.replace('"', '"\xe9').encode("latin-1"))
+    )
 
 
 # --- archives ------------------------------------------------------------------------------------------------------------
@@ -186,11 +235,26 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], rng: Random | None =
         if rng is None:
             return
         names = (
-            "../../written.png", "/tmp/written.png", "x.png", "x" * 400 + ".png", "b\udcff.png", "", ".", "a/b/c.png",
+            "../../written.png",
+            "/tmp/written.png",
+            "x.png",
+            "x" * 400 + ".png",
+            "b\udcff.png",
+            "",
+            ".",
+            "a/b/c.png",
             "0001.cls",
         )
         entry = tarfile.TarInfo(rng.choice(names))
-        kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE, tarfile.REGTYPE, b"Z")
+        kinds = (
+            tarfile.SYMTYPE,
+            tarfile.LNKTYPE,
+            tarfile.FIFOTYPE,
+            tarfile.CHRTYPE,
+            tarfile.DIRTYPE,
+            tarfile.REGTYPE,
+            b"Z",
+        )
         entry.type = rng.choice(kinds)
         entry.linkname = rng.choice(("../../secret.png", "/dev/zero", "x.png", "0000.png"))
         if entry.type == tarfile.REGTYPE:
@@ -204,7 +268,9 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], rng: Random | None =
 
 def misplace(path: Path, rng: Random) -> None:
     """Put something else in the place of a file or folder."""
-    way = rng.choice(("empty", "folder", "fifo", "loop", "dangling", "zero", "itself", "socket", "gone", "text", "above"))
+    way = rng.choice(
+        ("empty", "folder", "fifo", "loop", "dangling", "zero", "itself", "socket", "gone", "text", "above")
+    )
     other = path.with_name(f"{path.name[:200]}.before")
     path.rename(other)
     if way == "empty":

@@ -54,7 +54,9 @@ class Worker:
         self.stop()
         said = (self.folder / ("hang.txt" if hung else "stderr.txt")).read_text(errors="replace")[-3000:]
         fault = f"took over {SECONDS:.0f} seconds" if hung else f"ended the process ({code})"
-        where = next((part.partition("/detailflow/")[2] for part in said.splitlines() if "/src/detailflow/" in part), "?")
+        where = next(
+            (part.partition("/detailflow/")[2] for part in said.splitlines() if "/src/detailflow/" in part), "?"
+        )
         answer = json.loads((self.folder / "case.json").read_text())
         return answer | {"faults": [f"{fault} [{where}]"], "status": said, "seconds": SECONDS * hung}
 
@@ -64,7 +66,13 @@ class Worker:
         command = [sys.executable, "-m", "fuzz.worker", str(self.folder), str(self.stock)]
         with open(self.folder / "stderr.txt", "w") as stderr:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, env=environment(home)
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                cwd=ROOT,
+                env=environment(home),
             )
         self._since = 0
         if not self._line(START):
@@ -97,10 +105,15 @@ class Worker:
 def environment(home: Path) -> dict[str, str]:
     """This one's, with every cache below `home`, no network, no GPU, one thread."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_", "TORCH", "WANDB"))}
-    caches = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "TORCH_HOME", "MPLCONFIGDIR"), str(home))
+    caches = dict.fromkeys(
+        ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "TORCH_HOME", "MPLCONFIGDIR"), str(home)
+    )
     paths = os.pathsep.join(filter(None, (str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     switches = {
-        "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
         "MPLBACKEND": "agg",
     }
     return (

@@ -18,11 +18,22 @@ from detailflow.cli.main import main
 TINY = Path(__file__).parents[1] / "parity" / "tiny-32"  # in the published layout
 CLASSES = ("cat", "dog", "fish")
 SCHEDULE = {"num_tokens": 8, "group_size": 4, "causal_tokens": 4, "codebook_size": 32}
-LOOP = {"steps": 2, "batch_size": 4, "learning_rate": 0.001, "precision": "fp32", "trackers": [], "checkpoint_minutes": 0}
+LOOP = {
+    "steps": 2,
+    "batch_size": 4,
+    "learning_rate": 0.001,
+    "precision": "fp32",
+    "trackers": [],
+    "checkpoint_minutes": 0,
+}
 TOKENIZER = {
     "data": "in/photos",
     "model": {
-        **SCHEDULE, "image_size": 16, "patch_size": 8, "codebook_dim": 4, "encoder": {"width": 16, "depth": 1, "heads": 2},
+        **SCHEDULE,
+        "image_size": 16,
+        "patch_size": 8,
+        "codebook_dim": 4,
+        "encoder": {"width": 16, "depth": 1, "heads": 2},
         "decoder": {"width": 16, "depth": 1, "heads": 2},
     },
     "adversarial": 0.1,
@@ -37,7 +48,9 @@ def photo(number: int, size: tuple[int, int] = (37, 29)) -> Image.Image:
     image = Image.linear_gradient("L").resize(size)
     ramp = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     image = Image.merge("RGB", [image, ramp, image.point(lambda v: (v * (number + 2)) % 256)])
-    image.paste((255 * (number % 3 == 0), 255 * (number % 3 == 1), 255 * (number % 3 == 2)), (4, 4, 16 + number % 8, 14))
+    image.paste(
+        (255 * (number % 3 == 0), 255 * (number % 3 == 1), 255 * (number % 3 == 2)), (4, 4, 16 + number % 8, 14)
+    )
     return image
 
 

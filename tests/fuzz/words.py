@@ -11,13 +11,47 @@ from .mutate import misplace, mutate_bytes, mutate_tree, nested
 from .stock import EXTRACT, GPT, TOKENIZER
 
 WORDS = (
-    *("", " ", "0", "1", "2", "-1", "3", "0.5", "1e400", "-1e400", "nan", "inf", "-inf", "9" * 30, "-" + "9" * 30, "9" * 5000),
     *(
-        "1e3", "1_0", "0x10", "٣", "½", "é", "\U0001f4a5", "\udcff", "caf\udce9", "x" * 5000, "cat", "CAT", "ca", "dog,cat",
+        "",
+        " ",
+        "0",
+        "1",
+        "2",
+        "-1",
+        "3",
+        "0.5",
+        "1e400",
+        "-1e400",
+        "nan",
+        "inf",
+        "-inf",
+        "9" * 30,
+        "-" + "9" * 30,
+        "9" * 5000,
+    ),
+    *(
+        "1e3",
+        "1_0",
+        "0x10",
+        "٣",
+        "½",
+        "é",
+        "\U0001f4a5",
+        "\udcff",
+        "caf\udce9",
+        "x" * 5000,
+        "cat",
+        "CAT",
+        "ca",
+        "dog,cat",
         "none",
     ),
     *(
-        "null", "true", "off", "constant", "linear",
+        "null",
+        "true",
+        "off",
+        "constant",
+        "linear",
         "[1, 2",
         "[1, 2]",
         "{a: b}",
@@ -25,28 +59,90 @@ WORDS = (
         "!!python/object/apply:os.system [touch executed]",
     ),
     *(
-        "&a [*a, *a]", "*a", "- a", "~", "~nobody/x", "-", "--", "--help", "-h", "@file", "a=b", "a\nb", "\t", "%s",
-        "%(prog)s", "{}",
+        "&a [*a, *a]",
+        "*a",
+        "- a",
+        "~",
+        "~nobody/x",
+        "-",
+        "--",
+        "--help",
+        "-h",
+        "@file",
+        "a=b",
+        "a\nb",
+        "\t",
+        "%s",
+        "%(prog)s",
+        "{}",
     ),
     *(
-        "nowhere", "in/model", "in/photos", "in/photos.parquet", "in/tokens", "in/tokenizer.yaml", "in/photos/cat/0.png",
+        "nowhere",
+        "in/model",
+        "in/photos",
+        "in/photos.parquet",
+        "in/tokens",
+        "in/tokenizer.yaml",
+        "in/photos/cat/0.png",
         "in/run-gpt",
     ),
     *(
-        "/dev/zero", "/dev/null", "/dev/random", "/dev/stdin", "/dev/full", "/proc/self/mem", "/proc/self/environ",
-        "/etc/passwd", "/proc",
+        "/dev/zero",
+        "/dev/null",
+        "/dev/random",
+        "/dev/stdin",
+        "/dev/full",
+        "/proc/self/mem",
+        "/proc/self/environ",
+        "/etc/passwd",
+        "/proc",
     ),
     *(
-        "../../secret.png", "in/photos/cat/0.png/x", "in/photos/", "cpu", "cuda", "cuda:99", "cpu:-1", "quantum", "meta",
-        "mps", "xla",
+        "../../secret.png",
+        "in/photos/cat/0.png/x",
+        "in/photos/",
+        "cpu",
+        "cuda",
+        "cuda:99",
+        "cpu:-1",
+        "quantum",
+        "meta",
+        "mps",
+        "xla",
     ),
     *(
-        "float32", "bfloat16", "float16", "float64", "5GB", "1KB", "0GB", "9" * 9 + "TB", "png", "npz", "webdataset", "g1",
-        "all", "gP",
+        "float32",
+        "bfloat16",
+        "float16",
+        "float64",
+        "5GB",
+        "1KB",
+        "0GB",
+        "9" * 9 + "TB",
+        "png",
+        "npz",
+        "webdataset",
+        "g1",
+        "all",
+        "gP",
     ),
 )
 SMALL = (
-    "1", "2", "3", "0", "-1", "", "x", "0.5", "nan", "9" * 30, "9" * 5000, "-" + "9" * 30, "1e3", "٣", "[1]",
+    "1",
+    "2",
+    "3",
+    "0",
+    "-1",
+    "",
+    "x",
+    "0.5",
+    "nan",
+    "9" * 30,
+    "9" * 5000,
+    "-" + "9" * 30,
+    "1e3",
+    "٣",
+    "[1]",
 )  # of what takes time
 TREES: dict[str, Mapping[str, Any]] = {"tokenizer": TOKENIZER, "gpt": GPT, "extract": EXTRACT}
 
@@ -60,16 +156,47 @@ def settings(rng: Random) -> list[str]:
         misplace(path, rng)
     command = ["extract"] if name == "extract" else ["train", name]
     plan = ["--dry-run"] if name != "extract" and rng.random() < 0.2 else []
-    more = ["--config", "in/odd.yaml"] if rng.random() < 0.8 else ["--config", f"in/{name}.yaml", "--config", "in/odd.yaml"]
+    more = (
+        ["--config", "in/odd.yaml"]
+        if rng.random() < 0.8
+        else ["--config", f"in/{name}.yaml", "--config", "in/odd.yaml"]
+    )
     return [*command, *more, *plan, "--output", "out", "--device", "cpu"]
 
 
 SLOW = {
-    "steps", "batch_size", "workers", "classifier_epochs", "depth", "width", "image_size", "num_tokens", "codebook_size",
+    "steps",
+    "batch_size",
+    "workers",
+    "classifier_epochs",
+    "depth",
+    "width",
+    "image_size",
+    "num_tokens",
+    "codebook_size",
     "mlp",
 }
 SAFE = (
-    None, True, -1, 0, 1, 2, 3, 4, 7.5, 10**15, 10**40, 10**400, float("nan"), float("inf"), "", "8", "x", [], [1], {},
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    4,
+    7.5,
+    10**15,
+    10**40,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "",
+    "8",
+    "x",
+    [],
+    [1],
+    {},
     {"a": 1},
 )
 
@@ -94,20 +221,40 @@ def _yaml(tree: Mapping[str, Any], rng: Random) -> bytes:
         return nested(*rng.choice((("[", "]"), ("{a: ", "}"), ("- ", ""), ("? ", ""), ("!a ", ""))), rng).encode()
     odd = (
         *(
-            "", "[]", "a", "null", "---\n---\n", "data: !!python/object/apply:os.system [touch executed]\n", "!!binary x",
+            "",
+            "[]",
+            "a",
+            "null",
+            "---\n---\n",
+            "data: !!python/object/apply:os.system [touch executed]\n",
+            "!!binary x",
             "\ttab: 1",
         ),
         *(
-            "data: &a *a", "? [a]\n: b", "data: 2020-13-45", "data: 2001-01-01", "<<: 1", "data: !!int x",
-            "data: !!float ''", f"{sound}data: again\n",
+            "data: &a *a",
+            "? [a]\n: b",
+            "data: 2020-13-45",
+            "data: 2001-01-01",
+            "<<: 1",
+            "data: !!int x",
+            "data: !!float ''",
+            f"{sound}data: again\n",
         ),
         *(
-            "1: 2", "null: 1", "data: 0o999999999999999999", "data: 1:60:60", "data: " + "9" * 5000, f"\ufeff{sound}",
-            "%YAML 9.9\n---\na: 1", "data: !!set {a}",
+            "1: 2",
+            "null: 1",
+            "data: 0o999999999999999999",
+            "data: 1:60:60",
+            "data: " + "9" * 5000,
+            f"\ufeff{sound}",
+            "%YAML 9.9\n---\na: 1",
+            "data: !!set {a}",
         ),
     )
     text = rng.choice(odd)
-    return rng.choice((text.encode(), text.encode(), sound.encode("utf-16"), b"\xff" + sound.encode(), sound.encode() + b"\0"))
+    return rng.choice(
+        (text.encode(), text.encode(), sound.encode("utf-16"), b"\xff" + sound.encode(), sound.encode() + b"\0")
+    )
 
 
 def _changed(tree: Any, rng: Random) -> Any:
@@ -116,12 +263,29 @@ def _changed(tree: Any, rng: Random) -> Any:
         branches = [part for part in (tree, tree.get("model"), tree.get("loop")) if isinstance(part, dict)]
         branch = rng.choice(branches)
         names = (
-            *branch, "split", "seed", "init", "flip", "max_scale", "perceptual", "adversarial_network", "perceptual_network",
+            *branch,
+            "split",
+            "seed",
+            "init",
+            "flip",
+            "max_scale",
+            "perceptual",
+            "adversarial_network",
+            "perceptual_network",
             "keep",
         )
         names += (
-            "precision", "trackers", "warmup", "dropout", "ema", "planted_share", "mistakes", "streaming", "alignment",
-            "crops", "workers",
+            "precision",
+            "trackers",
+            "warmup",
+            "dropout",
+            "ema",
+            "planted_share",
+            "mistakes",
+            "streaming",
+            "alignment",
+            "crops",
+            "workers",
         )
         branch[rng.choice(names)] = rng.choice(SAFE)
         return tree
@@ -140,7 +304,9 @@ NETWORKS = (
 )
 VALUES = {  # of the options that take time or write; others get any of `WORDS`
     **dict.fromkeys(("--output", "--json"), OUTPUTS),
-    **dict.fromkeys(("--num", "--num-images", "--num-samples", "--batch-size", "--batch-sizes", "--size", "--repeats"), SMALL),
+    **dict.fromkeys(
+        ("--num", "--num-images", "--num-samples", "--batch-size", "--batch-sizes", "--size", "--repeats"), SMALL
+    ),
     "--loop.steps": ("0", "-1", "x", "1", ""),
     "--features": NETWORKS,
 }
@@ -151,8 +317,7 @@ COMMANDS = {
     "generate": (
         "--model in/model --num-tokens 1 --device cpu --output out",
         "--model --device --dtype --output --tokenizer --num --seed --num-images --format --batch-size --grid "
-        "--no-grid --progressive "
-        + SAMPLING,
+        "--no-grid --progressive " + SAMPLING,
     ),
     "classes": ("--model in/model", "--search --model"),
     "reconstruct": (
@@ -219,13 +384,19 @@ def line(rng: Random) -> list[str]:
         if way < 0.7:
             option = rng.choice(options.split())
             value = rng.choice(VALUES.get(option, WORDS))
-            argv += [option] if option in FLAGS and rng.random() < 0.8 else rng.choice(([option, value], [f"{option}={value}"]))
+            argv += (
+                [option]
+                if option in FLAGS and rng.random() < 0.8
+                else rng.choice(([option, value], [f"{option}={value}"]))
+            )
         elif way < 0.8:
             argv.insert(rng.randrange(len(argv) + 1), rng.choice(WORDS))
         elif way < 0.86 and argv:
             del argv[rng.randrange(len(argv))]
         elif way < 0.92:
-            argv += rng.choice((["--nonsense"], ["--nonsense", "x"], ["--help"], ["-h"], ["--"], ["-x"], ["--é=1"], ["--\udcff"]))
+            argv += rng.choice(
+                (["--nonsense"], ["--nonsense", "x"], ["--help"], ["-h"], ["--"], ["-x"], ["--é=1"], ["--\udcff"])
+            )
         else:
             rng.shuffle(argv)
     return [*command.split(), *argv]

@@ -42,7 +42,13 @@ def serve(folder: Path, stock: Path) -> None:
 def warm_up() -> None:
     """Import what cases need, as that takes seconds, and starts a process once: matplotlib looks for fonts."""
     for name in (
-        "datasets", "jsonargparse", "matplotlib.font_manager", "tensorboard", "torchmetrics.image", "torchvision", "yaml",
+        "datasets",
+        "jsonargparse",
+        "matplotlib.font_manager",
+        "tensorboard",
+        "torchmetrics.image",
+        "torchvision",
+        "yaml",
     ):
         with suppress(ImportError):
             import_module(name)
@@ -56,7 +62,14 @@ def run(number: int, folder: Path, stock: Path, guard: Guard) -> dict[str, Any]:
     (case / "in").mkdir(parents=True)
     os.chdir(case)
     answer: dict[str, Any] = {
-        "number": number, "kind": kind_of(number), "argv": [], "out": "", "err": "", "seconds": 0.0, "peak": 0, "resident": 0,
+        "number": number,
+        "kind": kind_of(number),
+        "argv": [],
+        "out": "",
+        "err": "",
+        "seconds": 0.0,
+        "peak": 0,
+        "resident": 0,
     }
     (folder / "case.json").write_text(json.dumps(answer))
     try:
@@ -72,7 +85,10 @@ def run(number: int, folder: Path, stock: Path, guard: Guard) -> dict[str, Any]:
     peak = peak_memory()
     forget_peak()
     resident = peak_memory()  # what the case has left behind, with all else
-    if "not enough memory" in err and answer["kind"] in ("settings", "line"):  # which may ask for any size, and were refused
+    if "not enough memory" in err and answer["kind"] in (
+        "settings",
+        "line",
+    ):  # which may ask for any size, and were refused
         peak, err = 0, err.rpartition("\n")[0].rpartition("\n")[2]
     faults = [*dict.fromkeys(found)]
     if os.path.lexists(case / "executed"):

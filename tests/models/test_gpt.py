@@ -10,7 +10,9 @@ from detailflow import DetailFlowGPT
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import GPTConfig, rotary_table, rotate
 
-CONFIG = GPTConfig(num_classes=3, width=32, depth=2, heads=2, num_tokens=16, group_size=4, causal_tokens=8, codebook_size=32)
+CONFIG = GPTConfig(
+    num_classes=3, width=32, depth=2, heads=2, num_tokens=16, group_size=4, causal_tokens=8, codebook_size=32
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,9 @@ def test_rotary_positions():
     (a, b), (cos, sin) = x.unflatten(-1, (8, 2)).unbind(-1), table.unbind(-1)
     turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
     torch.testing.assert_close(rotate(x, table), turned)
-    torch.testing.assert_close(torch.compile(rotate, backend="eager")(x, table), turned)  # the form that a compiler sees
+    torch.testing.assert_close(
+        torch.compile(rotate, backend="eager")(x, table), turned
+    )  # the form that a compiler sees
 
 
 def test_dropout_only_in_training(gpt: DetailFlowGPT):

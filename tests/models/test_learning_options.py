@@ -15,7 +15,15 @@ from detailflow.models.tokenizer import TokenizerConfig
 
 VIT = ViTConfig(32, 2, 2)
 PLAIN = TokenizerConfig(
-    VIT, VIT, image_size=32, patch_size=8, num_tokens=16, group_size=4, causal_tokens=8, codebook_size=64, codebook_dim=4
+    VIT,
+    VIT,
+    image_size=32,
+    patch_size=8,
+    num_tokens=16,
+    group_size=4,
+    causal_tokens=8,
+    codebook_size=64,
+    codebook_dim=4,
 )
 ALL = replace(PLAIN, linear_path=True, pixel_channels=8, absent_token=True)
 

@@ -26,7 +26,9 @@ def reference(width: int = WIDTH, heads: int = 2, depth: int = DEPTH):
     """transformers' whole SigLIP2, with its text tower and its pooling head, of random weights."""
     from transformers import Siglip2Config, Siglip2Model
 
-    vision = dict(hidden_size=width, intermediate_size=MLP, num_hidden_layers=depth, num_attention_heads=heads, patch_size=PATCH)
+    vision = dict(
+        hidden_size=width, intermediate_size=MLP, num_hidden_layers=depth, num_attention_heads=heads, patch_size=PATCH
+    )
     text = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=1000)
     model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +42,9 @@ def hidden_state(model, images: Tensor) -> Tensor:
     """transformers' last hidden state; it takes patches, a mask of those that are no padding, and the grids' rows and columns."""
     batch, _, height, width = images.shape
     rows, columns = height // PATCH, width // PATCH
-    patches = images.view(batch, 3, rows, PATCH, columns, PATCH).permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+    patches = (
+        images.view(batch, 3, rows, PATCH, columns, PATCH).permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+    )
     with torch.no_grad():
         grid = torch.tensor([rows, columns]).expand(batch, 2)
         return model.vision_model(patches, torch.ones(patches.shape[:2]), grid).last_hidden_state
@@ -105,7 +109,9 @@ def test_heads_follow_from_the_width(width: int, heads: int, tmp_path: Path):
     model = reference(width, heads, depth=1)
     model.save_pretrained(tmp_path)
     images = pixels(1, 3, 16, 16)
-    torch.testing.assert_close(SigLIP2.from_pretrained(tmp_path)(images), hidden_state(model, images), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        SigLIP2.from_pretrained(tmp_path)(images), hidden_state(model, images), atol=1e-4, rtol=0
+    )
 
 
 def test_the_first_layers(model, folder: Path):
@@ -221,7 +227,9 @@ def test_a_failed_download(monkeypatch: pytest.MonkeyPatch):
     assert f"could not download {SIGLIP2!r} from the Hugging Face hub (no route)" in error_of(SIGLIP2)
 
 
-@pytest.mark.parametrize("path", ["./nowhere", "/no/where", "a/b/c", "siglip2", "", "/" + "x" * 300, Path("owner/name")], ids=str)
+@pytest.mark.parametrize(
+    "path", ["./nowhere", "/no/where", "a/b/c", "siglip2", "", "/" + "x" * 300, Path("owner/name")], ids=str
+)
 def test_no_such_folder(path: str | Path):
     assert error_of(path) == f"there is no such folder or file: {str(path)!r}"
 
@@ -257,7 +265,11 @@ def test_a_file_of_something_else(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        (FC1, torch.zeros(MLP, WIDTH + 1), f"{FC1} in .* must be floats of shape (200, 128), not F32 of shape (200, 129)"),
+        (
+            FC1,
+            torch.zeros(MLP, WIDTH + 1),
+            f"{FC1} in .* must be floats of shape (200, 128), not F32 of shape (200, 129)",
+        ),
         (FC1, torch.zeros(MLP), "not F32 of shape (200,)"),
         (FC1, torch.zeros(MLP, WIDTH, dtype=torch.int8), "not I8 of shape (200, 128)"),
         ("vision_model.embeddings.position_embedding.weight", torch.zeros(196, WIDTH), "of shape (256, 128), not F32"),
@@ -295,7 +307,9 @@ def test_an_encoder_starts_from_the_first_layers(folder: Path, depth: int):
     start, fresh = encoder(depth=depth), encoder(depth=depth)
     parameters = dict(start.named_parameters())
     initialise_encoder(start, folder)
-    assert all(start.get_parameter(name) is parameter and parameter.requires_grad for name, parameter in parameters.items())
+    assert all(
+        start.get_parameter(name) is parameter and parameter.requires_grad for name, parameter in parameters.items()
+    )
     tower = SigLIP2.from_pretrained(folder, depth)
     images, seen = pixels(2, 3, 24, 32), []
     for block in tower.blocks:
@@ -328,7 +342,9 @@ def test_an_encoder_of_other_sizes(folder: Path, sizes: dict[str, int], message:
 
 
 def test_an_encoder_with_more_layers(folder: Path):
-    with pytest.raises(DetailFlowError, match=f"depth must be 1 to {DEPTH}, the number of layers in .*, not {DEPTH + 1}"):
+    with pytest.raises(
+        DetailFlowError, match=f"depth must be 1 to {DEPTH}, the number of layers in .*, not {DEPTH + 1}"
+    ):
         initialise_encoder(encoder(depth=DEPTH + 1), folder)
 
 

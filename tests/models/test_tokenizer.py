@@ -15,7 +15,15 @@ from detailflow.models.tokenizer import TokenizerConfig
 
 VIT = ViTConfig(32, 2, 2)
 CONFIG = TokenizerConfig(
-    VIT, VIT, image_size=32, patch_size=8, num_tokens=16, group_size=4, causal_tokens=8, codebook_size=64, codebook_dim=4
+    VIT,
+    VIT,
+    image_size=32,
+    patch_size=8,
+    num_tokens=16,
+    group_size=4,
+    causal_tokens=8,
+    codebook_size=64,
+    codebook_dim=4,
 )
 
 
@@ -95,7 +103,9 @@ def test_training_and_inference_attend_alike(tokenizer: DetailFlowTokenizer, ima
     """With gradients attention goes another way (`attend`): the same values."""
     with torch.no_grad():
         plain = tokenizer.encode_latents(tokenizer.encode_patches(images), 16)
-    torch.testing.assert_close(tokenizer.encode_latents(tokenizer.encode_patches(images), 16).detach(), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        tokenizer.encode_latents(tokenizer.encode_patches(images), 16).detach(), plain, atol=1e-5, rtol=0
+    )
 
 
 def test_codes_are_the_nearest(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
@@ -110,7 +120,9 @@ def test_codes_are_the_nearest(tokenizer: DetailFlowTokenizer, images: torch.Ten
 
 
 def test_patches_in_their_order():
-    image = torch.arange(2 * 4 * 6 * 3).view(2, 4, 6, 3).permute(0, 3, 1, 2).float()  # a pixel's values: row, column, channel
+    image = (
+        torch.arange(2 * 4 * 6 * 3).view(2, 4, 6, 3).permute(0, 3, 1, 2).float()
+    )  # a pixel's values: row, column, channel
     patches = patchify(image, 2)
     assert patches.shape == (2, 6, 12)
     assert patches[0, 1].tolist() == [6, 7, 8, 9, 10, 11, 24, 25, 26, 27, 28, 29]
@@ -172,7 +184,10 @@ def test_a_config_of_before(tokenizer: DetailFlowTokenizer, tmp_path: Path):
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (1, 3, 20, 32), (1, 3, 32, 0)])
 def test_wrong_images(tokenizer: DetailFlowTokenizer, shape: tuple[int, ...]):
-    for call in (tokenizer.encode, lambda x: tokenizer.encode_correction(x, 0, torch.zeros(shape[0], 1, dtype=torch.int64))):
+    for call in (
+        tokenizer.encode,
+        lambda x: tokenizer.encode_correction(x, 0, torch.zeros(shape[0], 1, dtype=torch.int64)),
+    ):
         with pytest.raises(
             DetailFlowError,
             match=r"images must be floats of shape .*, or with other multiples of 8 as sides, not ",
@@ -200,7 +215,9 @@ def test_pixels_out_of_range(tokenizer: DetailFlowTokenizer, low: float, high: f
     images = torch.zeros(2, 3, 32, 32, dtype=dtype)
     images[0, 0, 0, 0], images[1, 2, 3, 4] = low, high
     for call in (tokenizer.encode, lambda x: tokenizer.encode_correction(x, 0, torch.zeros(2, 1, dtype=torch.int64))):
-        with pytest.raises(DetailFlowError, match=r"pixels of images must be in \[-1, 1\], not .*: of bytes, take") as caught:
+        with pytest.raises(
+            DetailFlowError, match=r"pixels of images must be in \[-1, 1\], not .*: of bytes, take"
+        ) as caught:
             call(images)
         assert dtype == torch.bfloat16 or shown in str(caught.value)
 
@@ -302,7 +319,9 @@ def test_bfloat16(pipeline: DetailFlowPipeline, model: Path, images: torch.Tenso
     agreement = (ids == pipeline.tokenizer.encode(images)).float().mean()
     assert agreement > 0.6
     pixels = half.decode(pipeline.tokenizer.encode(images)).float()
-    torch.testing.assert_close(pixels, pipeline.tokenizer.decode(pipeline.tokenizer.encode(images)), atol=0.1, rtol=0.05)
+    torch.testing.assert_close(
+        pixels, pipeline.tokenizer.decode(pipeline.tokenizer.encode(images)), atol=0.1, rtol=0.05
+    )
     corrected = half.encode_correction(images.bfloat16(), 0, ids[:, :1])
     assert torch.equal(corrected[:, :1], ids[:, :1])
 
@@ -331,5 +350,7 @@ def test_rectangles(tokenizer: DetailFlowTokenizer):
 
 @pytest.mark.parametrize("size", [(24,), (24, 40, 8), (24, 20), (0, 8), (8.0, 8)])
 def test_rectangles_that_are_none(tokenizer: DetailFlowTokenizer, size: tuple):
-    with pytest.raises(DetailFlowError, match="size must be a positive multiple of 8 pixels, or .height, width. of such, not"):
+    with pytest.raises(
+        DetailFlowError, match="size must be a positive multiple of 8 pixels, or .height, width. of such, not"
+    ):
         tokenizer.decode(torch.zeros(1, 16, dtype=torch.int64), size)

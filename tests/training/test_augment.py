@@ -76,7 +76,10 @@ def test_the_ends_of_the_ranges():
     assert left.tolist() == [0] * 4 + list(range(1, 29)) and right.tolist() == [*range(5, 33)] + [0] * 4
     corner = torch.tensor([[1.0, 1, 0, 0, 0, 0, 0, 0, 1 - 2**-24, 0]])
     cut = diff_augment(torch.ones(1, 3, 32, 32), corner)[0, 0] == 0
-    assert cut.nonzero().amin(0).tolist() == [29, 0] and cut.nonzero().amax(0).tolist() == [31, 2]  # 6 wide, 3 of it outside
+    assert cut.nonzero().amin(0).tolist() == [29, 0] and cut.nonzero().amax(0).tolist() == [
+        31,
+        2,
+    ]  # 6 wide, 3 of it outside
 
 
 def test_a_share_of_the_batch_is_made_as_in_the_whole():
@@ -91,7 +94,9 @@ def test_gradients_go_back_to_the_images():
     draws[:, :3] = torch.tensor([[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 1, 1]])
     assert torch.autograd.gradcheck(lambda x: diff_augment(x, draws), images)
     (gradient,) = torch.autograd.grad(diff_augment(images, draws).sum(), images)
-    assert bool((gradient[3] == 0).any()) and bool((gradient[4] == 1).all())  # none through the cut, all through the plain
+    assert bool((gradient[3] == 0).any()) and bool(
+        (gradient[4] == 1).all()
+    )  # none through the cut, all through the plain
 
 
 def test_it_keeps_the_precision():

@@ -54,7 +54,9 @@ def plain_head(x: Tensor, head: nn.Module) -> Tensor:
         kernel = convolution.weight
         x = torch.cat((x[..., -4:], x, x[..., :4]), -1) if kernel.shape[-1] == 9 else x
         x = F.conv1d(x, kernel, convolution.bias)
-        mean, variance, scale, bias = (v[:, None] for v in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+        mean, variance, scale, bias = (
+            v[:, None] for v in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
         x = (x - mean) / (variance + 1e-5).sqrt() * scale + bias
         return x.clamp_min(0) + 0.2 * x.clamp_max(0)
 
@@ -188,11 +190,15 @@ def test_what_is_missing_is_said_in_one_sentence(weights: Path, tmp_path: Path, 
         raise OSError("no route to host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(DetailFlowError, match=r"get model.safetensors of timm/.*adversarial_network: patch \(.*no route to host"):
+    with pytest.raises(
+        DetailFlowError, match=r"get model.safetensors of timm/.*adversarial_network: patch \(.*no route to host"
+    ):
         DINODiscriminator()
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.setitem(sys.modules, "timm.data", None)
-    with pytest.raises(DetailFlowError, match=r"needs the package timm: install it with pip install 'detailflow\[train\]'"):
+    with pytest.raises(
+        DetailFlowError, match=r"needs the package timm: install it with pip install 'detailflow\[train\]'"
+    ):
         DINODiscriminator(str(weights))
 
 
@@ -264,7 +270,9 @@ def test_two_processes_have_the_statistics_of_both_halves(tmp_path: Path):
     expected = run_step(whole, batch())
     expected["eval"] = whole.eval()(batch()).detach()
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, __file__, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, __file__, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     try:
@@ -282,4 +290,6 @@ def test_two_processes_have_the_statistics_of_both_halves(tmp_path: Path):
             if name == "x.grad":  # of the sum of two means over halves, which is twice the mean over all
                 value = 2 * value
             torch.testing.assert_close(half[name], value, rtol=1e-4, atol=1e-5, msg=f"{name} of process {rank}")
-    assert not torch.allclose(run_step(network(), batch()[:3])["out"], expected["out"][:3], atol=1e-2)  # as one half alone gives
+    assert not torch.allclose(
+        run_step(network(), batch()[:3])["out"], expected["out"][:3], atol=1e-2
+    )  # as one half alone gives

@@ -137,7 +137,9 @@ def test_a_whole_prefix(folder: Path, tmp_path: Path):
 
     torch.manual_seed(0)
     vit = ViTConfig(16, 1, 2)
-    config = TokenizerConfig(vit, vit, 32, 16, num_tokens=2, group_size=1, causal_tokens=2, codebook_size=64, codebook_dim=4)
+    config = TokenizerConfig(
+        vit, vit, 32, 16, num_tokens=2, group_size=1, causal_tokens=2, codebook_size=64, codebook_dim=4
+    )
     DetailFlowTokenizer(config).save_pretrained(tmp_path / "model")
     store = run(folder, tmp_path / "model", tmp_path / "store", crops="two")
     at = (store.codes[:, :, INPUT] != store.codes[:, :, LABEL]).any((0, 1))
@@ -204,7 +206,9 @@ def test_wrong_settings():
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_going_on_with_other_settings(finished: bool, folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_going_on_with_other_settings(
+    finished: bool, folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def stopped(writer: TokenWriter) -> None:
         raise KeyboardInterrupt
 
@@ -245,7 +249,9 @@ def test_a_store_is_tied_to_its_tokenizer(tokens: Path, model: Path, tmp_path: P
         other.quantizer.codebook[0, 0] += 1e-3
     other.save_pretrained(tmp_path / "other")
     settings = dict(tokens=str(tokens), loop=LoopConfig(1, 4, 1e-3), width=32, depth=1, heads=2)
-    with pytest.raises(DetailFlowError, match="these tokens were made by another tokenizer than .*other; extract them again"):
+    with pytest.raises(
+        DetailFlowError, match="these tokens were made by another tokenizer than .*other; extract them again"
+    ):
         train_gpt(GPTTraining(tokenizer=str(tmp_path / "other"), **settings), tmp_path / "gpt", "cpu")  # type: ignore[arg-type]
     assert not (tmp_path / "gpt").exists()
     train_gpt(GPTTraining(tokenizer=str(model), **settings), tmp_path / "gpt", "cpu")  # type: ignore[arg-type]

@@ -105,8 +105,9 @@ def test_two_processes(cifar: Path, model: Path, tmp_path: Path, monkeypatch: py
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     command = [*launch, *extract_command(images, model), "--output", str(tmp_path / "store")]
     stopped = python(*command)
-    assert stopped.returncode != 0 and f"3 images can't be read, more than 1%: remove or replace them (the first: {bad[0]}" in (
-        stopped.stderr
+    assert (
+        stopped.returncode != 0
+        and f"3 images can't be read, more than 1%: remove or replace them (the first: {bad[0]}" in (stopped.stderr)
     )
     for path, content in zip(bad, kept, strict=True):
         path.write_bytes(content)

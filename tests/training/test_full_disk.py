@@ -21,12 +21,21 @@ MODEL = {
     "encoder": {"width": 16, "depth": 1, "heads": 2},
     "decoder": {"width": 16, "depth": 1, "heads": 2},
 }
-LOOP = {"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_minutes": 60, "pictures_every": 2, "log_every": 1}
+LOOP = {
+    "steps": 3,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "checkpoint_minutes": 60,
+    "pictures_every": 2,
+    "log_every": 1,
+}
 TOKENIZER = {"model": MODEL, "adversarial": 0, "perceptual": 0.1, "classifier_epochs": 1, "loop": LOOP}
 GPT = {"width": 16, "depth": 1, "heads": 2, "loop": LOOP}
 
 
-def with_little_room(folder: Path, size: str, command: list[str], filled: bool = False) -> subprocess.CompletedProcess[str]:
+def with_little_room(
+    folder: Path, size: str, command: list[str], filled: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run detailflow where `folder` is a file system of `size`; what is written there is gone afterwards."""
     folder.mkdir(parents=True)
     mount = f"mount -t tmpfs -o size={size} tmpfs {shlex.quote(str(folder))}"
@@ -40,7 +49,9 @@ def with_little_room(folder: Path, size: str, command: list[str], filled: bool =
     fill = f"head -c {size} /dev/zero > {shlex.quote(str(folder / 'full'))} && " if filled else ""
     run = shlex.join([sys.executable, "-m", "detailflow", *command])
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*space, f"{mount} && {fill}exec {run}"], capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(
+        [*space, f"{mount} && {fill}exec {run}"], capture_output=True, text=True, env=environment, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,4 +93,6 @@ def test_the_classifier_does_not_fit(commands: dict[str, list[str]], tmp_path: P
     output = tmp_path / "run"
     done = with_little_room(output, "64k", [*commands["tokenizer"], "--output", str(output)])
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1] == f"detailflow: error: cannot write {output}/features.pt: No space left on device"
+    assert (
+        done.stderr.splitlines()[-1] == f"detailflow: error: cannot write {output}/features.pt: No space left on device"
+    )

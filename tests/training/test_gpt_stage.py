@@ -45,7 +45,9 @@ def test_a_run_goes_on_whatever_the_groups(sizes: dict[str, int]):
 
 def test_the_same_classes_keep_their_rows(tmp_path: Path):
     """Also where two share a name, as ImageNet's cranes do."""
-    sizes = GPTConfig(3, 32, 1, 2, num_tokens=16, group_size=4, codebook_size=32, class_names=("crane", "heron", "crane"))
+    sizes = GPTConfig(
+        3, 32, 1, 2, num_tokens=16, group_size=4, codebook_size=32, class_names=("crane", "heron", "crane")
+    )
     model = DetailFlowGPT(sizes)
     torch.nn.init.normal_(model.class_embedding.weight)
     model.save_pretrained(tmp_path / "gpt")

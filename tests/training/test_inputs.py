@@ -155,11 +155,24 @@ def test_networks_in_files(here: Path):
     assert files_input("google/siglip2") is None is files_input(None)
 
 
-def test_stores_of_files_are_known_by_content(here: Path, cifar_table: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+def test_stores_of_files_are_known_by_content(
+    here: Path, cifar_table: Path, model: Path, capsys: pytest.CaptureFixture[str]
+):
     """The images' names in the store are those within their folder, be it given as a folder, a file or a pattern."""
     Path("a").mkdir()
     shutil.copy(cifar_table, "a/images.parquet")
-    extraction = ["extract", "--tokenizer", str(model), "--crops", "two", "--device", "cpu", "--output", "tokens", "--data"]
+    extraction = [
+        "extract",
+        "--tokenizer",
+        str(model),
+        "--crops",
+        "two",
+        "--device",
+        "cpu",
+        "--output",
+        "tokens",
+        "--data",
+    ]
     assert main([*extraction, "a/images.parquet"]) == 0
     shutil.move("a", "b")
     for data in ("b/images.parquet", str(here / "b" / "*.parquet"), "b"):

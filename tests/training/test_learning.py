@@ -66,7 +66,9 @@ def test_the_ar_model(tokenizer: Path, images: Path, tmp_path: Path):
     """What follows what in 64 images can be learnt by heart; chance is log K."""
     store = extract(Extraction(str(images), str(tokenizer), crops="two"), tmp_path / "tokens", "cpu")
     loop = LoopConfig(steps=150, batch_size=64, learning_rate=5e-3, precision="fp32", log_every=1000)
-    config = GPTTraining(str(tmp_path / "tokens"), str(tokenizer), loop, width=64, depth=2, heads=2, dropout=0.0, ema=0.9)
+    config = GPTTraining(
+        str(tmp_path / "tokens"), str(tokenizer), loop, width=64, depth=2, heads=2, dropout=0.0, ema=0.9
+    )
     train_gpt(config, tmp_path / "gpt", "cpu")
     ids, labels = torch.from_numpy(store.codes[:, 0, CLEAN].astype("int64")), torch.from_numpy(store.labels)
     model = DetailFlowGPT.from_pretrained(tmp_path / "gpt")

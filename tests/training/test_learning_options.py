@@ -17,7 +17,9 @@ from detailflow.training.config import LoopConfig, TokenizerTraining
 from detailflow.training.tokenizer import TokenizerNetworks, TokenizerStage, draw_present, tokenizer_optimizers
 
 VIT = ViTConfig(32, 2, 2)
-SIZES = dict(image_size=32, patch_size=8, num_tokens=16, group_size=4, causal_tokens=8, codebook_size=64, codebook_dim=4)
+SIZES = dict(
+    image_size=32, patch_size=8, num_tokens=16, group_size=4, causal_tokens=8, codebook_size=64, codebook_dim=4
+)
 MODEL = TokenizerConfig(VIT, VIT, **SIZES, linear_path=True, pixel_channels=8, absent_token=True)  # type: ignore[arg-type]
 
 

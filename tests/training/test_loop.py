@@ -78,7 +78,9 @@ def test_parts_of_a_batch():
     assert loop.images_at_once(Processes()) == 8 and loop.images_at_once(Processes(1, 4)) == 2
     with pytest.raises(DetailFlowError, match="a batch of 24 can't be shared evenly by 5 processes"):
         loop.images_at_once(Processes(0, 5))
-    with pytest.raises(DetailFlowError, match="accumulate must divide the images of each process, and 3 does not divide 4"):
+    with pytest.raises(
+        DetailFlowError, match="accumulate must divide the images of each process, and 3 does not divide 4"
+    ):
         loop.images_at_once(Processes(0, 6))
 
 
@@ -198,7 +200,9 @@ def test_settings_that_may_change_when_a_run_goes_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, -1])
-def test_a_truncated_one_gives_way_to_the_one_before(length: int, four: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_truncated_one_gives_way_to_the_one_before(
+    length: int, four: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     path = tmp_path / "resume" / "step-00000004.pt"
     path.write_bytes(path.read_bytes()[:length])
     step, state = load_checkpoint(tmp_path)

@@ -65,14 +65,18 @@ def test_perceptual_loss():
         a, b = a / np.linalg.norm(a, axis=1, keepdims=True), b / np.linalg.norm(b, axis=1, keepdims=True)
         expected += ((a - b) ** 2).sum(1).mean()
     assert float(perceptual_loss(ours, theirs)) == pytest.approx(expected, rel=1e-5)
-    assert float(perceptual_loss(ours, [3 * a for a in ours])) == pytest.approx(0, abs=1e-6)  # directions count, lengths don't
+    assert float(perceptual_loss(ours, [3 * a for a in ours])) == pytest.approx(
+        0, abs=1e-6
+    )  # directions count, lengths don't
 
 
 def test_hinge_losses():
     real, fake = noise(2, 1, 8, 8, seed=1) * 2, noise(2, 1, 8, 8, seed=2) * 2
     expected = (np.maximum(0, 1 - real.numpy()) + np.maximum(0, 1 + fake.numpy())).mean() / 2
     assert float(discriminator_loss(real, fake)) == pytest.approx(expected, rel=1e-6)
-    assert float(discriminator_loss(real, torch.cat((fake, fake)))) == pytest.approx(expected, rel=1e-6)  # whatever their number
+    assert float(discriminator_loss(real, torch.cat((fake, fake)))) == pytest.approx(
+        expected, rel=1e-6
+    )  # whatever their number
     assert float(generator_loss(fake)) == pytest.approx(-fake.numpy().mean(), rel=1e-5)
 
 
@@ -93,7 +97,9 @@ def stage(cifar: Path, output: Path, **settings: object) -> TokenizerStage:
     )  # fmt: skip
     loop = LoopConfig(steps=10, batch_size=6, learning_rate=1e-30, precision="fp32")
     values: dict = dict(adversarial=0.0, revive_every=0) | settings
-    return TokenizerStage(TokenizerTraining("images", model, loop, **values), open_images(cifar), output, torch.device("cpu"))
+    return TokenizerStage(
+        TokenizerTraining("images", model, loop, **values), open_images(cifar), output, torch.device("cpu")
+    )
 
 
 def find_seed(made: TokenizerStage, t: int, position: int | None) -> int:
@@ -107,7 +113,9 @@ def find_seed(made: TokenizerStage, t: int, position: int | None) -> int:
 
 
 @pytest.mark.parametrize(("t", "position"), [(16, 0), (16, 5), (16, 8), (12, 7), (8, 7), (3, 2), (1, None)])
-def test_a_step_is_what_the_public_contract_says(t: int, position: int | None, cifar: Path, images: torch.Tensor, tmp_path: Path):
+def test_a_step_is_what_the_public_contract_says(
+    t: int, position: int | None, cifar: Path, images: torch.Tensor, tmp_path: Path
+):
     """Method §4.1 to §4.4 for the pixel and quantization terms: clean and corrected, both decoded from t tokens."""
     made = stage(cifar, tmp_path, coarse_probability=0.9)
     model, schedule = made.model, made.model.schedule
@@ -177,7 +185,9 @@ def test_where_the_correction_pass_stops_gradients(cifar: Path, images: torch.Te
     assert not any(gradients(sequence[:, position : position + 4]).values())  # the wrong tokens are given
     corrected = sequence[:, position + 4 :]
     # nothing goes back through the codes that the correction pass is given
-    assert gradients(corrected) == dict(query_tokens=False, refined_tokens=True, refine=True, patch_embed=True, codebook=False)
+    assert gradients(corrected) == dict(
+        query_tokens=False, refined_tokens=True, refine=True, patch_embed=True, codebook=False
+    )
     assert gradients(encoded.codes[0])["codebook"] and gradients(encoded.codes[1])["codebook"]
     assert gradients(encoded.latents[1]) == gradients(corrected)
 
@@ -238,7 +248,10 @@ def test_the_whole_objective(cifar: Path, images: torch.Tensor, tmp_path: Path):
     teacher, head, model = made.teachers.features, made.networks.head, made.model
     assert teacher is made.teachers.alignment and head is not None
     first = model.quantizer.lookup(model.encode(images)[:, 0])  # the straight-through value is the code's
-    made_of_it, wanted = head(first).detach().double().numpy(), teacher.features(images)[-1].mean((2, 3)).double().numpy()
+    made_of_it, wanted = (
+        head(first).detach().double().numpy(),
+        teacher.features(images)[-1].mean((2, 3)).double().numpy(),
+    )
     cosine = (made_of_it * wanted).sum(1) / np.linalg.norm(made_of_it, axis=1) / np.linalg.norm(wanted, axis=1)
     for step in (2, 6, 9):
         scalars = {k: float(v) for k, v in made.step(step, (as_bytes(images), None), 1e-30).items()}

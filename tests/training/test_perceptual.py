@@ -170,7 +170,9 @@ def test_what_is_missing_is_said_in_one_sentence(weights: Path, tmp_path: Path, 
         with pytest.raises(DetailFlowError, match="perceptual loss.*VGG-16's weights") as caught:
             LPIPS(str(path))
         message = str(caught.value)
-        assert str(path) in message and "vgg16-397923af.pth" in message and go_without in message and "\n" not in message
+        assert (
+            str(path) in message and "vgg16-397923af.pth" in message and go_without in message and "\n" not in message
+        )
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("no route to host")
@@ -179,7 +181,9 @@ def test_what_is_missing_is_said_in_one_sentence(weights: Path, tmp_path: Path, 
     before = torch.hub.get_dir()
     torch.hub.set_dir(tmp_path / "hub")
     try:
-        with pytest.raises(DetailFlowError, match="can't be downloaded: get https.*vgg16-397923af.pth.*or perceptual: 0"):
+        with pytest.raises(
+            DetailFlowError, match="can't be downloaded: get https.*vgg16-397923af.pth.*or perceptual: 0"
+        ):
             LPIPS()
     finally:
         torch.hub.set_dir(before)
@@ -199,5 +203,7 @@ def test_without_a_file_it_comes_from_the_hub_cache(weights: Path, lpips: LPIPS)
 def test_a_missing_package_is_named(package: str, weights: Path, monkeypatch: pytest.MonkeyPatch):
     for name in {package, f"{package}.models"}:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DetailFlowError, match=rf"needs the package {package}: install it with pip install 'detailflow\[train\]'"):
+    with pytest.raises(
+        DetailFlowError, match=rf"needs the package {package}: install it with pip install 'detailflow\[train\]'"
+    ):
         LPIPS(str(weights))

@@ -62,7 +62,9 @@ def gpt_stage(loop: LoopConfig = LOOP, sizes: GPTConfig = GPT) -> GPTStage:
 
 
 def gpt_batch(sizes: GPTConfig = GPT, rows: int = 16) -> list[torch.Tensor]:
-    return [torch.zeros(shape, dtype=torch.long) for shape in ((rows,), (rows, sizes.num_tokens), (rows, sizes.num_tokens))]
+    return [
+        torch.zeros(shape, dtype=torch.long) for shape in ((rows,), (rows, sizes.num_tokens), (rows, sizes.num_tokens))
+    ]
 
 
 def size_of(*modules: nn.Module) -> int:
@@ -119,7 +121,9 @@ def test_an_ar_model_costs_what_is_known_of_it():
 
 
 def test_a_tokenizer_costs_what_is_known_of_it(cifar: Path):
-    config = TokenizerTraining(str(cifar), SIZES, replace(LOOP, precision="fp32"), adversarial=0.0, correction_share=0.0)
+    config = TokenizerTraining(
+        str(cifar), SIZES, replace(LOOP, precision="fp32"), adversarial=0.0, correction_share=0.0
+    )
     plan = plan_tokenizer(config, Processes())
     with torch.device("meta"):
         model = DetailFlowTokenizer(SIZES)
@@ -175,7 +179,9 @@ def tower(tmp_path: Path) -> Path:
 def test_networks_that_would_be_downloaded(cifar: Path, tower: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("detailflow.hub.fetch", None)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
-    config = TokenizerTraining(str(cifar), SIZES, LOOP, **PAPER, encoder_init="owner/name", alignment_network=str(tower))
+    config = TokenizerTraining(
+        str(cifar), SIZES, LOOP, **PAPER, encoder_init="owner/name", alignment_network=str(tower)
+    )
     plan = plan_tokenizer(config, Processes(count=4))
     assert plan.epochs == 100 / (200 // 16) and plan.tokens == 32
     networks = {network.name: network for network in plan.networks}

@@ -14,7 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from detailflow.cli.main import main
 
-LOOP = {"steps": 50, "batch_size": 4, "learning_rate": 3e-4, "precision": "fp32", "log_every": 1, "pictures_every": 1000}
+LOOP = {
+    "steps": 50,
+    "batch_size": 4,
+    "learning_rate": 3e-4,
+    "precision": "fp32",
+    "log_every": 1,
+    "pictures_every": 1000,
+}
 TOKENIZER = {
     "model": {
         "image_size": 32,
@@ -68,13 +75,19 @@ def assert_same(first: Path, second: Path, tolerance: float) -> None:
     ours, theirs = curves(first), curves(second)
     assert ours.keys() == theirs.keys() and len(ours["loss"]) == 50
     for name in ours:
-        allowed = tolerance * (10 if name.endswith("gradient_norm") else 1)  # the losses' derivatives feel rounding more
+        allowed = tolerance * (
+            10 if name.endswith("gradient_norm") else 1
+        )  # the losses' derivatives feel rounding more
         np.testing.assert_allclose(theirs[name], ours[name], rtol=allowed, atol=allowed, err_msg=name)
-    learnt = ours["pixel" if "pixel" in ours else "loss"][:, 1]  # a tokenizer's loss rises with the weights of its terms
+    learnt = ours["pixel" if "pixel" in ours else "loss"][
+        :, 1
+    ]  # a tokenizer's loss rises with the weights of its terms
     assert learnt[-10:].mean() < 0.95 * learnt[:10].mean()
     a, b = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=0, atol=20 * tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            b[name], a[name], rtol=0, atol=20 * tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "gpt"])

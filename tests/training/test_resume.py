@@ -30,7 +30,14 @@ TOKENIZER = {
     "classifier_epochs": 1,
     "adversarial_from": 0.2,  # so that the discriminator has a state to lose
     "revive_every": 4,  # and so has the count of the used codes
-    "loop": {"steps": 24, "batch_size": 8, "learning_rate": 1e-3, "pictures_every": 10, "log_every": 5, "checkpoint_minutes": 0},
+    "loop": {
+        "steps": 24,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "pictures_every": 10,
+        "log_every": 5,
+        "checkpoint_minutes": 0,
+    },
 }
 GPT = {"width": 32, "depth": 2, "heads": 2, "loop": TOKENIZER["loop"]}
 
@@ -76,7 +83,11 @@ def weights(output: Path) -> bytes:
 
 @pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
 def test_killed_and_started_again(
-    stage: str, commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stage: str,
+    commands: dict[str, list[str]],
+    finished: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     """SIGKILL at a random moment; the same command ends with the same weights, bit for bit."""
     output = tmp_path / "run"
@@ -111,7 +122,11 @@ def test_killed_ten_times(stage: str, commands: dict[str, list[str]], finished: 
 
 @pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.slow), "gpt"])
 def test_a_damaged_checkpoint(
-    stage: str, commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stage: str,
+    commands: dict[str, list[str]],
+    finished: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     """Stopped after some steps, the newest checkpoint then cut short: the one before leads to the same weights."""
     output = tmp_path / "run"
@@ -183,7 +198,9 @@ def test_a_finished_run(
     output = finished[stage]
     assert [p.name for p in sorted((output / "resume").iterdir())] == ["step-00000023.pt", "step-00000024.pt"]
     kinds = {"tokenizer": ("reconstructions", "mistakes"), "gpt": ("samples",)}[stage]
-    assert {p.stem for p in (output / "pictures").iterdir()} == {f"{kind}-{s:08d}" for kind in kinds for s in (10, 20, 24)}
+    assert {p.stem for p in (output / "pictures").iterdir()} == {
+        f"{kind}-{s:08d}" for kind in kinds for s in (10, 20, 24)
+    }
     before = contents(output)
     assert main([*commands[stage], str(output)]) == 0
     what = {"tokenizer": "tokenizer", "gpt": "AR model"}[stage]

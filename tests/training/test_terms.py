@@ -43,7 +43,9 @@ def test_the_hinge():
     loss = discriminator_loss(real, fake)
     assert loss.item() == pytest.approx((3 + 0.5 + 0 + 0 + 1.5 + 3) / 6)
     loss.backward()
-    assert (real.grad * 6).tolist() == pytest.approx([-1, -1, 0]) and (fake.grad * 6).tolist() == pytest.approx([0, 1, 1])
+    assert (real.grad * 6).tolist() == pytest.approx([-1, -1, 0]) and (fake.grad * 6).tolist() == pytest.approx(
+        [0, 1, 1]
+    )
     fake.grad = None
     generator_loss(fake).backward()
     assert fake.grad.tolist() == pytest.approx([-1 / 3] * 3)

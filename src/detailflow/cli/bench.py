@@ -9,7 +9,9 @@ from detailflow.errors import DetailFlowError
 def parser() -> Parser:
     """The command's options."""
     result = Parser("bench", "", "Time a model on this machine: one table, with the machine's ceilings above it.")
-    result.add_argument("--random-weights", action="store_true", help="a zoo model's sizes without its weights: no download")
+    result.add_argument(
+        "--random-weights", action="store_true", help="a zoo model's sizes without its weights: no download"
+    )
     result.add_argument(
         "--batch-sizes", type=positive, nargs="+", default=[1, 8], metavar="N", help="images at once (default: 1 8)"
     )
@@ -17,7 +19,9 @@ def parser() -> Parser:
         "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES[:2]), metavar="TYPE",
         help=f"of {', '.join(DTYPES)} (default: the first two)",
     )  # fmt: skip
-    result.add_argument("--compile", action="store_true", help="time the compiled engine too (minutes to compile on a CPU)")
+    result.add_argument(
+        "--compile", action="store_true", help="time the compiled engine too (minutes to compile on a CPU)"
+    )
     result.add_argument("--no-naive", action="store_true", help="leave out the loop without a cache")
     result.add_argument(
         "--other", type=expanded, metavar="FILE.py:F", help="time another implementation too: images = F(class_ids)"

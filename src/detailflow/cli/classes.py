@@ -10,7 +10,9 @@ from detailflow.labels import ClassLabels, default_names
 
 def parser() -> Parser:
     """The command's options."""
-    result = Parser("classes", "[--search WORD]", "List a model's classes: number, WordNet id where there is one, and names.")
+    result = Parser(
+        "classes", "[--search WORD]", "List a model's classes: number, WordNet id where there is one, and names."
+    )
     result.add_argument("--search", metavar="WORD", help="only the classes with WORD in a name")
     result.add_argument(
         "--model", type=expanded, help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)"

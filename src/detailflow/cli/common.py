@@ -68,16 +68,24 @@ def add_model_options(parser: argparse.ArgumentParser, tokenizer: bool = False, 
         "--model", type=expanded, help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)"
     )
     if tokenizer:
-        group.add_argument("--tokenizer", type=expanded, metavar="MODEL", help="where the tokenizer is, if not with the model")
+        group.add_argument(
+            "--tokenizer", type=expanded, metavar="MODEL", help="where the tokenizer is, if not with the model"
+        )
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
     if dtype:
-        group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], metavar="TYPE", help=f"one of {', '.join(DTYPES)}")
+        group.add_argument(
+            "--dtype", choices=DTYPES, default=DTYPES[0], metavar="TYPE", help=f"one of {', '.join(DTYPES)}"
+        )
 
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
     """--output."""
     parser.add_argument(
-        "--output", type=expanded_path, default=Path("outputs"), metavar="DIR", help="where to write (default: %(default)s)"
+        "--output",
+        type=expanded_path,
+        default=Path("outputs"),
+        metavar="DIR",
+        help="where to write (default: %(default)s)",
     )
 
 

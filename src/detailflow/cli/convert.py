@@ -13,13 +13,24 @@ def parser() -> Parser:
         "Write a model, or a tokenizer and its AR model, as safetensors or in the published layout.",
     )
     result.add_argument(
-        "source", type=expanded, metavar="SOURCE", help="a folder, checkpoint (.pt), hub name or zoo name like detailflow-16"
+        "source",
+        type=expanded,
+        metavar="SOURCE",
+        help="a folder, checkpoint (.pt), hub name or zoo name like detailflow-16",
     )
     add_output_option(result)
-    result.add_argument("--to", choices=("detailflow", "published"), default="detailflow", help="layout (default: %(default)s)")
-    result.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"one of {', '.join(DTYPES)} (default: as it is)")
-    result.add_argument("--variant", choices=("ema", "model"), default="ema", help="weights of an AR model (default: ema)")
-    result.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: %(default)s)")
+    result.add_argument(
+        "--to", choices=("detailflow", "published"), default="detailflow", help="layout (default: %(default)s)"
+    )
+    result.add_argument(
+        "--dtype", choices=DTYPES, metavar="TYPE", help=f"one of {', '.join(DTYPES)} (default: as it is)"
+    )
+    result.add_argument(
+        "--variant", choices=("ema", "model"), default="ema", help="weights of an AR model (default: ema)"
+    )
+    result.add_argument(
+        "--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: %(default)s)"
+    )
     return result
 
 
@@ -35,10 +46,14 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.published import KIND_NAMES
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    before = {path for path in (args.output, args.output / "tokenizer", args.output / "gpt") if (path / CONFIG_FILE).exists()}
+    before = {
+        path for path in (args.output, args.output / "tokenizer", args.output / "gpt") if (path / CONFIG_FILE).exists()
+    }
     written = convert(args.source, args.output, args.to, dtype, args.variant, args.shard_size)
     for kind, path in written.items():
         files = [*path.glob("model*.safetensors")] if args.to == "detailflow" else [*path.glob("checkpoints/*.pt")]
         instead = ", in place of the model that was there" if path in before else ""
-        print(f"wrote {KIND_NAMES[kind]} to {path} ({sum(file.stat().st_size for file in files) / 1e6:.1f} MB){instead}")
+        print(
+            f"wrote {KIND_NAMES[kind]} to {path} ({sum(file.stat().st_size for file in files) / 1e6:.1f} MB){instead}"
+        )
     return 0

@@ -24,7 +24,9 @@ def parser() -> Parser:
         "Say what training, extraction and evaluation would read: images, classes, splits and sizes, what is left aside and "
         "why, unreadable files and duplicates. Reads every image. The exit status is 2 if they cannot be used.",
     )
-    result.add_argument("data", type=expanded, metavar="DATA", help="a folder, parquet or WebDataset files, or a hub name")
+    result.add_argument(
+        "data", type=expanded, metavar="DATA", help="a folder, parquet or WebDataset files, or a hub name"
+    )
     result.add_argument("--split", help="of the data, if there are several (default: train)")
     result.add_argument("--image-column", default="image", metavar="NAME", help="of parquet files and hub data sets")
     result.add_argument("--label-column", default="label", metavar="NAME", help="of these, and of metadata files")
@@ -94,7 +96,11 @@ def _text(source: "ImageSource", found: "Examined", splits: dict[str, int | None
     notes = source.notes
     yield source.summary
     if len(splits) > 1:
-        yield from ("", "splits", *(f"  {name}  {'not readable' if n is None else f'{n:,}'}" for name, n in splits.items()))
+        yield from (
+            "",
+            "splits",
+            *(f"  {name}  {'not readable' if n is None else f'{n:,}'}" for name, n in splits.items()),
+        )
     if source.class_names != ("image",):
         longest = max(map(len, source.counts))
         yield from ("", "classes", *(f"  {name.ljust(longest)}  {count:,}" for name, count in source.counts.items()))
@@ -106,7 +112,9 @@ def _text(source: "ImageSource", found: "Examined", splits: dict[str, int | None
         reason = f" ({why(kind)})" if why(kind) else ""
         yield from _listed(f"left aside: {len(names):,} {plural(kind) if len(names) != 1 else kind}{reason}", names)
     yield from _listed(f"unreadable: {len(found.unreadable):,}", list(found.unreadable.values()))
-    yield from _listed(f"the same file several times: {len(found.duplicates):,}", [" = ".join(g) for g in found.duplicates])
+    yield from _listed(
+        f"the same file several times: {len(found.duplicates):,}", [" = ".join(g) for g in found.duplicates]
+    )
     yield from _listed("warnings", notes.warnings)
     if notes.question:
         yield from ("", notes.question)

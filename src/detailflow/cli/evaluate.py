@@ -63,17 +63,29 @@ def main(argv: Sequence[str]) -> int:
 def tokenizer_parser() -> Parser:
     """The options of `evaluate tokenizer`."""
     result = Parser(
-        "evaluate tokenizer", "--data DATA --output DIR", "rFID, PSNR, SSIM, LPIPS and codebook usage of reconstructions."
+        "evaluate tokenizer",
+        "--data DATA --output DIR",
+        "rFID, PSNR, SSIM, LPIPS and codebook usage of reconstructions.",
     )
     _add_data(result, "--data", "images to rebuild: a folder, parquet, WebDataset or a hub name")
     result.add_argument("--num-images", type=positive, metavar="N", help="only N images, spread over the set")
-    result.add_argument("--num-tokens", type=positive, nargs="+", metavar="N", help="rebuild from N tokens (default: 1, 2, 4, …)")
-    result.add_argument("--size", type=positive, nargs="+", metavar="S", help="decode at side S (default: each N's own)")
     result.add_argument(
-        "--mistakes-at", nargs="+", default=[], metavar="P", help="mistakes at token P, in group gP, or all: each but the last"
+        "--num-tokens", type=positive, nargs="+", metavar="N", help="rebuild from N tokens (default: 1, 2, 4, …)"
+    )
+    result.add_argument(
+        "--size", type=positive, nargs="+", metavar="S", help="decode at side S (default: each N's own)"
+    )
+    result.add_argument(
+        "--mistakes-at",
+        nargs="+",
+        default=[],
+        metavar="P",
+        help="mistakes at token P, in group gP, or all: each but the last",
     )
     result.add_argument("--seed", type=int, default=0, help="of the mistakes (default: %(default)s)")
-    result.add_argument("--reference", type=expanded, metavar="SET", help="what rFID is to, in place of the images themselves")
+    result.add_argument(
+        "--reference", type=expanded, metavar="SET", help="what rFID is to, in place of the images themselves"
+    )
     result.add_argument(
         "--lpips", type=expanded, metavar="FILE", help="VGG-16's weights (default: downloaded); none leaves LPIPS out"
     )
@@ -85,11 +97,17 @@ def tokenizer_parser() -> Parser:
 
 def gpt_parser() -> Parser:
     """The options of `evaluate gpt`."""
-    result = Parser("evaluate gpt", "--reference SET --output DIR", "gFID, sFID, IS, precision and recall of generated images.")
+    result = Parser(
+        "evaluate gpt", "--reference SET --output DIR", "gFID, sFID, IS, precision and recall of generated images."
+    )
     _add_data(result, "--reference", "real images, or ADM's reference .npz")
-    result.add_argument("--num-samples", type=positive, default=50_000, metavar="N", help="images (default: %(default)s)")
+    result.add_argument(
+        "--num-samples", type=positive, default=50_000, metavar="N", help="images (default: %(default)s)"
+    )
     result.add_argument("--labels", default="balanced", metavar="HOW", help="balanced or random (default: %(default)s)")
-    result.add_argument("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="S", help="several show the spread")
+    result.add_argument(
+        "--seeds", "--seed", type=int, nargs="+", default=[0], metavar="S", help="several show the spread"
+    )
     result.add_argument("--keep-samples", action="store_true", help="leave the images in DIR/samples, as .npz")
     sweep = result.add_argument_group("sampling: all combinations (default: the model's own best values)")
     sweep.add_argument("--guidance-scale", type=float, nargs="+", default=[None], metavar="S", help="1 is no guidance")
@@ -97,7 +115,9 @@ def gpt_parser() -> Parser:
     sweep.add_argument("--temperature", type=float, nargs="+", default=[None], metavar="T", help="0 is argmax")
     sweep.add_argument("--top-k", type=TOP_K, nargs="+", default=[None], metavar="K", help="numbers, or off")
     sweep.add_argument("--top-p", type=TOP_P, nargs="+", default=[None], metavar="P", help="numbers, or off")
-    sweep.add_argument("--num-tokens", type=positive, nargs="+", default=[None], metavar="N", help="stop after N tokens")
+    sweep.add_argument(
+        "--num-tokens", type=positive, nargs="+", default=[None], metavar="N", help="stop after N tokens"
+    )
     _add_features(result)
     _add_output(result)
     add_model_options(result, tokenizer=True)
@@ -106,12 +126,18 @@ def gpt_parser() -> Parser:
 
 def samples_parser() -> Parser:
     """The options of `evaluate samples`."""
-    result = Parser("evaluate samples", "SAMPLES REFERENCE --output DIR", "FID, sFID, IS, precision and recall of two sets.")
-    result.add_argument("samples", type=expanded, metavar="SAMPLES", help="a folder, .npz, WebDataset, parquet or a hub name")
+    result = Parser(
+        "evaluate samples", "SAMPLES REFERENCE --output DIR", "FID, sFID, IS, precision and recall of two sets."
+    )
+    result.add_argument(
+        "samples", type=expanded, metavar="SAMPLES", help="a folder, .npz, WebDataset, parquet or a hub name"
+    )
     result.add_argument(
         "reference", type=expanded, metavar="REFERENCE", help="the same, or an .npz of ADM's reference statistics"
     )
-    result.add_argument("--size", type=positive, metavar="S", help="bring shorter sides to S, take the centre (default: as is)")
+    result.add_argument(
+        "--size", type=positive, metavar="S", help="bring shorter sides to S, take the centre (default: as is)"
+    )
     result.add_argument("--num-images", type=positive, metavar="N", help="only N of the samples, spread over the set")
     _add_features(result)
     _add_output(result)
@@ -124,7 +150,10 @@ def compare_parser() -> Parser:
     result = Parser("evaluate compare", "A B", "Print two reports beside each other: what is equal, and what differs.")
     for name in ("a", "b"):
         result.add_argument(
-            name, metavar=name.upper(), type=expanded_path, help="the output folder of an evaluation, or its report.json"
+            name,
+            metavar=name.upper(),
+            type=expanded_path,
+            help="the output folder of an evaluation, or its report.json",
         )
     return result
 
@@ -132,11 +161,15 @@ def compare_parser() -> Parser:
 def statistics_parser() -> Parser:
     """The options of `evaluate statistics`."""
     result = Parser(
-        "evaluate statistics", "SET --output FILE.npz", "Measure a set once, to give the file as --reference from then on."
+        "evaluate statistics",
+        "SET --output FILE.npz",
+        "Measure a set once, to give the file as --reference from then on.",
     )
     result.add_argument("set", type=expanded, metavar="SET", help="a folder, .npz, WebDataset, parquet or a hub name")
     _add_split(result)
-    result.add_argument("--size", type=positive, metavar="S", help="the model's: shorter sides to S, centres (default: as is)")
+    result.add_argument(
+        "--size", type=positive, metavar="S", help="the model's: shorter sides to S, centres (default: as is)"
+    )
     result.add_argument("--num-images", type=positive, metavar="N", help="only N images, spread over the set")
     _add_features(result)
     _add_batch_size(result)
@@ -166,7 +199,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_batch_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images at once (default: 64, or 256 on a GPU)")
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="images at once (default: 64, or 256 on a GPU)"
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -213,7 +248,9 @@ def _gpt(argv: Sequence[str], command: str, stack: ExitStack) -> None:
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "num_tokens")
     sweep = Sweep(**{name: getattr(args, name) for name in names})
-    pipeline = DetailFlowPipeline.from_pretrained(args.model, device=work.device, dtype=args.dtype, tokenizer=args.tokenizer)
+    pipeline = DetailFlowPipeline.from_pretrained(
+        args.model, device=work.device, dtype=args.dtype, tokenizer=args.tokenizer
+    )
     sweep.settings(pipeline)  # raises before anything is downloaded
     models = _claim(args, command, work, {"tokenizer": args.tokenizer or args.model, "gpt": args.model})
     reference = work.open(args.reference, pipeline.tokenizer.config.image_size, split=args.split)
@@ -232,7 +269,9 @@ def _samples(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     from detailflow.evaluation.samples import evaluate_samples
 
     models = _claim(args, command, work, {})
-    report = evaluate_samples(args.samples, args.reference, work, args.features, args.weights, args.size, args.num_images)
+    report = evaluate_samples(
+        args.samples, args.reference, work, args.features, args.weights, args.size, args.num_images
+    )
     _finish(args, report, command, work, models)
 
 
@@ -277,7 +316,9 @@ def _start(args: argparse.Namespace, stack: ExitStack) -> "Work":
     return work
 
 
-def _claim(args: argparse.Namespace, command: str, work: "Work", sources: "Mapping[Kind, str | None]") -> dict[str, Any]:
+def _claim(
+    args: argparse.Namespace, command: str, work: "Work", sources: "Mapping[Kind, str | None]"
+) -> dict[str, Any]:
     """What the report says of the models, once it is clear that its folder is free for it."""
     from detailflow.evaluation.report import claim, model_entry
 
@@ -289,7 +330,9 @@ def _claim(args: argparse.Namespace, command: str, work: "Work", sources: "Mappi
     return models
 
 
-def _finish(args: argparse.Namespace, report: "Report | None", command: str, work: "Work", models: Mapping[str, Any]) -> None:
+def _finish(
+    args: argparse.Namespace, report: "Report | None", command: str, work: "Work", models: Mapping[str, Any]
+) -> None:
     """Write the report with all that it was computed from, and show its tables."""
     if report is None:
         return

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from detailflow.cli.settings import parse
 
-SUMMARY = "Write the tokens of every image, with and without planted mistakes, to a token store for `detailflow train gpt`."
+SUMMARY = (
+    "Write the tokens of every image, with and without planted mistakes, to a token store for `detailflow train gpt`."
+)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -33,14 +33,23 @@ def parser() -> Parser:
     """The command's options."""
     result = Parser("generate", "[CLASS …]", "Make images of classes with an AR model and its tokenizer.")
     result.add_argument(
-        "classes", nargs="*", metavar="CLASS", help="names or numbers, as `detailflow classes` lists them (default: all)"
+        "classes",
+        nargs="*",
+        metavar="CLASS",
+        help="names or numbers, as `detailflow classes` lists them (default: all)",
     )
     result.add_argument("--num", type=positive, default=1, metavar="N", help="images per class (default: %(default)s)")
-    result.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default: %(default)s)")
-    result.add_argument("--num-tokens", type=int, metavar="N", help="stop after N tokens, for coarse images (default: all)")
+    result.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same images (default: %(default)s)"
+    )
+    result.add_argument(
+        "--num-tokens", type=int, metavar="N", help="stop after N tokens, for coarse images (default: all)"
+    )
     add_output_option(result)
     many = result.add_argument_group("many images, by one process or, with torchrun or accelerate launch, by several")
-    many.add_argument("--num-images", type=positive, metavar="N", help="N in all, of the classes in turn; again to go on")
+    many.add_argument(
+        "--num-images", type=positive, metavar="N", help="N in all, of the classes in turn; again to go on"
+    )
     many.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="of these N (default: %(default)s)")
     many.add_argument("--batch-size", type=positive, metavar="N", help="made at once (default: 32, or 128 on a GPU)")
     many.add_argument("--compile", action="store_true", help="compile first: minutes on a CPU, then faster")
@@ -69,7 +78,9 @@ def main(argv: Sequence[str]) -> int:
 
     processes = Processes.of_this_launch(cpu=args.device == "cpu") if args.num_images else Processes()
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    SamplingConfig(**{name: value for name, value in sampling.items() if value != OFF})  # raises before a large model is loaded
+    SamplingConfig(
+        **{name: value for name, value in sampling.items() if value != OFF}
+    )  # raises before a large model is loaded
     pipeline = DetailFlowPipeline.from_pretrained(
         args.model, device=processes.device or args.device, dtype=args.dtype, tokenizer=args.tokenizer
     )
@@ -88,7 +99,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.num_images and (args.progressive or args.num > 1):
         raise DetailFlowError("--num-images counts all images and makes no strips: leave out --num and --progressive")
     if args.num_images and args.num_images > LARGEST_SET:
-        raise DetailFlowError(f"--num-images must be at most {LARGEST_SET:,}, not {args.num_images:,}: make several sets")
+        raise DetailFlowError(
+            f"--num-images must be at most {LARGEST_SET:,}, not {args.num_images:,}: make several sets"
+        )
 
 
 def _many(
@@ -109,7 +122,9 @@ def _many(
         if args.num_images < batch_size:
             raise DetailFlowError(f"--compile is for batches of {batch_size}, and {args.num_images} images fill none")
         pipeline.compile(batch_size)
-    generate_many(pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling)
+    generate_many(
+        pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling
+    )
     if processes.is_main:
         print(f"wrote {len(labels)} images to {args.output}")
 
@@ -126,7 +141,9 @@ def _few(
 
     total, schedule = len(classes) * args.num, pipeline.tokenizer.schedule
     if total > LARGEST_SET:
-        raise DetailFlowError(f"--num must make at most {LARGEST_SET:,} images in all, not {total:,}: use several folders")
+        raise DetailFlowError(
+            f"--num must make at most {LARGEST_SET:,} images in all, not {total:,}: use several folders"
+        )
     check_no_set(args.output)
     num_tokens = schedule.check_count(args.num_tokens)
     counts = stage_counts(schedule, num_tokens) if args.progressive else [num_tokens]
@@ -147,7 +164,13 @@ def _few(
         for first in range(0, len(labels), BATCH_SIZE):
             batch = labels[first : first + BATCH_SIZE]
             made = pipeline.stream(
-                batch, first_image=first, seed=args.seed, num_tokens=num_tokens, counts=counts, progress=bar.update, **sampling
+                batch,
+                first_image=first,
+                seed=args.seed,
+                num_tokens=num_tokens,
+                counts=counts,
+                progress=bar.update,
+                **sampling,
             )
             stages = list(made)
             make_output(args.output)

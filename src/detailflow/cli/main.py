@@ -100,7 +100,9 @@ def _take_max_pixels(argv: list[str]) -> None:
 def _out_of_memory(error: Exception) -> bool:
     """Return whether it is Python's or one of torch's: on a CPU torch has no exception of its own for it."""
     text = str(error)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in text and "memory" in text)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate" in text and "memory" in text
+    )
 
 
 def _report(error: object) -> None:

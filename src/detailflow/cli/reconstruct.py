@@ -48,7 +48,11 @@ def parser() -> Parser:
     )  # fmt: skip
     result.add_argument("--whole", action="store_true", help="use the whole image in its own shape")
     result.add_argument(
-        "--num", type=positive, default=OF_A_SET, metavar="N", help="images of each folder or set (default: %(default)s)"
+        "--num",
+        type=positive,
+        default=OF_A_SET,
+        metavar="N",
+        help="images of each folder or set (default: %(default)s)",
     )
     add_output_option(result)
     add_model_options(result)
@@ -79,7 +83,9 @@ def main(argv: Sequence[str]) -> int:
 
     rows, counts = [], stage_counts(schedule)
     bad: list[DetailFlowError] = []
-    with tqdm(desc="reconstructing", total=len(inputs) * len(counts), delay=2, leave=False, disable=None, unit="picture") as bar:
+    with tqdm(
+        desc="reconstructing", total=len(inputs) * len(counts), delay=2, leave=False, disable=None, unit="picture"
+    ) as bar:
         for name, given in zip(names, inputs, strict=True):
             try:
                 image = given.read()
@@ -98,7 +104,10 @@ def main(argv: Sequence[str]) -> int:
     if not rows:
         raise bad[0]
     print(_table(["PSNR (dB) at tokens:", *map(str, counts)], rows))
-    print(f"wrote a strip and a reconstruction of {'each image' if len(rows) > 1 else 'it'} to {args.output}", file=sys.stderr)
+    print(
+        f"wrote a strip and a reconstruction of {'each image' if len(rows) > 1 else 'it'} to {args.output}",
+        file=sys.stderr,
+    )
     for problem in bad:
         print(f"left out: {problem}", file=sys.stderr)
     return 0
@@ -124,10 +133,13 @@ def _inputs(args: argparse.Namespace, fitted: "Callable[[Image.Image], Image.Ima
         total = len(source)
         if total > args.num:
             print(
-                f"{source.where}: {args.num:,} of its {total:,} images, evenly spread; --num {total} takes all", file=sys.stderr
+                f"{source.where}: {args.num:,} of its {total:,} images, evenly spread; --num {total} takes all",
+                file=sys.stderr,
             )
         for number in spread(total, args.num) if total > args.num else range(total):
-            result.append(_Input(_name_in(source, number, given), partial(_read, source, number, fitted), of_a_set=True))
+            result.append(
+                _Input(_name_in(source, number, given), partial(_read, source, number, fitted), of_a_set=True)
+            )
     return result
 
 

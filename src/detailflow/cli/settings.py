@@ -176,7 +176,9 @@ def explain(kind: type, command: str, message: str, can_plan: bool = False) -> s
     text = " ".join(message.split())
     if match := re.search(r"(?:Option |option |arguments: )'?(?:--)?([\w.-]+)'?", text):
         options = ["--config", "--output", "--device", "--max-pixels", *([DRY_RUN] if can_plan else [])]
-        return unknown("setting", match[1], [*options, *(name for name, _ in keys(kind))], f"see detailflow {command} --help")
+        return unknown(
+            "setting", match[1], [*options, *(name for name, _ in keys(kind))], f"see detailflow {command} --help"
+        )
     if match := re.search(r"required: (.*)", text):
         return f"settings are missing: {match[1]} (give them in --config FILE or as --KEY VALUE)"
     if match := re.search(r'Parser key "([\w.]+)": (.*)', text):

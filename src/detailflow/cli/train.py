@@ -64,7 +64,9 @@ def _gpt_sizes(source: str) -> dict[str, Any]:
     from detailflow.models.loading import config_from_dict
 
     config = config_from_dict(GPTConfig, hub.load_config(source, "gpt"), source)
-    return {key: getattr(config, key) for key in ("width", "depth", "heads", "dropout")} | {"sampling": asdict(config.sampling)}
+    return {key: getattr(config, key) for key in ("width", "depth", "heads", "dropout")} | {
+        "sampling": asdict(config.sampling)
+    }
 
 
 def _train_all(argv: Sequence[str]) -> None:
@@ -76,11 +78,19 @@ def _train_all(argv: Sequence[str]) -> None:
         "Train a tokenizer or an AR model (see `detailflow train tokenizer --help`, `detailflow train gpt --help`), "
         "or, with --data, all in a row: tokenizer, extraction, AR model. The same command goes on with an interrupted run.",
     )
-    parser.add_argument("--data", type=expanded, required=True, help="a folder of class subfolders, parquet, or a hub data set")
     parser.add_argument(
-        "--preset", choices=PRESETS, default=PRESETS[0], metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: the first)"
+        "--data", type=expanded, required=True, help="a folder of class subfolders, parquet, or a hub data set"
     )
-    parser.add_argument("--output", type=expanded_path, required=True, metavar="DIR", help="gets tokenizer/, tokens/ and gpt/")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default=PRESETS[0],
+        metavar="NAME",
+        help=f"one of {', '.join(PRESETS)} (default: the first)",
+    )
+    parser.add_argument(
+        "--output", type=expanded_path, required=True, metavar="DIR", help="gets tokenizer/, tokens/ and gpt/"
+    )
     parser.add_argument("--split", help="of the data, where it has several (default: train)")
     parser.add_argument("--tokenizer-steps", type=positive, metavar="N", help="in place of the preset's")
     parser.add_argument("--gpt-steps", type=positive, metavar="N", help="in place of the preset's")

@@ -101,12 +101,17 @@ def max_pixels() -> int:
     """
     text = os.environ.get(MAX_PIXELS_VARIABLE, str(MAX_PIXELS))
     if not (text.isascii() and text.isdecimal() and 0 < len(text) < 19 and int(text)):
-        raise DetailFlowError(f"the limit on pixels ({MAX_PIXELS_VARIABLE}) is {text!r}: it must be a positive whole number")
+        raise DetailFlowError(
+            f"the limit on pixels ({MAX_PIXELS_VARIABLE}) is {text!r}: it must be a positive whole number"
+        )
     return int(text)
 
 
 def load_rgb(
-    source: str | os.PathLike[str] | bytes, name: str | None = None, least: int | None = None, max_pixels: int | None = None
+    source: str | os.PathLike[str] | bytes,
+    name: str | None = None,
+    least: int | None = None,
+    max_pixels: int | None = None,
 ) -> Image.Image:
     """Read one image file (path) or its bytes as RGB.
 
@@ -147,7 +152,9 @@ def image_size(source: str | os.PathLike[str] | bytes, name: str) -> tuple[int, 
     with _opened(source, name) as file:
         try:
             with _open(file, max_pixels()) as image:
-                if image.format == "PNG":  # whose whole content Pillow would decode to see if EXIF data come after the pixels
+                if (
+                    image.format == "PNG"
+                ):  # whose whole content Pillow would decode to see if EXIF data come after the pixels
                     image.info.setdefault("exif", _png_exif(file))
                 turned = _orientation(image) >= 5
                 width, height = image.size
@@ -189,7 +196,9 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str) -> BinaryIO:
     except FileNotFoundError as error:
         raise DetailFlowError(f"{name} does not exist: give the path of an image file") from error
     except (OSError, ValueError) as error:
-        raise DetailFlowError(f"{name} cannot be opened ({getattr(error, 'strerror', None) or first_line(error)})") from error
+        raise DetailFlowError(
+            f"{name} cannot be opened ({getattr(error, 'strerror', None) or first_line(error)})"
+        ) from error
 
 
 def _open(file: BinaryIO, limit: int) -> Image.Image:

@@ -50,7 +50,9 @@ def examine(source: ImageSource) -> Examined:
     sizes: Counter[tuple[int, int]] = Counter()
     unreadable: dict[str, str] = {}
     names: dict[bytes, list[str]] = {}
-    with tqdm(_images(source), desc="reading", total=len(source), delay=2, leave=False, unit="img", dynamic_ncols=True) as bar:
+    with tqdm(
+        _images(source), desc="reading", total=len(source), delay=2, leave=False, unit="img", dynamic_ncols=True
+    ) as bar:
         for image in bar:
             if image.problem:
                 unreadable[image.name] = image.problem

@@ -25,7 +25,8 @@ _WORDS = "|".join(sorted(SPLITS, key=len, reverse=True))
 # train, Train2017, train_images, images-train; my_train and train-v2 if the other splits are called alike
 _AFFIX = r"(?:images?|imgs?|data|set|split|\d+)"
 _SPLIT_NAME = re.compile(
-    rf"(?P<before>(?:.*?[^a-z])??)(?:{_AFFIX}[-_. ]?)?(?P<word>{_WORDS})(?:[-_. ]?{_AFFIX})*(?P<after>(?:[^a-z].*)?)", re.DOTALL
+    rf"(?P<before>(?:.*?[^a-z])??)(?:{_AFFIX}[-_. ]?)?(?P<word>{_WORDS})(?:[-_. ]?{_AFFIX})*(?P<after>(?:[^a-z].*)?)",
+    re.DOTALL,
 )
 _WORD_WITHIN = re.compile(rf"(?P<before>.*?)(?P<word>{_WORDS})(?P<after>.*)", re.DOTALL)  # xtrain, Trainings
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -163,7 +164,9 @@ def _sorted_out(top: str, split: str | None, notes: Notes, metadata: list[str]) 
     _leave_others(top, files, {*images, *pictures, *metadata}, notes)
     if not images:
         holds = f"; it holds {notes.aside()}" if notes.left_aside else ""
-        raise DetailFlowError(f"{top} holds no images: put some there, in one subfolder per class if they have any{holds}")
+        raise DetailFlowError(
+            f"{top} holds no images: put some there, in one subfolder per class if they have any{holds}"
+        )
     return Found("folder", top, [Path(file) for file in images], notes, metadata, folders)
 
 
@@ -206,7 +209,10 @@ def _parsed(name: str, pattern: re.Pattern[str]) -> tuple[str, str] | None:
     """Return the split that a name means, and the letters before and after the word for it."""
     name = _IN_TWO_WORDS.sub(lambda match: "".join(filter(None, match.groups())), name.strip().lower())
     match = pattern.fullmatch(name)
-    return match and (SPLITS[match["word"]], "|".join("".join(_LETTERS.findall(match[part])) for part in ("before", "after")))
+    return match and (
+        SPLITS[match["word"]],
+        "|".join("".join(_LETTERS.findall(match[part])) for part in ("before", "after")),
+    )
 
 
 def _split_of(name: str) -> str | None:
@@ -283,7 +289,9 @@ def pick_split(where: str, names: dict[str, str], split: str | None, notes: Note
             raise DetailFlowError(f"{where} has no train split: choose one of {have}")
         raise DetailFlowError(f"{where} has no split {split!r}: it has {have}")
     if len(chosen) > 1:
-        raise DetailFlowError(f"{where} has several splits for {wanted}: choose one of {', '.join(map(printable, chosen))}")
+        raise DetailFlowError(
+            f"{where} has several splits for {wanted}: choose one of {', '.join(map(printable, chosen))}"
+        )
     notes.split = chosen[0].lower()
     return chosen[0]
 
@@ -330,7 +338,9 @@ def _walk(top: str, notes: Notes) -> tuple[list[str], tuple[str, ...]]:
             elif entry.is_symlink():
                 notes.leave("dangling link", within(entry.path, top))
                 if _suffix(entry.name) not in image_suffixes():  # perhaps a whole class
-                    notes.warnings.append(f"{entry.path} is a link to {_target(entry.path)}, which is not there: it is left out")
+                    notes.warnings.append(
+                        f"{entry.path} is a link to {_target(entry.path)}, which is not there: it is left out"
+                    )
             else:
                 notes.leave("special file", within(entry.path, top))
         if folder == top:

@@ -174,11 +174,17 @@ def _open_folder(found: Found, label_column: str) -> ImageSource:
     names = [name for name in classes if name is not None]
     for empty in sorted(set(found.folders).difference(names)):
         folder = os.path.join(top, empty)
-        if not any(problem.startswith((f"{folder} ", f"{folder}{os.sep}")) for problem in notes.warnings):  # said already
-            holds = sorted({kind for kind, files in notes.left_aside.items() if any(f.startswith(f"{empty}/") for f in files)})
+        if not any(
+            problem.startswith((f"{folder} ", f"{folder}{os.sep}")) for problem in notes.warnings
+        ):  # said already
+            holds = sorted(
+                {kind for kind, files in notes.left_aside.items() if any(f.startswith(f"{empty}/") for f in files)}
+            )
             inside = f" (it holds {', '.join(holds)})" if holds else ""
             question = f"; {notes.question}" if notes.question else ""
-            raise DetailFlowError(f"{folder} holds no images{inside}: put some there or remove this class subfolder{question}")
+            raise DetailFlowError(
+                f"{folder} holds no images{inside}: put some there or remove this class subfolder{question}"
+            )
     _ask_for_the_folder_below(top, names, found)
     return from_names(rows, names, top)
 
@@ -187,13 +193,17 @@ def _without_partial_metadata(found: Found) -> Found:
     """Leave metadata aside if there are images above it or beside its folder: it would make these vanish."""
     holders = {os.path.dirname(file) for file in found.metadata}
     folders = {file.parent for file in found.files}
-    outside = next((folder for folder in sorted(folders) if not holders.intersection(map(str, (folder, *folder.parents)))), None)
+    outside = next(
+        (folder for folder in sorted(folders) if not holders.intersection(map(str, (folder, *folder.parents)))), None
+    )
     if outside is None or not holders:
         return found
     for file in found.metadata:
         found.notes.leave(os.path.splitext(file)[1].lower(), within(file, found.where))
     metadata = found.metadata[0]
-    found.notes.warnings.append(f"{metadata} is left aside: it says nothing of images in other folders, such as {outside}")
+    found.notes.warnings.append(
+        f"{metadata} is left aside: it says nothing of images in other folders, such as {outside}"
+    )
     return found._replace(metadata=[])
 
 

@@ -80,7 +80,9 @@ class _Crops(Dataset[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]):
     """This process's share of whole batches of random crops: BatchKey → bytes (B, size, size, 3), labels (B,), what could
     not be read."""
 
-    def __init__(self, source: ImageSource, size: int, order: BatchOrder, share: slice, flip: bool, max_scale: float) -> None:
+    def __init__(
+        self, source: ImageSource, size: int, order: BatchOrder, share: slice, flip: bool, max_scale: float
+    ) -> None:
         self.source, self.size, self.order, self.share = source, size, order, share
         self.flip, self.max_scale = flip, max_scale
         self.least = side_for_crops(size, max_scale)

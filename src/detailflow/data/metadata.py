@@ -46,7 +46,9 @@ def read_labels(files: list[str], label_column: str, notes: Notes) -> dict[str, 
             continue
         notes.leave(os.path.splitext(file)[1], base)
         if alike := sorted(column for column in others if column.startswith(_LIKE_LABEL)):
-            notes.question = f"{base} has no column {label_column}: did you mean {alike[0]} (--label-column {alike[0]})?"
+            notes.question = (
+                f"{base} has no column {label_column}: did you mean {alike[0]} (--label-column {alike[0]})?"
+            )
     if not used and label_column != "label":
         raise DetailFlowError(
             f"no images have the label {label_column!r}: it would be a column beside file_name in metadata.csv or metadata.jsonl"
@@ -101,7 +103,9 @@ def _inside(folder: str, name: Any, where: str) -> str:
     if not isinstance(name, str):
         raise DetailFlowError(f"{where} has {name!r} as file_name, which is no text")
     path = os.path.normpath(os.path.join(folder, name))
-    if os.path.isabs(name) or os.path.commonpath((os.path.abspath(path), os.path.abspath(folder))) != os.path.abspath(folder):
+    if os.path.isabs(name) or os.path.commonpath((os.path.abspath(path), os.path.abspath(folder))) != os.path.abspath(
+        folder
+    ):
         raise DetailFlowError(f"{where} names {name}, which is not in the folder {folder}: give paths within it")
     return path
 

@@ -63,9 +63,14 @@ def read_footers(files: list[Path], image_column: str, label_column: str) -> lis
         if other.class_names != first.class_names:
             named = [_some_ordered(footer.class_names) for footer in (other, first)]
             said = f"names {'the' if other.class_names else 'no'} classes{' ' * bool(other.class_names)}{named[0]}"
-            raise DetailFlowError(f"{other.path} {said}, and {first.path} {named[1] or 'some'}: give all the same names")
+            raise DetailFlowError(
+                f"{other.path} {said}, and {first.path} {named[1] or 'some'}: give all the same names"
+            )
         if (other.labels, other.folder_label is None) != (first.labels, first.folder_label is None):
-            held = [footer.labels or ("its folder's" if footer.folder_label is not None else "no") for footer in (other, first)]
+            held = [
+                footer.labels or ("its folder's" if footer.folder_label is not None else "no")
+                for footer in (other, first)
+            ]
             raise DetailFlowError(
                 f"{other.path} has {held[0]} labels in column {label_column!r}, and {first.path} {held[1]}: give all the same"
             )
@@ -172,7 +177,9 @@ def _check_expansion(file: Path, metadata: Any, image_column: str) -> int:
             raise DetailFlowError(
                 f"{file} grows from {stored:,} bytes to {read:,} as it is read (row group {i}): store images as PNG or JPEG files"
             )
-        images = [c for c in columns if c.path_in_schema == image_column or c.path_in_schema.startswith(f"{image_column}.")]
+        images = [
+            c for c in columns if c.path_in_schema == image_column or c.path_in_schema.startswith(f"{image_column}.")
+        ]
         largest = max(largest, sum(c.total_uncompressed_size for c in images))
     return largest
 
@@ -210,8 +217,12 @@ class _ParquetRows:
             try:
                 self._arrays[file] = _mapped(self.copies[file])
             except (OSError, ValueError) as error:
-                raise DetailFlowError(f"{self.copies[file]} cannot be read, a copy of {self.files[file]}: start again") from error
-        return stored_image(self._arrays[file][row].as_py(), self.name(index), [os.path.dirname(self.files[file]) or "."], False)
+                raise DetailFlowError(
+                    f"{self.copies[file]} cannot be read, a copy of {self.files[file]}: start again"
+                ) from error
+        return stored_image(
+            self._arrays[file][row].as_py(), self.name(index), [os.path.dirname(self.files[file]) or "."], False
+        )
 
     def listing(self) -> Iterable[tuple[str | int, ...]]:
         return self._listing
@@ -325,7 +336,9 @@ def open_parquet(files: list[Path], image_column: str, label_column: str, notes:
         return labelled(rows, name_of(files), values, footers[0].class_names)
     folders = {file.parent.name for file in files}
     if len(folders) > 1 and notes is not None:
-        notes.question = f"its files are in folders ({some_names(folders)}), which give no labels: add a column {label_column!r}"
+        notes.question = (
+            f"its files are in folders ({some_names(folders)}), which give no labels: add a column {label_column!r}"
+        )
     return unlabelled(rows)
 
 
@@ -368,7 +381,10 @@ def stream_parquet(footers: list[ParquetFile], image_column: str, label_column: 
     datasets = import_datasets()
     fields = [(image_column, footers[0].images)] + ([(label_column, pyarrow.int64())] if label_column else [])
     features = datasets.Features.from_arrow_schema(pyarrow.schema(fields))
-    given = {"footers": footers, "columns": tuple(name for name, _ in fields)}  # a list would be shared out among processes
+    given = {
+        "footers": footers,
+        "columns": tuple(name for name, _ in fields),
+    }  # a list would be shared out among processes
     return datasets.IterableDataset.from_generator(_stream, features=features, gen_kwargs=given)
 
 

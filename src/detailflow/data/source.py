@@ -52,7 +52,9 @@ class ImageSource:
     def counts(self) -> dict[str, int]:
         """Class name → images. Two classes of one name count together."""
         result: dict[str, int] = {}
-        for name, count in zip(self.class_names, np.bincount(self.labels, minlength=len(self.class_names)), strict=True):
+        for name, count in zip(
+            self.class_names, np.bincount(self.labels, minlength=len(self.class_names)), strict=True
+        ):
             result[name] = result.get(name, 0) + int(count)
         return result
 
@@ -156,7 +158,9 @@ def file_sizes(files: Iterable[str | os.PathLike[str]], root: str | os.PathLike[
         try:
             yield file[start:].replace(os.sep, "/"), os.stat(file).st_size
         except OSError as error:
-            raise DetailFlowError(f"{file} cannot be read ({error.strerror}): it was there when the set was opened") from error
+            raise DetailFlowError(
+                f"{file} cannot be read ({error.strerror}): it was there when the set was opened"
+            ) from error
 
 
 def common_folder(files: Sequence[str]) -> str:

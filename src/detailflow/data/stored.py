@@ -46,7 +46,9 @@ def stored_image(value: Any, name: str, folders: Sequence[str], urls: bool) -> s
         path = os.path.realpath(os.path.join(folder, content))
         if path.startswith(os.path.join(folder, "")):
             return path
-    raise DetailFlowError(f"{name} names {_short(content)}, which is not in the folder of its set: no other file is read")
+    raise DetailFlowError(
+        f"{name} names {_short(content)}, which is not in the folder of its set: no other file is read"
+    )
 
 
 def _short(text: str) -> str:

@@ -125,7 +125,9 @@ class StreamSource:
         if self._label_column is None:
             return 0
         if not isinstance(record.label, int) or not 0 <= record.label < len(self.class_names):
-            raise DetailFlowError(f"{name} has the label {record.label!r}, not a number of the {len(self.class_names)} classes")
+            raise DetailFlowError(
+                f"{name} has the label {record.label!r}, not a number of the {len(self.class_names)} classes"
+            )
         return record.label
 
 
@@ -166,13 +168,17 @@ def open_stream(
             dataset = load_hub(name, split or "train", streaming=True)
             sizes = (dataset.info.splits or {}).get(split or "train")
             count = sizes.num_examples if sizes else None
-            listing = [(name, split or "train", str(dataset.info.version), str(dataset.info.download_checksums), str(sizes))]
+            listing = [
+                (name, split or "train", str(dataset.info.version), str(dataset.info.download_checksums), str(sizes))
+            ]
         else:
             dataset = _stream_shards(found.files, name)
             paths = [str(file) for file in found.files]
             listing = list(file_sizes(paths, common_folder(paths)))
         if dataset.features is None:
-            raise DetailFlowError(f"{name} doesn't say what its columns are, so it can't be streamed: leave streaming off")
+            raise DetailFlowError(
+                f"{name} doesn't say what its columns are, so it can't be streamed: leave streaming off"
+            )
         names = stored_names(name, dataset.features, label_column)
         pictures = [column for column, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
         if image_column == "image" and "__key__" in dataset.features and pictures:
@@ -190,10 +196,14 @@ def open_stream(
 def _stream_shards(files: list[Path], name: str) -> Any:
     datasets, paths = import_datasets(), [os.path.abspath(file) for file in files]
     if odd := next((path for path in paths if "::" in path or "://" in path), None):
-        raise DetailFlowError(f"{odd} cannot be streamed, since '::' stands for an address: rename it, or leave streaming off")
+        raise DetailFlowError(
+            f"{odd} cannot be streamed, since '::' stands for an address: rename it, or leave streaming off"
+        )
     try:
         with quiet(datasets, False):  # which takes paths for patterns
-            return datasets.load_dataset("webdataset", data_files=list(map(escape, paths)), split="train", streaming=True)
+            return datasets.load_dataset(
+                "webdataset", data_files=list(map(escape, paths)), split="train", streaming=True
+            )
     except Exception as error:
         raise DetailFlowError(f"{name} cannot be read ({first_line(error.__cause__ or error)})") from error
 
@@ -257,7 +267,9 @@ class StreamedBatches:
     def steps_per_epoch(self) -> int:
         """Raises DetailFlowError where the number of images is not known."""
         if self.source.num_images is None:
-            raise DetailFlowError(f"{self.source.name} doesn't say how many images it has: leave streaming off to know that")
+            raise DetailFlowError(
+                f"{self.source.name} doesn't say how many images it has: leave streaming off to know that"
+            )
         return max(1, self.source.num_images // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -299,7 +311,9 @@ class StreamedBatches:
             if image.crop is not None:
                 following = image
             if following is None:
-                raise DetailFlowError(f"{self.source.name} has only images in a row that can't be read ({made[0].problem})")
+                raise DetailFlowError(
+                    f"{self.source.name} has only images in a row that can't be read ({made[0].problem})"
+                )
             replaced.append(following)
         return replaced[::-1]
 

@@ -31,7 +31,9 @@ class _TableRows:
         return len(self.dataset)
 
     @cached_property
-    def _values(self) -> Any:  # kept, since finding a column takes longer the more chunks a table has: 0.1 ms in ImageNet's
+    def _values(
+        self,
+    ) -> Any:  # kept, since finding a column takes longer the more chunks a table has: 0.1 ms in ImageNet's
         return self.dataset.data.column(self.column)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,7 +150,9 @@ def open_saved(folder: str, image_column: str, label_column: str) -> ImageSource
             raise DetailFlowError(f"{folder} names {outside[0]}, which is not in it: no other file is read")
         for file in ("dataset_info.json", *files):
             if not os.path.isfile(path := os.path.join(folder, file)):  # reading a pipe may never end
-                raise DetailFlowError(f"{path} is {'no regular file' if os.path.exists(path) else 'missing'}: save the set again")
+                raise DetailFlowError(
+                    f"{path} is {'no regular file' if os.path.exists(path) else 'missing'}: save the set again"
+                )
         with quiet(datasets, False):
             dataset = datasets.load_from_disk(folder)
         counted = [(os.path.join(folder, file), _arrow_rows(os.path.join(folder, file))) for file in files]
@@ -175,7 +179,9 @@ def open_hub(name: str, split: str, image_column: str, label_column: str) -> Ima
     """Raises DetailFlowError where the dataset can't be opened, has no such columns, or labels that can't be."""
     dataset = load_hub(name, split)
     names = stored_names(name, dataset.features, label_column)
-    return _from_table(dataset, name, [(f"{name} {split}", len(dataset))], image_column, label_column, names, on_hub=True)
+    return _from_table(
+        dataset, name, [(f"{name} {split}", len(dataset))], image_column, label_column, names, on_hub=True
+    )
 
 
 def stored_names(where: str, features: Any, column: str) -> tuple[str, ...]:
@@ -216,7 +222,9 @@ def check_columns(where: str, features: Any, image_column: str, label_column: st
     require_columns(where, list(features), image_column, label_column)
     storage = str(features.arrow_schema.field(image_column).type)
     datasets = import_datasets()
-    if "binary" not in storage or not isinstance(features[image_column], datasets.Image | datasets.Value | dict):  # not videos
+    if "binary" not in storage or not isinstance(
+        features[image_column], datasets.Image | datasets.Value | dict
+    ):  # not videos
         raise DetailFlowError(f"{where} has no images in its column {image_column!r}: that column holds {storage}")
     kind = features.get(label_column)
     if kind is not None and type(kind).__name__ not in ("ClassLabel", "Value"):  # others may name files that are opened

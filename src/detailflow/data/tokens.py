@@ -56,7 +56,9 @@ class TokenStoreInfo:
             if type(value) is not int or value < 1:
                 raise DetailFlowError(f"A token store's {field} is {value!r}: it must be a positive whole number")
         if self.codebook_size > 65536:
-            raise DetailFlowError(f"A codebook of {self.codebook_size} codes does not fit a token store: it holds at most 65536")
+            raise DetailFlowError(
+                f"A codebook of {self.codebook_size} codes does not fit a token store: it holds at most 65536"
+            )
         if not self.class_names or not all(isinstance(name, str) for name in self.class_names):
             raise DetailFlowError("A token store's class_names must be a list of at least one name")
 
@@ -107,10 +109,14 @@ class TokenStore:
             fields = {name: manifest[name] for name in TokenStoreInfo.__dataclass_fields__}
             fields["class_names"] = tuple(fields["class_names"])
             images, per_chunk, checksums = (manifest[name] for name in ("images", "chunk_images", "chunks"))
-            if type(per_chunk) is not int or any(type(manifest[name]) is not int for name in ("labels_crc32", "ids_crc32")):
+            if type(per_chunk) is not int or any(
+                type(manifest[name]) is not int for name in ("labels_crc32", "ids_crc32")
+            ):
                 raise ValueError("chunk_images and checksums are whole numbers")
             if type(images) is not int or images < 1:
-                raise DetailFlowError(f"{directory / _MANIFEST} says that it holds {images!r} images: extract the tokens again")
+                raise DetailFlowError(
+                    f"{directory / _MANIFEST} says that it holds {images!r} images: extract the tokens again"
+                )
             if len(checksums) != -(-images // per_chunk):
                 raise ValueError(f"{len(checksums)} checksums")
             _require_size(directory / _IDS, manifest["ids_bytes"])
@@ -118,7 +124,9 @@ class TokenStore:
         except DetailFlowError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise DetailFlowError(f"{directory / _MANIFEST} is damaged ({error!r}): extract the tokens again") from error
+            raise DetailFlowError(
+                f"{directory / _MANIFEST} is damaged ({error!r}): extract the tokens again"
+            ) from error
 
     @property
     def fingerprint(self) -> str:
@@ -178,7 +186,12 @@ class TokenWriter:
     """
 
     def __init__(self, directory: Path, info: TokenStoreInfo, labels: np.ndarray, chunk_images: int) -> None:
-        self.directory, self.info, self.labels, self.chunk_images = directory, info, labels.astype(_LABEL_TYPE), chunk_images
+        self.directory, self.info, self.labels, self.chunk_images = (
+            directory,
+            info,
+            labels.astype(_LABEL_TYPE),
+            chunk_images,
+        )
         if len(labels) and (labels.min() < 0 or labels.max() >= len(info.class_names)):
             raise DetailFlowError(f"Labels must lie in 0 to {len(info.class_names) - 1}, the store's classes")
         self.chunks = -(-len(labels) // chunk_images)
@@ -229,7 +242,9 @@ class TokenWriter:
                 temporary.write_bytes(lines)
             with open_own(self.directory / _CODES, os.O_RDWR) as file:  # sparse until it is written
                 file.truncate(len(self.labels) * self.info.image_bytes)
-            for chunk, checksum in _checksums(self.directory / _CODES, self.chunk_images * self.info.image_bytes, records):
+            for chunk, checksum in _checksums(
+                self.directory / _CODES, self.chunk_images * self.info.image_bytes, records
+            ):
                 if checksum != records[chunk]["crc32"]:
                     self.forget(chunk)
 
@@ -265,7 +280,9 @@ class TokenWriter:
         content = codes.astype(_CODE_TYPE).tobytes()
         record = {"crc32": zlib.crc32(content), "unreadable": dict(unreadable)}
         with _writing(self.directory):
-            with open_own(self.directory / _CODES, os.O_RDWR) as file:  # not through a map: a full disk would kill the process
+            with open_own(
+                self.directory / _CODES, os.O_RDWR
+            ) as file:  # not through a map: a full disk would kill the process
                 file.seek(self.slots(chunk).start * self.info.image_bytes)
                 file.write(content)
                 file.flush()
@@ -285,7 +302,9 @@ class TokenWriter:
         """
         records, unreadable = self._records(), self.unreadable()
         if len(records) < self.chunks:
-            raise DetailFlowError(f"{self.directory} lacks {self.chunks - len(records)} of its chunks: extract again to go on")
+            raise DetailFlowError(
+                f"{self.directory} lacks {self.chunks - len(records)} of its chunks: extract again to go on"
+            )
         if len(unreadable) == len(self.labels):
             raise DetailFlowError(f"{self.directory} got no images: a token store needs at least one that can be read")
         labels = self.labels.copy()
@@ -335,7 +354,9 @@ def _checksums(file: Path, size: int, pieces: Collection[int]) -> Iterator[tuple
 
     with (
         open(file, "rb") as opened,
-        tqdm(total=len(pieces) * size, desc=f"check {file.name}", unit="B", unit_scale=True, delay=2, dynamic_ncols=True) as bar,
+        tqdm(
+            total=len(pieces) * size, desc=f"check {file.name}", unit="B", unit_scale=True, delay=2, dynamic_ncols=True
+        ) as bar,
     ):
         for piece in pieces:
             opened.seek(piece * size)
@@ -373,7 +394,9 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
-        raise DetailFlowError(f"{file} is damaged ({error!r}): delete {file.parent} and extract the tokens again") from error
+        raise DetailFlowError(
+            f"{file} is damaged ({error!r}): delete {file.parent} and extract the tokens again"
+        ) from error
     if not isinstance(content, dict):
         raise DetailFlowError(f"{file} is damaged: delete {file.parent} and extract the tokens again")
     return content
@@ -383,7 +406,9 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     file = directory / _MANIFEST
     if not file.is_file():
         left = (directory / _UNFINISHED).is_dir()
-        advice = "repeat the `detailflow extract` that was not finished" if left else "make one with `detailflow extract`"
+        advice = (
+            "repeat the `detailflow extract` that was not finished" if left else "make one with `detailflow extract`"
+        )
         raise DetailFlowError(f"{directory} is no token store (no {_MANIFEST}): {advice}")
     manifest = _read_object(file)
     if manifest.get("format") != _FORMAT:

@@ -30,7 +30,9 @@ def _slack(image: Image.Image, side: int, size: int) -> tuple[int, int]:
     return image.width * side // shorter - size, image.height * side // shorter - size
 
 
-def random_crop(image: Image.Image, size: int, draws: np.ndarray, max_scale: float = 1.25, flip: bool = True) -> np.ndarray:
+def random_crop(
+    image: Image.Image, size: int, draws: np.ndarray, max_scale: float = 1.25, flip: bool = True
+) -> np.ndarray:
     """The training crop (docs/method.md#losses): shorter side to a random integer in [size, size·max_scale], a random crop,
     mirrored half of the time unless `flip` is off.
 

@@ -31,7 +31,9 @@ class _Shard(NamedTuple):
     keys: list[str]
     spans: list[tuple[int, int]]  # where each image begins in the file, and its bytes
     labels: list[Any]
-    left_aside: list[tuple[str, str]]  # kind and name: links, and images that belong to the image of their key, such as masks
+    left_aside: list[
+        tuple[str, str]
+    ]  # kind and name: links, and images that belong to the image of their key, such as masks
     replaced: list[str]  # members whose name another has later
 
 
@@ -67,7 +69,8 @@ class _ShardRows:
         # Keys and sizes, too: one shard may be replaced by another of the same size.
         yield from file_sizes(self.files, common_folder(self.files))
         yield from (
-            (key.decode("utf-8", "replace"), size) for key, (_, size) in zip(self.keys.tolist(), self.spans.tolist(), strict=True)
+            (key.decode("utf-8", "replace"), size)
+            for key, (_, size) in zip(self.keys.tolist(), self.spans.tolist(), strict=True)
         )
 
 

@@ -53,7 +53,9 @@ class Settings:
     def preprocessing(self) -> str:
         """What becomes of images before the network sees them."""
         size = (
-            "bytes at their own size" if self.size is None else f"resized to {self.size}×{self.size}, bicubic with antialiasing"
+            "bytes at their own size"
+            if self.size is None
+            else f"resized to {self.size}×{self.size}, bicubic with antialiasing"
         )
         if self.mean == self.std == (0.5, 0.5, 0.5):
             return f"{size}, scaled to [-1, 1]"
@@ -119,18 +121,24 @@ def read_settings(metadata: Mapping[str, str], path: Path) -> Settings:
             continue
         text, also = texts[key], " or own" if key == "size" else ""
         if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            raise DetailFlowError(f"{path}: {key} in the metadata must be from {least} to {most}{also}, not {text[:40]!r}")
+            raise DetailFlowError(
+                f"{path}: {key} in the metadata must be from {least} to {most}{also}, not {text[:40]!r}"
+            )
         values[key] = int(text)
     for key in ("mean", "std"):
         if key in texts:
             values[key] = _three(texts[key])
             if values[key] is None:
-                raise DetailFlowError(f"{path}: {key} in the metadata must be like 0.5, 0.5, 0.5, not {texts[key][:60]!r}")
+                raise DetailFlowError(
+                    f"{path}: {key} in the metadata must be like 0.5, 0.5, 0.5, not {texts[key][:60]!r}"
+                )
     settings = Settings(**values)  # type: ignore[arg-type]
     if min(settings.std) <= 0:
         raise DetailFlowError(f"{path}: std in the metadata must be more than 0, not {texts['std'][:60]!r}")
     if settings.num_classes == 0 and not settings.architecture.startswith("timm/"):
-        raise DetailFlowError(f"{path}: num_classes in the metadata must be 1 or more for {settings.architecture[:60]!r}")
+        raise DetailFlowError(
+            f"{path}: num_classes in the metadata must be 1 or more for {settings.architecture[:60]!r}"
+        )
     return settings
 
 
@@ -217,7 +225,9 @@ class ResidualFeatures(nn.Module):
         super().__init__()
         widths = (3, width, 2 * width, 4 * width, 4 * width)
         self.enter = nn.ModuleList(_convolution(i, o) for i, o in pairwise(widths))
-        self.refine = nn.ModuleList(nn.Sequential(_convolution(w, w), _convolution(w, w)) for w in (2 * width, 4 * width))
+        self.refine = nn.ModuleList(
+            nn.Sequential(_convolution(w, w), _convolution(w, w)) for w in (2 * width, 4 * width)
+        )
         self.head = nn.Linear(4 * width, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

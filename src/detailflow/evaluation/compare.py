@@ -9,7 +9,10 @@ from typing import Any
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.report import checksums, flattened, in_words, load, shared_settings, table, with_unit
 
-NEEDED = ("features", "preprocessing")  # of the provenance: where these differ, figures mean different things; so does "data"
+NEEDED = (
+    "features",
+    "preprocessing",
+)  # of the provenance: where these differ, figures mean different things; so does "data"
 ROUNDING = 1e-6  # as a share, or of what is below 1 itself: another order of sums makes such differences
 DEVIATIONS = 2  # a difference of so many standard deviations is called real
 
@@ -27,7 +30,9 @@ def compare_reports(a: Path, b: Path) -> str:
     """
     ours, theirs = load(a), load(b)
     if ours["kind"] != theirs["kind"]:
-        raise DetailFlowError(f"{a} is a report of {ours['kind']} and {b} one of {theirs['kind']}: compare two of one kind")
+        raise DetailFlowError(
+            f"{a} is a report of {ours['kind']} and {b} one of {theirs['kind']}: compare two of one kind"
+        )
     lines = [f"A: {a}: {ours['title']}", f"B: {b}: {theirs['title']}", ""]
     left, right = (dict(flattened(report["provenance"])) for report in (ours, theirs))
     for difference in different_meaning(ours["provenance"], theirs["provenance"]):
@@ -37,7 +42,10 @@ def compare_reports(a: Path, b: Path) -> str:
         who = [name for name, notes in zip("AB", said, strict=True) if note in notes]
         lines.append(f"{' and '.join(who)} {'say' if len(who) > 1 else 'says'}: {note}")
     lines += ["", "## Figures", "", *_figure_table(figures(ours), figures(theirs)), ""]
-    lines += ["The spread is each report's own: on the same images, or from the same seeds, smaller differences can be real.", ""]
+    lines += [
+        "The spread is each report's own: on the same images, or from the same seeds, smaller differences can be real.",
+        "",
+    ]
     same = [name for name in left if name in right and left[name] == right[name]]
     differing = [name for name in dict.fromkeys((*left, *right)) if name not in same]
     lines += ["## What differs", ""]
@@ -50,7 +58,10 @@ def different_meaning(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Ite
     """Of two provenances: what differs and must not, if figures are to be compared. Data of one checksum is the same data."""
     left, right = (report.get("data", {}) for report in (ours, theirs))
     for name in dict.fromkeys((*left, *right)):
-        a, b = (entry if isinstance(entry, Mapping) else {"data": entry} for entry in (left.get(name, {}), right.get(name, {})))
+        a, b = (
+            entry if isinstance(entry, Mapping) else {"data": entry}
+            for entry in (left.get(name, {}), right.get(name, {}))
+        )
         if a != b and (checksums(a) != checksums(b) or not checksums(a)):
             yield f"the data ({name}) differs: {_brief(a, b)} in A, {_brief(b, a)} in B"
     for subject in NEEDED:

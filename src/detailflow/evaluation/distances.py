@@ -42,7 +42,9 @@ class Measured:
     count: int | None  # images that `pool` is of; `None` where stored statistics don't say
     pool: Gaussian
     spatial: Gaussian | None
-    inception_score: tuple[float, float | None] | None  # mean, and standard deviation over the splits if there are several
+    inception_score: (
+        tuple[float, float | None] | None
+    )  # mean, and standard deviation over the splits if there are several
     kept: Tensor | None  # (n, D) float32 on the CPU, features of images spread over the set
 
 
@@ -106,7 +108,11 @@ def _usable(images: ImageSet, extractor: Extractor) -> Statistics | None:
 
 
 def _measured(
-    extractor: Extractor, pool: Gaussian, spatial: Gaussian | None, score: tuple[float, float | None] | None, kept: Tensor | None
+    extractor: Extractor,
+    pool: Gaussian,
+    spatial: Gaussian | None,
+    score: tuple[float, float | None] | None,
+    kept: Tensor | None,
 ) -> Measured:
     return Measured(extractor.name, extractor.fingerprint, pool.count, pool, spatial, score, kept)
 
@@ -168,7 +174,9 @@ class Running:
             ValueError: where the share is not complete.
         """
         if self.next != self.share.stop:
-            raise ValueError(f"{self.next - self.share.start} images came where this process's share is {len(self.share)}")
+            raise ValueError(
+                f"{self.next - self.share.start} images came where this process's share is {len(self.share)}"
+            )
         for part in (self.pool, self.spatial, self.score):
             if part:
                 part.merge(processes)
@@ -177,7 +185,9 @@ class Running:
         if stored:
             return _measured(extractor, stored.pool, stored.spatial, score, kept)
         assert self.pool is not None  # no share is empty
-        return _measured(extractor, self.pool.gaussian(), self.spatial.gaussian() if self.spatial else None, score, kept)
+        return _measured(
+            extractor, self.pool.gaussian(), self.spatial.gaussian() if self.spatial else None, score, kept
+        )
 
 
 def _gather(kept: Tensor, share: range, total: int, keep: int, processes: Processes) -> Tensor:
@@ -253,7 +263,9 @@ def cautions(reference: Measured, samples: Measured) -> list[str]:
     if samples.inception_score is None:
         found.append("is: there is none, as the network gives no class logits or statistics stood in for images")
     if not (_has_neighbours(reference) and _has_neighbours(samples)):
-        found.append("precision, recall: there are none, as the features of images were not kept or are too few on one side")
+        found.append(
+            "precision, recall: there are none, as the features of images were not kept or are too few on one side"
+        )
     elif reference.features == "inception":
         assert reference.kept is not None and samples.kept is not None
         counts = len(reference.kept), len(samples.kept)

@@ -19,7 +19,9 @@ from detailflow.torch_zip import check_torch_zip
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"  # timm's name, and on the hub timm/…
 SPATIAL_CHANNELS = 7  # of Inception's 17×17 map, as sFID takes them (Nash et al. 2021)
-CPU_PIXELS = 64 * 32 * 32  # of as many images at once on a CPU: more would not stay in its caches, and take twice as long
+CPU_PIXELS = (
+    64 * 32 * 32
+)  # of as many images at once on a CPU: more would not stay in its caches, and take twice as long
 MAX_GRID = 64  # patches a side of position embeddings that are resized
 CPU_IMAGES = 8  # but no fewer
 _INSTEAD = "or another network as --features FILE.safetensors"
@@ -44,7 +46,9 @@ class Extractor(Protocol):
         """Bytes (B, H, W, 3) on any device → their features on the network's."""
 
 
-def _in_parts(network: Callable[[Tensor], Features], images: Tensor, device: torch.device, side: int | None = None) -> Features:
+def _in_parts(
+    network: Callable[[Tensor], Features], images: Tensor, device: torch.device, side: int | None = None
+) -> Features:
     """The features of bytes (B, H, W, 3): on a CPU of some images after others, on a GPU without rounding to 10 bits (TF32).
 
     `side`: that the network resizes them to.
@@ -95,7 +99,9 @@ class Inception:
     """
 
     name = "inception"
-    preprocessing = "bytes at their own size, resized to 299×299 by TensorFlow 1's bilinear interpolation inside the network"
+    preprocessing = (
+        "bytes at their own size, resized to 299×299 by TensorFlow 1's bilinear interpolation inside the network"
+    )
 
     def __init__(self, device: torch.device | str = "cpu", weights: str | None = None) -> None:
         try:
@@ -107,13 +113,17 @@ class Inception:
         torch.save(_inception_weights(URL_INCEPTION_V3, weights), plain)
         plain.seek(0)
         try:
-            network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=plain)
+            network = FeatureExtractorInceptionV3(
+                self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=plain
+            )
         except (RuntimeError, TypeError, AttributeError) as error:  # torch's errors for tensors that don't fit
             raise _no_weights(self.name, f"{weights} does not hold", URL_INCEPTION_V3) from error
         self._network: Any = network.to(device)
         self._device = torch.device(device)
         self._spatial: list[Tensor] = []
-        self._network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: self._spatial.append(output))
+        self._network.Mixed_6d.branch1x1.register_forward_hook(
+            lambda module, inputs, output: self._spatial.append(output)
+        )
         self.fingerprint = hub.fingerprint({}, network.state_dict())
 
     @torch.inference_mode()
@@ -131,7 +141,9 @@ class Inception:
 def _existing(path: str) -> Path:
     file = Path(path).expanduser()
     if not file.exists():
-        raise DetailFlowError(f"{path} does not exist: give a file of the network's weights, or no --weights to download them")
+        raise DetailFlowError(
+            f"{path} does not exist: give a file of the network's weights, or no --weights to download them"
+        )
     return file
 
 
@@ -169,7 +181,8 @@ class DINOv2:
         self._network = network.requires_grad_(False).eval().to(device)
         self._device = torch.device(device)
         self._mean, self._deviation = (
-            torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            torch.tensor(values, device=device)[:, None, None]
+            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         )
         self.fingerprint = hub.fingerprint({}, network.state_dict())
 
@@ -216,7 +229,10 @@ class Stored:
         self.fingerprint, self._run, self._side = network.fingerprint, network.run, network.settings.size
         self.preprocessing = network.settings.preprocessing
         self._device = torch.device(device)
-        mean, std = network.settings.mean, network.settings.std  # of pixels in [0, 1], where `to_tensor` has them in [-1, 1]
+        mean, std = (
+            network.settings.mean,
+            network.settings.std,
+        )  # of pixels in [0, 1], where `to_tensor` has them in [-1, 1]
         moments = ([2 * x - 1 for x in mean], [2 * x for x in std])
         self._mean, self._deviation = (torch.tensor(x, device=device)[:, None, None] for x in moments)
 
@@ -243,8 +259,13 @@ class Stored:
                 f"{self.name} does not take images of {x.shape[3]}×{x.shape[2]} pixels: give size in its metadata, the side that "
                 f"the network was trained with ({reason})"
             ) from error
-        if any(y is not None and (not isinstance(y, Tensor) or y.ndim != 2 or len(y) != len(images)) for y in (pool, logits)):
-            raise DetailFlowError(f"{self.name} gives no features (B, D) for a batch of B images: choose another architecture")
+        if any(
+            y is not None and (not isinstance(y, Tensor) or y.ndim != 2 or len(y) != len(images))
+            for y in (pool, logits)
+        ):
+            raise DetailFlowError(
+                f"{self.name} gives no features (B, D) for a batch of B images: choose another architecture"
+            )
         return Features(pool.float(), logits=None if logits is None else logits.float())
 
 

@@ -113,7 +113,9 @@ class Setting:
 
     def folder(self, seed: int) -> str:
         """A name for the folder of its images."""
-        words = [f"{key}-{value:g}" if isinstance(value, float) else f"{key}-{value}" for key, value in self.shown().items()]
+        words = [
+            f"{key}-{value:g}" if isinstance(value, float) else f"{key}-{value}" for key, value in self.shown().items()
+        ]
         return "-".join([*words, f"seed-{seed}"])
 
     def given(self) -> dict[str, Any]:
@@ -252,7 +254,9 @@ def recognised(watching: Watching, labels: Sequence[int], classes: int, work: Wo
     """
     share = share_of(len(labels), work.processes)
     said = torch.cat(watching.recognised) if watching.recognised else torch.zeros(0)
-    hits = (said == torch.tensor(labels[share.start : share.stop])).sum() if len(said) == len(share) else torch.tensor(0)
+    hits = (
+        (said == torch.tensor(labels[share.start : share.stop])).sum() if len(said) == len(share) else torch.tensor(0)
+    )
     total = work.processes.sum(hits.double().to(work.processes.device))
     return {"recognised": Figure(total.item() / len(labels))} if watching.classes == classes else {}
 
@@ -274,7 +278,9 @@ def _note(rows: Sequence[Row], count: str, seeds: Sequence[int], enlarged: int |
     else:
         said = [f"{count}, seed {seeds[0]}.", spread_note(rows[0].figures)]
     if enlarged:
-        said.append(f"Images of fewer tokens, which are smaller, are enlarged to {enlarged}×{enlarged} (bicubic) to be measured.")
+        said.append(
+            f"Images of fewer tokens, which are smaller, are enlarged to {enlarged}×{enlarged} (bicubic) to be measured."
+        )
     if "recognised" in rows[0].figures:
         said.append(RECOGNISED)
     return " ".join(filter(None, said))
@@ -293,7 +299,9 @@ def sweep_plot(key: str, rows: Sequence[Row]) -> Plot | None:
             curve, x = ", ".join(f"{k} {cell(row.setting[k])}" for k in others), row.setting[key]
             label = curve if x != "off" else f"{key} off, {curve}".removesuffix(", ")
             curves.setdefault(label, []).append((None if x == "off" else float(x), row.figures[name]))
-        panels.append(Panel(key, name, {label: sorted(points, key=place) for label, points in curves.items()}, key == "tokens"))
+        panels.append(
+            Panel(key, name, {label: sorted(points, key=place) for label, points in curves.items()}, key == "tokens")
+        )
     return Plot(f"by-{re.sub('[^a-z]', '-', key)}", f"Quality by {key}", panels)
 
 

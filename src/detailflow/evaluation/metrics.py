@@ -37,7 +37,9 @@ class Moments:
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # sum of outer products about the mean
+        self._scatter = torch.zeros(
+            dim, dim, dtype=torch.float64, device=device
+        )  # sum of outer products about the mean
 
     def update(self, x: Tensor) -> None:
         """Add the rows of `x` (B, D)."""
@@ -91,7 +93,9 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     """
     dims = len(mean1), len(mean2)
     if dims[0] != dims[1]:
-        raise DetailFlowError(f"features of {dims[0]} and of {dims[1]} dimensions can't be compared: use one network for both")
+        raise DetailFlowError(
+            f"features of {dims[0]} and of {dims[1]} dimensions can't be compared: use one network for both"
+        )
     mean1, covariance1, mean2, covariance2 = (x.double() for x in (mean1, covariance1, mean2, covariance2))
     for mean, covariance in ((mean1, covariance1), (mean2, covariance2)):
         if covariance.shape != (dims[0], dims[0]):
@@ -184,7 +188,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS, batch: int
             f"features of {real.shape[1]} and of {fake.shape[1]} dimensions can't be compared: use one network for both"
         )
     if min(len(real), len(fake)) <= k:
-        raise DetailFlowError(f"precision and recall need at least {k + 1} images in each set, not {len(real)} and {len(fake)}")
+        raise DetailFlowError(
+            f"precision and recall need at least {k + 1} images in each set, not {len(real)} and {len(fake)}"
+        )
     origin = real.double().mean(0)  # as distances lose fewer digits there
     real_parts, fake_parts = ([(part, origin) for part in x.split(batch)] for x in (real, fake))
     real_radii, fake_radii = (_radii(parts, k) for parts in (real_parts, fake_parts))
@@ -207,7 +213,9 @@ def _radii(parts: list[_Part], k: int) -> list[Tensor]:
         nearest = torch.empty(len(part[0]), 0, dtype=torch.float64, device=part[0].device)
         for other in parts:
             candidates = torch.cat((nearest, _squared_distances(part, other)), 1)
-            nearest = candidates.topk(min(k + 1, candidates.shape[1]), largest=False).values  # itself, at 0, is among them
+            nearest = candidates.topk(
+                min(k + 1, candidates.shape[1]), largest=False
+            ).values  # itself, at 0, is among them
         radii.append(nearest[:, -1])
     return radii
 
@@ -278,6 +286,8 @@ def bootstrap(values: Tensor, draws: int = 1000, seed: int = 0) -> tuple[float, 
         raise DetailFlowError("a mean needs at least one value")
     values = values.detach().double().cpu()
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack([values[torch.randint(len(values), values.shape, generator=generator)].mean() for _ in range(draws)])
+    means = torch.stack(
+        [values[torch.randint(len(values), values.shape, generator=generator)].mean() for _ in range(draws)]
+    )
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return values.mean().item(), low, high

@@ -52,7 +52,12 @@ def quotes(model: str | None, ours: Mapping[str, float], guidance: float | None 
             ]
     elif "gFID" in ours:
         result += [
-            {"measure": "gFID", "ours": ours["gFID"], "published": number, "conditions": f"paper, guidance {scale:g}: {where}"}
+            {
+                "measure": "gFID",
+                "ours": ours["gFID"],
+                "published": number,
+                "conditions": f"paper, guidance {scale:g}: {where}",
+            }
             for scale, number in _swept(name)
             if scale == guidance
         ]

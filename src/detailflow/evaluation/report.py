@@ -22,8 +22,20 @@ from detailflow.published import Kind
 
 JSON_FILE, MARKDOWN_FILE = "report.json", "report.md"
 FORMAT = "detailflow-report"
-PACKAGES = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "timm", "numpy", "pillow")  # that figures depend on
-DIGITS = {"PSNR": 3, "gain of PSNR": 3, **dict.fromkeys(("SSIM", "LPIPS", "precision", "recall", "recognised", "usage"), 4)}
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "torchmetrics",
+    "torch-fidelity",
+    "timm",
+    "numpy",
+    "pillow",
+)  # that figures depend on
+DIGITS = {
+    "PSNR": 3,
+    "gain of PSNR": 3,
+    **dict.fromkeys(("SSIM", "LPIPS", "precision", "recall", "recognised", "usage"), 4),
+}
 SIGNIFICANT = 4  # digits of other measures
 ACROSS = 3  # panels of a plot
 UNITS = {"PSNR": "dB", "gain of PSNR": "dB"}
@@ -142,7 +154,9 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:  # which puts the files in place in the opposite order, once all are written
                 path = stack.enter_context(replacing(folder / JSON_FILE))
-                path.write_text(printable(json.dumps(self.as_dict(), indent=1, ensure_ascii=False)) + "\n", encoding="utf-8")
+                path.write_text(
+                    printable(json.dumps(self.as_dict(), indent=1, ensure_ascii=False)) + "\n", encoding="utf-8"
+                )
                 path = stack.enter_context(replacing(folder / MARKDOWN_FILE))
                 path.write_text(printable(self.markdown()), encoding="utf-8")
                 for plot in self.plots:
@@ -217,7 +231,9 @@ def checksums(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _quote_table(quotes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines: a published figure in each row, ours beside it, and where it is from."""
     header = ["measure", "ours", "published", "conditions"]
-    return table(header, [[str(q["measure"]), cell(q["ours"]), cell(q["published"]), str(q["conditions"])] for q in quotes])
+    return table(
+        header, [[str(q["measure"]), cell(q["ours"]), cell(q["published"]), str(q["conditions"])] for q in quotes]
+    )
 
 
 def with_unit(measure: str) -> str:
@@ -273,7 +289,9 @@ def draw(plot: Plot, path: Path) -> None:
             if places:
                 values = [figure.value for _, figure in places]
                 spread = [figure.spread or 0.0 for _, figure in places]
-                axis.errorbar([x for x, _ in places], values, yerr=spread, label=name, marker="o", markersize=3, capsize=2)
+                axis.errorbar(
+                    [x for x, _ in places], values, yerr=spread, label=name, marker="o", markersize=3, capsize=2
+                )
         if panel.log_x:
             axis.set_xscale("log", base=2)
             ticks = sorted({x for points in panel.curves.values() for x, _ in points if x is not None})
@@ -345,7 +363,9 @@ def claim(folder: Path, command: str, models: Mapping[str, Any]) -> None:
     try:
         provenance = load(folder)["provenance"]
     except DetailFlowError:
-        raise DetailFlowError(f"{folder} holds a {JSON_FILE} that is no report of ours: choose another folder") from None
+        raise DetailFlowError(
+            f"{folder} holds a {JSON_FILE} that is no report of ours: choose another folder"
+        ) from None
     if provenance.get("command") != command or provenance.get("models") != _finite(dict(models)):
         raise DetailFlowError(
             f"{folder} holds the report of another evaluation ({provenance.get('command')}): choose another folder, or remove it"
@@ -368,9 +388,13 @@ def load(path: Path) -> dict[str, Any]:
     ):
         raise DetailFlowError(f"{file} is no report of an evaluation")
     subjects = (content["provenance"].get(subject, {}) for subject in ("data", "features", "preprocessing"))
-    sound = all(isinstance(note, str) for note in content["notes"]) and all(isinstance(subject, dict) for subject in subjects)
+    sound = all(isinstance(note, str) for note in content["notes"]) and all(
+        isinstance(subject, dict) for subject in subjects
+    )
     if not sound or not all(map(_is_section, content["sections"])):
-        raise DetailFlowError(f"{file} is damaged: its notes, sections or provenance are not as an evaluation writes them")
+        raise DetailFlowError(
+            f"{file} is damaged: its notes, sections or provenance are not as an evaluation writes them"
+        )
     return content
 
 
@@ -379,7 +403,9 @@ def _is_section(section: Any) -> bool:
     try:
         rows = section["rows"]
         figures = [figure for row in rows for figure in row["figures"].values()]
-        numbers = [float(number) for figure in figures for number in (figure["value"], figure["spread"]) if number is not None]
+        numbers = [
+            float(number) for figure in figures for number in (figure["value"], figure["spread"]) if number is not None
+        ]
         named = isinstance(section["title"], str) and all(isinstance(row["setting"], dict) for row in rows)
         return named and all(figure["value"] is not None for figure in figures) and len(numbers) >= len(figures)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):

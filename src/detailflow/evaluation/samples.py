@@ -223,7 +223,9 @@ def spread_note(figures: Mapping[str, Figure]) -> str:
     known = [name for name, figure in figures.items() if figure.spread is not None]
     parts = []
     if distances := [name for name in known if name.endswith("D")]:
-        parts.append(f"{distances[0]} is ± the standard deviation over other such images, by bootstrap, for this reference.")
+        parts.append(
+            f"{distances[0]} is ± the standard deviation over other such images, by bootstrap, for this reference."
+        )
     if "IS" in known:
         parts.append(f"IS is ± the standard deviation over its splits of {IMAGES_PER_SPLIT:,} images.")
     return " ".join(parts)
@@ -263,5 +265,9 @@ def features_entry(extractor: Extractor) -> dict[str, Any]:
 
 def preprocessing_entry(extractor: Extractor | None, size: int | None) -> dict[str, Any]:
     """Of a report's provenance."""
-    crop = "none" if size is None else f"shorter side to {size} pixels (bicubic with antialiasing), centre crop; .npz as they are"
+    crop = (
+        "none"
+        if size is None
+        else f"shorter side to {size} pixels (bicubic with antialiasing), centre crop; .npz as they are"
+    )
     return {"images": crop, "pixels": "bytes", **({"network": extractor.preprocessing} if extractor else {})}

@@ -46,7 +46,9 @@ def share_of(total: int, processes: Processes) -> range:
 def check_total(total: int, processes: Processes) -> None:
     """Raise a `DetailFlowError` where a set of so many images is too small to be measured by these processes."""
     if total < max(2, processes.count):
-        raise DetailFlowError(f"too few images to measure: there are {total}, where {max(2, processes.count)} are the least")
+        raise DetailFlowError(
+            f"too few images to measure: there are {total}, where {max(2, processes.count)} are the least"
+        )
 
 
 class _Pixels(Protocol):
@@ -107,7 +109,14 @@ class ImageSet:
         height, width = self.side or (None, None)
         stored = self.statistics and (self.statistics.features or "inception (ADM)")
         bad = {"unreadable": list(self._pixels.unreadable.values())} if self._pixels and self._pixels.unreadable else {}
-        return {**self._about, **bad, "images": len(self), "height": height, "width": width, "stored_statistics": stored}
+        return {
+            **self._about,
+            **bad,
+            "images": len(self),
+            "height": height,
+            "width": width,
+            "stored_statistics": stored,
+        }
 
 
 def open_set(
@@ -163,7 +172,9 @@ def open_set(
         statistics = None  # which are of all
     else:
         numbers = range(total)
-    return ImageSet(pixels, numbers, pixels.side if pixels else None, statistics, about, processes or Processes(), batch_size)
+    return ImageSet(
+        pixels, numbers, pixels.side if pixels else None, statistics, about, processes or Processes(), batch_size
+    )
 
 
 class _Decoded:
@@ -250,7 +261,9 @@ class _Npz:
                     if len(content) < size:
                         raise EOFError(f"it ends at image {number}")
                     pixels = np.frombuffer(content, np.uint8).reshape(image)
-                    yield np.broadcast_to(pixels.reshape(*self.side, -1), (*self.side, 3))  # grey is the same in all three
+                    yield np.broadcast_to(
+                        pixels.reshape(*self.side, -1), (*self.side, 3)
+                    )  # grey is the same in all three
         except _DAMAGE as error:
             raise DetailFlowError(f"{self.file} is damaged and cannot be read ({first_line(error)})") from error
 
@@ -291,7 +304,9 @@ def _read_header(archive: zipfile.ZipFile, file: Path) -> _Npz:
         offset = member.tell()
     compressed = archive.getinfo(f"{IMAGES}.npy").compress_size
     if kind.hasobject:
-        raise DetailFlowError(f"{file} holds pickled objects as {IMAGES}, which are not read: save the images as uint8 numbers")
+        raise DetailFlowError(
+            f"{file} holds pickled objects as {IMAGES}, which are not read: save the images as uint8 numbers"
+        )
     grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
     if kind != np.uint8 or fortran or not (grey or (len(shape) == 4 and shape[3] == 3)):
         raise DetailFlowError(
@@ -325,9 +340,15 @@ def _read_statistics(file: Path, names: set[str]) -> Statistics | None:
             try:
                 value = stored[name]
             except ValueError as error:
-                raise DetailFlowError(f"{file} holds pickled objects as {name}, which are not read: save numbers") from error
+                raise DetailFlowError(
+                    f"{file} holds pickled objects as {name}, which are not read: save numbers"
+                ) from error
             fits = value.ndim == len(shape) and all(w in (-1, n) for w, n in zip(shape, value.shape, strict=True))
-            if not fits or not np.issubdtype(value.dtype, dtype) or (dtype is np.floating and not np.isfinite(value).all()):
+            if (
+                not fits
+                or not np.issubdtype(value.dtype, dtype)
+                or (dtype is np.floating and not np.isfinite(value).all())
+            ):
                 raise DetailFlowError(
                     f"{file} holds {value.dtype} {value.shape} as {name}, where statistics have finite floating-point numbers, "
                     "a vector and a square matrix of its length"

@@ -82,7 +82,9 @@ class Tally:
 
     def values(self) -> dict[str, Tensor]:
         """Each measure of all processes' images; all must call it."""
-        return {name: gather_shares(torch.cat(parts), self.total, self.processes) for name, parts in self.distances.items()}
+        return {
+            name: gather_shares(torch.cat(parts), self.total, self.processes) for name, parts in self.distances.items()
+        }
 
 
 def running(extractor: Extractor | None, total: int, processes: Processes, keep: int = 0) -> Running | None:
@@ -179,7 +181,9 @@ def _means(views: Sequence[View], values: Sequence[dict[str, Tensor]]) -> list[R
     for i, view in enumerate(views):
         figures = {name: mean(each) for name, each in values[i].items()}
         if view.corrected:
-            figures[GAIN] = mean(values[i]["PSNR"] - values[i - 1]["PSNR"])  # the view before is the same without correction
+            figures[GAIN] = mean(
+                values[i]["PSNR"] - values[i - 1]["PSNR"]
+            )  # the view before is the same without correction
         rows.append(Row(view.setting, figures))
     return rows
 
@@ -195,7 +199,9 @@ def _with_distances(row: Row, reference: Measured, made: Measured, extractor: Ex
 class Originals:
     """What adds up of the originals: how often each code is used, statistics of features, and a checksum."""
 
-    def __init__(self, tokenizer: DetailFlowTokenizer, extractor: Extractor | None, total: int, processes: Processes) -> None:
+    def __init__(
+        self, tokenizer: DetailFlowTokenizer, extractor: Extractor | None, total: int, processes: Processes
+    ) -> None:
         self.extractor, self.running = extractor, running(extractor, total, processes)
         self.used = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64, device=tokenizer.device)
         self.checksum = Checksum(share_of(total, processes).start)
@@ -246,7 +252,9 @@ def _sequences(
     spans = dict.fromkeys(view.span for view in views if view.span)
     if spans:  # mistakes of an image at all positions, so that those of one span depend on no other
         generators = [image_generator(seed, number) for number in numbers]
-        wrong = torch.cat([tokenizer.plant_mistakes(one, generator=g) for one, g in zip(z.split(1), generators, strict=True)])
+        wrong = torch.cat(
+            [tokenizer.plant_mistakes(one, generator=g) for one, g in zip(z.split(1), generators, strict=True)]
+        )
     for span in spans:
         planted = clean.clone()
         planted[:, span.start : span.end] = wrong[:, span.start : span.end]
@@ -279,7 +287,9 @@ def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LP
     if weights == NO_LPIPS:
         return None, []
     if side < SMALLEST_SIDE:
-        return None, [f"LPIPS is left out: its network takes images of {SMALLEST_SIDE} pixels a side or more, not {side}."]
+        return None, [
+            f"LPIPS is left out: its network takes images of {SMALLEST_SIDE} pixels a side or more, not {side}."
+        ]
     if weights is not None and not Path(weights).expanduser().exists():
         raise DetailFlowError(f"{weights} does not exist: give VGG-16's weights, {VGG16_FILE}, or --lpips none")
     try:
@@ -287,7 +297,9 @@ def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LP
     except DetailFlowError:
         if weights is not None:
             raise
-        return None, [f"LPIPS is left out, for want of VGG-16's weights: get {VGG16_FILE} and give its path with --lpips."]
+        return None, [
+            f"LPIPS is left out, for want of VGG-16's weights: get {VGG16_FILE} and give its path with --lpips."
+        ]
 
 
 # --- what is said of it --------------------------------------------------------------------------------------------------
@@ -304,7 +316,11 @@ def _sections(side: int, clean: Sequence[Row], planted: Sequence[Row], used: Ten
     usage, perplexity = usage_and_perplexity(used.cpu().double())
     codes = {"usage": Figure(usage.item()), "perplexity": Figure(perplexity.item())}
     others = any(row.setting["side"] != side for row in clean)
-    resized = f" Those of another side than {side}×{side} are resized to it first (bicubic), for every measure." if others else ""
+    resized = (
+        f" Those of another side than {side}×{side} are resized to it first (bicubic), for every measure."
+        if others
+        else ""
+    )
     quality = (
         f"Pictures are decoded at the side given and compared with the originals, in bytes.{resized} PSNR, SSIM and LPIPS are "
         "means over the images, ± the standard deviation of such a mean, by bootstrap over the images. Fréchet distances are to "
@@ -341,7 +357,9 @@ def _plots(views: Sequence[View], rows: Sequence[Row]) -> list[Plot]:
                 name, x = f"later tokens {'corrected' if view.corrected else 'clean'}", float(view.span.start)
                 name += f", {view.span.end - view.span.start} wrong" if mixed else ""
             lines.setdefault(name, []).append((x, figures[measure]))
-        by_place.append(Panel("first wrong token", measure, {name: sorted(points, key=place) for name, points in lines.items()}))
+        by_place.append(
+            Panel("first wrong token", measure, {name: sorted(points, key=place) for name, points in lines.items()})
+        )
     plots = [Plot("quality-by-tokens", "Quality by number of tokens", by_count)]
     if len(planted) > 3:
         plots.append(Plot("mistakes-by-position", "Quality with mistakes planted, by their position", by_place))

@@ -40,7 +40,9 @@ def views_by_count(schedule: TokenSchedule, counts: Sequence[int] | None, sides:
     """
     for side in sides or ():
         if side < 1 or side % schedule.patch_size:
-            raise DetailFlowError(f"the side of a picture must be a positive multiple of {schedule.patch_size}, not {side}")
+            raise DetailFlowError(
+                f"the side of a picture must be a positive multiple of {schedule.patch_size}, not {side}"
+            )
     numbers = stage_counts(schedule) if counts is None else sorted({schedule.check_count(n) for n in counts})
     pairs = [(n, side) for n in numbers for side in dict.fromkeys(sides or (schedule.decode_size(n),))]
     return [View({"tokens": n, "side": side}, n, side) for n, side in pairs]
@@ -49,10 +51,14 @@ def views_by_count(schedule: TokenSchedule, counts: Sequence[int] | None, sides:
 def views_with_mistakes(schedule: TokenSchedule, mistakes: Sequence[Span]) -> list[View]:
     """Whole pictures: one without mistakes, then two for each place of them."""
     n, side = schedule.num_tokens, schedule.image_size
-    result = [View({"mistakes in tokens": "none", "later tokens": "clean"}, n, side, by_count=False)] if mistakes else []
+    result = (
+        [View({"mistakes in tokens": "none", "later tokens": "clean"}, n, side, by_count=False)] if mistakes else []
+    )
     for span in mistakes:
         for corrected, text in ((False, "clean"), (True, "corrected")):
-            result.append(View({"mistakes in tokens": str(span), "later tokens": text}, n, side, span, corrected, False))
+            result.append(
+                View({"mistakes in tokens": str(span), "later tokens": text}, n, side, span, corrected, False)
+            )
     return result
 
 

@@ -68,7 +68,9 @@ class GPTConfig:
             raise DetailFlowError(f"rope_base must be above 0, not {self.rope_base!r}")
         if self.class_names is not None:
             if len(self.class_names) != self.num_classes:
-                raise DetailFlowError(f"class_names has {len(self.class_names)} names for num_classes {self.num_classes}")
+                raise DetailFlowError(
+                    f"class_names has {len(self.class_names)} names for num_classes {self.num_classes}"
+                )
             if wrong := [name for name in self.class_names if not isinstance(name, str)]:
                 raise DetailFlowError(f"class_names must be strings, not {wrong[0]!r}")
         _ = self.sampling  # validates itself
@@ -100,10 +102,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), eps=1e-5)
 
 
-
-
-
-
 class Attention(nn.Module):
     """Self-attention with rotary positions and a fused projection."""
 
@@ -114,7 +112,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.proj = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: Cache | None, start: int | Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: Cache | None, start: int | Tensor
+    ) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         qk, v = qkv.split((2, 1))
@@ -150,7 +150,12 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, mask: Tensor | None = None, cache: Cache | None = None, start: int | Tensor = 0
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        start: int | Tensor = 0,
     ) -> Tensor:
         x = x + self.attn(self.attn_norm(x), rotation, mask, cache, start)
         return x + self.mlp(self.mlp_norm(x))
@@ -164,7 +169,9 @@ def rotary_table(config: GPTConfig) -> Tensor:
     half = config.width // config.heads // 2
     frequencies = config.rope_base ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
     i = torch.arange(config.num_tokens - 1)
-    angles = torch.cat(((i // config.group_size)[:, None] * frequencies, (i % config.group_size)[:, None] * frequencies), -1)
+    angles = torch.cat(
+        ((i // config.group_size)[:, None] * frequencies, (i % config.group_size)[:, None] * frequencies), -1
+    )
     table = torch.stack((angles.cos(), angles.sin()), -1)
     return torch.cat((torch.zeros(1, half, 2), table))
 
@@ -186,7 +193,6 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 class DetailFlowGPT(nn.Module):
     """Class labels to sequences of codes; see `forward` and `generate`."""
-
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -245,7 +251,9 @@ class DetailFlowGPT(nn.Module):
             DetailFlowError: for codes of another shape than (B, N).
         """
         if ids.ndim != 2 or ids.shape != (len(class_ids), self.config.num_tokens):
-            raise DetailFlowError(f"codes must have shape ({len(class_ids)}, {self.config.num_tokens}), not {tuple(ids.shape)}")
+            raise DetailFlowError(
+                f"codes must have shape ({len(class_ids)}, {self.config.num_tokens}), not {tuple(ids.shape)}"
+            )
         class_ids, ids = class_ids.to(self.device), ids.to(self.device)
         x = F.dropout(self.inputs(class_ids, ids, 0, self.config.num_tokens), self.config.dropout, self.training)
         rotation = self.rotary_table().to(x.device)
@@ -369,12 +377,6 @@ class DetailFlowGPT(nn.Module):
         if end > c + g:
             parts.append(self.token_embedding(ids[:, max(start, c + g) - g : end - g]))
         return torch.cat(parts, 1)
-
-
-
-
-
-
 
 
 def _initialise(module: nn.Module) -> None:

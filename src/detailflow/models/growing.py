@@ -46,7 +46,9 @@ def grow_tokenizer(
     grown, own = dict(tensors), fresh.state_dict()
     for name in (*PER_TOKEN, *(LINEAR if ours.linear_path else ())):
         if tensors[name].shape[1:] != own[name].shape[1:]:
-            raise DetailFlowError(f"the weights of {source} do not fit: with a linear path it grows to 64 tokens at most")
+            raise DetailFlowError(
+                f"the weights of {source} do not fit: with a linear path it grows to 64 tokens at most"
+            )
         grown[name] = torch.cat((tensors[name], own[name][theirs.num_tokens :].to(tensors[name])))
     return grown
 
@@ -57,7 +59,9 @@ def require_growable(ours: GPTConfig, theirs: GPTConfig, source: object) -> None
     Raises:
         DetailFlowError: that names what differs, or where the other has fewer tokens.
     """
-    require_same(ours, theirs, ("width", "depth", "heads", "mlp", "group_size", "causal_tokens", "codebook_size"), source)
+    require_same(
+        ours, theirs, ("width", "depth", "heads", "mlp", "group_size", "causal_tokens", "codebook_size"), source
+    )
     if ours.num_tokens < theirs.num_tokens:
         raise DetailFlowError(
             f"the weights of {source} do not fit: num_tokens is {theirs.num_tokens} there and {ours.num_tokens} here, "

@@ -31,7 +31,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         scores = (q * scale) @ k.transpose(-2, -1)
     else:
         bias = q.new_zeros(()).masked_fill(~mask, -torch.inf)
-        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale).unflatten(0, q.shape[:2])
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale).unflatten(
+            0, q.shape[:2]
+        )
     return scores.softmax(-1).to(v.dtype) @ v
 
 
@@ -139,7 +141,9 @@ def initial_normal(*shape: int, std: float) -> nn.Parameter:
 def initial_positions(width: int) -> Tensor:
     """(16·16, width) sines and cosines of row and column, to start the learned positions from: near cells are alike at once."""
     grid = torch.empty(GRID * GRID, width)
-    if grid.is_meta:  # only a shape is wanted, and arithmetic without data would import a compiler: a second of every start
+    if (
+        grid.is_meta
+    ):  # only a shape is wanted, and arithmetic without data would import a compiler: a second of every start
         return grid
     frequencies = math.pi / GRID * torch.logspace(0, math.log10(GRID / 1.5), -(-width // 4))
     phase = (torch.arange(GRID) + 0.5)[:, None] * frequencies
@@ -163,7 +167,9 @@ def cosine_grid(num_tokens: int) -> Tensor:
 def resize_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
     """(N, G, G) → (N, rows·columns), bilinear with antialiasing."""
     if grid.shape[1:] != (rows, columns):
-        grid = F.interpolate(grid.float()[None], (rows, columns), mode="bilinear", align_corners=False, antialias=True)[0]
+        grid = F.interpolate(grid.float()[None], (rows, columns), mode="bilinear", align_corners=False, antialias=True)[
+            0
+        ]
     return grid.flatten(1)
 
 

@@ -78,12 +78,16 @@ def build(
     source = str(source) if isinstance(source, Path) else source
     sizes: Any = config_from_dict(config_type, config, source)
     if (depth := _depth(sizes)) > len(tensors):
-        raise DetailFlowError(f"{source}: the checkpoint does not fit its config: {len(tensors)} tensors are no {depth} layers")
+        raise DetailFlowError(
+            f"{source}: the checkpoint does not fit its config: {len(tensors)} tensors are no {depth} layers"
+        )
     try:
         with torch.device("meta"), _NoDraws():
             model = network(sizes)
     except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes beyond what a tensor can have
-        raise DetailFlowError(f"{source}: the config asks for impossible sizes: {str(error).splitlines()[0]}") from error
+        raise DetailFlowError(
+            f"{source}: the config asks for impossible sizes: {str(error).splitlines()[0]}"
+        ) from error
     load_weights(model, {name: tensor.to(dtype) for name, tensor in tensors.items()}, source, assign=True)
     return model.eval()
 
@@ -148,6 +152,8 @@ def check_ids(name: str, ids: Tensor, dimensions: int, count: int) -> None:
         DetailFlowError: if not.
     """
     if ids.ndim != dimensions or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise DetailFlowError(f"{name} must be integers in {dimensions} dimension(s), not {tuple(ids.shape)} {ids.dtype}")
+        raise DetailFlowError(
+            f"{name} must be integers in {dimensions} dimension(s), not {tuple(ids.shape)} {ids.dtype}"
+        )
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
         raise DetailFlowError(f"{name} must lie in 0 to {count - 1}, not {int(ids.min())} to {int(ids.max())}")

@@ -22,9 +22,8 @@ from detailflow.models.tokenizer import Encoder
 from detailflow.published import heads_of, layer_count, vit_names
 
 SIGLIP2 = "google/siglip2-so400m-patch16-naflex"
-_PREFIX = (
-    "vision_model."  # beside it lie the text tower and the pooling head, which nothing here needs; a tower saved alone has none
-)
+# The text tower and the pooling head are beside it and not needed; a tower saved alone has no prefix.
+_PREFIX = "vision_model."
 Names = dict[str, tuple[str, ...]]  # ours → those stacked to make it
 
 
@@ -158,7 +157,9 @@ def _find(path_or_id: str | Path, depth: int | None) -> tuple[Path, Names, SigLI
     names = dict(vit_names("", prefix, depth))
     wanted = {theirs for sources in names.values() for theirs in sources}
     if not wanted <= headers.keys():
-        raise DetailFlowError(f"{name} holds no whole SigLIP2 vision tower: it lacks {some_names(wanted - headers.keys())}")
+        raise DetailFlowError(
+            f"{name} holds no whole SigLIP2 vision tower: it lacks {some_names(wanted - headers.keys())}"
+        )
     shapes = {theirs: headers[theirs][1] for theirs in wanted}
     with torch.device("meta"):
         tower = SigLIP2(*_config(shapes, names, depth, name))
@@ -167,7 +168,9 @@ def _find(path_or_id: str | Path, depth: int | None) -> tuple[Path, Names, SigLI
             kind, found = headers[theirs]
             expected = (tensor.shape[0] // len(names[ours]), *tensor.shape[1:])
             if found != expected or not kind.startswith(("F", "BF")):
-                raise DetailFlowError(f"{theirs} in {name} must be floats of shape {expected}, not {kind} of shape {found}")
+                raise DetailFlowError(
+                    f"{theirs} in {name} must be floats of shape {expected}, not {kind} of shape {found}"
+                )
     return path, names, tower
 
 
@@ -176,7 +179,9 @@ def _config(shapes: dict[str, tuple[int, ...]], names: Names, depth: int, source
     (patches,), (hidden,) = names["patch_embed.weight"], names["blocks.0.mlp.fc1.weight"]
     for name in (patches, hidden):
         if len(shapes[name]) != 2:
-            raise DetailFlowError(f"{name} in {source} must be a matrix, as in a NaFlex SigLIP2, not of shape {shapes[name]}")
+            raise DetailFlowError(
+                f"{name} in {source} must be a matrix, as in a NaFlex SigLIP2, not of shape {shapes[name]}"
+            )
     mlp, width = shapes[hidden]
     config = config_from_dict(ViTConfig, dict(width=width, depth=depth, heads=heads_of(width), mlp=mlp), source)
     return config, math.isqrt(shapes[patches][1] // 3)

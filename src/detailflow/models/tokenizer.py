@@ -54,7 +54,9 @@ class VectorQuantizer(nn.Module):
     def unit_latents(self, latents: Tensor) -> Tensor:
         """(B, n, width) → (B, n, d), projected and L2-normalised, always in float32."""
         with torch.autocast(latents.device.type, enabled=False):
-            return F.normalize(F.linear(latents.float(), self.project.weight.float(), self.project.bias.float()), dim=-1)
+            return F.normalize(
+                F.linear(latents.float(), self.project.weight.float(), self.project.bias.float()), dim=-1
+            )
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
@@ -75,7 +77,9 @@ def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
     return (shares > 0).to(shares.dtype).mean(), torch.special.entr(shares).sum().exp()
 
 
-POSITION_SCALE = 0.5  # of query tokens and their positions at the start: as large as what is added to them, so that they are seen
+POSITION_SCALE = (
+    0.5  # of query tokens and their positions at the start: as large as what is added to them, so that they are seen
+)
 LARGEST_PIXEL = 1.5  # in size; 1 is white, and what a decoder or a resize makes goes somewhat beyond
 WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (docs/method.md#self-correction)
 
@@ -123,7 +127,9 @@ class TokenizerConfig:
     @property
     def schedule(self) -> TokenSchedule:
         """The order of the tokens and the resolutions they stand for."""
-        return TokenSchedule(self.num_tokens, self.group_size, self.causal_tokens, self.image_size, self.patch_size, self.alpha)
+        return TokenSchedule(
+            self.num_tokens, self.group_size, self.causal_tokens, self.image_size, self.patch_size, self.alpha
+        )
 
 
 class Patches(NamedTuple):
@@ -141,10 +147,6 @@ class Patches(NamedTuple):
         """Of the first `count` images."""
         blocks = [(k[:count], v[:count]) for k, v in self.blocks]
         return Patches(blocks, None if self.linear is None else self.linear[:count])
-
-
-
-
 
 
 class Encoder(nn.Module):
@@ -234,7 +236,9 @@ class Decoder(nn.Module):
         canvas = self.mask_token + resize_positions(self.pos_embed, rows, columns)
         canvas = canvas.expand(latents.shape[0], -1, -1).to(latents.dtype)
         if self.linear is not None:
-            canvas = canvas + resize_grid(self.linear, rows, columns)[: projected.shape[1]].T.to(projected.dtype) @ projected
+            canvas = (
+                canvas + resize_grid(self.linear, rows, columns)[: projected.shape[1]].T.to(projected.dtype) @ projected
+            )
         x = torch.cat((canvas, latents), 1)
         for block in self.blocks:
             x, _ = block(x)
@@ -406,7 +410,9 @@ class DetailFlowTokenizer(nn.Module):
 
     def encode_latents(self, patches: Patches, n: int) -> Tensor:
         """→ (B, n, d) unit vectors before quantization."""
-        count = n if self.config.causal_encoder else self.config.num_tokens  # else later queries count for the first n as well
+        count = (
+            n if self.config.causal_encoder else self.config.num_tokens
+        )  # else later queries count for the first n as well
         queries = self.encoder.query_tokens[:count].expand(patches.images, -1, -1)
         if patches.linear is not None:
             queries = queries + patches.linear[:, :count]
@@ -430,7 +436,9 @@ class DetailFlowTokenizer(nn.Module):
         queries = torch.where(written.expand(given.shape)[..., None], refined, pending)
         return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))
 
-    def plant_mistakes(self, z: Tensor, candidates: int = WRONG_CANDIDATES, generator: torch.Generator | None = None) -> Tensor:
+    def plant_mistakes(
+        self, z: Tensor, candidates: int = WRONG_CANDIDATES, generator: torch.Generator | None = None
+    ) -> Tensor:
         """(B, m, d) unit vectors → (B, m) codes, each drawn uniformly from that vector's nearest `candidates` codes."""
         near = self.quantizer.nearest_k(z, candidates)
         choice = torch.randint(near.shape[-1], near.shape[:-1], generator=generator).to(near.device)

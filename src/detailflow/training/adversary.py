@@ -336,7 +336,11 @@ class Adversary:
     ) -> None:
         self.device, self.precision, self.processes = device, PRECISIONS[loop.precision], processes
         self.lecam, self.consistency = lecam, consistency
-        made = PatchDiscriminator() if network == PATCH else DINODiscriminator(None if network == "dino" else network, load)
+        made = (
+            PatchDiscriminator()
+            if network == PATCH
+            else DINODiscriminator(None if network == "dino" else network, load)
+        )
         self.network = made.to(device).train()
         self.any_side = isinstance(made, DINODiscriminator)  # or the tokenizer's full size alone
         self.judgement: nn.Module = _Judgement(self.network, augment, consistency > 0)
@@ -368,7 +372,9 @@ class Adversary:
                 if self.lecam:
                     losses["lecam"] = lecam_loss(*logits[:2], *self.anchors.unbind())
                 if self.consistency:
-                    losses["consistency"] = sum((consistency_loss(a, b) for a, b in zip(logits[:2], logits[2:], strict=True)))  # type: ignore[assignment]
+                    losses["consistency"] = sum(
+                        (consistency_loss(a, b) for a, b in zip(logits[:2], logits[2:], strict=True))
+                    )  # type: ignore[assignment]
                 weights = {"discriminator": 1.0, "lecam": self.lecam, "consistency": self.consistency}
                 total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum() / len(parts)
                 self.updater.backward(total)

@@ -12,7 +12,16 @@ from detailflow.distributed import Processes
 from detailflow.errors import DetailFlowError
 from detailflow.files import replacing, save_torch
 from detailflow.hub import CONFIG_FILE
-from detailflow.runs import CHECKPOINTS, MILESTONES, RUN_FILE, checkpoints, read_checkpoint, read_settings, readable, step_of
+from detailflow.runs import (
+    CHECKPOINTS,
+    MILESTONES,
+    RUN_FILE,
+    checkpoints,
+    read_checkpoint,
+    read_settings,
+    readable,
+    step_of,
+)
 from detailflow.training.inputs import Input, difference
 
 KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name
@@ -164,5 +173,7 @@ def _newest(output: Path) -> str:
             return path.name
         print(f"{path}: this checkpoint can't be read, trying the one before")
     if found:
-        raise DetailFlowError(f"{output / CHECKPOINTS}: none of the checkpoints can be read; remove the folder to start afresh")
+        raise DetailFlowError(
+            f"{output / CHECKPOINTS}: none of the checkpoints can be read; remove the folder to start afresh"
+        )
     return ""

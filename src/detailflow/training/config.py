@@ -194,7 +194,9 @@ class TokenizerTraining:
             correction_share=self.correction_share,
         )
         if self.nested_probability and not self.model.absent_token:
-            raise DetailFlowError("nested_probability needs a model with an absent token: set model.absent_token to true")
+            raise DetailFlowError(
+                "nested_probability needs a model with an absent token: set model.absent_token to true"
+            )
         require_not_negative(
             pixel=self.pixel,
             quantization=self.quantization,

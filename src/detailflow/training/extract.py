@@ -31,8 +31,6 @@ from detailflow.training.tokenizer import draw_position
 CHUNK_IMAGES = 512  # what a killed process loses at most; seconds of work on a GPU, so that writing them takes no time
 
 
-
-
 class _ImageCrops(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
     """Crops (n, C, R, R, 3) in bytes of a pass's images that can be read, their slots (n,), and what is wrong with the others."""
 
@@ -115,7 +113,9 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
         )
         writer = TokenWriter(output, info, source.labels, CHUNK_IMAGES)
     with ExitStack() as stack:
-        if not processes.from_main(lambda: writer.finished):  # a finished one may be on a disk that is not ours to write to
+        if not processes.from_main(
+            lambda: writer.finished
+        ):  # a finished one may be on a disk that is not ours to write to
             stack.enter_context(held(output, "extraction", processes))
         return _extract(config, model, source, writer, processes)
 
@@ -152,11 +152,18 @@ class _Extractor:
     """This process's part of the chunks that are not on disk."""
 
     def __init__(
-        self, config: Extraction, model: DetailFlowTokenizer, source: ImageSource, writer: TokenWriter, processes: Processes
+        self,
+        config: Extraction,
+        model: DetailFlowTokenizer,
+        source: ImageSource,
+        writer: TokenWriter,
+        processes: Processes,
     ) -> None:
         self.config, self.model, self.source, self.writer, self.processes = config, model, source, writer, processes
         written = writer.written()
-        there = torch.tensor([chunk in written for chunk in range(writer.chunks)], dtype=torch.int32, device=processes.device)
+        there = torch.tensor(
+            [chunk in written for chunk in range(writer.chunks)], dtype=torch.int32, device=processes.device
+        )
         there = processes.gather(there)[: writer.chunks]  # as the main process sees it
         self.todo = (there == 0).nonzero()[:, 0].tolist()
         self.unreadable = writer.unreadable() if processes.is_main else {}  # the others know their own
@@ -176,7 +183,9 @@ class _Extractor:
         if done and self.processes.is_main:
             print(f"{self.writer.directory}: going on after {done} of {total} images")
         hidden = not self.processes.is_main
-        with tqdm(total=total, initial=done, desc="extract", unit="img", dynamic_ncols=True, disable=hidden) as self.bar:
+        with tqdm(
+            total=total, initial=done, desc="extract", unit="img", dynamic_ncols=True, disable=hidden
+        ) as self.bar:
             for first in range(0, len(self.todo), count):
                 chunks = self.todo[first : first + count]
                 with self.processes.together():
@@ -194,7 +203,9 @@ class _Extractor:
 
     def _extract(self, chunk: int, at_once: int) -> None:
         config, model, info, slots = self.config, self.model, self.writer.info, self.writer.slots(chunk)
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((config.seed, chunk)).generate_state(1)[0]))
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((config.seed, chunk)).generate_state(1)[0])
+        )
         draws = [draw_position(model.schedule, info.num_tokens, generator) or 0 for _ in slots]
         positions = torch.tensor(draws)
         unreadable: dict[int, str] = {}
@@ -228,7 +239,9 @@ class _Extractor:
         self.processes.wait()  # until all have read that
         if self.processes.rank < len(chunks):
             self.writer.forget(chunks[self.processes.rank])  # the images may be put right
-        raise DetailFlowError(f"{count} images can't be read, more than 1%: remove or replace them (the first: {first})")
+        raise DetailFlowError(
+            f"{count} images can't be read, more than 1%: remove or replace them (the first: {first})"
+        )
 
 
 def tokenizer_fingerprint(path_or_id: str | Path) -> str:

@@ -42,8 +42,6 @@ PICTURE_CLASSES, PICTURE_SAMPLES = 10, 4
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-
-
 class GPTStage:
     """The network, its EMA, the optimiser and one step; a `Stage` of the loop."""
 
@@ -141,7 +139,10 @@ class GPTStage:
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         _, own = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
-        optimizer = {"state": state["optimizer"]["state"], "param_groups": own["param_groups"]}  # the settings are this run's
+        optimizer = {
+            "state": state["optimizer"]["state"],
+            "param_groups": own["param_groups"],
+        }  # the settings are this run's
         weights = dict(model_state_dict=state["model"], optim_state_dict=optimizer)
         set_state_dict(self.model, self.updater.optimizers[0], **weights, options=WHOLE)
         self.updater.check()
@@ -254,7 +255,10 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
     def make(resuming: bool) -> GPTStage:
         return GPTStage(config, sizes, store, tokenizer, place, resuming, processes)
 
-    inputs = {"tokens": tokens_input(store), "tokenizer": Input(lambda: {"fingerprint": store.info.tokenizer_fingerprint})}
+    inputs = {
+        "tokens": tokens_input(store),
+        "tokenizer": Input(lambda: {"fingerprint": store.info.tokenizer_fingerprint}),
+    }
     if config.init:
         inputs["init"] = model_input(config.init, "gpt")
     run(make, "gpt", config, output, processes, inputs)

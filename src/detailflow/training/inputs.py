@@ -88,7 +88,9 @@ def difference(name: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) ->
     if what is None:
         return f"another {name} (its fingerprint was {prints})"
     before, now = ({str(k): int(v) for k, v in dict(one.get("classes") or {}).items()} for one in (theirs, mine))
-    changed = [f"{k} {before.get(k, 0):,} → {now.get(k, 0):,}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    changed = [
+        f"{k} {before.get(k, 0):,} → {now.get(k, 0):,}" for k in {**before, **now} if before.get(k) != now.get(k)
+    ]
     facts = [f"{_number(theirs)} then, {_number(mine)} now"]
     if changed:
         facts.append(f"changed: {', '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}")

@@ -32,10 +32,6 @@ AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish
 BAD_STEPS = {"bf16": 5, "fp32": 5, "fp16": 25}  # in a row that stop a run; float16 may need 16 to find its loss scale
 
 
-
-
-
-
 class Stage(Protocol):
     """One kind of training: what the loop needs to know of it. All processes call every method."""
 
@@ -114,7 +110,13 @@ def _restore(stage: Stage, state: dict[str, Any], folder: Path, step: int) -> No
         stage.restore(state)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # torch has one for each difference
+    except (
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # torch has one for each difference
         raise DetailFlowError(
             f"{folder}: the checkpoint of step {step} does not fit this run; remove it to go on from the one before"
         ) from error
@@ -141,7 +143,9 @@ class _Run:
         with (
             _StopOnSignal() as stopping,
             Trackers(names, self.output, self.kind, asdict(self.config), start, processes) as trackers,
-            tqdm(total=loop.steps, initial=start, desc=self.kind, unit="step", dynamic_ncols=True, disable=hidden) as bar,
+            tqdm(
+                total=loop.steps, initial=start, desc=self.kind, unit="step", dynamic_ncols=True, disable=hidden
+            ) as bar,
         ):
             for step in range(start, loop.steps):
                 batch = next(batches)  # before the seed: a data loader draws from torch's generator when it starts
@@ -171,7 +175,9 @@ class _Run:
         with self.processes.together():
             if self.processes.is_main:
                 model = {"kind": self.kind, "config": self.stage.model_config()}
-                self.health.good = save_checkpoint(self.output, done, state, self.loop.keep, self._is_milestone(done), model)
+                self.health.good = save_checkpoint(
+                    self.output, done, state, self.loop.keep, self._is_milestone(done), model
+                )
         self.saved, self.saved_at = done, time.monotonic()
 
     def _log(self, done: int, scalars: Mapping[str, Tensor | float], trackers: Trackers, bar: Any) -> None:

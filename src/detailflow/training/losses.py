@@ -101,7 +101,9 @@ class LPIPS(nn.Module):
                 f"the perceptual loss (LPIPS) needs VGG-16's weights, which {weights or VGG16_FILE} does not hold: "
                 f"give torchvision's file, {VGG16_FILE}, {_INSTEAD}"
             ) from None
-        self.heads = nn.ParameterList(_heads() if load else [torch.ones(wanted[f"{i - 1}.bias"].shape[0], 1, 1) for i in MAPS])
+        self.heads = nn.ParameterList(
+            _heads() if load else [torch.ones(wanted[f"{i - 1}.bias"].shape[0], 1, 1) for i in MAPS]
+        )
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("deviation", torch.tensor(DEVIATION)[:, None, None], persistent=False)
         self.float().eval().requires_grad_(False)
@@ -148,7 +150,9 @@ def _vgg16_weights(path: str | None) -> dict[str, Tensor]:
     """A state dict; of a local file, only what is used of it is read from the disk."""
     try:
         if path is None:
-            return torch.hub.load_state_dict_from_url(VGG16_FILE, map_location="cpu", check_hash=True, weights_only=True)
+            return torch.hub.load_state_dict_from_url(
+                VGG16_FILE, map_location="cpu", check_hash=True, weights_only=True
+            )
         file = Path(path).expanduser()
         check_torch_zip(file)
         try:

@@ -22,7 +22,10 @@ class Updater:
     """
 
     def __init__(
-        self, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], config: LoopConfig, device: torch.device
+        self,
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        config: LoopConfig,
+        device: torch.device,
     ) -> None:
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self.clip = config.grad_clip
@@ -59,7 +62,10 @@ class Updater:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict()}
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
@@ -75,16 +81,27 @@ class Updater:
         Raises:
             ValueError, KeyError, AttributeError: if not.
         """
-        pairs = [(optimizer, parameter, known) for optimizer in self.optimizers for parameter, known in optimizer.state.items()]
+        pairs = [
+            (optimizer, parameter, known)
+            for optimizer in self.optimizers
+            for parameter, known in optimizer.state.items()
+        ]
         for optimizer, parameter, known in pairs:
-            for name in ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq"):
+            for name in (
+                ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+            ):
                 shape = known[name].shape
                 if shape != (torch.Size() if name == "step" else parameter.shape):
                     raise ValueError(f"{name} has shape {shape}, not {tuple(parameter.shape)}")
 
     def parameters(self) -> Iterable[Tensor]:
         """Return the weights of all optimisers."""
-        return (parameter for optimizer in self.optimizers for group in optimizer.param_groups for parameter in group["params"])
+        return (
+            parameter
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
 
 
 def gradients_stay(network: nn.Module, stay: bool) -> AbstractContextManager[None]:

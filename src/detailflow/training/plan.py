@@ -255,7 +255,9 @@ class Plan:
             "networks": [f"{n.name:<30}{_count(n.parameters):>10}  {n.fate}" for n in self.networks],
             "length": [f"{_several(loop.steps, 'step')} of {_several(loop.batch_size, 'image')}{epochs}"],
             "tokens": [f"{self.tokens} of an image, {_count(images * self.tokens)} in all"],
-            "processes": [f"{_several(self.processes, 'process')}: {_several(each, 'image')} of a step for each{parts}"],
+            "processes": [
+                f"{_several(self.processes, 'process')}: {_several(each, 'image')} of a step for each{parts}"
+            ],
             "memory": [
                 *(f"{name:<30}{_bytes(size):>10}" for name, size in self.memory.items()),
                 f"{'activations, about':<30}{_bytes(self.activations(on)):>10}",
@@ -306,7 +308,9 @@ def _alone(loop: LoopConfig, processes: Processes) -> LoopConfig:
         DetailFlowError: if the batch can't be parted evenly.
     """
     loop.images_at_once(processes)
-    return replace(loop, batch_size=loop.batch_size // processes.count, checkpoint_activations=False, shard=False, compile=False)
+    return replace(
+        loop, batch_size=loop.batch_size // processes.count, checkpoint_activations=False, shard=False, compile=False
+    )
 
 
 def plan_tokenizer(config: TokenizerTraining, processes: Processes, place: torch.device = CPU) -> Plan:
@@ -322,7 +326,9 @@ def plan_tokenizer(config: TokenizerTraining, processes: Processes, place: torch
         lambda: TokenizerStage(alone, source, Path(), place, resuming=True, load=False),
         lambda: (torch.zeros(alone.loop.batch_size, side, side, 3, dtype=torch.uint8), None),
         place,
-        last_share=1 - min(1.0, count_of_steps(config.adversarial_from, loop.steps) / loop.steps) if config.adversarial else 1.0,
+        last_share=1 - min(1.0, count_of_steps(config.adversarial_from, loop.steps) / loop.steps)
+        if config.adversarial
+        else 1.0,
     )
     epochs = loop.steps / BatchOrder(count, loop.batch_size, loop.seed).steps_per_epoch if count else None
     images = _several(count, "image") if count else "a stream of images"
@@ -374,7 +380,9 @@ def _bytes(value: float) -> str:
 
 def _duration(seconds: float) -> str:
     units = ((86400, "days"), (3600, "hours"), (60, "minutes"))
-    return next((f"{seconds / size:,.1f} {name}" for size, name in units if seconds >= 2 * size), f"{seconds:,.0f} seconds")
+    return next(
+        (f"{seconds / size:,.1f} {name}" for size, name in units if seconds >= 2 * size), f"{seconds:,.0f} seconds"
+    )
 
 
 def _scaled(value: float, units: dict[float, str], form: str) -> str | None:

@@ -54,7 +54,9 @@ def train_preset(
     elif Processes.of_this_launch(cpu=device == "cpu").is_main:
         print(f"{tokens}: these tokens are finished already")
 
-    last = config_from_dict(GPTTraining, {**load_settings(preset, "gpt"), "tokens": tokens, "tokenizer": tokenizer}, preset)
+    last = config_from_dict(
+        GPTTraining, {**load_settings(preset, "gpt"), "tokens": tokens, "tokenizer": tokenizer}, preset
+    )
     if gpt_steps is not None:
         last = replace(last, loop=replace(last.loop, steps=gpt_steps))
     train_gpt(last, Path(gpt), device)
@@ -65,5 +67,7 @@ def _without_classes(config: TokenizerTraining) -> TokenizerTraining:
     learnt = [name for name in ("perceptual", "alignment") if getattr(config, f"{name}_network") == CLASSIFIER]
     off: dict[str, Any] = {name: 0.0 for name in learnt if getattr(config, name)}
     for name in off:
-        print(f"these images have one class: training goes without the {name} loss, whose features are learnt from classes")
+        print(
+            f"these images have one class: training goes without the {name} loss, whose features are learnt from classes"
+        )
     return replace(config, **off)

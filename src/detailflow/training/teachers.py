@@ -112,7 +112,9 @@ class Teachers(NamedTuple):
         """The perceptual loss of (B + corrected, 3, s, s) pixels: those of (B, …) `target`, and of its first images again."""
         if self.lpips is not None:
             if pixels.shape[-1] < SMALLEST_SIDE:  # small patches make coarse pictures that VGG would pool to nothing
-                pixels, target = (F.interpolate(x, (SMALLEST_SIDE, SMALLEST_SIDE), mode="nearest") for x in (pixels, target))
+                pixels, target = (
+                    F.interpolate(x, (SMALLEST_SIDE, SMALLEST_SIDE), mode="nearest") for x in (pixels, target)
+                )
             return self.lpips(pixels, target)
         assert self.features is not None
         with torch.no_grad():
@@ -179,7 +181,11 @@ def find_teachers(
 
 
 def feature_network(
-    config: "TokenizerTraining", source: ImageSource | StreamSource, output: Path, device: torch.device, processes: Processes
+    config: "TokenizerTraining",
+    source: ImageSource | StreamSource,
+    output: Path,
+    device: torch.device,
+    processes: Processes,
 ) -> FeatureNetwork:
     """The frozen classifier: trained here, once, by the main process, and kept in the run's folder."""
     network = FeatureNetwork(len(source.class_names)).to(device)
@@ -193,7 +199,11 @@ def feature_network(
 
 
 def _train_features(
-    network: FeatureNetwork, config: "TokenizerTraining", source: ImageSource | StreamSource, path: Path, beat: Callable[[], None]
+    network: FeatureNetwork,
+    config: "TokenizerTraining",
+    source: ImageSource | StreamSource,
+    path: Path,
+    beat: Callable[[], None],
 ) -> None:
     """Train the classifier and write it; calls `beat` at every step."""
     from tqdm import tqdm
@@ -227,4 +237,6 @@ def load_features(network: FeatureNetwork, path: Path) -> None:
         check_torch_zip(path)
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise DetailFlowError(f"{path} is damaged, or of other classes: remove it to train the classifier again") from error
+        raise DetailFlowError(
+            f"{path} is damaged, or of other classes: remove it to train the classifier again"
+        ) from error

@@ -37,13 +37,13 @@ PICTURES = 8  # images in the pictures of reconstructions
 COUNT_STEPS = 100  # after which the uses of codes are counted anew, where no codes are replaced
 
 
-
-
 class AlignmentHead(nn.Sequential):
     """From the first token's code to what a teacher says of the whole image: (B, d) → (B, width) (docs/method.md#losses)."""
 
     def __init__(self, d: int, width: int, hidden: int = 1024) -> None:
-        super().__init__(nn.Linear(d, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width))
+        super().__init__(
+            nn.Linear(d, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width)
+        )
 
 
 def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
@@ -181,7 +181,9 @@ class TokenizerStage:
         torch.manual_seed(loop.seed)
         self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width).to(device)
         self.updater = Updater(tokenizer_optimizers(self.networks, config), loop, device)
-        self.counts = torch.zeros(config.model.codebook_size, device=device)  # of each code's uses since they were last set to 0
+        self.counts = torch.zeros(
+            config.model.codebook_size, device=device
+        )  # of each code's uses since they were last set to 0
         if loop.checkpoint_activations:
             recompute_activations(self.blocks)
         if loop.compile:
@@ -210,7 +212,9 @@ class TokenizerStage:
         t = draw_count(schedule, config.coarse_probability)
         present = None
         if t == schedule.num_tokens and config.nested_probability and float(torch.rand(())) < config.nested_probability:
-            present = draw_present(schedule, config.loop.batch_size)[self.processes.share(config.loop.batch_size)].to(self.device)
+            present = draw_present(schedule, config.loop.batch_size)[self.processes.share(config.loop.batch_size)].to(
+                self.device
+            )
         position = draw_position(schedule, t) if present is None else None
         choice = None
         if position is not None:
@@ -234,12 +238,22 @@ class TokenizerStage:
                 some = choice[part][: after - before].to(self.device)
             with gradients_stay(self.passes, start + size < len(images)):
                 made, losses, pair = self._losses(
-                    step, images[part], t, position, some, draws and draws.of(part), None if present is None else present[part]
+                    step,
+                    images[part],
+                    t,
+                    position,
+                    some,
+                    draws and draws.of(part),
+                    None if present is None else present[part],
                 )
                 total = sum((weight * loss for weight, loss in losses.values()), torch.zeros((), device=self.device))
                 self.updater.backward(total * (size / len(images)))
             name = "psnr" if present is None else "psnr_nested"
-            terms = {"loss": total, name: self._psnr(made.pixels[:size], pair[0]), **{k: v for k, (_, v) in losses.items()}}
+            terms = {
+                "loss": total,
+                name: self._psnr(made.pixels[:size], pair[0]),
+                **{k: v for k, (_, v) in losses.items()},
+            }
             for name, value in terms.items():
                 logged[name] = logged.get(name, 0.0) + value.detach() * (size / len(images))
             latents.append(made.latents[0].detach())
@@ -304,7 +318,11 @@ class TokenizerStage:
 
     def _full_size(self, pixels: Tensor) -> Tensor:
         side = self.config.model.image_size
-        return pixels if pixels.shape[-1] == side else F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
+        return (
+            pixels
+            if pixels.shape[-1] == side
+            else F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
+        )
 
     @torch.no_grad()
     def _revive(self, step: int, z: Tensor) -> None:
@@ -359,14 +377,17 @@ class TokenizerStage:
         self.model.eval()
         ids = self.model.encode(images)
         counts = sorted(
-            {1, schedule.prefix // 2, schedule.prefix, schedule.num_tokens // 2, schedule.num_tokens} & set(schedule.valid_counts)
+            {1, schedule.prefix // 2, schedule.prefix, schedule.num_tokens // 2, schedule.num_tokens}
+            & set(schedule.valid_counts)
         )
         by_count = [self._full_size(self.model.decode(ids[:, :n]).float()) for n in counts]
         mistaken, captions = [self.model.decode(ids)], [_tokens(schedule.num_tokens)]
         for position in sorted({0, schedule.prefix if schedule.prefix < schedule.num_tokens else 0}):
             end = schedule.span_end(position)
             z = self.model.encode_latents(self.model.encode_patches(images), schedule.num_tokens)[:, position:end]
-            corrected = self.model.encode_correction(images, position, self.model.plant_mistakes(z, self.config.mistakes))
+            corrected = self.model.encode_correction(
+                images, position, self.model.plant_mistakes(z, self.config.mistakes)
+            )
             alone = torch.cat((corrected[:, :end], ids[:, end:]), 1)
             mistaken += [self.model.decode(alone), self.model.decode(corrected)]
             wrong = f"token {end} wrong" if end == position + 1 else f"tokens {position + 1}-{end} wrong"
@@ -410,7 +431,9 @@ def tokenizer_optimizers(networks: TokenizerNetworks, config: TokenizerTraining)
     others = [p for p in networks.parameters() if id(p) not in taken]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=rate, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        muon = torch.optim.Muon(matrices, lr=config.muon, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(
+            matrices, lr=config.muon, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
         optimizers.append(muon)
     return optimizers
 
@@ -458,7 +481,11 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
     with processes.together():
         source = open_source(config)
         for name in ("perceptual", "alignment"):
-            if getattr(config, name) and getattr(config, f"{name}_network") == CLASSIFIER and len(source.class_names) < 2:
+            if (
+                getattr(config, name)
+                and getattr(config, f"{name}_network") == CLASSIFIER
+                and len(source.class_names) < 2
+            ):
                 raise DetailFlowError(
                     f"the {name} loss learns its features from class labels, and these images have one class only: "
                     f"set {name} to 0 or {name}_network to another"

@@ -107,7 +107,9 @@ class Trackers:
             import wandb
 
             with _writing("Weights & Biases' log", self.output):
-                self.wandb.log({**values, **{name: wandb.Image(picture) for name, picture in pictures.items()}}, step=step)
+                self.wandb.log(
+                    {**values, **{name: wandb.Image(picture) for name, picture in pictures.items()}}, step=step
+                )
 
     def __enter__(self) -> "Trackers":
         return self
