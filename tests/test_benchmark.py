@@ -174,7 +174,7 @@ def test_an_adapter_without_the_function(tmp_path: Path):
         benchmark.other_implementation(f"{tmp_path}/theirs.py:images")
     (tmp_path / "broken.py").write_text("import a_package_that_is_not_here\n")
     with pytest.raises(
-        DetailFlowError, match=r"broken.py:f: .*broken.py can't be imported: No module named 'a_package"
+        DetailFlowError, match=r"broken.py:f: .*broken.py cannot be imported: No module named 'a_package"
     ):
         benchmark.other_implementation(f"{tmp_path}/broken.py:f")
     (tmp_path / "fails.py").write_text("def f(ids):\n    return ids[99]\n")

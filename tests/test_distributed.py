@@ -1,45 +1,47 @@
 """What goes wrong in one of two processes ends both within seconds, and one of them says why."""
 
 import multiprocessing
-import os
-import resource
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from detailflow.cli.main import main
-from detailflow.distributed import Processes
-from detailflow.errors import DetailFlowError
-from detailflow.files import held
-from detailflow.training.checkpoints import load_checkpoint, save_checkpoint
-from detailflow.training.gpt import GPTStage
+sys.path.append(str(Path(__file__).parent))  # which its processes get as well
 
+import ranks
+from detailflow.files import held
+from detailflow.training.checkpoints import save_checkpoint
+
+IMPORTED = [
+    *("accelerate", "jsonargparse", "torch.nn.parallel", "torch._dynamo"),
+    *(
+        f"detailflow.{name}"
+        for name in ("training.gpt", "evaluation.samples", "evaluation.report", "samples", "pipeline")
+    ),
+]
 SECONDS = 60  # for a machine that is busy with other things; in vain they would wait for hours
 
 
 def launch(work: Callable[[int], int], folder: Path) -> list[tuple[int | None, str, str]]:
     """Call work(rank) in two processes as torchrun starts them: the exit status of each, and what it printed.
 
-    They are forks of this process, which has imported everything already.
+    They are forks of a server that has imported everything already, but has never trained: torch refuses to train in the
+    fork of a process that has used threads for that, as this one may have in another test.
+
+    Args:
+        work: a function of a module, or a `partial` of one.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    def run(rank: int) -> None:
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-        sys.exit(work(rank))
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    processes = [context.Process(target=ranks.run, args=(work, folder, port, rank)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -69,20 +71,16 @@ def command(model: Path, tokens: Path, tmp_path: Path) -> list[str]:
 
 
 def test_the_checkpoint_does_not_fit(command: list[str], tmp_path: Path):
-    def work(rank: int) -> int:
-        if rank == 0:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-        return main(command)
-
+    work = partial(ranks.command_line, command, limits={0: 20000})
     (first, _, err), (second, _, other) = launch(work, tmp_path)
     assert (first, second) == (2, 2), err + other
-    assert len(complaints(err)) == 1 and "the checkpoint can't be written (File too large)" in err
+    assert len(complaints(err)) == 1 and "the checkpoint cannot be written (File too large)" in err
     assert not complaints(other)
 
 
 def test_the_folder_is_held(command: list[str], tmp_path: Path):
     with held(tmp_path / "run", "training run"):
-        (first, _, err), (second, _, other) = launch(lambda rank: main(command), tmp_path)
+        (first, _, err), (second, _, other) = launch(partial(ranks.command_line, command), tmp_path)
     assert (first, second) == (2, 2), err + other
     assert complaints(err)[0].startswith("detailflow: error: another training run is at work in") and not complaints(
         other
@@ -92,26 +90,22 @@ def test_the_folder_is_held(command: list[str], tmp_path: Path):
 def test_the_folder_is_another_runs(command: list[str], tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").write_text("kind: tokenizer\n")
-    (first, _, err), (second, _, other) = launch(lambda rank: main(command), tmp_path)
+    (first, _, err), (second, _, other) = launch(partial(ranks.command_line, command), tmp_path)
     assert (first, second) == (2, 2), err + other
     assert "holds a run with another kind" in complaints(err)[0] and not complaints(other)
 
 
 def test_what_both_find(command: list[str], tmp_path: Path):
     """One of them says it."""
-    (first, _, err), (second, _, other) = launch(lambda rank: main([*command, "--tokens=nowhere"]), tmp_path)
+    (first, _, err), (second, _, other) = launch(partial(ranks.command_line, [*command, "--tokens=nowhere"]), tmp_path)
     assert (first, second) == (2, 2), err + other
     assert len(complaints(err)) == 1 and "nowhere is no token store" in err and not complaints(other)
 
 
 def test_samples_of_one_do_not_fit(model: Path, tmp_path: Path):
-    def work(rank: int) -> int:
-        if rank == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
-        many = ["--num-images", "4", "--batch-size", "2", "--output", str(tmp_path / "samples")]
-        return main(["generate", "--model", str(model), "--device", "cpu", *many])
-
-    (first, _, err), (second, _, other) = launch(work, tmp_path)
+    many = ["--num-images", "4", "--batch-size", "2", "--output", str(tmp_path / "samples")]
+    command = ["generate", "--model", str(model), "--device", "cpu", *many]
+    (first, _, err), (second, _, other) = launch(partial(ranks.command_line, command, limits={1: 500}), tmp_path)
     assert (first, second) == (2, 2), err + other
     assert (
         not complaints(err)
@@ -124,34 +118,17 @@ def test_a_report_of_something_else(cifar: Path, tmp_path: Path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").write_text("{}")
 
-    def work(rank: int) -> int:
-        return main(
-            ["evaluate", "samples", str(cifar), str(cifar), "--output", str(tmp_path / "report"), "--device", "cpu"]
-        )
-
-    (first, _, err), (second, _, other) = launch(work, tmp_path)
+    command = ["evaluate", "samples", str(cifar), str(cifar), "--output", str(tmp_path / "report"), "--device", "cpu"]
+    (first, _, err), (second, _, other) = launch(partial(ranks.command_line, command), tmp_path)
     assert (first, second) == (2, 2), err + other
     assert "holds a report.json that is no report of ours" in complaints(err)[0] and not complaints(other)
 
 
 @pytest.mark.parametrize("bug", [False, True])
 @pytest.mark.parametrize("wrong", [0, 1])
-def test_a_step_of_one_process(
-    bug: bool, wrong: int, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_step_of_one_process(bug: bool, wrong: int, command: list[str], tmp_path: Path):
     """The other one is in a collective call at that time."""
-    plain = GPTStage.step
-
-    def work(rank: int) -> int:
-        def step(self: GPTStage, number: int, *rest: object) -> object:
-            if rank == wrong and number == 1:
-                raise (ZeroDivisionError if bug else DetailFlowError)("its own error")
-            return plain(self, number, *rest)
-
-        GPTStage.step = step
-        return main(command)
-
-    ends = launch(work, tmp_path)
+    ends = launch(partial(ranks.training_that_fails, command, bug, wrong), tmp_path)
     assert ends[wrong][0] == (1 if bug else 2) and "its own error" in ends[wrong][2]
     assert ends[1 - wrong][0] == 2, ends
     assert complaints(ends[1 - wrong][2]) == [
@@ -159,29 +136,12 @@ def test_a_step_of_one_process(
     ]
 
 
-def test_the_main_process_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_main_process_at_work(tmp_path: Path):
     """The other one waits for as long as it says that it works, and ends with it."""
-    monkeypatch.setattr("detailflow.distributed.BEAT_SECONDS", 0.0)
-
-    def work(rank: int) -> int:
-        processes = Processes.of_this_launch(cpu=True)
-        for problem in (None, DetailFlowError("it can't be done")):
-            try:
-                with processes.together(), processes.main_at_work() as beat:
-                    if processes.is_main:
-                        for _ in range(3):
-                            beat()
-                        if problem:
-                            raise problem
-                print("done")
-            except DetailFlowError as error:
-                print(type(error).__name__, error)
-        return 0
-
-    (first, out, err), (second, other, _) = launch(work, tmp_path)
+    (first, out, err), (second, other, _) = launch(ranks.main_process_works, tmp_path)
     assert (first, second) == (0, 0), err
-    assert out == "done\nDetailFlowError it can't be done\n"
-    assert other == "done\nReportedElsewhereError it can't be done\n"
+    assert out == "done\nDetailFlowError it cannot be done\n"
+    assert other == "done\nReportedElsewhereError it cannot be done\n"
 
 
 def test_all_go_on_from_the_main_ones_checkpoint(tmp_path: Path):
@@ -192,19 +152,7 @@ def test_all_go_on_from_the_main_ones_checkpoint(tmp_path: Path):
             save_checkpoint(tmp_path / str(rank), step, {"value": torch.tensor(float(step))})
     (tmp_path / "0" / "resume" / "step-00000002.pt").write_bytes(b"rubbish")
 
-    def work(rank: int) -> int:
-        processes = Processes.of_this_launch(cpu=True)
-        step, state = load_checkpoint(tmp_path / str(rank), processes)
-        print(step, float(state["value"]), flush=True)
-        if processes.is_main:
-            save_checkpoint(tmp_path / "0", 3, {})
-        try:
-            load_checkpoint(tmp_path / str(rank), processes)
-        except DetailFlowError as error:
-            print(error)
-        return 0
-
-    (first, out, err), (second, other, _) = launch(work, tmp_path)
+    (first, out, err), (second, other, _) = launch(partial(ranks.two_loads, tmp_path), tmp_path)
     assert (first, second) == (0, 0), err
     assert out.splitlines()[1] == other.splitlines()[0] == "1 1.0"
     assert out.splitlines()[-1] == other.splitlines()[-1] and "1/resume/step-00000003.pt: No such file" in out

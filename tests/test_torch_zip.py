@@ -1,4 +1,4 @@
-"""What torch.save writes can't expand; other zip files of the same content can."""
+"""What torch.save writes cannot expand; other zip files of the same content can."""
 
 import os
 import zipfile

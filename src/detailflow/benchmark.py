@@ -120,7 +120,7 @@ def load_pipeline(
     """The pipeline to time.
 
     Raises:
-        DetailFlowError: where it can't be had.
+        DetailFlowError: where it cannot be had.
     """
     if random_weights:
         return random_pipeline(model or FIRST, device, dtype)
@@ -219,7 +219,7 @@ def benchmark(
         progress: called with the name of what comes next.
 
     Raises:
-        DetailFlowError: where the model can't be had, the device can't be used or the images do not fit in memory.
+        DetailFlowError: where the model cannot be had, the device cannot be used or the images do not fit in memory.
     """
     place, ceilings, rows, text = choose_device(device), {}, [], ""
     for dtype in dict.fromkeys(dtypes):
@@ -357,7 +357,7 @@ def other_implementation(text: str) -> Images:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody else's code raises, here and below
-        raise DetailFlowError(f"--other {text}: {file} can't be imported: {error}") from error
+        raise DetailFlowError(f"--other {text}: {file} cannot be imported: {error}") from error
     found = getattr(module, name, None)
     if not callable(found):
         raise DetailFlowError(f"--other {text}: {file} has no function {name}")

@@ -64,7 +64,7 @@ def convert(
         The folder of each model that was written.
 
     Raises:
-        DetailFlowError: if the source can't be read or is no whole model, or the output can't be written.
+        DetailFlowError: if the source cannot be read or is no whole model, or the output cannot be written.
     """
     from tqdm import tqdm
 

@@ -1,6 +1,7 @@
-"""The processes that work on one thing together, and what they tell each other."""
+"""Distributed helpers: rank, world size, barrier, all-reduce, gather."""
 
 import atexit
+import logging
 import os
 import sys
 import time
@@ -17,21 +18,21 @@ from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError, ReportedElsewhereError, missing_package
 
 Result = TypeVar("Result")
-LONGEST_WAIT = timedelta(hours=3)  # for one that does what only one should, such as reading all of a token store
-BEAT_SECONDS = 20.0  # between the signs of life of one that may take longer still
+TIMEOUT = timedelta(hours=3)  # long enough for what only one rank does, such as checking a whole token store
+HEARTBEAT_SECONDS = 20.0  # between the signs of life of a main process that may need longer still
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process's number among all that work together; alone, every method returns at once."""
+class World:
+    """The processes of this launch as one of them sees it. With one process every method returns at once."""
 
     rank: int = 0
-    count: int = 1
-    device: torch.device | None = None  # this process's own, where there are several
+    size: int = 1
+    device: torch.device | None = None  # this rank's own, if there are several
 
     @classmethod
-    def of_this_launch(cls, cpu: bool = False) -> "Processes":
-        """As `torchrun` or `accelerate launch` started them; one where neither did.
+    def from_launch(cls, cpu: bool = False) -> "World":
+        """Join the processes that `torchrun` or `accelerate launch` started; a world of one without a launcher.
 
         Raises:
             DetailFlowError: if Accelerate is not installed.
@@ -42,57 +43,54 @@ class Processes:
             from accelerate import PartialState
         except ImportError as error:
             raise missing_package("work by several processes", "accelerate") from error
-        # Without an accelerator it joins processes only where it is told so; of a Mac's GPU there is one only.
+        # Without an accelerator it joins processes only if it is told to; a Mac's GPU cannot be shared.
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        state = PartialState(cpu=cpu or accelerator is None or accelerator.type == "mps", timeout=LONGEST_WAIT)
-        atexit.register(state.destroy_process_group)  # or its threads may outlive what they use, and abort the program
-        device = (
-            torch.device("cpu") if state.device.type == "cpu" else state.device
-        )  # which it numbers, and torch does not
+        state = PartialState(cpu=cpu or accelerator is None or accelerator.type == "mps", timeout=TIMEOUT)
+        atexit.register(state.destroy_process_group)  # its threads must not outlive what they use
+        device = torch.device("cpu") if state.device.type == "cpu" else state.device  # torch gives a CPU no number
         return cls(state.process_index, state.num_processes, device)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes what only one should write."""
+        """Whether this is rank 0, which writes what only one process should write."""
         return self.rank == 0
 
-    def share(self, total: int) -> slice:
-        """This process's part of a batch of `total`, which the parts of all make up in order.
+    def shard(self, total: int) -> slice:
+        """Return this rank's part of a batch of `total`; the parts of all ranks make it up in order.
 
         Raises:
-            DetailFlowError: where the batch can't be parted evenly.
+            DetailFlowError: if the batch cannot be divided evenly.
         """
-        if total % self.count:
+        if total % self.size:
             raise DetailFlowError(
-                f"a batch of {total} can't be shared evenly by {self.count} processes: choose a multiple"
+                f"a batch of {total} cannot be divided evenly among {self.size} processes: choose a multiple"
             )
-        size = total // self.count
+        size = total // self.size
         return slice(self.rank * size, (self.rank + 1) * size)
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
         self.any(False)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Let an error in one process be an error in all of them, instead of leaving the others to wait for it.
+    def raise_together(self) -> Iterator[None]:
+        """Make an error on one rank an error on all, so that the others do not wait for it.
 
-        Every process must come through here; the block itself may not talk to the others, unless what it does so comes before
-        all that can fail in one process alone.
+        Every rank must pass through here. The block may use collectives only before anything that can fail on one rank
+        alone.
 
         Raises:
-            ReportedElsewhereError: in all processes but the first one with an error, which raises its own.
+            ReportedElsewhereError: on all ranks but the first with an error, which raises its own.
         """
         problem: Exception | None = None
         try:
             yield
         except Exception as error:
             problem = error
-        if self.count > 1:
-            texts: list[str | None] = [None] * self.count
-            torch.distributed.all_gather_object(
-                texts, None if problem is None else str(problem) or type(problem).__name__
-            )
+        if self.size > 1:
+            texts: list[str | None] = [None] * self.size
+            text = None if problem is None else str(problem) or type(problem).__name__
+            torch.distributed.all_gather_object(texts, text)
             first = next((rank for rank, text in enumerate(texts) if text is not None), self.rank)
             if first != self.rank:
                 raise ReportedElsewhereError(str(texts[first])) from problem
@@ -100,105 +98,108 @@ class Processes:
             raise problem
 
     def from_main(self, work: Callable[[], Result]) -> Result:
-        """Return in all processes what `work` returns in the main one, where alone it is called.
+        """Call `work` on rank 0 and return its value on all ranks.
 
         Args:
-            work: returns a plain value.
+            work: returns a value that can be sent as an object.
 
         Raises:
-            DetailFlowError: in all of them, if it does in the main one.
+            DetailFlowError: on all ranks, if it does on rank 0.
         """
         values: list[Any] = [None]
-        with self.together():
+        with self.raise_together():
             if self.is_main:
                 values = [work()]
-        if self.count > 1:
+        if self.size > 1:
             torch.distributed.broadcast_object_list(values, src=0)
         result: Result = values[0]
         return result
 
     @contextmanager
-    def main_at_work(self) -> Iterator[Callable[[], None]]:
-        """Let the main process work in the block for as long as it takes, while the others wait at the block's end.
+    def others_wait(self) -> Iterator[Callable[[], None]]:
+        """Let rank 0 work in the block for as long as it takes; the other ranks wait at its end.
 
         Yields:
-            A function that the main process calls now and then: who does not hear from it within `LONGEST_WAIT` gives up.
+            A heartbeat that rank 0 calls now and then: the others give up after `TIMEOUT` without one.
         """
-        heard = time.monotonic()
+        last = time.monotonic()
 
-        def beat() -> None:
-            nonlocal heard
-            if self.is_main and time.monotonic() - heard > BEAT_SECONDS:
+        def heartbeat() -> None:
+            nonlocal last
+            if self.is_main and time.monotonic() - last > HEARTBEAT_SECONDS:
                 self.any(True)
-                heard = time.monotonic()
+                last = time.monotonic()
 
         try:
-            yield beat
+            yield heartbeat
         finally:
-            while self.any(False):  # as long as the main process, which is never here, says so
+            while self.any(False):  # rank 0 says True as long as it works, and comes here last
                 pass
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The average of all processes' tensors of one shape, without gradients."""
-        return self.sum(value) / self.count
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum of all processes' tensors of one shape, without gradients."""
+    def all_reduce(self, value: Tensor) -> Tensor:
+        """Return the sum over ranks of tensors of one shape, without gradients."""
         value = value.detach()
-        if self.count > 1:
+        if self.size > 1:
             value = value.clone()
             torch.distributed.all_reduce(value)
         return value
 
-    def gather_uneven(self, value: Tensor, counts: Sequence[int]) -> Tensor:
-        """(counts[rank], …) of each → (sum of counts, …) in the processes' order, on the CPU where there are several."""
-        if self.count == 1:
-            return value.detach()
-        padded = torch.zeros(max(counts), *value.shape[1:], dtype=value.dtype, device=self.device)
-        padded[: len(value)] = value
-        parts = self.gather(padded).cpu().split(max(counts))
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean over ranks of tensors of one shape, without gradients."""
+        return self.all_reduce(value) / self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
-        if self.count == 1:
+        """Return whether `flag` is true on any rank."""
+        if self.size == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def gather(self, value: Tensor) -> Tensor:
-        """(B, …) of each → (processes · B, …) in the processes' order, without gradients."""
-        if self.count == 1:
+    def all_gather(self, value: Tensor) -> Tensor:
+        """Return (world size · B, …) from (B, …) of each rank, in rank order, without gradients."""
+        if self.size == 1:
             return value.detach()
-        parts = [torch.empty_like(value) for _ in range(self.count)]
+        parts = [torch.empty_like(value) for _ in range(self.size)]
         torch.distributed.all_gather(parts, value.detach().contiguous())
         return torch.cat(parts)
 
+    def all_gather_uneven(self, value: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return (sum of counts, …) from (counts[rank], …) of each rank, in rank order, on the CPU if there are several."""
+        if self.size == 1:
+            return value.detach()
+        padded = torch.zeros(max(counts), *value.shape[1:], dtype=value.dtype, device=self.device)
+        padded[: len(value)] = value
+        parts = self.all_gather(padded).cpu().split(max(counts))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
-def launched(device: str | None) -> tuple[Processes, torch.device]:
-    """The processes of this launch, and this one's device: its own where there are several, else the one asked for.
+
+def launched(device: str | None) -> tuple[World, torch.device]:
+    """Join this launch's processes and choose this rank's device: its own if there are several, else `device`.
 
     Raises:
-        DetailFlowError: if Accelerate is not installed, or for a device that can't be used.
+        DetailFlowError: if Accelerate is not installed, or for a device that cannot be used.
     """
-    processes = Processes.of_this_launch(cpu=device == "cpu")
-    return processes, processes.device or choose_device(device)
+    world = World.from_launch(cpu=device == "cpu")
+    return world, world.device or choose_device(device)
 
 
 def in_group() -> bool:
-    """Return whether this process is one of several that have joined."""
+    """Return whether this process has joined a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def lost(error: BaseException) -> bool:
-    """Return whether a collective call failed because another process has ended."""
+    """Return whether a collective failed because another rank has ended."""
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def leave_after_error(status: int) -> NoReturn:
-    """End this process at once, so that the launcher ends the others.
+def leave(status: int) -> NoReturn:
+    """End this process at once, without what Python does at an ordinary exit.
 
-    An ordinary exit destroys the process group first, which may wait for processes that wait for this one.
+    After an error, that would destroy the process group first, which may wait for ranks that wait for this one. After
+    success, sharded weights keep the group's threads alive (torch caches their device mesh), and a thread that frees a
+    tensor while Python shuts down aborts the program.
     """
+    logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

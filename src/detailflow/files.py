@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, printable
 from detailflow.torch_zip import check_torch_zip
 
@@ -119,7 +119,7 @@ def check_regular(path: Path) -> None:
 
 def _sync(folder: Path) -> None:
     """Bring a folder's names to the disk; otherwise a power cut may undo a replacement after what came before it is gone."""
-    with suppress(OSError):  # some systems can't open folders, and some file systems can't sync them
+    with suppress(OSError):  # some systems cannot open folders, and some file systems cannot sync them
         opened = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(opened)
@@ -128,7 +128,7 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def held(folder: Path, work: str, processes: Processes | None = None) -> Iterator[None]:
+def held(folder: Path, work: str, world: World | None = None) -> Iterator[None]:
     """Keep `folder` for this launch alone; it is made if it is missing, and goes again if it stays empty.
 
     Temporary files that a killed launch left in it are removed.
@@ -140,10 +140,10 @@ def held(folder: Path, work: str, processes: Processes | None = None) -> Iterato
     Raises:
         DetailFlowError: in all of them, if another process holds it, or it cannot be written to.
     """
-    processes = processes or Processes()
+    world = world or World()
     with ExitStack() as stack:
-        with processes.together():
-            if processes.is_main:
+        with world.raise_together():
+            if world.is_main:
                 stack.enter_context(_held(folder, work))
         yield
 
@@ -153,7 +153,7 @@ def _held(folder: Path, work: str) -> Iterator[None]:
     """Hold a folder for this process.
 
     Raises:
-        DetailFlowError: if another process holds it, or it can't be written to.
+        DetailFlowError: if another process holds it, or it cannot be written to.
     """
     path = folder / LOCK_FILE
     try:
@@ -209,7 +209,7 @@ def writing(path: Path) -> Iterator[Path]:
     """`replacing`, in a folder that is made where it is missing.
 
     Raises:
-        DetailFlowError: if the file can't be written.
+        DetailFlowError: if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """A JSON file, whole or not at all.
 
     Raises:
-        DetailFlowError: if it can't be written.
+        DetailFlowError: if it cannot be written.
     """
     with writing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -479,7 +479,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], shard_size: st
 
     Raises:
         OSError, SafetensorError: if that fails.
-        DetailFlowError: for a size that can't be understood.
+        DetailFlowError: for a size that cannot be understood.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 

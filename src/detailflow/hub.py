@@ -139,7 +139,7 @@ def read_kind(path: Path) -> Any:
     """The kind that a model's config states, or `None`.
 
     Raises:
-        DetailFlowError: if the config can't be read.
+        DetailFlowError: if the config cannot be read.
     """
     if _is_unfinished(path):
         return run_kind(path)

@@ -87,7 +87,7 @@ class PeakMemory:
                 self.known = False
 
     def mebibytes(self) -> float | None:
-        """`None` where it can't be told."""
+        """`None` where it cannot be told."""
         if not self.known:
             return None
         if self.device.type == "cuda":

@@ -81,7 +81,7 @@ def load_published(
     config, checkpoint, names = _inspect(path, kind, variant)
     state = (
         None if zipfile.is_zipfile(checkpoint) else _read_state(checkpoint, variant)
-    )  # an old pickle can't be mapped
+    )  # an old pickle cannot be mapped
     return config, _translate(lambda: state or _read_state(checkpoint, variant), names, checkpoint, dtype)
 
 
@@ -325,7 +325,7 @@ def read_arguments(directory: Path) -> str:
     """The text of a published model's training arguments, empty where it has none.
 
     Raises:
-        DetailFlowError: if it can't be read.
+        DetailFlowError: if it cannot be read.
     """
     path = directory / ARGUMENTS_FILE
     try:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import held, read_json, replacing, shortened, write_json
 from detailflow.hub import fingerprint
@@ -186,7 +186,7 @@ def claim(folder: Path, settings: dict[str, Any], found: Iterable[Path] = (), te
         temporary: note that `remove_temporary` may remove the set, unless it has been asked for otherwise before.
 
     Raises:
-        DetailFlowError: if it holds samples of other or unknown settings, or can't be written.
+        DetailFlowError: if it holds samples of other or unknown settings, or cannot be written.
     """
     path = folder / SETTINGS_FILE
     mine = json.loads(json.dumps(settings))
@@ -263,7 +263,7 @@ def remove_earlier(folder: Path, names: Iterable[str]) -> int:
         How many files are gone.
 
     Raises:
-        DetailFlowError: if one can't be removed.
+        DetailFlowError: if one cannot be removed.
     """
     kept = {(folder / name).stat().st_ino for name in names}  # a file system may not tell upper from lower case
     earlier = [path for path in generated(folder) if path.stat().st_ino not in kept]
@@ -304,7 +304,7 @@ def generate_many(
     form: str = "png",
     seed: int = 0,
     batch_size: int = 32,
-    processes: Processes | None = None,
+    world: World | None = None,
     num_tokens: int | None = None,
     temporary: bool = False,
     **sampling: Any,
@@ -319,12 +319,12 @@ def generate_many(
         sampling: guidance_scale and so on, as for a pipeline's call.
 
     Raises:
-        DetailFlowError: as a pipeline's call, for a folder with another set of samples, or if a file can't be written.
+        DetailFlowError: as a pipeline's call, for a folder with another set of samples, or if a file cannot be written.
     """
     from tqdm import tqdm
 
     check_seeds(seed)
-    processes = processes or Processes()
+    world = world or World()
     writers: dict[str, Callable[[], Writer]] = {
         "png": lambda: PngWriter(folder, labels, lambda label: file_label(pipeline, label)),
         "npz": lambda: NpzWriter(folder),
@@ -333,9 +333,9 @@ def generate_many(
     if form not in writers:
         raise DetailFlowError(f"the format must be one of {', '.join(writers)}, not {form!r}")
     writer = writers[form]()
-    with held(folder, "generation", processes):
-        with processes.together():
-            if processes.is_main:
+    with held(folder, "generation", world):
+        with world.raise_together():
+            if world.is_main:
                 settings = {
                     "format": form,
                     "seed": seed,
@@ -349,15 +349,15 @@ def generate_many(
                 }
                 claim_set(folder, settings, labels, writer, batch_size * writer.batches, temporary)
         parts = range(-(-len(labels) // (batch_size * writer.batches)))
-        bar = tqdm(total=len(labels), desc="generating", unit="image", disable=True if processes.rank else None)
-        with processes.together(), bar, _writing_samples():
-            mine = parts[processes.rank :: processes.count]
+        bar = tqdm(total=len(labels), desc="generating", unit="image", disable=True if world.rank else None)
+        with world.raise_together(), bar, _writing_samples():
+            mine = parts[world.rank :: world.size]
             for count in _write_parts(
                 pipeline, labels, writer, seed, batch_size, mine, num_tokens=num_tokens, **sampling
             ):
-                bar.update(min(count * processes.count, len(labels) - bar.n))
-        with processes.together(), _writing_samples():
-            if processes.is_main:
+                bar.update(min(count * world.size, len(labels) - bar.n))
+        with world.raise_together(), _writing_samples():
+            if world.is_main:
                 writer.finish(len(parts), labels)
 
 

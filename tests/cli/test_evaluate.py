@@ -201,7 +201,7 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         ),
         (
             ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--num-images", "500"],
-            "holds 200 images, of which 500 can't be",
+            "holds 200 images, of which 500 cannot be",
         ),
         (
             [

@@ -189,7 +189,7 @@ CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ("data: [a\nmodel: }", "--config b.yaml: this file is not valid YAML (line 2)"),
     ("- a\n- b\n", "--config b.yaml: this file must hold settings, each as KEY: VALUE"),
     ("", "--config b.yaml: this file must hold settings, each as KEY: VALUE"),
-    (None, "--config b.yaml: this file can't be read (No such file or directory)"),
+    (None, "--config b.yaml: this file cannot be read (No such file or directory)"),
 ]
 
 
@@ -216,7 +216,7 @@ def test_bad_config_files(values: dict | str | None, message: str, folder: Path,
         (["--output", "a.yaml"], "cannot write to a.yaml: "),
         (["--output", "a.yaml/deeper"], "cannot write to a.yaml/deeper: "),
         (["--output", "x" * 300], f"cannot write to {'x' * 300}: File name too long"),
-        (["--config", "images"], "--config images: this file can't be read (Is a directory)"),
+        (["--config", "images"], "--config images: this file cannot be read (Is a directory)"),
         (["--data", "images/even", "--perceptual", "1"], "the perceptual loss learns its features from class labels"),
         (["--config"], "argument --config: expected one argument"),
     ],
@@ -428,7 +428,7 @@ def test_a_dry_run_for_several_processes(
     assert main([*TRAIN, "--dry-run"]) == 0
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("RANK", "0")
-    message = "a batch of 4 can't be shared evenly by 3 processes: choose a multiple"
+    message = "a batch of 4 cannot be divided evenly among 3 processes: choose a multiple"
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert complaint([*TRAIN, "--dry-run"], capsys) == message
 

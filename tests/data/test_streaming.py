@@ -12,7 +12,7 @@ import torch
 from detailflow.data.images import open_images
 from detailflow.data.streaming import StreamedBatches, open_stream
 from detailflow.data.transforms import to_tensor
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 
 from .conftest import write_tar
@@ -98,12 +98,12 @@ def test_resume_is_exact_with_any_number_of_threads(request, form):
 def test_processes_share_an_epoch(request, form, count, labels):
     data = request.getfixturevalue(form)
     size = {2: 10, 3: 6}[count]
-    parts = [batches(data, 24, batch_size=size * count, processes=Processes(rank, count)) for rank in range(count)]
+    parts = [batches(data, 24, batch_size=size * count, world=World(rank, count)) for rank in range(count)]
     assert all(images.shape == (size, 3, 32, 32) for part in parts for images, _ in part)
     epoch = sum((contents(part[: 200 // count // size]) for part in parts), Counter())
     assert set(epoch.values()) == {1} and len(epoch) == 200 // count // size * size * count
-    last = Processes(count - 1, count)
-    assert same(parts[-1][21:], batches(data, 3, batch_size=size * count, start_step=21, processes=last))
+    last = World(count - 1, count)
+    assert same(parts[-1][21:], batches(data, 3, batch_size=size * count, start_step=21, world=last))
 
 
 def test_a_short_part_begins_again_where_the_epoch_is_not_over(tables, tmp_path):
@@ -114,7 +114,7 @@ def test_a_short_part_begins_again_where_the_epoch_is_not_over(tables, tmp_path)
         )
     )
     shorter.select(range(10)).to_parquet(str(tmp_path / "train-1.parquet"))
-    long, short = (batches(tmp_path, 5, batch_size=12, processes=Processes(rank, 2)) for rank in range(2))
+    long, short = (batches(tmp_path, 5, batch_size=12, world=World(rank, 2)) for rank in range(2))
     assert set(contents(long).values()) == {1}  # 30 of its 50 images
     assert set(contents(short).values()) == {3}  # its 10 images in three passes
     assert len(contents(short)) == 10
@@ -164,7 +164,7 @@ def test_too_many_unreadable_images(shards, tmp_path):
         batches(folder, 10)
     assert "is not an image" in str(caught.value)
     folder = spoiled(shards, tmp_path / "all", set(range(200)))
-    with pytest.raises(DetailFlowError, match="has only images in a row that can't be read"):
+    with pytest.raises(DetailFlowError, match="has only images in a row that cannot be read"):
         batches(folder, 1, batch_size=1)
 
 
@@ -240,7 +240,7 @@ def test_hub(tables, monkeypatch):
 
 
 def test_what_cannot_be_streamed(cifar, tables, shards, tmp_path):
-    with pytest.raises(DetailFlowError, match="is a folder of image files, which can't be streamed"):
+    with pytest.raises(DetailFlowError, match="is a folder of image files, which cannot be streamed"):
         open_stream(cifar)
     with pytest.raises(DetailFlowError, match="no column 'img': its columns are image, label"):
         open_stream(tables, image_column="img")
@@ -254,8 +254,8 @@ def test_what_cannot_be_streamed(cifar, tables, shards, tmp_path):
     (tmp_path / "a.tar").write_text("not a tar file")
     with pytest.raises(DetailFlowError, match=r"a\.tar cannot be read"):
         open_stream(tmp_path / "a.tar")
-    with pytest.raises(DetailFlowError, match="a batch of 9 can't be shared evenly by 2 processes"):
-        stream(tables, 9, processes=Processes(0, 2))
+    with pytest.raises(DetailFlowError, match="a batch of 9 cannot be divided evenly among 2 processes"):
+        stream(tables, 9, world=World(0, 2))
 
 
 def test_damage_in_the_middle_ends_the_stream(tables, tmp_path):

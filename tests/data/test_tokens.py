@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from detailflow.data.tokens import TokenBatches, TokenStore, TokenStoreInfo, TokenWriter
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 
 INFO = TokenStoreInfo(
     num_tokens=8, codebook_size=65536, crops=10, class_names=("cat", "dog", "frog"), tokenizer_fingerprint="abc"
 )
 FILES = ["codes.bin", "ids.jsonl", "labels.bin", "manifest.json"]
-BAD = 33  # a slot whose image can't be read
+BAD = 33  # a slot whose image cannot be read
 NAMES = [f"{INFO.class_names[k % 3]}/{k}.png" for k in range(49)] + ["frog/\udcffé\n.png"]
 
 
@@ -329,7 +329,7 @@ def test_resume_is_exact(store, batch_size):
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_share_the_same_batches(store, count):
     whole = islice(TokenBatches(store, 12, seed=5, start_step=3), 10)
-    parts = [TokenBatches(store, 12, seed=5, start_step=3, processes=Processes(rank, count)) for rank in range(count)]
+    parts = [TokenBatches(store, 12, seed=5, start_step=3, world=World(rank, count)) for rank in range(count)]
     for batch, *shares in zip(whole, *parts, strict=False):
         assert all(len(share[0]) == 12 // count for share in shares)
         for together, part in zip(batch, zip(*shares, strict=True), strict=True):
@@ -343,5 +343,5 @@ def test_batches_refuse(store):
         TokenBatches(store, 0, seed=0)
     with pytest.raises(DetailFlowError, match="seed -1"):
         TokenBatches(store, 4, seed=-1)
-    with pytest.raises(DetailFlowError, match="a batch of 4 can't be shared evenly by 3 processes"):
-        TokenBatches(store, 4, seed=0, processes=Processes(0, 3))
+    with pytest.raises(DetailFlowError, match="a batch of 4 cannot be divided evenly among 3 processes"):
+        TokenBatches(store, 4, seed=0, world=World(0, 3))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from detailflow.data.images import open_images
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import Measured, cautions, compare_sets, measure, save_statistics
 from detailflow.evaluation.features import Extractor, Features, load_extractor
@@ -38,8 +38,8 @@ class Projection:
         return Features(y[:, :12].float(), y[:, 12:20].float(), y[:, 20:].float())
 
 
-def batches(images: Tensor, batch: int, processes: Processes | None = None) -> Iterator[Tensor]:
-    share = share_of(len(images), processes or Processes())
+def batches(images: Tensor, batch: int, world: World | None = None) -> Iterator[Tensor]:
+    share = share_of(len(images), world or World())
     yield from images[share.start : share.stop].split(batch)
 
 
@@ -80,14 +80,14 @@ SETS = ((101, 256, 30), (77, 200, 50_000))  # images, levels of grey, and how ma
 def work(folder: Path) -> None:
     """What one of several processes does: it measures its share of two sets, and writes what it finds."""
     torch.set_num_threads(1)
-    processes = Processes.of_this_launch(cpu=True)
+    world = World.from_launch(cpu=True)
     result = [
-        measure(Projection(), batches(noise(total, level=level), 16, processes), processes, keep, total)
+        measure(Projection(), batches(noise(total, level=level), 16, world), world, keep, total)
         for total, level, keep in SETS
     ]
     for name, measured in zip("ab", result, strict=True):
-        save_statistics(folder / f"{processes.rank}-{name}.npz", measured)
-    torch.save([[x.inception_score for x in result], compare_sets(*result)], folder / f"{processes.rank}.pt")
+        save_statistics(folder / f"{world.rank}-{name}.npz", measured)
+    torch.save([[x.inception_score for x in result], compare_sets(*result)], folder / f"{world.rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -183,10 +183,10 @@ class TestTooFew:
         with pytest.raises(DetailFlowError, match="too few images to measure: there are 1, where 2 are the least"):
             measure(Projection(), batches(noise(1), 1), total=1)
         with pytest.raises(DetailFlowError, match="there are 2, where 3 are the least"):
-            measure(Projection(), batches(noise(2), 1), Processes(0, 3), total=2)
+            measure(Projection(), batches(noise(2), 1), World(0, 3), total=2)
 
     def test_for_some_figures(self):
-        """What can't be had is left out, and said."""
+        """What cannot be had is left out, and said."""
         real, few = (measure(Projection(), batches(noise(n), 20), total=n) for n in (50, 3))
         figures = compare_sets(real, few)
         assert figures.keys() == {"fid", "sfid", "is"} and all(np.isfinite(x) for x in figures.values())

@@ -1,4 +1,4 @@
-"""The networks of features, with random weights where theirs can't be had."""
+"""The networks of features, with random weights where theirs cannot be had."""
 
 import os
 import socket
@@ -89,7 +89,7 @@ class TestInception:
                 return os.mkdir, (str(tmp_path / "executed"),)
 
         torch.save({"fc.weight": Evil()}, tmp_path / "evil.pth")
-        with pytest.raises(DetailFlowError, match="evil.pth can't be read as .*inception-2015-12-05"):
+        with pytest.raises(DetailFlowError, match="evil.pth cannot be read as .*inception-2015-12-05"):
             load_extractor("inception", weights=str(tmp_path / "evil.pth"))
         assert not (tmp_path / "executed").exists()
 
@@ -118,7 +118,7 @@ def test_weights_that_cannot_be_had(name: str, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(DetailFlowError) as caught:
         load_extractor(name)
     assert caught.match(
-        f"^--features {name} needs .* can't be downloaded: {source}.* --weights FILE, or .*--features FILE.safetensors$"
+        f"^--features {name} needs .* cannot be downloaded: {source}.* --weights FILE, or .*--features FILE.safetensors$"
     )
 
 

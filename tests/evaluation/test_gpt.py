@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow import DetailFlowPipeline
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation import gpt
 from detailflow.evaluation.distances import compare_sets, measure
@@ -37,7 +37,7 @@ class Blocks:
 def evaluated(
     pipeline: DetailFlowPipeline, cifar: Path, folder: Path, batch_size: int = 8, count: int = COUNT, **options: Any
 ) -> Report:
-    work = Work(Processes(), torch.device("cpu"), batch_size)
+    work = Work(World(), torch.device("cpu"), batch_size)
     report = evaluate_gpt(pipeline, work.open(str(cifar), 32), work, Blocks(), folder, count, **options)
     assert report is not None
     return report
@@ -45,7 +45,7 @@ def evaluated(
 
 def expected(pixels: Tensor, cifar: Path) -> dict[str, float]:
     """What comparing the images themselves says."""
-    work = Work(Processes(), torch.device("cpu"), 50)
+    work = Work(World(), torch.device("cpu"), 50)
     made = measure(Blocks(), [pixels], total=len(pixels))
     return compare_sets(measure(Blocks(), work.open(str(cifar), 32)), made)
 
@@ -70,7 +70,7 @@ def test_one_setting(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
     assert len(report.provenance["data"]["reference"]["checksum"]) == 32
     checksum = Checksum(0)
     checksum.update(pixels)
-    assert list(report.provenance["samples"]["checksum"].values()) == [checksum.text(Processes())]
+    assert list(report.provenance["samples"]["checksum"].values()) == [checksum.text(World())]
     note = report.sections[0].note
     assert "only where that network's classes are the model's" in note
     assert "enlarged" not in note
@@ -213,7 +213,7 @@ def test_only_what_was_asked_to_be_kept_stays(
 
 def test_a_reference_of_photographs_is_not_adms(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
     def notes(reference: Path, name: str) -> str:
-        work, network = Work(Processes(), torch.device("cpu"), 50), Blocks()
+        work, network = Work(World(), torch.device("cpu"), 50), Blocks()
         network.name = name  # type: ignore[misc]
         report = evaluate_gpt(pipeline, work.open(str(reference), 32), work, network, tmp_path, 5)
         assert report is not None
@@ -221,7 +221,7 @@ def test_a_reference_of_photographs_is_not_adms(pipeline: DetailFlowPipeline, ci
 
     np.savez(
         tmp_path / "set.npz",
-        arr_0=torch.cat(list(Work(Processes(), torch.device("cpu"), 50).open(str(cifar), 32))).numpy(),
+        arr_0=torch.cat(list(Work(World(), torch.device("cpu"), 50).open(str(cifar), 32))).numpy(),
     )
     assert "one bicubic resize" in notes(cifar, "inception")
     assert "one bicubic resize" not in notes(cifar, "blocks") + notes(tmp_path / "set.npz", "inception")

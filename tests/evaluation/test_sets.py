@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from detailflow.data.source import spread
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.sets import ImageSet, open_set, share_of
 
@@ -79,7 +79,7 @@ def test_every_kind_is_the_same(
     assert [len(batch) for batch in found] == [4] * 6 + [1]
     np.testing.assert_array_equal(pixels(found), images)
     np.testing.assert_array_equal(pixels(found), images)  # a second time
-    parts = [pixels(open_set(path, Processes(rank, 3), batch_size=7)) for rank in range(3)]
+    parts = [pixels(open_set(path, World(rank, 3), batch_size=7)) for rank in range(3)]
     np.testing.assert_array_equal(np.concatenate(parts), images)
     np.testing.assert_array_equal(pixels(open_set(path, count=4)), images[[6, 12, 18, 24]])
     about = found.description()
@@ -87,14 +87,14 @@ def test_every_kind_is_the_same(
 
 
 def test_some_are_spread_over_the_set(folder: Path, images: np.ndarray):
-    np.testing.assert_array_equal(open_set(folder, Processes(1, 2)).some(3), images[[8, 16, 24]])  # by any process
+    np.testing.assert_array_equal(open_set(folder, World(1, 2)).some(3), images[[8, 16, 24]])  # by any process
     assert len(open_set(folder).some(100)) == 25
 
 
 def test_shares_follow_one_another():
     for total in (0, 1, 7, 10_000):
         for count in (1, 2, 3, 8):
-            shares = [share_of(total, Processes(rank, count)) for rank in range(count)]
+            shares = [share_of(total, World(rank, count)) for rank in range(count)]
             assert [i for share in shares for i in share] == list(range(total))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert spread(10, 10) == list(range(10)) and spread(10, 3) == [3, 6, 9] and spread(5, 0) == []
@@ -165,7 +165,7 @@ class TestBadImages:
             open_set(tmp_path)
 
     def test_more_than_there_are(self, folder: Path):
-        with pytest.raises(DetailFlowError, match="holds 25 images, of which 26 can't be taken"):
+        with pytest.raises(DetailFlowError, match="holds 25 images, of which 26 cannot be taken"):
             open_set(folder, count=26)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detailflow import DetailFlowPipeline, DetailFlowTokenizer, hub
 from detailflow.data.transforms import to_tensor, to_uint8
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import Features
 from detailflow.evaluation.report import Figure, Report
@@ -36,7 +36,7 @@ class Blocks:
 
 
 def work(batch_size: int = 32) -> Work:
-    return Work(Processes(), torch.device("cpu"), batch_size)
+    return Work(World(), torch.device("cpu"), batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +286,10 @@ def test_lpips_is_each_images_own(pipeline: DetailFlowPipeline, cifar: Path, ori
     assert row["LPIPS"].spread == pytest.approx(each.std().item() / math.sqrt(COUNT), rel=0.15)
 
 
-class Recorded(Processes):
+class Recorded(World):
     """Three processes that hold 3, 3 and 4 of ten values; this one is the last."""
 
-    def gather(self, value: Tensor) -> Tensor:
+    def all_gather(self, value: Tensor) -> Tensor:
         assert value.shape == (4,)
         return torch.cat((torch.tensor([0.0, 1, 2, 99, 3, 4, 5, 99]), value))
 

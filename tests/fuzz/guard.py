@@ -142,7 +142,7 @@ def limited_memory(more: int) -> Iterator[None]:
 
 
 class Captured(io.TextIOWrapper):
-    """A stream like a real one: what can't be written to that can't be written to this."""
+    """A stream like a real one: what cannot be written to that cannot be written to this."""
 
     def __init__(self, errors: str) -> None:
         self._bytes = io.BytesIO()

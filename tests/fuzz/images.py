@@ -87,7 +87,7 @@ def _saved(form: str, rng: Random) -> bytes:
                 warnings.simplefilter("ignore")
                 _converted(image, mode).save(content, format=form, **_options(form, image, rng))
             return content.getvalue()
-        except Exception:  # Pillow has an exception for each mode, size and option that a format can't have
+        except Exception:  # Pillow has an exception for each mode, size and option that a format cannot have
             continue
     return rng.choice((b"GRIB", b"BUFR", b"\x89HDF\r\n\x1a\n", b"\xd7\xcd\xc6\x9a\0\0")) + rng.randbytes(
         100

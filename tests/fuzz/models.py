@@ -161,7 +161,7 @@ def damage_checkpoint(path: Path, rng: Random) -> None:
         _put_odd(value, rng, odd)
     try:
         torch.save(value, path, pickle_protocol=rng.choice((2, 4)), _use_new_zipfile_serialization=rng.random() < 0.8)
-    except Exception:  # what can't be saved
+    except Exception:  # what cannot be saved
         path.write_bytes(pickled({"model": {}}, rng))
 
 

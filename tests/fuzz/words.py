@@ -312,7 +312,7 @@ VALUES = {  # of the options that take time or write; others get any of `WORDS`
 }
 FLAGS = ("--grid", "--no-grid", "--progressive", "--whole", "--json", "--dry-run", "--keep-samples")
 SAMPLING = "--guidance-scale --guidance-schedule --temperature --top-k --top-p --num-tokens"
-# Each command: words that are sound, and options to add. `bench` is only given what can't be right, as it would take minutes.
+# Each command: words that are sound, and options to add. `bench` is only given what cannot be right, as it would take minutes.
 COMMANDS = {
     "generate": (
         "--model in/model --num-tokens 1 --device cpu --output out",

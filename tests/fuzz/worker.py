@@ -24,7 +24,7 @@ def serve(folder: Path, stock: Path) -> None:
     """Answer until no more numbers come."""
     commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1):  # a case finds nothing on its standard input, and can't answer in our place
+    for standard in (0, 1):  # a case finds nothing on its standard input, and cannot answer in our place
         os.dup2(null, standard)
     sys.dont_write_bytecode = True
     folder.mkdir(exist_ok=True)

@@ -269,18 +269,18 @@ def test_two_processes_have_the_statistics_of_both_halves(tmp_path: Path):
     whole = network()
     expected = run_step(whole, batch())
     expected["eval"] = whole.eval()(batch()).detach()
-    processes = [
+    world = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, __file__, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True
         )
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=90)[1] for process in processes]
+        errors = [process.communicate(timeout=90)[1] for process in world]
     finally:
-        for process in processes:
+        for process in world:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    assert [process.returncode for process in world] == [0, 0], errors
     halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for rank, half in enumerate(halves):
         assert half.keys() == expected.keys()

@@ -177,7 +177,7 @@ def test_more_than_one_in_a_hundred_stop_it(folder: Path, model: Path, tmp_path:
     for path in paths:
         path.write_text("not an image")
     for _ in range(2):
-        with pytest.raises(DetailFlowError, match=f"2 images can't be read, more than 1%.*{paths[0]}.*; {paths[1]}"):
+        with pytest.raises(DetailFlowError, match=f"2 images cannot be read, more than 1%.*{paths[0]}.*; {paths[1]}"):
             run(folder, model, tmp_path / "store", crops="two", seed=3)
         assert [path.name for path in (tmp_path / "store").rglob("chunk-*")] == ["chunk-000000.json"]
     for path, content in zip(paths, kept, strict=True):

@@ -92,7 +92,7 @@ def test_killed_at_random_moments(kills: int, argv: list[str], whole: dict[str, 
 
 @pytest.mark.slow
 def test_two_processes(cifar: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """They stop together where images can't be read, go on once these are put right, and make the store that one makes."""
+    """They stop together where images cannot be read, go on once these are put right, and make the store that one makes."""
     images = Path(shutil.copytree(cifar, tmp_path / "images"))
     monkeypatch.setattr(extraction, "CHUNK_IMAGES", CHUNK)
     extract(Extraction(str(images), str(model), crops="two"), tmp_path / "whole", "cpu")
@@ -107,7 +107,7 @@ def test_two_processes(cifar: Path, model: Path, tmp_path: Path, monkeypatch: py
     stopped = python(*command)
     assert (
         stopped.returncode != 0
-        and f"3 images can't be read, more than 1%: remove or replace them (the first: {bad[0]}" in (stopped.stderr)
+        and f"3 images cannot be read, more than 1%: remove or replace them (the first: {bad[0]}" in (stopped.stderr)
     )
     for path, content in zip(bad, kept, strict=True):
         path.write_bytes(content)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.training.config import LoopConfig
 from detailflow.training.loop import run
@@ -62,7 +62,7 @@ def loop(**settings: Any) -> LoopConfig:
 
 def train(config: LoopConfig, output: Path, bad: tuple[int, ...] = ()) -> Line:
     stage = Line(config, bad)
-    run(lambda _: stage, "line", Settings(config), output, Processes())
+    run(lambda _: stage, "line", Settings(config), output, World())
     return stage
 
 
@@ -105,7 +105,7 @@ def test_float16_looks_for_its_loss_scale(tmp_path: Path):
         return {"loss": stage.weight.detach(), "gradient_norm": norm}
 
     stage.step = step  # type: ignore[method-assign]
-    run(lambda _: stage, "line", Settings(config), tmp_path / "run", Processes())
+    run(lambda _: stage, "line", Settings(config), tmp_path / "run", World())
     assert stage.updater.scaler.get_scale() < 65536
     assert stage.values[0] == 0 and stage.values[-1] == pytest.approx(-2, abs=0.2)  # the minimum of 10 w + (w − 3)²
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.runs import RUN_FILE
 from detailflow.training.checkpoints import claim, load_checkpoint, save_checkpoint
@@ -75,13 +75,13 @@ def test_wrong_settings(setting: dict, message: str):
 
 def test_parts_of_a_batch():
     loop = LoopConfig(steps=1, batch_size=24, learning_rate=0.1, accumulate=3)
-    assert loop.images_at_once(Processes()) == 8 and loop.images_at_once(Processes(1, 4)) == 2
-    with pytest.raises(DetailFlowError, match="a batch of 24 can't be shared evenly by 5 processes"):
-        loop.images_at_once(Processes(0, 5))
+    assert loop.images_at_once(World()) == 8 and loop.images_at_once(World(1, 4)) == 2
+    with pytest.raises(DetailFlowError, match="a batch of 24 cannot be divided evenly among 5 processes"):
+        loop.images_at_once(World(0, 5))
     with pytest.raises(
         DetailFlowError, match="accumulate must divide the images of each process, and 3 does not divide 4"
     ):
-        loop.images_at_once(Processes(0, 6))
+        loop.images_at_once(World(0, 6))
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -99,7 +99,7 @@ LOOP = LoopConfig(steps=5, batch_size=1, learning_rate=0.1)
 def test_a_folder_belongs_to_one_run(tmp_path: Path):
     output = tmp_path / "deep" / "run"
     assert claim(output, "gpt", asdict(Settings(LOOP)))
-    (output / "resume").rmdir()  # as the message about checkpoints that can't be read advises
+    (output / "resume").rmdir()  # as the message about checkpoints that cannot be read advises
     assert claim(output, "gpt", asdict(Settings(LOOP)))  # tuples came back as lists
     assert (output / "resume").is_dir()
     with pytest.raises(DetailFlowError, match=r"another names \(\['a', 'b'\], not \['a'\]\)"):
@@ -127,7 +127,7 @@ def test_a_damaged_run_file(tmp_path: Path):
 @pytest.mark.parametrize("name", ["file", "file/deeper", "x" * 300])
 def test_a_folder_that_cannot_be_made(name: str, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(DetailFlowError, match="the output folder can't be written"):
+    with pytest.raises(DetailFlowError, match="the output folder cannot be written"):
         claim(tmp_path / name, "gpt", asdict(Settings(LOOP)))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -207,7 +207,7 @@ def test_a_truncated_one_gives_way_to_the_one_before(
     path.write_bytes(path.read_bytes()[:length])
     step, state = load_checkpoint(tmp_path)
     assert step == 3 and state["value"].tolist() == [3, 3, 3]
-    assert "this checkpoint can't be read" in capsys.readouterr().out
+    assert "this checkpoint cannot be read" in capsys.readouterr().out
 
 
 def test_none_that_can_be_read(four: None, tmp_path: Path):
@@ -222,5 +222,5 @@ def test_no_checkpoint_is_a_start(tmp_path: Path):
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path: Path):
-    with pytest.raises(DetailFlowError, match="the checkpoint can't be written"):
+    with pytest.raises(DetailFlowError, match="the checkpoint cannot be written"):
         save_checkpoint(tmp_path / "missing", 1, {})

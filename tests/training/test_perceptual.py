@@ -182,7 +182,7 @@ def test_what_is_missing_is_said_in_one_sentence(weights: Path, tmp_path: Path, 
     torch.hub.set_dir(tmp_path / "hub")
     try:
         with pytest.raises(
-            DetailFlowError, match="can't be downloaded: get https.*vgg16-397923af.pth.*or perceptual: 0"
+            DetailFlowError, match="cannot be downloaded: get https.*vgg16-397923af.pth.*or perceptual: 0"
         ):
             LPIPS()
     finally:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detailflow import DetailFlowGPT, DetailFlowTokenizer
 from detailflow.data.images import open_images
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.layers import ViTConfig
@@ -124,7 +124,7 @@ def test_a_tokenizer_costs_what_is_known_of_it(cifar: Path):
     config = TokenizerTraining(
         str(cifar), SIZES, replace(LOOP, precision="fp32"), adversarial=0.0, correction_share=0.0
     )
-    plan = plan_tokenizer(config, Processes())
+    plan = plan_tokenizer(config, World())
     with torch.device("meta"):
         model = DetailFlowTokenizer(SIZES)
     tokens = 64 + 32  # patches and tokens
@@ -132,7 +132,7 @@ def test_a_tokenizer_costs_what_is_known_of_it(cifar: Path):
     pairs = 4 * (64 * (2 * (64**2 + 32 * tokens)) + 48 * tokens**2)
     known = 16 * 3 * (of_blocks + pairs)  # a little less: what the last block makes of patches gets no gradients
     assert 0.85 * known < plan.operations < 1.02 * known
-    corrected = plan_tokenizer(replace(config, correction_share=1.0), Processes())
+    corrected = plan_tokenizer(replace(config, correction_share=1.0), World())
     assert 1.3 * plan.operations < corrected.operations < 2 * plan.operations
     assert corrected.costs.peak > 1.3 * plan.costs.peak
 
@@ -140,7 +140,7 @@ def test_a_tokenizer_costs_what_is_known_of_it(cifar: Path):
 def test_an_adversary_costs_its_share_of_the_steps(cifar: Path):
     config = TokenizerTraining(str(cifar), SIZES, LOOP, correction_share=0.0)
     never, late, always = (
-        plan_tokenizer(replace(config, adversarial_from=k), Processes()).operations for k in (100.0, 40.0, 0.0)
+        plan_tokenizer(replace(config, adversarial_from=k), World()).operations for k in (100.0, 40.0, 0.0)
     )
     assert late == pytest.approx(0.4 * never + 0.6 * always) and always > 1.1 * never
 
@@ -182,7 +182,7 @@ def test_networks_that_would_be_downloaded(cifar: Path, tower: Path, monkeypatch
     config = TokenizerTraining(
         str(cifar), SIZES, LOOP, **PAPER, encoder_init="owner/name", alignment_network=str(tower)
     )
-    plan = plan_tokenizer(config, Processes(count=4))
+    plan = plan_tokenizer(config, World(size=4))
     assert plan.epochs == 100 / (200 // 16) and plan.tokens == 32
     networks = {network.name: network for network in plan.networks}
     fates = [network.fate for network in plan.networks]
@@ -193,13 +193,13 @@ def test_networks_that_would_be_downloaded(cifar: Path, tower: Path, monkeypatch
     assert networks["SigLIP2"][2:] == (size_of(small), 2 * size_of(small))
     assert networks["DINO ViT-S/16"].parameters == 21_665_664
     assert networks["VGG-16 (LPIPS)"].parameters == 14_714_688 + 64 + 128 + 256 + 512 + 512
-    with pytest.raises(DetailFlowError, match="a batch of 16 can't be shared evenly by 3 processes"):
-        plan_tokenizer(config, Processes(count=3))
+    with pytest.raises(DetailFlowError, match="a batch of 16 cannot be divided evenly among 3 processes"):
+        plan_tokenizer(config, World(size=3))
 
 
 def test_networks_that_learn_from_scratch(cifar: Path):
     config = TokenizerTraining(str(cifar), SIZES, LOOP, perceptual=1.0, alignment=1.0, adversarial_from=40.0)
-    plan = plan_tokenizer(config, Processes())
+    plan = plan_tokenizer(config, World())
     names = [(network.name, network.fate) for network in plan.networks[3:]]
     assert names == [("head of the alignment", THROWN_AWAY), ("classifier", FROZEN), ("discriminator", THROWN_AWAY)]
     source = open_images(cifar)
@@ -221,10 +221,10 @@ def test_a_teacher_has_its_own_size(tower: Path):
 # ------------------------------------------------------------------------------------------------- sums
 
 
-def of(loop: LoopConfig = LOOP, processes: int = 1, ema: bool = False) -> Plan:
+def of(loop: LoopConfig = LOOP, world: int = 1, ema: bool = False) -> Plan:
     """Networks of 1,000 weights that are trained, 100 thrown away and 10 frozen."""
     networks = (Network("a", TRAINED, 1000, 4000), Network("b", THROWN_AWAY, 100, 400), Network("c", FROZEN, 10, 20))
-    return Plan("a test", loop, 2.0, 8, networks, processes, StepCosts(500.0, 6000, 100.0, 4700), ema=ema)
+    return Plan("a test", loop, 2.0, 8, networks, world, StepCosts(500.0, 6000, 100.0, 4700), ema=ema)
 
 
 def test_sums():
@@ -236,11 +236,11 @@ def test_sums():
 
 
 def test_sums_of_several_processes():
-    plan = of(replace(LOOP, accumulate=2, checkpoint_activations=True, precision="fp32"), processes=4, ema=True)
+    plan = of(replace(LOOP, accumulate=2, checkpoint_activations=True, precision="fp32"), world=4, ema=True)
     assert plan.operations == 4 * 600 and plan.checkpoint_bytes == 16 * 1100
     assert plan.memory["gradients on their way"] == plan.memory["average of the weights"] == 4400
     assert plan.seconds(1000.0, 1.0) == 100 * 600 / 1000
-    sharded = of(replace(LOOP, shard=True), processes=4, ema=True)
+    sharded = of(replace(LOOP, shard=True), world=4, ema=True)
     assert sharded.memory["weights"] == sharded.memory["average of the weights"] == 1100
     assert "gradients on their way" not in sharded.memory
 
@@ -250,12 +250,12 @@ def test_sums_of_several_processes():
 
 def test_of_an_ar_model(model: Path, tokens: Path):
     config = GPTTraining(str(tokens), str(model), LOOP, width=32, depth=2, heads=2)
-    plan = plan_gpt(config, Processes())
+    plan = plan_gpt(config, World())
     assert plan.of == "an AR model, on 200 images of 10 classes, 2 crops of each"
     assert (plan.tokens, plan.ema) == (16, True) and plan.store > 200 * 2 * 3 * 16 * 2
     sizes = GPTConfig(num_classes=10, width=32, depth=2, heads=2, num_tokens=16, group_size=4, codebook_size=64)
     assert plan.parameters(TRAINED) == size_of(DetailFlowGPT(sizes))
-    several = plan_gpt(replace(config, loop=replace(LOOP, shard=True, compile=True)), Processes(count=4))
+    several = plan_gpt(replace(config, loop=replace(LOOP, shard=True, compile=True)), World(size=4))
     assert several.operations == plan.operations and several.costs.peak < plan.costs.peak
 
 
@@ -278,7 +278,7 @@ def test_the_page():
 
 
 def test_processes_that_need_not_be_there(monkeypatch: pytest.MonkeyPatch):
-    assert processes_of_this_launch() == Processes()
+    assert processes_of_this_launch() == World()
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "3")
-    assert processes_of_this_launch() == Processes(3, 8)
+    assert processes_of_this_launch() == World(3, 8)

@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint(
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     assert main([*commands[stage], str(output)]) == 0
     out = capsys.readouterr().out
-    assert f"{newest}: this checkpoint can't be read" in out
+    assert f"{newest}: this checkpoint cannot be read" in out
     assert f"going on from step {int(newest.stem[-8:]) - 1}" in out
     assert weights(output) == weights(finished[stage])
 
@@ -181,7 +181,7 @@ def test_a_full_disk(commands: dict[str, list[str]], finished: dict[str, Path], 
     )
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith(f"detailflow: error: {output}/resume/step-"), done.stderr
-    assert "the checkpoint can't be written" in last
+    assert "the checkpoint cannot be written" in last
     assert {p.name: p.read_bytes() for p in (output / "resume").iterdir()} == before
     assert main([*commands["gpt"], str(output)]) == 0
     assert weights(output) == weights(finished["gpt"])

@@ -289,7 +289,7 @@ def _statistics(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     work = Work.here(args.device, args.batch_size)
     images = work.open(args.set, args.size, args.num_images, args.split)
     measured, _ = measure_set(load_extractor(args.features, work.device, args.weights), images, work, REFERENCE_KEPT)
-    if work.processes.is_main:
+    if work.world.is_main:
         save_statistics(args.output, measured)
         print(f"wrote {args.output}")
 
@@ -312,7 +312,7 @@ def _start(args: argparse.Namespace, stack: ExitStack) -> "Work":
 
     check_packages("matplotlib")
     work = Work.here(args.device, args.batch_size)
-    stack.enter_context(held(args.output, "evaluation", work.processes))
+    stack.enter_context(held(args.output, "evaluation", work.world))
     return work
 
 
@@ -323,8 +323,8 @@ def _claim(
     from detailflow.evaluation.report import claim, model_entry
 
     models: dict[str, Any] = {}
-    with work.processes.together():
-        if work.processes.is_main:
+    with work.world.raise_together():
+        if work.world.is_main:
             models = {kind: model_entry(source, kind) for kind, source in sources.items()}
             claim(args.output, command, models)
     return models
@@ -343,7 +343,7 @@ def _finish(
     from detailflow.evaluation.report import circumstances, section_table
 
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    around = circumstances(work.device, work.processes.count, getattr(args, "dtype", None))
+    around = circumstances(work.device, work.world.size, getattr(args, "dtype", None))
     provenance = {"command": command, "date": date, "models": dict(models), **report.provenance, **around}
     replace(report, provenance=provenance).write(args.output)
     for section in report.sections:

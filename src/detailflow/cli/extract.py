@@ -11,12 +11,12 @@ SUMMARY = (
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit status."""
-    from detailflow.distributed import Processes
+    from detailflow.distributed import World
     from detailflow.training.config import Extraction
     from detailflow.training.extract import extract
 
     if request := parse(Extraction, "extract", SUMMARY, argv):
         store = extract(request.settings, request.output, request.device)
-        if Processes.of_this_launch().is_main:
+        if World.from_launch().is_main:
             print(f"{len(store)} images, {store.info.crops} crops each, in {request.output}")
     return 0

@@ -19,7 +19,7 @@ from detailflow.cli.common import (
 from detailflow.errors import DetailFlowError
 
 if TYPE_CHECKING:
-    from detailflow.distributed import Processes
+    from detailflow.distributed import World
     from detailflow.labels import ClassId
     from detailflow.pipeline import DetailFlowPipeline
 
@@ -71,22 +71,22 @@ def main(argv: Sequence[str]) -> int:
     check_output(args.output)
     _check(args)
 
-    from detailflow.distributed import Processes
+    from detailflow.distributed import World
     from detailflow.generation import SamplingConfig
     from detailflow.labels import ClassId
     from detailflow.pipeline import DetailFlowPipeline
 
-    processes = Processes.of_this_launch(cpu=args.device == "cpu") if args.num_images else Processes()
+    world = World.from_launch(cpu=args.device == "cpu") if args.num_images else World()
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     SamplingConfig(
         **{name: value for name, value in sampling.items() if value != OFF}
     )  # raises before a large model is loaded
     pipeline = DetailFlowPipeline.from_pretrained(
-        args.model, device=processes.device or args.device, dtype=args.dtype, tokenizer=args.tokenizer
+        args.model, device=world.device or args.device, dtype=args.dtype, tokenizer=args.tokenizer
     )
     classes = pipeline.class_ids(args.classes or [ClassId(i) for i in range(pipeline.gpt.config.num_classes)])
     if args.num_images:
-        _many(args, pipeline, classes, processes, sampling)
+        _many(args, pipeline, classes, world, sampling)
     else:
         _few(args, pipeline, classes, sampling)
     return 0
@@ -108,7 +108,7 @@ def _many(
     args: argparse.Namespace,
     pipeline: "DetailFlowPipeline",
     classes: "Sequence[ClassId]",
-    processes: "Processes",
+    world: "World",
     sampling: Mapping[str, Any],
 ) -> None:
     """Write the set of `--num-images`, this process's share of it."""
@@ -123,9 +123,9 @@ def _many(
             raise DetailFlowError(f"--compile is for batches of {batch_size}, and {args.num_images} images fill none")
         pipeline.compile(batch_size)
     generate_many(
-        pipeline, labels, args.output, args.format, args.seed, batch_size, processes, num_tokens=num_tokens, **sampling
+        pipeline, labels, args.output, args.format, args.seed, batch_size, world, num_tokens=num_tokens, **sampling
     )
-    if processes.is_main:
+    if world.is_main:
         print(f"wrote {len(labels)} images to {args.output}")
 
 

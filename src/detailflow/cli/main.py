@@ -49,25 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a closed pipe can still be caught
+        _leave_process_group(status)
         return status
     except DetailFlowError as error:
         if not isinstance(error, ReportedElsewhereError):
             _report(error)
-        _leave_other_processes(2)
+        _leave_process_group(2)
         return 2
     except KeyboardInterrupt as stop:  # training says at which step
         print(f"detailflow: {str(stop) or 'interrupted'}", file=sys.stderr)
-        _leave_other_processes(130)
+        _leave_process_group(130)
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if not _out_of_memory(error):
-            _leave_other_processes(1, error)
+            _leave_process_group(1, error)
             raise
         _report("there is not enough memory for this: choose smaller batches, images or models")
-        _leave_other_processes(2)
+        _leave_process_group(2)
         return 2
     finally:
         warnings.formatwarning = usual
@@ -109,11 +110,11 @@ def _report(error: object) -> None:
     print(f"detailflow: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def _leave_other_processes(status: int, error: Exception | None = None) -> None:
-    """End this process at once if it is one of several: the others may wait for it."""
+def _leave_process_group(status: int, error: Exception | None = None) -> None:
+    """End this process at once if it is one of several: see `distributed.leave`."""
     if "detailflow.distributed" not in sys.modules:  # nor is torch, whose import takes seconds
         return
-    from detailflow.distributed import in_group, leave_after_error, lost
+    from detailflow.distributed import in_group, leave, lost
 
     if not in_group():
         return
@@ -122,7 +123,7 @@ def _leave_other_processes(status: int, error: Exception | None = None) -> None:
         status = 2
     elif error is not None:
         traceback.print_exception(error)
-    leave_after_error(status)
+    leave(status)
 
 
 def _run(argv: list[str]) -> int:

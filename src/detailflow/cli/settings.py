@@ -41,8 +41,8 @@ def parse(
         can_plan: whether there is `--dry-run`, which needs no output folder and does not look at it.
 
     Raises:
-        DetailFlowError: for a file that can't be read, an unknown key, a value that is wrong or missing, or an output folder
-            that can't be written to.
+        DetailFlowError: for a file that cannot be read, an unknown key, a value that is wrong or missing, or an output folder
+            that cannot be written to.
     """
     if not argv or "--help" in argv or "-h" in argv:
         print(help_text(kind, command, summary, can_plan), end="")
@@ -91,7 +91,7 @@ def read_settings_file(path: str) -> dict[str, Any]:
     try:
         content = read_yaml(expanded_path(path))
     except OSError as error:
-        raise DetailFlowError(f"--config {path}: this file can't be read ({error.strerror})") from error
+        raise DetailFlowError(f"--config {path}: this file cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detailflow.data.source import ImageSource, tolerated
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, DetailFlowWarning
 
 Key = TypeVar("Key", bound=Hashable)
@@ -118,7 +118,7 @@ class ImageBatches:
     more than one) in one process end its stream with a DetailFlowError that names the first.
 
     Raises:
-        DetailFlowError: at once, where the batch can't be shared evenly.
+        DetailFlowError: at once, where the batch cannot be shared evenly.
     """
 
     def __init__(
@@ -131,13 +131,13 @@ class ImageBatches:
         start_step: int = 0,
         flip: bool = True,
         max_scale: float = 1.25,
-        processes: Processes | None = None,
+        world: World | None = None,
     ) -> None:
         self.order = BatchOrder(len(source), batch_size, seed, start_step)
         self.steps_per_epoch = self.order.steps_per_epoch
         self.workers = workers
         self.bad: dict[int, str] = {}
-        share = (processes or Processes()).share(batch_size)
+        share = (world or World()).shard(batch_size)
         self._crops = _Crops(source, size, self.order, share, flip, max_scale)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -26,7 +26,7 @@ from detailflow.data.source import common_folder, file_sizes, fingerprint
 from detailflow.data.stored import stored_image
 from detailflow.data.tables import check_columns, import_datasets, load_hub, quiet, stored_names
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, printable
 from detailflow.schedule import require_not_negative, require_positive
 
@@ -90,10 +90,10 @@ class StreamSource:
         split = f" (split {self.notes.split} of {', '.join(self.notes.splits)})" if self.notes.split else ""
         return printable(f"{self.name}{split}: {count} images {classes}, streamed")
 
-    def records(self, rng: np.random.Generator, buffer: int, processes: Processes) -> Iterator[Record]:
+    def records(self, rng: np.random.Generator, buffer: int, world: World) -> Iterator[Record]:
         """One pass over this process's part, shuffled. Raises DetailFlowError where reading fails or there is nothing."""
-        # The library shuffles the files; its own buffer of images can't hold more than 2 GB.
-        rows = _part(self._dataset, processes).shuffle(seed=int(rng.integers(2**31)), buffer_size=1)
+        # The library shuffles the files; its own buffer of images cannot hold more than 2 GB.
+        rows = _part(self._dataset, world).shuffle(seed=int(rng.integers(2**31)), buffer_size=1)
         waiting: list[Record] = []
         try:
             for row in rows:
@@ -108,7 +108,7 @@ class StreamSource:
         except Exception as error:  # the network's, the file system's and Arrow's: `datasets` passes many kinds on
             raise DetailFlowError(f"{self.name} cannot be read any further ({first_line(error)})") from error
         if not waiting:
-            raise DetailFlowError(f"{self.name} holds no images for process {processes.rank + 1} of {processes.count}")
+            raise DetailFlowError(f"{self.name} holds no images for process {world.rank + 1} of {world.size}")
         for drawn in rng.permutation(len(waiting)).tolist():
             yield waiting[drawn]
 
@@ -131,15 +131,15 @@ class StreamSource:
         return record.label
 
 
-def _part(dataset: Any, processes: Processes) -> Any:
+def _part(dataset: Any, world: World) -> Any:
     """Whole files, of which a process then reads no others, where they can be dealt out evenly; else every n-th image."""
-    if processes.count == 1:
+    if world.size == 1:
         return dataset
-    if dataset.num_shards % processes.count == 0:
-        return dataset.shard(num_shards=processes.count, index=processes.rank, contiguous=False)
+    if dataset.num_shards % world.size == 0:
+        return dataset.shard(num_shards=world.size, index=world.rank, contiguous=False)
     from datasets.distributed import split_dataset_by_node
 
-    return split_dataset_by_node(dataset, processes.rank, processes.count)
+    return split_dataset_by_node(dataset, world.rank, world.size)
 
 
 def open_stream(
@@ -148,14 +148,14 @@ def open_stream(
     """Open a set of images to be read as a stream: what `open_images` opens, but for a folder of image files.
 
     In WebDataset shards the image column is the images' suffix ("jpg"); "image" is the first there is. Raises
-    DetailFlowError for what can't be opened so, or has no such columns.
+    DetailFlowError for what cannot be opened so, or has no such columns.
     """
     found, datasets = find(data, split), import_datasets()
     folders = sorted({str(file.parent) for file in found.files})
     listing: Sequence[tuple[str | int, ...]]
     if found.kind in ("folder", "saved"):
         what = "a folder of image files" if found.kind == "folder" else "a folder by `save_to_disk`"
-        raise DetailFlowError(f"{data} is {what}, which can't be streamed: leave streaming off")
+        raise DetailFlowError(f"{data} is {what}, which cannot be streamed: leave streaming off")
     if found.kind == ".parquet":
         footers = read_footers(found.files, image_column, label_column)
         name, count, listing = name_of(found.files), sum(footer.rows for footer in footers), list_tables(footers)
@@ -177,7 +177,7 @@ def open_stream(
             listing = list(file_sizes(paths, common_folder(paths)))
         if dataset.features is None:
             raise DetailFlowError(
-                f"{name} doesn't say what its columns are, so it can't be streamed: leave streaming off"
+                f"{name} doesn't say what its columns are, so it cannot be streamed: leave streaming off"
             )
         names = stored_names(name, dataset.features, label_column)
         pictures = [column for column, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
@@ -225,7 +225,7 @@ class StreamedBatches:
     where the number of images is known, a process whose part is shorter begins it again. The order is by (seed, epoch,
     processes), an image's crop and mirroring by its index in that. A thread reads ahead and `workers` threads decode.
 
-    An image that can't be read is replaced by the next one that can, with one warning, and stands in `bad` (name → what is
+    An image that cannot be read is replaced by the next one that can, with one warning, and stands in `bad` (name → what is
     wrong with it). More than 1% of those read so far (and more than five) end the stream with a DetailFlowError.
 
     A run that goes on at `start_step` sees what it would have seen. For that, the part of the epoch that is over is read
@@ -237,7 +237,7 @@ class StreamedBatches:
             later the first.
 
     Raises:
-        DetailFlowError: at once, where the batch can't be shared evenly.
+        DetailFlowError: at once, where the batch cannot be shared evenly.
     """
 
     def __init__(
@@ -250,15 +250,15 @@ class StreamedBatches:
         start_step: int = 0,
         flip: bool = True,
         max_scale: float = 1.25,
-        processes: Processes | None = None,
+        world: World | None = None,
         buffer: int = 2048,
     ) -> None:
         require_positive(batch_size=batch_size, buffer=buffer)
         require_not_negative(seed=seed, workers=workers)
         self.source, self.size, self.batch_size, self.seed, self.workers = source, size, batch_size, seed, workers
         self.flip, self.max_scale, self.buffer = flip, max_scale, buffer
-        self.processes = processes or Processes()
-        share = self.processes.share(batch_size)
+        self.world = world or World()
+        share = self.world.shard(batch_size)
         self.share = share.stop - share.start
         self.first = start_step * self.share
         self.bad: dict[str, str] = {}
@@ -312,7 +312,7 @@ class StreamedBatches:
                 following = image
             if following is None:
                 raise DetailFlowError(
-                    f"{self.source.name} has only images in a row that can't be read ({made[0].problem})"
+                    f"{self.source.name} has only images in a row that cannot be read ({made[0].problem})"
                 )
             replaced.append(following)
         return replaced[::-1]
@@ -320,7 +320,7 @@ class StreamedBatches:
     def _records(self) -> Iterator[tuple[int, int, Record]]:
         """Epoch, index in it and record, of this process's part from `first` on."""
         epoch, skip = 0, self.first
-        length = max(1, self.source.num_images // self.processes.count) if self.source.num_images else None
+        length = max(1, self.source.num_images // self.world.size) if self.source.num_images else None
         if length:
             epoch, skip = divmod(skip, length)
         while True:
@@ -335,7 +335,7 @@ class StreamedBatches:
     def _epoch(self, epoch: int, length: int | None) -> Iterator[Record]:
         def one_pass() -> Iterator[Record]:
             rng = np.random.default_rng((_ORDER, self.seed, epoch))
-            return self.source.records(rng, self.buffer, self.processes)
+            return self.source.records(rng, self.buffer, self.world)
 
         if length is None:
             return one_pass()
@@ -348,5 +348,5 @@ class StreamedBatches:
             image = load_rgb(self.source.stored(record, name), name, side_for_crops(self.size, self.max_scale))
         except DetailFlowError as error:
             return _Made(None, 0, name, str(error))
-        draws = np.random.default_rng((_SAMPLE, self.seed, epoch, self.processes.rank, index)).random(4)
+        draws = np.random.default_rng((_SAMPLE, self.seed, epoch, self.world.rank, index)).random(4)
         return _Made(random_crop(image, self.size, draws, self.max_scale, self.flip), label, name, "")

@@ -176,7 +176,7 @@ def _arrow_rows(file: str) -> int:
 
 
 def open_hub(name: str, split: str, image_column: str, label_column: str) -> ImageSource:
-    """Raises DetailFlowError where the dataset can't be opened, has no such columns, or labels that can't be."""
+    """Raises DetailFlowError where the dataset cannot be opened, has no such columns, or labels that cannot be."""
     dataset = load_hub(name, split)
     names = stored_names(name, dataset.features, label_column)
     return _from_table(

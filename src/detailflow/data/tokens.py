@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from detailflow.data.loader import BatchOrder
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import check_regular, open_own, read_text, replacing
 
@@ -207,7 +207,7 @@ class TokenWriter:
             settings: what else the codes depend on; an unfinished store goes on with the same alone.
 
         Raises:
-            DetailFlowError: where the folder can't be used, or holds a store of something else.
+            DetailFlowError: where the folder cannot be used, or holds a store of something else.
         """
         lines = "".join(f"{json.dumps(name)}\n" for name in ids).encode()
         mine: dict[str, Any] = {
@@ -262,7 +262,7 @@ class TokenWriter:
         return set(self._records())
 
     def unreadable(self) -> dict[int, str]:
-        """What is wrong with the images of those chunks that can't be read, by slot."""
+        """What is wrong with the images of those chunks that cannot be read, by slot."""
         bad = {slot: problem for record in self._records().values() for slot, problem in record["unreadable"].items()}
         return dict(sorted(bad.items()))
 
@@ -463,13 +463,13 @@ class TokenBatches:
         seed: int,
         planted_share: float = 0.3,
         start_step: int = 0,
-        processes: Processes = Processes(),  # noqa: B008  # frozen
+        world: World = World(),  # noqa: B008  # frozen
     ) -> None:
         if not 0.0 <= planted_share <= 1.0:
             raise DetailFlowError(f"planted_share {planted_share} is not possible: it is a probability, 0 to 1")
         self.store, self.planted_share = store, planted_share
         self.order = BatchOrder(len(store), batch_size, seed, start_step)
-        self.share = processes.share(batch_size)
+        self.share = world.shard(batch_size)
         self.steps_per_epoch = self.order.steps_per_epoch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -200,7 +200,7 @@ def _read_headers(file: Path, image_column: str, label_column: str) -> _Shard:
         with _Bounded(open(file, "rb", buffering=0)) as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
             for member in archive:
                 members.add(archive, member)
-            # `tarfile` takes a header that it can't read for the end of the archive.
+            # `tarfile` takes a header that it cannot read for the end of the archive.
             opened.seek(archive.offset)
             if opened.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")

@@ -26,7 +26,7 @@ def compare_reports(a: Path, b: Path) -> str:
         a, b: report.json files or their folders.
 
     Raises:
-        DetailFlowError: if one can't be read or they are of different kinds.
+        DetailFlowError: if one cannot be read or they are of different kinds.
     """
     ours, theirs = load(a), load(b)
     if ours["kind"] != theirs["kind"]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detailflow.data.source import spread
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import Extractor, Features
 from detailflow.evaluation.metrics import (
@@ -51,7 +51,7 @@ class Measured:
 def measure(
     extractor: Extractor,
     images: ImageSet | Iterable[Tensor],
-    processes: Processes | None = None,
+    world: World | None = None,
     keep: int = SAMPLES_KEPT,
     total: int | None = None,
 ) -> Measured:
@@ -68,11 +68,11 @@ def measure(
         total: images of all processes; needed where `images` is no `ImageSet`.
 
     Raises:
-        DetailFlowError: for images that can't be read, too few of them, features that are not finite, or stored statistics of
+        DetailFlowError: for images that cannot be read, too few of them, features that are not finite, or stored statistics of
             another network without images.
         ValueError: where `images` are not this process's share of `total`.
     """
-    processes = processes or Processes()
+    world = world or World()
     stored = None
     if isinstance(images, ImageSet):
         total = len(images)
@@ -82,13 +82,13 @@ def measure(
     if stored and (stored.kept is not None or not total):
         kept = None if stored.kept is None else stored.kept[spread(len(stored.kept), min(keep, len(stored.kept)))]
         return _measured(extractor, stored.pool, stored.spatial, None, kept if keep else None)
-    check_total(total, processes)
-    running = Running(extractor.name, share_of(total, processes), total, min(keep, total), moments=stored is None)
-    with tqdm(total=total, desc="features", unit="image", leave=False, disable=True if processes.rank else None) as bar:
+    check_total(total, world)
+    running = Running(extractor.name, share_of(total, world), total, min(keep, total), moments=stored is None)
+    with tqdm(total=total, desc="features", unit="image", leave=False, disable=True if world.rank else None) as bar:
         for batch in images:
             running.update(extractor(batch))
-            bar.update(min(len(batch) * processes.count, total - bar.n))
-    return running.finish(extractor, processes, stored)
+            bar.update(min(len(batch) * world.size, total - bar.n))
+    return running.finish(extractor, world, stored)
 
 
 def _usable(images: ImageSet, extractor: Extractor) -> Statistics | None:
@@ -101,7 +101,7 @@ def _usable(images: ImageSet, extractor: Extractor) -> Statistics | None:
     if not len(images):
         theirs = f"{stored.features or 'inception'}{' with other weights' if stored.features == extractor.name else ''}"
         raise DetailFlowError(
-            f"{images.description()['data']} holds statistics of the features {theirs} and no images, so it can't be "
+            f"{images.description()['data']} holds statistics of the features {theirs} and no images, so it cannot be "
             f"measured by {extractor.name}"
         )
     return None
@@ -166,7 +166,7 @@ class Running:
         self.kept.append(found.pool[chosen.to(found.pool.device)].float().cpu())
         self.next += len(found.pool)
 
-    def finish(self, extractor: Extractor, processes: Processes, stored: Statistics | None = None) -> Measured:
+    def finish(self, extractor: Extractor, world: World, stored: Statistics | None = None) -> Measured:
         """Put together what all processes have seen; `stored` stands in for the moments.
 
         Raises:
@@ -179,9 +179,9 @@ class Running:
             )
         for part in (self.pool, self.spatial, self.score):
             if part:
-                part.merge(processes)
+                part.merge(world)
         score = self.score.score() if self.score else None
-        kept = _gather(torch.cat(self.kept), self.share, self.total, self.keep, processes) if self.keep else None
+        kept = _gather(torch.cat(self.kept), self.share, self.total, self.keep, world) if self.keep else None
         if stored:
             return _measured(extractor, stored.pool, stored.spatial, score, kept)
         assert self.pool is not None  # no share is empty
@@ -190,13 +190,13 @@ class Running:
         )
 
 
-def _gather(kept: Tensor, share: range, total: int, keep: int, processes: Processes) -> Tensor:
+def _gather(kept: Tensor, share: range, total: int, keep: int, world: World) -> Tensor:
     """All processes' kept features in order; their numbers differ by one or two."""
     counts = []
-    for rank in range(processes.count):
-        part = share_of(total, Processes(rank, processes.count))
+    for rank in range(world.size):
+        part = share_of(total, World(rank, world.size))
         counts.append(part.stop * keep // total - part.start * keep // total)
-    return processes.gather_uneven(kept, counts)
+    return world.all_gather_uneven(kept, counts)
 
 
 def compare_sets(
@@ -206,7 +206,7 @@ def compare_sets(
 
     "fid" and "sfid" are Fréchet distances of whichever features were measured, "is" is the samples' inception score. "fid_std"
     says how far the first would vary with other samples, by bootstrap, "is_std" how far the score does over its splits. What
-    can't be had is left out: "sfid" without spatial features on both sides, "is" without logits, precision and recall without
+    cannot be had is left out: "sfid" without spatial features on both sides, "is" without logits, precision and recall without
     kept features of at least four images on both sides, "fid_std" without those of more samples than features have dimensions.
 
     Args:
@@ -282,7 +282,7 @@ def save_statistics(path: Path, measured: Measured) -> None:
     `sigma_s`, and beside them `count`, `features`, `fingerprint` and `kept`.
 
     Raises:
-        DetailFlowError: if the file can't be written.
+        DetailFlowError: if the file cannot be written.
     """
     entries: dict[str, np.ndarray] = {"mu": measured.pool.mean.numpy(), "sigma": measured.pool.covariance.numpy()}
     if measured.spatial:

@@ -73,7 +73,7 @@ def load_extractor(features: str, device: torch.device | str = "cpu", weights: s
         weights: a local file of Inception's or DINOv2's weights; `None` downloads them, once.
 
     Raises:
-        DetailFlowError: for another name, a package that is missing, or weights that can't be had or read.
+        DetailFlowError: for another name, a package that is missing, or weights that cannot be had or read.
     """
     if features == "inception":
         return Inception(device, weights)
@@ -155,7 +155,7 @@ def _inception_weights(url: str, path: str | None) -> dict[str, Tensor]:
         check_torch_zip(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # downloads and damaged files have many kinds
-        raise _no_weights("inception", f"{path} can't be read as" if path else "can't be downloaded:", url) from error
+        raise _no_weights("inception", f"{path} cannot be read as" if path else "cannot be downloaded:", url) from error
 
 
 class DINOv2:
@@ -176,7 +176,7 @@ class DINOv2:
             tensors["pos_embed"] = _positions_at(tensors["pos_embed"], network.patch_embed.grid_size[0])
             load_weights(network, tensors, weights or DINOV2)
         except (DetailFlowError, KeyError, RuntimeError) as error:
-            what = f"{weights} does not hold" if weights else "can't be downloaded:"
+            what = f"{weights} does not hold" if weights else "cannot be downloaded:"
             raise _no_weights(self.name, what, f"model.safetensors of timm/{DINOV2} on the Hugging Face hub") from error
         self._network = network.requires_grad_(False).eval().to(device)
         self._device = torch.device(device)

@@ -152,13 +152,13 @@ def evaluate_gpt(
         In the main process a report whose provenance is not complete yet; `None` in others.
 
     Raises:
-        DetailFlowError: for values out of range, too few images, sets that can't be compared or a folder that can't be written
+        DetailFlowError: for values out of range, too few images, sets that cannot be compared or a folder that cannot be written
             to or has other samples.
     """
     if labels not in LABELS:
         raise DetailFlowError(f"labels must be {' or '.join(LABELS)}, not {labels!r}")
     check_seeds(*seeds)
-    check_total(num_samples, work.processes)
+    check_total(num_samples, work.world)
     seeds, settings = list(dict.fromkeys(seeds)), (sweep or Sweep()).settings(pipeline)
     wanted, reference_entry = measure_set(extractor, reference, work, REFERENCE_KEPT)
     common = shared_settings([setting.shown() for setting in settings])
@@ -170,12 +170,12 @@ def evaluate_gpt(
         runs = []
         for seed in seeds:
             classes = class_labels(pipeline.gpt.config.num_classes, num_samples, labels, seed)
-            watching = Watching(extractor, share_of(num_samples, work.processes).start, PICTURES)
+            watching = Watching(extractor, share_of(num_samples, work.world).start, PICTURES)
             made = _measure_samples(pipeline, setting, classes, seed, work, watching, folder / SAMPLES, keep_samples)
             hits = recognised(watching, classes, pipeline.gpt.config.num_classes, work)
-            checksums[setting.folder(seed)] = watching.checksum.text(work.processes)
-            with work.processes.together():
-                if not work.processes.is_main:
+            checksums[setting.folder(seed)] = watching.checksum.text(work.world)
+            with work.world.raise_together():
+                if not work.world.is_main:
                     continue
                 runs.append(named(compare_sets(wanted, made, work.device), extractor, "g") | hits)
                 name, figure = next(iter(runs[-1].items()))
@@ -183,7 +183,7 @@ def evaluate_gpt(
                 pictures += watching.shown if len(runs) == 1 else []
                 notes = notes or warnings_of(wanted, made, extractor, "g")
         rows.append(Row(setting.shown(), over_seeds(runs)))
-    if not work.processes.is_main:
+    if not work.world.is_main:
         return None
     if not keep_samples:
         with suppress(OSError):  # where others lie there
@@ -229,15 +229,15 @@ def _measure_samples(
     keep: bool,
 ) -> Measured:
     """Generate one set of images, or go on with it, and measure it at the models' full side."""
-    place, processes = folder / setting.folder(seed), work.processes
+    place, world = folder / setting.folder(seed), work.world
     generate_many(
-        pipeline, labels, place, "npz", seed, work.batch_size, processes, setting.num_tokens, temporary=not keep,
+        pipeline, labels, place, "npz", seed, work.batch_size, world, setting.num_tokens, temporary=not keep,
         **setting.given(),
     )  # fmt: skip
-    processes.wait()
-    made = measure(extractor, _full_size(work.open(str(place)), pipeline), processes, SAMPLES_KEPT, len(labels))
-    processes.wait()
-    if processes.is_main:
+    world.barrier()
+    made = measure(extractor, _full_size(work.open(str(place)), pipeline), world, SAMPLES_KEPT, len(labels))
+    world.barrier()
+    if world.is_main:
         remove_temporary(place)  # what was kept before stays
     return made
 
@@ -252,12 +252,12 @@ def recognised(watching: Watching, labels: Sequence[int], classes: int, work: Wo
     """The share of images whose class the network recognised, where its classes are as many as the model's; `RECOGNISED` says
     what that takes for granted.
     """
-    share = share_of(len(labels), work.processes)
+    share = share_of(len(labels), work.world)
     said = torch.cat(watching.recognised) if watching.recognised else torch.zeros(0)
     hits = (
         (said == torch.tensor(labels[share.start : share.stop])).sum() if len(said) == len(share) else torch.tensor(0)
     )
-    total = work.processes.sum(hits.double().to(work.processes.device))
+    total = work.world.all_reduce(hits.double().to(work.world.device))
     return {"recognised": Figure(total.item() / len(labels))} if watching.classes == classes else {}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, missing_package
 
 NEIGHBOURS = 3  # of precision and recall, as ADM's evaluation has them
@@ -53,17 +53,17 @@ class Moments:
         self.mean += shift * (len(x) / total)
         self.count = total
 
-    def merge(self, processes: Processes) -> None:
+    def merge(self, world: World) -> None:
         """Add what all other processes have seen; all must call it, and all hold the same afterwards."""
-        if processes.count == 1:
+        if world.size == 1:
             return
-        home, there = self.mean.device, processes.device or self.mean.device
+        home, there = self.mean.device, world.device or self.mean.device
         mean, scatter = self.mean.to(there), self._scatter.to(there)
         count = torch.tensor(float(self.count), dtype=torch.float64, device=there)
-        total = processes.sum(count)
-        common = processes.sum(mean * (count / total))
+        total = world.all_reduce(count)
+        common = world.all_reduce(mean * (count / total))
         shift = mean - common
-        self._scatter = processes.sum(scatter + torch.outer(shift, shift) * count).to(home)
+        self._scatter = world.all_reduce(scatter + torch.outer(shift, shift) * count).to(home)
         self.mean, self.count = common.to(home), int(total)
 
     @property
@@ -94,7 +94,7 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     dims = len(mean1), len(mean2)
     if dims[0] != dims[1]:
         raise DetailFlowError(
-            f"features of {dims[0]} and of {dims[1]} dimensions can't be compared: use one network for both"
+            f"features of {dims[0]} and of {dims[1]} dimensions cannot be compared: use one network for both"
         )
     mean1, covariance1, mean2, covariance2 = (x.double() for x in (mean1, covariance1, mean2, covariance2))
     for mean, covariance in ((mean1, covariance1), (mean2, covariance2)):
@@ -151,12 +151,12 @@ class InceptionScore:
         self._probabilities.index_add_(0, split, probabilities)
         self._entropies.index_add_(0, split, torch.special.xlogy(probabilities, probabilities).sum(1))
 
-    def merge(self, processes: Processes) -> None:
+    def merge(self, world: World) -> None:
         """Add what all other processes have seen; all must call it."""
-        if processes.count > 1:
-            there = processes.device or self._entropies.device
-            self._probabilities = processes.sum(self._probabilities.to(there))
-            self._entropies = processes.sum(self._entropies.to(there))
+        if world.size > 1:
+            there = world.device or self._entropies.device
+            self._probabilities = world.all_reduce(self._probabilities.to(there))
+            self._entropies = world.all_reduce(self._entropies.to(there))
 
     def score(self) -> tuple[float, float | None]:
         """Mean and standard deviation over the splits, which a single one has not."""
@@ -185,7 +185,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS, batch: int
     """
     if real.shape[1] != fake.shape[1]:
         raise DetailFlowError(
-            f"features of {real.shape[1]} and of {fake.shape[1]} dimensions can't be compared: use one network for both"
+            f"features of {real.shape[1]} and of {fake.shape[1]} dimensions cannot be compared: use one network for both"
         )
     if min(len(real), len(fake)) <= k:
         raise DetailFlowError(
@@ -221,7 +221,7 @@ def _radii(parts: list[_Part], k: int) -> list[Tensor]:
 
 
 def _squared_distances(a: _Part, b: _Part) -> Tensor:
-    """(b₁, b₂); zero where float32 features can't tell rows apart, so that equal ones are."""
+    """(b₁, b₂); zero where float32 features cannot tell rows apart, so that equal ones are."""
     x, y = a[0].double() - a[1], b[0].double() - b[1]
     scale = x.square().sum(1)[:, None] + y.square().sum(1)
     distances = scale - 2 * (x @ y.T)
@@ -264,7 +264,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """→ float64 (B, 3, H, W) twice."""
     if a.shape != b.shape or a.ndim != 4:
-        raise DetailFlowError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} can't be compared one by one")
+        raise DetailFlowError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
     return a.movedim(-1, 1).double(), b.movedim(-1, 1).double()
 
 

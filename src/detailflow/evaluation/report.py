@@ -336,9 +336,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def circumstances(device: torch.device, processes: int, dtype: str | None) -> dict[str, Any]:
+def circumstances(device: torch.device, world_size: int, dtype: str | None) -> dict[str, Any]:
     """On what an evaluation ran, for its provenance."""
-    place = {"device": machine_name(device), "processes": processes, "threads": torch.get_num_threads()}
+    place = {"device": machine_name(device), "processes": world_size, "threads": torch.get_num_threads()}
     return {"machine": place | ({"dtype": dtype} if dtype else {}), "versions": versions()}
 
 
@@ -346,7 +346,7 @@ def model_entry(source: str | None, kind: Kind) -> dict[str, str]:
     """A model's name as the user gave it (`None` is the shipped one), and the fingerprint of its config and its weights.
 
     Raises:
-        DetailFlowError: if it can't be loaded.
+        DetailFlowError: if it cannot be loaded.
     """
     found = hub.load(source or hub.default_directory(kind), kind)
     return {"name": source or "the shipped model", "fingerprint": hub.fingerprint(*found)}
@@ -376,7 +376,7 @@ def load(path: Path) -> dict[str, Any]:
     """The content of a report.json, given by its path or its folder's.
 
     Raises:
-        DetailFlowError: if it can't be read or is no report.
+        DetailFlowError: if it cannot be read or is no report.
     """
     file = path / JSON_FILE if path.is_dir() else path
     if not file.exists():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detailflow import hub
 from detailflow.data.transforms import resized
-from detailflow.distributed import Processes, launched
+from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, SAMPLES_KEPT, Measured, cautions, compare_sets, measure
 from detailflow.evaluation.features import Extractor, Features, load_extractor
@@ -37,7 +37,7 @@ class Work:
         batch_size: images at once, in each process.
     """
 
-    processes: Processes
+    world: World
     device: torch.device
     batch_size: int
 
@@ -46,10 +46,10 @@ class Work:
         """As this process was launched; `None` is the GPU where there is one, and a batch size that suits the device.
 
         Raises:
-            DetailFlowError: for a device that can't be used.
+            DetailFlowError: for a device that cannot be used.
         """
-        processes, place = launched(device)
-        return cls(processes, place, batch_size or BATCH_SIZE.get(place.type, BATCH_SIZE["cpu"]))
+        world, place = launched(device)
+        return cls(world, place, batch_size or BATCH_SIZE.get(place.type, BATCH_SIZE["cpu"]))
 
     def open(self, path: str, size: int | None = None, count: int | None = None, split: str | None = None) -> ImageSet:
         """A set, of which this process reads its share in batches. Images of an .npz file are not cropped: they must have `size`.
@@ -57,11 +57,11 @@ class Work:
         Raises:
             DetailFlowError: as `open_set`, or for images of another size in an .npz file.
         """
-        with self.processes.together():
+        with self.world.raise_together():
             place = Path(path).expanduser()
             if place.suffix != ".npz" and not os.path.isfile(place / "samples.npz"):
-                return open_set(path, self.processes, size, count, self.batch_size, split)
-            found = open_set(path, self.processes, None, count, self.batch_size, split)
+                return open_set(path, self.world, size, count, self.batch_size, split)
+            found = open_set(path, self.world, None, count, self.batch_size, split)
             if size is not None and found.side is not None and found.side != (size, size):
                 height, width = found.side
                 raise DetailFlowError(f"{path} holds images of {width}×{height} pixels, where {size}×{size} are needed")
@@ -83,9 +83,9 @@ class Checksum:
             self.words = [(a + b) % WORD for a, b in zip(self.words, parts, strict=True)]
             self.number += 1
 
-    def text(self, processes: Processes) -> str:
+    def text(self, world: World) -> str:
         """In hex, of all processes' images; all must call it."""
-        words = processes.sum(torch.tensor(self.words, device=processes.device)).tolist()
+        words = world.all_reduce(torch.tensor(self.words, device=world.device)).tolist()
         return "".join(f"{word % WORD:08x}" for word in words)
 
 
@@ -117,9 +117,9 @@ def measure_set(extractor: Extractor, images: ImageSet, work: Work, keep: int) -
     Raises:
         DetailFlowError: as `measure`.
     """
-    watching = Watching(extractor, share_of(len(images), work.processes).start)
-    measured = measure(watching, images, work.processes, keep)
-    return measured, data_entry(images, watching.checksum, work.processes)
+    watching = Watching(extractor, share_of(len(images), work.world).start)
+    measured = measure(watching, images, work.world, keep)
+    return measured, data_entry(images, watching.checksum, work.world)
 
 
 def at_side(images: Tensor, side: int) -> Tensor:
@@ -130,9 +130,9 @@ def at_side(images: Tensor, side: int) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).to(images.device)
 
 
-def data_entry(images: ImageSet, checksum: Checksum, processes: Processes) -> dict[str, Any]:
+def data_entry(images: ImageSet, checksum: Checksum, world: World) -> dict[str, Any]:
     """Of a report's provenance: a set, with the checksum of what was read, be it images or stored statistics."""
-    read = checksum.text(processes)
+    read = checksum.text(world)
     entry = {"checksum": read} if int(read, 16) else {}
     if (stored := images.statistics) is not None:
         entry["checksum_of_statistics"] = hub.fingerprint({}, {"mu": stored.pool.mean, "sigma": stored.pool.covariance})
@@ -160,7 +160,7 @@ def evaluate_samples(
         In the main process a report whose provenance is not complete yet; `None` in others.
 
     Raises:
-        DetailFlowError: for sets that can't be read or compared, or a network that can't be had.
+        DetailFlowError: for sets that cannot be read or compared, or a network that cannot be had.
     """
     ours, theirs = work.open(samples, size, num_images), work.open(reference, size)
     if ours.side and theirs.side and ours.side != theirs.side:
@@ -171,7 +171,7 @@ def evaluate_samples(
     extractor = load_extractor(features, work.device, weights)
     measured, samples_entry = measure_set(extractor, ours, work, SAMPLES_KEPT)
     wanted, reference_entry = measure_set(extractor, theirs, work, REFERENCE_KEPT)
-    if not work.processes.is_main:
+    if not work.world.is_main:
         return None
     figures = named(compare_sets(wanted, measured, work.device), extractor)
     return Report(
@@ -253,7 +253,7 @@ def naming_note(extractor: Extractor) -> list[str]:
     if extractor.name == INCEPTION:
         return []
     return [
-        f"FD is the Fréchet distance of the features of {extractor.name}: it can't be compared with FIDs, nor precision, recall "
+        f"FD is the Fréchet distance of the features of {extractor.name}: it cannot be compared with FIDs, nor precision, recall "
         "or IS in these features with those in others."
     ]
 

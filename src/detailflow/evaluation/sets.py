@@ -19,7 +19,7 @@ from detailflow.data.images import ImageSource, open_images
 from detailflow.data.loader import note_unreadable
 from detailflow.data.source import spread, tolerated
 from detailflow.data.transforms import center_crop
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.metrics import Gaussian
 from detailflow.files import check_regular
@@ -38,17 +38,15 @@ class Statistics(NamedTuple):
     fingerprint: str | None  # and of its weights
 
 
-def share_of(total: int, processes: Processes) -> range:
+def share_of(total: int, world: World) -> range:
     """The numbers of this process's images among `total`: the shares follow one another in the processes' order."""
-    return range(processes.rank * total // processes.count, (processes.rank + 1) * total // processes.count)
+    return range(world.rank * total // world.size, (world.rank + 1) * total // world.size)
 
 
-def check_total(total: int, processes: Processes) -> None:
+def check_total(total: int, world: World) -> None:
     """Raise a `DetailFlowError` where a set of so many images is too small to be measured by these processes."""
-    if total < max(2, processes.count):
-        raise DetailFlowError(
-            f"too few images to measure: there are {total}, where {max(2, processes.count)} are the least"
-        )
+    if total < max(2, world.size):
+        raise DetailFlowError(f"too few images to measure: there are {total}, where {max(2, world.size)} are the least")
 
 
 class _Pixels(Protocol):
@@ -58,7 +56,7 @@ class _Pixels(Protocol):
 
     def __len__(self) -> int: ...
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        """Those of these ascending numbers. Raises DetailFlowError, naming what can't be read or has another size."""
+        """Those of these ascending numbers. Raises DetailFlowError, naming what cannot be read or has another size."""
 
 
 class ImageSet:
@@ -75,11 +73,11 @@ class ImageSet:
         side: tuple[int, int] | None,
         statistics: Statistics | None,
         about: dict[str, Any],
-        processes: Processes,
+        world: World,
         batch_size: int,
     ) -> None:
         self._pixels, self._numbers, self._about = pixels, numbers, about
-        self._processes, self._batch_size = processes, batch_size
+        self._processes, self._batch_size = world, batch_size
         self.side, self.statistics = side, statistics
 
     def __len__(self) -> int:
@@ -121,7 +119,7 @@ class ImageSet:
 
 def open_set(
     path: str | os.PathLike[str],
-    processes: Processes | None = None,
+    world: World | None = None,
     size: int | None = None,
     count: int | None = None,
     batch_size: int = 64,
@@ -142,7 +140,7 @@ def open_set(
         split: as for `open_images`.
 
     Raises:
-        DetailFlowError: if it can't be read or holds too few images; iterating raises it for too many unreadable images, or
+        DetailFlowError: if it cannot be read or holds too few images; iterating raises it for too many unreadable images, or
             one of another size.
     """
     file = Path(path).expanduser()
@@ -166,15 +164,13 @@ def open_set(
             about["split"] = split
     total = len(pixels) if pixels else 0
     if count is not None and not 0 < count <= total:
-        raise DetailFlowError(f"{path} holds {total} images, of which {count} can't be taken")
+        raise DetailFlowError(f"{path} holds {total} images, of which {count} cannot be taken")
     if count is not None and count < total:
         numbers: Sequence[int] = spread(total, count)
         statistics = None  # which are of all
     else:
         numbers = range(total)
-    return ImageSet(
-        pixels, numbers, pixels.side if pixels else None, statistics, about, processes or Processes(), batch_size
-    )
+    return ImageSet(pixels, numbers, pixels.side if pixels else None, statistics, about, world or World(), batch_size)
 
 
 class _Decoded:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from detailflow import hub
 from detailflow.data.transforms import to_tensor, to_uint8
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, Measured, Running, compare_sets
 from detailflow.evaluation.features import Extractor
@@ -60,10 +60,10 @@ class Measures:
 class Tally:
     """What adds up of one view: distances to each original, and statistics of features."""
 
-    def __init__(self, measures: Measures, total: int, processes: Processes) -> None:
-        self.measures, self.total, self.processes = measures, total, processes
+    def __init__(self, measures: Measures, total: int, world: World) -> None:
+        self.measures, self.total, self.world = measures, total, world
         self.distances: dict[str, list[Tensor]] = {}
-        self.running = running(measures.extractor, total, processes, min(KEPT, total))
+        self.running = running(measures.extractor, total, world, min(KEPT, total))
 
     def add(self, pixels: Tensor, originals: Tensor) -> None:
         """A batch: uint8 (B, R, R, 3) twice."""
@@ -82,14 +82,12 @@ class Tally:
 
     def values(self) -> dict[str, Tensor]:
         """Each measure of all processes' images; all must call it."""
-        return {
-            name: gather_shares(torch.cat(parts), self.total, self.processes) for name, parts in self.distances.items()
-        }
+        return {name: gather_shares(torch.cat(parts), self.total, self.world) for name, parts in self.distances.items()}
 
 
-def running(extractor: Extractor | None, total: int, processes: Processes, keep: int = 0) -> Running | None:
+def running(extractor: Extractor | None, total: int, world: World, keep: int = 0) -> Running | None:
     """Statistics of a set's features that are added to batch by batch, for several sets in one go over the data."""
-    share = share_of(total, processes)
+    share = share_of(total, world)
     return None if extractor is None else Running(extractor.name, share, total, keep)
 
 
@@ -130,26 +128,26 @@ def evaluate_tokenizer(
     check_seeds(seed)
     if reference is not None and extractor is None:
         raise DetailFlowError("a reference is for Fréchet distances: give features to measure them by, or no reference")
-    processes, measures, total = work.processes, Measures(extractor, lpips), len(images)
+    world, measures, total = work.world, Measures(extractor, lpips), len(images)
     views = views_by_count(tokenizer.schedule, counts, sides) + views_with_mistakes(tokenizer.schedule, mistakes)
-    check_total(total, processes)
+    check_total(total, world)
     data: dict[str, Any] = {}
     if reference is not None and extractor is not None:
         wanted, data["reference"] = measure_set(extractor, reference, work, REFERENCE_KEPT)
-    tallies = [Tally(measures, total, processes) for _ in views]
-    originals = Originals(tokenizer, extractor if reference is None else None, total, processes)
+    tallies = [Tally(measures, total, world) for _ in views]
+    originals = Originals(tokenizer, extractor if reference is None else None, total, world)
     _rebuild_all(tokenizer, images, work, views, tallies, originals, seed)
-    data = {"images": data_entry(images, originals.checksum, processes), **data}
+    data = {"images": data_entry(images, originals.checksum, world), **data}
     rows = _means(views, [tally.values() for tally in tallies])
-    used = processes.sum(originals.used)
+    used = world.all_reduce(originals.used)
     said = list(notes)
     if extractor is not None:
-        made = [tally.running.finish(extractor, processes, None) for tally in tallies if tally.running]
-        wanted = originals.running.finish(extractor, processes, None) if originals.running else wanted
-        if processes.is_main:
+        made = [tally.running.finish(extractor, world, None) for tally in tallies if tally.running]
+        wanted = originals.running.finish(extractor, world, None) if originals.running else wanted
+        if world.is_main:
             said += warnings_of(wanted, made[0], extractor, "r", "r", kept=False)
             rows = [_with_distances(row, wanted, one, extractor, work) for row, one in zip(rows, made, strict=True)]
-    if not processes.is_main:
+    if not world.is_main:
         return None
     side = tokenizer.config.image_size
     clean, planted = ([r for v, r in zip(views, rows, strict=True) if v.by_count == c] for c in (True, False))
@@ -199,12 +197,10 @@ def _with_distances(row: Row, reference: Measured, made: Measured, extractor: Ex
 class Originals:
     """What adds up of the originals: how often each code is used, statistics of features, and a checksum."""
 
-    def __init__(
-        self, tokenizer: DetailFlowTokenizer, extractor: Extractor | None, total: int, processes: Processes
-    ) -> None:
-        self.extractor, self.running = extractor, running(extractor, total, processes)
+    def __init__(self, tokenizer: DetailFlowTokenizer, extractor: Extractor | None, total: int, world: World) -> None:
+        self.extractor, self.running = extractor, running(extractor, total, world)
         self.used = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64, device=tokenizer.device)
-        self.checksum = Checksum(share_of(total, processes).start)
+        self.checksum = Checksum(share_of(total, world).start)
 
     def add(self, images: Tensor, ids: Tensor) -> None:
         """A batch: uint8 (B, R, R, 3) and its clean codes (B, N)."""
@@ -225,8 +221,8 @@ def _rebuild_all(
     seed: int,
 ) -> None:
     """Go through this process's images once."""
-    numbers = share_of(len(images), work.processes)
-    number, hidden = numbers.start, None if work.processes.is_main else True
+    numbers = share_of(len(images), work.world)
+    number, hidden = numbers.start, None if work.world.is_main else True
     with tqdm(desc="rebuilding", total=len(numbers), unit="image", delay=2, leave=False, disable=hidden) as bar:
         for read in images:
             batch = read.to(work.device)
@@ -269,10 +265,10 @@ def rebuild(tokenizer: DetailFlowTokenizer, ids: Tensor, side: int) -> Tensor:
     return at_side(to_uint8(tokenizer.decode(ids, side)), tokenizer.config.image_size)
 
 
-def gather_shares(values: Tensor, total: int, processes: Processes) -> Tensor:
+def gather_shares(values: Tensor, total: int, world: World) -> Tensor:
     """(share,) values of each process → (total,) of all, in the images' order."""
-    lengths = [len(share_of(total, Processes(rank, processes.count))) for rank in range(processes.count)]
-    return processes.gather_uneven(values, lengths)
+    lengths = [len(share_of(total, World(rank, world.size))) for rank in range(world.size)]
+    return world.all_gather_uneven(values, lengths)
 
 
 def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LPIPS | None, list[str]]:
@@ -282,7 +278,7 @@ def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LP
         weights: VGG-16's file; `None` is where torch.hub keeps it, or a download, and "none" no LPIPS.
 
     Raises:
-        DetailFlowError: for a file that was given and can't be used.
+        DetailFlowError: for a file that was given and cannot be used.
     """
     if weights == NO_LPIPS:
         return None, []

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from detailflow import hub
 from detailflow.device import autocast
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, missing_package
 from detailflow.files import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.models.loading import load_weights
@@ -60,7 +60,7 @@ class DINODiscriminator(nn.Module):
         load: whether to read weights at all; the network of a plan has random ones.
 
     Raises:
-        DetailFlowError: if those weights can't be had or read, or a package is missing.
+        DetailFlowError: if those weights cannot be had or read, or a package is missing.
     """
 
     mean: Tensor
@@ -166,15 +166,15 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, L) → the same."""
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if processes == 1 or not self.training:
+        world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if world_size == 1 or not self.training:
             return super().forward(x)
         assert isinstance(self.momentum, float) and self.running_mean is not None and self.running_var is not None
         values = x.float()
-        mean = _Sum.apply(values.mean((0, 2))) / processes
+        mean = _Sum.apply(values.mean((0, 2))) / world_size
         centred = values - mean[:, None]
-        variance = _Sum.apply(centred.square().mean((0, 2))) / processes
-        count = processes * values.numel() // values.shape[1]
+        variance = _Sum.apply(centred.square().mean((0, 2))) / world_size
+        count = world_size * values.numel() // values.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
@@ -331,10 +331,10 @@ class Adversary:
         lecam: float,
         consistency: float,
         device: torch.device,
-        processes: Processes,
+        world: World,
         load: bool = True,
     ) -> None:
-        self.device, self.precision, self.processes = device, PRECISIONS[loop.precision], processes
+        self.device, self.precision, self.world = device, PRECISIONS[loop.precision], world
         self.lecam, self.consistency = lecam, consistency
         made = (
             PatchDiscriminator()
@@ -345,7 +345,7 @@ class Adversary:
         self.any_side = isinstance(made, DINODiscriminator)  # or the tokenizer's full size alone
         self.judgement: nn.Module = _Judgement(self.network, augment, consistency > 0)
         self.judge = self.judgement.judge
-        if processes.count > 1:
+        if world.size > 1:
             self.judgement = DistributedDataParallel(self.judgement)
         parameters = list(self.network.parameters())
         adam = torch.optim.Adam(parameters, lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -382,7 +382,7 @@ class Adversary:
                 logged[name] = logged.get(name, 0) + loss.detach() / len(parts)
             means += torch.stack([x.detach().mean() for x in logits[:2]]) / len(parts)
         norm = self.updater.step(rate)
-        if self.lecam and bool((means := self.processes.mean(means)).isfinite().all()):
+        if self.lecam and bool((means := self.world.mean(means)).isfinite().all()):
             self.anchors.lerp_(means, 1 - ANCHOR_DECAY)
         return {**logged, "discriminator_gradient_norm": norm}
 

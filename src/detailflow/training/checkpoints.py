@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import replacing, save_torch
 from detailflow.hub import CONFIG_FILE
@@ -39,7 +39,7 @@ def claim(output: Path, kind: str, config: dict[str, Any], inputs: Mapping[str, 
         inputs: what those settings name that are known by their content; their paths may change.
 
     Raises:
-        DetailFlowError: if it can't be written, or belongs to a run with another config or other inputs.
+        DetailFlowError: if it cannot be written, or belongs to a run with another config or other inputs.
     """
     mine = {"kind": kind, **json.loads(json.dumps(config))}
     path = output / RUN_FILE
@@ -59,7 +59,7 @@ def claim(output: Path, kind: str, config: dict[str, Any], inputs: Mapping[str, 
             with replacing(path) as temporary:
                 temporary.write_text(yaml.safe_dump(mine, sort_keys=False, allow_unicode=True), encoding="utf-8")
     except OSError as error:
-        raise DetailFlowError(f"{output}: the output folder can't be written ({error.strerror})") from None
+        raise DetailFlowError(f"{output}: the output folder cannot be written ({error.strerror})") from None
     return True
 
 
@@ -122,7 +122,7 @@ def save_checkpoint(
         model: the "kind" and "config" of the model in it.
 
     Raises:
-        DetailFlowError: if it can't be written, as on a full disk.
+        DetailFlowError: if it cannot be written, as on a full disk.
     """
     path = output / CHECKPOINTS / f"step-{step:08d}.pt"
     try:
@@ -132,7 +132,7 @@ def save_checkpoint(
             with replacing(output / MILESTONES / path.name) as temporary:
                 shutil.copyfile(path, temporary)
     except OSError as error:
-        raise DetailFlowError(f"{path}: the checkpoint can't be written ({error.strerror or error})") from error
+        raise DetailFlowError(f"{path}: the checkpoint cannot be written ({error.strerror or error})") from error
     left = keep - 1
     for older in [
         other for other in checkpoints(output) if step_of(other) < step
@@ -147,7 +147,7 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(output: Path, processes: Processes | None = None) -> tuple[int, dict[str, Any]]:
+def load_checkpoint(output: Path, world: World | None = None) -> tuple[int, dict[str, Any]]:
     """Return step and state of the newest checkpoint that can be read; (0, {}) if there is none.
 
     Args:
@@ -156,11 +156,11 @@ def load_checkpoint(output: Path, processes: Processes | None = None) -> tuple[i
     Raises:
         DetailFlowError: if there are checkpoints and none can be read, or a process does not find the main one's.
     """
-    processes = processes or Processes()
-    name = processes.from_main(lambda: _newest(output))
+    world = world or World()
+    name = world.from_main(lambda: _newest(output))
     if not name:
         return 0, {}
-    with processes.together():
+    with world.raise_together():
         checkpoint = read_checkpoint(output / CHECKPOINTS / name)
     return checkpoint.step, checkpoint.state
 
@@ -171,7 +171,7 @@ def _newest(output: Path) -> str:
     for path in found:
         if readable(path):
             return path.name
-        print(f"{path}: this checkpoint can't be read, trying the one before")
+        print(f"{path}: this checkpoint cannot be read, trying the one before")
     if found:
         raise DetailFlowError(
             f"{output / CHECKPOINTS}: none of the checkpoints can be read; remove the folder to start afresh"

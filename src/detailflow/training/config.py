@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from detailflow.data.transforms import ten_crops, two_crops
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
 from detailflow.models.tokenizer import WRONG_CANDIDATES, TokenizerConfig
@@ -91,17 +91,17 @@ class LoopConfig:
         check_seeds(self.seed, name="seed")
         check_trackers(self.trackers)
 
-    def images_at_once(self, processes: Processes) -> int:
+    def images_at_once(self, world: World) -> int:
         """Of a step, those that one process works on at a time.
 
         Raises:
-            DetailFlowError: where the batch can't be parted evenly.
+            DetailFlowError: where the batch cannot be parted evenly.
         """
-        share = processes.share(self.batch_size)
+        share = world.shard(self.batch_size)
         if (share.stop - share.start) % self.accumulate:
             raise DetailFlowError(
                 f"accumulate must divide the images of each process, and {self.accumulate} does not divide "
-                f"{share.stop - share.start} (batch_size {self.batch_size}, {processes.count} process(es))"
+                f"{share.stop - share.start} (batch_size {self.batch_size}, {world.size} process(es))"
             )
         return (share.stop - share.start) // self.accumulate
 

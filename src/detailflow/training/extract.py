@@ -21,7 +21,7 @@ from detailflow.data.source import tolerated
 from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
 from detailflow.data.transforms import to_tensor
 from detailflow.device import autocast
-from detailflow.distributed import Processes, launched
+from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.files import held
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
@@ -97,11 +97,11 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     that are equally near within rounding.
 
     Raises:
-        DetailFlowError: for images or a tokenizer that can't be read, or an output folder that can't be used or holds the tokens
-            of something else.
+        DetailFlowError: for images or a tokenizer that cannot be read, or an output folder that cannot be used or holds
+            the tokens of something else.
     """
-    processes, place = launched(device)
-    with processes.together():
+    world, place = launched(device)
+    with world.raise_together():
         model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
         source = open_images(config.data, config.split, config.image_column, config.label_column)
         info = TokenStoreInfo(
@@ -113,28 +113,26 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
         )
         writer = TokenWriter(output, info, source.labels, CHUNK_IMAGES)
     with ExitStack() as stack:
-        if not processes.from_main(
-            lambda: writer.finished
-        ):  # a finished one may be on a disk that is not ours to write to
-            stack.enter_context(held(output, "extraction", processes))
-        return _extract(config, model, source, writer, processes)
+        if not world.from_main(lambda: writer.finished):  # a finished one may be on a disk that is not ours to write to
+            stack.enter_context(held(output, "extraction", world))
+        return _extract(config, model, source, writer, world)
 
 
 def _extract(
-    config: Extraction, model: DetailFlowTokenizer, source: ImageSource, writer: TokenWriter, processes: Processes
+    config: Extraction, model: DetailFlowTokenizer, source: ImageSource, writer: TokenWriter, world: World
 ) -> TokenStore:
     output = writer.directory
-    with processes.together():
-        if processes.is_main:
+    with world.raise_together():
+        if world.is_main:
             same = {k: v for k, v in asdict(config).items() if k not in ("data", "tokenizer", "batch_size", "workers")}
             writer.begin(_names(source, config.data), same)
-    if processes.from_main(lambda: writer.finished):
-        if processes.is_main:
+    if world.from_main(lambda: writer.finished):
+        if world.is_main:
             print(f"{output}: these tokens are finished already")
         return TokenStore.open(output)
-    _Extractor(config, model, source, writer, processes).run()
-    with processes.together():
-        if processes.is_main:
+    _Extractor(config, model, source, writer, world).run()
+    with world.raise_together():
+        if world.is_main:
             writer.finish()
     return TokenStore.open(output)
 
@@ -157,44 +155,44 @@ class _Extractor:
         model: DetailFlowTokenizer,
         source: ImageSource,
         writer: TokenWriter,
-        processes: Processes,
+        world: World,
     ) -> None:
-        self.config, self.model, self.source, self.writer, self.processes = config, model, source, writer, processes
+        self.config, self.model, self.source, self.writer, self.world = config, model, source, writer, world
         written = writer.written()
         there = torch.tensor(
-            [chunk in written for chunk in range(writer.chunks)], dtype=torch.int32, device=processes.device
+            [chunk in written for chunk in range(writer.chunks)], dtype=torch.int32, device=world.device
         )
-        there = processes.gather(there)[: writer.chunks]  # as the main process sees it
+        there = world.all_gather(there)[: writer.chunks]  # as the main process sees it
         self.todo = (there == 0).nonzero()[:, 0].tolist()
-        self.unreadable = writer.unreadable() if processes.is_main else {}  # the others know their own
+        self.unreadable = writer.unreadable() if world.is_main else {}  # the others know their own
 
     @torch.no_grad()
     def run(self) -> None:
         """Extract them, the n-th of each process at about the same time."""
         from tqdm import tqdm
 
-        count, total = self.processes.count, len(self.source)
-        mine = self.todo[self.processes.rank :: count]
+        count, total = self.world.size, len(self.source)
+        mine = self.todo[self.world.rank :: count]
         passes = [part for chunk in mine for part in self._passes(chunk)]
         cuda = self.model.device.type == "cuda"
         data = _ImageCrops(self.source, self.model.config.image_size, self.config.crops, passes)
         self.batches = iter(DataLoader(data, batch_size=None, num_workers=self.config.workers, pin_memory=cuda))
         done = total - sum(len(self.writer.slots(chunk)) for chunk in self.todo)
-        if done and self.processes.is_main:
+        if done and self.world.is_main:
             print(f"{self.writer.directory}: going on after {done} of {total} images")
-        hidden = not self.processes.is_main
+        hidden = not self.world.is_main
         with tqdm(
             total=total, initial=done, desc="extract", unit="img", dynamic_ncols=True, disable=hidden
         ) as self.bar:
             for first in range(0, len(self.todo), count):
                 chunks = self.todo[first : first + count]
-                with self.processes.together():
-                    if self.processes.rank < len(chunks):
-                        self._extract(chunks[self.processes.rank], len(chunks))
+                with self.world.raise_together():
+                    if self.world.rank < len(chunks):
+                        self._extract(chunks[self.world.rank], len(chunks))
                 self._stop_at_too_many(chunks)
                 done += sum(len(self.writer.slots(chunk)) for chunk in chunks)
                 self.bar.update(done - self.bar.n)
-            if self.processes.is_main and (unreadable := self.writer.unreadable()):
+            if self.world.is_main and (unreadable := self.writer.unreadable()):
                 self.bar.write(f"{len(unreadable)} of {total} images could not be read and were left out")
 
     def _passes(self, chunk: int) -> list[range]:
@@ -230,17 +228,17 @@ class _Extractor:
         self.unreadable |= unreadable
 
     def _stop_at_too_many(self, chunks: list[int]) -> None:
-        """Raises DetailFlowError in all processes where more than 1% (and more than one) of the images can't be read."""
-        own = torch.tensor([len(self.unreadable)], device=self.processes.device)
-        count = int(self.processes.gather(own).sum())
+        """Raises DetailFlowError in all processes where more than 1% (and more than one) of the images cannot be read."""
+        own = torch.tensor([len(self.unreadable)], device=self.world.device)
+        count = int(self.world.all_gather(own).sum())
         if count <= tolerated(len(self.source)):
             return
         first = "; ".join(list(self.writer.unreadable().values())[:3])
-        self.processes.wait()  # until all have read that
-        if self.processes.rank < len(chunks):
-            self.writer.forget(chunks[self.processes.rank])  # the images may be put right
+        self.world.barrier()  # until all have read that
+        if self.world.rank < len(chunks):
+            self.writer.forget(chunks[self.world.rank])  # the images may be put right
         raise DetailFlowError(
-            f"{count} images can't be read, more than 1%: remove or replace them (the first: {first})"
+            f"{count} images cannot be read, more than 1%: remove or replace them (the first: {first})"
         )
 
 

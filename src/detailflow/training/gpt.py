@@ -23,7 +23,7 @@ from detailflow import hub
 from detailflow.data.tokens import TokenBatches, TokenStore
 from detailflow.data.transforms import to_uint8
 from detailflow.device import autocast
-from detailflow.distributed import Processes, launched
+from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.labels import ClassLabels
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
@@ -53,10 +53,10 @@ class GPTStage:
         tokenizer: DetailFlowTokenizer,
         device: torch.device,
         resuming: bool = False,
-        processes: Processes | None = None,
+        world: World | None = None,
     ) -> None:
         self.config, self.store, self.tokenizer, self.device = config, store, tokenizer, device
-        self.processes = processes = processes or Processes()
+        self.world = world = world or World()
         loop = config.loop
         self.precision, self.sizes = PRECISIONS[loop.precision], sizes
         self.model = DetailFlowGPT(sizes)
@@ -66,7 +66,7 @@ class GPTStage:
         self.model.train()
         if sizes.schedule.prefix == sizes.num_tokens:  # no groups, so nothing for the mask embeddings to learn
             self.model.mask_embedding.requires_grad_(False)
-        self.sharded = loop.shard and processes.count > 1
+        self.sharded = loop.shard and world.size > 1
         for network in (self.model, self.ema):
             if self.sharded:
                 _shard(network, device)
@@ -80,7 +80,7 @@ class GPTStage:
         if loop.checkpoint_activations:
             recompute_activations(self.blocks)
         forward: nn.Module = self.model
-        if processes.count > 1 and not self.sharded:
+        if world.size > 1 and not self.sharded:
             forward = DistributedDataParallel(self.model)
         self.forward: Callable[..., Tensor] = torch.compile(forward, dynamic=False) if loop.compile else forward
         self.parallel = forward
@@ -94,17 +94,17 @@ class GPTStage:
         """This process's labels, input rows and target rows."""
         loop = self.config.loop
         share = self.config.planted_share
-        return iter(TokenBatches(self.store, loop.batch_size, loop.seed, share, start_step, self.processes))
+        return iter(TokenBatches(self.store, loop.batch_size, loop.seed, share, start_step, self.world))
 
     def step(self, step: int, batch: tuple[Tensor, Tensor, Tensor], rate: float) -> dict[str, Tensor | float]:
         """One step (docs/method.md#ar-model)."""
-        loop, processes = self.config.loop, self.processes
-        dropped = torch.rand(loop.batch_size)[processes.share(loop.batch_size)] < self.config.label_dropout
-        if processes.count > 1:  # what a process drops out of its own images is its own
-            torch.manual_seed(mixed_seed(loop.seed, step, processes.rank))
+        loop, world = self.config.loop, self.world
+        dropped = torch.rand(loop.batch_size)[world.shard(loop.batch_size)] < self.config.label_dropout
+        if world.size > 1:  # what a process drops out of its own images is its own
+            torch.manual_seed(mixed_seed(loop.seed, step, world.rank))
         labels, given, wanted = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         labels = torch.where(dropped.to(self.device), self.sizes.num_classes, labels)
-        size = loop.images_at_once(processes)
+        size = loop.images_at_once(world)
         logged: dict[str, Tensor | float] = {"loss": 0.0, "accuracy": 0.0}
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
@@ -152,9 +152,9 @@ class GPTStage:
     def _averaged(self) -> DetailFlowGPT | None:
         """The averaged weights in one piece, for the main process alone."""
         if not self.sharded:
-            return self.ema if self.processes.is_main else None
+            return self.ema if self.world.is_main else None
         weights = get_model_state_dict(self.ema, options=WHOLE)
-        if not self.processes.is_main:
+        if not self.world.is_main:
             return None
         whole = DetailFlowGPT(self.sizes).eval()
         whole.load_state_dict(weights)
@@ -196,7 +196,7 @@ def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
     class. Where the other model has the same names, or none and as many classes, its table stays.
 
     Raises:
-        DetailFlowError: if the model can't be had or its sizes differ.
+        DetailFlowError: if the model cannot be had or its sizes differ.
     """
     settings, tensors = hub.load(source, "gpt", dtype=torch.float32)
     theirs = config_from_dict(GPTConfig, settings, source)
@@ -213,7 +213,7 @@ def model_config(config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTo
     """The AR model that `config` asks for on these tokens.
 
     Raises:
-        DetailFlowError: where its sizes contradict each other, or the model that it starts from can't be read.
+        DetailFlowError: where its sizes contradict each other, or the model that it starts from cannot be read.
     """
     start = config_from_dict(GPTConfig, hub.load_config(config.init, "gpt"), config.init) if config.init else None
     return GPTConfig(
@@ -238,22 +238,22 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
 
     Raises:
         DetailFlowError: for a store that the tokenizer did not make or that is damaged, sizes that contradict each other, or an
-            output folder that can't be used.
+            output folder that cannot be used.
     """
-    processes, place = launched(device)
-    with processes.together():
+    world, place = launched(device)
+    with world.raise_together():
         store = TokenStore.open(config.tokens)
         if store.info.tokenizer_fingerprint != tokenizer_fingerprint(config.tokenizer):
             raise DetailFlowError(
                 f"{config.tokens}: these tokens were made by another tokenizer than {config.tokenizer}; extract them again"
             )
-        if processes.is_main:
+        if world.is_main:
             store.verify()
         tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
         sizes = model_config(config, store, tokenizer)
 
     def make(resuming: bool) -> GPTStage:
-        return GPTStage(config, sizes, store, tokenizer, place, resuming, processes)
+        return GPTStage(config, sizes, store, tokenizer, place, resuming, world)
 
     inputs = {
         "tokens": tokens_input(store),
@@ -261,4 +261,4 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
     }
     if config.init:
         inputs["init"] = model_input(config.init, "gpt")
-    run(make, "gpt", config, output, processes, inputs)
+    run(make, "gpt", config, output, world, inputs)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import held, writing
 from detailflow.runs import CHECKPOINTS, RUN_FILE, checkpoints
@@ -62,7 +62,7 @@ def run(
     kind: str,
     config: Any,
     output: Path,
-    processes: Processes,
+    world: World,
     inputs: Mapping[str, Input] | None = None,
 ) -> None:
     """Train from the last checkpoint in `output`, or from the start, and export the model to `output`.
@@ -73,30 +73,30 @@ def run(
         inputs: what the settings of these names are known by.
 
     Raises:
-        DetailFlowError: if `output` holds a run with another config or other inputs, is at work in another process, or can't be
+        DetailFlowError: if `output` holds a run with another config or other inputs, is at work in another process, or cannot be
             written; or if steps go wrong.
     """
     loop: LoopConfig = config.loop
-    loop.images_at_once(processes)
-    with held(output, "training run", processes):
+    loop.images_at_once(world)
+    with held(output, "training run", world):
         fresh = not os.path.exists(output / RUN_FILE)
-        if not processes.from_main(lambda: claim(output, kind, asdict(config), inputs)):
-            if processes.is_main:
+        if not world.from_main(lambda: claim(output, kind, asdict(config), inputs)):
+            if world.is_main:
                 print(f"{output}: this {'AR model' if kind == 'gpt' else kind} is finished already")
             return
         try:
-            start, state = load_checkpoint(output, processes)
+            start, state = load_checkpoint(output, world)
             torch.manual_seed(loop.seed)
             stage = make_stage(bool(start))
         except DetailFlowError:
-            if fresh and processes.is_main:  # nothing has happened yet that other settings could contradict
+            if fresh and world.is_main:  # nothing has happened yet that other settings could contradict
                 (output / RUN_FILE).unlink()
             raise
         if start:
             _restore(stage, state, output / CHECKPOINTS, start)
         del state
-        _Run(stage, kind, config, output, processes).train(start)
-        with processes.together():
+        _Run(stage, kind, config, output, world).train(start)
+        with world.raise_together():
             stage.export(output)
 
 
@@ -125,8 +125,8 @@ def _restore(stage: Stage, state: dict[str, Any], folder: Path, step: int) -> No
 class _Run:
     """The steps of a run, and what is kept of them."""
 
-    def __init__(self, stage: Stage, kind: str, config: Any, output: Path, processes: Processes) -> None:
-        self.stage, self.kind, self.config, self.output, self.processes = stage, kind, config, output, processes
+    def __init__(self, stage: Stage, kind: str, config: Any, output: Path, world: World) -> None:
+        self.stage, self.kind, self.config, self.output, self.world = stage, kind, config, output, world
         self.loop: LoopConfig = config.loop
         self.health = _Health(self.loop, output)
         self.saved, self.saved_at = 0, time.monotonic()  # the step of the last checkpoint, and when it was written
@@ -135,14 +135,14 @@ class _Run:
         """Take all steps from `start` on; after the last one there is a checkpoint."""
         from tqdm import tqdm
 
-        loop, processes, self.saved = self.loop, self.processes, start
-        if processes.is_main and start:
+        loop, world, self.saved = self.loop, self.world, start
+        if world.is_main and start:
             print(f"{self.output}: going on from step {start}")
         batches = self.stage.batches(start)
-        names, hidden = loop.trackers if processes.is_main else (), not processes.is_main
+        names, hidden = loop.trackers if world.is_main else (), not world.is_main
         with (
             _StopOnSignal() as stopping,
-            Trackers(names, self.output, self.kind, asdict(self.config), start, processes) as trackers,
+            Trackers(names, self.output, self.kind, asdict(self.config), start, world) as trackers,
             tqdm(
                 total=loop.steps, initial=start, desc=self.kind, unit="step", dynamic_ncols=True, disable=hidden
             ) as bar,
@@ -154,26 +154,26 @@ class _Run:
                 self.health.check(step, scalars)
                 bar.update()
                 done = step + 1
-                stop = processes.any(stopping.asked)
+                stop = world.any(stopping.asked)
                 if self._checkpoint_is_due(done) or stop:
                     self._save(done)
                 self._log(done, scalars, trackers, bar)
                 if stop:
-                    processes.wait()  # or the launcher, seeing one gone, would end the one that still writes
+                    world.barrier()  # or the launcher, seeing one gone, would end the one that still writes
                     at = f"interrupted at step {done} of {loop.steps}: the same command goes on from there"
-                    raise KeyboardInterrupt(*([at] if processes.is_main else []))
+                    raise KeyboardInterrupt(*([at] if world.is_main else []))
 
     def _checkpoint_is_due(self, done: int) -> bool:
-        late = self.processes.is_main and time.monotonic() - self.saved_at > self.loop.checkpoint_minutes * 60
-        return self.processes.any(late) or self._is_milestone(done) or done == self.loop.steps
+        late = self.world.is_main and time.monotonic() - self.saved_at > self.loop.checkpoint_minutes * 60
+        return self.world.any(late) or self._is_milestone(done) or done == self.loop.steps
 
     def _is_milestone(self, done: int) -> bool:
         return bool(self.loop.milestone_every) and done % self.loop.milestone_every == 0
 
     def _save(self, done: int) -> None:
         state = self.stage.state()
-        with self.processes.together():
-            if self.processes.is_main:
+        with self.world.raise_together():
+            if self.world.is_main:
                 model = {"kind": self.kind, "config": self.stage.model_config()}
                 self.health.good = save_checkpoint(
                     self.output, done, state, self.loop.keep, self._is_milestone(done), model
@@ -181,19 +181,19 @@ class _Run:
         self.saved, self.saved_at = done, time.monotonic()
 
     def _log(self, done: int, scalars: Mapping[str, Tensor | float], trackers: Trackers, bar: Any) -> None:
-        """Log a step and keep its pictures, if it is time; if they can't be written, there is a checkpoint of it at least."""
+        """Log a step and keep its pictures, if it is time; if they cannot be written, there is a checkpoint of it at least."""
         loop, last = self.loop, done == self.loop.steps
         logs, shows = (done % every == 0 or last for every in (loop.log_every, loop.pictures_every))
         if not logs and not shows:
             return
         values: dict[str, float] = {}
         if logs:
-            values = {**_means(scalars, self.processes), "skipped_steps": float(self.health.skipped)}
+            values = {**_means(scalars, self.world), "skipped_steps": float(self.health.skipped)}
             values["learning_rate"] = loop.rate_at(done - 1)
         try:
-            with self.processes.together():
+            with self.world.raise_together():
                 pictures = self.stage.pictures() if shows else {}
-                if self.processes.is_main:
+                if self.world.is_main:
                     if values:
                         speed = (bar.format_dict["rate"] or 0) * loop.batch_size
                         shown = {name: f"{value:.4g}" for name, value in list(values.items())[:3]}
@@ -207,10 +207,10 @@ class _Run:
             raise
 
 
-def _means(scalars: Mapping[str, Tensor | float], processes: Processes) -> dict[str, float]:
+def _means(scalars: Mapping[str, Tensor | float], world: World) -> dict[str, float]:
     """Over the processes."""
-    values = torch.tensor([float(value) for value in scalars.values()], device=processes.device)
-    return dict(zip(scalars, processes.mean(values).tolist(), strict=True))
+    values = torch.tensor([float(value) for value in scalars.values()], device=world.device)
+    return dict(zip(scalars, world.mean(values).tolist(), strict=True))
 
 
 class _Health:

@@ -75,7 +75,7 @@ class LPIPS(nn.Module):
         load: whether to read weights at all; the network of a plan has random ones.
 
     Raises:
-        DetailFlowError: if those weights can't be had or read, or a package is missing.
+        DetailFlowError: if those weights cannot be had or read, or a package is missing.
     """
 
     mean: Tensor
@@ -160,7 +160,7 @@ def _vgg16_weights(path: str | None) -> dict[str, Tensor]:
         except RuntimeError:  # written before torch 1.6
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # downloads and damaged files have many kinds
-        what = f"{path} can't be read" if path else "can't be downloaded"
+        what = f"{path} cannot be read" if path else "cannot be downloaded"
         raise DetailFlowError(
             f"the perceptual loss (LPIPS) needs VGG-16's weights, {'and ' if path else 'which '}{what}: "
             f"get {VGG16_FILE} and give its path as perceptual_network, {_INSTEAD}"

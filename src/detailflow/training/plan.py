@@ -21,7 +21,7 @@ from detailflow import hub
 from detailflow.data.loader import BatchOrder
 from detailflow.data.tokens import TokenStore
 from detailflow.device import choose_device
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.machine import measure_ceilings
 from detailflow.models import layers
 from detailflow.models.loading import config_from_dict
@@ -199,7 +199,7 @@ class Plan:
     epochs: float | None
     tokens: int
     networks: Sequence[Network]
-    processes: int
+    world_size: int
     costs: StepCosts
     ema: bool = False
     store: int = 0
@@ -210,8 +210,8 @@ class Plan:
 
     @property
     def operations(self) -> float:
-        """Of one step, all processes together."""
-        return self.processes * (self.costs.operations + self.loop.checkpoint_activations * self.costs.again)
+        """Of one step, all ranks together."""
+        return self.world_size * (self.costs.operations + self.loop.checkpoint_activations * self.costs.again)
 
     def activations(self, checkpointed: bool) -> float:
         """Bytes that a step of one process takes at most, besides gradients: what autograd keeps, copies in 16 bits, …"""
@@ -222,12 +222,12 @@ class Plan:
     def memory(self) -> dict[str, float]:
         """Bytes of one process, by what they hold, without activations."""
         weights = self.parameters(TRAINED, THROWN_AWAY)
-        sharded = self.loop.shard and self.processes > 1
-        own = weights / self.processes if sharded else weights
+        sharded = self.loop.shard and self.world_size > 1
+        own = weights / self.world_size if sharded else weights
         parts = {"weights": 4 * own, "gradients": 4 * own, "Adam's averages": 8 * own}
         if self.ema:
             parts["average of the weights"] = 4 * own
-        if self.processes > 1 and not sharded:
+        if self.world_size > 1 and not sharded:
             parts["gradients on their way"] = 4 * weights
         frozen = sum(network.bytes for network in self.networks if network.fate == FROZEN)
         return {**parts, **({"frozen weights": frozen} if frozen else {})}
@@ -239,12 +239,12 @@ class Plan:
 
     def seconds(self, products: float, share: float) -> float:
         """Of the whole run, on devices that each reach a `share` of so many operations per second."""
-        return self.loop.steps * self.operations / self.processes / (products * share)
+        return self.loop.steps * self.operations / self.world_size / (products * share)
 
     def text(self, products: float, share: float, device: str) -> str:
         """The plan as a page of at most 80 columns; for the arguments see `seconds`."""
         loop, total = self.loop, self.loop.steps * self.operations
-        each, images = loop.batch_size // self.processes, loop.steps * loop.batch_size
+        each, images = loop.batch_size // self.world_size, loop.steps * loop.batch_size
         parts = f", in {loop.accumulate} parts of {each // loop.accumulate}" if loop.accumulate > 1 else ""
         on = loop.checkpoint_activations
         epochs = "" if self.epochs is None else f": {self.epochs:,.1f} epochs"
@@ -256,7 +256,7 @@ class Plan:
             "length": [f"{_several(loop.steps, 'step')} of {_several(loop.batch_size, 'image')}{epochs}"],
             "tokens": [f"{self.tokens} of an image, {_count(images * self.tokens)} in all"],
             "processes": [
-                f"{_several(self.processes, 'process')}: {_several(each, 'image')} of a step for each{parts}"
+                f"{_several(self.world_size, 'process')}: {_several(each, 'image')} of a step for each{parts}"
             ],
             "memory": [
                 *(f"{name:<30}{_bytes(size):>10}" for name, size in self.memory.items()),
@@ -279,9 +279,9 @@ class Plan:
         return "\n".join([self.of, "", *(f"{label:<11}{line}" for label, line in rows)])
 
 
-def processes_of_this_launch() -> Processes:
+def processes_of_this_launch() -> World:
     """How many would train, as the launcher says; they need not be there, so `WORLD_SIZE=8` in front of a command asks for 8."""
-    return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def print_plan(config: TokenizerTraining | GPTTraining, device: str | None = None) -> None:
@@ -290,38 +290,39 @@ def print_plan(config: TokenizerTraining | GPTTraining, device: str | None = Non
     Raises:
         DetailFlowError: for a device that this machine lacks, or as `plan_tokenizer` and `plan_gpt`.
     """
-    place, processes = choose_device(device), processes_of_this_launch()
-    if not processes.is_main:
+    place, world = choose_device(device), processes_of_this_launch()
+    if not world.is_main:
         return
-    if isinstance(config, TokenizerTraining):
-        plan = plan_tokenizer(config, processes, place)
-    else:
-        plan = plan_gpt(config, processes, place)
+    plan = (
+        plan_tokenizer(config, world, place)
+        if isinstance(config, TokenizerTraining)
+        else plan_gpt(config, world, place)
+    )
     products = measure_ceilings(place, PRECISIONS[config.loop.precision], repeats=2).products
     print(plan.text(products, SHARES["cpu" if place.type == "cpu" else "gpu"], str(place)))
 
 
-def _alone(loop: LoopConfig, processes: Processes) -> LoopConfig:
+def _alone(loop: LoopConfig, world: World) -> LoopConfig:
     """The loop of one process with its share of the batch.
 
     Raises:
-        DetailFlowError: if the batch can't be parted evenly.
+        DetailFlowError: if the batch cannot be parted evenly.
     """
-    loop.images_at_once(processes)
+    loop.images_at_once(world)
     return replace(
-        loop, batch_size=loop.batch_size // processes.count, checkpoint_activations=False, shard=False, compile=False
+        loop, batch_size=loop.batch_size // world.size, checkpoint_activations=False, shard=False, compile=False
     )
 
 
-def plan_tokenizer(config: TokenizerTraining, processes: Processes, place: torch.device = CPU) -> Plan:
+def plan_tokenizer(config: TokenizerTraining, world: World, place: torch.device = CPU) -> Plan:
     """Count a tokenizer's run; every step is counted as one that trains all N tokens.
 
     Raises:
-        DetailFlowError: for images that can't be read, or a batch that can't be parted evenly.
+        DetailFlowError: for images that cannot be read, or a batch that cannot be parted evenly.
     """
     source, loop = open_source(config), config.loop
     count, side = image_count(source), config.model.image_size
-    alone = replace(config, loop=_alone(loop, processes), revive_every=0)
+    alone = replace(config, loop=_alone(loop, world), revive_every=0)
     costs, networks = count_steps(
         lambda: TokenizerStage(alone, source, Path(), place, resuming=True, load=False),
         lambda: (torch.zeros(alone.loop.batch_size, side, side, 3, dtype=torch.uint8), None),
@@ -333,22 +334,22 @@ def plan_tokenizer(config: TokenizerTraining, processes: Processes, place: torch
     epochs = loop.steps / BatchOrder(count, loop.batch_size, loop.seed).steps_per_epoch if count else None
     images = _several(count, "image") if count else "a stream of images"
     of = f"a tokenizer, on {images} of {_several(len(source.class_names), 'class')}"
-    return Plan(of, loop, epochs, config.model.num_tokens, networks, processes.count, costs)
+    return Plan(of, loop, epochs, config.model.num_tokens, networks, world.size, costs)
 
 
-def plan_gpt(config: GPTTraining, processes: Processes, place: torch.device = CPU) -> Plan:
+def plan_gpt(config: GPTTraining, world: World, place: torch.device = CPU) -> Plan:
     """Count an AR model's run.
 
     Raises:
-        DetailFlowError: for a store or a tokenizer that can't be read, sizes that contradict each other, or a batch that the
-            processes can't share evenly.
+        DetailFlowError: for a store or a tokenizer that cannot be read, sizes that contradict each other, or a batch that the
+            processes cannot share evenly.
     """
     store, loop = TokenStore.open(config.tokens), config.loop
     known = config_from_dict(TokenizerConfig, hub.load_config(config.tokenizer, "tokenizer"), config.tokenizer)
     with torch.device("meta"):
         tokenizer = DetailFlowTokenizer(known)
     sizes = model_config(config, store, tokenizer)
-    alone = replace(config, loop=_alone(loop, processes))
+    alone = replace(config, loop=_alone(loop, world))
     rows, n = alone.loop.batch_size, sizes.num_tokens
     costs, networks = count_steps(
         lambda: GPTStage(alone, sizes, store, tokenizer, place, resuming=True),  # so no weights to start from are read
@@ -359,7 +360,7 @@ def plan_gpt(config: GPTTraining, processes: Processes, place: torch.device = CP
     size = sum(path.stat().st_size for path in Path(config.tokens).rglob("*") if path.is_file())
     crops = _several(store.info.crops, "crop")
     of = f"an AR model, on {_several(len(store), 'image')} of {_several(sizes.num_classes, 'class')}, {crops} of each"
-    return Plan(of, loop, epochs, n, networks, processes.count, costs, ema=True, store=size)
+    return Plan(of, loop, epochs, n, networks, world.size, costs, ema=True, store=size)
 
 
 def _several(number: int, word: str) -> str:

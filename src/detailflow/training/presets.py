@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from detailflow.data.images import open_images
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.models.loading import config_from_dict
 from detailflow.training.config import CLASSIFIER, Extraction, GPTTraining, TokenizerTraining
 from detailflow.training.extract import extract
@@ -35,7 +35,7 @@ def train_preset(
     """Train into output/tokenizer, output/tokens and output/gpt; what is finished there already stays.
 
     Raises:
-        DetailFlowError: for images that can't be read, or an output folder that can't be used.
+        DetailFlowError: for images that cannot be read, or an output folder that cannot be used.
     """
     images = {"data": data, "split": split}
     source = open_images(data, split)
@@ -51,7 +51,7 @@ def train_preset(
     if not (Path(tokens) / "manifest.json").exists():
         settings = {**load_settings(preset, "extract"), **images, "tokenizer": tokenizer}
         extract(config_from_dict(Extraction, settings, preset), Path(tokens), device)
-    elif Processes.of_this_launch(cpu=device == "cpu").is_main:
+    elif World.from_launch(cpu=device == "cpu").is_main:
         print(f"{tokens}: these tokens are finished already")
 
     last = config_from_dict(

@@ -12,7 +12,7 @@ from detailflow.data.images import ImageSource, open_images
 from detailflow.data.loader import ImageBatches
 from detailflow.data.streaming import StreamedBatches, StreamSource, open_stream
 from detailflow.device import autocast
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import save_torch
 from detailflow.models.siglip2 import SigLIP2
@@ -126,7 +126,7 @@ def open_source(config: "TokenizerTraining") -> ImageSource | StreamSource:
     """The images of these settings.
 
     Raises:
-        DetailFlowError: if they can't be read.
+        DetailFlowError: if they cannot be read.
     """
     where = (config.data, config.split, config.image_column, config.label_column)
     return open_stream(*where) if config.streaming else open_images(*where)
@@ -142,12 +142,12 @@ def crops(
     source: ImageSource | StreamSource,
     batch_size: int,
     start_step: int = 0,
-    processes: Processes | None = None,
+    world: World | None = None,
 ) -> ImageBatches | StreamedBatches:
     """The endless training crops of these settings (docs/method.md#losses)."""
     kind = StreamedBatches if isinstance(source, StreamSource) else ImageBatches
     size, loop = config.model.image_size, config.loop
-    return kind(source, size, batch_size, loop.seed, loop.workers, start_step, config.flip, config.max_scale, processes)  # type: ignore[arg-type]
+    return kind(source, size, batch_size, loop.seed, loop.workers, start_step, config.flip, config.max_scale, world)  # type: ignore[arg-type]
 
 
 def find_teachers(
@@ -155,13 +155,13 @@ def find_teachers(
     source: ImageSource | StreamSource,
     output: Path,
     device: torch.device,
-    processes: Processes,
+    world: World,
     load: bool = True,
 ) -> Teachers:
-    """Load what can be had, and train what can't; without `load` neither, and all weights are random, as for a plan.
+    """Load what can be had, and train what cannot; without `load` neither, and all weights are random, as for a plan.
 
     Raises:
-        DetailFlowError: where weights can't be downloaded or read.
+        DetailFlowError: where weights cannot be downloaded or read.
     """
     perceptual, alignment = config.perceptual > 0, config.alignment > 0
     lpips = None
@@ -174,7 +174,7 @@ def find_teachers(
     features = None
     if (perceptual and lpips is None) or (alignment and teacher is None):
         if load:
-            features = feature_network(config, source, output, device, processes)
+            features = feature_network(config, source, output, device, world)
         else:
             features = FeatureNetwork(len(source.class_names)).to(device).eval().requires_grad_(False)
     return Teachers(features if lpips is None else None, lpips, teacher if teacher or not alignment else features)
@@ -185,15 +185,15 @@ def feature_network(
     source: ImageSource | StreamSource,
     output: Path,
     device: torch.device,
-    processes: Processes,
+    world: World,
 ) -> FeatureNetwork:
     """The frozen classifier: trained here, once, by the main process, and kept in the run's folder."""
     network = FeatureNetwork(len(source.class_names)).to(device)
     path = output / FEATURES_FILE
-    with processes.together(), processes.main_at_work() as beat:  # it may take longer than a collective call can wait
-        if processes.is_main and not path.exists():
-            _train_features(network, config, source, path, beat)
-    with processes.together():
+    with world.raise_together(), world.others_wait() as heartbeat:  # it may take longer than a collective call can wait
+        if world.is_main and not path.exists():
+            _train_features(network, config, source, path, heartbeat)
+    with world.raise_together():
         load_features(network, path)
     return network.eval().requires_grad_(False)
 
@@ -203,9 +203,9 @@ def _train_features(
     config: "TokenizerTraining",
     source: ImageSource | StreamSource,
     path: Path,
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> None:
-    """Train the classifier and write it; calls `beat` at every step."""
+    """Train the classifier and write it; calls `heartbeat` at every step."""
     from tqdm import tqdm
 
     torch.manual_seed(config.loop.seed)
@@ -214,7 +214,7 @@ def _train_features(
 
     def heard(batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
-            beat()
+            heartbeat()
             yield batch
 
     with tqdm(heard(images), total=steps, desc="features", unit="step", dynamic_ncols=True) as bar:

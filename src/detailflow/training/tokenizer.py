@@ -17,7 +17,7 @@ from detailflow.data.images import ImageSource
 from detailflow.data.streaming import StreamedBatches, StreamSource
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor, to_uint8
 from detailflow.device import autocast
-from detailflow.distributed import Processes, launched
+from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.models.growing import grow_tokenizer
 from detailflow.models.loading import load_weights
@@ -165,19 +165,19 @@ class TokenizerStage:
         output: Path,
         device: torch.device,
         resuming: bool = False,
-        processes: Processes | None = None,
+        world: World | None = None,
         load: bool = True,
     ) -> None:
-        loop, processes = config.loop, processes or Processes()
-        self.config, self.source, self.device, self.processes = config, source, device, processes
+        loop, world = config.loop, world or World()
+        self.config, self.source, self.device, self.world = config, source, device, world
         self.precision = PRECISIONS[loop.precision]
         torch.manual_seed(loop.seed)
         self.model = initial_tokenizer(config, resuming).to(device).train()
         self.adversary: Adversary | None = None
         if config.adversarial:
             regularisers = (config.augment, config.lecam, config.consistency)
-            self.adversary = Adversary(config.adversarial_network, loop, *regularisers, device, processes, load)
-        self.teachers = find_teachers(config, source, output, device, processes, load)  # last, as it may train one
+            self.adversary = Adversary(config.adversarial_network, loop, *regularisers, device, world, load)
+        self.teachers = find_teachers(config, source, output, device, world, load)  # last, as it may train one
         torch.manual_seed(loop.seed)
         self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width).to(device)
         self.updater = Updater(tokenizer_optimizers(self.networks, config), loop, device)
@@ -193,7 +193,7 @@ class TokenizerStage:
             self.networks.decode_full = torch.compile(self.networks.decode_full, dynamic=False)
         self.shown: np.ndarray | None = None
         self.passes: nn.Module = self.networks
-        if processes.count > 1:  # a step leaves out what fewer tokens or no correction don't need
+        if world.size > 1:  # a step leaves out what fewer tokens or no correction don't need
             self.passes = DistributedDataParallel(self.networks, find_unused_parameters=True)
 
     @property
@@ -204,7 +204,7 @@ class TokenizerStage:
     def batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's crops, as bytes (B, R, R, 3), and their labels."""
         config = self.config
-        return crops(config, self.source, config.loop.batch_size, start_step, self.processes).as_bytes()
+        return crops(config, self.source, config.loop.batch_size, start_step, self.world).as_bytes()
 
     def step(self, step: int, batch: tuple[Tensor, Tensor], rate: float) -> dict[str, Tensor | float]:
         """One step (docs/method.md#coarse-targets)."""
@@ -212,7 +212,7 @@ class TokenizerStage:
         t = draw_count(schedule, config.coarse_probability)
         present = None
         if t == schedule.num_tokens and config.nested_probability and float(torch.rand(())) < config.nested_probability:
-            present = draw_present(schedule, config.loop.batch_size)[self.processes.share(config.loop.batch_size)].to(
+            present = draw_present(schedule, config.loop.batch_size)[self.world.shard(config.loop.batch_size)].to(
                 self.device
             )
         position = draw_position(schedule, t) if present is None else None
@@ -220,14 +220,14 @@ class TokenizerStage:
         if position is not None:
             candidates = min(config.mistakes, config.model.codebook_size)
             drawn = torch.randint(candidates, (config.loop.batch_size, self.model.span(position) - position))
-            choice = drawn[self.processes.share(len(drawn))]
+            choice = drawn[self.world.shard(len(drawn))]
         images = to_tensor(batch[0].to(self.device, non_blocking=True))
         adversarial = self.adversary is not None and step >= count_of_steps(config.adversarial_from, config.loop.steps)
         draws = None
         if adversarial and present is None:
-            draws = Draws.make(config.loop.batch_size).of(self.processes.share(config.loop.batch_size))
-        size = config.loop.images_at_once(self.processes)
-        first = self.processes.share(config.loop.batch_size).start  # of the whole batch, a share of which is corrected
+            draws = Draws.make(config.loop.batch_size).of(self.world.shard(config.loop.batch_size))
+        size = config.loop.images_at_once(self.world)
+        first = self.world.shard(config.loop.batch_size).start  # of the whole batch, a share of which is corrected
         logged: dict[str, Tensor | float] = {}
         latents, judged = [], []
         for start in range(0, len(images), size):
@@ -259,7 +259,7 @@ class TokenizerStage:
             latents.append(made.latents[0].detach())
             ids = made.ids.flatten()
             used = torch.zeros_like(self.counts).index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
-            self.counts += self.processes.sum(used)
+            self.counts += self.world.all_reduce(used)
             if draws is not None:
                 judged.append((*pair[1:], draws.of(part)))
         logged["gradient_norm"] = norm = self.updater.step(rate)
@@ -332,7 +332,7 @@ class TokenizerStage:
             return
         if every and step < loop.steps // 2:
             dead = (self.counts == 0).nonzero()[:, 0]
-            pool = self.processes.gather(z).flatten(0, -2).float()
+            pool = self.world.all_gather(z).flatten(0, -2).float()
             chosen = torch.randint(len(pool), (len(dead),)).to(pool.device)
             self.model.quantizer.codebook[dead] = pool[chosen]
         self.counts.zero_()
@@ -368,7 +368,7 @@ class TokenizerStage:
         In the latter the columns are the original, all tokens, mistakes at the first token alone, the tokens after it
         corrected, mistakes in the first whole group alone, corrected.
         """
-        if not self.processes.is_main:
+        if not self.world.is_main:
             return {}
         schedule = self.model.schedule
         if self.shown is None:
@@ -400,7 +400,7 @@ class TokenizerStage:
 
     def export(self, directory: Path) -> None:
         """Write the tokenizer."""
-        if self.processes.is_main:
+        if self.world.is_main:
             self.model.save_pretrained(directory)
 
 
@@ -447,7 +447,7 @@ def initial_tokenizer(config: TokenizerTraining, resuming: bool = False) -> Deta
     """The network that training begins with; where it resumes, nothing is read that a checkpoint then replaces.
 
     Raises:
-        DetailFlowError: if the weights to start from can't be had or don't fit.
+        DetailFlowError: if the weights to start from cannot be had or don't fit.
     """
     model = DetailFlowTokenizer(config.model)
     if config.init and not resuming:
@@ -474,11 +474,11 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
     """Train a tokenizer into `output`: config.json, model.safetensors, checkpoints, pictures, TensorBoard scalars.
 
     Raises:
-        DetailFlowError: for images that can't be read or have no labels for the perceptual loss to learn from, or an output
-            folder that can't be used.
+        DetailFlowError: for images that cannot be read or have no labels for the perceptual loss to learn from, or an output
+            folder that cannot be used.
     """
-    processes, place = launched(device)
-    with processes.together():
+    world, place = launched(device)
+    with world.raise_together():
         source = open_source(config)
         for name in ("perceptual", "alignment"):
             if (
@@ -492,6 +492,6 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
                 )
 
     def make(resuming: bool) -> TokenizerStage:
-        return TokenizerStage(config, source, output, place, resuming, processes)
+        return TokenizerStage(config, source, output, place, resuming, world)
 
-    run(make, "tokenizer", config, output, processes, _inputs(config, source))
+    run(make, "tokenizer", config, output, world, _inputs(config, source))

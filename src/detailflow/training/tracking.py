@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detailflow.distributed import Processes
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, missing_package
 from detailflow.files import read_text, writing
 
@@ -51,14 +51,14 @@ class Trackers:
         kind: str,
         config: Mapping[str, Any],
         start_step: int,
-        processes: Processes | None = None,
+        world: World | None = None,
     ) -> None:
-        self.output, self.processes = output, processes or Processes()
+        self.output, self.world = output, world or World()
         self.board: Any = None
         self.wandb: Any = None
         self._hook, threading.excepthook = threading.excepthook, _without_tensorboard(threading.excepthook)
         try:
-            with self.processes.together():
+            with self.world.raise_together():
                 if "tensorboard" in names:
                     with _writing("TensorBoard's log", output):
                         self._open_board(start_step)
