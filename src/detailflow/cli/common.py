@@ -1,4 +1,4 @@
-"""What the commands share: the parser, the options of a model, and how pictures are written."""
+"""What the commands share: the parser, the options of a model, and output folders."""
 
 import argparse
 import os
@@ -8,14 +8,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from detailflow.errors import DetailFlowError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from detailflow.pictures import Made
 
 OFF = "off"  # for --top-k and --top-p
 DTYPES = ("float32", "bfloat16", "float16")  # names in torch, the default first
@@ -155,16 +150,3 @@ def make_output(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
-def write_png(image: "Image.Image", path: Path, made_as: "Made | None" = None) -> None:
-    """Write a PNG file whole or not at all, which says what `generate` made it as.
-
-    Raises:
-        DetailFlowError: if it cannot be written.
-    """
-    from detailflow.files import writing
-    from detailflow.pictures import png_text
-
-    with writing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=png_text(made_as, path.name) if made_as else None)

@@ -14,7 +14,6 @@ from detailflow.cli.common import (
     check_output,
     make_output,
     positive,
-    write_png,
 )
 from detailflow.errors import DetailFlowError
 
@@ -135,7 +134,7 @@ def _few(
     """Write `--num` images of each class and the pictures of them, in place of those of an earlier call."""
     from tqdm import tqdm
 
-    from detailflow.pictures import check_ours, grid, strip
+    from detailflow.pictures import check_ours, grid, strip, write_png
     from detailflow.pipeline import BATCH_SIZE, stage_counts
     from detailflow.samples import check_no_set, file_label, remove_earlier
 

@@ -16,7 +16,6 @@ from detailflow.cli.common import (
     expanded,
     make_output,
     positive,
-    write_png,
 )
 from detailflow.errors import DetailFlowError
 
@@ -70,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.files import output_names
     from detailflow.hub import default_directory
     from detailflow.models.tokenizer import DetailFlowTokenizer
-    from detailflow.pictures import strip
+    from detailflow.pictures import strip, write_png
     from detailflow.pipeline import fit, reconstruct, stage_counts
 
     source = default_directory("tokenizer") if args.model is None else args.model

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.files import held, writing
+from detailflow.files import held
+from detailflow.pictures import write_png
 from detailflow.runs import CHECKPOINTS, RUN_FILE, checkpoints
 from detailflow.seeds import mixed_seed
 from detailflow.training.checkpoints import claim, load_checkpoint, save_checkpoint
@@ -199,7 +200,8 @@ class _Run:
                         shown = {name: f"{value:.4g}" for name, value in list(values.items())[:3]}
                         bar.set_postfix({**shown, "img/s": f"{speed:.0f}"}, refresh=False)
                         values["images_per_second"] = speed
-                    _keep_pictures(pictures, self.output, done)
+                    for name, picture in pictures.items():
+                        write_png(picture, self.output / "pictures" / f"{name}-{done:08d}.png")
                     trackers.log(done, values, pictures)
         except DetailFlowError:
             if self.saved < done:
@@ -232,12 +234,6 @@ class _Health:
                 f"gradients were not finite in {self.limit} steps in a row, up to step {step + 1}: lower learning_rate "
                 f"(now {self.loop.learning_rate}) and start again in another folder; {good}"
             )
-
-
-def _keep_pictures(pictures: Mapping[str, Image.Image], output: Path, step: int) -> None:
-    for name, picture in pictures.items():
-        with writing(output / "pictures" / f"{name}-{step:08d}.png") as path:
-            picture.save(path, format="PNG")
 
 
 class _StopOnSignal:
