@@ -47,7 +47,7 @@ def counts(folder: Path, split: str | None = None) -> dict[str, int]:
     """Without any warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return open_images(folder, split).counts
+        return open_images(folder, split=split).counts
 
 
 ALL = dict.fromkeys(CLASSES, 4)
@@ -93,7 +93,7 @@ def test_a_folder_of_shards_may_hold_a_picture(tmp_path):
 def test_splits_are_named_as_in_datasets(tmp_path, names, split, taken):
     for name in names:
         photos(tmp_path / name)
-    source = open_images(tmp_path, split)
+    source = open_images(tmp_path, split=split)
     assert source.name(0).startswith(str(tmp_path / taken)) and source.counts == ALL
     assert source.notes.split == taken.lower() and set(source.notes.splits) == {name.lower() for name in names}
     assert f"split {taken.lower()} of " in source.summary
@@ -166,7 +166,7 @@ def test_folders_beside_the_splits_are_left_aside(tmp_path):
         "file beside the splits": ["README.md"],
     }
     with pytest.raises(DetailFlowError, match="has no split 'unlabeled': it has train, val"):
-        open_images(tmp_path, "unlabeled")
+        open_images(tmp_path, split="unlabeled")
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -186,8 +186,8 @@ def test_two_folders_of_one_split(tmp_path):
     for name in ("train", "valid", "dev"):
         photos(tmp_path / name)
     with pytest.raises(DetailFlowError, match="several splits for val: choose one of"):
-        open_images(tmp_path, "val")
-    assert open_images(tmp_path, "dev").name(0).startswith(str(tmp_path / "dev"))
+        open_images(tmp_path, split="val")
+    assert open_images(tmp_path, split="dev").name(0).startswith(str(tmp_path / "dev"))
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -533,9 +533,9 @@ def test_a_folder_by_save_to_disk(folder, tmp_path):
     moved = shutil.copytree(tmp_path / "one", tmp_path / "moved")
     assert open_images(moved).fingerprint == source.fingerprint
     with pytest.raises(DetailFlowError, match="no split 'test': it was saved as one set"):
-        open_images(moved, "test")
+        open_images(moved, split="test")
     assert open_images(tmp_path / "splits").counts == source.counts
-    assert open_images(tmp_path / "splits", "val").counts == {"cat": 0, "dog": 1}
+    assert open_images(tmp_path / "splits", split="val").counts == {"cat": 0, "dog": 1}
     (moved / "state.json").write_text("{")
     (folder / "state.json").write_text("{}")  # of something else
     assert counts(folder) == ALL

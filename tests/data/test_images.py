@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from detailflow.data.batches import ImageBatches
 from detailflow.data.images import find, load_rgb, open_images
-from detailflow.data.loader import ImageBatches
-from detailflow.data.streaming import open_stream
+from detailflow.data.streams import open_stream
 from detailflow.data.transforms import center_crop, random_crop, side_for_crops, to_tensor
 from detailflow.errors import DetailFlowError
 
@@ -178,12 +178,12 @@ def test_split_folders(folder, tmp_path):
             (tmp_path / "whole" / split / name).mkdir(parents=True)
             picture(1).save(tmp_path / "whole" / split / name / f"{split}.png")
     for split, found in ((None, "train"), ("train", "train"), ("val", "val"), ("validation", "val")):
-        source = open_images(tmp_path / "whole", split)
+        source = open_images(tmp_path / "whole", split=split)
         assert source.class_names == ("bird", "train") and source.name(1).endswith(f"{found}.png")
     with pytest.raises(DetailFlowError, match="no split 'test': it has train, val"):
-        open_images(tmp_path / "whole", "test")
+        open_images(tmp_path / "whole", split="test")
     with pytest.raises(DetailFlowError, match="no split 'test'"):
-        open_images(folder, "test")
+        open_images(folder, split="test")
 
 
 def test_wrong_folders(folder, tmp_path):
@@ -305,7 +305,7 @@ def test_parquet_files(tmp_path, capfd):
             source.image(4)
         again = pickle.dumps(source)  # as it goes to a worker process that is spawned
         assert len(again) < 20_000 and np.asarray(pickle.loads(again).image(0)).shape == (40, 40, 3)
-    test = open_images(tmp_path / "d", "test")
+    test = open_images(tmp_path / "d", split="test")
     assert len(test) == 2 and test.name(0).endswith("test.parquet row 0")
     assert len(open_images(tmp_path / "d" / "test.parquet")) == 2
     assert capfd.readouterr() == ("", "")
@@ -314,9 +314,9 @@ def test_parquet_files(tmp_path, capfd):
 def test_splits_in_the_middle_of_file_names(tmp_path):
     for split in ("train", "validation"):
         write_parquet(tmp_path / f"photos-{split}-0000.parquet", [png(picture(0))], [0])
-    assert [len(open_images(tmp_path, split)) for split in (None, "train", "val")] == [1, 1, 1]
+    assert [len(open_images(tmp_path, split=split)) for split in (None, "train", "val")] == [1, 1, 1]
     with pytest.raises(DetailFlowError, match="no split 'test': it has train, validation"):
-        open_images(tmp_path, "test")
+        open_images(tmp_path, split="test")
 
 
 def test_parquet_labels(tmp_path):

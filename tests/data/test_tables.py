@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from detailflow.data.images import open_images
-from detailflow.data.streaming import open_stream
+from detailflow.data.streams import open_stream
 from detailflow.errors import DetailFlowError
 
 datasets = pytest.importorskip("datasets", reason="needs detailflow[train]")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from detailflow.data.batches import ImageBatches
 from detailflow.data.images import open_images
-from detailflow.data.loader import ImageBatches
 from detailflow.errors import DetailFlowError
 from detailflow.samples import WebDatasetWriter
 
@@ -41,9 +41,9 @@ def test_ways_to_name_shards(shards):
     ranged = open_images(f"{shards}/cifar-train-{{001..003}}.tar")
     assert len(ranged) == 150 and ranged.name(0).endswith("cifar-train-001.tar 050")
     assert len(open_images(f"{shards}/cifar-train-0{{0..0}}{{0..1}}.tar")) == 100
-    assert len(open_images(shards, "train")) == 200
+    assert len(open_images(shards, split="train")) == 200
     with pytest.raises(DetailFlowError, match="no split 'val': it has train"):
-        open_images(shards, "val")
+        open_images(shards, split="val")
     with pytest.raises(DetailFlowError, match=r"cifar-train-004.tar does not exist: check the range in .*\{003..004\}"):
         open_images(f"{shards}/cifar-train-{{003..004}}.tar")
     with pytest.raises(DetailFlowError, match="matches no .parquet file and no .tar file"):
@@ -55,7 +55,7 @@ def test_split_folders_of_shards(shards, tmp_path):
         (tmp_path / split).mkdir()
         shutil.copy(shards / f"cifar-train-{shard}.tar", tmp_path / split / "images.tar")
     assert open_images(tmp_path).name(0).endswith("train/images.tar 000")
-    assert open_images(tmp_path, "validation").name(0).endswith("val/images.tar 150")
+    assert open_images(tmp_path, split="validation").name(0).endswith("val/images.tar 150")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

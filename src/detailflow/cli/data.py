@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are in `notes`, too
-        source = open_images(args.data, args.split, args.image_column, args.label_column)
+        source = open_images(
+            args.data, split=args.split, image_column=args.image_column, label_column=args.label_column
+        )
         splits = dict(_splits(source, args.data, args.image_column, args.label_column))
     found = examine(source)
     if args.json:
@@ -65,7 +67,7 @@ def _splits(source: "ImageSource", data: str, image_column: str, label_column: s
         count = len(source) if split == source.notes.split else None
         if count is None:
             with suppress(DetailFlowError):
-                count = len(open_images(data, split, image_column, label_column))
+                count = len(open_images(data, split=split, image_column=image_column, label_column=label_column))
         yield split, count
 
 

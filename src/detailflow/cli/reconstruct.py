@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
     from tqdm import tqdm
 
-    from detailflow.data.source import tolerated
+    from detailflow.data.images import tolerated
     from detailflow.files import output_names
     from detailflow.hub import default_directory
     from detailflow.models.tokenizer import DetailFlowTokenizer
@@ -117,8 +117,7 @@ def _inputs(args: argparse.Namespace, fitted: "Callable[[Image.Image], Image.Ima
     from tqdm import tqdm
 
     from detailflow.data.folder import MANY
-    from detailflow.data.images import load_rgb, open_images
-    from detailflow.data.source import spread
+    from detailflow.data.images import load_rgb, open_images, spread
 
     result: list[_Input] = []
     for given in tqdm(args.images, desc="reading", delay=2, leave=False, disable=None, unit="image"):

@@ -15,12 +15,21 @@ from detailflow.data.decode import image_suffixes, load_rgb, to_rgb
 from detailflow.data.folder import MANY, Found, Notes, find_in_folder, in_folders, within
 from detailflow.data.metadata import read_labels
 from detailflow.data.parquet import open_parquet
-from detailflow.data.source import ImageSource, class_order, file_sizes, from_names, labelled, unlabelled
+from detailflow.data.source import (
+    ImageSource,
+    class_order,
+    file_sizes,
+    from_names,
+    labelled,
+    spread,
+    tolerated,
+    unlabelled,
+)
 from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError, DetailFlowWarning, printable
 
-__all__ = ["Found", "ImageSource", "find", "load_rgb", "open_images", "to_rgb"]
+__all__ = ["Found", "ImageSource", "find", "load_rgb", "open_images", "spread", "to_rgb", "tolerated"]
 
 _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -31,7 +40,11 @@ _MAGIC = re.compile(r"[*?[]")
 
 
 def open_images(
-    data: str | os.PathLike[str], split: str | None = None, image_column: str = "image", label_column: str = "label"
+    data: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
 ) -> ImageSource:
     """Open a set of images. What is probably a mistake in it is a Python warning; `detailflow data` tells more.
 

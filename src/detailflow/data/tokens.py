@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detailflow.data.loader import BatchOrder
+from detailflow.data.batches import BatchOrder
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import check_regular, open_own, read_text, replacing

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from detailflow.data.source import spread
+from detailflow.data.images import spread
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import Extractor, Features

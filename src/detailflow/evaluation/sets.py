@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from detailflow.data.batches import note_unreadable
 from detailflow.data.decode import first_line
-from detailflow.data.images import ImageSource, open_images
-from detailflow.data.loader import note_unreadable
-from detailflow.data.source import spread, tolerated
+from detailflow.data.images import ImageSource, open_images, spread, tolerated
 from detailflow.data.transforms import center_crop
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
@@ -154,7 +153,7 @@ def open_set(
         pixels, statistics = _open_npz(file)
         about = {"data": str(path), "kind": "npz", "preprocessing": "none"}
     else:
-        source = open_images(path, split)
+        source = open_images(path, split=split)
         if not len(source):
             raise DetailFlowError(f"{path} holds no images")
         pixels = _Decoded(source, size)

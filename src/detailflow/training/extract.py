@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detailflow import hub
-from detailflow.data.images import ImageSource, open_images
-from detailflow.data.source import tolerated
+from detailflow.data.images import ImageSource, open_images, tolerated
 from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
 from detailflow.data.transforms import to_tensor
 from detailflow.device import autocast
@@ -103,7 +102,9 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     world, place = launched(device)
     with world.raise_together():
         model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
-        source = open_images(config.data, config.split, config.image_column, config.label_column)
+        source = open_images(
+            config.data, split=config.split, image_column=config.image_column, label_column=config.label_column
+        )
         info = TokenStoreInfo(
             num_tokens=model.config.num_tokens,
             codebook_size=model.config.codebook_size,

@@ -9,7 +9,7 @@ from typing import Any
 
 from detailflow import hub
 from detailflow.data.images import ImageSource
-from detailflow.data.streaming import StreamSource
+from detailflow.data.streams import StreamSource
 from detailflow.data.tokens import TokenStore
 from detailflow.errors import DetailFlowError
 from detailflow.published import Kind

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from detailflow import hub
-from detailflow.data.loader import BatchOrder
+from detailflow.data.batches import BatchOrder
 from detailflow.data.tokens import TokenStore
 from detailflow.device import choose_device
 from detailflow.distributed import World

@@ -38,7 +38,7 @@ def train_preset(
         DetailFlowError: for images that cannot be read, or an output folder that cannot be used.
     """
     images = {"data": data, "split": split}
-    source = open_images(data, split)
+    source = open_images(data, split=split)
     tokenizer, tokens, gpt = (str(output / name) for name in ("tokenizer", "tokens", "gpt"))
 
     first = config_from_dict(TokenizerTraining, {**load_settings(preset, "tokenizer"), **images}, preset)

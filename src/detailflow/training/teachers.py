@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detailflow.data.batches import ImageBatches, StreamedBatches
 from detailflow.data.images import ImageSource, open_images
-from detailflow.data.loader import ImageBatches
-from detailflow.data.streaming import StreamedBatches, StreamSource, open_stream
+from detailflow.data.streams import StreamSource, open_stream
 from detailflow.device import autocast
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
@@ -128,8 +128,8 @@ def open_source(config: "TokenizerTraining") -> ImageSource | StreamSource:
     Raises:
         DetailFlowError: if they cannot be read.
     """
-    where = (config.data, config.split, config.image_column, config.label_column)
-    return open_stream(*where) if config.streaming else open_images(*where)
+    opened = open_stream if config.streaming else open_images
+    return opened(config.data, split=config.split, image_column=config.image_column, label_column=config.label_column)
 
 
 def image_count(source: ImageSource | StreamSource) -> int | None:

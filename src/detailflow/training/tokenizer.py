@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from detailflow.data.batches import StreamedBatches
 from detailflow.data.images import ImageSource
-from detailflow.data.streaming import StreamedBatches, StreamSource
+from detailflow.data.streams import StreamSource
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor, to_uint8
 from detailflow.device import autocast
 from detailflow.distributed import World, launched

@@ -1,4 +1,4 @@
-"""Training batches from images that are read as a stream, from a hub dataset that is not downloaded first or from local files.
+"""Sets of images that are read as a stream: a hub data set that is not downloaded first, or local files.
 
 A stream has no random access: its order is the shuffled order of its files, through a buffer that images are drawn from. It
 depends on the seed, the epoch and how many processes share it, and not on the number of threads.
@@ -6,34 +6,24 @@ depends on the seed, the epoch and how many processes share it, and not on the n
 
 import logging
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from glob import escape
-from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from detailflow.data.decode import first_line, load_rgb
+from detailflow.data.decode import first_line
 from detailflow.data.folder import Notes
 from detailflow.data.images import find
-from detailflow.data.loader import note_unreadable
 from detailflow.data.parquet import list_tables, name_of, read_footers, stream_parquet
 from detailflow.data.source import common_folder, file_sizes, fingerprint
 from detailflow.data.stored import stored_image
 from detailflow.data.tables import check_columns, import_datasets, load_hub, quiet, stored_names
-from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, printable
-from detailflow.schedule import require_not_negative, require_positive
 
 _log = logging.getLogger(__name__)
-_ORDER, _SAMPLE = 2, 3  # random streams of their own beside the loader's
-_AHEAD = 4  # batches that are read and decoded before they are asked for
-_HANDFUL = 5  # unreadable images that are no reason to stop, however few have been read
 
 
 class Record(NamedTuple):
@@ -143,7 +133,11 @@ def _part(dataset: Any, world: World) -> Any:
 
 
 def open_stream(
-    data: str | os.PathLike[str], split: str | None = None, image_column: str = "image", label_column: str = "label"
+    data: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
 ) -> StreamSource:
     """Open a set of images to be read as a stream: what `open_images` opens, but for a folder of image files.
 
@@ -206,147 +200,3 @@ def _stream_shards(files: list[Path], name: str) -> Any:
             )
     except Exception as error:
         raise DetailFlowError(f"{name} cannot be read ({first_line(error.__cause__ or error)})") from error
-
-
-class _Made(NamedTuple):
-    """A crop (size, size, 3) and its label; or, where there is none, what is wrong with the image of that name."""
-
-    crop: np.ndarray | None
-    label: int
-    name: str
-    problem: str
-
-
-class StreamedBatches:
-    """Endless training batches from a stream: images (B, 3, size, size) float32 in [-1, 1] and labels (B,) int64.
-
-    Several `processes` each read a part of their own (whole files where these can be dealt out evenly, else every n-th
-    image, for which each reads all) and make their share of the batch of `batch_size` of it. An epoch is as long for each:
-    where the number of images is known, a process whose part is shorter begins it again. The order is by (seed, epoch,
-    processes), an image's crop and mirroring by its index in that. A thread reads ahead and `workers` threads decode.
-
-    An image that cannot be read is replaced by the next one that can, with one warning, and stands in `bad` (name → what is
-    wrong with it). More than 1% of those read so far (and more than five) end the stream with a DetailFlowError.
-
-    A run that goes on at `start_step` sees what it would have seen. For that, the part of the epoch that is over is read
-    again, though not decoded: at the speed of the network or disk. Whole epochs are passed over, but where the number of
-    images isn't known one has to be read to count it.
-
-    Args:
-        buffer: images, not yet decoded, that the next one is drawn from: the more, the better mixed, the more memory, and the
-            later the first.
-
-    Raises:
-        DetailFlowError: at once, where the batch cannot be shared evenly.
-    """
-
-    def __init__(
-        self,
-        source: StreamSource,
-        size: int,
-        batch_size: int,
-        seed: int,
-        workers: int = 0,
-        start_step: int = 0,
-        flip: bool = True,
-        max_scale: float = 1.25,
-        world: World | None = None,
-        buffer: int = 2048,
-    ) -> None:
-        require_positive(batch_size=batch_size, buffer=buffer)
-        require_not_negative(seed=seed, workers=workers)
-        self.source, self.size, self.batch_size, self.seed, self.workers = source, size, batch_size, seed, workers
-        self.flip, self.max_scale, self.buffer = flip, max_scale, buffer
-        self.world = world or World()
-        share = self.world.shard(batch_size)
-        self.share = share.stop - share.start
-        self.first = start_step * self.share
-        self.bad: dict[str, str] = {}
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Raises DetailFlowError where the number of images is not known."""
-        if self.source.num_images is None:
-            raise DetailFlowError(
-                f"{self.source.name} doesn't say how many images it has: leave streaming off to know that"
-            )
-        return max(1, self.source.num_images // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return ((to_tensor(crops), labels) for crops, labels in self.as_bytes())
-
-    def as_bytes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The same with images as bytes (B, size, size, 3)."""
-        records, seen = self._records(), 0
-        reader, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(max(1, self.workers))
-
-        def read() -> list[Future[_Made]]:
-            return [decoders.submit(self._make, *record) for record in islice(records, self.share)]
-
-        pin = torch.cuda.is_available()
-        try:
-            batches = deque(reader.submit(read) for _ in range(_AHEAD))
-            while True:
-                made = [image.result() for image in batches[0].result()]
-                found = {image.name: image.problem for image in made if image.crop is None}
-                seen += len(made)
-                tolerated = max(_HANDFUL, seen // 100)
-                note_unreadable(self.bad, found, tolerated, f"the {seen} images of {self.source.name} read so far")
-                if found:
-                    made = self._replace(made, batches)
-                batches.popleft()
-                batches.append(reader.submit(read))
-                crops = torch.from_numpy(np.stack([image.crop for image in made if image.crop is not None]))
-                yield crops.pin_memory() if pin else crops, torch.tensor([image.label for image in made])
-        finally:
-            reader.shutdown(cancel_futures=True)
-            decoders.shutdown(cancel_futures=True)
-
-    def _replace(self, made: list[_Made], batches: "deque[Future[list[Future[_Made]]]]") -> list[_Made]:
-        """`made`, the first of `batches`, with the next readable image in place of each that is not."""
-        later = chain.from_iterable(batch.result() for batch in islice(batches, 1, None))
-        following = next((image for image in (future.result() for future in later) if image.crop is not None), None)
-        replaced: list[_Made] = []
-        for image in reversed(made):
-            if image.crop is not None:
-                following = image
-            if following is None:
-                raise DetailFlowError(
-                    f"{self.source.name} has only images in a row that cannot be read ({made[0].problem})"
-                )
-            replaced.append(following)
-        return replaced[::-1]
-
-    def _records(self) -> Iterator[tuple[int, int, Record]]:
-        """Epoch, index in it and record, of this process's part from `first` on."""
-        epoch, skip = 0, self.first
-        length = max(1, self.source.num_images // self.world.size) if self.source.num_images else None
-        if length:
-            epoch, skip = divmod(skip, length)
-        while True:
-            count = 0
-            for index, record in enumerate(self._epoch(epoch, length)):
-                count = index + 1
-                if index >= skip:
-                    yield epoch, index, record
-            passed, skip = divmod(max(0, skip - count), count)
-            epoch += 1 + passed
-
-    def _epoch(self, epoch: int, length: int | None) -> Iterator[Record]:
-        def one_pass() -> Iterator[Record]:
-            rng = np.random.default_rng((_ORDER, self.seed, epoch))
-            return self.source.records(rng, self.buffer, self.world)
-
-        if length is None:
-            return one_pass()
-        return islice(chain.from_iterable(one_pass() for _ in repeat(None)), length)
-
-    def _make(self, epoch: int, index: int, record: Record) -> _Made:
-        name = f"{record.shard} {record.key}" if record.key else f"{self.source.name} image {index} of epoch {epoch}"
-        try:
-            label = self.source.label(record, name)
-            image = load_rgb(self.source.stored(record, name), name, side_for_crops(self.size, self.max_scale))
-        except DetailFlowError as error:
-            return _Made(None, 0, name, str(error))
-        draws = np.random.default_rng((_SAMPLE, self.seed, epoch, self.world.rank, index)).random(4)
-        return _Made(random_crop(image, self.size, draws, self.max_scale, self.flip), label, name, "")

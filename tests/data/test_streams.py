@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from detailflow.data.batches import StreamedBatches
 from detailflow.data.images import open_images
-from detailflow.data.streaming import StreamedBatches, open_stream
+from detailflow.data.streams import open_stream
 from detailflow.data.transforms import to_tensor
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
@@ -234,7 +235,7 @@ def test_hub(tables, monkeypatch):
     images, numbers = next(iter(StreamedBatches(source, 32, 8, seed=0)))
     assert images.shape == (8, 3, 32, 32) and numbers.any()
     with pytest.raises(DetailFlowError, match="someone/nobody is neither .*, and on the hub it cannot") as caught:
-        open_stream("someone/nobody", "val")
+        open_stream("someone/nobody", split="val")
     assert "\n" not in str(caught.value)
     assert asked == [("someone/cats", "train", True), ("someone/nobody", "val", True)]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from detailflow.data.batches import ImageBatches
 from detailflow.data.images import open_images
-from detailflow.data.loader import ImageBatches
 from detailflow.data.transforms import random_crop, to_tensor
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
