@@ -14,7 +14,7 @@ from detailflow import DetailFlowError, DetailFlowGPT, DetailFlowPipeline, Detai
 from detailflow.data.transforms import center_crop
 from detailflow.device import choose_device, within_memory
 from detailflow.generation import CachedModel
-from detailflow.pipeline import image_generator, psnr, stage_counts
+from detailflow.pipeline import image_generator, stage_counts
 
 NOISE = {(0, 0): [0.3904639972043583, 0.30718335883949344], (2**40, 7): [0.5825745527585999, 0.6969457588092554]}
 
@@ -379,10 +379,3 @@ def test_counts_of_stages():
     assert stage_counts(TokenSchedule(36, 12, 12, 32, 4)) == [1, 2, 4, 8, 36]
     assert stage_counts(TokenSchedule(128, 8, None, 256, 16), 24) == [1, 2, 4, 8, 16, 24]
     assert stage_counts(TokenSchedule(128, 8, None, 256, 16), 1) == [1]
-
-
-def test_psnr():
-    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
-    assert psnr(black, white) == 0
-    assert psnr(black, black) == math.inf
-    assert psnr(black, black + np.uint8(1)) == pytest.approx(48.13, abs=0.01)

@@ -14,7 +14,8 @@ from detailflow.data.images import open_images
 from detailflow.data.transforms import to_tensor
 from detailflow.hub import default_directory
 from detailflow.models.loading import config_from_dict
-from detailflow.pipeline import psnr, reconstruct
+from detailflow.pipeline import reconstruct
+from detailflow.psnr import psnr
 from detailflow.training.config import TokenizerTraining
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -1,6 +1,5 @@
 """From class labels, or an image, to PIL images at any stage of detail: the tokenizer and the AR model together."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.tokenizer import DetailFlowTokenizer
+from detailflow.psnr import psnr
 from detailflow.schedule import TokenSchedule, require_not_negative, require_positive
 from detailflow.seeds import check_seeds
 
@@ -327,7 +327,7 @@ def reconstruct(
         picture = _decode(tokenizer, ids[:, :n], (height, width))[0]
         shown = picture.resize(original.size, Image.Resampling.BICUBIC)
         size = height if height == width else (height, width)
-        yield Reconstruction(n, size, [shown], psnr(np.asarray(shown), pixels))
+        yield Reconstruction(n, size, [shown], psnr(np.asarray(shown), pixels).item())
 
 
 def stage_counts(schedule: TokenSchedule, num_tokens: int | None = None) -> list[int]:
@@ -338,12 +338,6 @@ def stage_counts(schedule: TokenSchedule, num_tokens: int | None = None) -> list
     """
     last = schedule.check_count(num_tokens)
     return [n for n in schedule.valid_counts if n < last and n.bit_count() == 1] + [last]
-
-
-def psnr(image: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 arrays of one shape in dB, infinite where they are equal."""
-    error = float(np.mean((image.astype(np.float64) - reference) ** 2))
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def image_generator(seed: int, image: int) -> torch.Generator:

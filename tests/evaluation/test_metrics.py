@@ -16,9 +16,9 @@ from detailflow.evaluation.metrics import (
     frechet_distance,
     inception_score,
     precision_recall,
-    psnr,
     ssim,
 )
+from detailflow.psnr import psnr
 
 
 def covariance(seed: int, dim: int, rank: int | None = None) -> torch.Tensor:

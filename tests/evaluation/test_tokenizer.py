@@ -20,7 +20,7 @@ from detailflow.evaluation.report import Figure, Report
 from detailflow.evaluation.samples import Work
 from detailflow.evaluation.tokenizer import evaluate_tokenizer, find_lpips, gather_shares
 from detailflow.evaluation.views import Span, parse_spans
-from detailflow.pipeline import psnr
+from detailflow.psnr import psnr
 
 COUNT = 40
 

@@ -228,16 +228,6 @@ def _squared_distances(a: _Part, b: _Part) -> Tensor:
     return distances.where(distances > 1e-12 * scale, 0.0)
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each pair of images: uint8 (B, H, W, 3) twice → (B,) float64, inf where equal.
-
-    Raises:
-        DetailFlowError: for images of other shapes, or without torchmetrics.
-    """
-    metric = _torchmetrics("peak_signal_noise_ratio")
-    return metric(*_pairs(a, b), data_range=255.0, reduction="none", dim=(1, 2, 3))
-
-
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of each pair of images: uint8 (B, H, W, 3) twice → (B,) float64.
 

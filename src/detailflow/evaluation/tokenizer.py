@@ -18,7 +18,7 @@ from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, Measured, Running, compare_sets
 from detailflow.evaluation.features import Extractor
-from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, bootstrap, psnr, ssim
+from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, bootstrap, ssim
 from detailflow.evaluation.published import quotes
 from detailflow.evaluation.report import Figure, Panel, Picture, Plot, Point, Report, Row, Section, place
 from detailflow.evaluation.samples import (
@@ -38,6 +38,7 @@ from detailflow.evaluation.views import Span, View, views_by_count, views_with_m
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.pictures import grid
 from detailflow.pipeline import image_generator
+from detailflow.psnr import psnr
 from detailflow.seeds import check_seeds
 from detailflow.training.losses import LPIPS, SMALLEST_SIDE, VGG16_FILE
 

@@ -25,6 +25,7 @@ from detailflow.models.loading import load_weights
 from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.pictures import grid
+from detailflow.psnr import psnr
 from detailflow.schedule import TokenSchedule
 from detailflow.training.adversary import Adversary, Draws
 from detailflow.training.config import CLASSIFIER, NETWORKS, PRECISIONS, TokenizerTraining
@@ -252,7 +253,7 @@ class TokenizerStage:
             name = "psnr" if present is None else "psnr_nested"
             terms = {
                 "loss": total,
-                name: self._psnr(made.pixels[:size], pair[0]),
+                name: psnr(made.pixels[:size].clamp(-1, 1), pair[0], peak=2).mean(),
                 **{k: v for k, (_, v) in losses.items()},
             }
             for name, value in terms.items():
@@ -337,12 +338,6 @@ class TokenizerStage:
             chosen = torch.randint(len(pool), (len(dead),)).to(pool.device)
             self.model.quantizer.codebook[dead] = pool[chosen]
         self.counts.zero_()
-
-    @staticmethod
-    def _psnr(pixels: Tensor, target: Tensor) -> Tensor:
-        """The images' mean."""
-        errors = (pixels.detach().clamp(-1, 1) - target).square().mean((1, 2, 3))
-        return (10 * torch.log10(4 / errors.clamp_min(1e-10))).mean()
 
     def state(self) -> dict[str, Any]:
         """Weights, optimisers and the codebook's usage."""
