@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from detailflow.data.transforms import to_tensor
 from detailflow.errors import DetailFlowError
-from detailflow.evaluation.architectures import ResidualFeatures, Settings, _build, load_network
+from detailflow.evaluation.architectures import ResidualFeatures, Settings, build, load_network
 from detailflow.evaluation.features import load_extractor
 
 OURS = {"architecture": "detailflow/residual", "width": "2", "num_classes": "5"}
@@ -210,7 +210,7 @@ def test_files_that_are_none(tmp_path: Path):
 def test_a_small_file_does_not_ask_for_a_large_network(tmp_path: Path):
     """1.1 billion parameters take no memory before tensors of their shapes are there."""
     pytest.importorskip("timm", reason="needs the packages of detailflow[train]")
-    network, _ = _build(Settings("timm/vit_giant_patch14_dinov2"), tmp_path / "a.safetensors")
+    network, _ = build(Settings("timm/vit_giant_patch14_dinov2"), tmp_path / "a.safetensors")
     assert sum(x.numel() for x in network.parameters()) > 1.1e9
     assert all(x.is_meta for x in network.parameters())
 

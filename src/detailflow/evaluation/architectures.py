@@ -1,4 +1,4 @@
-"""Feature networks from one safetensors file: weights, and in the metadata the name of an architecture that builds them.
+"""Feature networks from one safetensors file: weights, and in the metadata the name of the architecture.
 
 Nothing in such a file is run: the name is looked up among those that timm, torchvision and this project know.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,7 @@ from detailflow.errors import DetailFlowError, missing_package
 from detailflow.files import read_metadata, read_tensors
 from detailflow.models.loading import load_weights
 
-MAX_SIDE = 1024  # that images are resized to
-MAX_CLASSES = 10**5
-_MAX_WIDTH = 1024
-_RESIDUAL = "residual"
+RANGES = {"num_classes": (0, 10**5), "width": (1, 1024), "size": (8, 1024)}
 _EXAMPLES = "timm/resnet50, torchvision/resnet50 or detailflow/residual"
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -51,47 +48,33 @@ class Settings:
 
     @property
     def preprocessing(self) -> str:
-        """What becomes of images before the network sees them."""
-        size = (
-            "bytes at their own size"
-            if self.size is None
-            else f"resized to {self.size}×{self.size}, bicubic with antialiasing"
-        )
+        """What is done to images before the network sees them."""
+        size = "bytes at their own size"
+        if self.size is not None:
+            size = f"resized to {self.size}×{self.size}, bicubic with antialiasing"
         if self.mean == self.std == (0.5, 0.5, 0.5):
             return f"{size}, scaled to [-1, 1]"
         mean, std = (", ".join(f"{x:g}" for x in values) for values in (self.mean, self.std))
         return f"{size}, scaled to [0, 1], mean ({mean}) and standard deviation ({std})"
 
 
-@dataclass(frozen=True)
-class LoadedNetwork:
-    """A network that was read from a file.
-
-    Attributes:
-        run: float32 images (B, 3, H, W), normalised → features (B, D), and logits (B, C) if it has classes.
-        module: the same as a module, for its device.
-        fingerprint: SHA-256 in hex of the metadata and the weights.
-    """
+class LoadedNetwork(NamedTuple):
+    """A network that was read from a file."""
 
     settings: Settings
-    run: Run
-    module: nn.Module
-    fingerprint: str
+    run: Run  # float32 images (B, 3, H, W), normalized → features (B, D), and logits (B, C) if it has classes
+    module: nn.Module  # the same, to move to a device
+    fingerprint: str  # SHA-256 in hex of the metadata and the weights
 
 
 def load_network(path: Path) -> LoadedNetwork:
-    """Load a feature network in float32 and evaluation mode.
-
-    Raises:
-        DetailFlowError: if the file is missing, damaged or names no known architecture, if its tensors are not exactly those of
-            the architecture, or if the library is not installed.
-    """
+    """Load a feature network in float32 and evaluation mode."""
     if not path.is_file():
         raise DetailFlowError(f"{path} does not exist or is no file: give a .safetensors file of a feature network")
     metadata = read_metadata(path)
     settings = read_settings(metadata, path)
     tensors = read_tensors(path, torch.float32, integers=True)
-    module, run = _build(settings, path)
+    module, run = build(settings, path)
     for name, value in module.state_dict().items():
         if name in tensors and tensors[name].dtype != value.dtype:
             found, wanted = tensors[name].dtype, value.dtype
@@ -101,11 +84,7 @@ def load_network(path: Path) -> LoadedNetwork:
 
 
 def read_settings(metadata: Mapping[str, str], path: Path) -> Settings:
-    """Return the settings in a file's metadata.
-
-    Raises:
-        DetailFlowError: for a key that is unknown or missing, or a value that cannot be.
-    """
+    """Return the settings in a file's metadata."""
     known = [*Settings.__dataclass_fields__]
     texts = {key: value for key, value in metadata.items() if key != "format"}  # which safetensors' own writers add
     for key in texts:
@@ -115,26 +94,23 @@ def read_settings(metadata: Mapping[str, str], path: Path) -> Settings:
         raise DetailFlowError(
             f"{path} names no architecture in its metadata, such as {_EXAMPLES}: docs/evaluate.md says how to write it"
         )
-    values: dict[str, object] = {"architecture": texts["architecture"]}
-    for key, least, most in (("num_classes", 0, MAX_CLASSES), ("width", 1, _MAX_WIDTH), ("size", 8, MAX_SIDE)):
+
+    def refuse(key: str, right: str) -> NoReturn:
+        raise DetailFlowError(f"{path}: {key} in the metadata must be {right}, not {texts[key][:60]!r}")
+
+    values: dict[str, Any] = {"architecture": texts["architecture"]}
+    for key, (least, most) in RANGES.items():
         if key not in texts or (key, texts[key]) == ("size", "own"):
             continue
-        text, also = texts[key], " or own" if key == "size" else ""
-        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            raise DetailFlowError(
-                f"{path}: {key} in the metadata must be from {least} to {most}{also}, not {text[:40]!r}"
-            )
-        values[key] = int(text)
+        if not re.fullmatch("[0-9]{1,9}", texts[key]) or not least <= int(texts[key]) <= most:
+            refuse(key, f"from {least} to {most}{' or own' * (key == 'size')}")
+        values[key] = int(texts[key])
     for key in ("mean", "std"):
         if key in texts:
-            values[key] = _three(texts[key])
-            if values[key] is None:
-                raise DetailFlowError(
-                    f"{path}: {key} in the metadata must be like 0.5, 0.5, 0.5, not {texts[key][:60]!r}"
-                )
-    settings = Settings(**values)  # type: ignore[arg-type]
+            values[key] = _three(texts[key]) or refuse(key, "like 0.5, 0.5, 0.5")
+    settings = Settings(**values)
     if min(settings.std) <= 0:
-        raise DetailFlowError(f"{path}: std in the metadata must be more than 0, not {texts['std'][:60]!r}")
+        refuse("std", "more than 0")
     if settings.num_classes == 0 and not settings.architecture.startswith("timm/"):
         raise DetailFlowError(
             f"{path}: num_classes in the metadata must be 1 or more for {settings.architecture[:60]!r}"
@@ -150,10 +126,10 @@ def _three(text: str) -> tuple[float, ...] | None:
     return values if len(values) == 3 and all(math.isfinite(x) and abs(x) <= 1e6 for x in values) else None
 
 
-def _build(settings: Settings, path: Path) -> tuple[nn.Module, Run]:
+def build(settings: Settings, path: Path) -> tuple[nn.Module, Run]:
     """Return a network without values of its parameters, so that a small file cannot ask for a large one."""
     library, _, name = settings.architecture.partition("/")
-    builders = {"timm": _of_timm, "torchvision": _of_torchvision, "detailflow": _of_this_project}
+    builders = {"timm": _timm, "torchvision": _torchvision, "detailflow": _detailflow}
     if library not in builders:
         raise DetailFlowError(f"{path}: the architecture must be like {_EXAMPLES}, not {settings.architecture[:60]!r}")
     try:
@@ -169,12 +145,12 @@ def _build(settings: Settings, path: Path) -> tuple[nn.Module, Run]:
     except KeyError:
         raise DetailFlowError(f"{path}: {library} has no classification network {name[:60]!r}") from None
     except Exception as error:  # libraries have many kinds
-        reason = str(error).strip().splitlines()[:1]
-        raise DetailFlowError(f"{path}: {settings.architecture} cannot be built ({''.join(reason)})") from error
+        reason = "".join(str(error).strip().splitlines()[:1])
+        raise DetailFlowError(f"{path}: {settings.architecture} cannot be built ({reason})") from error
 
 
-def _of_timm(name: str, settings: Settings) -> tuple[nn.Module, Run]:
-    """Features are the pooled ones before the last layer, `forward_head(…, pre_logits=True)`; what follows a dot is no part."""
+def _timm(name: str, settings: Settings) -> tuple[nn.Module, Run]:
+    """Take `forward_head(…, pre_logits=True)` as features; the part of the name after a dot is ignored."""
     import timm
 
     base = name.partition(".")[0]
@@ -190,8 +166,8 @@ def _of_timm(name: str, settings: Settings) -> tuple[nn.Module, Run]:
     return network, run
 
 
-def _of_torchvision(name: str, settings: Settings) -> tuple[nn.Module, Run]:
-    """Features are the input of the last linear layer."""
+def _torchvision(name: str, settings: Settings) -> tuple[nn.Module, Run]:
+    """Take the input of the last linear layer as features."""
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -211,8 +187,8 @@ def _of_torchvision(name: str, settings: Settings) -> tuple[nn.Module, Run]:
     return network, run
 
 
-def _of_this_project(name: str, settings: Settings) -> tuple[nn.Module, Run]:
-    if name != _RESIDUAL:
+def _detailflow(name: str, settings: Settings) -> tuple[nn.Module, Run]:
+    if name != "residual":
         raise KeyError(name)
     network = ResidualFeatures(settings.width, settings.num_classes)
     return network, network
@@ -231,7 +207,7 @@ class ResidualFeatures(nn.Module):
         self.head = nn.Linear(4 * width, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W), sides of 8 or more → features (B, 4·width) and logits (B, classes)."""
+        """Return the features (B, 4·width) and logits (B, classes) of (B, 3, H, W), sides of 8 or more."""
         x = F.max_pool2d(self.enter[1](self.enter[0](images)), 2)
         x = F.max_pool2d(self.enter[2](x + self.refine[0](x)), 2)
         x = F.max_pool2d(self.enter[3](x), 2)

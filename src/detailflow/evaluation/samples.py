@@ -17,13 +17,12 @@ from detailflow.data.transforms import resized
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import REFERENCE_KEPT, SAMPLES_KEPT, Measured, cautions, compare_sets, measure
-from detailflow.evaluation.features import Extractor, Features, load_extractor
+from detailflow.evaluation.features import INCEPTION, Extractor, Features, load_extractor
 from detailflow.evaluation.metrics import IMAGES_PER_SPLIT
 from detailflow.evaluation.report import Figure, Picture, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, open_set, share_of
 from detailflow.pictures import grid
 
-INCEPTION = "inception"
 BATCH_SIZE = {"cpu": 64, "cuda": 256}  # where the user gives none
 PICTURES = 8  # images of each set that a report shows
 WORDS, WORD = 4, 2**32  # of a checksum
