@@ -1,8 +1,8 @@
-"""How the cost of generation grows with the sequence, the batch and the model, beside the law that it should follow.
+"""How the cost of generation grows with the sequence, the batch and the model, beside what it should be.
 
-The law: a decoding step reads every weight once and does two operations a weight for each position that it adds, so the time is
-the larger of bytes over bandwidth and operations over speed (`detailflow.machine`). What is there already costs no more than
-the reading of its keys and values.
+A decoding step reads every weight once and does two operations per weight for each position that it adds. So its time
+should be the larger of bytes over bandwidth and operations over speed (`detailflow.machine`), and earlier positions cost
+no more than reading their keys and values.
 
     python benchmarks/growth.py [--dtype bfloat16] [--device cpu] [--repeats 3]
 """
@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from detailflow.benchmark import Contender, RecomputingGPT, race
+from detailflow.benchmark import Case, RecomputingGPT, generation_work, time_in_turns
 from detailflow.device import choose_device
 from detailflow.generation import CachedModel
-from detailflow.machine import generation_work, measure_ceilings
+from detailflow.machine import measure_ceilings
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 
 BASE = dict(width=512, depth=8, heads=8, num_tokens=128)
@@ -51,18 +51,16 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
     ceilings = measure_ceilings(device, dtype)
-    print(
-        f"{args.dtype}: {ceilings.read / 1e9:.1f} GB/s read, {ceilings.products / 1e9:,.0f} GFLOP/s in matrix products"
-    )
+    print(f"{args.dtype}: {ceilings}")
 
     def generations(title: str, cases: list[tuple[str, int, dict[str, int]]]) -> None:
         models = {name: (build(device, dtype, **sizes), batch) for name, batch, sizes in cases}
         runs = {
-            name: Contender(lambda gpt=gpt, batch=batch: gpt.generate(torch.zeros(batch, dtype=torch.int64)), None)
+            name: Case(lambda gpt=gpt, batch=batch: gpt.generate(torch.zeros(batch, dtype=torch.int64)))
             for name, (gpt, batch) in models.items()
         }
-        measured = race(runs, device, args.repeats)
-        limits = {name: ceilings.limit(generation_work(gpt, batch, True))[0] for name, (gpt, batch) in models.items()}
+        measured = time_in_turns(runs, device, args.repeats)
+        limits = {name: ceilings.limit(generation_work(gpt, batch))[0] for name, (gpt, batch) in models.items()}
         table(title, [(name, measured[name][0], limits[name]) for name in models])
 
     generations("all tokens of one image", [(f"N = {n}", 1, {"num_tokens": n}) for n in (64, 128, 256, 512)])
@@ -72,7 +70,7 @@ def main() -> None:
     gpt = build(device, dtype, num_tokens=512)
     for kind, law in ((CachedModel, lambda start: 1.0), (RecomputingGPT, lambda start: start + 8.0)):
         starts = (8, 64, 128, 256, 504)
-        measured = race({f"{s} there": Contender(a_step(gpt, s, kind), None) for s in starts}, device, args.repeats)
+        measured = time_in_turns({f"{s} there": Case(a_step(gpt, s, kind)) for s in starts}, device, args.repeats)
         name = "with the cache" if kind is CachedModel else "computing all again"
         table(f"one step of 8 tokens, {name}", [(f"{s} there", measured[f"{s} there"][0], law(s)) for s in starts])
 

@@ -94,12 +94,12 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{args.stage}, {', '.join(map(str, args.config))}: torch {torch.__version__}, {name}, {loop.precision}")
     print(
-        f"batch {batch}, {'compiled' if loop.compile else 'not compiled'}; ceiling {ceiling.products / 1e9:.0f} GFLOP/s\n"
+        f"batch {batch}, {'compiled' if loop.compile else 'not compiled'}; ceiling {ceiling.flops / 1e9:.0f} GFLOP/s\n"
     )
     print(f"step                  {step * 1e3:10.1f} ms   (best {min(times) * 1e3:.1f})")
     print(f"images per second     {batch / step:10.1f}")
     print(f"operations per image  {operations / len(times) / batch / 1e9:10.1f} GFLOP")
-    print(f"share of the ceiling  {operations / sum(times) / ceiling.products:10.1%}")
+    print(f"share of the ceiling  {operations / sum(times) / ceiling.flops:10.1%}")
     if data_seconds:
         print(f"data alone            {batch / data_seconds:10.1f} images per second with {loop.workers} workers")
     print("\nwhere a step's time goes")

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -21,7 +20,6 @@ LINE = 16  # pixels from one line of a caption to the next
 Kind = Literal["sample", "grid", "strip", "comparison", "reconstruction"]  # the last two are from `reconstruct`
 KEY = "detailflow"  # of the text in a PNG file that has its kind, and the name it was written under
 _HEAD = 1024  # bytes of a PNG file that contain the text
-_GENERATED = re.compile(r"grid\.png|(strip-)?\d{4,}-.*\.png", re.DOTALL)  # names of files that `generate` writes
 
 
 class StageLike(Protocol):
@@ -80,10 +78,9 @@ def is_overview(path: str) -> bool:
 def generated(folder: Path) -> Iterator[Path]:
     """Yield the files that `generate` wrote into a folder; copies under other names are the user's."""
     for path in sorted(folder.iterdir()):
-        if _GENERATED.fullmatch(path.name):
-            kind, name = _read_text(path)
-            if kind in ("sample", "grid", "strip") and name == quote(path.name):
-                yield path
+        kind, name = _read_text(path) if path.suffix == ".png" and path.is_file() else ("", "")
+        if kind in ("sample", "grid", "strip") and name == quote(path.name):
+            yield path
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:

@@ -7,51 +7,40 @@ from detailflow.errors import DetailFlowError
 
 
 def parser() -> Parser:
-    """The command's options."""
+    """Return the command's parser."""
     result = Parser("bench", "", "Time a model on this machine: one table, with the machine's ceilings above it.")
-    result.add_argument(
-        "--random-weights", action="store_true", help="a zoo model's sizes without its weights: no download"
-    )
-    result.add_argument(
-        "--batch-sizes", type=positive, nargs="+", default=[1, 8], metavar="N", help="images at once (default: 1 8)"
-    )
-    result.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES[:2]), metavar="TYPE",
-        help=f"of {', '.join(DTYPES)} (default: the first two)",
-    )  # fmt: skip
-    result.add_argument(
-        "--compile", action="store_true", help="time the compiled engine too (minutes to compile on a CPU)"
-    )
-    result.add_argument("--no-naive", action="store_true", help="leave out the loop without a cache")
-    result.add_argument(
-        "--other", type=expanded, metavar="FILE.py:F", help="time another implementation too: images = F(class_ids)"
-    )
-    result.add_argument("--repeats", type=positive, default=3, metavar="N", help="the best of N (default: %(default)s)")
-    result.add_argument("--json", type=expanded_path, metavar="FILE", help="write the figures there too")
+    add = result.add_argument
+    add("--random-weights", action="store_true", help="a published model's sizes without its weights: no download")
+    add("--batch-sizes", type=positive, nargs="+", default=[1, 8], metavar="N", help="images at once (default: 1 8)")
+    dtypes = f"of {', '.join(DTYPES)} (default: the first two)"
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:2], metavar="TYPE", help=dtypes)
+    add("--compile", action="store_true", help="time compiled generation too (minutes to compile on a CPU)")
+    add("--no-naive", dest="naive", action="store_false", help="leave out the loop without a cache")
+    add("--other", type=expanded, metavar="FILE.py:F", help="time another implementation too: images = F(class_ids)")
+    add("--repeats", type=positive, default=3, metavar="N", help="the best of N counts (default: %(default)s)")
+    add("--json", type=expanded_path, metavar="FILE", help="write the figures there too")
     add_model_options(result, tokenizer=True, dtype=False)
     return result
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the table."""
-    args = parser().parse_args(argv)
-    if args.json:
-        check_output(args.json.parent)
-        if args.json.is_dir() or not args.json.name:
-            raise DetailFlowError(f"--json must be a file to write, and {args.json} is a folder")
+    options = vars(parser().parse_args(argv))
+    if file := options.pop("json"):
+        check_output(file.parent)
+        if file.is_dir() or not file.name:
+            raise DetailFlowError(f"--json must be a file to write, and {file} is a folder")
+
+    from dataclasses import asdict
 
     from tqdm import tqdm
 
-    from detailflow.benchmark import benchmark, other_implementation
+    from detailflow.benchmark import BenchmarkConfig, benchmark
     from detailflow.files import write_json
 
-    other = other_implementation(args.other) if args.other else None
     with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as bar:
-        report = benchmark(
-            args.model, args.batch_sizes, args.dtypes, args.device, args.tokenizer, args.random_weights, args.compile,
-            not args.no_naive, args.repeats, other, bar.set_description_str,
-        )  # fmt: skip
+        report = benchmark(BenchmarkConfig(**options), bar.set_description_str)
     print(report)
-    if args.json:
-        write_json(args.json, report.as_dict())
+    if file:
+        write_json(file, asdict(report))
     return 0

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from detailflow import hub
-from detailflow.benchmark import machine_name
 from detailflow.errors import DetailFlowError, missing_package, printable
 from detailflow.files import read_json, replacing
+from detailflow.machine import device_name
 from detailflow.published import Kind
 
 JSON_FILE, MARKDOWN_FILE = "report.json", "report.md"
@@ -338,7 +338,7 @@ def versions() -> dict[str, str]:
 
 def circumstances(device: torch.device, world_size: int, dtype: str | None) -> dict[str, Any]:
     """On what an evaluation ran, for its provenance."""
-    place = {"device": machine_name(device), "processes": world_size, "threads": torch.get_num_threads()}
+    place = {"device": device_name(device), "processes": world_size, "threads": torch.get_num_threads()}
     return {"machine": place | ({"dtype": dtype} if dtype else {}), "versions": versions()}
 
 

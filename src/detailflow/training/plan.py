@@ -298,7 +298,7 @@ def print_plan(config: TokenizerTraining | GPTTraining, device: str | None = Non
         if isinstance(config, TokenizerTraining)
         else plan_gpt(config, world, place)
     )
-    products = measure_ceilings(place, PRECISIONS[config.loop.precision], repeats=2).products
+    products = measure_ceilings(place, PRECISIONS[config.loop.precision], repeats=2).flops
     print(plan.text(products, SHARES["cpu" if place.type == "cpu" else "gpu"], str(place)))
 
 
