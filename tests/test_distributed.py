@@ -13,7 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).parent))  # which its processes get as well
 
 import ranks
-from detailflow.files import held
+from detailflow.files import lock_folder
 from detailflow.training.checkpoints import save_checkpoint
 
 IMPORTED = [
@@ -79,7 +79,7 @@ def test_the_checkpoint_does_not_fit(command: list[str], tmp_path: Path):
 
 
 def test_the_folder_is_held(command: list[str], tmp_path: Path):
-    with held(tmp_path / "run", "training run"):
+    with lock_folder(tmp_path / "run", "training run"):
         (first, _, err), (second, _, other) = launch(partial(ranks.command_line, command), tmp_path)
     assert (first, second) == (2, 2), err + other
     assert complaints(err)[0].startswith("detailflow: error: another training run is at work in") and not complaints(

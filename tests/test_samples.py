@@ -16,7 +16,7 @@ from PIL import Image
 from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
-from detailflow.files import held
+from detailflow.files import lock_folder
 from detailflow.samples import SETTINGS_FILE, generate_many, remove_temporary
 
 LABELS = [3, 1] * 5 + [4]
@@ -238,7 +238,7 @@ def test_one_process_and_several(model: Path, tmp_path: Path):
 def test_one_at_a_time(form: str, pipeline: DetailFlowPipeline, tmp_path: Path):
     """Two at once would take each other's parts."""
     with (
-        held(tmp_path, "generation"),
+        lock_folder(tmp_path, "generation"),
         pytest.raises(
             DetailFlowError, match="another generation is at work in .*: choose another folder, or wait for its end"
         ),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError
-from detailflow.files import SHARD_SIZE, read_json, replacing, shard_bytes
+from detailflow.files import read_json, replacing
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.loading import build
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
@@ -28,6 +28,7 @@ from detailflow.published import (
     tensor_names,
 )
 from detailflow.runs import is_run
+from detailflow.tensors import SHARD_SIZE, shard_bytes
 
 LAYOUTS = ("detailflow", "published")
 CARD_FILE = "README.md"

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
-from detailflow.files import SHARD_SIZE, TENSOR_FILES, read_json, read_tensors, replacing, write_tensors
+from detailflow.files import read_json, replacing
 from detailflow.published import (
     ARGUMENTS_FILE,
     CHECKPOINTS,
@@ -34,6 +34,7 @@ from detailflow.published import (
     published_config,
 )
 from detailflow.runs import RUN_FILE, checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
+from detailflow.tensors import SHARD_SIZE, TENSOR_FILES, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"

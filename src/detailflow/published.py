@@ -4,9 +4,7 @@ A published model is a directory with `config.json` (constructor arguments), `co
 `checkpoints/N.pt`, a pickle of state dicts and training leftovers. Nothing in the pickle is ever executed.
 """
 
-import argparse
 import re
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +15,10 @@ import yaml
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, some_names
-from detailflow.files import LARGEST_YAML, in_pieces, load_yaml, read_json, read_text
+from detailflow.files import LARGEST_YAML, load_yaml, read_json, read_text
 from detailflow.labels import default_names
-from detailflow.torch_zip import check_torch_zip
+from detailflow.tensors import in_pieces
+from detailflow.torch_files import load_torch
 
 Kind = Literal["tokenizer", "gpt"]
 CHECKPOINTS = "checkpoints"
@@ -41,7 +40,6 @@ _LAYERS: dict[Kind, tuple[str, ...]] = {
     "gpt": ("",),
 }
 _HEADS = {1152: 16, 768: 12}  # any other width: width / 64
-_REFUSED_GLOBAL = re.compile(r"(?:unsupported GLOBAL|Unsupported global: GLOBAL) (\S+)")
 
 
 def is_published(path: Path) -> bool:
@@ -183,25 +181,7 @@ def _read_state(path: Path, variant: str) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> Any:
     """Unpickle tensors, plain containers and `argparse.Namespace`, which unpickles into attributes and runs nothing."""
-    try:
-        check_torch_zip(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters ends in an exception
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except DetailFlowError:
-        raise
-    except OSError as error:
-        raise DetailFlowError(f"could not read {path}: {error.strerror or error}") from error
-    except Exception as error:  # damaged bytes surface as nearly any exception, depending on where the damage is
-        refused = _REFUSED_GLOBAL.search(str(error))
-        if refused:
-            raise DetailFlowError(
-                f"refused to load {path}: it asks for {refused[1]}, which a checkpoint of plain weights does not need; "
-                "nothing was executed"
-            ) from error
-        raise DetailFlowError(
-            f"could not read {path}: it is damaged, incomplete or no PyTorch checkpoint, so fetch it again"
-        ) from error
+    return load_torch(path, mmap=True)
 
 
 def layer_count(state: Mapping[str, object], prefix: str) -> int:

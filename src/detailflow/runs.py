@@ -15,9 +15,10 @@ import yaml
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
-from detailflow.files import in_pieces, read_yaml
+from detailflow.files import read_yaml
 from detailflow.published import Kind, check_kind
-from detailflow.torch_zip import check_torch_zip
+from detailflow.tensors import in_pieces
+from detailflow.torch_files import load_torch
 
 RUN_FILE = "run.yaml"
 CHECKPOINTS = "resume"  # not "checkpoints", by which the published layout is known
@@ -88,9 +89,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         DetailFlowError: if it is damaged.
     """
-    check_torch_zip(path)
+    content = load_torch(path, mmap=True)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         step, state, kind = int(content["step"]), content["state"], content.get("kind")
         config = json.loads(
             json.dumps(content.get("config"))

@@ -24,7 +24,7 @@ from PIL import Image
 
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.files import held, read_json, replacing, shortened, write_json
+from detailflow.files import lock_folder, read_json, replacing, shortened, write_json
 from detailflow.hub import fingerprint
 from detailflow.labels import ClassId
 from detailflow.pictures import generated
@@ -333,7 +333,7 @@ def generate_many(
     if form not in writers:
         raise DetailFlowError(f"the format must be one of {', '.join(writers)}, not {form!r}")
     writer = writers[form]()
-    with held(folder, "generation", world):
+    with lock_folder(folder, "generation", world):
         with world.raise_together():
             if world.is_main:
                 settings = {

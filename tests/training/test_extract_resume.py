@@ -10,7 +10,7 @@ import pytest
 
 from detailflow.data.tokens import TokenStore
 from detailflow.errors import DetailFlowError
-from detailflow.files import held
+from detailflow.files import lock_folder
 from detailflow.training import extract as extraction
 from detailflow.training.config import Extraction
 from detailflow.training.extract import extract
@@ -120,6 +120,6 @@ def test_two_processes(cifar: Path, model: Path, tmp_path: Path, monkeypatch: py
 def test_one_at_a_time(cifar: Path, model: Path, tmp_path: Path):
     """Two at once would take each other's records."""
     config = Extraction(data=str(cifar), tokenizer=str(model), crops="two")
-    with held(tmp_path, "extraction"), pytest.raises(DetailFlowError, match="another extraction is at work in "):
+    with lock_folder(tmp_path, "extraction"), pytest.raises(DetailFlowError, match="another extraction is at work in "):
         extract(config, tmp_path, "cpu")
     assert list(tmp_path.iterdir()) == []

@@ -308,11 +308,11 @@ def _start(args: argparse.Namespace, stack: ExitStack) -> "Work":
 
     from detailflow.evaluation.report import check_packages
     from detailflow.evaluation.samples import Work
-    from detailflow.files import held
+    from detailflow.files import lock_folder
 
     check_packages("matplotlib")
     work = Work.here(args.device, args.batch_size)
-    stack.enter_context(held(args.output, "evaluation", work.world))
+    stack.enter_context(lock_folder(args.output, "evaluation", work.world))
     return work
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError, missing_package
-from detailflow.files import read_metadata, read_tensors
 from detailflow.models.loading import load_weights
+from detailflow.tensors import read_metadata, read_tensors
 
 RANGES = {"num_classes": (0, 10**5), "width": (1, 1024), "size": (8, 1024)}
 _EXAMPLES = "timm/resnet50, torchvision/resnet50 or detailflow/residual"

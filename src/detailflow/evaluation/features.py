@@ -12,9 +12,9 @@ from torch import Tensor
 from detailflow import hub
 from detailflow.errors import DetailFlowError, missing_package
 from detailflow.evaluation.architectures import LoadedNetwork, Settings, load_network
-from detailflow.files import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.models.loading import load_weights
-from detailflow.torch_zip import check_torch_zip
+from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
+from detailflow.torch_files import load_torch
 
 INCEPTION = "inception"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"  # timm's name, and on the hub timm/…
@@ -169,8 +169,7 @@ def _inception_weights(url: str, path: str | None) -> dict[str, Tensor]:
     try:
         if file is None:
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        check_torch_zip(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load_torch(file)
     except Exception as error:  # downloads and damaged files have many kinds
         raise _no_weights(INCEPTION, f"{path} cannot be read as" if path else "cannot be downloaded:", url) from error
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from detailflow import hub
 from detailflow.device import choose_device, choose_dtype
 from detailflow.errors import DetailFlowError, some_names
-from detailflow.files import TENSOR_FILES, read_headers, read_tensors
 from detailflow.models.layers import Block, ViTConfig, has_patches, initial_positions, patchify, resize_positions
 from detailflow.models.loading import config_from_dict
 from detailflow.models.tokenizer import Encoder
 from detailflow.published import heads_of, layer_count, vit_names
+from detailflow.tensors import TENSOR_FILES, read_headers, read_tensors
 
 SIGLIP2 = "google/siglip2-so400m-patch16-naflex"
 # The text tower and the pooling head are beside it and not needed; a tower saved alone has no prefix.

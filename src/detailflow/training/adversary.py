@@ -15,8 +15,8 @@ from detailflow import hub
 from detailflow.device import autocast
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, missing_package
-from detailflow.files import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.models.loading import load_weights
+from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.training.config import PATCH, PRECISIONS, LoopConfig
 from detailflow.training.losses import consistency_loss, discriminator_loss, generator_loss, lecam_loss
 from detailflow.training.optimizer import Updater, gradients_stay

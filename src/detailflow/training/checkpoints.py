@@ -10,7 +10,7 @@ import yaml
 
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.files import replacing, save_torch
+from detailflow.files import replacing
 from detailflow.hub import CONFIG_FILE
 from detailflow.runs import (
     CHECKPOINTS,
@@ -22,6 +22,7 @@ from detailflow.runs import (
     readable,
     step_of,
 )
+from detailflow.tensors import save_torch
 from detailflow.training.inputs import Input, difference
 
 KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name

@@ -22,7 +22,7 @@ from detailflow.data.transforms import to_tensor
 from detailflow.device import autocast
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
-from detailflow.files import held
+from detailflow.files import lock_folder
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
 from detailflow.training.config import CROPS, PRECISIONS, Extraction
 from detailflow.training.tokenizer import draw_position
@@ -115,7 +115,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
         writer = TokenWriter(output, info, source.labels, CHUNK_IMAGES)
     with ExitStack() as stack:
         if not world.from_main(lambda: writer.finished):  # a finished one may be on a disk that is not ours to write to
-            stack.enter_context(held(output, "extraction", world))
+            stack.enter_context(lock_folder(output, "extraction", world))
         return _extract(config, model, source, writer, world)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.files import held
+from detailflow.files import lock_folder
 from detailflow.pictures import write_png
 from detailflow.runs import CHECKPOINTS, RUN_FILE, checkpoints
 from detailflow.seeds import mixed_seed
@@ -79,7 +79,7 @@ def run(
     """
     loop: LoopConfig = config.loop
     loop.images_at_once(world)
-    with held(output, "training run", world):
+    with lock_folder(output, "training run", world):
         fresh = not os.path.exists(output / RUN_FILE)
         if not world.from_main(lambda: claim(output, kind, asdict(config), inputs)):
             if world.is_main:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError, missing_package
-from detailflow.torch_zip import check_torch_zip
+from detailflow.torch_files import load_torch
 
 
 def quantization_loss(z: Tensor, quantized: Tensor, commitment: float) -> Tensor:
@@ -153,12 +153,7 @@ def _vgg16_weights(path: str | None) -> dict[str, Tensor]:
             return torch.hub.load_state_dict_from_url(
                 VGG16_FILE, map_location="cpu", check_hash=True, weights_only=True
             )
-        file = Path(path).expanduser()
-        check_torch_zip(file)
-        try:
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError:  # written before torch 1.6
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return load_torch(Path(path).expanduser(), mmap=True)
     except Exception as error:  # downloads and damaged files have many kinds
         what = f"{path} cannot be read" if path else "cannot be downloaded"
         raise DetailFlowError(

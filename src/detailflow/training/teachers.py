@@ -14,9 +14,9 @@ from detailflow.data.streams import StreamSource, open_stream
 from detailflow.device import autocast
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.files import save_torch
 from detailflow.models.siglip2 import SigLIP2
-from detailflow.torch_zip import check_torch_zip
+from detailflow.tensors import save_torch
+from detailflow.torch_files import load_torch
 from detailflow.training.config import CLASSIFIER, PRECISIONS
 from detailflow.training.losses import LPIPS, SMALLEST_SIDE, perceptual_loss
 
@@ -234,8 +234,7 @@ def load_features(network: FeatureNetwork, path: Path) -> None:
         DetailFlowError: if the file is damaged.
     """
     try:
-        check_torch_zip(path)
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(load_torch(path))
     except Exception as error:  # torch raises many kinds for a damaged file
         raise DetailFlowError(
             f"{path} is damaged, or of other classes: remove it to train the classifier again"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detailflow.errors import DetailFlowError
-from detailflow.torch_zip import check_torch_zip
+from detailflow.torch_files import check_torch_file
 
 
 @pytest.fixture
@@ -25,10 +25,10 @@ def again(plain: Path, name: str, compression: int) -> Path:
 
 
 def test_files_that_pass(plain: Path):
-    check_torch_zip(plain)
-    check_torch_zip(again(plain, "stored.pt", zipfile.ZIP_STORED))
+    check_torch_file(plain)
+    check_torch_file(again(plain, "stored.pt", zipfile.ZIP_STORED))
     torch.save({"a": torch.zeros(3)}, plain.with_name("old.pt"), _use_new_zipfile_serialization=False)
-    check_torch_zip(plain.with_name("old.pt"))
+    check_torch_file(plain.with_name("old.pt"))
 
 
 def test_compressed_members(plain: Path):
@@ -37,7 +37,7 @@ def test_compressed_members(plain: Path):
         file.stat().st_size < 5000 and len(torch.load(file, weights_only=True)["a"]) == 100_000
     )  # torch itself reads it
     with pytest.raises(DetailFlowError, match="refused to load .*small.pt: its members are compressed or overlap"):
-        check_torch_zip(file)
+        check_torch_file(file)
 
 
 def test_names_that_share_a_member(plain: Path):
@@ -46,7 +46,7 @@ def test_names_that_share_a_member(plain: Path):
         archive.filelist.append(large)
         archive.writestr("plain/more", b"")
     with pytest.raises(DetailFlowError, match="compressed or overlap"):
-        check_torch_zip(plain)
+        check_torch_file(plain)
 
 
 def test_a_second_list_of_members(plain: Path):
@@ -59,20 +59,20 @@ def test_a_second_list_of_members(plain: Path):
     for content in (bomb[:-22] + harmless, plain.read_bytes() + bytes(30), b"PK\3\4" + plain.read_bytes()):
         plain.with_name("hidden.pt").write_bytes(content)
         with pytest.raises(DetailFlowError, match="hidden.pt"):
-            check_torch_zip(plain.with_name("hidden.pt"))
+            check_torch_file(plain.with_name("hidden.pt"))
 
 
 def test_files_that_are_damaged(plain: Path):
     with pytest.raises(DetailFlowError, match="could not read .*none.pt: No such file"):
-        check_torch_zip(plain.with_name("none.pt"))
+        check_torch_file(plain.with_name("none.pt"))
     os.mkfifo(plain.with_name("pipe.pt"))
     with pytest.raises(DetailFlowError, match="could not read .*pipe.pt: it is no regular file"):
-        check_torch_zip(plain.with_name("pipe.pt"))
+        check_torch_file(plain.with_name("pipe.pt"))
     content = plain.read_bytes()
     for cut in (4, 40, len(content) // 2, len(content) - 30, len(content) - 1):
         plain.write_bytes(content[:cut])
         with pytest.raises(DetailFlowError, match="plain.pt"):
-            check_torch_zip(plain)
+            check_torch_file(plain)
 
 
 def pickled(path: Path, *parts: bytes, zipped: bool) -> Path:
@@ -118,12 +118,12 @@ LARGE = {
 def test_a_small_pickle_that_asks_for_much(tmp_path: Path, name: str, zipped: bool):
     file = pickled(tmp_path / "small.pt", LARGE[name], zipped=zipped)
     with pytest.raises(DetailFlowError, match="refused to load .*small.pt: it asks for"):
-        check_torch_zip(file)
+        check_torch_file(file)
 
 
 def test_a_tensor_that_fits(tmp_path: Path):
     file = pickled(tmp_path / "small.pt", TENSOR % (b"K\x04", b"K\x00K\x02K\x02\x86K\x01K\x02\x86"), zipped=True)
-    check_torch_zip(file)
+    check_torch_file(file)
     assert torch.load(file, weights_only=True).shape == (2, 2)
 
 
@@ -157,10 +157,10 @@ def test_what_torch_saves(tmp_path: Path):
     }
     for zipped in (True, False):
         torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
-        check_torch_zip(tmp_path / "file.pt")
+        check_torch_file(tmp_path / "file.pt")
         assert torch.load(tmp_path / "file.pt", weights_only=True)["plain"] == content["plain"]
     torch.save([torch.zeros(3, dtype=torch.uint16), torch.zeros(3, dtype=torch.float8_e5m2)], tmp_path / "new.pt")
-    check_torch_zip(tmp_path / "new.pt")
+    check_torch_file(tmp_path / "new.pt")
 
 
 def test_two_pickles_in_a_zip_file(plain: Path):
@@ -168,7 +168,7 @@ def test_two_pickles_in_a_zip_file(plain: Path):
         with zipfile.ZipFile(again(plain, "two.pt", zipfile.ZIP_STORED), "a") as archive:
             archive.writestr(name, b"\x80\x02}.")
         with pytest.raises(DetailFlowError, match="two.pt"):
-            check_torch_zip(plain.with_name("two.pt"))
+            check_torch_file(plain.with_name("two.pt"))
 
 
 @pytest.mark.parametrize(
@@ -179,4 +179,4 @@ def test_a_pickle_cannot_change_the_check(tmp_path: Path, name: str):
     changes = name.encode() + b"}" + text("function") + b"Nsb0"
     pickled(tmp_path / "file.pt", changes, LARGE["a tensor beyond its storage"], zipped=True)
     with pytest.raises(DetailFlowError, match=r"file\.pt"):
-        check_torch_zip(tmp_path / "file.pt")
+        check_torch_file(tmp_path / "file.pt")
