@@ -208,6 +208,18 @@ def test_networks_that_learn_from_scratch(cifar: Path):
     assert [network.parameters for network in plan.networks[3:]] == sizes
 
 
+def test_networks_of_a_package(cifar: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their weights are not read."""
+    monkeypatch.setattr("detailflow.models.efficientnet.find_weights", None)
+    settings: dict[str, Any] = dict(perceptual_network="efficientnet-lite0", alignment_network="efficientnet-lite0")
+    settings |= dict(perceptual=1.0, alignment=1.0, adversarial_network="projected", adversarial_from=0.0)
+    plan = plan_tokenizer(TokenizerTraining(str(cifar), SIZES, LOOP, **settings), World())
+    networks = {network.name: network for network in plan.networks}
+    frozen = networks["EfficientNet-Lite0"]
+    assert frozen.fate == FROZEN and frozen.parameters == pytest.approx(4.65e6, rel=0.01)
+    assert networks["heads of the discriminator"].fate == THROWN_AWAY
+
+
 def test_a_teacher_has_its_own_size(tower: Path):
     expected = SigLIP2(ViTConfig(64, 2, 1), patch_size=8).state_dict()
     made = SigLIP2.without_weights(str(tower), CPU, torch.bfloat16)

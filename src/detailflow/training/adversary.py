@@ -15,9 +15,10 @@ from detailflow import hub
 from detailflow.device import autocast
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, missing_package
+from detailflow.models.efficientnet import CHANNELS, EfficientNetLite0
 from detailflow.models.loading import load_weights
 from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
-from detailflow.training.config import PATCH, PRECISIONS, LoopConfig
+from detailflow.training.config import PATCH, PRECISIONS, PROJECTED, LoopConfig
 from detailflow.training.losses import consistency_loss, discriminator_loss, generator_loss, lecam_loss
 from detailflow.training.optimizer import Updater, gradients_stay
 
@@ -48,6 +49,48 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images.contiguous(memory_format=torch.channels_last))
 
 
+class ProjectedDiscriminator(nn.Module):
+    """Judges images by the features of EfficientNet-Lite0 at four depths, unmixed (Sauer et al. 2021, arXiv 2111.01007).
+
+    As in `DINODiscriminator`, the frozen backbone is no registered submodule.
+    """
+
+    backbone_name = "EfficientNet-Lite0"
+
+    def __init__(self, load: bool = True, width: int = 128) -> None:
+        super().__init__()
+        what = "the adversarial loss (projected discriminator)"
+        self._unregistered = (EfficientNetLite0.from_package(what, _INSTEAD, load=load),)
+        halvings = (2, 1, 0, 0)  # so that no depth outweighs the others by the number of its logits
+        self.heads = nn.ModuleList(
+            _projected_head(channels, width, n) for channels, n in zip(CHANNELS[1:], halvings, strict=True)
+        )
+
+    @property
+    def backbone(self) -> EfficientNetLite0:
+        """The frozen network of features."""
+        return self._unregistered[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in [-1, 1] → (B, L) logits, high for real, depth by depth."""
+        maps = self.backbone.to(images.device).features(images)[1:]
+        scaled = [x / scale for x, scale in zip(maps, _FEATURE_SCALES, strict=True)]
+        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, scaled, strict=True)], 1)
+
+
+_FEATURE_SCALES = (8.1, 7.1, 6.3, 2.9)  # root mean squares of the maps' values on photographs
+
+
+def _projected_head(channels: int, width: int, halvings: int) -> nn.Sequential:
+    """(B, channels, h, w) → (B, 1, h / 2^halvings, w / 2^halvings) logits."""
+    layers: list[nn.Module] = []
+    for i in range(max(halvings, 1)):
+        inputs = width if i else channels
+        kernel, stride = (4, 2) if halvings else (3, 1)
+        layers += [spectral_norm(nn.Conv2d(inputs, width, kernel, stride, padding=1)), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, spectral_norm(nn.Conv2d(width, 1, 3, padding=1)))
+
+
 class DINODiscriminator(nn.Module):
     """Judges every patch of an image at five depths of DINO ViT-S/16.
 
@@ -63,6 +106,7 @@ class DINODiscriminator(nn.Module):
         DetailFlowError: if those weights cannot be had or read, or a package is missing.
     """
 
+    backbone_name = "DINO ViT-S/16"
     mean: Tensor
     deviation: Tensor
 
@@ -313,11 +357,20 @@ class _Judgement(nn.Module):
         return self.network(images)
 
 
+def make_discriminator(network: str, load: bool) -> nn.Module:
+    """Return the discriminator of that name, or DINO's with the weights of that file."""
+    if network == PATCH:
+        return PatchDiscriminator()
+    if network == PROJECTED:
+        return ProjectedDiscriminator(load)
+    return DINODiscriminator(None if network == "dino" else network, load)
+
+
 class Adversary:
     """A discriminator and its optimiser.
 
     Args:
-        network: "patch", "dino", or a file of DINO's weights.
+        network: "patch", "projected", "dino", or a file of DINO's weights.
         augment: whether it sees images through DiffAugment.
         lecam, consistency: weights of its regularisers.
         load: whether to read DINO's weights; those of a plan are random.
@@ -336,13 +389,8 @@ class Adversary:
     ) -> None:
         self.device, self.precision, self.world = device, PRECISIONS[loop.precision], world
         self.lecam, self.consistency = lecam, consistency
-        made = (
-            PatchDiscriminator()
-            if network == PATCH
-            else DINODiscriminator(None if network == "dino" else network, load)
-        )
-        self.network = made.to(device).train()
-        self.any_side = isinstance(made, DINODiscriminator)  # or the tokenizer's full size alone
+        self.network = make_discriminator(network, load).to(device).train()
+        self.any_side = isinstance(self.network, DINODiscriminator)  # or the tokenizer's full size alone
         self.judgement: nn.Module = _Judgement(self.network, augment, consistency > 0)
         self.judge = self.judgement.judge
         if world.size > 1:

@@ -9,6 +9,7 @@ from detailflow.data.transforms import ten_crops, two_crops
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.generation import SamplingConfig
+from detailflow.models.efficientnet import EFFICIENTNET
 from detailflow.models.tokenizer import WRONG_CANDIDATES, TokenizerConfig
 from detailflow.schedule import require_at_most, require_not_negative, require_positive, require_shares
 from detailflow.seeds import check_seeds
@@ -16,7 +17,8 @@ from detailflow.training.tracking import check_trackers
 
 CLASSIFIER = "classifier"  # in place of a network that would be downloaded
 PATCH = "patch"  # the discriminator that needs no download
-NETWORKS = (CLASSIFIER, PATCH, "lpips", "dino")  # which are no files
+PROJECTED = "projected"  # the discriminator on features of EfficientNet-Lite0
+NETWORKS = (CLASSIFIER, PATCH, PROJECTED, EFFICIENTNET, "lpips", "dino")  # which are no files
 CROPS = {"ten": (ten_crops, 10), "two": (two_crops, 2)}
 SMALLEST_FEATURES_SIDE = 8  # pixels of an image whose last map of a classifier's features is one pixel
 
@@ -135,17 +137,19 @@ class TokenizerTraining:
         correction_share: share of each batch that also goes through the self-correction pass.
         mistakes: planted mistakes are drawn from that many nearest codes.
         perceptual: weight of the distance of features; 0 for none.
-        perceptual_network: "lpips" (the paper's; needs VGG-16's weights, downloaded once), a file with those weights, or
-            "classifier", a small one that learns the classes of the same images first, for `classifier_epochs`.
+        perceptual_network: "lpips" (the paper's; needs VGG-16's weights, downloaded once), a file with those weights,
+            "efficientnet-lite0" (ImageNet's, in a package of the extra `train`), or "classifier", a small one that learns the
+            classes of the same images first, for `classifier_epochs`.
         perceptual_warmup: share of the steps, or from 1 on their number, over which that weight rises linearly.
         adversarial: weight of the adversarial loss; 0 for none.
-        adversarial_network: "dino" (the paper's; needs DINO ViT-S/16's weights, downloaded once), a file with those weights, or
-            "patch", small convolutions that learn from scratch.
+        adversarial_network: "dino" (the paper's; needs DINO ViT-S/16's weights, downloaded once), a file with those weights,
+            "patch", small convolutions that learn from scratch, or "projected", convolutions on features of EfficientNet-Lite0.
         adversarial_from: share of the steps, or from 1 on their number, before the discriminator starts.
         augment: whether the discriminator sees images through DiffAugment.
         lecam, consistency: weights of the discriminator's two regularisers; 0 for none.
         alignment: weight of the first token's alignment with a teacher's view of the whole image; 0 for none.
-        alignment_network: the teacher, SigLIP2's vision tower by hub name, folder or file, or "classifier", as above.
+        alignment_network: the teacher, SigLIP2's vision tower by hub name, folder or file, or "efficientnet-lite0" or
+            "classifier", as above.
         muon: learning rate of the matrices of all blocks, by Muon (Jordan et al. 2024) in place of Adam; 0 for Adam. Not in the
             paper.
         revive_every: steps after which codes that were not used since are replaced, in the first half of the run; 0 for never.

@@ -24,10 +24,11 @@ from detailflow.device import choose_device
 from detailflow.distributed import World
 from detailflow.machine import measure_ceilings
 from detailflow.models import layers
+from detailflow.models.efficientnet import EfficientNetLite0
 from detailflow.models.loading import config_from_dict
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
-from detailflow.training.adversary import DINODiscriminator
+from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
 from detailflow.training.config import PRECISIONS, GPTTraining, LoopConfig, TokenizerTraining
 from detailflow.training.gpt import GPTStage, model_config
 from detailflow.training.losses import LPIPS
@@ -166,15 +167,16 @@ def networks_of(stage: TokenizerStage | GPTStage) -> list[Network]:
     networks = [Network.of(name, TRAINED, getattr(stage.model, name)) for name in ("encoder", "quantizer", "decoder")]
     if stage.networks.head is not None:
         networks.append(Network.of("head of the alignment", THROWN_AWAY, stage.networks.head))
-    names = {SigLIP2: "SigLIP2", FeatureNetwork: "classifier", LPIPS: "VGG-16 (LPIPS)"}
+    names: dict[type, str] = {SigLIP2: "SigLIP2", FeatureNetwork: "classifier", LPIPS: "VGG-16 (LPIPS)"}
+    names[EfficientNetLite0] = "EfficientNet-Lite0"
     teachers = (stage.teachers.alignment, stage.teachers.features, stage.teachers.lpips)
     for teacher in dict.fromkeys(filter(None, teachers)):  # one may be both
         networks.append(Network.of(names[type(teacher)], FROZEN, teacher))
     judge = stage.adversary.network if stage.adversary else None
-    if isinstance(judge, DINODiscriminator):
+    if isinstance(judge, DINODiscriminator | ProjectedDiscriminator):
         networks += [
             Network.of("heads of the discriminator", THROWN_AWAY, judge),
-            Network.of("DINO ViT-S/16", FROZEN, judge.backbone),
+            Network.of(judge.backbone_name, FROZEN, judge.backbone),
         ]
     elif judge:
         networks.append(Network.of("discriminator", THROWN_AWAY, judge))

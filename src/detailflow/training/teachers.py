@@ -14,6 +14,7 @@ from detailflow.data.streams import StreamSource, open_stream
 from detailflow.device import autocast
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
+from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.tensors import save_torch
 from detailflow.torch_files import load_torch
@@ -99,9 +100,9 @@ def train_classifier(
 class Teachers(NamedTuple):
     """What the settings ask for: features to compare, LPIPS instead of them, and the teacher of the first token."""
 
-    features: FeatureNetwork | None
+    features: EfficientNetLite0 | FeatureNetwork | None
     lpips: LPIPS | None
-    alignment: SigLIP2 | FeatureNetwork | None
+    alignment: SigLIP2 | EfficientNetLite0 | FeatureNetwork | None
 
     @property
     def width(self) -> int | None:
@@ -163,21 +164,27 @@ def find_teachers(
     Raises:
         DetailFlowError: where weights cannot be downloaded or read.
     """
-    perceptual, alignment = config.perceptual > 0, config.alignment > 0
-    lpips = None
-    if perceptual and config.perceptual_network != CLASSIFIER:
-        lpips = LPIPS(None if config.perceptual_network == "lpips" else config.perceptual_network, load).to(device)
-    teacher: SigLIP2 | FeatureNetwork | None = None
-    if alignment and config.alignment_network != CLASSIFIER:
-        made = SigLIP2.from_pretrained if load else SigLIP2.without_weights
-        teacher = made(config.alignment_network, device=device, dtype=PRECISIONS[config.loop.precision])
-    features = None
-    if (perceptual and lpips is None) or (alignment and teacher is None):
-        if load:
-            features = feature_network(config, source, output, device, world)
+    made: dict[str, Any] = {}  # one network may be for both losses
+
+    def network(loss: str, name: str) -> Any:
+        if name in made:
+            return made[name]
+        if name == CLASSIFIER:
+            made[name] = feature_network(config, source, output, device, world, load)
+        elif name == EFFICIENTNET:
+            instead = f"or train with {loss}_network: classifier, or {loss}: 0"
+            made[name] = EfficientNetLite0.from_package(f"the {loss} loss", instead, load=load).to(device)
+        elif loss == "perceptual":
+            return LPIPS(None if name == "lpips" else name, load).to(device)
         else:
-            features = FeatureNetwork(len(source.class_names)).to(device).eval().requires_grad_(False)
-    return Teachers(features if lpips is None else None, lpips, teacher if teacher or not alignment else features)
+            tower = SigLIP2.from_pretrained if load else SigLIP2.without_weights
+            return tower(name, device=device, dtype=PRECISIONS[config.loop.precision])
+        return made[name]
+
+    perceptual = network("perceptual", config.perceptual_network) if config.perceptual > 0 else None
+    alignment = network("alignment", config.alignment_network) if config.alignment > 0 else None
+    lpips = perceptual if isinstance(perceptual, LPIPS) else None
+    return Teachers(None if lpips else perceptual, lpips, alignment)
 
 
 def feature_network(
@@ -186,9 +193,12 @@ def feature_network(
     output: Path,
     device: torch.device,
     world: World,
+    load: bool,
 ) -> FeatureNetwork:
-    """The frozen classifier: trained here, once, by the main process, and kept in the run's folder."""
+    """The frozen classifier: trained here, once, by the main process, and kept in the run's folder; or a random one."""
     network = FeatureNetwork(len(source.class_names)).to(device)
+    if not load:
+        return network.eval().requires_grad_(False)
     path = output / FEATURES_FILE
     with world.raise_together(), world.others_wait() as heartbeat:  # it may take longer than a collective call can wait
         if world.is_main and not path.exists():
