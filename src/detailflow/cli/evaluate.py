@@ -188,7 +188,7 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_features(parser: argparse.ArgumentParser, instead: str = "") -> None:
-    text = f"inception, dinov2 or FILE.safetensors{instead} (default: %(default)s)"
+    text = f"inception, dinov2, efficientnet-lite0 or FILE.safetensors{instead} (default: %(default)s)"
     parser.add_argument("--features", type=expanded, default="inception", metavar="NAME", help=text)
     parser.add_argument("--weights", type=expanded, metavar="FILE", help="of inception or dinov2 (default: downloaded)")
 

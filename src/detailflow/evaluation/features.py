@@ -12,6 +12,7 @@ from torch import Tensor
 from detailflow import hub
 from detailflow.errors import DetailFlowError, missing_package
 from detailflow.evaluation.architectures import LoadedNetwork, Settings, load_network
+from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
 from detailflow.models.loading import load_weights
 from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.torch_files import load_torch
@@ -201,6 +202,22 @@ def _dinov2(device: torch.device, weights: str | None = None) -> NormalizedNetwo
     )
 
 
+def _efficientnet(device: torch.device, weights: str | None = None) -> NormalizedNetwork:
+    """Load EfficientNet-Lite0, which needs no download: 1,280 pooled features, and logits of ImageNet's classes."""
+    if weights is not None:
+        raise DetailFlowError(
+            f"--features {EFFICIENTNET} has its weights from a package: leave out --weights {weights}"
+        )
+    network = EfficientNetLite0.from_package(f"--features {EFFICIENTNET}", _INSTEAD)
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        pool = network.pool(images)
+        return pool, network.classifier(pool)
+
+    loaded = LoadedNetwork(Settings(EFFICIENTNET, size=224), run, network, hub.fingerprint({}, network.state_dict()))
+    return NormalizedNetwork(EFFICIENTNET, loaded, device)
+
+
 def _positions_at(positions: Tensor, side: int) -> Tensor:
     """Resize position embeddings (1, 1 + s², D) of a class token and s×s patches to side×side patches.
 
@@ -233,4 +250,8 @@ def _no_weights(name: str, what: str, source: str) -> DetailFlowError:
 
 
 # Each loads a network on a device, from a local file of weights or, for `None`, by a download.
-NETWORKS: dict[str, Callable[[torch.device, str | None], Extractor]] = {INCEPTION: Inception, "dinov2": _dinov2}
+NETWORKS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
+    INCEPTION: Inception,
+    "dinov2": _dinov2,
+    EFFICIENTNET: _efficientnet,
+}

