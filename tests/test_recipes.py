@@ -40,8 +40,7 @@ def read(*names: str) -> Any:
 def base(name: str) -> list[str]:
     """What a recipe is laid over, if it is not whole alone."""
     folder, _, stage = name.partition("/")
-    overlay = "-" in stage and stage != "tokenizer-correction"
-    return [f"{folder}/{stage.partition('-')[0]}", name] if overlay else [name]
+    return [f"{folder}/{stage.partition('-')[0]}", name] if "-" in stage else [name]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -69,7 +68,7 @@ def test_a_recipe_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_recipes_are_there():
-    stages = {f"{preset}/{stage}" for preset in (*PRESETS, "cifar10", "imagenet") for stage in KINDS}
+    stages = {f"{preset}/{stage}" for preset in (*PRESETS, "imagenet") for stage in KINDS}
     assert stages <= set(RECIPES)
 
 

@@ -1,8 +1,8 @@
-"""What docs/shipped-model.md compares the tokenizer with: images of their mean colour, and the Gaussian rate-distortion bound.
+"""Print what docs/shipped-model.md compares the tokenizer with: images of one colour, and a rate-distortion bound.
 
     python experiments/shipped-model/bounds.py --data test.parquet
 
-A code of so many bits for Gaussian images of the same covariance cannot come closer than the bound says (reverse water-filling).
+No code of so many bits for Gaussian images of the same covariance is closer to them (reverse water-filling).
 """
 
 import argparse
