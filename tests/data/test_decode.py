@@ -17,7 +17,7 @@ from PIL.IcoImagePlugin import IcoImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from detailflow.data.decode import image_size, image_suffixes, load_rgb, max_pixels, raster_formats, to_rgb
-from detailflow.data.folder import why
+from detailflow.data.summary import why
 from detailflow.errors import DetailFlowError, printable
 
 QUARTER_TURN = 6  # the EXIF orientation of a phone held upright
@@ -171,10 +171,11 @@ def test_the_limit_on_pixels_has_a_sentence_of_its_own(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         assert load_rgb(tmp_path / "a.png").size == (32, 24)
         assert Image.MAX_IMAGE_PIXELS == 100
+        monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "767")
         with pytest.raises(
             DetailFlowError, match=r"a\.png is too large an image: it has 32×24 pixels, and 767 are the most"
         ):
-            load_rgb(tmp_path / "a.png", max_pixels=767)
+            load_rgb(tmp_path / "a.png")
         monkeypatch.setenv("DETAILFLOW_MAX_PIXELS", "700")
         with pytest.raises(DetailFlowError, match="--max-pixels 768"):
             load_rgb(tmp_path / "a.png")

@@ -91,7 +91,7 @@ def test_paths_are_no_patterns(tmp_path, folder):
     assert [colour(source, k) for k in range(2)] == ["red", "blue"] and source.labels.tolist() == [0, 1]
     assert source.name(1).endswith("xy.parquet row 0")
     stream = open_stream(tmp_path / folder / "x?.parquet")
-    assert [row["image"]["bytes"] for row in stream._dataset] == [RED] and stream.num_images == 1
+    assert [row["image"]["bytes"] for row in stream.dataset] == [RED] and stream.num_images == 1
 
 
 def repeated(value: Any, rows: int, kind: Any) -> Any:

@@ -60,7 +60,7 @@ def test_a_row_names_files_of_its_own_set_alone(tmp_path):
         ):
             source.image(index)
     for index in (7, 8):
-        with pytest.raises(DetailFlowError, match="not fetched: URLs are read from hub data sets and streams alone"):
+        with pytest.raises(DetailFlowError, match="not fetched: URLs are read only from hub data sets and streams"):
             source.image(index)
     for index in (9, 10):
         with pytest.raises(DetailFlowError, match="does not exist"):
@@ -103,11 +103,11 @@ def test_addresses_in_ones_own_network_are_not_fetched(tmp_path):
 
 
 def test_a_redirect_leads_to_no_file():
-    from detailflow.data.stored import _HttpsAlone
+    from detailflow.data.stored import _HttpsRedirects
 
     for url in ("file:///etc/hostname", "http://example.com/a.png", "ftp://example.com/a", "https://127.0.0.1/a.png"):
         with pytest.raises(DetailFlowError, match="is not an https:// address on the public web"):
-            _HttpsAlone().redirect_request(None, None, 302, "Found", {}, url)
+            _HttpsRedirects().redirect_request(None, None, 302, "Found", {}, url)
 
 
 def test_a_saved_folder_names_no_files_elsewhere(tmp_path):

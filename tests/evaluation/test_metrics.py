@@ -192,7 +192,7 @@ class TestPrecisionRecall:
 @pytest.fixture(scope="module")
 def pairs(cifar) -> tuple[torch.Tensor, torch.Tensor]:
     """Twelve photographs, and the same with noise of growing strength."""
-    images = np.stack([np.asarray(image) for image, _ in zip(open_images(cifar).readable(), range(12), strict=False)])
+    images = np.stack([np.asarray(open_images(cifar).image(i)) for i in range(12)])
     noise = np.random.default_rng(0).normal(0, 1, images.shape) * np.linspace(1, 60, 12)[:, None, None, None]
     return torch.from_numpy(images), torch.from_numpy((images + noise).clip(0, 255).astype(np.uint8))
 

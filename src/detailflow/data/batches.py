@@ -1,23 +1,24 @@
-"""The endless, deterministic streams that training reads: what batch step k holds depends on (seed, k) alone.
+"""Endless training batches: what step k sees depends only on (seed, k).
 
 So a run that resumes at step k sees exactly the batches that it would have seen without the break, whatever the number
-of worker processes; and several training processes see together what one alone would.
+of workers; and several training processes together see the batches that one would see.
 """
 
 import warnings
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain, islice, repeat
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from detailflow.data.decode import load_rgb
-from detailflow.data.images import ImageSource, tolerated
-from detailflow.data.streams import Record, StreamSource
+from detailflow.data.source import ImageSource, tolerated
+from detailflow.data.streams import StreamSource
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, DetailFlowWarning
@@ -26,12 +27,12 @@ from detailflow.schedule import require_not_negative, require_positive
 Key = TypeVar("Key", bound=Hashable)
 
 _ORDER, _SAMPLE, _STREAM_ORDER, _STREAM_SAMPLE = range(4)  # separate the random streams that are made from one seed
-_AHEAD = 4  # batches that are read and decoded before they are asked for
-_HANDFUL = 5  # unreadable images that are no reason to stop, however few have been read
+_AHEAD = 4  # batches of a stream that are read and decoded before they are asked for
+_HANDFUL = 5  # unreadable images that are no reason to stop a stream, however few have been read
 
 
 class BatchKey(NamedTuple):
-    """Which items make up one step, and where in its epoch it starts."""
+    """The items of one step, and where in its epoch it starts."""
 
     epoch: int
     first_slot: int
@@ -63,7 +64,7 @@ class BatchOrder(Sampler[BatchKey]):
             epoch, step = epoch + 1, 0
 
     def batch_rng(self, key: BatchKey) -> np.random.Generator:
-        """The generator for everything random about one batch but its order."""
+        """Return the generator for everything random about one batch except its order."""
         return np.random.default_rng((_SAMPLE, self.seed, key.epoch, key.first_slot))
 
 
@@ -71,7 +72,7 @@ def note_unreadable(bad: dict[Key, str], found: Mapping[Key, str], tolerated: in
     """Add what could not be read to `bad` (image → what is wrong with it), with one warning each.
 
     Raises:
-        DetailFlowError: where `bad` are then more than `tolerated` of `images` ("the 30 images").
+        DetailFlowError: if `bad` then has more than `tolerated` of `images` ("the 30 images").
     """
     for key, problem in found.items():
         if key not in bad:
@@ -84,85 +85,101 @@ def note_unreadable(bad: dict[Key, str], found: Mapping[Key, str], tolerated: in
         )
 
 
-class _Crops(Dataset[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]):
-    """This process's share of whole batches of random crops: BatchKey → bytes (B, size, size, 3), labels (B,), what could
-    not be read."""
+@dataclass(eq=False)
+class _Batches:
+    """Endless training batches of random crops.
 
-    def __init__(
-        self, source: ImageSource, size: int, order: BatchOrder, share: slice, flip: bool, max_scale: float
-    ) -> None:
-        self.source, self.size, self.order, self.share = source, size, order, share
-        self.flip, self.max_scale = flip, max_scale
-        self.least = side_for_crops(size, max_scale)
-        self.tolerated = tolerated(len(source))
+    Each of several processes makes its part of every batch, and a batch that cannot be divided evenly is an error at
+    once. An image that cannot be read is replaced by the next one that can, with one warning, and is added to `bad`
+    (its index or name → what is wrong with it); more than 1% of them are an error.
+
+    Attributes:
+        batch_size: images of all processes together.
+        workers: processes that read images, or threads that decode a stream.
+        start_step: the step to go on from.
+        flip: whether half of the crops are mirrored.
+        max_scale: see `transforms.random_crop`.
+    """
+
+    source: Any
+    size: int
+    batch_size: int
+    seed: int
+    workers: int = 0
+    start_step: int = 0
+    flip: bool = True
+    max_scale: float = 1.25
+    world: World = field(default_factory=World)
+
+    def __post_init__(self) -> None:
+        require_not_negative(workers=self.workers)
+        self.part = self.world.shard(self.batch_size)
+        self.least = side_for_crops(self.size, self.max_scale)
+        self.bad: dict[Any, str] = {}
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield images (B, 3, size, size) float32 in [-1, 1] and labels (B,) int64."""
+        return ((to_tensor(crops), labels) for crops, labels in self.as_bytes())
+
+    @abstractmethod
+    def as_bytes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the same with images as bytes (B, size, size, 3), a quarter of the size, ready to be sent to a GPU."""
+
+
+class ImageBatches(_Batches):
+    """Endless training batches of a set of images; the order is a new permutation in every epoch."""
+
+    source: ImageSource
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.order = BatchOrder(len(self.source), self.batch_size, self.seed, self.start_step)
+        self.steps_per_epoch = self.order.steps_per_epoch
+
+    def as_bytes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        # batch_size=None: the keys are whole batches already, so what a worker sends is one block of bytes, not floats.
+        loader = DataLoader(
+            _Crops(self),
+            sampler=self.order,
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for crops, labels, bad in loader:
+            note_unreadable(self.bad, bad, tolerated(len(self.source)), f"the {len(self.source)} images")
+            yield crops, labels
+
+
+class _Crops(Dataset[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]):
+    """This process's part of whole batches: bytes (B, size, size, 3), labels (B,) and what could not be read."""
+
+    def __init__(self, batches: ImageBatches) -> None:
+        self.batches = batches
 
     def __getitem__(self, key: BatchKey) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
+        batches, source = self.batches, self.batches.source
         # One generator for the whole batch: seeding one per image would take longer than the crop of a small one.
-        draws = self.order.batch_rng(key).random((len(key.items), 4))[self.share]
-        items = key.items[self.share].tolist()
-        crops = np.zeros((len(items), self.size, self.size, 3), np.uint8)
+        draws = batches.order.batch_rng(key).random((len(key.items), 4))[batches.part]
+        items = key.items[batches.part].tolist()
+        crops = np.zeros((len(items), batches.size, batches.size, 3), np.uint8)
         labels = np.zeros(len(items), np.int64)
         bad: dict[int, str] = {}
         for row, item in enumerate(items):
-            while len(bad) <= self.tolerated:  # beyond that the stream ends with an error, so stop reading
+            while len(bad) <= tolerated(len(source)):  # beyond that there will be an error, so stop reading
                 try:
-                    image = self.source.image(item, self.least)
+                    image = source.image(item, batches.least)
                 except DetailFlowError as error:
                     bad[item] = str(error)
-                    item = (item + 1) % len(self.source)
+                    item = (item + 1) % len(source)
                     continue
-                crops[row] = random_crop(image, self.size, draws[row], self.max_scale, self.flip)
-                labels[row] = self.source.labels[item]
+                crops[row] = random_crop(image, batches.size, draws[row], batches.max_scale, batches.flip)
+                labels[row] = source.labels[item]
                 break
         return torch.from_numpy(crops), torch.from_numpy(labels), bad
 
 
-class ImageBatches:
-    """Endless training batches: images (B, 3, size, size) float32 in [-1, 1] and labels (B,) int64.
-
-    Crops and mirroring are random by (seed, step). Of several `processes` each makes its share of the batch of `batch_size`,
-    and together they make the batch that one alone would make. An image that cannot be read is replaced by the next one
-    that can, with one warning, and stands in `bad` (index → what is wrong with it). More bad images than 1% of the set (and
-    more than one) in one process end its stream with a DetailFlowError that names the first.
-
-    Raises:
-        DetailFlowError: at once, where the batch cannot be shared evenly.
-    """
-
-    def __init__(
-        self,
-        source: ImageSource,
-        size: int,
-        batch_size: int,
-        seed: int,
-        workers: int = 0,
-        start_step: int = 0,
-        flip: bool = True,
-        max_scale: float = 1.25,
-        world: World | None = None,
-    ) -> None:
-        self.order = BatchOrder(len(source), batch_size, seed, start_step)
-        self.steps_per_epoch = self.order.steps_per_epoch
-        self.workers = workers
-        self.bad: dict[int, str] = {}
-        share = (world or World()).shard(batch_size)
-        self._crops = _Crops(source, size, self.order, share, flip, max_scale)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return ((to_tensor(crops), labels) for crops, labels in self.as_bytes())
-
-    def as_bytes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The same with images as bytes (B, size, size, 3), a quarter of what floats would be, ready to be sent to a GPU."""
-        pin = torch.cuda.is_available()
-        # batch_size=None: the keys are whole batches already, so what a worker sends is one block of bytes, not floats.
-        loader = DataLoader(self._crops, sampler=self.order, batch_size=None, num_workers=self.workers, pin_memory=pin)
-        for crops, labels, bad in loader:
-            note_unreadable(self.bad, bad, self._crops.tolerated, f"the {len(self._crops.source)} images")
-            yield crops, labels
-
-
-class _Made(NamedTuple):
-    """A crop (size, size, 3) and its label; or, where there is none, what is wrong with the image of that name."""
+class _Decoded(NamedTuple):
+    """A crop (size, size, 3) and its label, or what is wrong with the image of that name."""
 
     crop: np.ndarray | None
     label: int
@@ -170,136 +187,107 @@ class _Made(NamedTuple):
     problem: str
 
 
-class StreamedBatches:
-    """Endless training batches from a stream: images (B, 3, size, size) float32 in [-1, 1] and labels (B,) int64.
+@dataclass(eq=False)
+class StreamedBatches(_Batches):
+    """Endless training batches of a stream.
 
-    Several `processes` each read a part of their own (whole files where these can be dealt out evenly, else every n-th
-    image, for which each reads all) and make their share of the batch of `batch_size` of it. An epoch is as long for each:
-    where the number of images is known, a process whose part is shorter begins it again. The order is by (seed, epoch,
-    processes), an image's crop and mirroring by its index in that. A thread reads ahead and `workers` threads decode.
+    Each of several processes reads a part of its own: whole files if these can be divided evenly, else every n-th
+    image, for which each reads all. An epoch has the same length for each: if the number of images is known, a process
+    whose part is shorter begins it again. The order depends on the seed, the epoch and the number of processes, and
+    not on `workers`.
 
-    An image that cannot be read is replaced by the next one that can, with one warning, and stands in `bad` (name → what is
-    wrong with it). More than 1% of those read so far (and more than five) end the stream with a DetailFlowError.
+    A run that goes on at `start_step` reads the part of the epoch that is over again, without decoding it. Whole
+    epochs are skipped, but if the number of images is not known one has to be read to count it.
 
-    A run that goes on at `start_step` sees what it would have seen. For that, the part of the epoch that is over is read
-    again, though not decoded: at the speed of the network or disk. Whole epochs are passed over, but where the number of
-    images isn't known one has to be read to count it.
-
-    Args:
-        buffer: images, not yet decoded, that the next one is drawn from: the more, the better mixed, the more memory, and the
-            later the first.
-
-    Raises:
-        DetailFlowError: at once, where the batch cannot be shared evenly.
+    Attributes:
+        buffer: images, not yet decoded, that the next one is drawn from: the more, the better mixed, the more memory,
+            and the later the first.
     """
 
-    def __init__(
-        self,
-        source: StreamSource,
-        size: int,
-        batch_size: int,
-        seed: int,
-        workers: int = 0,
-        start_step: int = 0,
-        flip: bool = True,
-        max_scale: float = 1.25,
-        world: World | None = None,
-        buffer: int = 2048,
-    ) -> None:
-        require_positive(batch_size=batch_size, buffer=buffer)
-        require_not_negative(seed=seed, workers=workers)
-        self.source, self.size, self.batch_size, self.seed, self.workers = source, size, batch_size, seed, workers
-        self.flip, self.max_scale, self.buffer = flip, max_scale, buffer
-        self.world = world or World()
-        share = self.world.shard(batch_size)
-        self.share = share.stop - share.start
-        self.first = start_step * self.share
-        self.bad: dict[str, str] = {}
+    source: StreamSource
+    _: KW_ONLY
+    buffer: int = 2048
+
+    def __post_init__(self) -> None:
+        require_positive(batch_size=self.batch_size, buffer=self.buffer)
+        require_not_negative(seed=self.seed)
+        super().__post_init__()
+        self.part_size = self.part.stop - self.part.start
 
     @property
     def steps_per_epoch(self) -> int:
-        """Raises DetailFlowError where the number of images is not known."""
+        """Return the steps of an epoch if the number of images is known."""
         if self.source.num_images is None:
             raise DetailFlowError(
-                f"{self.source.name} doesn't say how many images it has: leave streaming off to know that"
+                f"{self.source.name} does not say how many images it has: leave streaming off to know that"
             )
         return max(1, self.source.num_images // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return ((to_tensor(crops), labels) for crops, labels in self.as_bytes())
-
     def as_bytes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The same with images as bytes (B, size, size, 3)."""
-        records, seen = self._records(), 0
+        images, pin = self._readable(), torch.cuda.is_available()
+        while batch := list(islice(images, self.part_size)):
+            crops = torch.from_numpy(np.stack([image.crop for image in batch if image.crop is not None]))
+            yield crops.pin_memory() if pin else crops, torch.tensor([image.label for image in batch])
+
+    def _readable(self) -> Iterator[_Decoded]:
+        """Yield images in order, the next readable one in place of each that is not."""
+        unreadable = 0  # in a row
+        for seen, image in enumerate(self._decoded(), 1):
+            if image.crop is not None:
+                yield from repeat(image, unreadable + 1)
+                unreadable = 0
+                continue
+            unreadable += 1
+            where, limit = f"the {seen} images of {self.source.name} read so far", max(_HANDFUL, seen // 100)
+            note_unreadable(self.bad, {image.name: image.problem}, limit, where)
+            if unreadable > _AHEAD * self.part_size:
+                raise DetailFlowError(
+                    f"{self.source.name} has only images in a row that cannot be read ({image.problem})"
+                )
+
+    def _decoded(self) -> Iterator[_Decoded]:
+        """Yield decoded images; one thread reads ahead and `workers` threads decode."""
+        records = self._records()
         reader, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(max(1, self.workers))
 
-        def read() -> list[Future[_Made]]:
-            return [decoders.submit(self._make, *record) for record in islice(records, self.share)]
+        def read() -> list[Future[_Decoded]]:
+            return [decoders.submit(self._decode, *record) for record in islice(records, self.part_size)]
 
-        pin = torch.cuda.is_available()
         try:
             batches = deque(reader.submit(read) for _ in range(_AHEAD))
             while True:
-                made = [image.result() for image in batches[0].result()]
-                found = {image.name: image.problem for image in made if image.crop is None}
-                seen += len(made)
-                tolerated = max(_HANDFUL, seen // 100)
-                note_unreadable(self.bad, found, tolerated, f"the {seen} images of {self.source.name} read so far")
-                if found:
-                    made = self._replace(made, batches)
-                batches.popleft()
+                for image in batches.popleft().result():
+                    yield image.result()
                 batches.append(reader.submit(read))
-                crops = torch.from_numpy(np.stack([image.crop for image in made if image.crop is not None]))
-                yield crops.pin_memory() if pin else crops, torch.tensor([image.label for image in made])
         finally:
             reader.shutdown(cancel_futures=True)
             decoders.shutdown(cancel_futures=True)
 
-    def _replace(self, made: list[_Made], batches: "deque[Future[list[Future[_Made]]]]") -> list[_Made]:
-        """`made`, the first of `batches`, with the next readable image in place of each that is not."""
-        later = chain.from_iterable(batch.result() for batch in islice(batches, 1, None))
-        following = next((image for image in (future.result() for future in later) if image.crop is not None), None)
-        replaced: list[_Made] = []
-        for image in reversed(made):
-            if image.crop is not None:
-                following = image
-            if following is None:
-                raise DetailFlowError(
-                    f"{self.source.name} has only images in a row that cannot be read ({made[0].problem})"
-                )
-            replaced.append(following)
-        return replaced[::-1]
-
-    def _records(self) -> Iterator[tuple[int, int, Record]]:
-        """Epoch, index in it and record, of this process's part from `first` on."""
-        epoch, skip = 0, self.first
+    def _records(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yield epoch, index in it and record, of this process's part from `start_step` on."""
+        epoch, skip = 0, self.start_step * self.part_size
         length = max(1, self.source.num_images // self.world.size) if self.source.num_images else None
         if length:
             epoch, skip = divmod(skip, length)
         while True:
             count = 0
-            for index, record in enumerate(self._epoch(epoch, length)):
+            passes = repeat(epoch) if length else (epoch,)
+            for index, record in enumerate(islice(chain.from_iterable(map(self._pass, passes)), length)):
                 count = index + 1
                 if index >= skip:
                     yield epoch, index, record
             passed, skip = divmod(max(0, skip - count), count)
             epoch += 1 + passed
 
-    def _epoch(self, epoch: int, length: int | None) -> Iterator[Record]:
-        def one_pass() -> Iterator[Record]:
-            rng = np.random.default_rng((_STREAM_ORDER, self.seed, epoch))
-            return self.source.records(rng, self.buffer, self.world)
+    def _pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+        rng = np.random.default_rng((_STREAM_ORDER, self.seed, epoch))
+        return self.source.records(rng, self.buffer, self.world)
 
-        if length is None:
-            return one_pass()
-        return islice(chain.from_iterable(one_pass() for _ in repeat(None)), length)
-
-    def _make(self, epoch: int, index: int, record: Record) -> _Made:
-        name = f"{record.shard} {record.key}" if record.key else f"{self.source.name} image {index} of epoch {epoch}"
+    def _decode(self, epoch: int, index: int, record: dict[str, Any]) -> _Decoded:
+        name = self.source.name_of(record) or f"{self.source.name} image {index} of epoch {epoch}"
         try:
-            label = self.source.label(record, name)
-            image = load_rgb(self.source.stored(record, name), name, side_for_crops(self.size, self.max_scale))
+            image, label = self.source.decode(record, name, self.least)
         except DetailFlowError as error:
-            return _Made(None, 0, name, str(error))
+            return _Decoded(None, 0, name, str(error))
         draws = np.random.default_rng((_STREAM_SAMPLE, self.seed, epoch, self.world.rank, index)).random(4)
-        return _Made(random_crop(image, self.size, draws, self.max_scale, self.flip), label, name, "")
+        return _Decoded(random_crop(image, self.size, draws, self.max_scale, self.flip), label, name, "")

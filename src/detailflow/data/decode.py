@@ -1,7 +1,7 @@
-"""One image file, or its bytes, as RGB.
+"""Read one image file, or its bytes, as RGB.
 
-Pillow does all the decoding, in raster formats alone: those of its plug-ins that start programs are never asked. An image costs
-at most eight bytes a pixel while it is read (in WebP and JPEG 2000 sixteen), and may have `max_pixels()` of them.
+Pillow does all the decoding, in raster formats only: plug-ins that start programs are never asked. Reading takes at
+most eight bytes of memory a pixel (sixteen for WebP and JPEG 2000), and an image may have `max_pixels()` pixels.
 """
 
 import io
@@ -23,21 +23,20 @@ from PIL.TiffImagePlugin import TiffImageFile
 from detailflow.errors import DetailFlowError, printable
 
 MAX_PIXELS = 178_956_970  # beyond that Pillow, too, takes a file for an attack
-MAX_PIXELS_VARIABLE = "DETAILFLOW_MAX_PIXELS"  # which reaches worker processes, however they are started
+MAX_PIXELS_VARIABLE = "DETAILFLOW_MAX_PIXELS"  # reaches worker processes, however they are started
 
-# What only decodes pixels. Not: EPS (starts Ghostscript), WMF (Windows draws it), IPTC (opens what is in it in any format),
-# FITS (unpacks without a limit), DDS (decoded in Python, which takes minutes), and those of which Pillow knows only the name.
+# Formats that only decode pixels. Not: EPS (starts Ghostscript), WMF (Windows draws it), IPTC (opens its content in any
+# format), FITS (unpacks without a limit), DDS (decoded in Python, takes minutes), nor what Pillow only knows by name.
 _RASTER = (
-    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "MPO", "HEIF", "JXL", "BLP", "CUR", "DCX", "DIB",
-    "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA",
-    "XBM", "XPM",
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "MPO", "HEIF", "JXL", "BLP", "CUR", "DCX",
+    "DIB", "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI", "SPIDER",
+    "SUN", "TGA", "XBM", "XPM",
 )  # fmt: skip
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # formats that not every Pillow was built with
 
-# Images within images, whose own headers may say another size. Pillow reads that of an ICO file when it is opened.
+# Images within images, whose own headers may give another size. Pillow reads an ICO file's when it opens the file.
 _NESTED = ("ICO", "ICNS", "BLP")
 _ICO = b"\0\0\1\0"
-
 _COST = {"WEBP": 2, "JPEG2000": 2}  # how often a pixel counts: these decoders take sixteen bytes for it
 
 PLUGINS = {  # suffix → the package that reads such files
@@ -64,14 +63,17 @@ _TURNS = {  # EXIF orientation → what shows the image upright
 }
 _ORIENTATION = 0x0112
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC = 256, 257, 258, 262  # tags of TIFF files
+_PNG = b"\x89PNG\r\n\x1a\n"
 _LONGEST_EXIF = 2**20  # bytes
 _STRIPE = 2**17  # pixels that are converted at once
 _OPENING = threading.Lock()
 
+Errors = type[Exception] | tuple[type[Exception], ...]
+
 
 @cache
 def raster_formats() -> tuple[str, ...]:
-    """Return the formats that are read, by Pillow's names, with those of plug-ins that are installed."""
+    """Return the formats that are read, by Pillow's names, including those of installed plug-ins."""
     Image.init()
     for name, register in _MODULES:
         with suppress(Exception):  # not installed, or not for this Pillow: then its files are left aside
@@ -94,11 +96,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def max_pixels() -> int:
-    """Return how many pixels an image may have: DETAILFLOW_MAX_PIXELS in the environment, else 178,956,970.
-
-    Raises:
-        DetailFlowError: if the variable is no positive whole number.
-    """
+    """Return how many pixels an image may have: DETAILFLOW_MAX_PIXELS in the environment, else 178,956,970."""
     text = os.environ.get(MAX_PIXELS_VARIABLE, str(MAX_PIXELS))
     if not (text.isascii() and text.isdecimal() and 0 < len(text) < 19 and int(text)):
         raise DetailFlowError(
@@ -107,114 +105,97 @@ def max_pixels() -> int:
     return int(text)
 
 
-def load_rgb(
-    source: str | os.PathLike[str] | bytes,
-    name: str | None = None,
-    least: int | None = None,
-    max_pixels: int | None = None,
-) -> Image.Image:
-    """Read one image file (path) or its bytes as RGB.
-
-    EXIF orientation is applied, transparency is laid over white, and palettes, CMYK, greyscale, 16 bits and floating-point
-    numbers are converted. Other metadata is not looked at.
+def load_rgb(source: str | os.PathLike[str] | bytes, name: str | None = None, least: int | None = None) -> Image.Image:
+    """Read an image file (path) or its bytes as RGB: upright, transparency over white, 16 bits scaled to 8.
 
     Args:
-        name: the image in messages; its path if left out.
-        least: a JPEG is decoded straight to 1/2, 1/4 or 1/8 of its size if its shorter side stays that long, which takes a
-            fraction of the time.
-        max_pixels: the limit on pixels, in place of `decode.max_pixels()`.
-
-    Raises:
-        DetailFlowError: naming the image, if it cannot be read.
+        name: the image in messages; by default its path.
+        least: a JPEG is decoded straight to 1/2, 1/4 or 1/8 of its size if its shorter side stays at least that long,
+            which takes a fraction of the time.
     """
     name = printable(name or ("image" if isinstance(source, bytes) else os.fspath(source)))
-    with _opened(source, name) as file:
+    with _open_file(source, name) as file:
         try:
-            return _decode(file, name, least, max_pixels)
+            return _decode(file, name, least)
         except DetailFlowError:
             raise
         except Exception as error:  # damaged files raise whatever the decoder ran into
-            bare = _bare_png(file)
-            if bare is None:
+            stripped = _strip_png(file)
+            if stripped is None:
                 raise _unreadable(name, error) from error
         try:
-            return _decode(bare, name, least, max_pixels)
+            return _decode(stripped, name, least)
         except Exception as error:
             raise _unreadable(name, error) from error
 
 
 def image_size(source: str | os.PathLike[str] | bytes, name: str) -> tuple[int, int]:
-    """Return the width and height of an image as it will be shown, from its header.
-
-    Raises:
-        DetailFlowError: naming the image, if its header cannot be read.
-    """
-    with _opened(source, name) as file:
+    """Return the width and height of an image as it will be shown, from its header."""
+    with _open_file(source, name) as file:
         try:
-            with _open(file, max_pixels()) as image:
-                if (
-                    image.format == "PNG"
-                ):  # whose whole content Pillow would decode to see if EXIF data come after the pixels
+            with _open_image(file, max_pixels()) as image:
+                if image.format == "PNG":  # else Pillow decodes all of it to see if EXIF data follow the pixels
                     image.info.setdefault("exif", _png_exif(file))
-                turned = _orientation(image) >= 5
                 width, height = image.size
                 if isinstance(image, TiffImageFile):  # not all versions of Pillow give its size as stored
                     width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
-                return (height, width) if turned else (width, height)
+                return (height, width) if _orientation(image) >= 5 else (width, height)
         except Exception as error:
             raise _unreadable(name, error) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as RGB: upright by its EXIF data, transparency over white, 16 bits scaled to 8.
-
-    `image` itself stays as it is.
-    """
-    turn = _TURNS.get(_orientation(image))
-    rgb = _converted(image)
-    return rgb if turn is None else rgb.transpose(turn)
+    """Return an image of any mode as `load_rgb` would; `image` itself stays as it is."""
+    return _upright(_to_rgb(image), _orientation(image))
 
 
 def first_line(error: BaseException) -> str:
-    """Return what a library's error says, short enough for a sentence of ours."""
+    """Return the first line of a library's error message, to be part of a sentence."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
-def _opened(source: str | os.PathLike[str] | bytes, name: str) -> BinaryIO:
+@contextmanager
+def explained(problem: str, kinds: Errors = (OSError, ValueError), hint: str = "") -> Iterator[None]:
+    """Turn errors of these kinds into a `DetailFlowError`: "PROBLEM (what the error says): HINT"."""
+    try:
+        yield
+    except DetailFlowError:
+        raise
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DetailFlowError(f"{problem} ({reason}){hint and ': '}{hint}") from error
+
+
+def _open_file(source: str | os.PathLike[str] | bytes, name: str) -> BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     path = Path(source)
-    try:
+    with explained(f"{name} cannot be opened"):
         if path.is_dir():
             raise DetailFlowError(f"{name} is a folder: give the path of one image file")
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
             raise DetailFlowError(f"{name} is no regular file: give the path of an image file")
-        return open(path, "rb", buffering=2**16)
-    except PermissionError as error:
-        raise DetailFlowError(f"{name} cannot be opened: you have no permission to read it") from error
-    except FileNotFoundError as error:
-        raise DetailFlowError(f"{name} does not exist: give the path of an image file") from error
-    except (OSError, ValueError) as error:
-        raise DetailFlowError(
-            f"{name} cannot be opened ({getattr(error, 'strerror', None) or first_line(error)})"
-        ) from error
+        try:
+            return open(path, "rb", buffering=2**16)
+        except FileNotFoundError as error:
+            raise DetailFlowError(f"{name} does not exist: give the path of an image file") from error
 
 
-def _open(file: BinaryIO, limit: int) -> Image.Image:
-    """Read an image's header, whatever its size; of what is decoded for that, the limit holds."""
+def _open_image(file: BinaryIO, limit: int) -> Image.Image:
+    """Read an image's header; `limit` applies only to what Pillow decodes for that."""
     file.seek(0)
     if isinstance(file, io.BufferedReader):
-        file.peek()  # so that nobody waits for the disk below
+        file.peek()  # so that nobody waits for the disk while holding the lock below
     nested = file.read(len(_ICO)) == _ICO
     file.seek(0)
-    with _pillows_limit(limit if nested else None):
+    with _pillow_limit(limit if nested else None):
         return Image.open(file, formats=raster_formats())
 
 
 @contextmanager
-def _pillows_limit(limit: int | None) -> Iterator[None]:
-    """Set Pillow's own limit, which is one number for all threads; above it Pillow warns, above twice that it stops."""
+def _pillow_limit(limit: int | None) -> Iterator[None]:
+    """Set Pillow's own limit, one number for all threads: above it Pillow warns, above twice that it stops."""
     with _OPENING:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, limit
         try:
@@ -223,22 +204,21 @@ def _pillows_limit(limit: int | None) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _decode(file: BinaryIO, name: str, least: int | None, limit: int | None) -> Image.Image:
-    limit = limit or max_pixels()
-    image = _open(file, limit)
+def _decode(file: BinaryIO, name: str, least: int | None) -> Image.Image:
+    limit = max_pixels()
+    image = _open_image(file, limit)
     _check_pixels(image, name, limit)
     if least:
         image.draft(None, (least, least))
     if image.format in _NESTED:
-        with _pillows_limit(limit):
+        with _pillow_limit(limit):
             image.load()
         _check_pixels(image, name, limit)
     else:
         image.load()
-    turn = _TURNS.get(_orientation(image))
-    rgb = _converted(image)
-    del image  # its pixels, before they are needed twice
-    return rgb if turn is None else rgb.transpose(turn)
+    orientation, rgb = _orientation(image), _to_rgb(image)
+    del image  # frees its pixels before the transposed copy is made
+    return _upright(rgb, orientation)
 
 
 def _check_pixels(image: Image.Image, name: str, limit: int) -> None:
@@ -246,8 +226,8 @@ def _check_pixels(image: Image.Image, name: str, limit: int) -> None:
     if pixels > limit:
         twice = f", which in {image.format} count twice" if image.format in _COST else ""
         raise DetailFlowError(
-            f"{name} is too large an image: it has {image.width}×{image.height} pixels{twice}, and {limit:,} are the most; "
-            f"raise that limit with --max-pixels {pixels} if you trust the file"
+            f"{name} is too large an image: it has {image.width}×{image.height} pixels{twice}, and {limit:,} are the "
+            f"most; raise that limit with --max-pixels {pixels} if you trust the file"
         )
 
 
@@ -261,46 +241,50 @@ def _unreadable(name: str, error: Exception) -> DetailFlowError:
     return DetailFlowError(f"{name} is damaged and cannot be decoded ({first_line(error)})")
 
 
-def _bare_png(file: BinaryIO) -> BinaryIO | None:
-    """A PNG file with nothing but what its pixels need: Pillow gives up at long or damaged texts and profiles."""
+def _strip_png(file: BinaryIO) -> BinaryIO | None:
+    """Return a PNG file with only what its pixels need: Pillow gives up at long or damaged texts and profiles."""
     try:
         file.seek(0)
-        content = file.read() if file.read(8) == b"\x89PNG\r\n\x1a\n" else b""
-    except OSError:  # which was why it could not be decoded
+        content = file.read() if file.read(len(_PNG)) == _PNG else b""
+    except OSError:  # the reason why it could not be decoded
         return None
-    kept, start = [b"\x89PNG\r\n\x1a\n"], 0
+    kept, start = [_PNG], 0
     while start + 8 <= len(content):
         kind = content[start + 4 : start + 8]
         end = start + 12 + int.from_bytes(content[start : start + 4], "big")
-        if not kind[0] & 0x20 or kind in (b"tRNS", b"eXIf"):  # a capital letter: needed
+        if not kind[0] & 0x20 or kind in (b"tRNS", b"eXIf"):  # a capital letter: a chunk that is needed
             kept.append(content[start:end])
         start = end
     return io.BytesIO(b"".join(kept)) if content else None
 
 
 def _png_exif(file: BinaryIO) -> bytes:
-    """Return the EXIF data of a PNG file, as Pillow has them, without decoding it; only the heads of its chunks are read."""
-    place = file.tell()
-    start, found = 8, b""
+    """Return the EXIF data of a PNG file in Pillow's form, reading only the heads of its chunks."""
+    position = file.tell()
+    start, found = len(_PNG), b""
     while not found and file.seek(start) == start and len(head := file.read(8)) == 8:
         size = int.from_bytes(head[:4], "big")
         if head[4:] == b"eXIf":
             found = b"Exif\0\0" + file.read(min(size, _LONGEST_EXIF))
         start += 12 + size
-    file.seek(place)
+    file.seek(position)
     return found
 
 
 def _orientation(image: Image.Image) -> int:
-    # The pixels may be sound if only the EXIF block is not: then they are taken as they are stored.
-    with suppress(Exception):
+    with suppress(Exception):  # damaged EXIF data: the pixels may be sound and are taken as they are stored
         value = image.getexif().get(_ORIENTATION)
         return value if isinstance(value, int) else 1
     return 1
 
 
-def _converted(image: Image.Image) -> Image.Image:
-    """RGB of a loaded image, by stripes, so that no step needs a copy of all of it."""
+def _upright(rgb: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image to RGB in stripes, so that no step needs a copy of all of it."""
     transparent = image.has_transparency_data
     if image.mode == "RGB" and not transparent:
         return image
@@ -330,15 +314,14 @@ def _stripe_to_rgb(image: Image.Image, transparent: bool, white: float | None, n
     if not transparent:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    below = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(below, image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _white(image: Image.Image) -> float:
-    """The number that is white in an image of one channel of 16 bits, 32 bits or floating-point numbers.
+    """Return the value of white in an image of one channel of 16 bits, 32 bits or floating-point numbers.
 
-    Pillow would clip all of them to 0 to 255. Up to 16 bits their number says it; PGM files Pillow scales to 16. By convention
-    floating-point white is 1, but files of 0 to 255 and of 0 to 65535 are common: the brightest pixel tells.
+    Pillow would clip all of them to 0 to 255. Up to 16 bits the file gives it; PGM files are scaled to 16 by Pillow.
+    Floating-point white is 1 by convention, but 255 and 65535 are common too: the brightest pixel decides.
     """
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(_BITS, (16,))
@@ -349,6 +332,6 @@ def _white(image: Image.Image) -> float:
     for _, stripe in _stripes(image):
         values = np.asarray(stripe)
         brightest = max(brightest, float(values.max(initial=0, where=np.isfinite(values))))
-    if image.mode == "F" and brightest <= 2:  # a little more than 1 comes of resizing and sharpening
+    if image.mode == "F" and brightest <= 2:  # resizing and sharpening exceed 1 a little
         return 1
     return next((white for white in (255.0, 65535.0) if brightest <= white), brightest)

@@ -7,29 +7,21 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
-from detailflow.data.decode import image_suffixes, load_rgb, to_rgb
-from detailflow.data.folder import MANY, Found, Notes, find_in_folder, in_folders, within
+from detailflow.data.decode import explained, image_suffixes, load_rgb, to_rgb
+from detailflow.data.folder import MANY, DataFiles, file_sizes, find_in_folder, first_folders, within
 from detailflow.data.metadata import read_labels
 from detailflow.data.parquet import open_parquet
-from detailflow.data.source import (
-    ImageSource,
-    class_order,
-    file_sizes,
-    from_names,
-    labelled,
-    spread,
-    tolerated,
-    unlabelled,
-)
+from detailflow.data.source import ImageSource, class_order, labelled, spread, tolerated
+from detailflow.data.summary import Notes
 from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError, DetailFlowWarning, printable
 
-__all__ = ["Found", "ImageSource", "find", "load_rgb", "open_images", "spread", "to_rgb", "tolerated"]
+__all__ = ["ImageSource", "find", "load_rgb", "open_images", "spread", "to_rgb", "tolerated"]
 
 _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -48,72 +40,63 @@ def open_images(
 ) -> ImageSource:
     """Open a set of images. What is probably a mistake in it is a Python warning; `detailflow data` tells more.
 
+    >>> source = open_images("photos")  # doctest: +SKIP
+    >>> len(source), source.class_names, source.labels, source.summary  # doctest: +SKIP
+
     Args:
         data: one of
 
-            - a folder of images, in one subfolder per class, with labels in `metadata.csv` or `metadata.jsonl` (`file_name`,
-              `label`), or without either (one class);
-            - a parquet file, a glob of them or a folder of them, in the Hugging Face layout (an image and a label column), or
-              a folder by `save_to_disk`;
-            - a WebDataset shard (.tar), a glob or a range `{000..009}` of them or a folder of them, in which an image stands
-              beside a .cls file (its class, as a number or a name) or a .json file with `label_column`;
+            - a folder of images, in one subfolder per class, with labels in `metadata.csv` or `metadata.jsonl`
+              (`file_name`, `label`), or without either (one class);
+            - a parquet file, a glob of them or a folder of them, in the Hugging Face layout (an image and a label
+              column), or a folder by `save_to_disk`;
+            - a WebDataset shard (.tar), a glob or a range `{000..009}` of them or a folder of them, with a .cls file
+              (its class, as a number or a name) or a .json file with `label_column` beside each image;
             - the name of a data set on the Hugging Face hub.
-        split: train, val or test, if a folder has such subfolders or files of such names, and on the hub; `None` is train if
-            there are splits. Single files, globs and ranges hold just their images.
-
-    Raises:
-        DetailFlowError: if it cannot be read or holds no images.
+        split: train, val or test, if a folder has such subfolders or files of such names, and on the hub; `None` is
+            train if there are splits. Single files, globs and ranges have no splits.
     """
     found = find(data, split)
-    if found.kind == "hub":
-        source = open_hub(found.where, split or "train", image_column, label_column)
-    elif found.kind == ".parquet":
-        source = open_parquet(found.files, image_column, label_column, found.notes)
-    elif found.kind == "saved":
-        source = open_saved(found.where, image_column, label_column)
-    elif found.kind == ".tar":
-        source = open_shards(found.files, image_column, label_column, found.notes)
-    else:
-        source = _open_folder(found, label_column)
+    openers = {
+        "folder": _open_folder,
+        ".parquet": open_parquet,
+        ".tar": open_shards,
+        "saved": open_saved,
+        "hub": open_hub,
+    }
+    source = openers[found.kind](found, image_column, label_column)
     source.where, source.notes = printable(os.fspath(data)), found.notes
     for problem in found.notes.warnings:
         warnings.warn(printable(problem), DetailFlowWarning, stacklevel=2)
-    if _log.isEnabledFor(logging.INFO):  # as the summary takes a while
-        _log.info("%s", source.summary)
+    _log.info("%s", source.summary)
     return source
 
 
-def find(data: str | os.PathLike[str], split: str | None = None) -> Found:
-    """Return what the images of `open_images(data, split)` are in.
-
-    Raises:
-        DetailFlowError: if there are none.
-    """
+def find(data: str | os.PathLike[str], split: str | None = None) -> DataFiles:
+    """Return the files with the images of `open_images(data, split=split)`."""
     data = os.path.expanduser(os.fspath(data))
     path = Path(data)
-    try:
+    with explained(f"{data!r} cannot be opened"):  # no name of a file at all, or one that may not be looked at
         is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError) as error:  # no name of a file at all, or one that may not be looked at
-        raise DetailFlowError(f"{data!r} cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     if is_folder:
-        return find_in_folder(path, split)
+        return find_in_folder(str(path), split)
     if is_file:
         if path.suffix.lower() not in MANY:
             raise DetailFlowError(f"{data} is neither a folder of images nor a .parquet or .tar file")
-        return Found(path.suffix.lower(), data, [path], Notes())
+        return DataFiles(path.suffix.lower(), data, [str(path)], Notes())
     if _RANGE.search(data):
-        return _of_one_kind(data, [Path(name) for name in _ranged(data)])
+        return _of_one_kind(data, _ranged(data))
     if _MAGIC.search(data):
         return _of_one_kind(data, _matching(data))
     if not _HUB_NAME.fullmatch(data) or path.suffix.lower() in image_suffixes().union(MANY):
         raise DetailFlowError(
             f"{data} does not exist: give a folder of images, .parquet or .tar files, or the name of a hub data set"
         )
-    return Found("hub", data, [], Notes())
+    return DataFiles("hub", data, [], Notes(), split=split or "train")
 
 
 def _ranged(pattern: str) -> Iterator[str]:
-    """shard-{000..002}.tar → shard-000.tar, shard-001.tar, shard-002.tar"""
+    """Yield shard-000.tar, shard-001.tar, shard-002.tar of shard-{000..002}.tar."""
     parts: list[Sequence[str]] = []
     count, end = 1, 0
     for match in _RANGE.finditer(pattern):
@@ -127,7 +110,7 @@ def _ranged(pattern: str) -> Iterator[str]:
     return map("".join, product(*parts, [pattern[end:]]))
 
 
-def _matching(pattern: str) -> list[Path]:
+def _matching(pattern: str) -> list[str]:
     """Return the files and folders that a pattern matches. `**` follows no links, which may lead round in circles."""
     parts = Path(pattern).parts
     first = next(number for number, part in enumerate(parts) if _MAGIC.search(part))
@@ -135,23 +118,25 @@ def _matching(pattern: str) -> list[Path]:
     if rest[-1] == "**":
         rest.append("*")
     top = Path(*parts[:first])
-    found = top.glob(os.path.join(*rest))
+    found: Iterable[Path] = top.glob(os.path.join(*rest))
     if not any(part.startswith(".") for part in rest):
         found = (path for path in found if not any(part.startswith(".") for part in path.relative_to(top).parts))
-    return sorted(set(found), key=str)
+    return sorted(map(str, set(found)))
 
 
-def _of_one_kind(data: str, files: list[Path]) -> Found:
+def _of_one_kind(data: str, files: Iterable[str]) -> DataFiles:
+    files = [str(Path(file)) for file in files]
     for kind in MANY:
-        if chosen := [file for file in files if file.suffix.lower() == kind]:
-            for file in chosen:
-                if not file.is_file():
-                    raise DetailFlowError(f"{file} does not exist: check the range in {data}")
-            return Found(kind, data, chosen, Notes())
+        if chosen := [file for file in files if os.path.splitext(file)[1].lower() == kind]:
+            if missing := next((file for file in chosen if not os.path.isfile(file)), None):
+                raise DetailFlowError(f"{missing} does not exist: check the range in {data}")
+            return DataFiles(kind, data, chosen, Notes())
     raise DetailFlowError(f"{data} matches no .parquet file and no .tar file: check the pattern")
 
 
 class _FileRows:
+    """Images that are files of their own."""
+
     def __init__(self, files: list[str], root: str) -> None:
         self.files, self.root = files, root
 
@@ -168,72 +153,64 @@ class _FileRows:
         return file_sizes(self.files, self.root)
 
 
-def _open_folder(found: Found, label_column: str) -> ImageSource:
-    """A folder of image files, with the labels of its metadata, or else of its subfolders."""
-    top, notes = found.where, found.notes
-    found = _without_partial_metadata(found)
-    labels = read_labels(found.metadata, label_column, notes) if found.metadata or label_column != "label" else None
+def _open_folder(found: DataFiles, image_column: str, label_column: str) -> ImageSource:
+    """Open a folder of image files, with the labels of its metadata, or else of its subfolders."""
+    top, metadata = found.where, _whole_metadata(found)
+    labels = read_labels(metadata, label_column, found.notes) if metadata or label_column != "label" else None
     if labels is not None:
-        return _with_labels(found, labels)
-    rows = _FileRows([str(file) for file in found.files], top)
-    classes = list(in_folders(found.files, top))
-    if not any(classes):
-        return unlabelled(rows)
+        return _with_metadata(found, " or ".join(sorted(set(map(os.path.basename, metadata)))), labels)
+    classes = list(first_folders(found.files, top))
+    if any(classes):
+        _check_classes(found, classes)
+    return labelled(_FileRows(found.files, top), top, classes)
+
+
+def _check_classes(found: DataFiles, classes: list[str | None]) -> None:
+    """Check that all images are in class folders and that each has some; ask if the user meant the folder below."""
+    top, notes = found.where, found.notes
     if None in classes:
+        beside = os.path.basename(found.files[classes.index(None)])
         raise DetailFlowError(
-            f"{top} has images beside its class subfolders (such as {found.files[classes.index(None)].name}): "
+            f"{top} has images beside its class subfolders (such as {beside}): "
             "move each into the subfolder of its class"
         )
-    names = [name for name in classes if name is not None]
-    for empty in sorted(set(found.folders).difference(names)):
+    for empty in sorted(set(found.folders).difference(filter(None, classes))):
         folder = os.path.join(top, empty)
-        if not any(
-            problem.startswith((f"{folder} ", f"{folder}{os.sep}")) for problem in notes.warnings
-        ):  # said already
-            holds = sorted(
-                {kind for kind, files in notes.left_aside.items() if any(f.startswith(f"{empty}/") for f in files)}
-            )
-            inside = f" (it holds {', '.join(holds)})" if holds else ""
-            question = f"; {notes.question}" if notes.question else ""
-            raise DetailFlowError(
-                f"{folder} holds no images{inside}: put some there or remove this class subfolder{question}"
-            )
-    _ask_for_the_folder_below(top, names, found)
-    return from_names(rows, names, top)
+        if any(problem.startswith((f"{folder} ", f"{folder}{os.sep}")) for problem in notes.warnings):
+            continue
+        kinds = sorted(
+            kind for kind, files in notes.left_aside.items() if any(f.startswith(f"{empty}/") for f in files)
+        )
+        inside = f" (it holds {', '.join(kinds)})" if kinds else ""
+        question = f"; {notes.question}" if notes.question else ""
+        raise DetailFlowError(
+            f"{folder} holds no images{inside}: put some there or remove this class subfolder{question}"
+        )
+    if len(set(classes)) == 1:
+        below = os.path.join(top, classes[0] or "")
+        inner = set(first_folders(found.files, below))
+        if None not in inner:
+            names = class_order(filter(None, inner))
+            notes.question = f"did you mean {below}, with {', '.join(names[:3])}{', …' * (len(names) > 3)}?"
 
 
-def _without_partial_metadata(found: Found) -> Found:
-    """Leave metadata aside if there are images above it or beside its folder: it would make these vanish."""
+def _whole_metadata(found: DataFiles) -> Sequence[str]:
+    """Return the metadata files, or none if there are images outside their folders, which would vanish."""
     holders = {os.path.dirname(file) for file in found.metadata}
-    folders = {file.parent for file in found.files}
-    outside = next(
-        (folder for folder in sorted(folders) if not holders.intersection(map(str, (folder, *folder.parents)))), None
-    )
-    if outside is None or not holders:
-        return found
+    folders = {Path(file).parent for file in found.files}
+    outside = (folder for folder in sorted(folders) if not holders.intersection(map(str, (folder, *folder.parents))))
+    if not holders or (first := next(outside, None)) is None:
+        return found.metadata
     for file in found.metadata:
         found.notes.leave(os.path.splitext(file)[1].lower(), within(file, found.where))
-    metadata = found.metadata[0]
     found.notes.warnings.append(
-        f"{metadata} is left aside: it says nothing of images in other folders, such as {outside}"
+        f"{found.metadata[0]} is left aside: it says nothing of images in other folders, such as {first}"
     )
-    return found._replace(metadata=[])
+    return ()
 
 
-def _ask_for_the_folder_below(top: str, names: list[str], found: Found) -> None:
-    if len(set(names)) > 1:
-        return
-    below = os.path.join(top, names[0])
-    folders = list(in_folders(found.files, below))
-    if None not in folders:
-        classes = class_order({name for name in folders if name})
-        shown = ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
-        found.notes.question = f"did you mean {below}, with {shown}?"
-
-
-def _with_labels(found: Found, labels: dict[str, str | None]) -> ImageSource:
-    notes, what = found.notes, " or ".join(sorted({os.path.basename(file) for file in found.metadata}))
-    files = {os.path.normpath(file): str(file) for file in found.files}
+def _with_metadata(found: DataFiles, what: str, labels: dict[str, str | None]) -> ImageSource:
+    notes, files = found.notes, {os.path.normpath(file): file for file in found.files}
     chosen = [path for path in files if path in labels]
     notes.leave(f"image without a row in {what}", *(within(path, found.where) for path in files if path not in labels))
     missing = [path for path in labels if path not in files and not os.path.exists(path)]

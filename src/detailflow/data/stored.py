@@ -1,4 +1,4 @@
-"""The image in a row of a table: bytes, a path in the set's own folder, or a URL. Nothing else that a row names is read."""
+"""The image in a row of a table: bytes, a path in the set's own folder, or a URL. Nothing else is read."""
 
 import ipaddress
 import os
@@ -16,7 +16,7 @@ from detailflow.errors import DetailFlowError
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=/)|[a-z]+::", re.IGNORECASE)
 _HUB_URL = re.compile(r"(?:zip://[^:]+::)?hf://[^:]+(?::[^:]+)?")  # a file on the hub, or one in an archive there
 _LARGEST = 512 * 2**20  # bytes that are fetched as one image
-_PATIENCE = 60  # seconds
+_TIMEOUT = 60  # seconds
 
 
 def stored_image(value: Any, name: str, folders: Sequence[str], urls: bool) -> str | bytes:
@@ -24,11 +24,8 @@ def stored_image(value: Any, name: str, folders: Sequence[str], urls: bool) -> s
 
     Args:
         name: the row, for messages.
-        folders: those that hold the set's own files: a path must lead into one of them, links resolved.
+        folders: those with the set's own files: a path must lead into one of them, links resolved.
         urls: whether a row may name a file on the web or the hub, which is then fetched.
-
-    Raises:
-        DetailFlowError: if the row is empty, or names something else.
     """
     content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if not content:
@@ -40,7 +37,7 @@ def stored_image(value: Any, name: str, folders: Sequence[str], urls: bool) -> s
     if _URL.match(content):
         if urls and (_HUB_URL.fullmatch(content) or content.lower().startswith("https://")):
             return _fetch(content, name)
-        kinds = "https:// and hf:// alone are read" if urls else "URLs are read from hub data sets and streams alone"
+        kinds = "only https:// and hf:// are read" if urls else "URLs are read only from hub data sets and streams"
         raise DetailFlowError(f"{name} names {_short(content)}, which is not fetched: {kinds}")
     for folder in () if "\0" in content else map(os.path.realpath, folders):
         path = os.path.realpath(os.path.join(folder, content))
@@ -57,17 +54,7 @@ def _short(text: str) -> str:
 
 def _fetch(url: str, name: str) -> bytes:
     try:
-        if url.lower().startswith("https://"):
-            _check(url)
-            with build_opener(_HttpsAlone()).open(url, timeout=_PATIENCE) as response:
-                content = response.read(_LARGEST + 1)
-        else:
-            import fsspec  # type: ignore[import-untyped]
-
-            with fsspec.open(url, "rb") as file:
-                content = file.read(_LARGEST + 1)
-    except DetailFlowError as error:
-        raise DetailFlowError(f"{name} cannot be fetched ({error})") from error
+        content = _download(url)
     except Exception as error:  # every kind of file system has errors of its own
         raise DetailFlowError(f"{name} cannot be fetched from {_short(url)} ({first_line(error)})") from error
     if len(content) > _LARGEST:
@@ -75,15 +62,27 @@ def _fetch(url: str, name: str) -> bytes:
     return content
 
 
-class _HttpsAlone(HTTPRedirectHandler):
-    """Follow redirects to other web servers, and to nothing else."""
+def _download(url: str) -> bytes:
+    """Return the file at a URL, or the first `_LARGEST` + 1 bytes of it."""
+    if url.lower().startswith("https://"):
+        _check_public(url)
+        with build_opener(_HttpsRedirects()).open(url, timeout=_TIMEOUT) as response:
+            return bytes(response.read(_LARGEST + 1))
+    import fsspec  # type: ignore[import-untyped]
+
+    with fsspec.open(url, "rb") as file:
+        return bytes(file.read(_LARGEST + 1))
+
+
+class _HttpsRedirects(HTTPRedirectHandler):
+    """Follow redirects to other public https servers, and to nothing else."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        _check(newurl)
+        _check_public(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _check(url: str) -> None:
+def _check_public(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme.lower() != "https" or not parts.hostname or _is_local(parts.hostname, parts.port or 443):
         raise DetailFlowError(f"{_short(url)} is not an https:// address on the public web")
@@ -91,7 +90,7 @@ def _check(url: str) -> None:
 
 @lru_cache(4096)
 def _is_local(host: str, port: int) -> bool:
-    """Whether a name leads to this machine or its own network, which a data set has no business in."""
+    """Return whether a name leads to this machine or its own network, where a data set must not look."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:  # only the proxy may know the name

@@ -1,69 +1,101 @@
-"""Hub data sets and folders by `save_to_disk`, through the `datasets` library, which never decodes an image here."""
+"""Images in rows of tables: hub data sets and folders by `save_to_disk`, opened by the `datasets` library.
+
+The library never decodes an image here: rows are read from its Arrow tables.
+"""
 
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from detailflow.data.decode import first_line
-from detailflow.data.source import ImageSource, common_folder, file_sizes, labelled, unlabelled
+from detailflow.data.decode import explained, first_line
+from detailflow.data.folder import DataFiles, file_sizes
+from detailflow.data.source import ImageSource, labelled
 from detailflow.data.stored import stored_image
 from detailflow.errors import DetailFlowError, missing_package, printable
 from detailflow.files import read_text
 
 
-class _TableRows:
-    """Rows of a memory-mapped `datasets.Dataset`, read from its Arrow table: that never decodes an image."""
+class TableRows:
+    """Rows of Arrow tables that are mapped into memory.
 
-    def __init__(self, dataset: Any, column: str, files: list[tuple[str, int]], on_hub: bool) -> None:
-        self.dataset, self.column, self.on_hub = dataset, column, on_hub
-        self.file_names = [name for name, _ in files]
-        self.ends = np.cumsum([count for _, count in files])
+    Args:
+        files: what each row is named by: "FILE row 3".
+        counts: rows of each file.
+        column: returns the image column of a file by its number; picklable.
+        hub: name and checksum of a hub data set, whose rows may name files of its download and on the web.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        counts: Sequence[int],
+        column: Callable[[int], Any],
+        hub: tuple[str, str] | None = None,
+    ) -> None:
+        self.files, self.column, self.hub = list(files), column, hub
+        self.ends = np.cumsum(counts)
+        self._columns: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return len(self.dataset)
-
-    @cached_property
-    def _values(
-        self,
-    ) -> Any:  # kept, since finding a column takes longer the more chunks a table has: 0.1 ms in ImageNet's
-        return self.dataset.data.column(self.column)
+        return int(self.ends[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but `_values`, which would travel to a worker process with all of its images."""
-        return {name: value for name, value in self.__dict__.items() if name != "_values"}
+        """Return all but the columns, which would be sent to a worker process with all of their images."""
+        return {**self.__dict__, "_columns": {}}
 
-    def _file(self, index: int) -> int:
-        return int(np.searchsorted(self.ends, index, side="right"))
+    def _locate(self, index: int) -> tuple[int, int]:
+        file = int(np.searchsorted(self.ends, index, side="right"))
+        return file, index - (int(self.ends[file - 1]) if file else 0)
 
     def name(self, index: int) -> str:
-        file = self._file(index)
-        return f"{self.file_names[file]} row {index - (int(self.ends[file - 1]) if file else 0)}"
+        file, row = self._locate(index)
+        return f"{self.files[file]} row {row}"
 
     def stored(self, index: int) -> str | bytes:
-        return stored_image(self._values[index].as_py(), self.name(index), self._folders(index), self.on_hub)
-
-    def _folders(self, index: int) -> list[str]:
-        if self.on_hub:
-            return cache_folders(self.file_names[0])
-        return [os.path.dirname(self.file_names[self._file(index)]) or "."]
+        file, row = self._locate(index)
+        if file not in self._columns:  # finding a column takes long in a table of many chunks
+            self._columns[file] = self.column(file)
+        folders = cache_folders(self.hub[0]) if self.hub else [os.path.dirname(self.files[file]) or "."]
+        value = self._columns[file][row].as_py()
+        return stored_image(value, self.name(index), folders, urls=self.hub is not None)
 
     def listing(self) -> Iterable[tuple[str | int, ...]]:
-        if self.on_hub:  # where the library's own checksum is of the files' contents or revision
-            return [(self.file_names[0], len(self), str(self.dataset._fingerprint))]
-        sizes = file_sizes(self.file_names, common_folder(self.file_names))
-        return [(*entry, rows) for entry, rows in zip(sizes, np.diff(self.ends, prepend=0).tolist(), strict=True)]
+        if self.hub:
+            return [(self.files[0], len(self), self.hub[1])]
+        return list_tables(self.files, np.diff(self.ends, prepend=0).tolist())
+
+
+def list_tables(files: Sequence[str], counts: Sequence[int]) -> list[tuple[str | int, ...]]:
+    """Return each file's name in the folder that has them all, its bytes and its rows."""
+    return [(*entry, count) for entry, count in zip(file_sizes(files), counts, strict=True)]
+
+
+def mapped_column(files: Sequence[str], column: str, file: int) -> Any:
+    """Return a column of one of several Arrow files, mapped into memory."""
+    import pyarrow
+
+    with (
+        explained(f"{files[file]} cannot be read", hint="start again"),
+        pyarrow.memory_map(files[file]) as mapped,
+        pyarrow.ipc.open_stream(mapped) as batches,
+    ):
+        return batches.read_all().column(column)
+
+
+def _dataset_column(dataset: Any, column: str, file: int) -> Any:
+    return dataset.data.column(column)
 
 
 def import_datasets() -> ModuleType:
-    """The `datasets` library. Raises DetailFlowError where it is not installed."""
+    """Return the `datasets` library."""
     try:
         import datasets
     except ImportError as error:
@@ -72,8 +104,8 @@ def import_datasets() -> ModuleType:
 
 
 @contextmanager
-def quiet(datasets: ModuleType, progress: bool) -> Iterator[None]:
-    """Keep `datasets` from writing to the terminal, but for a progress bar where the wait is long."""
+def quiet(datasets: ModuleType, progress: bool = False) -> Iterator[None]:
+    """Keep `datasets` from writing to the terminal, except its progress bars if `progress`."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels, hide_bars = [logger.level for logger in loggers], not progress and not datasets.are_progress_bars_disabled()
     for logger in loggers:
@@ -90,14 +122,10 @@ def quiet(datasets: ModuleType, progress: bool) -> Iterator[None]:
 
 
 def load_hub(name: str, split: str, **options: Any) -> Any:
-    """Open a data set on the hub by `datasets.load_dataset`, which runs no code of its own.
-
-    Raises:
-        DetailFlowError: if that fails.
-    """
+    """Open a data set on the hub by `datasets.load_dataset`, which runs no code of its own."""
     datasets = import_datasets()
     try:
-        with quiet(datasets, True):
+        with quiet(datasets, progress=True):
             return datasets.load_dataset(_hub_id(name), split=split, **options)
     except Exception as error:  # no network, no such dataset, no such split, gated, ...: `datasets` says which
         reached = f"on the hub it cannot be opened as a data set ({first_line(error)})"
@@ -109,8 +137,8 @@ def load_hub(name: str, split: str, **options: Any) -> Any:
 def _hub_id(name: str) -> str:
     """Return the full name of a data set on the hub: "ylecun/mnist" for "mnist".
 
-    A name without its owner is never handed to `load_dataset`, for which "json", "pandas" and the like are kinds of files
-    that it then looks for in the current folder, and opens, pickles too.
+    A name without its owner never reaches `load_dataset`, which takes "json", "pandas" and the like for kinds of files
+    in the current folder, and opens them, pickles too.
     """
     if "/" in name:
         return name
@@ -121,7 +149,7 @@ def _hub_id(name: str) -> str:
         found = str(HfApi().dataset_info(name).id)
     except (HfHubHTTPError, HFValidationError):
         raise
-    except Exception as error:  # of the library that carries the question, which changes between releases
+    except Exception as error:  # the network's, of a library that changes between releases
         raise ConnectionError(first_line(error)) from error
     if "/" not in found:
         raise DetailFlowError("give its owner too, as in owner/name")
@@ -133,68 +161,57 @@ def cache_folders(name: str) -> list[str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     downloads = str(import_datasets().config.DOWNLOADED_DATASETS_PATH)
-    return [os.path.join(HF_HUB_CACHE, f"datasets--{name.split()[0].replace('/', '--')}"), downloads]
+    return [os.path.join(HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}"), downloads]
 
 
-def open_saved(folder: str, image_column: str, label_column: str) -> ImageSource:
-    """Open a folder that `save_to_disk` of the `datasets` library wrote, of one set.
+def open_hub(found: DataFiles, image_column: str, label_column: str) -> ImageSource:
+    """Open a data set on the hub, which is downloaded."""
+    name, split = found.where, found.split
+    dataset = load_hub(name, split)
+    column, identity = partial(_dataset_column, dataset, image_column), str(dataset._fingerprint)
+    rows = TableRows([f"{name} {split}"], [len(dataset)], column, (name, identity))
+    return _from_dataset(dataset, name, rows, image_column, label_column)
 
-    Raises:
-        DetailFlowError: if it cannot be read, names files elsewhere, has no such columns, or labels that cannot be.
-    """
-    datasets = import_datasets()
-    try:
+
+def open_saved(found: DataFiles, image_column: str, label_column: str) -> ImageSource:
+    """Open a folder that `save_to_disk` of the `datasets` library wrote, of one set."""
+    datasets, folder = import_datasets(), found.where
+    with explained(f"{folder} is not a readable folder by `save_to_disk`", Exception), quiet(datasets):
         state = json.loads(read_text(Path(folder) / "state.json"))
-        files = [str(entry["filename"]) for key in ("_data_files", "_indices_files") for entry in state.get(key) or ()]
-        if outside := [file for file in files if os.path.basename(file) != file]:
+        names = [str(entry["filename"]) for key in ("_data_files", "_indices_files") for entry in state.get(key) or ()]
+        if outside := [name for name in names if os.path.basename(name) != name]:
             raise DetailFlowError(f"{folder} names {outside[0]}, which is not in it: no other file is read")
-        for file in ("dataset_info.json", *files):
-            if not os.path.isfile(path := os.path.join(folder, file)):  # reading a pipe may never end
-                raise DetailFlowError(
-                    f"{path} is {'no regular file' if os.path.exists(path) else 'missing'}: save the set again"
-                )
-        with quiet(datasets, False):
-            dataset = datasets.load_from_disk(folder)
-        counted = [(os.path.join(folder, file), _arrow_rows(os.path.join(folder, file))) for file in files]
-    except DetailFlowError:
-        raise
-    except Exception as error:  # `datasets` raises many kinds
-        raise DetailFlowError(f"{folder} is not a readable folder by `save_to_disk` ({first_line(error)})") from error
-    if dataset._indices is not None:  # a selection of the rows that are stored
-        with quiet(datasets, False):
+        for path in (os.path.join(folder, name) for name in ("dataset_info.json", *names)):
+            if not os.path.isfile(path):  # reading a pipe may never end
+                problem = "no regular file" if os.path.exists(path) else "missing"
+                raise DetailFlowError(f"{path} is {problem}: save the set again")
+        dataset = datasets.load_from_disk(folder)
+        files = [os.path.join(folder, name) for name in names]
+        counts, column = [_count_rows(file) for file in files], partial(mapped_column, files, image_column)
+        if dataset._indices is not None:  # a selection of the rows that are stored
             dataset = dataset.flatten_indices(keep_in_memory=True)
-        counted = [*((file, 0) for file, _ in counted), (os.path.join(folder, "state.json"), len(dataset))]
-    names = stored_names(folder, dataset.features, label_column)
-    return _from_table(dataset, folder, counted, image_column, label_column, names, on_hub=False)
+            counts, column = [0] * len(files), partial(_dataset_column, dataset, image_column)
+            files, counts = [*files, os.path.join(folder, "state.json")], [*counts, len(dataset)]
+    return _from_dataset(dataset, folder, TableRows(files, counts, column), image_column, label_column)
 
 
-def _arrow_rows(file: str) -> int:
+def _count_rows(file: str) -> int:
     import pyarrow
 
     with pyarrow.memory_map(file) as mapped, pyarrow.ipc.open_stream(mapped) as batches:
         return sum(batch.num_rows for batch in batches)
 
 
-def open_hub(name: str, split: str, image_column: str, label_column: str) -> ImageSource:
-    """Raises DetailFlowError where the dataset cannot be opened, has no such columns, or labels that cannot be."""
-    dataset = load_hub(name, split)
-    names = stored_names(name, dataset.features, label_column)
-    return _from_table(
-        dataset, name, [(f"{name} {split}", len(dataset))], image_column, label_column, names, on_hub=True
-    )
-
-
-def stored_names(where: str, features: Any, column: str) -> tuple[str, ...]:
-    """Return the class names that a dataset's features give for a label column; () if they give none."""
-    return check_names(where, getattr(features.get(column), "names", None))
+def _from_dataset(dataset: Any, where: str, rows: TableRows, image_column: str, label_column: str) -> ImageSource:
+    names = check_columns(where, dataset.features, image_column, label_column)
+    if len(dataset) == 0:
+        raise DetailFlowError(f"{where} holds no images: it has no rows")
+    labels = None if names is None else dataset.data.column(label_column).to_pylist()
+    return labelled(rows, where, labels, names or ())
 
 
 def check_names(where: str, names: Any) -> tuple[str, ...]:
-    """Return the names of classes that a set states; () if it states none.
-
-    Raises:
-        DetailFlowError: if they are not a list of texts.
-    """
+    """Return the class names that a set gives, which must be a list of texts; () if it gives none."""
     if names is None:
         return ()
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -203,48 +220,23 @@ def check_names(where: str, names: Any) -> tuple[str, ...]:
 
 
 def require_columns(where: str, columns: Sequence[str], image_column: str, label_column: str = "label") -> None:
-    """Check that a table has the columns that were asked for by name; "label" may be missing.
-
-    Raises:
-        DetailFlowError: if it has not.
-    """
+    """Check that a table has these columns; "label" may be missing."""
     for column in (image_column, label_column):
         if column not in columns and (column == image_column or column != "label"):
             raise DetailFlowError(f"{where} has no column {column!r}: its columns are {', '.join(columns)}")
 
 
-def check_columns(where: str, features: Any, image_column: str, label_column: str) -> bool:
-    """Return whether there is a label column.
-
-    Raises:
-        DetailFlowError: if there are no images, or no labels of a name asked for.
-    """
+def check_columns(where: str, features: Any, image_column: str, label_column: str) -> tuple[str, ...] | None:
+    """Check the columns of a dataset with images; return the class names of its labels, `None` if it has no labels."""
     require_columns(where, list(features), image_column, label_column)
     storage = str(features.arrow_schema.field(image_column).type)
     datasets = import_datasets()
-    if "binary" not in storage or not isinstance(
-        features[image_column], datasets.Image | datasets.Value | dict
-    ):  # not videos
+    is_image = isinstance(features[image_column], datasets.Image | datasets.Value | dict)  # not a video
+    if "binary" not in storage or not is_image:
         raise DetailFlowError(f"{where} has no images in its column {image_column!r}: that column holds {storage}")
-    kind = features.get(label_column)
-    if kind is not None and type(kind).__name__ not in ("ClassLabel", "Value"):  # others may name files that are opened
+    if label_column not in features:
+        return None
+    kind = features[label_column]
+    if type(kind).__name__ not in ("ClassLabel", "Value"):  # others may name files that are opened
         raise DetailFlowError(f"{where} has no labels in its column {label_column!r}: that column holds {kind}")
-    return label_column in features
-
-
-def _from_table(
-    dataset: Any,
-    where: str,
-    files: list[tuple[str, int]],
-    image_column: str,
-    label_column: str,
-    class_names: tuple[str, ...],
-    on_hub: bool,
-) -> ImageSource:
-    has_labels = check_columns(where, dataset.features, image_column, label_column)
-    if len(dataset) == 0:
-        raise DetailFlowError(f"{where} holds no images: it has no rows")
-    rows = _TableRows(dataset, image_column, files, on_hub)
-    if not has_labels:
-        return unlabelled(rows)
-    return labelled(rows, where, dataset.data.column(label_column).to_pylist(), class_names)
+    return check_names(where, getattr(kind, "names", None))

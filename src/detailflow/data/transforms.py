@@ -11,21 +11,18 @@ from PIL import Image
 
 
 def _crop_of_resized(image: Image.Image, side: int, left: float, top: float, size: int) -> np.ndarray:
-    """The size×size crop at (left, top) of `image` as resized to a shorter side of `side`. → (size, size, 3)"""
+    """Return the size×size crop at (left, top) of `image` as resized to a shorter side of `side`."""
     scale = min(image.size) / side  # source pixels per resized pixel
     if scale == 1:
         return np.asarray(image.crop((int(left), int(top), int(left) + size, int(top) + size)))
-    box = (
-        left * scale,
-        top * scale,
-        min((left + size) * scale, image.width),  # min: rounding must not step over the edge
-        min((top + size) * scale, image.height),
-    )
+    right = min((left + size) * scale, image.width)  # rounding must not step over the edge
+    bottom = min((top + size) * scale, image.height)
+    box = (left * scale, top * scale, right, bottom)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def _slack(image: Image.Image, side: int, size: int) -> tuple[int, int]:
-    """How far (in x, in y) a crop of `size` can move in `image` as resized to a shorter side of `side`."""
+    """Return how far (in x, in y) a crop of `size` can move in `image` as resized to a shorter side of `side`."""
     shorter = min(image.size)
     return image.width * side // shorter - size, image.height * side // shorter - size
 
@@ -33,10 +30,10 @@ def _slack(image: Image.Image, side: int, size: int) -> tuple[int, int]:
 def random_crop(
     image: Image.Image, size: int, draws: np.ndarray, max_scale: float = 1.25, flip: bool = True
 ) -> np.ndarray:
-    """The training crop (docs/method.md#losses): shorter side to a random integer in [size, size·max_scale], a random crop,
-    mirrored half of the time unless `flip` is off.
+    """Return a training crop (docs/method.md#losses): uint8 (size, size, 3).
 
-    `draws` are four random numbers in [0, 1). → uint8 (size, size, 3)
+    The shorter side is resized to a random integer in [size, size·max_scale], and half of the crops are mirrored if
+    `flip`. `draws` are four random numbers in [0, 1).
     """
     scale_draw, x_draw, y_draw, flip_draw = draws
     side = size + int(scale_draw * (_largest_side(size, max_scale) - size + 1))
@@ -50,34 +47,37 @@ def _largest_side(size: int, max_scale: float) -> int:
 
 
 def side_for_crops(size: int, max_scale: float = 1.25) -> int:
-    """The shorter side at which an image is still as good for `random_crop` as the whole: twice the largest that a crop is
-    taken from. What a JPEG's decoder leaves out beyond that changes crops of photographs less than bicubic differs from Lanczos
+    """Return a shorter side at which an image is still as good for `random_crop`: twice the largest resized side.
+
+    What a JPEG's decoder leaves out beyond that changes crops of photographs less than bicubic differs from Lanczos
     (47 dB or more on average against 44).
     """
     return 2 * _largest_side(size, max_scale)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter side to `size`, then the centre. → uint8 (size, size, 3)"""
+    """Resize the shorter side to `size` and return the centre: uint8 (size, size, 3)."""
     slack_x, slack_y = _slack(image, size, size)
     return _crop_of_resized(image, size, slack_x // 2, slack_y // 2, size)
 
 
 def resized(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """The whole image, enlarged or reduced. → uint8 (height, width, 3)"""
+    """Return the whole image at this size: uint8 (height, width, 3)."""
     whole = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(whole)
 
 
 def two_crops(image: Image.Image, size: int) -> np.ndarray:
-    """The centre crop and its mirror image. → uint8 (2, size, size, 3)"""
+    """Return the centre crop and its mirror image: uint8 (2, size, size, 3)."""
     crop = center_crop(image, size)
     return np.stack([crop, crop[:, ::-1]])
 
 
 def ten_crops(image: Image.Image, size: int) -> np.ndarray:
-    """Token extraction's crops (docs/method.md#extraction): from the centre crop of side int(1.1·size), the top left, top right,
-    bottom left, bottom right and centre crops, then the mirror images of these five. → uint8 (10, size, size, 3)
+    """Return the crops of token extraction (docs/method.md#extraction): uint8 (10, size, size, 3).
+
+    From the centre crop of side int(1.1·size), the top left, top right, bottom left, bottom right and centre crops,
+    then the mirror images of these five.
     """
     large = center_crop(image, int(1.1 * size))
     end = len(large) - size
@@ -88,20 +88,22 @@ def ten_crops(image: Image.Image, size: int) -> np.ndarray:
 
 
 def to_tensor(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Bytes (…, H, W, 3) → float32 (…, 3, H, W) in [-1, 1]: bytes/127.5 − 1."""
+    """Convert bytes (…, H, W, 3) to float32 (…, 3, H, W) in [-1, 1]: bytes/127.5 − 1."""
     if isinstance(pixels, np.ndarray):
         pixels = torch.from_numpy(pixels.copy() if not pixels.flags.writeable or min(pixels.strides) < 0 else pixels)
     return pixels.movedim(-1, -3).contiguous().float().div_(127.5).sub_(1.0)
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Float (B, 3, H, W) in [-1, 1] → bytes (B, H, W, 3): clamp(127.5·x + 128, 0, 255), truncated (docs/method.md#sampling)."""
+    """Convert (B, 3, H, W) in [-1, 1] to bytes (B, H, W, 3): clamp(127.5·x + 128, 0, 255), truncated."""
     return pixels.float().mul(127.5).add_(128.0).clamp_(0.0, 255.0).to(torch.uint8).movedim(-3, -1).contiguous()
 
 
 def coarse_target(x: torch.Tensor, resolution: int, size: int) -> torch.Tensor:
-    """Return what the first t tokens should show (docs/method.md#coarse-targets): `x` (B, 3, R, R), area-downsampled to
-    `resolution` = R(t), then bicubic-upsampled to `size` = D(t). At full resolution this is `x` itself. → (B, 3, size, size)
+    """Return what the first t tokens should show (docs/method.md#coarse-targets): (B, 3, size, size).
+
+    `x` (B, 3, R, R) is area-downsampled to `resolution` = R(t), then bicubic-upsampled to `size` = D(t). At full
+    resolution this is `x` itself.
     """
     if resolution != x.shape[-1]:
         x = F.interpolate(x, size=(resolution, resolution), mode="area")
