@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     """Print a report on the set."""
     args = parser().parse_args(argv)
 
-    from detailflow.data.source import tolerated
+    from detailflow.data.images import tolerated
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are in `notes`, too
