@@ -65,8 +65,9 @@ def main_process_works(rank: int) -> int:
 def two_loads(folder: Path, rank: int) -> int:
     """Load the newest checkpoint that all have, twice; the second time rank 0 has one more."""
     world = World.from_launch(cpu=True)
-    step, state = load_checkpoint(folder / str(rank), world)
-    print(step, float(state["value"]), flush=True)
+    found = load_checkpoint(folder / str(rank), world)
+    assert found
+    print(found.step, float(found.state["value"]), flush=True)
     if world.is_main:
         save_checkpoint(folder / "0", 3, {})
     try:

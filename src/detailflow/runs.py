@@ -1,12 +1,16 @@
-"""A training run's folder and its checkpoints, and the model that each of them holds. Knows no training.
+"""Folders that belong to one run, and the checkpoints of training runs with the model in each. Knows no training.
 
-A run's folder has `run.yaml`, `resume/step-….pt` to go on from, perhaps `milestones/step-….pt`, and, once the run is
-finished, a model in our layout. A checkpoint holds the step, the state to go on from, and the config of the model in it.
+A training run's folder has `run.yaml`, `resume/step-….pt` to go on from, perhaps `milestones/step-….pt` and
+`best/step-….pt`, and, once the run is finished, a model in our layout. A checkpoint has the step, the state to go on from,
+and the config of its model.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +18,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.files import read_yaml
+from detailflow.files import lock_folder, read_text, read_yaml, reading, writing
 from detailflow.published import Kind, check_kind
 from detailflow.tensors import in_pieces
 from detailflow.torch_files import load_torch
@@ -26,13 +31,122 @@ MILESTONES = "milestones"
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that one run writes to: locked while it works, and known as its own by a record of its settings.
+
+    A run that finds its own record in the folder goes on with what is there; any other leaves the folder as it is.
+
+    Example:
+        >>> folder = RunFolder(Path("samples"), "samples", "samples.json")
+        >>> with folder.lock("generation"):  # doctest: +SKIP
+        ...     folder.claim({"seed": 0})
+
+    Attributes:
+        path: the folder.
+        content: what the run writes, for messages: "a run", "samples", "tokens".
+        record: name of the file with the settings, .json or .yaml.
+    """
+
+    path: Path
+    content: str
+    record: str
+
+    @property
+    def record_path(self) -> Path:
+        """The record's path."""
+        return self.path / self.record
+
+    def lock(self, work: str, world: World | None = None) -> AbstractContextManager[None]:
+        """Lock the folder for all ranks; `work` names what is done in it, for the message if another launch does it."""
+        return lock_folder(self.path, work, world)
+
+    def read(self) -> dict[str, Any]:
+        """Return the record, {} if there is none."""
+        path = self.record_path
+        if not os.path.exists(path):  # False for names that no file can have, too
+            return {}
+        settings = None
+        try:
+            with reading(path):
+                settings = json.loads(read_text(path)) if path.suffix == ".json" else read_yaml(path)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            if isinstance(error, DetailFlowError):
+                raise
+        if not isinstance(settings, dict):
+            raise DetailFlowError(f"{path} is damaged: remove {self.path} to start afresh, or choose another folder")
+        return settings
+
+    def write(self, settings: Mapping[str, Any]) -> None:
+        """Write the record, whole or not at all."""
+        plain = as_plain(settings)
+        text = json.dumps(plain, indent=1) + "\n"
+        if self.record_path.suffix != ".json":
+            text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        with writing(self.record_path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def claim(self, settings: Mapping[str, Any], called: Mapping[str, str] | None = None) -> bool:
+        """Make the folder this run's, or check that it already is; return whether it already was.
+
+        Args:
+            settings: all that the content depends on.
+            called: as for `check`.
+        """
+        if recorded := self.read():
+            self.check(recorded, settings, called)
+        else:
+            self.write(settings)
+        return bool(recorded)
+
+    def check(
+        self, recorded: Mapping[str, Any], settings: Mapping[str, Any], called: Mapping[str, str] | None = None
+    ) -> None:
+        """Check that a record has the same settings; it may have others besides.
+
+        Args:
+            called: settings whose values say nothing to a reader, such as checksums, by name; the text takes the place
+                of name and values in the message: "another tokenizer".
+        """
+        for name, value in as_plain(settings).items():
+            if difference := first_difference(name, recorded.get(name), value):
+                text = (called or {}).get(name)
+                what = f"with another {difference}" if text is None else f"of {text}"
+                raise DetailFlowError(
+                    f"{self.path} holds {self.content} {what}: repeat its settings or choose another folder"
+                )
+
+
+def as_plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as JSON has them: tuples as lists, keys as text."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def first_difference(name: str, recorded: Any, value: Any) -> str | None:
+    """Return where two settings differ, as "loop.steps (30, not 40)"; `None` if they are the same.
+
+    A setting that an earlier version did not have is the same if it is off.
+    """
+    if isinstance(recorded, dict) and isinstance(value, dict):
+        found = (first_difference(f"{name}.{key}", recorded.get(key), value[key]) for key in value)
+        return next(filter(None, found), None)
+    same = recorded == value or (recorded is None and not value)
+    return None if same else f"{name} ({recorded!r}, not {value!r})"
+
+
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds, memory-mapped. Those of earlier versions have no kind and no config."""
+    """A checkpoint, memory-mapped. Those of earlier versions have no kind and no config.
+
+    Attributes:
+        validation: the loss that it was chosen for as the best, if it was.
+    """
 
     step: int
     state: dict[str, Any]
     kind: str | None
     config: dict[str, Any] | None
+    validation: float | None = None
 
 
 def is_run(folder: Path) -> bool:
@@ -46,35 +160,13 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def run_kind(path: Path) -> Any:
-    """Return the kind of model that a run, or the run of a checkpoint, trains.
-
-    Raises:
-        DetailFlowError: if that cannot be read.
-    """
-    return read_checkpoint(path).kind if path.is_file() else read_settings(path / RUN_FILE).get("kind")
+    """Return the kind of model that a run, or the run of a checkpoint, trains."""
+    return read_checkpoint(path).kind if path.is_file() else RunFolder(path, "a run", RUN_FILE).read().get("kind")
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return what is in a run.yaml.
-
-    Raises:
-        DetailFlowError: if it is damaged.
-    """
-    try:
-        settings = read_yaml(path)
-    except OSError as error:
-        raise DetailFlowError(f"could not read {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise DetailFlowError(f"{path} is damaged; remove {path.parent} to start afresh or choose another output")
-    return settings
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return those that a run can go on from, the newest first."""
-    found = (path for path in (folder / CHECKPOINTS).glob("step-*.pt") if _NAME.fullmatch(path.name) and path.is_file())
-    return sorted(found, key=step_of, reverse=True)
+def checkpoints(folder: Path, kind: str = CHECKPOINTS) -> list[Path]:
+    """Return the checkpoints of one kind in a run's folder, the newest first."""
+    return sorted(filter(is_checkpoint, (folder / kind).glob("step-*.pt")), key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
@@ -84,27 +176,25 @@ def step_of(path: Path) -> int:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint as plain data; its tensors stay on the disk until they are used.
-
-    Raises:
-        DetailFlowError: if it is damaged.
-    """
+    """Read a checkpoint as plain data; its tensors stay on the disk until they are used."""
     content = load_torch(path, mmap=True)
     try:
-        step, state, kind = int(content["step"]), content["state"], content.get("kind")
-        config = json.loads(
-            json.dumps(content.get("config"))
-        )  # lists for tuples, as in config.json; raises for anything else
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise DetailFlowError(
-            f"could not read {path}: it is damaged or no checkpoint ({type(error).__name__})"
-        ) from error
-    if not isinstance(state, dict) or not isinstance(config, dict | None):
+        config = content.get("config")
+        checkpoint = Checkpoint(
+            int(content["step"]),
+            content["state"],
+            content.get("kind"),
+            None if config is None else as_plain(config),
+            None if content.get("validation") is None else float(content["validation"]),
+        )
+    except Exception as error:  # what stands there may be of any type
+        raise DetailFlowError(f"could not read {path}: it is no checkpoint of a training run") from error
+    if not isinstance(checkpoint.state, dict) or not isinstance(checkpoint.config, dict | None):
         raise DetailFlowError(f"could not read {path}: it is no checkpoint of a training run")
-    return Checkpoint(step, state, kind, config)
+    return checkpoint
 
 
-def readable(path: Path) -> bool:
+def is_readable(path: Path) -> bool:
     """Return whether a checkpoint can be read; its tensors are not."""
     try:
         read_checkpoint(path)
@@ -114,28 +204,17 @@ def readable(path: Path) -> bool:
 
 
 def checkpoint_of(path: Path) -> Path:
-    """Return the newest checkpoint of a run that can be read, or the one that is given.
-
-    Raises:
-        DetailFlowError: if there is none.
-    """
+    """Return the newest checkpoint of a run that can be read, or the one that is given."""
     if path.is_file():
         return path
     found = checkpoints(path)
     if not found:
         raise DetailFlowError(f"{path} is a training run without a checkpoint: repeat its command to let it go on")
-    for checkpoint in found[:-1]:
-        if readable(checkpoint):
-            return checkpoint
-    return found[-1]
+    return next(filter(is_readable, found[:-1]), found[-1])
 
 
 def run_config(path: Path, kind: Kind) -> dict[str, Any]:
-    """Return the config of the model that `load_run` reads.
-
-    Raises:
-        DetailFlowError: as `load_run`.
-    """
+    """Return the config of the model that `load_run` reads."""
     return _model(path, read_checkpoint(path), kind)
 
 
@@ -149,15 +228,11 @@ def load_run(
         kind: "tokenizer" or "gpt".
         variant: of an AR model, the averaged weights ("ema") or the last ones ("model").
         dtype: of the tensors; `None` is as they are stored.
-
-    Raises:
-        DetailFlowError: if it is damaged, of an earlier version, or of the other kind.
     """
     checkpoint = read_checkpoint(path)
     config, tensors = _model(path, checkpoint, kind), dict[str, Tensor]()
-    for names in in_pieces(
-        {name: 4 * tensor.numel() for name, tensor in _weights(path, checkpoint, kind, variant).items()}
-    ):
+    sizes = {name: 4 * tensor.numel() for name, tensor in _weights(path, checkpoint, kind, variant).items()}
+    for names in in_pieces(sizes):  # each from a map of its own, so that a piece of the file is in memory at once
         stored = _weights(path, read_checkpoint(path), kind, variant)
         tensors |= {name: stored[name].to(dtype, copy=True) for name in names}
     return config, tensors, checkpoint.step
@@ -174,10 +249,9 @@ def _model(path: Path, checkpoint: Checkpoint, kind: Kind) -> dict[str, Any]:
 
 def _weights(path: Path, checkpoint: Checkpoint, kind: Kind, variant: str) -> dict[str, Tensor]:
     stored: Any = checkpoint.state.get("networks" if kind == "tokenizer" else variant)
-    if isinstance(stored, Mapping) and kind == "tokenizer":  # which was trained along with what only training needs
-        stored = {
-            name.removeprefix("model."): value for name, value in stored.items() if str(name).startswith("model.")
-        }
+    if isinstance(stored, Mapping) and kind == "tokenizer":  # without the networks that only training needs
+        own = (name for name in stored if str(name).startswith("model."))
+        stored = {name.removeprefix("model."): stored[name] for name in own}
     if not isinstance(stored, Mapping) or not stored:
         raise DetailFlowError(f"{path} holds no weights of {kind}")
     for name, tensor in stored.items():

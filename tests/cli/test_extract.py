@@ -48,7 +48,8 @@ def test_a_text_file_among_many_images(folder: Path, model: Path, tmp_path: Path
     assert main(extract(folder, model, tmp_path / "store", "--seed", "1")) == 2
     err = capsys.readouterr().err
     assert (
-        err.count("\n") == 1 and "holds tokens made with seed 0, not 1: repeat its settings, delete it or choose" in err
+        err.count("\n") == 1
+        and "holds tokens with another seed (0, not 1): repeat its settings or choose another folder" in err
     )
     assert {p: Path(p).read_bytes() for p in written(tmp_path)} == before
 

@@ -117,10 +117,10 @@ def test_killed_at_the_very_end(store, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, "holds tokens made with seed 0, not 1: repeat its settings"),
-        ({"crops": "two"}, "holds tokens made with crops None, not 'two'"),
-        ({"names": NAMES[:-1]}, "holds tokens of other images: "),
-        ({"names": [*NAMES[:-1], "frog/50.png"]}, "holds tokens of other images: "),
+        ({"seed": 1}, r"holds tokens with another seed \(0, not 1\): repeat its settings"),
+        ({"crops": "two"}, r"holds tokens with another crops \(None, not 'two'\)"),
+        ({"names": NAMES[:-1]}, "holds tokens of other images "),
+        ({"names": [*NAMES[:-1], "frog/50.png"]}, "holds tokens of other images "),
         ({"labels": np.zeros(50, np.int64)}, "holds tokens of other labels: "),
         ({"info": TokenStoreInfo(8, 65536, 10, INFO.class_names, "def")}, "holds tokens of another tokenizer: "),
         ({"info": TokenStoreInfo(8, 65536, 10, ("cat", "dog", "toad"), "abc")}, "holds tokens of other classes: "),
@@ -189,10 +189,10 @@ def test_one_flipped_bit(store, name):
     [
         ({"format": "other"}, "is not the manifest"),
         ({"version": 1}, "has version 1, but this DetailFlow reads 2: delete it and extract again"),
-        ({"images": 51}, "bytes where the manifest says"),
+        ({"images": 51}, "bytes, and the manifest says"),
         ({"images": 0}, "0 images"),
-        ({"num_tokens": 16}, "bytes where the manifest says"),
-        ({"ids_bytes": 5}, "ids.jsonl has .* bytes where the manifest says 5"),
+        ({"num_tokens": 16}, "bytes, and the manifest says"),
+        ({"ids_bytes": 5}, "ids.jsonl has .* bytes, and the manifest says 5"),
         ({"class_names": ["cat"]}, "beyond the store's classes"),
         ({"class_names": None}, "damaged"),
         ({"chunks": [1, 2, 3]}, "damaged"),

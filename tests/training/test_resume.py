@@ -207,8 +207,8 @@ def test_a_finished_run(
     assert capsys.readouterr().out.splitlines()[-1] == f"{output}: this {what} is finished already"
     assert main([*commands[stage], str(output), "--loop.batch_size", "9"]) == 2
     assert capsys.readouterr().err == (
-        f"detailflow: error: {output} holds a run with another loop.batch_size (8, not 9); "
-        "repeat its settings (run.yaml) or choose another output\n"
+        f"detailflow: error: {output} holds a run with another loop.batch_size (8, not 9): "
+        "repeat its settings or choose another folder\n"
     )
     assert contents(output) == before
 

@@ -149,19 +149,21 @@ def _command(command: str, rest: list[str]) -> int:
     module = import_module(f"detailflow.cli.{command}")
     if command not in _READ_IMAGES or "--dry-run" in rest or os.environ.get("RANK", "0") != "0":
         return module.main(rest)
-    logger, printer = logging.getLogger("detailflow.data"), _Printer()
-    level = logger.level
-    logger.addHandler(printer)
-    logger.setLevel(logging.INFO)
+    loggers, printer = [logging.getLogger(f"detailflow.{name}") for name in ("data", "training")], _Printer()
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(printer)
+        logger.setLevel(logging.INFO)
     try:
         return module.main(rest)
     finally:
-        logger.removeHandler(printer)
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(printer)
+            logger.setLevel(level)
 
 
 class _Printer(logging.Handler):
-    """Print each line once: what a set of images holds, as it is opened."""
+    """Print each line once: what a set of images holds, and where a run goes on."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,14 +1,15 @@
 """The token store: what `detailflow extract` writes and training the AR model reads (docs/method.md#extraction, #ar-model).
 
-A directory of four files, whatever the number of images. Every image of the source has a slot, at its place there:
+A folder of four files, whatever the number of images. Every image of the source has a slot, at its place there:
 
 - codes.bin: uint16 (slots, crops, 3, N), the rows *clean*, *input* and *label* of each crop;
-- labels.bin: int64 (slots,), −1 where the image could not be read;
+- labels.bin: int64 (slots,), −1 if the image could not be read;
 - ids.jsonl: each slot's image by its name in the source, as a JSON string on a line of its own;
 - manifest.json: format, version, counts, checksums, what could not be read, and what the codes came from.
 
-The manifest is written last. Until then there is also a folder, `unfinished`, of what was begun and a small record of each
-chunk of images that is on disk: all that a killed extraction needs to go on.
+The manifest is written last. Until then the folder `unfinished` has the settings and a small record of each chunk of images
+that is on disk: all that a killed extraction needs to go on. Images that were held out for validation have a store of their
+own, in the folder `validation`.
 """
 
 import hashlib
@@ -29,12 +30,14 @@ import torch
 from detailflow.data.batches import BatchOrder
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.files import check_regular, open_own, read_text, replacing
+from detailflow.files import check_regular, open_own, read_json, replacing
+from detailflow.runs import RunFolder, as_plain
 
 CLEAN, INPUT, LABEL = range(3)  # the rows of one crop
+VALIDATION = "validation"
 _FORMAT, _VERSION = "detailflow-tokens", 2
 _CODES, _LABELS, _IDS, _MANIFEST = "codes.bin", "labels.bin", "ids.jsonl", "manifest.json"
-_UNFINISHED, _BEGUN = "unfinished", "begun.json"
+_UNFINISHED, _BEGUN = "unfinished", "unfinished/begun.json"
 _CODE_TYPE: np.dtype[np.integer] = np.dtype("<u2")
 _LABEL_TYPE: np.dtype[np.integer] = np.dtype("<i8")
 _UNREADABLE = -1  # the label of a slot without codes
@@ -54,13 +57,11 @@ class TokenStoreInfo:
         for field in ("num_tokens", "codebook_size", "crops"):
             value = getattr(self, field)
             if type(value) is not int or value < 1:
-                raise DetailFlowError(f"A token store's {field} is {value!r}: it must be a positive whole number")
+                raise DetailFlowError(f"a token store's {field} is {value!r}: it must be a positive whole number")
         if self.codebook_size > 65536:
-            raise DetailFlowError(
-                f"A codebook of {self.codebook_size} codes does not fit a token store: it holds at most 65536"
-            )
+            raise DetailFlowError(f"a token store holds at most 65536 codes, not {self.codebook_size}")
         if not self.class_names or not all(isinstance(name, str) for name in self.class_names):
-            raise DetailFlowError("A token store's class_names must be a list of at least one name")
+            raise DetailFlowError("a token store's class_names must be a list of at least one name")
 
     @property
     def codes_shape(self) -> tuple[int, int, int]:
@@ -81,7 +82,7 @@ class TokenStore:
         codes: (slots, crops, 3, N) uint16 on disk; `read` has those of images.
         slots: (images,) int64, the slot of each image.
         labels: (images,) int64.
-        unreadable: what was wrong with the image of each slot that stayed empty.
+        unreadable: slot → what was wrong with its image.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any], info: TokenStoreInfo) -> None:
@@ -102,31 +103,33 @@ class TokenStore:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "TokenStore":
-        """Open a finished store. Raises DetailFlowError when anything is missing or does not fit; see also `verify`."""
+        """Open a finished store; `verify` compares its checksums, too."""
         directory = Path(directory).expanduser()
         manifest = _read_manifest(directory)
         try:
             fields = {name: manifest[name] for name in TokenStoreInfo.__dataclass_fields__}
             fields["class_names"] = tuple(fields["class_names"])
-            images, per_chunk, checksums = (manifest[name] for name in ("images", "chunk_images", "chunks"))
-            if type(per_chunk) is not int or any(
-                type(manifest[name]) is not int for name in ("labels_crc32", "ids_crc32")
-            ):
-                raise ValueError("chunk_images and checksums are whole numbers")
-            if type(images) is not int or images < 1:
-                raise DetailFlowError(
-                    f"{directory / _MANIFEST} says that it holds {images!r} images: extract the tokens again"
-                )
-            if len(checksums) != -(-images // per_chunk):
-                raise ValueError(f"{len(checksums)} checksums")
-            _require_size(directory / _IDS, manifest["ids_bytes"])
+            numbers = [manifest[name] for name in ("images", "chunk_images", "labels_crc32", "ids_crc32")]
+            if any(type(number) is not int for number in numbers):
+                raise ValueError("counts and checksums are whole numbers")
+            if manifest["images"] < 1:
+                raise ValueError("0 images")
+            if len(manifest["chunks"]) != -(-manifest["images"] // manifest["chunk_images"]):
+                raise ValueError(f"{len(manifest['chunks'])} checksums")
+            _check_size(directory / _IDS, manifest["ids_bytes"])
             return cls(directory, manifest, TokenStoreInfo(**fields))
-        except DetailFlowError:
-            raise
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            if isinstance(error, DetailFlowError):
+                raise
             raise DetailFlowError(
                 f"{directory / _MANIFEST} is damaged ({error!r}): extract the tokens again"
             ) from error
+
+    @property
+    def validation(self) -> "TokenStore | None":
+        """The store of the images that were held out for validation, if there are any."""
+        folder = self.directory / VALIDATION
+        return TokenStore.open(folder) if folder.is_dir() else None
 
     @property
     def fingerprint(self) -> str:
@@ -141,15 +144,11 @@ class TokenStore:
         return dict(zip(self.info.class_names, counts, strict=True))
 
     def read(self, images: np.ndarray, crops: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The codes of B images, of one crop and row each. → (B, N) uint16"""
+        """Return the codes of B images, of one crop and row each. → (B, N) uint16"""
         return self.codes[self.slots[images], crops, rows]
 
     def ids(self) -> list[str]:
-        """Return the images' names in their source.
-
-        Raises:
-            DetailFlowError: if their file is damaged.
-        """
+        """Return the images' names in their source."""
         try:
             check_regular(self.directory / _IDS)
             lines = (self.directory / _IDS).read_text(encoding="utf-8").splitlines()
@@ -158,11 +157,7 @@ class TokenStore:
             raise _damaged(self.directory / _IDS) from error
 
     def verify(self) -> None:
-        """Compare every file with its checksum, in bounded memory.
-
-        Raises:
-            DetailFlowError: naming the file that is damaged.
-        """
+        """Compare every file with its checksum, in bounded memory."""
         for name, checksum in ((_LABELS, "labels_crc32"), (_IDS, "ids_crc32")):
             if zlib.crc32((self.directory / name).read_bytes()) != self._manifest[checksum]:
                 raise _damaged(self.directory / name)
@@ -173,78 +168,66 @@ class TokenStore:
 
 
 class TokenWriter:
-    """A store in the making: any number of processes write its chunks, each once, in any order.
+    """Write a store: any number of processes write its chunks, each once, in any order.
 
     A process may be killed at any moment and another go on. The store's bytes depend on nothing but what is written.
 
     Args:
         labels: (slots,) of all images in the source.
-        chunk_images: images of a chunk, the last but for what is left.
-
-    Raises:
-        DetailFlowError: for labels beyond the classes.
+        chunk_images: images of a chunk; the last chunk may have fewer.
     """
 
     def __init__(self, directory: Path, info: TokenStoreInfo, labels: np.ndarray, chunk_images: int) -> None:
-        self.directory, self.info, self.labels, self.chunk_images = (
-            directory,
-            info,
-            labels.astype(_LABEL_TYPE),
-            chunk_images,
-        )
         if len(labels) and (labels.min() < 0 or labels.max() >= len(info.class_names)):
-            raise DetailFlowError(f"Labels must lie in 0 to {len(info.class_names) - 1}, the store's classes")
+            raise DetailFlowError(f"labels must be 0 to {len(info.class_names) - 1}, the store's classes")
+        self.directory, self.info, self.chunk_images = directory, info, chunk_images
+        self.labels = labels.astype(_LABEL_TYPE)
         self.chunks = -(-len(labels) // chunk_images)
-        self._unfinished = directory / _UNFINISHED
 
     def begin(self, ids: Iterable[str], settings: Mapping[str, Any]) -> None:
-        """Make the folder this store's, or find it so; one process does it, before any other writes.
+        """Make the folder this store's, or check that it is; one process does it, before any other writes.
 
         Chunks of an earlier run that are not on disk as recorded will be written again.
 
         Args:
             ids: the images' names.
-            settings: what else the codes depend on; an unfinished store goes on with the same alone.
-
-        Raises:
-            DetailFlowError: where the folder cannot be used, or holds a store of something else.
+            settings: what else the codes depend on.
         """
         lines = "".join(f"{json.dumps(name)}\n" for name in ids).encode()
-        mine: dict[str, Any] = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "images": len(self.labels),
-            "ids_bytes": len(lines),
-            "ids_crc32": zlib.crc32(lines),
-            "source_labels_crc32": zlib.crc32(self.labels.tobytes()),
-            "chunk_images": self.chunk_images,
-            **asdict(self.info),
-            "settings": dict(settings),
-        }
-        mine = json.loads(json.dumps(mine))
+        identity = as_plain(
+            {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "images": len(self.labels),
+                "ids_bytes": len(lines),
+                "ids_crc32": zlib.crc32(lines),
+                "source_labels_crc32": zlib.crc32(self.labels.tobytes()),
+                "chunk_images": self.chunk_images,
+                **asdict(self.info),
+                "settings": dict(settings),
+            }
+        )
         if self.directory.exists() and not self.directory.is_dir():
             raise DetailFlowError(f"{self.directory} is a file: choose a folder for the token store")
         with _writing(self.directory):
             if self.finished:
-                _require_same(self.directory, _read_manifest(self.directory), mine)
-                self._tidy()
+                _check_same(RunFolder(self.directory, "tokens", _MANIFEST), _read_manifest(self.directory), identity)
+                self._remove_records()
                 return
-            begun, records = self._unfinished / _BEGUN, self._records()
-            if begun.exists() and records:
-                _require_same(self.directory, _read_object(begun), mine)
-            else:  # nothing is written yet that something else could contradict
-                shutil.rmtree(self._unfinished, ignore_errors=True)
-                self._unfinished.mkdir(parents=True)
-                with replacing(begun) as temporary:
-                    temporary.write_text(json.dumps(mine))
-            self._sweep()
+            folder, records = RunFolder(self.directory, "tokens", _BEGUN), self._records()
+            if records and (begun := folder.read()):
+                _check_same(folder, begun, identity)
+            else:  # nothing is written yet that other settings could contradict
+                shutil.rmtree(self.directory / _UNFINISHED, ignore_errors=True)
+                (self.directory / _UNFINISHED).mkdir(parents=True)
+                folder.write(identity)
+            self._remove_temporary()
             with replacing(self.directory / _IDS) as temporary:
                 temporary.write_bytes(lines)
             with open_own(self.directory / _CODES, os.O_RDWR) as file:  # sparse until it is written
                 file.truncate(len(self.labels) * self.info.image_bytes)
-            for chunk, checksum in _checksums(
-                self.directory / _CODES, self.chunk_images * self.info.image_bytes, records
-            ):
+            size = self.chunk_images * self.info.image_bytes
+            for chunk, checksum in _checksums(self.directory / _CODES, size, records):
                 if checksum != records[chunk]["crc32"]:
                     self.forget(chunk)
 
@@ -254,35 +237,30 @@ class TokenWriter:
         return (self.directory / _MANIFEST).exists()
 
     def slots(self, chunk: int) -> range:
-        """The images of a chunk."""
+        """Return the slots of a chunk."""
         return range(chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, len(self.labels)))
 
     def written(self) -> set[int]:
-        """The chunks that are on disk."""
+        """Return the chunks that are on disk."""
         return set(self._records())
 
     def unreadable(self) -> dict[int, str]:
-        """What is wrong with the images of those chunks that cannot be read, by slot."""
+        """Return slot → what is wrong with its image, of the chunks that are on disk."""
         bad = {slot: problem for record in self._records().values() for slot, problem in record["unreadable"].items()}
         return dict(sorted(bad.items()))
 
     def write(self, chunk: int, codes: np.ndarray, unreadable: Mapping[int, str]) -> None:
-        """Put one chunk on disk: `codes` (images, crops, 3, N) in [0, K), zeros where unreadable.
-
-        Raises:
-            DetailFlowError: where they do not fit, or the disk is full.
-        """
+        """Put one chunk on disk: `codes` (images, crops, 3, N) in [0, K), zeros if unreadable."""
         expected = (len(self.slots(chunk)), *self.info.codes_shape)
         if codes.shape != expected:
-            raise DetailFlowError(f"Codes of shape {codes.shape} do not fit the token store: it takes {expected}")
+            raise DetailFlowError(f"codes of shape {codes.shape} do not fit the token store: it takes {expected}")
         if codes.min() < 0 or codes.max() >= self.info.codebook_size:
-            raise DetailFlowError(f"Codes must lie in 0 to {self.info.codebook_size - 1}, the store's codebook")
+            raise DetailFlowError(f"codes must be 0 to {self.info.codebook_size - 1}, the store's codebook")
         content = codes.astype(_CODE_TYPE).tobytes()
         record = {"crc32": zlib.crc32(content), "unreadable": dict(unreadable)}
         with _writing(self.directory):
-            with open_own(
-                self.directory / _CODES, os.O_RDWR
-            ) as file:  # not through a map: a full disk would kill the process
+            # Not through a map: a full disk would kill the process.
+            with open_own(self.directory / _CODES, os.O_RDWR) as file:
                 file.seek(self.slots(chunk).start * self.info.image_bytes)
                 file.write(content)
                 file.flush()
@@ -295,22 +273,17 @@ class TokenWriter:
         self._record(chunk).unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Write labels and manifest, once every chunk is there; one process does it.
-
-        Raises:
-            DetailFlowError: where a chunk is missing, or the disk is full.
-        """
+        """Write labels and manifest, once every chunk is there; one process does it."""
         records, unreadable = self._records(), self.unreadable()
         if len(records) < self.chunks:
-            raise DetailFlowError(
-                f"{self.directory} lacks {self.chunks - len(records)} of its chunks: extract again to go on"
-            )
+            missing = self.chunks - len(records)
+            raise DetailFlowError(f"{self.directory} lacks {missing} of its chunks: extract again to go on")
         if len(unreadable) == len(self.labels):
             raise DetailFlowError(f"{self.directory} got no images: a token store needs at least one that can be read")
         labels = self.labels.copy()
         labels[list(unreadable)] = _UNREADABLE
         manifest = {
-            **_read_object(self._unfinished / _BEGUN),
+            **RunFolder(self.directory, "tokens", _BEGUN).read(),
             "labels_crc32": zlib.crc32(labels.tobytes()),
             "unreadable": unreadable,
             "chunks": [records[chunk]["crc32"] for chunk in range(self.chunks)],
@@ -320,44 +293,40 @@ class TokenWriter:
                 temporary.write_bytes(labels.tobytes())
             with replacing(self.directory / _MANIFEST) as temporary:
                 temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-            self._tidy()
+            self._remove_records()
 
     def _record(self, chunk: int) -> Path:
-        return self._unfinished / f"chunk-{chunk:06d}.json"
+        return self.directory / _UNFINISHED / f"chunk-{chunk:06d}.json"
 
     def _records(self) -> dict[int, dict[str, Any]]:
-        """Return those of the chunks on disk; one that is damaged, as a power cut may leave it, is none, to be written again."""
+        """Return those of the chunks on disk; one that is damaged, as after a power cut, will be written again."""
         found = {}
         for chunk in range(self.chunks):
             with suppress(DetailFlowError, KeyError, TypeError, ValueError):
-                record = _read_object(self._record(chunk))
+                record = read_json(self._record(chunk))
                 unreadable = {int(slot): str(problem) for slot, problem in dict(record["unreadable"]).items()}
                 if type(record["crc32"]) is int and unreadable.keys() <= set(self.slots(chunk)):
                     found[chunk] = {"crc32": record["crc32"], "unreadable": unreadable}
         return found
 
-    def _sweep(self) -> None:
+    def _remove_temporary(self) -> None:
         """Remove what a run left that was killed while it wrote."""
         for name in (_IDS, _LABELS, _MANIFEST):
             for temporary in self.directory.glob(f".{name}.*.tmp"):
                 temporary.unlink()
 
-    def _tidy(self) -> None:
-        self._sweep()
-        if self._unfinished.exists():
-            shutil.rmtree(self._unfinished)
+    def _remove_records(self) -> None:
+        self._remove_temporary()
+        if (self.directory / _UNFINISHED).exists():
+            shutil.rmtree(self.directory / _UNFINISHED)
 
 
 def _checksums(file: Path, size: int, pieces: Collection[int]) -> Iterator[tuple[int, int]]:
-    """(piece, checksum) of those pieces of a file, `size` bytes each."""
+    """Yield (piece, checksum) of those pieces of a file, `size` bytes each."""
     from tqdm import tqdm
 
-    with (
-        open(file, "rb") as opened,
-        tqdm(
-            total=len(pieces) * size, desc=f"check {file.name}", unit="B", unit_scale=True, delay=2, dynamic_ncols=True
-        ) as bar,
-    ):
+    progress: dict[str, Any] = dict(desc=f"check {file.name}", unit="B", unit_scale=True, delay=2, dynamic_ncols=True)
+    with open(file, "rb") as opened, tqdm(total=len(pieces) * size, **progress) as bar:
         for piece in pieces:
             opened.seek(piece * size)
             yield piece, zlib.crc32(opened.read(size))
@@ -374,86 +343,64 @@ def _writing(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DetailFlowError(
-            f"{directory} cannot be written ({error.strerror}): repeat the command to go on once it can, or choose another folder"
+            f"{directory} cannot be written ({error.strerror}): repeat the command to go on once it can, "
+            "or choose another folder"
         ) from error
 
 
-def _require_size(file: Path, expected: int) -> None:
+def _check_size(file: Path, expected: int) -> None:
     if not file.is_file():
         raise DetailFlowError(f"{file} is missing from the token store: extract the tokens again")
     if (size := file.stat().st_size) != expected:
-        raise DetailFlowError(f"{file} has {size} bytes where the manifest says {expected}: extract the tokens again")
+        raise DetailFlowError(f"{file} has {size} bytes, and the manifest says {expected}: extract the tokens again")
 
 
 def _map(file: Path, dtype: np.dtype[np.integer], shape: tuple[int, ...]) -> np.ndarray:
-    _require_size(file, math.prod(shape) * dtype.itemsize)
+    _check_size(file, math.prod(shape) * dtype.itemsize)
     return np.memmap(file, dtype=dtype, mode="r", shape=shape)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DetailFlowError(
-            f"{file} is damaged ({error!r}): delete {file.parent} and extract the tokens again"
-        ) from error
-    if not isinstance(content, dict):
-        raise DetailFlowError(f"{file} is damaged: delete {file.parent} and extract the tokens again")
-    return content
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     file = directory / _MANIFEST
     if not file.is_file():
-        left = (directory / _UNFINISHED).is_dir()
+        begun = (directory / _UNFINISHED).is_dir()
         advice = (
-            "repeat the `detailflow extract` that was not finished" if left else "make one with `detailflow extract`"
+            "repeat the `detailflow extract` that was not finished" if begun else "make one with `detailflow extract`"
         )
         raise DetailFlowError(f"{directory} is no token store (no {_MANIFEST}): {advice}")
-    manifest = _read_object(file)
+    manifest = RunFolder(directory, "tokens", _MANIFEST).read()
     if manifest.get("format") != _FORMAT:
         raise DetailFlowError(f"{file} is not the manifest of a token store: its format is not {_FORMAT!r}")
-    if manifest.get("version") != _VERSION:
+    if (version := manifest.get("version")) != _VERSION:
         raise DetailFlowError(
-            f"{file} has version {manifest.get('version')}, but this DetailFlow reads {_VERSION}: delete it and extract again"
+            f"{file} has version {version}, but this DetailFlow reads {_VERSION}: delete it and extract again"
         )
     return manifest
 
 
-_DIFFERENCES = {
-    "tokenizer_fingerprint": "another tokenizer",
-    "images": "other images",
-    "ids_bytes": "other images",
-    "ids_crc32": "other images",
-    "source_labels_crc32": "other labels",
-    "class_names": "other classes",
-}
+def _check_same(folder: RunFolder, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Check that a store has the settings, the tokenizer and the images that it should have."""
+    folder.check(dict(recorded.get("settings", {})), identity["settings"])
+    images = f"other images ({_images(recorded)} then, {_images(identity)} now)"
+    called = dict.fromkeys(("images", "ids_bytes", "ids_crc32"), images)
+    called |= {"source_labels_crc32": "other labels", "class_names": "other classes"}
+    rest = {name: value for name, value in identity.items() if name != "settings"}
+    first = {"tokenizer_fingerprint": identity["tokenizer_fingerprint"]}
+    folder.check(recorded, first | rest, called | {"tokenizer_fingerprint": "another tokenizer"})
 
 
-def _require_same(directory: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-    advice = "repeat its settings, delete it or choose another folder"
-    for name, value in mine["settings"].items():
-        if (other := dict(theirs.get("settings", {})).get(name)) != value:
-            raise DetailFlowError(f"{directory} holds tokens made with {name} {other!r}, not {value!r}: {advice}")
-    for name, value in mine.items():
-        if theirs.get(name) != value:
-            what = _DIFFERENCES.get(name, f"another {name}")
-            counts = f" ({_listing(theirs)} then, {_listing(mine)} now)" if what == "other images" else ""
-            raise DetailFlowError(f"{directory} holds tokens of {what}: {advice}{counts}")
-
-
-def _listing(manifest: Mapping[str, Any]) -> str:
-    images, names, checksum = (manifest.get(key) for key in ("images", "class_names", "ids_crc32"))
-    return f"{images} in {len(names or ())} classes, checksum of their names {checksum}"
+def _images(manifest: Mapping[str, Any]) -> str:
+    classes = len(manifest.get("class_names") or ())
+    return f"{manifest.get('images')} in {classes} classes, checksum of their names {manifest.get('ids_crc32')}"
 
 
 class TokenBatches:
     """Endless training batches from a token store: labels (B,), input (B, N) and target (B, N), all int64.
 
     Each sample is a random crop of its image; with probability `planted_share` its input and target are the rows
-    *input* and *label* (wrong tokens planted, and what should have followed), else *clean* for both. Which batch comes
-    at a step depends on (seed, step) alone, so a resumed run (`start_step`) continues exactly, whatever the number of
-    `processes`, of which each gets its share of the `batch_size` samples.
+    *input* and *label* (wrong tokens planted, and what should have followed), else *clean* for both. A batch depends on
+    (seed, step) alone, so a resumed run (`start_step`) continues exactly. Each rank gets its part of the `batch_size`
+    samples.
     """
 
     def __init__(
@@ -469,15 +416,15 @@ class TokenBatches:
             raise DetailFlowError(f"planted_share {planted_share} is not possible: it is a probability, 0 to 1")
         self.store, self.planted_share = store, planted_share
         self.order = BatchOrder(len(store), batch_size, seed, start_step)
-        self.share = world.shard(batch_size)
+        self.part = world.shard(batch_size)
         self.steps_per_epoch = self.order.steps_per_epoch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         for key in self.order:
             rng = self.order.batch_rng(key)  # draws for the samples of all processes
-            crops = rng.integers(self.store.info.crops, size=len(key.items))[self.share]
-            planted = (rng.random(len(key.items)) < self.planted_share)[self.share]
-            images = key.items[self.share]
+            crops = rng.integers(self.store.info.crops, size=len(key.items))[self.part]
+            planted = (rng.random(len(key.items)) < self.planted_share)[self.part]
+            images = key.items[self.part]
             inputs = self.store.read(images, crops, np.where(planted, INPUT, CLEAN))
             targets = self.store.read(images, crops, np.where(planted, LABEL, CLEAN))
             yield _int64(self.store.labels[images]), _int64(inputs), _int64(targets)

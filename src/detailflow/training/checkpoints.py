@@ -1,12 +1,11 @@
-"""A run's folder: whose it is, and the checkpoints in it, each written whole or not at all."""
+"""A training run's folder: which run it belongs to, and the checkpoints in it, each written whole or not at all."""
 
-import json
+import logging
+import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
@@ -16,95 +15,77 @@ from detailflow.runs import (
     CHECKPOINTS,
     MILESTONES,
     RUN_FILE,
+    Checkpoint,
+    RunFolder,
+    as_plain,
     checkpoints,
+    is_readable,
     read_checkpoint,
-    read_settings,
-    readable,
     step_of,
 )
 from detailflow.tensors import save_torch
 from detailflow.training.inputs import Input, difference
 
+_log = logging.getLogger(__name__)
 KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name
-# Settings of the loop that a run may go on with in another value: they change how it is done, not what comes out.
+# Settings of the loop that may change when a run goes on: they change how it is done, not what comes out.
 FREE = {
     *("workers", "log_every", "pictures_every", "trackers", "checkpoint_minutes", "keep", "milestone_every"),
     *("accumulate", "checkpoint_activations", "shard", "compile"),
 }
 
 
-def claim(output: Path, kind: str, config: dict[str, Any], inputs: Mapping[str, Input] | None = None) -> bool:
-    """Make `output` this run's folder; False if the run is finished already.
+def run_folder(output: Path) -> RunFolder:
+    """Return the folder of a training run."""
+    return RunFolder(output, "a run", RUN_FILE)
+
+
+def claim(output: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Input] | None = None) -> bool:
+    """Make `output` this run's folder, or check that it already is; return False if the run is finished.
 
     Args:
-        inputs: what those settings name that are known by their content; their paths may change.
-
-    Raises:
-        DetailFlowError: if it cannot be written, or belongs to a run with another config or other inputs.
+        inputs: the settings that are known by the content of what they name, which may move.
     """
-    mine = {"kind": kind, **json.loads(json.dumps(config))}
-    path = output / RUN_FILE
-    try:
-        finished = (output / CONFIG_FILE).exists()  # which `export` writes last
-        theirs = read_settings(path) if path.exists() else None
-        known = dict((theirs or {}).get(KNOWN_BY) or {})
-        mine[KNOWN_BY] = _content(output, inputs or {}, theirs or {}, mine, known)
-        if theirs is not None:
-            _require_same(output, theirs, mine, known)
-        if finished and theirs is None:
-            raise DetailFlowError(f"{output} holds a model that was not trained there; choose another output")
-        if finished:
-            return False
-        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        if theirs != mine:
-            with replacing(path) as temporary:
-                temporary.write_text(yaml.safe_dump(mine, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    except OSError as error:
-        raise DetailFlowError(f"{output}: the output folder cannot be written ({error.strerror})") from None
+    folder = run_folder(output)
+    recorded, settings = folder.read(), {"kind": kind, **as_plain(config)}
+    known = dict(recorded.get(KNOWN_BY) or {})
+    settings[KNOWN_BY] = content = _read_inputs(output, inputs or {}, recorded, settings)
+    finished = os.path.isfile(output / CONFIG_FILE)  # which `export` writes last
+    if recorded:
+        both = content.keys() & known.keys()
+        folder.check(recorded, _identity(settings, ignored={KNOWN_BY, *both}))
+        for name in both:
+            if changed := difference(name, known[name], content[name]):
+                raise DetailFlowError(
+                    f"{output} holds a run that was begun with {changed}: give it the same again, or choose another "
+                    f"folder (`detailflow train {kind} … --init {output}` starts from its weights)"
+                )
+    elif finished:
+        raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")
+    if finished:
+        return False
+    if recorded != settings:
+        folder.write(settings)
+    (output / CHECKPOINTS).mkdir(exist_ok=True)
     return True
 
 
-def _content(
-    output: Path,
-    inputs: Mapping[str, Input],
-    theirs: Mapping[str, Any],
-    mine: Mapping[str, Any],
-    known: Mapping[str, Any],
+def _read_inputs(
+    output: Path, inputs: Mapping[str, Input], recorded: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the inputs are known by; those that a run does not need to go on are not read if their names are the same."""
-    begun, result = bool(checkpoints(output)), {}
+    """Return what the inputs are known by, without reading again those that only the start of a run needs."""
+    begun, known = bool(recorded) and bool(checkpoints(output)), recorded.get(KNOWN_BY) or {}
+    content = {}
     for name, one in inputs.items():
-        needed = not (one.at_start and begun and name in known and theirs.get(name) == mine.get(name))
-        result[name] = one.read() if needed else known[name]
-    return result
+        needless = one.at_start and begun and name in known and recorded.get(name) == settings.get(name)
+        content[name] = known[name] if needless else one.read()
+    return content
 
 
-def _require_same(output: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    both = [name for name in mine[KNOWN_BY] if name in known]
-    if different := _differences(_fixed(theirs, both), _fixed(mine, both)):
-        raise DetailFlowError(
-            f"{output} holds a run with another {different[0]}; repeat its settings ({RUN_FILE}) or choose another output"
-        )
-    for name in both:
-        if changed := difference(name, known[name], mine[KNOWN_BY][name]):
-            raise DetailFlowError(
-                f"{output} holds a run that was begun with {changed}: give it the same again, or choose another output "
-                f"(`detailflow train {mine['kind']} … --init {output}` starts from its weights)"
-            )
-
-
-def _fixed(settings: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Return the settings that must be the same, without those that are known by their content."""
-    loop = settings.get("loop")
-    fixed = {name: value for name, value in settings.items() if name != KNOWN_BY and name not in known}
-    return {**fixed, "loop": {k: v for k, v in loop.items() if k not in FREE} if isinstance(loop, dict) else loop}
-
-
-def _differences(theirs: Any, mine: Any, prefix: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        keys = [*mine, *(k for k in theirs if k not in mine)]
-        return [d for k in keys for d in _differences(theirs.get(k), mine.get(k), f"{prefix}.{k}" if prefix else k)]
-    return [] if theirs == mine else [f"{prefix} ({theirs!r}, not {mine!r})"]
+def _identity(settings: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
+    """Return the settings that must be those of the record."""
+    identity = {name: value for name, value in settings.items() if name not in ignored}
+    return identity | {"loop": {name: value for name, value in identity["loop"].items() if name not in FREE}}
 
 
 def save_checkpoint(
@@ -121,9 +102,6 @@ def save_checkpoint(
 
     Args:
         model: the "kind" and "config" of the model in it.
-
-    Raises:
-        DetailFlowError: if it cannot be written, as on a full disk.
     """
     path = output / CHECKPOINTS / f"step-{step:08d}.pt"
     try:
@@ -135,46 +113,35 @@ def save_checkpoint(
     except OSError as error:
         raise DetailFlowError(f"{path}: the checkpoint cannot be written ({error.strerror or error})") from error
     left = keep - 1
-    for older in [
-        other for other in checkpoints(output) if step_of(other) < step
-    ]:  # what is newer is damaged, or we had gone on from it
+    for older in [other for other in checkpoints(output) if step_of(other) < step]:  # a newer one is damaged
         if left < 1:
             older.unlink(missing_ok=True)
-        elif readable(older):
+        elif is_readable(older):
             left -= 1
-    for killed in path.parent.glob(".step-*.tmp"):  # what a run left that was killed while it wrote
+    for killed in path.parent.glob(".step-*.tmp"):  # of a run that was killed while it wrote
         if killed.is_file():
             killed.unlink(missing_ok=True)
     return path
 
 
-def load_checkpoint(output: Path, world: World | None = None) -> tuple[int, dict[str, Any]]:
-    """Return step and state of the newest checkpoint that can be read; (0, {}) if there is none.
-
-    Args:
-        processes: all of them get what the main one finds; `None` is this one alone.
-
-    Raises:
-        DetailFlowError: if there are checkpoints and none can be read, or a process does not find the main one's.
-    """
+def load_checkpoint(output: Path, world: World | None = None) -> Checkpoint | None:
+    """Return the newest checkpoint that rank 0 can read, on all ranks; `None` if there is none."""
     world = world or World()
     name = world.from_main(lambda: _newest(output))
-    if not name:
-        return 0, {}
+    if name is None:
+        return None
     with world.raise_together():
-        checkpoint = read_checkpoint(output / CHECKPOINTS / name)
-    return checkpoint.step, checkpoint.state
+        return read_checkpoint(output / CHECKPOINTS / name)
 
 
-def _newest(output: Path) -> str:
-    """Return the name of the newest checkpoint that can be read; "" if there is none at all."""
+def _newest(output: Path) -> str | None:
     found = checkpoints(output)
     for path in found:
-        if readable(path):
+        if is_readable(path):
             return path.name
-        print(f"{path}: this checkpoint cannot be read, trying the one before")
+        _log.warning("%s: this checkpoint cannot be read, trying the one before", path)
     if found:
         raise DetailFlowError(
             f"{output / CHECKPOINTS}: none of the checkpoints can be read; remove the folder to start afresh"
         )
-    return ""
+    return None

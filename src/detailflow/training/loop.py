@@ -5,6 +5,7 @@ step, the rest. So a run that was killed and goes on from a checkpoint ends with
 the whole batch, of which each process takes its part, so that several processes do what one would.
 """
 
+import logging
 import math
 import os
 import signal
@@ -29,6 +30,7 @@ from detailflow.training.config import LoopConfig
 from detailflow.training.inputs import Input
 from detailflow.training.tracking import Trackers
 
+_log = logging.getLogger(__name__)
 AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish
 BAD_STEPS = {"bf16": 5, "fp32": 5, "fp16": 25}  # in a row that stop a run; float16 may need 16 to find its loss scale
 
@@ -83,19 +85,20 @@ def run(
         fresh = not os.path.exists(output / RUN_FILE)
         if not world.from_main(lambda: claim(output, kind, asdict(config), inputs)):
             if world.is_main:
-                print(f"{output}: this {'AR model' if kind == 'gpt' else kind} is finished already")
+                _log.info("%s: this %s is finished already", output, "AR model" if kind == "gpt" else kind)
             return
         try:
-            start, state = load_checkpoint(output, world)
+            checkpoint = load_checkpoint(output, world)
+            start = checkpoint.step if checkpoint else 0
             torch.manual_seed(loop.seed)
             stage = make_stage(bool(start))
         except DetailFlowError:
             if fresh and world.is_main:  # nothing has happened yet that other settings could contradict
                 (output / RUN_FILE).unlink()
             raise
-        if start:
-            _restore(stage, state, output / CHECKPOINTS, start)
-        del state
+        if checkpoint:
+            _restore(stage, checkpoint.state, output / CHECKPOINTS, start)
+        del checkpoint
         _Run(stage, kind, config, output, world).train(start)
         with world.raise_together():
             stage.export(output)
@@ -138,7 +141,7 @@ class _Run:
 
         loop, world, self.saved = self.loop, self.world, start
         if world.is_main and start:
-            print(f"{self.output}: going on from step {start}")
+            _log.info("%s: going on from step %d", self.output, start)
         batches = self.stage.batches(start)
         names, hidden = loop.trackers if world.is_main else (), not world.is_main
         with (
