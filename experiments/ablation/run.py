@@ -1,4 +1,4 @@
-"""The paper's table 2: train and measure every variant by the product's own commands, then put all of them in one table.
+"""The paper's table 2: train and measure every variant with `detailflow` commands, then compare them in one table.
 
     python experiments/ablation/run.py --data cifar10 --output runs/ablation
 
@@ -12,57 +12,44 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import yaml
+from scipy import stats
 
 HERE = Path(__file__).parent
 FEATURES = HERE.parent / "shipped-model" / "cifar10-features.safetensors"
 
 
 class Variant(NamedTuple):
-    """What a variant adds to the ones before it, as options of `train tokenizer` and `train gpt`, and the paper's gFID."""
+    """What a variant adds to those before it: options of `train tokenizer` and `train gpt`. And the paper's gFID."""
 
     tokenizer: str
     gpt: str
     paper: float
 
 
+# Token by token, on whole images only, with queries that attend to all others.
+BASELINE = "--model.group_size 1 --model.causal_tokens 1 --model.causal_encoder false"
 VARIANTS = {
-    "baseline": Variant(  # queries without a causal mask, whole images only, token by token
-        "--model.group_size 1 --model.causal_tokens 1 --model.causal_encoder false --coarse_probability 0 --correction_share 0",
-        "--planted_share 0",
-        3.97,
-    ),
-    "causal-encoder": Variant("--model.causal_encoder true", "", 3.66),  # a query sees no later ones
-    "coarse-to-fine": Variant(
-        "--coarse_probability 0.3", "", 3.33
-    ),  # some steps train the first tokens on coarse targets
-    "parallel": Variant("--model.group_size 4 --model.causal_tokens 0", "", 4.11),  # groups of 4 at once, the first too
-    "self-correction": Variant(
-        "--correction_share 1", "--planted_share 0.3", 3.68
-    ),  # later tokens repair planted mistakes
+    "baseline": Variant(f"{BASELINE} --coarse_probability 0 --correction_share 0", "--planted_share 0", 3.97),
+    "causal-encoder": Variant("--model.causal_encoder true", "", 3.66),
+    "coarse-to-fine": Variant("--coarse_probability 0.3", "", 3.33),
+    "parallel": Variant("--model.group_size 4 --model.causal_tokens 0", "", 4.11),
+    "self-correction": Variant("--correction_share 1", "--planted_share 0.3", 3.68),
     "first-group-causal": Variant("--model.causal_tokens 4", "", 3.59),
-    "alignment": Variant("--alignment 1", "", 3.35),  # of the first token with a teacher: here the classifier
+    "alignment": Variant("--alignment 1", "", 3.35),  # with the classifier as the teacher
 }
-# Student's t at 5%, two-sided, for two variants of 2, 3, … 11 seeds each.
-STUDENT = (4.303, 2.776, 2.447, 2.306, 2.228, 2.179, 2.145, 2.120, 2.101, 2.086)
-
-
-# --- the commands ----------------------------------------------------------------------------------------------------
 
 
 def options(name: str, stage: str) -> str:
-    """Return a variant's options of a stage: its own and those of the variants before it."""
+    """Return a variant's options of a stage, those of the variants before it included."""
     result: dict[str, str] = {}
-    for other, variant in VARIANTS.items():
-        words = getattr(variant, stage).split()
+    for other in list(VARIANTS)[: list(VARIANTS).index(name) + 1]:
+        words = getattr(VARIANTS[other], stage).split()
         result |= zip(words[::2], words[1::2], strict=True)
-        if other == name:
-            break
     return " ".join(f"{key} {value}" for key, value in result.items())
 
 
@@ -71,11 +58,8 @@ def commands(args: argparse.Namespace, name: str, seed: int) -> list[list[str]]:
     model = yaml.safe_load((args.recipe / "tokenizer.yaml").read_text(encoding="utf-8"))["model"]
     recipe, data, features, out = (shlex.quote(str(x)) for x in (args.recipe, args.data, args.features, args.output))
     seeds, scales = (" ".join(map(str, values)) for values in (args.sample_seeds, args.guidance_scale))
-    run, reference, device = (
-        f"{out}/{name}/seed-{seed}",
-        f"{out}/reference.npz",
-        f"--device {args.device}" if args.device else "",
-    )
+    run, reference = f"{out}/{name}/seed-{seed}", f"{out}/reference.npz"
+    device = f"--device {args.device}" if args.device else ""
     lines = (
         f"evaluate statistics {data} --size {model['image_size']} --features {features} {device} --output {reference}",
         f"train tokenizer --config {recipe}/tokenizer.yaml --data {data} {options(name, 'tokenizer')}"
@@ -86,7 +70,7 @@ def commands(args: argparse.Namespace, name: str, seed: int) -> list[list[str]]:
         f" --loop.seed {seed} {device} --output {run}/gpt",
         f"evaluate tokenizer --model {run} --data {data} --split test --num-images {args.num_images}"
         f" --num-tokens {model['num_tokens']} --lpips none --reference {reference} --features {features} {device}"
-        f" --output {run}/rebuilt",
+        f" --output {run}/reconstructed",
         f"evaluate gpt --model {run} --num-samples {args.num_samples} --seeds {seeds} --guidance-scale {scales}"
         f" --reference {reference} --features {features} {device} --output {run}/generated",
     )
@@ -109,20 +93,17 @@ def run(command: Sequence[str], args: argparse.Namespace) -> None:
         sys.exit(status)
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
 def measured(args: argparse.Namespace, name: str) -> dict[str, Any] | None:
     """Return a variant's figures at its best guidance scale, each as a value per seed; None if a report is missing."""
     reports = [[finished(command) for command in commands(args, name, seed)[-2:]] for seed in args.seeds]
     if not all(report for pair in reports for report in pair):
         return None
-    rebuilt, generated = (
+    reconstructed, generated = (
         [report["sections"][0]["rows"] for report in kind if report] for kind in zip(*reports, strict=True)
     )
-    scales = [(rows[0]["setting"]["guidance"], over_seeds(rows)) for rows in zip(*generated, strict=True)]
-    scale, figures = min(scales, key=lambda one: mean(one[1][distance(one[1])]))
-    ours = over_seeds([rows[0] for rows in rebuilt])
+    scales = {rows[0]["setting"]["guidance"]: over_seeds(rows) for rows in zip(*generated, strict=True)}
+    scale, figures = min(scales.items(), key=lambda item: mean(item[1][distance(item[1])]))
+    ours = over_seeds([rows[0] for rows in reconstructed])
     figures = {key: ours[key] for key in ("PSNR", "rFID", "rFD") if key in ours} | figures
     return {
         "guidance": scale,
@@ -144,11 +125,9 @@ def distance(figures: Iterable[str]) -> str:
 
 
 def compare(before: Sequence[float], after: Sequence[float], paper: float) -> tuple[float, str]:
-    """Return the change from one variant to the next, and what a two-sided t test at 95% says of it beside the paper's."""
-    change, seeds = mean(after) - mean(before), len(after)
-    if seeds > 1 and abs(change) <= STUDENT[min(seeds, 11) - 2] * sqrt(
-        (stdev(before) ** 2 + stdev(after) ** 2) / seeds
-    ):
+    """Return the change between two variants, and its verdict: a t test at 95%, then its sign beside the paper's."""
+    change = mean(after) - mean(before)
+    if len(after) > 1 and stats.ttest_ind(before, after).pvalue > 0.05:
         return change, "no more than other seeds may differ"
     return change, "as in the paper" if (change < 0) == (paper < 0) else "the other way than in the paper"
 
@@ -186,12 +165,9 @@ def mean_and_error(values: Sequence[float]) -> str:
 def write_table(args: argparse.Namespace) -> None:
     """Write report.json and report.md with all variants that have been measured, and print the table."""
     rows = compare_all({name: found for name in VARIANTS if (found := measured(args, name))})
-    many = (
-        f"{len(args.seeds)} trainings"
-        if len(args.seeds) > 1
-        else f"{len(args.sample_seeds)} sets of samples of one training"
-    )
-    note = f"Means ± standard deviations over {many}. Changes are judged by a two-sided t test at 95% if these are several."
+    samples = f"{len(args.sample_seeds)} sets of samples of one training"
+    many = f"{len(args.seeds)} trainings" if len(args.seeds) > 1 else samples
+    note = f"Means ± standard deviations over {many}. If there are several, a t test at 95% judges the changes."
     content = {"note": note, "settings": vars(args), "rows": rows}
     (args.output / "report.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     (args.output / "report.md").write_text(f"# The paper's ablation\n\n{markdown(rows)}\n\n{note}\n", encoding="utf-8")
@@ -202,20 +178,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder with train and test images")
-    parser.add_argument(
-        "--features", default=FEATURES, help="as of detailflow evaluate gpt (default: the CIFAR-10 network)"
-    )
+    parser.add_argument("--features", default=FEATURES, help="as of `detailflow evaluate` (default: CIFAR-10's)")
     parser.add_argument("--output", required=True, type=lambda text: Path(text).expanduser(), help="a folder")
     parser.add_argument("--recipe", type=Path, default=HERE, help="a folder with tokenizer, extract, gpt .yaml")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], help="of training: every variant is trained from each"
-    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="every variant is trained from each")
     parser.add_argument("--sample-seeds", nargs="+", type=int, default=[0, 1], help="of the generated images")
     parser.add_argument("--guidance-scale", nargs="+", type=float, default=[2.0, 4.0], help="the best one counts")
     parser.add_argument("--num-samples", type=int, default=5000, help="generated images of each sample seed")
-    parser.add_argument("--num-images", type=int, default=5000, help="test images to rebuild")
-    parser.add_argument("--device", help="cpu, cuda, … (default: the GPU where there is one)")
+    parser.add_argument("--num-images", type=int, default=5000, help="test images to reconstruct")
+    parser.add_argument("--device", help="cpu, cuda, … (default: the GPU if there is one)")
     parser.add_argument("--launch", default=shlex.quote(sys.executable), help="such as 'torchrun --nproc-per-node 8'")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     args = parser.parse_args(argv)
@@ -235,7 +207,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, lambda *_: None
-    )  # Ctrl-C reaches the command: it saves a checkpoint, and we end with it
+    # Ctrl-C reaches the command, which saves a checkpoint and ends; then this script ends too.
+    signal.signal(signal.SIGINT, lambda *_: None)
     main()

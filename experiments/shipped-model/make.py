@@ -73,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, lambda *_: None
-    )  # Ctrl-C reaches the command: it saves a checkpoint, and we end with it
+    # Ctrl-C reaches the command, which saves a checkpoint and ends; then this script ends too.
+    signal.signal(signal.SIGINT, lambda *_: None)
     main()
