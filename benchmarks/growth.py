@@ -22,22 +22,22 @@ BASE = dict(width=512, depth=8, heads=8, num_tokens=128)
 
 
 def build(device: torch.device, dtype: torch.dtype, **sizes: int) -> DetailFlowGPT:
-    """A model of random weights."""
+    """Return a model with random weights."""
     torch.manual_seed(0)
     config = GPTConfig(num_classes=1000, **(BASE | sizes))  # type: ignore[arg-type]
     return DetailFlowGPT(config).to(device, dtype).eval()
 
 
 def a_step(gpt: DetailFlowGPT, start: int, kind: type[CachedModel] | type[RecomputingGPT]) -> Callable[[], object]:
-    """The step that writes the group at `start`, alone; what was there before is zeros, which costs the same."""
+    """Return the step that writes the group at `start`; earlier tokens are zeros, which cost the same."""
     state = kind(gpt, torch.zeros(1, dtype=torch.int64, device=gpt.device), guided=True)
     tokens = torch.zeros(1, gpt.config.num_tokens, dtype=torch.int64, device=gpt.device)
     return lambda: state.step(tokens, start, start + gpt.config.group_size)
 
 
 def table(title: str, rows: list[tuple[str, float, float]]) -> None:
-    """Measured seconds and expected ones, each as a multiple of the first row's."""
-    print(f"\n{title}\n{'':>16}  {'ms':>8}  {'× first':>8}  {'law: × first':>12}")
+    """Print measured seconds and expected ones, each as a multiple of the first row's."""
+    print(f"\n{title}\n{'':>16}  {'ms':>8}  {'× first':>8}  {'expected':>12}")
     for name, measured, expected in rows:
         print(f"{name:>16}  {measured * 1e3:8.1f}  {measured / rows[0][1]:8.2f}  {expected / rows[0][2]:12.2f}")
 
@@ -68,11 +68,11 @@ def main() -> None:
     widths = [(f"width {w}", 1, {"width": w, "heads": w // 64}) for w in (256, 512, 768, 1024)]
     generations("all tokens of one image, by width", widths)
     gpt = build(device, dtype, num_tokens=512)
-    for kind, law in ((CachedModel, lambda start: 1.0), (RecomputingGPT, lambda start: start + 8.0)):
+    for kind, expected in ((CachedModel, lambda start: 1.0), (RecomputingGPT, lambda start: start + 8.0)):
         starts = (8, 64, 128, 256, 504)
-        measured = time_in_turns({f"{s} there": Case(a_step(gpt, s, kind)) for s in starts}, device, args.repeats)
-        name = "with the cache" if kind is CachedModel else "computing all again"
-        table(f"one step of 8 tokens, {name}", [(f"{s} there", measured[f"{s} there"][0], law(s)) for s in starts])
+        measured = time_in_turns({f"after {s}": Case(a_step(gpt, s, kind)) for s in starts}, device, args.repeats)
+        name = "with the cache" if kind is CachedModel else "without a cache"
+        table(f"one step of 8 tokens, {name}", [(f"after {s}", measured[f"after {s}"][0], expected(s)) for s in starts])
 
 
 if __name__ == "__main__":
