@@ -22,20 +22,18 @@ from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.published import vit_names
 from detailflow.training.config import GPTTraining, LoopConfig, TokenizerTraining
+from detailflow.training.counting import Counter, StepCosts, count_steps, counting
 from detailflow.training.gpt import GPTStage
 from detailflow.training.plan import (
+    AUXILIARY,
     FROZEN,
-    THROWN_AWAY,
     TRAINED,
-    Counter,
     Network,
     Plan,
-    StepCosts,
-    count_steps,
-    counting,
+    networks_of,
     plan_gpt,
     plan_tokenizer,
-    processes_of_this_launch,
+    planned_world,
 )
 from detailflow.training.tokenizer import TokenizerStage
 
@@ -81,8 +79,8 @@ def test_a_counted_step_is_the_step(precision: str, checkpointed: bool):
     loop = replace(LOOP, precision=precision, checkpoint_activations=checkpointed)
     found = []
     for data in (False, True):
-        place: AbstractContextManager[Counter] = Counter() if data else counting()
-        with place as counter:
+        mode: AbstractContextManager[Counter] = Counter() if data else counting()
+        with mode as counter:
             stage, batch = gpt_stage(loop), gpt_batch()
             stage.step(0, batch, 1e-3)
             found.append(counter.of(lambda: stage.step(0, batch, 1e-3)))  # noqa: B023
@@ -109,15 +107,16 @@ def test_what_is_held():
 def test_an_ar_model_costs_what_is_known_of_it():
     """Six operations a weight and token, and the pairs that attend; memory falls with depth times what a block keeps."""
     sizes = GPTConfig(num_classes=4, width=256, depth=4, heads=4, num_tokens=64, codebook_size=1024)
-    costs, networks = count_steps(lambda: gpt_stage(sizes=sizes), lambda: gpt_batch(sizes), CPU)
+    stages: list[GPTStage] = []
+    costs = count_steps(lambda: stages.append(gpt_stage(sizes=sizes)) or stages[0], lambda: gpt_batch(sizes), CPU)
     with torch.device("meta"):
         model = DetailFlowGPT(sizes)
     weights = size_of(model) - size_of(model.class_embedding, model.token_embedding, model.mask_embedding)
     pairs = 12 * sizes.depth * sizes.num_tokens**2 * sizes.width
-    assert costs.operations == pytest.approx(16 * (6 * weights * sizes.num_tokens + pairs), rel=0.05)
-    assert costs.again == pytest.approx(16 * (2 * size_of(model.blocks) * sizes.num_tokens + pairs / 3), rel=0.05)
-    assert networks == [Network("AR model", TRAINED, size_of(model), 4 * size_of(model))]
-    assert costs.peak_again < 0.5 * costs.peak
+    assert costs.first == costs.last == pytest.approx(16 * (6 * weights * sizes.num_tokens + pairs), rel=0.05)
+    assert costs.recomputed == pytest.approx(16 * (2 * size_of(model.blocks) * sizes.num_tokens + pairs / 3), rel=0.05)
+    assert networks_of(stages[0]) == [Network("AR model", TRAINED, size_of(model), 4 * size_of(model))]
+    assert costs.peak_recomputed < 0.5 * costs.peak
 
 
 def test_a_tokenizer_costs_what_is_known_of_it(cifar: Path):
@@ -146,9 +145,9 @@ def test_an_adversary_costs_its_share_of_the_steps(cifar: Path):
 
 
 def test_parts_of_a_batch_take_less_memory():
-    whole, _ = count_steps(gpt_stage, gpt_batch, CPU)
-    parts, _ = count_steps(lambda: gpt_stage(replace(LOOP, accumulate=4)), gpt_batch, CPU)
-    assert parts.operations == whole.operations and parts.peak < 0.5 * whole.peak
+    whole = count_steps(gpt_stage, gpt_batch, CPU)
+    parts = count_steps(lambda: gpt_stage(replace(LOOP, accumulate=4)), gpt_batch, CPU)
+    assert parts.last == whole.last and parts.peak < 0.5 * whole.peak
 
 
 def test_nothing_of_it_stays():
@@ -185,8 +184,8 @@ def test_networks_that_would_be_downloaded(cifar: Path, tower: Path, monkeypatch
     plan = plan_tokenizer(config, World(size=4))
     assert plan.epochs == 100 / (200 // 16) and plan.tokens == 32
     networks = {network.name: network for network in plan.networks}
-    fates = [network.fate for network in plan.networks]
-    assert fates == [TRAINED, TRAINED, TRAINED, THROWN_AWAY, FROZEN, FROZEN, THROWN_AWAY, FROZEN]
+    fates = [network.role for network in plan.networks]
+    assert fates == [TRAINED, TRAINED, TRAINED, AUXILIARY, FROZEN, FROZEN, AUXILIARY, FROZEN]
     with torch.device("meta"):
         model, small = DetailFlowTokenizer(SIZES), SigLIP2(ViTConfig(64, 2, 1), patch_size=8)
     assert plan.parameters(TRAINED) == size_of(model)
@@ -200,8 +199,8 @@ def test_networks_that_would_be_downloaded(cifar: Path, tower: Path, monkeypatch
 def test_networks_that_learn_from_scratch(cifar: Path):
     config = TokenizerTraining(str(cifar), SIZES, LOOP, perceptual=1.0, alignment=1.0, adversarial_from=40.0)
     plan = plan_tokenizer(config, World())
-    names = [(network.name, network.fate) for network in plan.networks[3:]]
-    assert names == [("head of the alignment", THROWN_AWAY), ("classifier", FROZEN), ("discriminator", THROWN_AWAY)]
+    names = [(network.name, network.role) for network in plan.networks[3:]]
+    assert names == [("head of the alignment", AUXILIARY), ("classifier", FROZEN), ("discriminator", AUXILIARY)]
     source = open_images(cifar)
     stage = TokenizerStage(config, source, Path("nowhere"), CPU, resuming=True, load=False)
     sizes = [size_of(n) for n in (stage.networks.head, stage.teachers.features, stage.adversary.network)]  # type: ignore
@@ -216,8 +215,8 @@ def test_networks_of_a_package(cifar: Path, monkeypatch: pytest.MonkeyPatch):
     plan = plan_tokenizer(TokenizerTraining(str(cifar), SIZES, LOOP, **settings), World())
     networks = {network.name: network for network in plan.networks}
     frozen = networks["EfficientNet-Lite0"]
-    assert frozen.fate == FROZEN and frozen.parameters == pytest.approx(4.65e6, rel=0.01)
-    assert networks["heads of the discriminator"].fate == THROWN_AWAY
+    assert frozen.role == FROZEN and frozen.parameters == pytest.approx(4.65e6, rel=0.01)
+    assert networks["heads of the discriminator"].fate == AUXILIARY
 
 
 def test_a_teacher_has_its_own_size(tower: Path):
@@ -235,8 +234,8 @@ def test_a_teacher_has_its_own_size(tower: Path):
 
 def of(loop: LoopConfig = LOOP, world: int = 1, ema: bool = False) -> Plan:
     """Networks of 1,000 weights that are trained, 100 thrown away and 10 frozen."""
-    networks = (Network("a", TRAINED, 1000, 4000), Network("b", THROWN_AWAY, 100, 400), Network("c", FROZEN, 10, 20))
-    return Plan("a test", loop, 2.0, 8, networks, world, StepCosts(500.0, 6000, 100.0, 4700), ema=ema)
+    networks = (Network("a", TRAINED, 1000, 4000), Network("b", AUXILIARY, 100, 400), Network("c", FROZEN, 10, 20))
+    return Plan("a test", loop, 2.0, 8, networks, world, StepCosts(500.0, 500.0, 6000, 100.0, 4700), ema=ema)
 
 
 def test_sums():
@@ -264,7 +263,7 @@ def test_of_an_ar_model(model: Path, tokens: Path):
     config = GPTTraining(str(tokens), str(model), LOOP, width=32, depth=2, heads=2)
     plan = plan_gpt(config, World())
     assert plan.of == "an AR model, on 200 images of 10 classes, 2 crops of each"
-    assert (plan.tokens, plan.ema) == (16, True) and plan.store > 200 * 2 * 3 * 16 * 2
+    assert (plan.tokens, plan.ema) == (16, True) and plan.store_bytes > 200 * 2 * 3 * 16 * 2
     sizes = GPTConfig(num_classes=10, width=32, depth=2, heads=2, num_tokens=16, group_size=4, codebook_size=64)
     assert plan.parameters(TRAINED) == size_of(DetailFlowGPT(sizes))
     several = plan_gpt(replace(config, loop=replace(LOOP, shard=True, compile=True)), World(size=4))
@@ -274,8 +273,10 @@ def test_of_an_ar_model(model: Path, tokens: Path):
 def test_the_page():
     loop = replace(LOOP, steps=1_251_000, batch_size=256, accumulate=4, milestone_every=1000, keep=3)
     networks = (Network("AR model", TRAINED, 326_000_000, 4 * 326_000_000),)
-    costs = StepCosts(32 * 250e9, 3.2e9, 32 * 80e9, 2e9)
-    page = Plan("a test", loop, 250.0, 128, networks, 8, costs, ema=True, store=10 * GIB).text(400e12, 0.4, "cuda")
+    costs = StepCosts(32 * 250e9, 32 * 250e9, 3.2e9, 32 * 80e9, 2e9)
+    page = Plan("a test", loop, 250.0, 128, networks, 8, costs, ema=True, store_bytes=10 * GIB).text(
+        400e12, 0.4, "cuda"
+    )
     lines = page.splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) < 30
     assert "length     1,251,000 steps of 256 images: 250.0 epochs" in lines
@@ -290,7 +291,7 @@ def test_the_page():
 
 
 def test_processes_that_need_not_be_there(monkeypatch: pytest.MonkeyPatch):
-    assert processes_of_this_launch() == World()
+    assert planned_world() == World()
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "3")
-    assert processes_of_this_launch() == World(3, 8)
+    assert planned_world() == World(3, 8)

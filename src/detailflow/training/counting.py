@@ -1,0 +1,126 @@
+"""Count a training step's operations and memory on tensors that have shapes but no data."""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from detailflow.distributed import World
+from detailflow.models import layers
+from detailflow.training.config import LoopConfig
+from detailflow.training.optimizer import recompute_activations
+
+
+class StepCosts(NamedTuple):
+    """What one process does in a step.
+
+    Attributes:
+        first, last: operations of the run's first and last step, which has all losses.
+        peak: bytes that the last step takes at most, besides weights, averages and the optimiser's state.
+        recomputed: further operations with `checkpoint_activations`.
+        peak_recomputed: `peak` with `checkpoint_activations`.
+    """
+
+    first: float
+    last: float
+    peak: float = 0.0
+    recomputed: float = 0.0
+    peak_recomputed: float = 0.0
+
+
+class Counter(TorchDispatchMode):
+    """Count operations of matrix products and convolutions, and the bytes of tensors that are made inside.
+
+    Fake tensors have no values, so every draw and norm that a step asks for is 1, every index 0, every condition false:
+    such a step trains all N tokens, plants its mistakes at the first and finds finite gradients.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":  # questions about a tensor, which are most of all calls
+            return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 0
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.operations += formula(*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in self._alive:
+                self._alive.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.bytes -= size
+
+    def of(self, function: Callable[[], object]) -> tuple[int, int]:
+        """Call a function; return its operations, and the most bytes that it takes at once."""
+        operations, self.peak, before = self.operations, self.bytes, self.bytes
+        function()
+        return self.operations - operations, self.peak - before
+
+
+class _Fake(FakeTensorMode):
+    def __deepcopy__(self, memo: Any) -> "_Fake":  # one mode for all, also of a network that is copied
+        return self
+
+
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """Make tensors without data and count them. Networks must be made on their device: they cannot be moved."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        patch.object(nn.Module, "_apply", lambda self, *_, **__: self),
+        patch.object(layers, "SCORES", 2**62),  # attention on a CPU in one part, of as many operations as in many
+        _Fake(),
+        Counter() as counter,
+    ):
+        yield counter
+
+
+def count_steps(make_stage: Callable[[], Any], make_batch: Callable[[], Any], device: torch.device) -> StepCosts:
+    """Count a run's first and last step, and the last again with `checkpoint_activations`.
+
+    Args:
+        make_stage: called once, for a stage without `checkpoint_activations`.
+    """
+    with counting() as counter:
+        with torch.device(device):
+            stage, batch = make_stage(), make_batch()
+        last_step = stage.config.loop.steps - 1
+        adversary = getattr(stage, "adversary", None)
+        for updater in (stage.updater, *([adversary.updater] if adversary else [])):  # so that their state is there
+            for weight in updater.parameters():
+                weight.grad = torch.zeros_like(weight)
+            for optimizer in updater.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        first, _ = counter.of(lambda: stage.step(0, batch, 0.0))
+        last, peak = counter.of(lambda: stage.step(last_step, batch, 0.0))
+        recompute_activations(stage.blocks)
+        recomputed, peak_recomputed = counter.of(lambda: stage.step(last_step, batch, 0.0))
+        return StepCosts(first, last, peak, recomputed - last, peak_recomputed)
+
+
+def of_one_rank(loop: LoopConfig, world: World) -> LoopConfig:
+    """Return the loop of one process with its part of the batch."""
+    loop.images_at_once(world)
+    part = loop.batch_size // world.size
+    return replace(loop, batch_size=part, checkpoint_activations=False, shard=False, compile=False)
