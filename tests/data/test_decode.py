@@ -17,7 +17,7 @@ from PIL.IcoImagePlugin import IcoImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from detailflow.data.decode import image_size, image_suffixes, load_rgb, max_pixels, raster_formats, to_rgb
-from detailflow.data.summary import why
+from detailflow.data.source import why
 from detailflow.errors import DetailFlowError, printable
 
 QUARTER_TURN = 6  # the EXIF orientation of a phone held upright

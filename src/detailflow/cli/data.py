@@ -6,8 +6,8 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from detailflow.cli.common import Parser, expanded
@@ -43,21 +43,36 @@ def main(argv: Sequence[str]) -> int:
     """Print a report on the set."""
     args = parser().parse_args(argv)
 
-    from detailflow.data.images import tolerated
+    from detailflow.data.source import size_range, tolerated
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are in `notes`, too
         source = _open(args, args.split)
         splits = dict(_count_splits(source, args))
-    found = _read_all(source)
-    bad = len(found.unreadable)
-    usable = bad <= tolerated(len(source)) and bad < len(source)
-    if args.json:
-        print(json.dumps(_as_json(source, found, splits) | {"usable": usable}, indent=2))
-    else:
-        print("\n".join(map(printable, _as_text(source, found, splits))))
-    if not usable:
-        raise DetailFlowError(f"{bad} of the {len(source)} images cannot be read, more than 1%: remove or replace them")
+    notes = source.notes
+    sizes, unreadable, duplicates = _read_all(source)
+    ends = size_range(list(sizes))
+    report = {
+        "data": source.where,
+        "summary": source.summary,
+        "images": len(source),
+        "classes": source.counts,
+        "split": notes.split,
+        "splits": splits,
+        "sizes": {"smallest": ends[0], "largest": ends[-1]} if ends else None,
+        "left_aside": notes.left_aside,
+        "unreadable": unreadable,
+        "duplicates": duplicates,
+        "warnings": list(map(printable, notes.warnings)),
+        "question": notes.question or None,
+        "fingerprint": source.fingerprint,
+        "usable": len(unreadable) <= tolerated(len(source)) and len(unreadable) < len(source),
+    }
+    print(json.dumps(report, indent=2) if args.json else "\n".join(map(printable, _as_text(report, sizes))))
+    if not report["usable"]:
+        raise DetailFlowError(
+            f"{len(unreadable)} of the {len(source)} images cannot be read, more than 1%: remove or replace them"
+        )
     return 0
 
 
@@ -77,97 +92,62 @@ def _count_splits(source: "ImageSource", args: argparse.Namespace) -> Iterator[t
         yield split, count
 
 
-@dataclass
-class _Images:
-    """What reading every image has shown."""
-
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) → images
-    unreadable: dict[str, str] = field(default_factory=dict)  # name → what is wrong with it
-    names: dict[bytes, list[str]] = field(default_factory=dict)  # checksum of the file → images
-
-    @property
-    def duplicates(self) -> list[list[str]]:
-        """Return groups of images whose files are the same."""
-        return [group for group in self.names.values() if len(group) > 1]
-
-
-def _read_all(source: "ImageSource") -> _Images:
-    from concurrent.futures import ThreadPoolExecutor
-
+def _read_all(source: "ImageSource") -> tuple[Counter[tuple[int, int]], dict[str, str], list[list[str]]]:
+    """Read every image; return how many have each size, what cannot be read and why, and groups of equal files."""
     from tqdm import tqdm
 
     from detailflow.data.decode import image_size, load_rgb
 
-    found, total = _Images(), len(source)
+    sizes: Counter[tuple[int, int]] = Counter()
+    unreadable: dict[str, str] = {}
+    by_content: dict[bytes, list[str]] = {}
 
     def read(index: int) -> tuple[bytes, tuple[int, int]] | str:
         try:
-            content = source.stored_bytes(index)
-            load_rgb(
-                content, source.name(index), least=1
-            )  # a JPEG as small as can be: all of it is read, which shows damage
-            return hashlib.sha256(content).digest(), image_size(content, source.name(index))
+            content, name = source.stored_bytes(index), source.name(index)
+            load_rgb(content, name, least=1)  # a JPEG as small as can be: all of it is read, which shows damage
+            return hashlib.sha256(content).digest(), image_size(content, name)
         except DetailFlowError as error:
             return str(error)
 
-    bar = tqdm(desc="reading", total=total, delay=2, leave=False, unit="img", dynamic_ncols=True)
+    bar = tqdm(desc="reading", total=len(source), delay=2, leave=False, unit="img", dynamic_ncols=True)
     with bar, ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, total, _CHUNK):
-            for index, image in enumerate(pool.map(read, range(start, min(start + _CHUNK, total))), start):
+        for start in range(0, len(source), _CHUNK):
+            indices = range(start, min(start + _CHUNK, len(source)))
+            for index, image in zip(indices, pool.map(read, indices), strict=True):
                 bar.update()
                 if isinstance(image, str):
-                    found.unreadable[source.name(index)] = image
+                    unreadable[source.name(index)] = image
                 else:
-                    found.sizes[image[1]] += 1
-                    found.names.setdefault(image[0], []).append(source.name(index))
-    return found
+                    sizes[image[1]] += 1
+                    by_content.setdefault(image[0], []).append(source.name(index))
+    return sizes, unreadable, [group for group in by_content.values() if len(group) > 1]
 
 
-def _as_json(source: "ImageSource", found: _Images, splits: dict[str, int | None]) -> dict[str, Any]:
-    from detailflow.data.summary import size_range
+def _as_text(report: dict[str, Any], sizes: Counter[tuple[int, int]]) -> Iterator[str]:
+    from detailflow.data.source import describe_sizes, plural, why
 
-    sizes, notes = size_range(list(found.sizes)), source.notes
-    return {
-        "data": source.where,
-        "summary": source.summary,
-        "images": len(source),
-        "classes": source.counts,
-        "split": notes.split,
-        "splits": splits,
-        "sizes": {"smallest": sizes[0], "largest": sizes[-1]} if sizes else None,
-        "left_aside": notes.left_aside,
-        "unreadable": found.unreadable,
-        "duplicates": found.duplicates,
-        "warnings": list(map(printable, notes.warnings)),
-        "question": notes.question or None,
-        "fingerprint": source.fingerprint,
-    }
-
-
-def _as_text(source: "ImageSource", found: _Images, splits: dict[str, int | None]) -> Iterator[str]:
-    from detailflow.data.summary import describe_sizes, plural, why
-
-    notes, counts = source.notes, source.counts
-    yield source.summary
+    splits, classes = report["splits"], report["classes"]
+    yield report["summary"]
     if len(splits) > 1:
         yield from ("", "splits")
         yield from (f"  {name}  {'not readable' if n is None else f'{n:,}'}" for name, n in splits.items())
-    if source.class_names != ("image",):
-        longest = max(map(len, counts))
-        yield from ("", "classes", *(f"  {name.ljust(longest)}  {count:,}" for name, count in counts.items()))
-    if found.sizes:
-        (width, height), times = found.sizes.most_common(1)[0]
-        often = f", most often {width}×{height} ({times:,})" if len(found.sizes) > 1 else ""
-        yield from ("", f"sizes: {describe_sizes(list(found.sizes))}{often}")
-    for kind, names in notes.left_aside.items():
+    if tuple(classes) != ("image",):
+        longest = max(map(len, classes))
+        yield from ("", "classes", *(f"  {name.ljust(longest)}  {count:,}" for name, count in classes.items()))
+    if sizes:
+        (width, height), times = sizes.most_common(1)[0]
+        often = f", most often {width}×{height} ({times:,})" if len(sizes) > 1 else ""
+        yield from ("", f"sizes: {describe_sizes(list(sizes))}{often}")
+    for kind, names in report["left_aside"].items():
         reason = f" ({why(kind)})" if why(kind) else ""
         yield from _list(f"left aside: {len(names):,} {plural(kind, len(names))}{reason}", names)
-    yield from _list(f"unreadable: {len(found.unreadable):,}", list(found.unreadable.values()))
-    duplicates = [" = ".join(group) for group in found.duplicates]
+    yield from _list(f"unreadable: {len(report['unreadable']):,}", list(report["unreadable"].values()))
+    duplicates = [" = ".join(group) for group in report["duplicates"]]
     yield from _list(f"the same file several times: {len(duplicates):,}", duplicates)
-    yield from _list("warnings", notes.warnings)
-    if notes.question:
-        yield from ("", notes.question)
+    yield from _list("warnings", report["warnings"])
+    if report["question"]:
+        yield from ("", report["question"])
 
 
 def _list(title: str, lines: Sequence[str]) -> Iterator[str]:

@@ -126,7 +126,7 @@ class _Batches:
         """Yield the same with images as bytes (B, size, size, 3), a quarter of the size, ready to be sent to a GPU."""
 
 
-class ImageBatches(_Batches):
+class ImageBatches(_Batches, Dataset[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]):
     """Endless training batches of a set of images; the order is a new permutation in every epoch."""
 
     source: ImageSource
@@ -135,45 +135,34 @@ class ImageBatches(_Batches):
         super().__post_init__()
         self.order = BatchOrder(len(self.source), self.batch_size, self.seed, self.start_step)
         self.steps_per_epoch = self.order.steps_per_epoch
+        self.tolerated = tolerated(len(self.source))
 
     def as_bytes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # batch_size=None: the keys are whole batches already, so what a worker sends is one block of bytes, not floats.
-        loader = DataLoader(
-            _Crops(self),
-            sampler=self.order,
-            batch_size=None,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+        pin = torch.cuda.is_available()
+        loader = DataLoader(self, sampler=self.order, batch_size=None, num_workers=self.workers, pin_memory=pin)
         for crops, labels, bad in loader:
-            note_unreadable(self.bad, bad, tolerated(len(self.source)), f"the {len(self.source)} images")
+            note_unreadable(self.bad, bad, self.tolerated, f"the {len(self.source)} images")
             yield crops, labels
 
-
-class _Crops(Dataset[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]):
-    """This process's part of whole batches: bytes (B, size, size, 3), labels (B,) and what could not be read."""
-
-    def __init__(self, batches: ImageBatches) -> None:
-        self.batches = batches
-
     def __getitem__(self, key: BatchKey) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
-        batches, source = self.batches, self.batches.source
+        """Return this process's part of a batch: bytes (B, size, size, 3), labels (B,) and what could not be read."""
         # One generator for the whole batch: seeding one per image would take longer than the crop of a small one.
-        draws = batches.order.batch_rng(key).random((len(key.items), 4))[batches.part]
-        items = key.items[batches.part].tolist()
-        crops = np.zeros((len(items), batches.size, batches.size, 3), np.uint8)
+        draws = self.order.batch_rng(key).random((len(key.items), 4))[self.part]
+        items = key.items[self.part].tolist()
+        crops = np.zeros((len(items), self.size, self.size, 3), np.uint8)
         labels = np.zeros(len(items), np.int64)
         bad: dict[int, str] = {}
         for row, item in enumerate(items):
-            while len(bad) <= tolerated(len(source)):  # beyond that there will be an error, so stop reading
+            while len(bad) <= self.tolerated:  # beyond that there will be an error, so stop reading
                 try:
-                    image = source.image(item, batches.least)
+                    image = self.source.image(item, self.least)
                 except DetailFlowError as error:
                     bad[item] = str(error)
-                    item = (item + 1) % len(source)
+                    item = (item + 1) % len(self.source)
                     continue
-                crops[row] = random_crop(image, batches.size, draws[row], batches.max_scale, batches.flip)
-                labels[row] = source.labels[item]
+                crops[row] = random_crop(image, self.size, draws[row], self.max_scale, self.flip)
+                labels[row] = self.source.labels[item]
                 break
         return torch.from_numpy(crops), torch.from_numpy(labels), bad
 

@@ -3,6 +3,8 @@
 Only parquet files, folders by `save_to_disk` and hub data sets need the `datasets` library (the `train` extra).
 """
 
+import csv
+import json
 import logging
 import os
 import re
@@ -10,13 +12,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from detailflow.data.decode import explained, image_suffixes, load_rgb, to_rgb
 from detailflow.data.folder import MANY, DataFiles, file_sizes, find_in_folder, first_folders, within
-from detailflow.data.metadata import read_labels
 from detailflow.data.parquet import open_parquet
-from detailflow.data.source import ImageSource, class_order, labelled, spread, tolerated
-from detailflow.data.summary import Notes
+from detailflow.data.source import ImageSource, Notes, class_order, labelled, spread, tolerated
 from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError, DetailFlowWarning, printable
@@ -29,6 +30,8 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LONGEST_RANGE = 1_000_000  # files
 _LONGEST_NUMBER = 12  # digits
 _MAGIC = re.compile(r"[*?[]")
+_FILE_NAMES = ("file_name", "image_file_name")  # columns of metadata files
+_LIKE_LABEL = ("label", "class", "categor")  # how a column of labels may be called
 
 
 def open_images(
@@ -220,3 +223,86 @@ def _with_metadata(found: DataFiles, what: str, labels: dict[str, str | None]) -
         raise DetailFlowError(f"{found.where} has no image that {what} names: check the paths in its column file_name")
     rows = _FileRows([files[path] for path in chosen], found.where)
     return labelled(rows, found.where, [labels[path] for path in chosen])
+
+
+def read_labels(files: Sequence[str], label_column: str, notes: Notes) -> dict[str, str | None] | None:
+    """Return the label of each image by its path; `None` if none of the files gives labels.
+
+    A file that gives no labels is left aside, unless its column was asked for by name.
+    """
+    labels: dict[str, str | None] = {}
+    wanted, used = _column(label_column), False
+    for file in files:
+        folder, base = os.path.split(file)
+        found = 0
+        others: set[str] = set()  # columns of rows that give no label
+        for number, row in _rows(file, {*_FILE_NAMES, wanted}):
+            name = next((row[key] for key in _FILE_NAMES if row.get(key)), None)
+            if name is None or wanted not in row:
+                others.update(row)
+                continue
+            found += 1
+            where = f"{file} row {number}"
+            path, label = _inside(folder, name, where), _text(row[wanted], where)
+            if labels.setdefault(path, label) != label:
+                raise DetailFlowError(
+                    f"{where} gives {name} the label {label!r}, and another gives it {labels[path]!r}"
+                )
+        used = used or found > 0
+        if not found:
+            notes.leave(os.path.splitext(file)[1], base)
+            if alike := sorted(column for column in others if column.startswith(_LIKE_LABEL)):
+                notes.question = (
+                    f"{base} has no column {label_column}: did you mean {alike[0]} (--label-column {alike[0]})?"
+                )
+    if not used and label_column != "label":
+        raise DetailFlowError(
+            f"no images have the label {label_column!r}: it would be a column beside file_name in metadata.csv or "
+            "metadata.jsonl"
+        )
+    return labels if used else None
+
+
+def _column(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each row's number and its cells by the names of their columns in lower case."""
+    kinds = (OSError, ValueError, csv.Error, RecursionError)
+    with (
+        explained(f"{file} cannot be read", kinds, hint="it has a row with file_name for each image"),
+        open(file, encoding="utf-8-sig", newline="") as opened,
+    ):
+        rows: Iterator[Any] = map(json.loads, filter(str.strip, opened))
+        header = None
+        if file.lower().endswith(".csv"):
+            first = opened.readline()
+            opened.seek(0)
+            separator = max(",;\t", key=first.count)
+            rows = reader = csv.DictReader(opened, restkey="", delimiter=separator, skipinitialspace=True)
+            header = reader.fieldnames
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise ValueError("a row is no object")
+            columns = list(map(_column, header or row))
+            if twice := [name for name in wanted if columns.count(name) > 1]:
+                raise DetailFlowError(f"{file} has several columns called {twice[0]}: keep one of them")
+            yield number, {_column(name): cell for name, cell in row.items()}
+
+
+def _inside(folder: str, name: Any, where: str) -> str:
+    if not isinstance(name, str):
+        raise DetailFlowError(f"{where} has {name!r} as file_name, which is no text")
+    path, home = os.path.normpath(os.path.join(folder, name)), os.path.abspath(folder)
+    if os.path.isabs(name) or os.path.commonpath((os.path.abspath(path), home)) != home:
+        raise DetailFlowError(f"{where} names {name}, which is not in the folder {folder}: give paths within it")
+    return path
+
+
+def _text(label: Any, where: str) -> str | None:
+    if label in (None, "", -1, "-1"):
+        return None
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise DetailFlowError(f"{where} has the label {label!r}, which is neither a class number nor a name")
+    return str(label).strip() or None

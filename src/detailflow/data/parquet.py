@@ -8,7 +8,7 @@ is mapped into memory.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,10 +49,10 @@ class ParquetFile(NamedTuple):
     largest: int
 
 
-def read_footers(files: Sequence[str], image_column: str, label_column: str) -> list[ParquetFile]:
+def read_footers(found: DataFiles, image_column: str, label_column: str) -> list[ParquetFile]:
     """Read the footers of parquet files that must have the same columns and class names."""
     import_datasets()
-    footers = [_read_footer(file, image_column, label_column) for file in files]
+    footers = [_read_footer(file, image_column, label_column) for file in found.files]
     first = footers[0]
     for other in footers[1:]:
         if other.class_names != first.class_names:
@@ -66,13 +66,8 @@ def read_footers(files: Sequence[str], image_column: str, label_column: str) -> 
                 "give all the same"
             )
     if not any(footer.rows for footer in footers):
-        raise DetailFlowError(f"{name_of(files)} holds no images: it has no rows")
+        raise DetailFlowError(f"{found.name} holds no images: it has no rows")
     return footers
-
-
-def name_of(files: Sequence[str]) -> str:
-    """Return what to call these files in a message."""
-    return files[0] if len(files) == 1 else f"{os.path.dirname(files[0]) or '.'} ({len(files)} parquet files)"
 
 
 def _read_footer(file: str, image_column: str, label_column: str) -> ParquetFile:
@@ -150,7 +145,9 @@ def _check_expansion(file: str, metadata: Any, image_column: str) -> int:
                 f"{file} grows from {stored:,} bytes to {read:,} as it is read (row group {i}): "
                 "store images as PNG or JPEG files"
             )
-        images = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == image_column)
+        images = sum(
+            c.total_uncompressed_size for c in columns if f"{c.path_in_schema}.".startswith(f"{image_column}.")
+        )
         largest = max(largest, images)
     return largest
 
@@ -160,7 +157,7 @@ def open_parquet(found: DataFiles, image_column: str, label_column: str) -> Imag
     from tqdm import tqdm
 
     files = found.files
-    footers = read_footers(files, image_column, label_column)
+    footers = read_footers(found, image_column, label_column)
     labels = _read_labels(footers, label_column)
     hidden = None if sum(map(os.path.getsize, files)) > _SHOW_PROGRESS_ABOVE else True
     copies = [_copy(f, image_column) for f in tqdm(footers, "copying", unit="file", leave=False, disable=hidden)]
@@ -170,7 +167,7 @@ def open_parquet(found: DataFiles, image_column: str, label_column: str) -> Imag
         found.notes.question = (
             f"its files are in folders ({some_names(folders)}), which give no labels: add a column {label_column!r}"
         )
-    return labelled(rows, name_of(files), labels, footers[0].class_names)
+    return labelled(rows, found.name, labels, footers[0].class_names)
 
 
 def _read_labels(footers: list[ParquetFile], column: str) -> list[Any] | None:

@@ -17,11 +17,9 @@ from PIL import Image
 from detailflow.data.decode import first_line, load_rgb
 from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.images import find
-from detailflow.data.parquet import name_of, read_footers, stream_parquet
-from detailflow.data.source import fingerprint
-from detailflow.data.stored import stored_image
-from detailflow.data.summary import describe
-from detailflow.data.tables import check_columns, import_datasets, list_tables, load_hub, quiet
+from detailflow.data.parquet import read_footers, stream_parquet
+from detailflow.data.source import describe, fingerprint
+from detailflow.data.tables import check_columns, import_datasets, list_tables, load_hub, quiet, stored_image
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 
@@ -147,12 +145,12 @@ def open_stream(
 
 
 def _stream_parquet(found: DataFiles, image_column: str, label_column: str) -> StreamSource:
-    footers = read_footers(found.files, image_column, label_column)
+    footers = read_footers(found, image_column, label_column)
     names = footers[0].class_names if footers[0].labels == "numbers" else ()
     counts = [footer.rows for footer in footers]
     dataset = stream_parquet(footers, image_column, label_column if names else None)
     listing = list_tables(found.files, counts)
-    return StreamSource(dataset, name_of(found.files), image_column, label_column, names, sum(counts), listing, found)
+    return StreamSource(dataset, found.name, image_column, label_column, names, sum(counts), listing, found)
 
 
 def _stream_dataset(found: DataFiles, name: str, image_column: str, label_column: str) -> StreamSource:

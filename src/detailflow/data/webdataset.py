@@ -17,7 +17,7 @@ import numpy as np
 
 from detailflow.data.decode import PLUGINS, explained, image_suffixes
 from detailflow.data.folder import DataFiles, file_sizes
-from detailflow.data.source import ImageSource, labelled
+from detailflow.data.source import ImageSource, Notes, labelled
 from detailflow.errors import DetailFlowError
 
 _READERS = 8  # shards whose headers are read at once, for storage that answers slowly
@@ -73,8 +73,7 @@ def open_shards(found: DataFiles, image_column: str, label_column: str) -> Image
         read = pool.map(lambda file: _read_headers(file, image_column, label_column), files)
         hidden = True if len(files) < _SHOW_PROGRESS_ABOVE else None
         shards = list(tqdm(read, desc="reading headers", total=len(files), unit="shard", disable=hidden))
-    where = files[0] if len(files) == 1 else f"{os.path.dirname(files[0]) or '.'} ({len(files)} shards)"
-    rows = _ShardRows(files, shards)
+    where, rows = found.name, _ShardRows(files, shards)
     if not len(rows):
         wanted = "images" if image_column == "image" else f".{image_column} images"
         raise DetailFlowError(f"{where} holds no {wanted}: a WebDataset shard has files such as 0001.jpg and 0001.cls")
@@ -82,16 +81,14 @@ def open_shards(found: DataFiles, image_column: str, label_column: str) -> Image
     unlabelled = all(label is None for label in labels)
     if unlabelled and label_column != "label":  # asked for by name
         raise DetailFlowError(f"{where} has no label {label_column!r}: that is looked for in its .json files")
-    for file, shard in zip(files, shards, strict=True):
-        for kind, name in shard.left_aside:
-            notes.leave(kind, name)
-        if twice := shard.replaced:
-            count = f"{len(twice):,} file{'s' * (len(twice) > 1)}"
-            notes.warnings.append(f"{file} holds {count} twice (the first: {twice[0]}): the last of each name is taken")
+    for shard in shards:
+        notes.warnings += shard.notes.warnings
+        for kind, names in shard.notes.left_aside.items():
+            notes.leave(kind, *names)
     folders = sorted({key.partition("/")[0] for shard in shards for key in shard.spans if "/" in key})
     if unlabelled and len(folders) > 1:
-        names = ", ".join(folders[:3]) + ", …" * (len(folders) > 3)
-        notes.question = f"its images are in the folders {names}: if these are their classes, unpack {where}"
+        some = ", ".join(folders[:3]) + ", …" * (len(folders) > 3)
+        notes.question = f"its images are in the folders {some}: if these are their classes, unpack {where}"
     return labelled(rows, where, _numbers(labels))
 
 
@@ -103,19 +100,9 @@ def _numbers(labels: list[Any]) -> list[Any]:
 
 
 class _Shard(NamedTuple):
-    """The images of one shard.
-
-    Attributes:
-        spans: key → where the image begins in the file, and its bytes.
-        labels: one for each of them.
-        left_aside: kind and name: links, and images that belong to the image of their key, such as masks.
-        replaced: members whose name another one has later; as in unpacking, the last is taken.
-    """
-
-    spans: dict[str, tuple[int, int]]
-    labels: list[Any]
-    left_aside: list[tuple[str, str]]
-    replaced: list[str]
+    spans: dict[str, tuple[int, int]]  # key → where the image begins in the file, and its bytes
+    labels: list[Any]  # one for each of them
+    notes: Notes
 
 
 class _BoundedReader(io.BufferedReader):
@@ -145,7 +132,7 @@ def _read_headers(file: str, image_column: str, label_column: str) -> _Shard:
         opened.seek(archive.offset)
         if opened.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    return members.shard()
+    return members.shard(file)
 
 
 class _Members:
@@ -156,8 +143,8 @@ class _Members:
         self.images: dict[str, tuple[int, int]] = {}  # name → where it begins, and its bytes
         self.cls_labels: dict[str, Any] = {}  # by key
         self.json_labels: dict[str, Any] = {}
-        self.left_aside: list[tuple[str, str]] = []
-        self.replaced: list[str] = []
+        self.notes = Notes()
+        self.replaced: list[str] = []  # whose name another member has later; as in unpacking, the last is taken
 
     def add(self, member: tarfile.TarInfo) -> None:
         if self.archive.offset <= member.offset:  # where the next is looked for
@@ -170,7 +157,7 @@ class _Members:
             return
         last = os.path.splitext(name.lower())[1]
         if member.islnk() or member.issym() or member.issparse():
-            self.left_aside.append(("sparse file" if member.issparse() else "link", member.name))
+            self.notes.leave("sparse file" if member.issparse() else "link", member.name)
         elif not member.isreg():
             return
         elif not self.suffixes.isdisjoint((f".{suffixes}", last)):
@@ -182,7 +169,7 @@ class _Members:
             label = entries.get(self.label_column) if isinstance(entries, dict) else None
             self._put(self.json_labels, member, member.name[:-5], label)
         elif last in PLUGINS:
-            self.left_aside.append((last, member.name))
+            self.notes.leave(last, member.name)
 
     def _put(self, members: dict[str, Any], member: tarfile.TarInfo, key: str, value: Any) -> None:
         if key in members:
@@ -194,7 +181,7 @@ class _Members:
         self.archive.fileobj.seek(member.offset_data)  # a third of the time that `extractfile` takes, a million times
         return self.archive.fileobj.read(member.size).decode("utf-8-sig")
 
-    def shard(self) -> _Shard:
+    def shard(self, file: str) -> _Shard:
         spans: dict[str, tuple[int, int]] = {}
         dotted = []  # images whose suffix is only the last part of what follows the key
         for name, span in self.images.items():
@@ -202,18 +189,22 @@ class _Members:
             if name[len(key) :].lower() not in self.suffixes:
                 dotted.append(name)
             elif key in spans:
-                self.left_aside.append(("second image of a key", name))
+                self.notes.leave("second image of a key", name)
             else:
                 spans[key] = span
         for name in dotted:
             key = _first_key(name)
             if key in spans:
-                self.left_aside.append((name[len(key) :].lower(), name))
+                self.notes.leave(name[len(key) :].lower(), name)
             else:
                 spans[name[: name.rindex(".")]] = self.images[name]
         labels = {key: label for key, label in self.json_labels.items() if label is not None} | self.cls_labels
         of_keys = [labels.get(key, labels.get(_first_key(key))) for key in spans]
-        return _Shard(spans, of_keys, self.left_aside, self.replaced)
+        if self.replaced:
+            count = f"{len(self.replaced):,} file{'s' * (len(self.replaced) > 1)}"
+            first = f"(the first: {self.replaced[0]}): the last of each name is taken"
+            self.notes.warnings.append(f"{file} holds {count} twice {first}")
+        return _Shard(spans, of_keys, self.notes)
 
 
 def _first_key(name: str) -> str:

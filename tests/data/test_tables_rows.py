@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from detailflow.data.images import open_images
-from detailflow.data.stored import stored_image
-from detailflow.data.tables import check_columns
+from detailflow.data.tables import check_columns, stored_image
 from detailflow.errors import DetailFlowError
 
 pyarrow = pytest.importorskip("pyarrow", reason="needs detailflow[train]")
@@ -103,7 +102,7 @@ def test_addresses_in_ones_own_network_are_not_fetched(tmp_path):
 
 
 def test_a_redirect_leads_to_no_file():
-    from detailflow.data.stored import _HttpsRedirects
+    from detailflow.data.tables import _HttpsRedirects
 
     for url in ("file:///etc/hostname", "http://example.com/a.png", "ftp://example.com/a", "https://127.0.0.1/a.png"):
         with pytest.raises(DetailFlowError, match="is not an https:// address on the public web"):
