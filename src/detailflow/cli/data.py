@@ -27,7 +27,8 @@ def parser() -> Parser:
         "data",
         "DATA",
         "Say what training, extraction and evaluation would read: images, classes, splits and sizes, what is "
-        "left aside and why, unreadable files and duplicates. Reads every image. The exit status is 2 if they cannot be used.",
+        "left aside and why, unreadable files and duplicates. Reads every image. The exit status is 2 if they cannot be "
+        "used.",
     )
     result.add_argument(
         "data", type=expanded, metavar="DATA", help="a folder, parquet or WebDataset files, or a hub name"

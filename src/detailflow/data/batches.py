@@ -40,10 +40,9 @@ class BatchKey(NamedTuple):
 
 
 class BatchOrder(Sampler[BatchKey]):
-    """The endless order of `count` items in batches, from `start_step` on.
+    """The endless order of `count` items in batches from `start_step` on: epoch e is a permutation seeded by (seed, e).
 
-    Epoch e is a permutation seeded by (seed, e). The last partial batch of an epoch is dropped; a set smaller than one
-    batch wraps around.
+    The last partial batch of an epoch is dropped; a set smaller than one batch wraps around.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, start_step: int = 0) -> None:
@@ -69,10 +68,9 @@ class BatchOrder(Sampler[BatchKey]):
 
 
 def note_unreadable(bad: dict[Key, str], found: Mapping[Key, str], tolerated: int, images: str) -> None:
-    """Add what could not be read to `bad` (image → what is wrong with it), with one warning each.
+    """Add to `bad` what is wrong with images that cannot be read, with one warning each.
 
-    Raises:
-        DetailFlowError: if `bad` then has more than `tolerated` of `images` ("the 30 images").
+    It is an error if `bad` then has more than `tolerated` of `images` ("the 30 images").
     """
     for key, problem in found.items():
         if key not in bad:
@@ -89,16 +87,14 @@ def note_unreadable(bad: dict[Key, str], found: Mapping[Key, str], tolerated: in
 class _Batches:
     """Endless training batches of random crops.
 
-    Each of several processes makes its part of every batch, and a batch that cannot be divided evenly is an error at
-    once. An image that cannot be read is replaced by the next one that can, with one warning, and is added to `bad`
-    (its index or name → what is wrong with it); more than 1% of them are an error.
+    Each of several processes makes its part of every batch; it is an error if the batch cannot be divided evenly. An
+    image that cannot be read is replaced by the next one that can, with one warning, and is added to `bad` (its index
+    or name → what is wrong with it); more than 1% of them are an error.
 
     Attributes:
         batch_size: images of all processes together.
         workers: processes that read images, or threads that decode a stream.
-        start_step: the step to go on from.
-        flip: whether half of the crops are mirrored.
-        max_scale: see `transforms.random_crop`.
+        flip, max_scale: see `transforms.random_crop`.
     """
 
     source: Any
@@ -178,19 +174,15 @@ class _Decoded(NamedTuple):
 
 @dataclass(eq=False)
 class StreamedBatches(_Batches):
-    """Endless training batches of a stream.
+    """Endless training batches of a stream, in an order by seed, epoch and number of processes.
 
-    Each of several processes reads a part of its own: whole files if these can be divided evenly, else every n-th
-    image, for which each reads all. An epoch has the same length for each: if the number of images is known, a process
-    whose part is shorter begins it again. The order depends on the seed, the epoch and the number of processes, and
-    not on `workers`.
-
-    A run that goes on at `start_step` reads the part of the epoch that is over again, without decoding it. Whole
-    epochs are skipped, but if the number of images is not known one has to be read to count it.
+    Each process reads a part of its own: whole files if these can be divided evenly, else every n-th image, for which
+    it reads all. If the number of images is known, epochs have the same length for each, and a process whose part is
+    shorter begins it again. To go on at `start_step`, the epoch's earlier images are read again, but not decoded; whole
+    epochs are skipped, except that one has to be read to count its images if their number is not known.
 
     Attributes:
-        buffer: images, not yet decoded, that the next one is drawn from: the more, the better mixed, the more memory,
-            and the later the first.
+        buffer: images, not yet decoded, that the next one is drawn from: more are mixed better, and take more memory.
     """
 
     source: StreamSource

@@ -114,34 +114,26 @@ def load_rgb(source: str | os.PathLike[str] | bytes, name: str | None = None, le
             which takes a fraction of the time.
     """
     name = printable(name or ("image" if isinstance(source, bytes) else os.fspath(source)))
-    with _open_file(source, name) as file:
+    with _opened(source, name) as file:
         try:
             return _decode(file, name, least)
         except DetailFlowError:
             raise
-        except Exception as error:  # damaged files raise whatever the decoder ran into
-            stripped = _strip_png(file)
-            if stripped is None:
-                raise _unreadable(name, error) from error
-        try:
+        except Exception:
+            if (stripped := _strip_png(file)) is None:
+                raise
             return _decode(stripped, name, least)
-        except Exception as error:
-            raise _unreadable(name, error) from error
 
 
 def image_size(source: str | os.PathLike[str] | bytes, name: str) -> tuple[int, int]:
     """Return the width and height of an image as it will be shown, from its header."""
-    with _open_file(source, name) as file:
-        try:
-            with _open_image(file, max_pixels()) as image:
-                if image.format == "PNG":  # else Pillow decodes all of it to see if EXIF data follow the pixels
-                    image.info.setdefault("exif", _png_exif(file))
-                width, height = image.size
-                if isinstance(image, TiffImageFile):  # not all versions of Pillow give its size as stored
-                    width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
-                return (height, width) if _orientation(image) >= 5 else (width, height)
-        except Exception as error:
-            raise _unreadable(name, error) from error
+    with _opened(source, name) as file, _open_image(file, max_pixels()) as image:
+        if image.format == "PNG":  # else Pillow decodes all of it to see if EXIF data follow the pixels
+            image.info.setdefault("exif", _png_exif(file))
+        width, height = image.size
+        if isinstance(image, TiffImageFile):  # not all versions of Pillow give its size as stored
+            width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
+        return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -167,10 +159,27 @@ def explained(problem: str, kinds: Errors = (OSError, ValueError), hint: str = "
         raise DetailFlowError(f"{problem} ({reason}){hint and ': '}{hint}") from error
 
 
-def _open_file(source: str | os.PathLike[str] | bytes, name: str) -> BinaryIO:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    path = Path(source)
+@contextmanager
+def _opened(source: str | os.PathLike[str] | bytes, name: str) -> Iterator[BinaryIO]:
+    """Open an image file and turn whatever decoding it runs into into a sentence."""
+    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(Path(source), name) as file:
+        try:
+            yield file
+        except DetailFlowError:
+            raise
+        except Image.UnidentifiedImageError as error:
+            raise DetailFlowError(
+                f"{name} is not an image: its contents are in no raster format that is read"
+            ) from error
+        except Image.DecompressionBombError as error:
+            raise DetailFlowError(
+                f"{name} is too large an image: one within it has more pixels than --max-pixels allows"
+            ) from error
+        except Exception as error:  # damaged files raise all kinds of errors
+            raise DetailFlowError(f"{name} is damaged and cannot be decoded ({first_line(error)})") from error
+
+
+def _open_file(path: Path, name: str) -> BinaryIO:
     with explained(f"{name} cannot be opened"):
         if path.is_dir():
             raise DetailFlowError(f"{name} is a folder: give the path of one image file")
@@ -229,16 +238,6 @@ def _check_pixels(image: Image.Image, name: str, limit: int) -> None:
             f"{name} is too large an image: it has {image.width}×{image.height} pixels{twice}, and {limit:,} are the "
             f"most; raise that limit with --max-pixels {pixels} if you trust the file"
         )
-
-
-def _unreadable(name: str, error: Exception) -> DetailFlowError:
-    if isinstance(error, DetailFlowError):
-        return error
-    if isinstance(error, Image.UnidentifiedImageError):
-        return DetailFlowError(f"{name} is not an image: its contents are in no raster format that is read")
-    if isinstance(error, Image.DecompressionBombError):
-        return DetailFlowError(f"{name} is too large an image: one within it has more pixels than --max-pixels allows")
-    return DetailFlowError(f"{name} is damaged and cannot be decoded ({first_line(error)})")
 
 
 def _strip_png(file: BinaryIO) -> BinaryIO | None:

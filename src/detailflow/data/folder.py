@@ -33,7 +33,6 @@ class DataFiles(NamedTuple):
         where: the folder that the files are in, or the name on the hub.
         metadata: files that may give the labels of a folder's images.
         folders: a folder's subfolders; those with images are its classes.
-        split: of a hub data set.
     """
 
     kind: str
@@ -140,8 +139,7 @@ def _find_saved(folder: str, split: str | None, notes: Notes) -> DataFiles:
 def _walk(top: str, notes: Notes) -> tuple[list[str], list[str]]:
     """Return every file below `top` in a fixed order, and the names of the folders in it.
 
-    Links to files are followed, and links to folders elsewhere; a folder is read once. So no loop of links is endless,
-    and no image is read twice because of one.
+    Links to files and to folders elsewhere are followed, but a folder is read once: no loop of links is endless.
     """
     home = os.path.realpath(top)
     files: list[str] = []

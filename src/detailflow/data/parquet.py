@@ -1,8 +1,7 @@
 """Parquet files, read by pyarrow (in the `train` extra): their footers, their labels and their images.
 
-A row of a parquet file can only be read with its whole row group, 100 to 5,000 images. Training reads rows in random
-order, so the images of each file are copied once into an Arrow file in the cache of the `datasets` library, and that
-is mapped into memory.
+A row can only be read with its whole row group, 100 to 5,000 images. Training reads rows in random order, so the images
+of each file are copied once into an Arrow file in the cache of the `datasets` library and mapped into memory.
 """
 
 import hashlib
@@ -32,9 +31,8 @@ class ParquetFile(NamedTuple):
     """What the footer of a parquet file says.
 
     Attributes:
-        rows: how many it has.
         images: the Arrow type of its image column.
-        labels: what its label column has: "numbers", "names" or, if all are missing, "hidden"; "" if there is none.
+        labels: what its label column has: "numbers", "names", "hidden" (all are missing), or "" if there is none.
         folder_label: the label in a path such as "label=cat/0.parquet", in place of a label column.
         class_names: those in its Hugging Face metadata, if any.
         largest: bytes, decompressed, of the images in its largest row group.

@@ -1,7 +1,6 @@
 """Sets of images that are read as a stream: a hub data set that is not downloaded first, or local files.
 
-A stream has no random access: its order is the shuffled order of its files, through a buffer that images are drawn
-from. It depends on the seed, the epoch and the number of processes, and not on the number of threads.
+A stream has no random access: its files are shuffled, then its images, through a buffer that they are drawn from.
 """
 
 import logging
@@ -32,9 +31,8 @@ class StreamSource:
 
     Attributes:
         dataset: the rows, as the `datasets` library streams them.
-        name: what the set is called in messages.
-        label_column: `None` if the set does not name its classes; then every label is 0, and the one class is "image":
-            without reading all of the set nobody knows its classes.
+        label_column: `None` if the set does not name its classes: then every label is 0, since nobody knows its
+            classes without reading all of it.
         num_images: how many it has, if that is known.
         listing: each file's name and bytes, or what else identifies the set.
         found: its files; rows may name others in the same folders.

@@ -31,8 +31,7 @@ class TableRows:
     """Rows of Arrow tables that are mapped into memory.
 
     Args:
-        files: what each row is named by: "FILE row 3".
-        counts: rows of each file.
+        files: what rows are named by: "FILE row 3"; `counts` of each.
         column: returns the image column of a file by its number; picklable.
         hub: name and checksum of a hub data set, whose rows may name files of its download and on the web.
     """
@@ -255,10 +254,8 @@ _TIMEOUT = 60  # seconds
 def stored_image(value: Any, name: str, folders: Sequence[str], urls: bool) -> str | bytes:
     """Return the bytes in one row of an image column, or the path that it names.
 
-    Args:
-        name: the row, for messages.
-        folders: those with the set's own files: a path must lead into one of them, links resolved.
-        urls: whether a row may name a file on the web or the hub, which is then fetched.
+    A path must lead into one of `folders`, links resolved; a URL on the web or the hub is fetched if `urls`. `name` is
+    the row, for messages.
     """
     content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if not content:

@@ -32,8 +32,8 @@ def random_crop(
 ) -> np.ndarray:
     """Return a training crop (docs/method.md#losses): uint8 (size, size, 3).
 
-    The shorter side is resized to a random integer in [size, size·max_scale], and half of the crops are mirrored if
-    `flip`. `draws` are four random numbers in [0, 1).
+    The shorter side is resized to a random integer in [size, size·max_scale]; `flip` mirrors half of the crops. `draws`
+    are four random numbers in [0, 1).
     """
     scale_draw, x_draw, y_draw, flip_draw = draws
     side = size + int(scale_draw * (_largest_side(size, max_scale) - size + 1))
@@ -49,8 +49,7 @@ def _largest_side(size: int, max_scale: float) -> int:
 def side_for_crops(size: int, max_scale: float = 1.25) -> int:
     """Return a shorter side at which an image is still as good for `random_crop`: twice the largest resized side.
 
-    What a JPEG's decoder leaves out beyond that changes crops of photographs less than bicubic differs from Lanczos
-    (47 dB or more on average against 44).
+    Crops of photographs then differ by 47 dB or more on average; bicubic from Lanczos by 44.
     """
     return 2 * _largest_side(size, max_scale)
 
