@@ -180,10 +180,11 @@ def print_plan(config: TokenizerTraining | GPTTraining, device: str | None = Non
     chosen, world = choose_device(device), planned_world()
     if not world.is_main:
         return
-    if isinstance(config, TokenizerTraining):
-        plan = plan_tokenizer(config, world, chosen)
-    else:
-        plan = plan_gpt(config, world, chosen)
+    plan = (
+        plan_tokenizer(config, world, chosen)
+        if isinstance(config, TokenizerTraining)
+        else plan_gpt(config, world, chosen)
+    )
     ceiling = measure_ceilings(chosen, PRECISIONS[config.loop.precision], repeats=2).flops
     print(plan.text(ceiling, UTILIZATION["cpu" if chosen.type == "cpu" else "gpu"], str(chosen)))
 

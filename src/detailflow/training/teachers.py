@@ -143,7 +143,7 @@ def crops(
     source: ImageSource | StreamSource,
     batch_size: int,
     start_step: int = 0,
-    world: World | None = None,
+    world: World = World(),  # noqa: B008  (it is frozen)
 ) -> ImageBatches | StreamedBatches:
     """The endless training crops of these settings (docs/method.md#losses)."""
     kind = StreamedBatches if isinstance(source, StreamSource) else ImageBatches
