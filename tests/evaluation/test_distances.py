@@ -20,7 +20,7 @@ from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import Measured, cautions, compare_sets, measure, save_statistics
 from detailflow.evaluation.features import Extractor, Features, load_extractor
-from detailflow.evaluation.metrics import frechet_distance, inception_score, precision_recall
+from detailflow.evaluation.metrics import InceptionScore, frechet_distance, precision_recall
 from detailflow.evaluation.sets import open_set, share_of
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,9 @@ def test_as_in_two_passes(batch: int):
     for moments, x in ((found.pool, whole.pool), (found.spatial, whole.spatial)):
         np.testing.assert_allclose(moments.mean, x.double().numpy().mean(0), rtol=1e-6)
         np.testing.assert_allclose(moments.covariance, np.cov(x.double().numpy(), rowvar=False), rtol=1e-6)
-    assert found.inception_score == (pytest.approx(inception_score(whole.logits)[0], rel=1e-9), None)
+    score = InceptionScore(10, 200)
+    score.update(whole.logits, 0)
+    assert found.inception_score == (pytest.approx(score.score()[0], rel=1e-9), None)
     assert found.kept is not None and torch.equal(
         found.kept, whole.pool[[(i + 1) * 200 // 30 - ((i + 1) * 200 % 30 == 0) for i in range(30)]]
     )
