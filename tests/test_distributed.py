@@ -20,7 +20,7 @@ IMPORTED = [
     *("accelerate", "jsonargparse", "torch.nn.parallel", "torch._dynamo"),
     *(
         f"detailflow.{name}"
-        for name in ("training.gpt", "evaluation.samples", "evaluation.report", "samples", "pipeline")
+        for name in ("training.gpt", "evaluation.evaluate", "evaluation.report", "samples", "pipeline")
     ),
 ]
 SECONDS = 60  # for a machine that is busy with other things; in vain they would wait for hours

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +19,22 @@ from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
-from detailflow.samples import SETTINGS_FILE, generate_many, remove_temporary
+from detailflow.samples import SETTINGS_FILE, SampleSet, generate_many, remove_temporary
 
 LABELS = [3, 1] * 5 + [4]
+
+
+def generate(
+    pipeline: Any,
+    labels: Sequence[int],
+    folder: Path,
+    form: str = "png",
+    *,
+    temperature: float | None = None,
+    **options: Any,
+) -> None:
+    sampling = {} if temperature is None else {"temperature": temperature}
+    generate_many(pipeline, folder, SampleSet(labels, form, **options), **sampling)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -36,7 +51,7 @@ def expected(pipeline: DetailFlowPipeline) -> np.ndarray:
 
 
 def test_png(pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path):
-    generate_many(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
+    generate(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
     names = ["cat", "automobile"] * 5 + ["Hot-dog"]
     paths = [tmp_path / f"{i:04d}-{name}.png" for i, name in enumerate(names)]
     assert sorted(contents(tmp_path)) == [path.name for path in paths]
@@ -44,7 +59,7 @@ def test_png(pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path)
 
 
 def test_npz_in_the_layout_of_adm(pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path):
-    generate_many(pipeline, LABELS, tmp_path, "npz", seed=2, batch_size=4)
+    generate(pipeline, LABELS, tmp_path, "npz", seed=2, batch_size=4)
     assert list(contents(tmp_path)) == ["samples.npz"]
     with np.load(tmp_path / "samples.npz") as stored:
         assert stored["arr_0"].dtype == np.uint8 and np.array_equal(stored["arr_0"], expected)
@@ -55,7 +70,7 @@ def test_webdataset(
     pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("detailflow.samples.SHARD_IMAGES", 8)
-    generate_many(pipeline, LABELS, tmp_path, "webdataset", seed=2, batch_size=4)
+    generate(pipeline, LABELS, tmp_path, "webdataset", seed=2, batch_size=4)
     assert sorted(contents(tmp_path)) == ["samples-000000.tar", "samples-000001.tar"]
     images, labels = [], []
     for path in sorted(tmp_path.glob("*.tar")):
@@ -70,7 +85,7 @@ def test_webdataset(
 @pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
 def test_what_is_there_stays(form: str, pipeline: DetailFlowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("detailflow.samples.SHARD_IMAGES", 4)
-    generate_many(pipeline, LABELS, tmp_path / "whole", form, seed=2, batch_size=4)
+    generate(pipeline, LABELS, tmp_path / "whole", form, seed=2, batch_size=4)
     calls = []
 
     class Stops:
@@ -86,18 +101,18 @@ def test_what_is_there_stays(form: str, pipeline: DetailFlowPipeline, tmp_path: 
             return pipeline(labels, **options)
 
     with pytest.raises(KeyboardInterrupt):
-        generate_many(Stops(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
+        generate(Stops(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
     assert calls == [0, 4]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").iterdir() if path.name != SETTINGS_FILE}
     assert times
     more = lambda self, labels, **options: calls.append(options["first_image"]) or pipeline(labels, **options)  # noqa: E731
     monkeypatch.setattr(Stops, "__call__", more)
-    generate_many(Stops(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
+    generate(Stops(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
     assert calls == [0, 4, 8]
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
     if form != "npz":
         assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    generate_many(Stops(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
+    generate(Stops(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
     assert calls == [0, 4, 8]
 
 
@@ -118,21 +133,21 @@ def test_a_set_grows(
             calls.append(options["first_image"])
             return pipeline(labels, **options)
 
-    generate_many(pipeline, LABELS, tmp_path / "whole", form, seed=2, batch_size=4)
-    generate_many(pipeline, LABELS[:first], tmp_path / "part", form, seed=2, batch_size=4)
-    generate_many(Counts(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
+    generate(pipeline, LABELS, tmp_path / "whole", form, seed=2, batch_size=4)
+    generate(pipeline, LABELS[:first], tmp_path / "part", form, seed=2, batch_size=4)
+    generate(Counts(), LABELS, tmp_path / "part", form, seed=2, batch_size=4)
     assert calls == [number for number in (0, 4, 8) if number >= first // 4 * 4]
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
     assert (tmp_path / "part" / SETTINGS_FILE).read_text() == (tmp_path / "whole" / SETTINGS_FILE).read_text()
     with pytest.raises(
         DetailFlowError, match="part holds a set of 11 images, more than 6: ask for as many or more, or choose"
     ):
-        generate_many(pipeline, LABELS[:6], tmp_path / "part", form, seed=2, batch_size=4)
+        generate(pipeline, LABELS[:6], tmp_path / "part", form, seed=2, batch_size=4)
 
 
 @pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
 def test_only_the_same_set_grows(form: str, pipeline: DetailFlowPipeline, tmp_path: Path):
-    generate_many(pipeline, LABELS[:6], tmp_path, form, seed=2, batch_size=4)
+    generate(pipeline, LABELS[:6], tmp_path, form, seed=2, batch_size=4)
     before = contents(tmp_path) | {SETTINGS_FILE: (tmp_path / SETTINGS_FILE).read_bytes()}
     others = (
         ([1, *LABELS[1:]], {}, "another labels: choose"),
@@ -141,12 +156,12 @@ def test_only_the_same_set_grows(form: str, pipeline: DetailFlowPipeline, tmp_pa
     )
     for labels, options, message in others:
         with pytest.raises(DetailFlowError, match=message):
-            generate_many(pipeline, labels, tmp_path, form, **{"seed": 2, "batch_size": 4, **options})
+            generate(pipeline, labels, tmp_path, form, **{"seed": 2, "batch_size": 4, **options})
     assert contents(tmp_path) | {SETTINGS_FILE: (tmp_path / SETTINGS_FILE).read_bytes()} == before
     if form == "npz":
         (tmp_path / "samples.npz").write_bytes(before["samples.npz"][:500])
         with pytest.raises(DetailFlowError, match=f"the samples in {tmp_path} are damaged: choose another folder"):
-            generate_many(pipeline, LABELS, tmp_path, form, seed=2, batch_size=4)
+            generate(pipeline, LABELS, tmp_path, form, seed=2, batch_size=4)
 
 
 @pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
@@ -161,38 +176,38 @@ def test_num_images_again_with_more(form: str, model: Path, tmp_path: Path, caps
 
 
 def test_another_set_is_not_mixed_in(pipeline: DetailFlowPipeline, tmp_path: Path):
-    generate_many(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
+    generate(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
     for options, what in (({"seed": 3}, "seed (2, not 3)"), ({"temperature": 0.5}, "temperature (1.0, not 0.5)")):
         with pytest.raises(DetailFlowError, match="holds samples with another") as caught:
-            generate_many(pipeline, LABELS, tmp_path, **{"seed": 2, "batch_size": 4, **options})
+            generate(pipeline, LABELS, tmp_path, **{"seed": 2, "batch_size": 4, **options})
         assert what in str(caught.value)
     (tmp_path / SETTINGS_FILE).write_text("no JSON")
     with pytest.raises(DetailFlowError, match="samples.json is damaged"):
-        generate_many(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
+        generate(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
 
 
 @pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
 def test_samples_of_unknown_settings_are_not_taken_for_parts(form: str, pipeline: DetailFlowPipeline, tmp_path: Path):
-    generate_many(pipeline, LABELS[:7], tmp_path, form, seed=2, batch_size=4)
+    generate(pipeline, LABELS[:7], tmp_path, form, seed=2, batch_size=4)
     (tmp_path / SETTINGS_FILE).unlink()
     before = contents(tmp_path)
     with pytest.raises(
         DetailFlowError, match="no samples.json that says how it was made: choose another folder"
     ) as caught:
-        generate_many(pipeline, LABELS, tmp_path, form, seed=3, batch_size=4)
+        generate(pipeline, LABELS, tmp_path, form, seed=3, batch_size=4)
     assert any(name in str(caught.value) for name in before)
     assert contents(tmp_path) == before
     assert not (tmp_path / SETTINGS_FILE).exists()
     if form == "npz":
         (tmp_path / "samples.npz").rename(tmp_path / "part-000000.npy")
         with pytest.raises(DetailFlowError, match="holds part-000000.npy and no samples.json"):
-            generate_many(pipeline, LABELS, tmp_path, form, seed=3, batch_size=4)
+            generate(pipeline, LABELS, tmp_path, form, seed=3, batch_size=4)
 
 
 def test_temporary_samples_go_and_their_record_goes_last(pipeline: DetailFlowPipeline, tmp_path: Path):
     for name, temporary in (("a", [True]), ("b", [True, False, True]), ("c", [False, True])):
         for each in temporary:
-            generate_many(pipeline, LABELS, tmp_path / name, "npz", batch_size=4, temporary=each)
+            generate(pipeline, LABELS, tmp_path / name, "npz", batch_size=4, temporary=each)
     (tmp_path / "a" / "folder").mkdir()  # which is none of ours, and stops the removal
     for name in "abc":
         remove_temporary(tmp_path / name)
@@ -205,7 +220,7 @@ def test_temporary_samples_go_and_their_record_goes_last(pipeline: DetailFlowPip
 
 def test_a_bad_seed_claims_no_folder(pipeline: DetailFlowPipeline, tmp_path: Path):
     with pytest.raises(DetailFlowError, match="seeds must be 0 to 2.64 - 1, not -1"):
-        generate_many(pipeline, LABELS, tmp_path / "x", seed=-1)
+        generate(pipeline, LABELS, tmp_path / "x", seed=-1)
     assert not (tmp_path / "x").exists()
 
 
@@ -243,7 +258,7 @@ def test_one_at_a_time(form: str, pipeline: DetailFlowPipeline, tmp_path: Path):
             DetailFlowError, match="another generation is at work in .*: choose another folder, or wait for its end"
         ),
     ):
-        generate_many(pipeline, [0, 1], tmp_path, form)
+        generate(pipeline, [0, 1], tmp_path, form)
     assert list(tmp_path.iterdir()) == []
 
 

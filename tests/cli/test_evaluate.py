@@ -57,8 +57,9 @@ def test_help_does_not_wait_for_torch():
 
 def test_tokenizer(model: Path, cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     argv = [
-        "tokenizer", "--model", model, "--data", cifar, "--num-images", 30, "--num-tokens", 4, 16, "--mistakes-at", "g1",
-        "--features", network, "--lpips", "none", "--device", "cpu", "--output", tmp_path / "out",
+        "tokenizer", "--model", model, "--data", cifar, "--num-images", 30, "--num-tokens", 4, 16,
+        "--mistakes-at", "g1", "--features", network, "--lpips", "none", "--device", "cpu",
+        "--output", tmp_path / "out",
     ]  # fmt: skip
     assert evaluate(*argv) == 0
     out = capsys.readouterr().out
@@ -108,9 +109,8 @@ def test_gpt_then_its_samples_then_both_compared(
 ):
     common = ["--features", network, "--device", "cpu"]
     sweep = ["--guidance-scale", 1, 3, "--top-k", 20, "off", "--seeds", 5, "--keep-samples"]
-    assert evaluate(
-        "gpt", "--model", model, "--reference", cifar, "--num-samples", 25, *sweep, *common, "--output", tmp_path / "gpt"
-    ) == 0  # fmt: skip
+    argv = ["--model", model, "--reference", cifar, "--num-samples", 25, *sweep, *common]
+    assert evaluate("gpt", *argv, "--output", tmp_path / "gpt") == 0
     report = load(tmp_path / "gpt")
     settings = [(row["setting"]["guidance"], row["setting"]["top-k"]) for row in report["sections"][0]["rows"]]
     assert settings == [(1.0, 20), (1.0, "off"), (3.0, 20), (3.0, "off")]
@@ -173,89 +173,39 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
     assert row["FD"] > 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "too few" not in text  # six features need no more than twelve images
-    assert (
-        "| preprocessing.images | shorter side to 32 pixels (bicubic with antialiasing), centre crop; .npz as they are |"
-        in text
-    )
+    crop = "shorter side to 32 pixels (bicubic with antialiasing), centre crop; .npz as they are"
+    assert f"| preprocessing.images | {crop} |" in text
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["everything"], "unknown evaluation 'everything': give tokenizer, gpt, samples, statistics, compare"),
-        (["smaples"], "unknown evaluation 'smaples': did you mean samples?"),
-        (["tokenizer", "--output", "OUT"], "the following arguments are required: --data"),
-        (["tokenizer", "--data", "nowhere/at.parquet", "--output", "OUT"], "nowhere/at.parquet does not exist"),
-        (["tokenizer", "--data", "CIFAR"], "the following arguments are required: --output"),
+        ("everything", "unknown evaluation 'everything': give tokenizer, gpt, samples, statistics, compare"),
+        ("smaples", "unknown evaluation 'smaples': did you mean samples?"),
+        ("tokenizer --output OUT", "the following arguments are required: --data"),
+        ("tokenizer --data nowhere/at.parquet --output OUT", "nowhere/at.parquet does not exist"),
+        ("tokenizer --data CIFAR", "the following arguments are required: --output"),
+        ("tokenizer --data CIFAR --output OUT --features clip", "features must be inception, dinov2, "),
+        ("tokenizer --data CIFAR --output OUT --num-tokens 5", "num_tokens must be 1"),
+        ("tokenizer --data CIFAR --output OUT --mistakes-at g9", "mistakes can be planted at token 0 to 15"),
+        ("tokenizer --data CIFAR --output OUT --num-images 500", "holds 200 images, of which 500 cannot be"),
         (
-            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--features", "clip"],
-            "features must be inception, dinov2 or",
-        ),
-        (
-            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--num-tokens", "5"],
-            "num_tokens must be 1",
-        ),
-        (
-            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--mistakes-at", "g9"],
-            "mistakes can be planted at token 0 to 15",
-        ),
-        (
-            ["tokenizer", "--data", "CIFAR", "--output", "OUT", "--num-images", "500"],
-            "holds 200 images, of which 500 cannot be",
-        ),
-        (
-            [
-                "tokenizer",
-                "--data",
-                "CIFAR",
-                "--output",
-                "OUT",
-                "--features",
-                "none",
-                "--lpips",
-                "none",
-                "--seed",
-                "-1",
-            ],
+            "tokenizer --data CIFAR --output OUT --features none --lpips none --seed -1",
             "seeds must be 0 to 2^64 - 1, not -1",
         ),
         (
-            [
-                "tokenizer",
-                "--data",
-                "CIFAR",
-                "--output",
-                "OUT",
-                "--features",
-                "none",
-                "--lpips",
-                "none",
-                "--reference",
-                "CIFAR",
-            ],
+            "tokenizer --data CIFAR --output OUT --features none --lpips none --reference CIFAR",
             "a reference is for Fréchet distances: give features",
         ),
-        (
-            ["gpt", "--reference", "CIFAR", "--output", "OUT", "--labels", "all", "--features", "NET"],
-            "labels must be balanced",
-        ),
-        (
-            ["gpt", "--reference", "CIFAR", "--output", "OUT", "--num-samples", "1", "--features", "NET"],
-            "too few images to",
-        ),
-        (
-            ["gpt", "--reference", "CIFAR", "--output", "OUT", "--top-k", "few"],
-            "argument --top-k: invalid int or off value",
-        ),
-        (
-            ["gpt", "--reference", "CIFAR", "--output", "OUT", "--top-k", "-1", "--features", "NET"],
-            "top_k must be 1 or more",
-        ),
-        (["gpt", "--reference", "NPZ", "--output", "OUT"], "holds images of 16×8 pixels, where 32×32 are needed"),
+        ("gpt --reference CIFAR --output OUT --labels all --features NET", "labels must be balanced"),
+        ("gpt --reference CIFAR --output OUT --num-samples 1 --features NET", "too few images to"),
+        ("gpt --reference CIFAR --output OUT --top-k few", "argument --top-k: invalid int or off value"),
+        ("gpt --reference CIFAR --output OUT --top-k -1 --features NET", "top_k must be 1 or more"),
+        ("gpt --reference NPZ --output OUT", "holds images of 16×8 pixels, where 32×32 are needed"),
     ],
 )
 def test_bad_input(
-    argv: list[str],
+    argv: str,
     message: str,
     model: Path,
     cifar: Path,
@@ -267,8 +217,9 @@ def test_bad_input(
 
     np.savez(tmp_path / "small.npz", arr_0=np.zeros((4, 8, 16, 3), np.uint8))
     places = {"CIFAR": cifar, "OUT": tmp_path / "out", "NET": network, "NPZ": tmp_path / "small.npz"}
-    options = ["--model", model, "--device", "cpu"] if argv[0] in ("tokenizer", "gpt") else []
-    assert evaluate(*(places.get(word, word) for word in argv), *options) == 2
+    words = argv.split()
+    options = ["--model", model, "--device", "cpu"] if words[0] in ("tokenizer", "gpt") else []
+    assert evaluate(*(places.get(word, word) for word in words), *options) == 2
     out, err = capsys.readouterr()
     assert out == "" or (out.startswith(f"{cifar}: 200 images in 10 classes (class0 16, ") and out.count("\n") == 1)
     assert message in err

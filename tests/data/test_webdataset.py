@@ -13,7 +13,7 @@ from PIL import Image
 from detailflow.data.batches import ImageBatches
 from detailflow.data.images import open_images
 from detailflow.errors import DetailFlowError
-from detailflow.samples import WebDatasetWriter
+from detailflow.samples import SampleSet, WebDatasetWriter
 
 from .conftest import write_tar
 
@@ -77,12 +77,13 @@ def test_a_source_goes_to_other_processes(shards):
     np.testing.assert_array_equal(np.asarray(pickle.loads(sent).image(120)), expected)
 
 
-def test_what_generate_writes_can_be_opened(tmp_path, cifar):
+def test_what_generate_writes_can_be_opened(tmp_path, cifar, pipeline, monkeypatch):
     source, labels = open_images(cifar), [7, 0, 7, 3]
     images = [source.image(index) for index in range(4)]
-    writer = WebDatasetWriter(tmp_path, batch_size=500)
-    writer.write(0, range(2), labels[:2], images[:2])
-    writer.write(1, range(2, 4), labels[2:], images[2:])
+    monkeypatch.setattr("detailflow.samples.SHARD_IMAGES", 2)
+    writer = WebDatasetWriter(tmp_path, SampleSet(labels, batch_size=2), pipeline)
+    for part in writer.parts:
+        writer.write(part, images[part.start : part.stop])
     written = open_images(tmp_path)
     assert written.labels.tolist() == labels and len(written.class_names) == 8
     assert written.name(3) == f"{tmp_path / 'samples-000001.tar'} 000000003"

@@ -225,7 +225,7 @@ class Mean(nn.Module):
 
 
 def test_nothing_in_a_file_is_run(tmp_path: Path):
-    """An exported program whose constant is pickled, under a name at which torch's own loader unpickles: it would have run."""
+    """An exported program with a pickled constant, under a name at which torch's own loader unpickles: it would run."""
     marker = tmp_path / "executed"
 
     class Evil:

@@ -4,7 +4,8 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from torch import Tensor
 from detailflow.data.images import open_images
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.evaluation.distances import Measured, cautions, compare_sets, measure, save_statistics
+from detailflow.evaluation.distances import cautions, compare_sets, measure
 from detailflow.evaluation.features import Extractor, Features, load_extractor
 from detailflow.evaluation.metrics import InceptionScore, frechet_distance, precision_recall
-from detailflow.evaluation.sets import open_set, share_of
+from detailflow.evaluation.report import Figure
+from detailflow.evaluation.sets import Statistics, open_set, save_statistics, shard_range
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,15 +41,20 @@ class Projection:
 
 
 def batches(images: Tensor, batch: int, world: World | None = None) -> Iterator[Tensor]:
-    share = share_of(len(images), world or World())
-    yield from images[share.start : share.stop].split(batch)
+    shard = shard_range(len(images), world or World())
+    yield from images[shard.start : shard.stop].split(batch)
+
+
+def values(figures: Mapping[str, Figure]) -> dict[str, float]:
+    spread = {f"{name} ±": figure.spread for name, figure in figures.items() if figure.spread is not None}
+    return {name: figure.value for name, figure in figures.items()} | spread
 
 
 def noise(count: int, seed: int = 0, level: int = 256) -> Tensor:
     return torch.randint(level, (count, 4, 4, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def assert_same(a: Measured, b: Measured) -> None:
+def assert_same(a: Statistics, b: Statistics) -> None:
     for x, y in ((a.pool, b.pool), (a.spatial, b.spatial)):
         assert x is not None and y is not None and x.count == y.count
         torch.testing.assert_close(x.mean, y.mean, rtol=1e-12, atol=1e-12)
@@ -64,7 +71,7 @@ def test_as_in_two_passes(batch: int):
     whole = Projection()(images)
     assert whole.spatial is not None and whole.logits is not None
     found = measure(Projection(), batches(images, batch), total=200, keep=30)
-    assert found.count == 200 and found.spatial is not None
+    assert found.pool.count == 200 and found.spatial is not None
     for moments, x in ((found.pool, whole.pool), (found.spatial, whole.spatial)):
         np.testing.assert_allclose(moments.mean, x.double().numpy().mean(0), rtol=1e-6)
         np.testing.assert_allclose(moments.covariance, np.cov(x.double().numpy(), rowvar=False), rtol=1e-6)
@@ -84,12 +91,12 @@ def work(folder: Path) -> None:
     torch.set_num_threads(1)
     world = World.from_launch(cpu=True)
     result = [
-        measure(Projection(), batches(noise(total, level=level), 16, world), world, keep, total)
+        measure(Projection(), batches(noise(total, level=level), 16, world), keep=keep, total=total, world=world)
         for total, level, keep in SETS
     ]
     for name, measured in zip("ab", result, strict=True):
         save_statistics(folder / f"{world.rank}-{name}.npz", measured)
-    torch.save([[x.inception_score for x in result], compare_sets(*result)], folder / f"{world.rank}.pt")
+    torch.save([[x.inception_score for x in result], values(compare_sets(*result))], folder / f"{world.rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -107,16 +114,16 @@ def test_two_processes_as_one(tmp_path: Path):
     ]
     done = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    alone = [measure(Projection(), batches(noise(n, level=m), 20), None, k, n) for n, m, k in SETS]
+    alone = [measure(Projection(), batches(noise(n, level=m), 20), keep=k, total=n) for n, m, k in SETS]
     for rank in range(2):
         scores, figures = torch.load(tmp_path / f"{rank}.pt")
         for name, one, score in zip("ab", alone, scores, strict=True):
             stored = open_set(tmp_path / f"{rank}-{name}.npz").statistics
             assert stored is not None
-            both = Measured("", "", stored.pool.count, stored.pool, stored.spatial, score, stored.kept)
+            both = replace(stored, inception_score=score)
             assert_same(one, both)
-        assert figures == pytest.approx(compare_sets(*alone), rel=1e-6)
-        assert figures.keys() == {"fid", "sfid", "is", "fid_std", "precision", "recall"}
+        assert figures == pytest.approx(values(compare_sets(*alone)), rel=1e-6)
+        assert figures.keys() == {"FD", "sFD", "IS", "FD ±", "precision", "recall"}
 
 
 class TestStored:
@@ -124,7 +131,7 @@ class TestStored:
         real, fake = (measure(Projection(), batches(noise(60, s), 20), total=60) for s in (0, 1))
         save_statistics(tmp_path / "new" / "real.npz", real)
         again = measure(Projection(), open_set(tmp_path / "new" / "real.npz"))
-        assert again.count == 60 and again.inception_score is None
+        assert again.pool.count == 60 and again.inception_score is None
         assert compare_sets(again, fake) == compare_sets(real, fake)
         few = measure(Projection(), open_set(tmp_path / "new" / "real.npz"), keep=7)
         assert few.kept is not None and len(few.kept) == 7
@@ -150,7 +157,7 @@ class TestStored:
             compare_sets(measured, measure(Other(), batches(noise(20), 20), total=20))
 
     def test_adms_reference(self, tmp_path: Path):
-        """Its statistics stand in for those of its images, which give precision and recall; other networks see the images."""
+        """Its statistics replace those of its images, which give precision and recall; other networks read images."""
 
         class Inception(Projection):
             name = "inception"
@@ -159,14 +166,14 @@ class TestStored:
         mu, sigma = np.arange(12.0), np.eye(12)
         np.savez(tmp_path / "adm.npz", arr_0=images.numpy(), mu=mu, sigma=sigma, mu_s=mu[:8], sigma_s=sigma[:8, :8])
         found = measure(Inception(), open_set(tmp_path / "adm.npz", batch_size=7))
-        assert found.count is None and found.spatial is not None
+        assert found.pool.count is None and found.spatial is not None
         np.testing.assert_array_equal(found.pool.mean, mu)
         np.testing.assert_array_equal(found.spatial.covariance, sigma[:8, :8])
         assert found.kept is not None and torch.equal(found.kept, Projection()(images).pool)
         samples = measure(Inception(), batches(noise(50, 1), 20), total=50)
-        figures = compare_sets(found, samples)
+        figures = values(compare_sets(found, samples))
         x = Projection()(noise(50, 1))
-        assert figures["fid"] == pytest.approx(
+        assert figures["FID"] == pytest.approx(
             frechet_distance(
                 torch.from_numpy(mu), torch.from_numpy(sigma), x.pool.double().mean(0), x.pool.double().T.cov()
             )
@@ -185,24 +192,24 @@ class TestTooFew:
         with pytest.raises(DetailFlowError, match="too few images to measure: there are 1, where 2 are the least"):
             measure(Projection(), batches(noise(1), 1), total=1)
         with pytest.raises(DetailFlowError, match="there are 2, where 3 are the least"):
-            measure(Projection(), batches(noise(2), 1), World(0, 3), total=2)
+            measure(Projection(), batches(noise(2), 1), world=World(0, 3), total=2)
 
     def test_for_some_figures(self):
         """What cannot be had is left out, and said."""
         real, few = (measure(Projection(), batches(noise(n), 20), total=n) for n in (50, 3))
-        figures = compare_sets(real, few)
-        assert figures.keys() == {"fid", "sfid", "is"} and all(np.isfinite(x) for x in figures.values())
+        figures = values(compare_sets(real, few))
+        assert figures.keys() == {"FD", "sFD", "IS"} and all(np.isfinite(x) for x in figures.values())
         text = "\n".join(cautions(real, few))
-        assert "fid: the 3 images of the samples are too few for the covariance of 12 features" in text
+        assert "FD: the 3 images of the samples are too few for the covariance of 12 features" in text
         assert "precision, recall: there are none" in text
-        assert compare_sets(real, real).keys() == {"fid", "fid_std", "sfid", "is", "precision", "recall"}
-        assert compare_sets(real, real, neighbours=False).keys() == {"fid", "fid_std", "sfid", "is"}
-        assert cautions(real, real) == [
-            "is: it is of 50 images, where usual splits have 5,000, and lower the fewer they are"
-        ]
+        assert values(compare_sets(real, real)).keys() == {"FD", "FD ±", "sFD", "IS", "precision", "recall"}
+        assert values(compare_sets(real, real, neighbours=False)).keys() == {"FD", "FD ±", "sFD", "IS"}
+        first, second = cautions(real, real)
+        assert first.startswith("FD is the Fréchet distance of the features of projection: it cannot be compared")
+        assert second == "IS: it is of 50 images, where usual splits have 5,000, and lower the fewer they are."
 
     def test_shares_that_are_not_whole(self):
-        with pytest.raises(ValueError, match="30 images came where this process's share is 40"):
+        with pytest.raises(ValueError, match="30 images came where this rank's part is 40"):
             measure(Projection(), batches(noise(30), 7), total=40)
         with pytest.raises(ValueError, match="give their total"):
             measure(Projection(), batches(noise(30), 7))
@@ -227,15 +234,15 @@ def network() -> Extractor:
 
 @pytest.fixture(scope="module")
 def photographs(cifar: Path) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(image) for image in open_images(cifar).readable()]))
+    return torch.from_numpy(np.stack([np.asarray(image) for image in open_images(cifar).some(200)]))
 
 
-def of(images: Tensor, network: Extractor) -> Measured:
+def of(images: Tensor, network: Extractor) -> Statistics:
     return measure(network, batches(images, 50), total=len(images))
 
 
 @pytest.fixture(scope="module")
-def original(network: Extractor, photographs: Tensor) -> Measured:
+def original(network: Extractor, photographs: Tensor) -> Statistics:
     return of(photographs[:100], network)
 
 
@@ -271,7 +278,7 @@ def test_the_network_in_half_precision_is_the_one_that_was_trained(network: Extr
     torch.testing.assert_close(found.pool, recorded["pool"], rtol=0, atol=2e-3)  # of up to 3
     torch.testing.assert_close(found.logits, recorded["logits"], rtol=0, atol=1e-2)  # and 7
     halves = [of(part, network) for part in images.split(100)]
-    assert compare_sets(*halves)["fid"] == pytest.approx(float(recorded["distance"]), rel=1e-3)
+    assert compare_sets(*halves)["FD"].value == pytest.approx(float(recorded["distance"]), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -280,17 +287,20 @@ def test_the_network_in_half_precision_is_the_one_that_was_trained(network: Extr
     ids=["blur", "noise", "JPEG"],
 )
 def test_distance_grows_with_damage(
-    damage, levels: tuple[float, ...], network: Extractor, photographs: Tensor, original: Measured
+    damage, levels: tuple[float, ...], network: Extractor, photographs: Tensor, original: Statistics
 ):
-    distances = [compare_sets(original, original)["fid"]]
+    distances = [compare_sets(original, original)["FD"].value]
     assert distances[0] <= 1e-9
-    distances += [compare_sets(original, of(damage(photographs[:100], level), network))["fid"] for level in levels]
+    distances += [compare_sets(original, of(damage(photographs[:100], level), network))["FD"].value for level in levels]
     assert all(b > a + 0.01 for a, b in pairwise(distances)), distances
 
 
 def test_removed_classes(network: Extractor, cifar: Path, photographs: Tensor):
-    """Real photographs as their own fakes, one half beside the other: without half of the classes in the fakes recall falls and
-    precision does not; without them in the real ones, the other way round."""
+    """Real photographs as their own fakes, one half beside the other.
+
+    Without half of the classes in the fakes recall falls and precision does not; without them in the real ones, the
+    other way round.
+    """
     labels = torch.from_numpy(open_images(cifar).labels)
     real, fake = (of(photographs[half::2], network) for half in range(2))
     assert real.kept is not None and fake.kept is not None

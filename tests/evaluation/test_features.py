@@ -118,7 +118,8 @@ def test_weights_that_cannot_be_had(name: str, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(DetailFlowError) as caught:
         load_extractor(name)
     assert caught.match(
-        f"^--features {name} needs .* cannot be downloaded: {source}.* --weights FILE, or .*--features FILE.safetensors$"
+        f"^--features {name} needs .* cannot be downloaded: {source}.* --weights FILE, "
+        "or .*--features FILE.safetensors$"
     )
 
 

@@ -15,11 +15,12 @@ from detailflow import DetailFlowPipeline
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation import gpt
-from detailflow.evaluation.distances import compare_sets, measure
+from detailflow.evaluation.distances import Checksum, compare_sets, measure
+from detailflow.evaluation.evaluate import Context
 from detailflow.evaluation.features import Features
-from detailflow.evaluation.gpt import Sweep, class_labels, evaluate_gpt, over_seeds, sweep_plot
-from detailflow.evaluation.report import Figure, Report, Row
-from detailflow.evaluation.samples import Checksum, Work
+from detailflow.evaluation.gpt import GPTOptions, Sweep, class_labels, evaluate_gpt, over_seeds
+from detailflow.evaluation.report import Figure, Report, Row, curves
+from detailflow.evaluation.sets import open_set
 
 COUNT = 23
 
@@ -37,17 +38,18 @@ class Blocks:
 def evaluated(
     pipeline: DetailFlowPipeline, cifar: Path, folder: Path, batch_size: int = 8, count: int = COUNT, **options: Any
 ) -> Report:
-    work = Work(World(), torch.device("cpu"), batch_size)
-    report = evaluate_gpt(pipeline, work.open(str(cifar), 32), work, Blocks(), folder, count, **options)
+    context = Context(World(), torch.device("cpu"), batch_size)
+    wanted = GPTOptions(Blocks(), folder, count, **options)
+    report = evaluate_gpt(pipeline, context.open(str(cifar), 32), context, wanted)
     assert report is not None
     return report
 
 
 def expected(pixels: Tensor, cifar: Path) -> dict[str, float]:
     """What comparing the images themselves says."""
-    work = Work(World(), torch.device("cpu"), 50)
     made = measure(Blocks(), [pixels], total=len(pixels))
-    return compare_sets(measure(Blocks(), work.open(str(cifar), 32)), made)
+    figures = compare_sets(measure(Blocks(), open_set(cifar, size=32)), made, prefix="g")
+    return {name: figure.value for name, figure in figures.items()}
 
 
 def test_one_setting(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
@@ -61,18 +63,18 @@ def test_one_setting(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
         "guidance": best, "schedule": "constant", "temperature": 1.0, "top-k": "off", "top-p": "off", "tokens": 16,
     }  # fmt: skip
     assert set(row.figures) == {"gFD", "IS", "precision", "recall", "recognised"}
-    for name, key in (("gFD", "fid"), ("IS", "is"), ("precision", "precision"), ("recall", "recall")):
-        assert row.figures[name].value == pytest.approx(wanted[key], rel=1e-6)
+    for name in ("gFD", "IS", "precision", "recall"):
+        assert row.figures[name].value == pytest.approx(wanted[name], rel=1e-6)
     said = Blocks()(pixels).logits.argmax(1)
     assert row.figures["recognised"].value == pytest.approx((said == torch.tensor(labels)).double().mean().item())
     assert not (tmp_path / "samples").exists()
     assert report.provenance["data"]["samples"] == {"images": COUNT, "labels": "balanced"}
     assert len(report.provenance["data"]["reference"]["checksum"]) == 32
-    checksum = Checksum(0)
+    checksum = Checksum(COUNT, World())
     checksum.update(pixels)
-    assert list(report.provenance["samples"]["checksum"].values()) == [checksum.text(World())]
+    assert list(report.provenance["samples"]["checksum"].values()) == [checksum.compute()]
     note = report.sections[0].note
-    assert "only where that network's classes are the model's" in note
+    assert "only if that network's classes are the model's" in note
     assert "enlarged" not in note
     (picture,) = report.pictures
     assert picture.image.size == (8 * 132 + 4, 132 + 4)
@@ -91,23 +93,25 @@ def test_coarse_images_are_measured_at_the_full_side_and_can_be_kept(
         assert stored["arr_1"].tolist() == labels
     large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in coarse]
     rows = {row.setting["tokens"]: row.figures for row in report.sections[0].rows}
-    assert rows[4]["gFD"].value == pytest.approx(expected(torch.from_numpy(np.stack(large)), cifar)["fid"], rel=1e-6)
+    assert rows[4]["gFD"].value == pytest.approx(expected(torch.from_numpy(np.stack(large)), cifar)["gFD"], rel=1e-6)
     assert rows[16]["gFD"].value != rows[4]["gFD"].value
     assert [plot.name for plot in report.plots] == ["by-tokens"]
-    assert "are enlarged to 32×32" in report.sections[0].note
+    assert "they are enlarged to 32×32" in report.sections[0].note
     assert list(report.provenance["samples"]["checksum"]) == [
         f"guidance-{pipeline.gpt.config.guidance_scale:g}-schedule-constant-temperature-1-top-k-off-top-p-off-tokens-{n}-seed-0"
         for n in (4, 16)
     ]
 
 
-def test_several_seeds_show_the_spread(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
+def test_several_seeds_show_the_spread(
+    pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     alone = [
         evaluated(pipeline, cifar, tmp_path, seeds=[seed]).sections[0].rows[0].figures["gFD"] for seed in (0, 1, 2)
     ]
-    said: list[str] = []
-    report = evaluated(pipeline, cifar, tmp_path, seeds=[0, 1, 2], say=said.append)
-    assert [line.rpartition(", ")[2] for line in said] == [
+    with caplog.at_level("INFO", "detailflow.evaluation"):
+        report = evaluated(pipeline, cifar, tmp_path, seeds=[0, 1, 2])
+    assert [line.rpartition(", ")[2] for line in caplog.messages] == [
         f"seed {i}: gFD {x.text('gFD')}" for i, x in enumerate(alone)
     ]
     values = [figure.value for figure in alone]
@@ -150,18 +154,17 @@ def test_a_plot_has_a_curve_for_each_of_the_other_settings():
     def row(guidance: float, k: int | str, value: float) -> Row:
         return Row({"guidance": guidance, "top-k": k, "tokens": 16}, {"gFD": Figure(value)})
 
+    def values(rows: list[Row], x: str) -> dict[str, list[tuple[float | None, float]]]:
+        found = curves(rows, x, "gFD").items()
+        return {name: [(x, figure.value) for x, figure in points] for name, points in found}
+
     rows = [row(2.0, 5, 0.1), row(1.0, 5, 0.2), row(1.0, "off", 0.3), row(2.0, "off", 0.4)]
-    plot = sweep_plot("guidance", rows)
-    assert plot is not None
-    curves = {name: [(x, figure.value) for x, figure in points] for name, points in plot.panels[0].curves.items()}
-    assert curves == {"top-k 5": [(1.0, 0.2), (2.0, 0.1)], "top-k off": [(1.0, 0.3), (2.0, 0.4)]}
-    assert sweep_plot("tokens", rows) is None
-    assert sweep_plot("top-k", rows) is None  # one number and "off" make no curve
-    plot = sweep_plot("top-k", [*rows, row(1.0, 9, 0.5)])
-    assert plot is not None
-    curves = {name: [(x, figure.value) for x, figure in points] for name, points in plot.panels[0].curves.items()}
-    assert curves["guidance 1"] == [(5.0, 0.2), (9.0, 0.5)]
-    assert curves["top-k off, guidance 1"] == [(None, 0.3)]
+    assert values(rows, "guidance") == {"top-k 5": [(1.0, 0.2), (2.0, 0.1)], "top-k off": [(1.0, 0.3), (2.0, 0.4)]}
+    found = values([*rows, row(1.0, 9, 0.5)], "top-k")
+    assert found["guidance 1"] == [(5.0, 0.2), (9.0, 0.5)]
+    assert found["top-k off, guidance 1"] == [(None, 0.3)]
+    assert [plot.x for plot in gpt._plots(rows)] == ["guidance"]  # one number and "off" make no curve
+    assert [plot.x for plot in gpt._plots([*rows, row(1.0, 9, 0.5)])] == ["guidance", "top-k"]
 
 
 def test_labels():
@@ -199,7 +202,7 @@ def test_only_what_was_asked_to_be_kept_stays(
 ):
     def stopped(folder: Path) -> list[Path]:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(gpt, "_full_size", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(gpt, "at_side", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
             evaluated(pipeline, cifar, folder)
         return list((folder / "samples").glob("*/samples.npz"))
 
@@ -213,15 +216,16 @@ def test_only_what_was_asked_to_be_kept_stays(
 
 def test_a_reference_of_photographs_is_not_adms(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
     def notes(reference: Path, name: str) -> str:
-        work, network = Work(World(), torch.device("cpu"), 50), Blocks()
+        context, network = Context(World(), torch.device("cpu"), 50), Blocks()
         network.name = name  # type: ignore[misc]
-        report = evaluate_gpt(pipeline, work.open(str(reference), 32), work, network, tmp_path, 5)
+        wanted = GPTOptions(network, tmp_path, 5)
+        report = evaluate_gpt(pipeline, context.open(str(reference), 32), context, wanted)
         assert report is not None
         return " ".join(report.notes)
 
     np.savez(
         tmp_path / "set.npz",
-        arr_0=torch.cat(list(Work(World(), torch.device("cpu"), 50).open(str(cifar), 32))).numpy(),
+        arr_0=torch.cat(list(open_set(cifar, size=32))).numpy(),
     )
     assert "one bicubic resize" in notes(cifar, "inception")
     assert "one bicubic resize" not in notes(cifar, "blocks") + notes(tmp_path / "set.npz", "inception")

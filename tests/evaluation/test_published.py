@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from detailflow.evaluation.published import published, quotes, zoo_name
+from detailflow.evaluation.published import published, quotes
+from detailflow.evaluation.report import Figure, Row
+
+
+def quoted(model: str | None, ours: dict[str, float], guidance: float | None = None) -> list[Row]:
+    return quotes(model, {name: Figure(value) for name, value in ours.items()}, guidance)
+
 
 PAGE = Path(__file__).parents[1] / "data" / "published.md"
 
@@ -41,25 +47,27 @@ def test_the_sweeps():
 
 @pytest.mark.parametrize("model", ["detailflow-16", "ByteFlow-AI/DetailFlow-16", "ByteFlow-AI/DetailFlow-16-GPT-L"])
 def test_a_zoo_model_has_published_figures_under_any_of_its_names(model: str):
-    assert zoo_name(model) == "detailflow-16"
-    found = quotes(model, {"rFID": 1.3, "PSNR": 19.0, "SSIM": 0.5})
-    assert [(q["measure"], q["ours"], q["published"]) for q in found] == [
+    found = quoted(model, {"rFID": 1.3, "PSNR": 19.0, "SSIM": 0.5})
+    assert [(row.setting["measure"], *(x.value for x in row.figures.values())) for row in found] == [
         ("rFID", 1.3, 1.22),
         ("rFID", 1.3, 1.13),
         ("PSNR", 19.0, 19.39),
     ]
-    assert "ImageNet 256×256" in found[0]["conditions"]
+    assert "ImageNet 256×256" in found[0].setting["conditions"]
 
 
 def test_other_models_and_other_settings_have_none():
-    assert quotes(None, {"rFID": 1.0}) == quotes("runs/mine", {"rFID": 1.0}) == []
-    assert quotes("detailflow-16", {"gFID": 3.0}, guidance=2.0) == []
-    assert quotes("detailflow-16", {"gFD": 3.0}, guidance=1.45) == []
-    assert [q["published"] for q in quotes("detailflow-16", {"gFID": 3.0}, guidance=1.45)] == [2.96, 2.96]
+    assert quoted(None, {"rFID": 1.0}) == quoted("runs/mine", {"rFID": 1.0}) == []
+    assert quoted("detailflow-16", {"gFID": 3.0}, guidance=2.0) == []
+    assert quoted("detailflow-16", {"gFD": 3.0}, guidance=1.45) == []
+    assert [row.figures["published"].value for row in quoted("detailflow-16", {"gFID": 3.0}, guidance=1.45)] == [
+        2.96,
+        2.96,
+    ]
 
 
 def test_the_guidance_that_the_paper_swept():
-    (found,) = quotes("detailflow-32", {"gFID": 3.0, "IS": 200.0}, guidance=1.6)
-    assert (found["measure"], found["published"]) == ("gFID", 2.81)
-    assert "guidance 1.6" in found["conditions"]
-    assert len(quotes("detailflow-32", {"gFID": 3.0, "IS": 200.0}, guidance=1.5)) == 3
+    (found,) = quoted("detailflow-32", {"gFID": 3.0, "IS": 200.0}, guidance=1.6)
+    assert (found.setting["measure"], found.figures["published"].value) == ("gFID", 2.81)
+    assert "guidance 1.6" in found.setting["conditions"]
+    assert len(quoted("detailflow-32", {"gFID": 3.0, "IS": 200.0}, guidance=1.5)) == 3

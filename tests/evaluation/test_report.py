@@ -12,13 +12,12 @@ from detailflow.errors import DetailFlowError
 from detailflow.evaluation.compare import compare_reports
 from detailflow.evaluation.report import (
     Figure,
-    Panel,
     Picture,
     Plot,
     Report,
     Row,
     Section,
-    claim,
+    check_folder,
     draw,
     load,
     section_table,
@@ -50,10 +49,9 @@ def report(
             "data": {"images": {"data": data, "checksum": checksum, "images": 2}},
             "features": {"network": "inception"},
         },
-        [Plot("curve", "A caption", [Panel("tokens", "PSNR", {"a": [(4.0, Figure(1, 0.1)), (8.0, Figure(2))]}, True)])],
+        [Plot("curve", "A caption", "tokens", [Row({"tokens": n}, {"PSNR": Figure(n / 4, 0.1)}) for n in (4, 8)])],
         [Picture("faces", "Faces", Image.new("RGB", (4, 3)))],
         ["Something was left out."],
-        [{"measure": "rFID", "ours": 1.5, "published": 1.22, "conditions": "theirs"}],
     )
 
 
@@ -91,7 +89,6 @@ def test_what_is_written(tmp_path: Path):
         "What it means.",
         "![A caption](curve.png)",
         "![Faces](faces.png)",
-        "| rFID | 1.5 | 1.22 | theirs |",
         f"| command | {COMMAND} |",
         "| models.tokenizer.fingerprint | f |",
     ):
@@ -103,10 +100,10 @@ def test_what_is_written(tmp_path: Path):
 
 
 def test_panels_stand_in_rows_of_three(tmp_path: Path):
-    panel = Panel("tokens", "PSNR", {"a": [(1.0, Figure(1)), (2.0, Figure(2))], "b": [(1.0, Figure(3))]})
     sizes = []
     for count in (1, 3, 4):
-        draw(Plot("p", "", [panel] * count), tmp_path / "p.png")
+        figures = {f"measure {i}": Figure(i, 0.1) for i in range(count)}
+        draw(Plot("p", "", "tokens", [Row({"tokens": n}, figures) for n in (1, 2)]), tmp_path / "p.png")
         with Image.open(tmp_path / "p.png") as picture:
             sizes.append(picture.size)
     (width, height), three, four = sizes
@@ -135,16 +132,16 @@ def test_a_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 
 def test_a_folder_belongs_to_one_evaluation(tmp_path: Path):
     models = {"tokenizer": {"name": "m", "fingerprint": "f"}}
-    claim(tmp_path, COMMAND, models)
+    check_folder(tmp_path, COMMAND, models)
     report().write(tmp_path)
-    claim(tmp_path, COMMAND, models)
+    check_folder(tmp_path, COMMAND, models)
     with pytest.raises(DetailFlowError, match="holds the report of another evaluation .*--data x"):
-        claim(tmp_path, f"{COMMAND} --seed 1", models)
+        check_folder(tmp_path, f"{COMMAND} --seed 1", models)
     with pytest.raises(DetailFlowError, match="another evaluation"):
-        claim(tmp_path, COMMAND, {"tokenizer": {"name": "m", "fingerprint": "g"}})
+        check_folder(tmp_path, COMMAND, {"tokenizer": {"name": "m", "fingerprint": "g"}})
     (tmp_path / "report.json").write_text('{"mine": 1}')
     with pytest.raises(DetailFlowError, match="holds a report.json that is no report of ours"):
-        claim(tmp_path, COMMAND, models)
+        check_folder(tmp_path, COMMAND, models)
 
 
 def test_versions_are_those_of_this_package_and_its_libraries():
@@ -157,7 +154,7 @@ def test_versions_are_those_of_this_package_and_its_libraries():
     assert {"detailflow", "python", "pillow"} <= set(found)
 
 
-# --- comparing -----------------------------------------------------------------------------------------------------------
+# --- comparing ---
 
 
 def compared(tmp_path: Path, a: Report, b: Report) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from detailflow.data.images import spread
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.evaluation.sets import ImageSet, open_set, share_of
+from detailflow.evaluation.sets import ImageSet, open_set, shard_range
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_every_kind_is_the_same(
     assert [len(batch) for batch in found] == [4] * 6 + [1]
     np.testing.assert_array_equal(pixels(found), images)
     np.testing.assert_array_equal(pixels(found), images)  # a second time
-    parts = [pixels(open_set(path, World(rank, 3), batch_size=7)) for rank in range(3)]
+    parts = [pixels(open_set(path, world=World(rank, 3), batch_size=7)) for rank in range(3)]
     np.testing.assert_array_equal(np.concatenate(parts), images)
     np.testing.assert_array_equal(pixels(open_set(path, count=4)), images[[6, 12, 18, 24]])
     about = found.description()
@@ -87,14 +87,14 @@ def test_every_kind_is_the_same(
 
 
 def test_some_are_spread_over_the_set(folder: Path, images: np.ndarray):
-    np.testing.assert_array_equal(open_set(folder, World(1, 2)).some(3), images[[8, 16, 24]])  # by any process
+    np.testing.assert_array_equal(open_set(folder, world=World(1, 2)).some(3), images[[8, 16, 24]])  # by any process
     assert len(open_set(folder).some(100)) == 25
 
 
 def test_shares_follow_one_another():
     for total in (0, 1, 7, 10_000):
         for count in (1, 2, 3, 8):
-            shares = [share_of(total, World(rank, count)) for rank in range(count)]
+            shares = [shard_range(total, World(rank, count)) for rank in range(count)]
             assert [i for share in shares for i in share] == list(range(total))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert spread(10, 10) == list(range(10)) and spread(10, 3) == [3, 6, 9] and spread(5, 0) == []
@@ -247,9 +247,13 @@ class TestBadNpz:
         with pytest.raises(DetailFlowError, match=r"short.npz is damaged and cannot be read \(it ends at image 20\)"):
             pixels(open_set(tmp_path / "short.npz"))
 
-    def test_it_is_not_cropped(self, images: np.ndarray, tmp_path: Path):
-        with pytest.raises(DetailFlowError, match="leave out its size and split"):
-            open_set(make_npz(tmp_path, images), size=16)
+    def test_it_is_not_cropped_and_has_no_splits(self, images: np.ndarray, tmp_path: Path):
+        file = make_npz(tmp_path, images)
+        with pytest.raises(DetailFlowError, match="set.npz holds images of 32×32 pixels, where 16×16 are needed"):
+            open_set(file, size=16)
+        np.testing.assert_array_equal(pixels(open_set(file, size=32)), images)
+        with pytest.raises(DetailFlowError, match="set.npz has no splits: leave out the split"):
+            open_set(file, split="train")
 
 
 def test_stored_statistics_of_adm(images: np.ndarray, tmp_path: Path):
@@ -261,7 +265,7 @@ def test_stored_statistics_of_adm(images: np.ndarray, tmp_path: Path):
     both, alone = open_set(tmp_path / "both.npz"), open_set(tmp_path / "alone.npz")
     assert both.statistics is not None and alone.statistics is not None
     np.testing.assert_array_equal(both.statistics.pool.covariance, sigma)
-    assert both.statistics.pool.count is None and both.statistics.features is None
+    assert both.statistics.pool.count is None and both.statistics.fingerprint is None
     assert both.statistics.spatial is not None and both.statistics.spatial.mean.tolist() == mu[:2].tolist()
     assert len(both) == 25 and len(alone) == 0 and alone.side is None and list(alone) == []
     assert alone.statistics.spatial is None and alone.statistics.pool.mean.dtype == torch.float64

@@ -15,11 +15,10 @@ from detailflow import DetailFlowPipeline, DetailFlowTokenizer, hub
 from detailflow.data.transforms import to_tensor, to_uint8
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
+from detailflow.evaluation.evaluate import Context
 from detailflow.evaluation.features import Features
-from detailflow.evaluation.report import Figure, Report
-from detailflow.evaluation.samples import Work
-from detailflow.evaluation.tokenizer import evaluate_tokenizer, find_lpips, gather_shares
-from detailflow.evaluation.views import Span, parse_spans
+from detailflow.evaluation.report import Figure, Report, curves
+from detailflow.evaluation.tokenizer import Span, TokenizerOptions, evaluate_tokenizer, find_lpips, gather, parse_spans
 from detailflow.psnr import psnr
 
 COUNT = 40
@@ -35,21 +34,21 @@ class Blocks:
         return Features(quarters.flatten(1), None, quarters.flatten(1)[:, :5] * 9)
 
 
-def work(batch_size: int = 32) -> Work:
-    return Work(World(), torch.device("cpu"), batch_size)
+def context(batch_size: int = 32) -> Context:
+    return Context(World(), torch.device("cpu"), batch_size)
 
 
 @pytest.fixture(scope="module")
 def originals(cifar: Path) -> Tensor:
     """(COUNT, 32, 32, 3) bytes, those that are measured."""
-    return torch.cat(list(work().open(str(cifar), 32, COUNT)))
+    return torch.cat(list(context().open(str(cifar), 32, COUNT)))
 
 
 def evaluated(
     tokenizer: DetailFlowTokenizer, cifar: Path, batch_size: int = 32, count: int = COUNT, **options: Any
 ) -> Report:
-    where = work(batch_size)
-    report = evaluate_tokenizer(tokenizer, where.open(str(cifar), 32, count), where, **options)
+    where = context(batch_size)
+    report = evaluate_tokenizer(tokenizer, where.open(str(cifar), 32, count), where, TokenizerOptions(**options))
     assert report is not None
     return report
 
@@ -98,7 +97,7 @@ def test_any_side(pipeline: DetailFlowPipeline, cifar: Path, originals: Tensor):
     assert rows[1][1]["PSNR"].value == pytest.approx(expected, abs=0.01)
     assert set(rows[0][1]) == {"PSNR", "SSIM"}
     (plot,) = report.plots
-    assert list(plot.panels[0].curves) == ["side 8", "side 32"]
+    assert list(curves(plot.rows, plot.x, "PSNR")) == ["side 8", "side 32"]
     assert report.pictures[0].image.width > 4 * 128
 
 
@@ -117,48 +116,44 @@ def test_planted_mistakes_and_their_correction(pipeline: DetailFlowPipeline, cif
 
     tokenizer = pipeline.tokenizer
     report = evaluated(tokenizer, cifar, extractor=Blocks(), counts=[16], mistakes=[Span(2, 3), Span(8, 12)], seed=3)
-    rows = {(s["mistakes in tokens"], s["later tokens"]): row for s, row in figures(report, section=1)}
-    assert list(rows) == [
-        ("none", "clean"),
-        ("2", "clean"),
-        ("2", "corrected"),
-        ("8–11", "clean"),
-        ("8–11", "corrected"),
-    ]
+    rows = {(s["first wrong token"], s["later tokens"]): row for s, row in figures(report, section=1)}
+    assert list(rows) == [("none", "clean"), (2, "clean"), (2, "corrected"), (8, "clean"), (8, "corrected")]
+    assert [s["wrong tokens"] for s, _ in figures(report, section=1)] == [0, 1, 1, 4, 4]
     assert rows["none", "clean"] == figures(report)[0][1]
     x = to_tensor(originals)
     clean = tokenizer.encode(x)
     z = tokenizer.encode_latents(tokenizer.encode_patches(x), 16)
     wrong = torch.cat([tokenizer.plant_mistakes(z[i : i + 1], generator=image_generator(3, i)) for i in range(COUNT)])
-    for name, start, end in (("2", 2, 3), ("8–11", 8, 12)):
+    for start, end in ((2, 3), (8, 12)):
         planted = torch.cat((clean[:, :start], wrong[:, start:end], clean[:, end:]), 1)
         corrected = tokenizer.encode_correction(x, start, wrong[:, start:end])
         each: dict[str, np.ndarray] = {}
         for text, ids in (("clean", planted), ("corrected", corrected)):
             pixels = to_uint8(tokenizer.decode(ids))
             each[text] = np.array([psnr(a.numpy(), b.numpy()) for a, b in zip(pixels, originals, strict=True)])
-            assert rows[name, text]["PSNR"].value == pytest.approx(each[text].mean(), abs=0.01)
+            assert rows[start, text]["PSNR"].value == pytest.approx(each[text].mean(), abs=0.01)
             distance = frechet(Blocks()(originals).pool.numpy(), Blocks()(pixels).pool.numpy())
-            assert rows[name, text]["rFD"].value == pytest.approx(distance, rel=1e-3)
+            assert rows[start, text]["rFD"].value == pytest.approx(distance, rel=1e-3)
         gain = each["corrected"] - each["clean"]
-        assert rows[name, "corrected"]["gain of PSNR"].value == pytest.approx(gain.mean(), abs=0.01)
-        assert rows[name, "corrected"]["gain of PSNR"].spread == pytest.approx(gain.std() / math.sqrt(COUNT), rel=0.2)
-        assert "gain of PSNR" not in rows[name, "clean"]
-    assert rows["8–11", "clean"]["PSNR"] != rows["none", "clean"]["PSNR"]
+        assert rows[start, "corrected"]["gain of PSNR"].value == pytest.approx(gain.mean(), abs=0.01)
+        assert rows[start, "corrected"]["gain of PSNR"].spread == pytest.approx(gain.std() / math.sqrt(COUNT), rel=0.2)
+        assert "gain of PSNR" not in rows[start, "clean"]
+    assert rows[8, "clean"]["PSNR"] != rows["none", "clean"]["PSNR"]
     assert [plot.name for plot in report.plots] == ["quality-by-tokens", "mistakes-by-position"]
-    curves = report.plots[1].panels[0].curves
-    states = [f"later tokens {text}, {count} wrong" for count in (1, 4) for text in ("clean", "corrected")]
-    assert list(curves) == ["no mistakes", *states]
-    assert [[x for x, _ in curves[name]] for name in states] == [[2.0], [2.0], [8.0], [8.0]]
+    plot = report.plots[1]
+    found = curves(plot.rows, plot.x, "PSNR")
+    states = [f"wrong tokens {count}, later tokens {text}" for count in (1, 4) for text in ("clean", "corrected")]
+    assert list(found) == ["first wrong token none, wrong tokens 0, later tokens clean", *states]
+    assert [[x for x, _ in found[name]] for name in states] == [[2.0], [2.0], [8.0], [8.0]]
 
 
 def test_mistakes_depend_on_the_seed_and_on_no_other_place(pipeline: DetailFlowPipeline, cifar: Path):
     def rows(*spans: Span, seed: int = 0) -> dict[str, Figure]:
         report = evaluated(pipeline.tokenizer, cifar, count=20, counts=[16], mistakes=spans, seed=seed)
-        return {f"{s['mistakes in tokens']}, {s['later tokens']}": row["PSNR"] for s, row in figures(report, section=1)}
+        return {f"{s['first wrong token']}, {s['later tokens']}": row["PSNR"] for s, row in figures(report, section=1)}
 
     both, one, other = rows(Span(4, 8), Span(8, 12)), rows(Span(8, 12)), rows(Span(8, 12), seed=1)
-    assert one["8–11, corrected"] == both["8–11, corrected"] != other["8–11, corrected"]
+    assert one["8, corrected"] == both["8, corrected"] != other["8, corrected"]
 
 
 def test_the_batch_size_does_not_matter(pipeline: DetailFlowPipeline, cifar: Path):
@@ -187,7 +182,7 @@ def test_what_the_report_says_of_its_data(pipeline: DetailFlowPipeline, cifar: P
 
 
 def test_distances_to_a_reference(pipeline: DetailFlowPipeline, cifar: Path, originals: Tensor):
-    reference = work().open(str(cifar), 32)
+    reference = context().open(str(cifar), 32)
     report = evaluated(pipeline.tokenizer, cifar, extractor=Blocks(), counts=[16], reference=reference)
     pixels = to_uint8(pipeline.tokenizer.decode(pipeline.tokenizer.encode(to_tensor(originals))))
     real = torch.cat(list(reference))
@@ -201,12 +196,10 @@ def test_published_figures_stand_beside_a_zoo_models(pipeline: DetailFlowPipelin
     network.name = "inception"  # type: ignore[misc]
     report = evaluated(pipeline.tokenizer, cifar, extractor=network, counts=[4, 16], model="detailflow-16")
     row = figures(report)[1][1]
-    assert [(q["measure"], q["ours"]) for q in report.published] == [
-        ("rFID", row["rFID"].value),
-        ("rFID", row["rFID"].value),
-        ("PSNR", row["PSNR"].value),
-    ]
-    assert not evaluated(pipeline.tokenizer, cifar, counts=[4], model="detailflow-16").published  # not all tokens
+    published = [(setting["measure"], found["ours"].value) for setting, found in figures(report, section=-1)]
+    assert published == [("rFID", row["rFID"].value), ("rFID", row["rFID"].value), ("PSNR", row["PSNR"].value)]
+    coarse = evaluated(pipeline.tokenizer, cifar, counts=[4], model="detailflow-16")  # not all tokens
+    assert all(section.title != "Published figures beside ours" for section in coarse.sections)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +238,7 @@ def test_bad_input(options: dict[str, Any], message: str, pipeline: DetailFlowPi
 
 def test_a_reference_without_features(pipeline: DetailFlowPipeline, cifar: Path):
     with pytest.raises(DetailFlowError, match="a reference is for Fréchet distances: give features"):
-        evaluated(pipeline.tokenizer, cifar, counts=[16], reference=work().open(str(cifar), 32))
+        evaluated(pipeline.tokenizer, cifar, counts=[16], reference=context().open(str(cifar), 32))
 
 
 def test_lpips_is_left_out_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -295,4 +288,4 @@ class Recorded(World):
 
 
 def test_shares_of_unequal_size_are_put_together_in_order():
-    assert gather_shares(torch.tensor([6.0, 7, 8, 9]), 10, Recorded(2, 3)).tolist() == list(range(10))
+    assert gather(torch.tensor([6.0, 7, 8, 9]), 10, Recorded(2, 3)).tolist() == list(range(10))

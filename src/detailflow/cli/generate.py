@@ -112,7 +112,7 @@ def _many(
 ) -> None:
     """Write the set of `--num-images`, this process's share of it."""
     from detailflow.pipeline import BATCH_SIZE
-    from detailflow.samples import generate_many
+    from detailflow.samples import SampleSet, generate_many
 
     num_tokens = pipeline.tokenizer.schedule.check_count(args.num_tokens)
     labels = [classes[i % len(classes)] for i in range(args.num_images)]
@@ -121,9 +121,8 @@ def _many(
         if args.num_images < batch_size:
             raise DetailFlowError(f"--compile is for batches of {batch_size}, and {args.num_images} images fill none")
         pipeline.compile(batch_size)
-    generate_many(
-        pipeline, labels, args.output, args.format, args.seed, batch_size, world, num_tokens=num_tokens, **sampling
-    )
+    samples = SampleSet(labels, args.format, args.seed, batch_size, num_tokens)
+    generate_many(pipeline, args.output, samples, world, **sampling)
     if world.is_main:
         print(f"wrote {len(labels)} images to {args.output}")
 

@@ -1,4 +1,4 @@
-"""The measures of this field: Fréchet distance, inception score, precision and recall, SSIM (`detailflow.psnr` has PSNR).
+"""The measures of this field: Fréchet distance, inception score, precision and recall, SSIM (PSNR is in `psnr`).
 
 Sums over images are in float64 and need one pass, so that any batch size and any number of processes give the same
 values up to rounding.
@@ -77,7 +77,7 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     """Return ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two Gaussians (Heusel et al. 2017), in float64.
 
     The root's trace is the sum of the singular values of Σ₁^½ Σ₂^½. That stays exact if covariances are singular, as
-    those of fewer images than dimensions are; roots of the eigenvalues of Σ₁Σ₂ would turn a rounding of 1e-16 into 1e-8.
+    those of fewer images than dimensions are; roots of the eigenvalues of Σ₁Σ₂ would turn an error of 1e-16 into 1e-8.
     """
     dim = len(mean1)
     check_dimensions(dim, len(mean2))
@@ -177,7 +177,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS, batch: int
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Return the structural similarity (Wang et al. 2004) of each pair of images: bytes (B, H, W, 3) twice → (B,) float64.
+    """Return the structural similarity (Wang et al. 2004), (B,) float64, of pairs of images, bytes (B, H, W, 3).
 
     On a CPU in float32, as 121 products for each pixel take 50 times longer in float64: within 5e-5 on photographs, and
     1e-3 if all is nearly white. The window is a Gaussian of σ = 1.5 pixels. The mean is over its positions inside the

@@ -1,71 +1,44 @@
 """Published numbers (docs/method.md#published-numbers) from one data file, and which of them belong beside ours."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from detailflow.evaluation.report import Figure, Row
 from detailflow.hub import ZOO, zoo_model
-
-FILE = Path(__file__).with_name("published.json")
-SIDE = 256  # of the images that all of them are for
 
 
 @cache
 def published() -> dict[str, Any]:
-    """The data file: "models", "guidance", "group_size", and the "conditions" and "source" of all."""
-    content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    """Return the data file: "models", "guidance", "group_size", and the "conditions" and "source" of all."""
+    content: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     return content
 
 
-def zoo_name(model: str | None) -> str | None:
-    """The zoo's shorthand of a model that is given by it or by a hub name; `None` for any other model."""
-    pair = zoo_model(model) if model else None
-    return next((name for name, other in ZOO.items() if other is pair), None)
-
-
-def quotes(model: str | None, ours: Mapping[str, float], guidance: float | None = None) -> list[dict[str, Any]]:
-    """Published figures of the same model and measures, each beside ours.
+def quotes(model: str | None, ours: Mapping[str, Figure], guidance: float | None = None) -> list[Row]:
+    """Return the published figures of the same model and measures, each in a row with ours.
 
     Args:
         model: as the user named it; only the zoo's models have such figures.
-        ours: measure (such as "rFID") → our figure, of whole images: all tokens, the full side.
-        guidance: the scale that generated images were made with; figures of generation are for the model's own best or one of
-            those that the paper swept.
-
-    Returns:
-        "measure", "ours", "published" and "conditions" of each.
+        ours: by measure, of whole images: all tokens, the full side.
+        guidance: the scale of generated images, whose published figures are for the model's own best, and in gFID for
+            those that the paper tried.
     """
-    name = zoo_name(model)
+    pair = zoo_model(model) if model else None
+    name = next((short for short, other in ZOO.items() if other is pair), None)
     if name is None:
         return []
     (entry,) = (m for m in published()["models"] if m.get("zoo") == name)
-    best = ZOO[name].guidance_scale
-    where = f"{entry['name']}; {published()['conditions']}"
-    result = []
-    if guidance in (None, best):
-        for measure, value in ours.items():
-            result += [
-                {"measure": measure, "ours": value, "published": number, "conditions": f"{source}: {where}"}
-                for source, number in entry.get(measure, {}).items()
-            ]
-    elif "gFID" in ours:
-        result += [
-            {
-                "measure": "gFID",
-                "ours": ours["gFID"],
-                "published": number,
-                "conditions": f"paper, guidance {scale:g}: {where}",
-            }
-            for scale, number in _swept(name)
-            if scale == guidance
-        ]
-    return result
-
-
-def _swept(name: str) -> Iterator[tuple[float, float]]:
-    """(guidance scale, gFID) of the paper's sweep, which is of one model."""
     sweep = published()["guidance"]
-    if sweep["zoo"] == name:
-        yield from ((float(scale), number) for scale, number in sweep["gFID"].items())
+    if guidance in (None, ZOO[name].guidance_scale):
+        found = [(measure, source, value) for measure in ours for source, value in entry.get(measure, {}).items()]
+    else:
+        tried = sweep["gFID"] if sweep["zoo"] == name and "gFID" in ours else {}
+        found = [("gFID", f"paper, guidance {x}", value) for x, value in tried.items() if float(x) == guidance]
+    conditions = f"{entry['name']}; {published()['conditions']}"
+    return [
+        Row({"measure": m, "conditions": f"{s}: {conditions}"}, {"ours": Figure(ours[m].value), "published": Figure(v)})
+        for m, s, v in found
+    ]

@@ -1,15 +1,15 @@
-"""What an evaluation leaves behind: figures with their spread, plots, and what they were computed from, as JSON and Markdown."""
+"""What an evaluation writes: tables of figures, plots, and what they were computed from, as JSON and Markdown."""
 
 import json
 import math
 import platform
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -30,36 +30,34 @@ PACKAGES = (
     "timm",
     "numpy",
     "pillow",
-)  # that figures depend on
-DIGITS = {
-    "PSNR": 3,
-    "gain of PSNR": 3,
-    **dict.fromkeys(("SSIM", "LPIPS", "precision", "recall", "recognised", "usage"), 4),
-}
+)  # which compute figures
+GAIN = "gain of PSNR"
+DIGITS = dict.fromkeys(("PSNR", GAIN), 3)
+DIGITS |= dict.fromkeys(("SSIM", "LPIPS", "precision", "recall", "recognised", "usage"), 4)
 SIGNIFICANT = 4  # digits of other measures
-ACROSS = 3  # panels of a plot
-UNITS = {"PSNR": "dB", "gain of PSNR": "dB"}
+UNITS = {"PSNR": "dB", GAIN: "dB"}
+PANELS = 3  # of a plot, side by side
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured number; `spread` is one standard deviation of it, over what the section's note says, `None` where unknown."""
+    """A measured number and its standard deviation, over what the section's note says; None if that is unknown."""
 
     value: float
     spread: float | None = None
-    values: tuple[float, ...] = ()  # of each seed, where there are several
+    values: tuple[float, ...] = ()  # of each seed if there are several
 
     def text(self, measure: str) -> str:
-        """With as many digits as the measure deserves."""
-        large = self.value and math.isfinite(self.value)
-        digits = DIGITS.get(measure, max(0, SIGNIFICANT - 1 - math.floor(math.log10(abs(self.value))) if large else 3))
+        """Return the number with as many digits as suit the measure."""
+        known = self.value and math.isfinite(self.value)
+        digits = DIGITS.get(measure, max(0, SIGNIFICANT - 1 - math.floor(math.log10(abs(self.value))) if known else 3))
         spread = "" if self.spread is None else f" ± {self.spread:.{digits}f}"
         return f"{self.value:.{digits}f}{spread}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of one setting, such as {"tokens": 16, "side": 48}; names are those of the table's columns."""
+    """The figures of one setting, such as {"tokens": 16, "side": 48}; both by the names of the table's columns."""
 
     setting: Mapping[str, Any]
     figures: Mapping[str, Figure]
@@ -67,42 +65,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """A table, and what its figures and their spread mean."""
+    """A table, and what its figures mean."""
 
     title: str
     rows: Sequence[Row]
     note: str = ""
 
 
-Point = tuple[float | None, Figure]  # x and y; without an x it is a level line
-
-
-def place(point: Point) -> float:
-    """By which points are sorted."""
-    return point[0] or 0.0
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes with curves by name."""
-
-    x: str
-    measure: str
-    curves: Mapping[str, Sequence[Point]]
-    log_x: bool = False
-
-
-@dataclass(frozen=True)
-class Plot:
-    """Panels, up to `ACROSS` side by side, in the file `name`.png."""
+class Plot(NamedTuple):
+    """Every measure of the rows by their setting `x`, in the file `name`.png."""
 
     name: str
     caption: str
-    panels: Sequence[Panel]
+    x: str
+    rows: Sequence[Row]
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """An image in the file `name`.png."""
 
     name: str
@@ -116,10 +95,9 @@ class Report:
 
     Args:
         kind: "tokenizer", "gpt" or "samples"; only reports of one kind can be compared.
-        provenance: what the figures were computed from, nested by subject. Under "data", "features" and "preprocessing" stands
-            all that must be the same for two reports' figures to mean the same.
-        notes: what a reader should know first: what was left out, and why.
-        published: figures of others to put beside these, as `published.quotes` returns them.
+        provenance: what the figures were computed from, nested by subject. Two reports' figures mean the same only if
+            "data", "features" and "preprocessing" are the same.
+        notes: what a reader should know first, such as what was left out, and why.
     """
 
     kind: str
@@ -129,36 +107,23 @@ class Report:
     plots: Sequence[Plot] = ()
     pictures: Sequence[Picture] = ()
     notes: Sequence[str] = ()
-    published: Sequence[Mapping[str, Any]] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, without plots and pictures; numbers that are not finite are strings."""
-        parts: dict[str, Any] = dict(
-            format=FORMAT,
-            kind=self.kind,
-            title=self.title,
-            notes=list(self.notes),
-            sections=[asdict(section) for section in self.sections],
-            published=[dict(quote) for quote in self.published],
-            provenance=dict(self.provenance),
-        )
-        return _finite(parts)
+        """Return the content of the JSON file; numbers that are not finite are strings."""
+        parts = {"format": FORMAT, "kind": self.kind, "title": self.title, "notes": list(self.notes)}
+        sections = [asdict(section) for section in self.sections]
+        result: dict[str, Any] = _finite(parts | {"sections": sections, "provenance": dict(self.provenance)})
+        return result
 
     def write(self, folder: Path) -> None:
-        """Write report.json, report.md and the PNG files to `folder`: each whole or not at all, the JSON file last.
-
-        Raises:
-            DetailFlowError: if that fails.
-        """
+        """Write report.json, report.md and the PNG files to `folder`: each whole or not at all, the JSON file last."""
+        content = json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:  # which puts the files in place in the opposite order, once all are written
-                path = stack.enter_context(replacing(folder / JSON_FILE))
-                path.write_text(
-                    printable(json.dumps(self.as_dict(), indent=1, ensure_ascii=False)) + "\n", encoding="utf-8"
-                )
-                path = stack.enter_context(replacing(folder / MARKDOWN_FILE))
-                path.write_text(printable(self.markdown()), encoding="utf-8")
+                for name, text in ((JSON_FILE, content), (MARKDOWN_FILE, self.markdown())):
+                    path = stack.enter_context(replacing(folder / name))
+                    path.write_text(printable(text), encoding="utf-8")
                 for plot in self.plots:
                     draw(plot, stack.enter_context(replacing(folder / f"{plot.name}.png")))
                 for picture in self.pictures:
@@ -167,91 +132,60 @@ class Report:
             raise DetailFlowError(f"cannot write the report to {folder}: {error.strerror or error}") from error
 
     def markdown(self) -> str:
-        """The report to read."""
-        lines = [f"# {self.title}", ""]
-        for note in self.notes:
-            lines += [note, ""]
+        """Return the report as Markdown."""
+        parts = [f"# {self.title}", *self.notes]
         for section in self.sections:
-            lines += [f"## {section.title}", "", *section_table(section), ""]
-            lines += [section.note, ""] if section.note else []
-        captions = {p.name: p.caption for p in self.plots} | {p.name: p.caption for p in self.pictures}
-        for name, caption in captions.items():
-            lines += [f"![{caption}]({name}.png)", ""]
-        if self.published:
-            lines += ["## Published figures beside ours", "", *_quote_table(self.published), ""]
-        lines += ["## What this was computed from", ""]
+            parts += [f"## {section.title}", "\n".join(section_table(section)), section.note]
+        parts += [f"![{plot.caption}]({plot.name}.png)" for plot in self.plots]
+        parts += [f"![{picture.caption}]({picture.name}.png)" for picture in self.pictures]
         known = flattened(_finite(dict(self.provenance)))
-        lines += table(["", ""], [[name, cell(value)] for name, value in known], right=False)
-        return "\n".join(lines) + "\n"
-
-
-# --- tables --------------------------------------------------------------------------------------------------------------
+        origin = table(["", ""], [[name, cell(value)] for name, value in known], right=False)
+        return "\n\n".join(filter(None, [*parts, "## What this was computed from", "\n".join(origin)])) + "\n"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
-    """Lines of a Markdown table; `right` sets all columns but the first flush right."""
+    """Return the lines of a Markdown table; `right` aligns all columns but the first to the right."""
     marks = ["---"] + ["---:" if right else "---"] * (len(header) - 1)
     return [f"| {' | '.join(line)} |" for line in (header, marks, *rows)]
 
 
 def section_table(section: Section) -> list[str]:
-    """Lines: what is the same in all of several rows stands below the table, not in it."""
-    settings = list(dict.fromkeys(key for row in section.rows for key in row.setting))
+    """Return the lines of a section's table; settings that are the same in all of several rows are below it."""
     common = shared_settings([row.setting for row in section.rows])
-    shown = [key for key in settings if key not in common]
+    shown = [key for key in dict.fromkeys(key for row in section.rows for key in row.setting) if key not in common]
     measures = list(dict.fromkeys(key for row in section.rows for key in row.figures))
-    cells = [
-        [
-            *(cell(row.setting.get(key, "")) for key in shown),
-            *(row.figures[m].text(m) if m in row.figures else "–" for m in measures),
-        ]
-        for row in section.rows
-    ]
-    lines = table([*shown, *map(with_unit, measures)], cells)
-    if common:
-        lines += ["", f"In all rows: {', '.join(in_words(common))}."]
-    return lines
+    rows = []
+    for row in section.rows:
+        texts = [row.figures[m].text(m) if m in row.figures else "–" for m in measures]
+        rows.append([*(cell(row.setting.get(key, "")) for key in shown), *texts])
+    lines = table([*shown, *map(with_unit, measures)], rows)
+    return [*lines, "", f"In all rows: {', '.join(in_words(common))}."] if common else lines
 
 
 def shared_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is the same in all of several rows."""
+    """Return what is the same in all of several settings."""
     return {k: v for k, v in settings[0].items() if len(settings) > 1 and all(other.get(k) == v for other in settings)}
 
 
 def in_words(setting: Mapping[str, Any], but: Container[str] = ()) -> list[str]:
-    """What a setting says, such as "guidance 2", without the names in `but`."""
+    """Return a setting as words such as "guidance 2", without the names in `but`."""
     return [f"{key} {cell(value)}" for key, value in setting.items() if key not in but]
 
 
-def checksums(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the provenance's entry of some data: what tells whether it is the same."""
-    return {key: value for key, value in entry.items() if key.startswith("checksum")}
-
-
-def _quote_table(quotes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines: a published figure in each row, ours beside it, and where it is from."""
-    header = ["measure", "ours", "published", "conditions"]
-    return table(
-        header, [[str(q["measure"]), cell(q["ours"]), cell(q["published"]), str(q["conditions"])] for q in quotes]
-    )
-
-
 def with_unit(measure: str) -> str:
-    """As a column's or an axis's title."""
+    """Return the title of a measure's column or axis."""
     return f"{measure}, {UNITS[measure]}" if measure in UNITS else measure
 
 
 def cell(value: Any) -> str:
-    """A value as it stands in a table."""
+    """Return a value as text in a table."""
     if value is None:
         return "–"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def flattened(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in nested mappings."""
+    """Yield (dotted name, value) of everything in nested mappings."""
     for key, value in nested.items():
         if isinstance(value, Mapping):
             yield from flattened(value, f"{prefix}{key}.")
@@ -260,7 +194,7 @@ def flattened(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: such numbers become strings, which float() reads."""
+    """Make strings, which float() reads, of numbers that are not finite: JSON has none."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -268,96 +202,89 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-# --- plots ---------------------------------------------------------------------------------------------------------------
+def curves(rows: Sequence[Row], x: str, measure: str) -> dict[str, list[tuple[float | None, Figure]]]:
+    """Return the points of each curve by x, one for every combination of the other settings that vary.
+
+    If no value of x comes twice, all is one curve. A value that is no number, such as "off", is a level line without x.
+    """
+    values = [row.setting[x] for row in rows]
+    others = [key for key in rows[0].setting if key != x and len({row.setting[key] for row in rows}) > 1]
+    if len(set(values)) == len(values):
+        others = []
+    result: dict[str, list[tuple[float | None, Figure]]] = {}
+    for row in rows:
+        value, words = row.setting[x], in_words({key: row.setting[key] for key in others})
+        number = float(value) if isinstance(value, int | float) else None
+        name = ", ".join(words if number is not None else [f"{x} {value}", *words])
+        result.setdefault(name, []).append((number, row.figures[measure]))
+    return {name: sorted(points, key=lambda point: point[0] or 0.0) for name, points in result.items()}
 
 
 def draw(plot: Plot, path: Path) -> None:
-    """Draw the panels into a PNG file."""
+    """Draw a panel for each measure into a PNG file."""
     from matplotlib.figure import Figure as Canvas
 
-    rows = -(-len(plot.panels) // ACROSS)
-    columns = -(-len(plot.panels) // rows)
+    measures = list(plot.rows[0].figures)
+    rows = -(-len(measures) // PANELS)
+    columns = -(-len(measures) // rows)
     canvas = Canvas(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
     axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
-    explained: set[tuple[str, ...]] = set()
-    for axis, panel in zip(axes, plot.panels, strict=False):
-        for name, points in panel.curves.items():
-            levels = [figure.value for x, figure in points if x is None]
-            places = [(x, figure) for x, figure in points if x is not None]
-            for level in levels:
+    for axis, measure in zip(axes, measures, strict=False):
+        lines = curves(plot.rows, plot.x, measure)
+        for name, points in lines.items():
+            for level in (figure.value for x, figure in points if x is None):
                 axis.axhline(level, label=name, color="0.4", linestyle="--", linewidth=1)
-            if places:
-                values = [figure.value for _, figure in places]
-                spread = [figure.spread or 0.0 for _, figure in places]
-                axis.errorbar(
-                    [x for x, _ in places], values, yerr=spread, label=name, marker="o", markersize=3, capsize=2
-                )
-        if panel.log_x:
+            if found := [(x, figure.value, figure.spread or 0.0) for x, figure in points if x is not None]:
+                x, y, spread = zip(*found, strict=True)
+                axis.errorbar(x, y, yerr=spread, label=name, marker="o", markersize=3, capsize=2)
+        if plot.x == "tokens":
             axis.set_xscale("log", base=2)
-            ticks = sorted({x for points in panel.curves.values() for x, _ in points if x is not None})
+            ticks = sorted({x for points in lines.values() for x, _ in points if x is not None})
             axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axis.minorticks_off()
         else:
-            axis.locator_params(axis="x", nbins=6)  # more run together
-        axis.set(xlabel=panel.x, ylabel=with_unit(panel.measure))
+            axis.locator_params(axis="x", nbins=6)  # more would overlap
+        axis.set(xlabel=plot.x, ylabel=with_unit(measure))
         axis.grid(alpha=0.3)
-        if len(panel.curves) > 1 and tuple(panel.curves) not in explained:
+        if len(lines) > 1 and measure == measures[0]:
             axis.legend(fontsize="small")
-            explained.add(tuple(panel.curves))
-    for axis in axes[len(plot.panels) :]:
+    for axis in axes[len(measures) :]:
         axis.set_axis_off()
     canvas.savefig(path, format="png", dpi=110)
 
 
-# --- what was it computed from -------------------------------------------------------------------------------------------
-
-
 def check_packages(*names: str) -> None:
-    """Check, before long work, that what it will need is installed.
-
-    Raises:
-        DetailFlowError: if not.
-    """
+    """Check, before long work, that the packages it will need are installed."""
     for name in names:
         if find_spec(name) is None:
             raise missing_package("evaluation", name)
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that figures depend on, those that are installed."""
+    """Return the versions of Python, this package and the installed libraries that figures depend on."""
     from detailflow import __version__
 
     found = {"detailflow": __version__, "python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
-def circumstances(device: torch.device, world_size: int, dtype: str | None) -> dict[str, Any]:
-    """On what an evaluation ran, for its provenance."""
-    place = {"device": device_name(device), "processes": world_size, "threads": torch.get_num_threads()}
-    return {"machine": place | ({"dtype": dtype} if dtype else {}), "versions": versions()}
+def machine_entry(device: torch.device, world_size: int, dtype: str | None) -> dict[str, Any]:
+    """Return what an evaluation ran on, for its provenance."""
+    machine = {"device": device_name(device), "processes": world_size, "threads": torch.get_num_threads()}
+    return {"machine": machine | ({"dtype": dtype} if dtype else {}), "versions": versions()}
 
 
 def model_entry(source: str | None, kind: Kind) -> dict[str, str]:
-    """A model's name as the user gave it (`None` is the shipped one), and the fingerprint of its config and its weights.
-
-    Raises:
-        DetailFlowError: if it cannot be loaded.
-    """
+    """Return a model's name as the user gave it (None is the shipped one), and its fingerprint, for the provenance."""
     found = hub.load(source or hub.default_directory(kind), kind)
     return {"name": source or "the shipped model", "fingerprint": hub.fingerprint(*found)}
 
 
-def claim(folder: Path, command: str, models: Mapping[str, Any]) -> None:
-    """Check that no report of another evaluation lies in `folder`; the same command on the same models may replace its own.
-
-    Raises:
-        DetailFlowError: if one does.
-    """
+def check_folder(folder: Path, command: str, models: Mapping[str, Any]) -> None:
+    """Check that `folder` has no report but one of the same command on the same models, which may be replaced."""
     if not (folder / JSON_FILE).exists():
         return
     try:
@@ -368,30 +295,23 @@ def claim(folder: Path, command: str, models: Mapping[str, Any]) -> None:
         ) from None
     if provenance.get("command") != command or provenance.get("models") != _finite(dict(models)):
         raise DetailFlowError(
-            f"{folder} holds the report of another evaluation ({provenance.get('command')}): choose another folder, or remove it"
+            f"{folder} holds the report of another evaluation ({provenance.get('command')}): "
+            "choose another folder, or remove it"
         )
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a report.json, given by its path or its folder's.
-
-    Raises:
-        DetailFlowError: if it cannot be read or is no report.
-    """
+    """Load a report.json, given by its path or its folder's."""
     file = path / JSON_FILE if path.is_dir() else path
     if not file.exists():
         raise DetailFlowError(f"{path} holds no report: give the output folder of an evaluation, or its {JSON_FILE}")
     content = read_json(file)
-    if content.get("format") != FORMAT or not all(
-        isinstance(content.get(key), kind)
-        for key, kind in (("sections", list), ("provenance", dict), ("kind", str), ("title", str), ("notes", list))
-    ):
+    kinds = {"sections": list, "provenance": dict, "kind": str, "title": str, "notes": list}
+    if content.get("format") != FORMAT or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
         raise DetailFlowError(f"{file} is no report of an evaluation")
-    subjects = (content["provenance"].get(subject, {}) for subject in ("data", "features", "preprocessing"))
-    sound = all(isinstance(note, str) for note in content["notes"]) and all(
-        isinstance(subject, dict) for subject in subjects
-    )
-    if not sound or not all(map(_is_section, content["sections"])):
+    texts = all(isinstance(note, str) for note in content["notes"])
+    subjects = all(isinstance(content["provenance"].get(x, {}), dict) for x in ("data", "features", "preprocessing"))
+    if not texts or not subjects or not all(map(_is_section, content["sections"])):
         raise DetailFlowError(
             f"{file} is damaged: its notes, sections or provenance are not as an evaluation writes them"
         )
@@ -399,14 +319,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _is_section(section: Any) -> bool:
-    """Whether a section is as `Report.write` has it: a title and rows of a setting and figures, each a value and its spread."""
+    """Return whether a section is as `Report.write` writes it."""
     try:
-        rows = section["rows"]
-        figures = [figure for row in rows for figure in row["figures"].values()]
-        numbers = [
-            float(number) for figure in figures for number in (figure["value"], figure["spread"]) if number is not None
-        ]
-        named = isinstance(section["title"], str) and all(isinstance(row["setting"], dict) for row in rows)
-        return named and all(figure["value"] is not None for figure in figures) and len(numbers) >= len(figures)
+        for row in section["rows"]:
+            for figure in row["figures"].values():
+                float(figure["value"])
+                float(figure["spread"] or 0)
+        return isinstance(section["title"], str) and all(isinstance(row["setting"], dict) for row in section["rows"])
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return False

@@ -6,8 +6,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,332 +23,284 @@ from detailflow.data.transforms import center_crop
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.metrics import Gaussian
-from detailflow.files import check_regular
+from detailflow.files import check_regular, writing
 
-IMAGES = "arr_0"  # the entry of an ADM .npz that holds images, (n, H, W, 3) bytes
-_READERS = 4  # threads that decode a process's images; Pillow lets them run at once
+IMAGES = "arr_0"  # the entry of an ADM .npz that has images, (n, H, W, 3) bytes
+THREADS = 4  # that decode a rank's images; Pillow lets them run at once
+LARGEST_ENTRY = 256 * 2**20  # bytes that an entry of statistics may always have
+MOST_EXPANSION = 20  # times its compressed size, for a larger one
+MANY_IMAGES = 10**5  # may have any size
+LEAST_BYTES = 64  # compressed, of each image if there are more
+_DAMAGE = (OSError, EOFError, MemoryError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
-class Statistics(NamedTuple):
-    """What an .npz file says of a set's features."""
+@dataclass(frozen=True)
+class Statistics:
+    """The features of a set of images, as far as distances need them."""
 
+    features: str  # the network's name
+    fingerprint: str | None  # of its weights; None in ADM's files
     pool: Gaussian
-    spatial: Gaussian | None
-    kept: Tensor | None  # (n, D) float32, the features of images spread over the set
-    features: str | None  # the network's name; `None` in ADM's files, where it is Inception
-    fingerprint: str | None  # and of its weights
+    spatial: Gaussian | None = None
+    kept: Tensor | None = None  # (n, D) float32 on the CPU, of images spread over the set
+    inception_score: tuple[float, float | None] | None = None  # mean and standard deviation over splits
+    checksum: str = ""  # of the images; empty if none were read
 
 
-def share_of(total: int, world: World) -> range:
-    """The numbers of this process's images among `total`: the shares follow one another in the processes' order."""
+def shard_range(total: int, world: World) -> range:
+    """Return the indices of this rank's images among `total`; those of all ranks make it up in order."""
     return range(world.rank * total // world.size, (world.rank + 1) * total // world.size)
 
 
 def check_total(total: int, world: World) -> None:
-    """Raise a `DetailFlowError` where a set of so many images is too small to be measured by these processes."""
+    """Check that so many images are enough for these ranks to measure."""
     if total < max(2, world.size):
         raise DetailFlowError(f"too few images to measure: there are {total}, where {max(2, world.size)} are the least")
 
 
-class _Pixels(Protocol):
-    """Where images lie, each (H, W, 3) bytes of one size."""
-
-    unreadable: dict[int, str]  # those that others stood in for: what is wrong with them
-
-    def __len__(self) -> int: ...
-    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        """Those of these ascending numbers. Raises DetailFlowError, naming what cannot be read or has another size."""
-
-
+@dataclass
 class ImageSet:
-    """Images of one size; made by `open_set`.
+    """Images of one size; made by `open_set`. Iterating gives bytes (B, H, W, 3) of this rank's images, in order.
 
-    Iterating gives bytes (B, H, W, 3) of this process's share, in order. `len` counts those of all processes, and is 0 for a
-    file of statistics alone. `side` is (height, width), `None` there.
+    `len` counts the images of all ranks. It is 0, and `side` None, for a file of statistics alone.
     """
 
-    def __init__(
-        self,
-        pixels: _Pixels | None,
-        numbers: Sequence[int],
-        side: tuple[int, int] | None,
-        statistics: Statistics | None,
-        about: dict[str, Any],
-        world: World,
-        batch_size: int,
-    ) -> None:
-        self._pixels, self._numbers, self._about = pixels, numbers, about
-        self._processes, self._batch_size = world, batch_size
-        self.side, self.statistics = side, statistics
+    source: "ImageSource | NpzImages | None"
+    indices: Sequence[int]
+    side: tuple[int, int] | None  # (height, width)
+    size: int | None  # to crop images to
+    statistics: Statistics | None
+    about: dict[str, Any]
+    world: World
+    batch_size: int
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.indices)
 
     def __iter__(self) -> Iterator[Tensor]:
-        own = share_of(len(self), self._processes)
-        if self._pixels is None or not own:
-            return
-        batch: list[np.ndarray] = []
-        for pixels in self._pixels.read(self._numbers[own.start : own.stop]):
-            batch.append(pixels)
-            if len(batch) == self._batch_size:
-                yield torch.from_numpy(np.stack(batch))
-                batch = []
-        if batch:
+        own = shard_range(len(self), self.world)
+        for batch in self._read(self.indices[own.start : own.stop]):
             yield torch.from_numpy(np.stack(batch))
 
     def some(self, count: int) -> list[np.ndarray]:
-        """Return up to `count` images spread over the whole set, as bytes (H, W, 3); none of a file of statistics alone."""
-        if self._pixels is None:
-            return []
-        return list(self._pixels.read([self._numbers[i] for i in spread(len(self), min(count, len(self)))]))
+        """Return up to `count` images (H, W, 3) spread over the whole set."""
+        chosen = [self.indices[i] for i in spread(len(self), min(count, len(self)))]
+        return [image for batch in self._read(chosen) for image in batch]
 
     def description(self) -> dict[str, Any]:
-        """What it is, for reports: data, kind, images, height, width, preprocessing and stored statistics."""
+        """Return what a report says about the set."""
+        stored = self.statistics and (self.statistics.features if self.statistics.fingerprint else "inception (ADM)")
         height, width = self.side or (None, None)
-        stored = self.statistics and (self.statistics.features or "inception (ADM)")
-        bad = {"unreadable": list(self._pixels.unreadable.values())} if self._pixels and self._pixels.unreadable else {}
-        return {
-            **self._about,
-            **bad,
-            "images": len(self),
-            "height": height,
-            "width": width,
-            "stored_statistics": stored,
-        }
+        bad = {"unreadable": list(self.unreadable.values())} if self.unreadable else {}
+        sizes = {"images": len(self), "height": height, "width": width}
+        return self.about | bad | sizes | {"stored_statistics": stored}
+
+    def _read(self, indices: Sequence[int]) -> Iterator[list[np.ndarray]]:
+        """Yield batches, each decoded while the one before is in use."""
+        if not indices or self.source is None:
+            return
+        images = f"the {len(self.source)} images of {self.source.where}"
+        batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        # An .npz file must be read in order; a single thread does so.
+        with ThreadPoolExecutor(1 if isinstance(self.source, NpzImages) else THREADS) as pool:
+            ahead = pool.map(self._decode, batches[0])
+            for following in [*batches[1:], ()]:
+                current, ahead = ahead, pool.map(self._decode, following)
+                batch = []
+                for pixels, found in current:
+                    note_unreadable(self.unreadable, found, tolerated(len(self.source)), images)
+                    batch.append(pixels)
+                yield batch
+
+    def _decode(self, index: int) -> tuple[np.ndarray, dict[int, str]]:
+        """Return an image or the next one that can be read, and what is wrong with those before it, as in training."""
+        source, found = self.source, dict[int, str]()
+        assert source is not None
+        while len(found) <= tolerated(len(source)):
+            try:
+                image = source.image(index)
+            except DetailFlowError as error:
+                if isinstance(source, NpzImages):
+                    raise
+                found[index] = str(error)
+                index = (index + 1) % len(source)
+                continue
+            return self._fitted(image, index), found
+        return np.empty(0), found  # too many, which `_read` raises
+
+    def _fitted(self, image: Image.Image, index: int) -> np.ndarray:
+        assert self.source is not None
+        if self.size and isinstance(self.source, ImageSource):
+            return center_crop(image, self.size)
+        if self.side and (image.height, image.width) != self.side:
+            height, width = self.side
+            raise DetailFlowError(
+                f"{self.source.name(index)} has {image.width}×{image.height} pixels and {self.source.name(0)} "
+                f"{width}×{height}: give images of one size, or a size (--size) to crop them to"
+            )
+        return np.asarray(image)
 
 
 def open_set(
     path: str | os.PathLike[str],
-    world: World | None = None,
+    *,
     size: int | None = None,
     count: int | None = None,
-    batch_size: int = 64,
     split: str | None = None,
+    world: World | None = None,
+    batch_size: int = 64,
 ) -> ImageSet:
     """Open a set of images to measure.
 
     Args:
-        path: a folder, .parquet or .tar files or the name of a hub dataset, as for `data.images.open_images`; an .npz file with
-            ADM's entries, `arr_0` (images), `mu`, `sigma`, `mu_s` and `sigma_s` (statistics of Inception's features), or either;
-            or a folder with a `samples.npz`.
-        processes: those that share the images; `None` is this one alone.
-        size: resize the shorter side to so many pixels and take the centre; `None` takes images as they are, which must all
-            have one size. It is one bicubic resize straight to the crop, where ADM's reference was made of photographs halved by
-            averages as often as they were twice as large, then resized: figures of large photographs differ a little.
-        count: of the set's images, so many spread over it; `None` is all.
-        batch_size: images per batch.
+        path: as for `open_images`; an .npz file with ADM's entries, `arr_0` (images), `mu`, `sigma`, `mu_s` and
+            `sigma_s` (statistics of Inception's features), or either; or a folder with a `samples.npz`.
+        size: resize the shorter side to so many pixels and take the centre; None takes images as they are, which must
+            all have one size. It is one bicubic resize to the crop. ADM's reference was made of photographs that were
+            first halved by averages, so figures of large photographs differ a little. An .npz must have this size.
+        count: use only so many images, spread over the set.
         split: as for `open_images`.
-
-    Raises:
-        DetailFlowError: if it cannot be read or holds too few images; iterating raises it for too many unreadable images, or
-            one of another size.
+        world: the ranks that share the images.
     """
     file = Path(path).expanduser()
     if os.path.isfile(file / "samples.npz"):
         file = file / "samples.npz"
-    pixels: _Npz | _Decoded | None
-    statistics = None
+    source: ImageSource | NpzImages | None
+    about: dict[str, Any] = {"data": str(path), "kind": "images", "preprocessing": "none"}
+    statistics, side = None, (size, size) if size else None
     if file.suffix == ".npz":
-        if size is not None or split is not None:
-            raise DetailFlowError(f"{file} holds images of one size and has no splits: leave out its size and split")
-        pixels, statistics = _open_npz(file)
-        about = {"data": str(path), "kind": "npz", "preprocessing": "none"}
+        about["kind"] = "npz"
+        if split is not None:
+            raise DetailFlowError(f"{file} has no splits: leave out the split")
+        source, statistics = _open_npz(file)
+        if source and size and source.side != (size, size):
+            height, width = source.side
+            raise DetailFlowError(f"{path} holds images of {width}×{height} pixels, where {size}×{size} are needed")
+        side = source.side if source else None
     else:
         source = open_images(path, split=split)
         if not len(source):
             raise DetailFlowError(f"{path} holds no images")
-        pixels = _Decoded(source, size)
-        cropped = f"shorter side to {size} pixels (bicubic with antialiasing), centre crop"
-        about = {"data": str(path), "kind": "images", "preprocessing": cropped if size else "none"}
-        if split is not None:
-            about["split"] = split
-    total = len(pixels) if pixels else 0
+        if size:
+            about["preprocessing"] = f"shorter side to {size} pixels (bicubic with antialiasing), centre crop"
+        else:
+            side = _first_side(source)
+        about |= {"split": split} if split else {}
+    total = len(source) if source else 0
     if count is not None and not 0 < count <= total:
         raise DetailFlowError(f"{path} holds {total} images, of which {count} cannot be taken")
+    indices: Sequence[int] = range(total)
     if count is not None and count < total:
-        numbers: Sequence[int] = spread(total, count)
-        statistics = None  # which are of all
-    else:
-        numbers = range(total)
-    return ImageSet(pixels, numbers, pixels.side if pixels else None, statistics, about, world or World(), batch_size)
+        indices, statistics = spread(total, count), None  # as they are of all images
+    return ImageSet(source, indices, side, size, statistics, about, world or World(), batch_size)
 
 
-class _Decoded:
-    """Image files of any kind, decoded a few at a time ahead of their use.
+def _first_side(source: ImageSource) -> tuple[int, int] | None:
+    """Return the (height, width) of the first image that can be read; None if more than 1% cannot."""
+    for index in range(min(len(source), 1 + tolerated(len(source)))):
+        with suppress(DetailFlowError):
+            image = source.image(index)
+            return image.height, image.width
+    return None
 
-    As in training, up to 1% of them may be unreadable: the next one takes the place of each, with a warning.
-    """
 
-    def __init__(self, source: ImageSource, size: int | None) -> None:
-        self.source, self.size = source, size
-        self.unreadable: dict[int, str] = {}
-        self._first = 0
-        self.side = (size, size) if size else self._first_side()
+class NpzImages:
+    """The images in an .npz file, read one by one in order: ADM's sets of samples have ten gigabytes."""
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def _first_side(self) -> tuple[int, int]:
-        image, found, self._first = self._image(0)
-        self._note(found)
-        assert image is not None  # or `_note` has raised
-        return image.height, image.width
-
-    def _image(self, number: int) -> tuple[Image.Image | None, dict[int, str], int]:
-        """An image or the next one that can be read, what is wrong with those before it, and its number."""
-        found: dict[int, str] = {}
-        while len(found) <= tolerated(len(self)):
-            try:
-                return self.source.image(number), found, number
-            except DetailFlowError as error:
-                found[number] = str(error)
-                number = (number + 1) % len(self)
-        return None, found, number
-
-    def _note(self, found: dict[int, str]) -> None:
-        note_unreadable(self.unreadable, found, tolerated(len(self)), f"the {len(self)} images of {self.source.where}")
-
-    def _decode(self, number: int) -> tuple[np.ndarray, dict[int, str]]:
-        image, found, number = self._image(number)
-        if image is None:
-            return np.empty(0), found
-        if self.size:
-            return center_crop(image, self.size), found
-        height, width = self.side
-        if image.size != (width, height):
-            name, first = self.source.name(number), self.source.name(self._first)
+    def __init__(self, file: Path) -> None:
+        self.where = str(file)
+        archive = zipfile.ZipFile(file)
+        self._member = archive.open(f"{IMAGES}.npy")
+        major = np.lib.format.read_magic(self._member)[0]
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, fortran, kind = read(self._member)
+        self._offset = self._member.tell()
+        compressed = archive.getinfo(f"{IMAGES}.npy").compress_size
+        if kind.hasobject:
             raise DetailFlowError(
-                f"{name} has {image.width}×{image.height} pixels and {first} {width}×{height}: "
-                "give images of one size, or a size (--size) to crop them to"
+                f"{file} holds pickled objects as {IMAGES}, which are not read: save the images as uint8 numbers"
             )
-        return np.asarray(image), found
-
-    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        window = 16 * _READERS
-        with ThreadPoolExecutor(_READERS) as pool:
-            ahead = [pool.submit(self._decode, number) for number in numbers[:window]]
-            for position in range(len(numbers)):
-                pixels, found = ahead[position % window].result()
-                self._note(found)
-                yield pixels
-                if position + window < len(numbers):
-                    ahead[position % window] = pool.submit(self._decode, numbers[position + window])
-
-
-class _Npz:
-    """The images of an .npz file, read one by one: ADM's sets of samples have ten gigabytes."""
-
-    def __init__(self, file: Path, shape: tuple[int, ...], offset: int) -> None:
-        self.file, self.shape, self.offset = file, shape, offset
-        self.unreadable: dict[int, str] = {}
-        self.side = (shape[1], shape[2])
+        grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
+        if kind != np.uint8 or fortran or not (grey or (len(shape) == 4 and shape[3] == 3)):
+            raise DetailFlowError(
+                f"{file} holds {kind} {tuple(shape)}{' in Fortran order' if fortran else ''} as {IMAGES}, "
+                "where images are uint8 (n, height, width, 3), or without the 3 if they are grey"
+            )
+        if 0 in shape:
+            raise DetailFlowError(f"{file} holds no images: {IMAGES} is empty")
+        if shape[0] > max(MANY_IMAGES, compressed // LEAST_BYTES):
+            raise DetailFlowError(
+                f"{file} holds {shape[0]:,} images in {compressed:,} bytes: no real images are as small"
+            )
+        self._count, self._image, self.side = shape[0], shape[1:], (shape[1], shape[2])
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return int(self._count)
 
-    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        image = self.shape[1:]
-        size = math.prod(image)
+    def name(self, index: int) -> str:
+        """Return what messages call an image."""
+        return f"{self.where} image {index}"
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as RGB."""
+        size = math.prod(self._image)
         try:
-            with zipfile.ZipFile(self.file) as archive, archive.open(f"{IMAGES}.npy") as member:
-                for number in numbers:
-                    member.seek(self.offset + number * size)
-                    content = member.read(size)
-                    if len(content) < size:
-                        raise EOFError(f"it ends at image {number}")
-                    pixels = np.frombuffer(content, np.uint8).reshape(image)
-                    yield np.broadcast_to(
-                        pixels.reshape(*self.side, -1), (*self.side, 3)
-                    )  # grey is the same in all three
+            self._member.seek(self._offset + index * size)
+            content = self._member.read(size)
+            if len(content) < size:
+                raise EOFError(f"it ends at image {index}")
         except _DAMAGE as error:
-            raise DetailFlowError(f"{self.file} is damaged and cannot be read ({first_line(error)})") from error
+            raise DetailFlowError(f"{self.where} is damaged and cannot be read ({first_line(error)})") from error
+        pixels = np.frombuffer(content, np.uint8).reshape(*self.side, -1)
+        return Image.fromarray(np.broadcast_to(pixels, (*self.side, 3)))  # grey is the same in all three
 
 
-_EXPANDED = 256 * 2**20  # bytes that an entry of statistics may always have
-_MOST_EXPANSION = 20  # and how many times its compressed size if it is larger
-_MANY_IMAGES = 10**5  # that may have any size
-_LEAST_BYTES = 64  # compressed, of each image if there are more
-_DAMAGE = (OSError, EOFError, MemoryError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
-
-
-def _open_npz(file: Path) -> tuple[_Npz | None, Statistics | None]:
-    """Images and statistics; one may be missing."""
+def _open_npz(file: Path) -> tuple[NpzImages | None, Statistics | None]:
+    """Open the images and read the statistics in a file, either of which may be missing."""
     if not file.exists():
         raise DetailFlowError(f"{file} does not exist: give an .npz file, a folder or another set of images")
     try:
         check_regular(file)
         with zipfile.ZipFile(file) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-            header = _read_header(archive, file) if IMAGES in names else None
-        statistics = _read_statistics(file, names)
+        images = NpzImages(file) if IMAGES in names else None
+        statistics = _read_statistics(file, names) if {"mu", "sigma"} <= names else None
     except DetailFlowError:
         raise
     except _DAMAGE as error:
         raise DetailFlowError(f"{file} is damaged, or no .npz file ({first_line(error)})") from error
-    if header is None and statistics is None:
+    if images is None and statistics is None:
         raise DetailFlowError(
-            f"{file} holds neither images ({IMAGES}) nor statistics (mu and sigma), only {', '.join(sorted(names)) or 'nothing'}"
+            f"{file} holds neither images ({IMAGES}) nor statistics (mu and sigma), "
+            f"only {', '.join(sorted(names)) or 'nothing'}"
         )
-    return header, statistics
+    return images, statistics
 
 
-def _read_header(archive: zipfile.ZipFile, file: Path) -> _Npz:
-    with archive.open(f"{IMAGES}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, kind = read(member)
-        offset = member.tell()
-    compressed = archive.getinfo(f"{IMAGES}.npy").compress_size
-    if kind.hasobject:
-        raise DetailFlowError(
-            f"{file} holds pickled objects as {IMAGES}, which are not read: save the images as uint8 numbers"
-        )
-    grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
-    if kind != np.uint8 or fortran or not (grey or (len(shape) == 4 and shape[3] == 3)):
-        raise DetailFlowError(
-            f"{file} holds {kind} {tuple(shape)}{' in Fortran order' if fortran else ''} as {IMAGES}, "
-            "where images are uint8 (n, height, width, 3), or without the 3 if they are grey"
-        )
-    if 0 in shape:
-        raise DetailFlowError(f"{file} holds no images: {IMAGES} is empty")
-    if shape[0] > max(_MANY_IMAGES, compressed // _LEAST_BYTES):
-        raise DetailFlowError(f"{file} holds {shape[0]:,} images in {compressed:,} bytes: no real images are as small")
-    return _Npz(file, shape, offset)
-
-
-def _check_expansion(member: zipfile.ZipInfo, file: Path) -> None:
-    """Check that an entry that is read as a whole is not far larger than what of the file holds it."""
-    if member.file_size > max(_EXPANDED, _MOST_EXPANSION * member.compress_size):
-        raise DetailFlowError(
-            f"{file} grows from {member.compress_size:,} bytes to {member.file_size:,} as {member.filename} is read: "
-            "measure the statistics again"
-        )
-
-
-def _read_statistics(file: Path, names: set[str]) -> Statistics | None:
-    if not {"mu", "sigma"} <= names:
-        return None
+def _read_statistics(file: Path, names: set[str]) -> Statistics:
     with np.load(file, allow_pickle=False) as stored:
 
         def entry(name: str, dtype: type, *shape: int) -> np.ndarray:
-            """Raises where it is another thing; −1 in the shape is any number."""
-            _check_expansion(stored.zip.getinfo(f"{name}.npy"), file)
+            """Read an entry of this type and shape, in which −1 is any number."""
+            member = stored.zip.getinfo(f"{name}.npy")
+            if member.file_size > max(LARGEST_ENTRY, MOST_EXPANSION * member.compress_size):
+                raise DetailFlowError(
+                    f"{file} grows from {member.compress_size:,} bytes to {member.file_size:,} as {member.filename} is "
+                    "read: measure the statistics again"
+                )
             try:
-                value = stored[name]
+                value: np.ndarray = stored[name]
             except ValueError as error:
                 raise DetailFlowError(
                     f"{file} holds pickled objects as {name}, which are not read: save numbers"
                 ) from error
             fits = value.ndim == len(shape) and all(w in (-1, n) for w, n in zip(shape, value.shape, strict=True))
-            if (
-                not fits
-                or not np.issubdtype(value.dtype, dtype)
-                or (dtype is np.floating and not np.isfinite(value).all())
-            ):
+            known = np.issubdtype(value.dtype, dtype) and (dtype is not np.floating or np.isfinite(value).all())
+            if not fits or not known:
                 raise DetailFlowError(
-                    f"{file} holds {value.dtype} {value.shape} as {name}, where statistics have finite floating-point numbers, "
-                    "a vector and a square matrix of its length"
+                    f"{file} holds {value.dtype} {value.shape} as {name}, where statistics have finite floating-point "
+                    "numbers, a vector and a square matrix of its length"
                 )
             return value
 
@@ -358,9 +312,21 @@ def _read_statistics(file: Path, names: set[str]) -> Statistics | None:
         count = int(entry("count", np.integer)) if "count" in names else None
         pool = gaussian("mu", "sigma")
         return Statistics(
-            pool,
-            gaussian("mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= names else None,
-            torch.from_numpy(entry("kept", np.floating, -1, len(pool.mean))).float() if "kept" in names else None,
-            str(entry("features", np.str_)) if "features" in names else None,
-            str(entry("fingerprint", np.str_)) if "fingerprint" in names else None,
+            features=str(entry("features", np.str_)) if "features" in names else "inception",
+            fingerprint=str(entry("fingerprint", np.str_)) if "fingerprint" in names else None,
+            pool=pool,
+            spatial=gaussian("mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= names else None,
+            kept=torch.from_numpy(entry("kept", np.floating, -1, len(pool.mean))).float() if "kept" in names else None,
         )
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Write an .npz file that `open_set` reads as a reference: ADM's entries, and beside them those of ours."""
+    entries: dict[str, Any] = {"mu": statistics.pool.mean, "sigma": statistics.pool.covariance}
+    if statistics.spatial:
+        entries |= {"mu_s": statistics.spatial.mean, "sigma_s": statistics.spatial.covariance}
+    entries |= {"count": statistics.pool.count, "kept": statistics.kept}
+    entries |= {"features": statistics.features, "fingerprint": statistics.fingerprint}
+    with writing(path) as temporary, temporary.open("wb") as file:
+        known = {name: np.asarray(value) for name, value in entries.items() if value is not None}
+        np.savez(file, allow_pickle=False, **known)

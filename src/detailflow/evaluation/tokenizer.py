@@ -1,10 +1,10 @@
-"""How well a tokenizer rebuilds images: by number of tokens (the paper's figure 4b) and with planted mistakes (figure 4a)."""
+"""How well a tokenizer rebuilds images: by number of tokens (Fig. 4b) and with planted mistakes (Fig. 4a)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,242 +16,281 @@ from detailflow import hub
 from detailflow.data.transforms import to_tensor, to_uint8
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.evaluation.distances import REFERENCE_KEPT, Measured, Running, compare_sets
+from detailflow.evaluation.distances import (
+    REFERENCE_KEPT,
+    Checksum,
+    FeatureStatistics,
+    cautions,
+    compare_sets,
+    measure,
+)
+from detailflow.evaluation.evaluate import Context, at_side, data_entry, provenance, spread_note
 from detailflow.evaluation.features import Extractor
 from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, bootstrap, ssim
 from detailflow.evaluation.published import quotes
-from detailflow.evaluation.report import Figure, Panel, Picture, Plot, Point, Report, Row, Section, place
-from detailflow.evaluation.samples import (
-    Checksum,
-    Work,
-    at_side,
-    data_entry,
-    features_entry,
-    measure_set,
-    named,
-    preprocessing_entry,
-    spread_note,
-    warnings_of,
-)
-from detailflow.evaluation.sets import ImageSet, check_total, share_of
-from detailflow.evaluation.views import Span, View, views_by_count, views_with_mistakes
+from detailflow.evaluation.report import GAIN, Figure, Picture, Plot, Report, Row, Section
+from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.pictures import grid
-from detailflow.pipeline import image_generator
+from detailflow.pipeline import image_generator, stage_counts
 from detailflow.psnr import psnr
+from detailflow.schedule import TokenSchedule
 from detailflow.seeds import check_seeds
 from detailflow.training.losses import LPIPS, SMALLEST_SIDE, VGG16_FILE
 
 PICTURES = 6  # images that the report shows
 LPIPS_IMAGES = 8  # at once: VGG's maps of one are 30 MiB at 256×256
-KEPT = 5000  # images of each view whose features the deviation of a distance is estimated from
-NO_LPIPS = "none"  # in place of its weights
-GAIN = "gain of PSNR"
-INTERVAL = 2 * 1.96  # standard deviations in which 95% of a normal distribution lie
+KEPT = 5000  # images of each view whose features the spread of a distance is estimated from
+INTERVAL = 2 * 1.96  # standard deviations in which 95% of a normal distribution are
+PLANTED = (
+    "Each wrong token is drawn from the 50 codes nearest to its latent. Later tokens are those of the clean sequence, "
+    "or those that the self-correction pass writes after the mistakes; what that gains is taken image by image."
+)
+
+
+class Span(NamedTuple):
+    """Tokens from `start` to before `end`, that are wrong together."""
+
+    start: int
+    end: int
+
+
+class View(NamedTuple):
+    """One way to rebuild an image: from the first n tokens at `side`, of a sequence that may have mistakes."""
+
+    setting: dict[str, Any]
+    n: int
+    side: int
+    span: Span | None = None
+    corrected: bool = False
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What reconstructions are measured by; `None` is left out."""
+class TokenizerOptions:
+    """What to measure.
+
+    Args:
+        extractor: for Fréchet distances; None leaves those out.
+        reference: images that these distances are to; None is the originals.
+        lpips: None leaves LPIPS out.
+        counts: numbers of tokens; None is 1, 2, 4, … N.
+        sides: those at which each is decoded; None is D(n). All pictures are then resized to side R.
+        mistakes: where to plant them, each by itself, in otherwise clean sequences of N tokens.
+        seed: of the mistakes, which depend on it, the image's index and their position alone.
+        model: as the user named it, to find published figures.
+        notes: what the report begins with.
+    """
 
     extractor: Extractor | None = None
+    reference: ImageSet | None = None
     lpips: LPIPS | None = None
-
-
-class Tally:
-    """What adds up of one view: distances to each original, and statistics of features."""
-
-    def __init__(self, measures: Measures, total: int, world: World) -> None:
-        self.measures, self.total, self.world = measures, total, world
-        self.distances: dict[str, list[Tensor]] = {}
-        self.running = running(measures.extractor, total, world, min(KEPT, total))
-
-    def add(self, pixels: Tensor, originals: Tensor) -> None:
-        """A batch: uint8 (B, R, R, 3) twice."""
-        extractor, lpips = self.measures.extractor, self.measures.lpips
-        self._note("PSNR", psnr(pixels, originals))
-        if min(pixels.shape[1:3]) >= SMALLEST_SSIM_SIDE:
-            self._note("SSIM", ssim(pixels, originals))
-        if lpips is not None:
-            parts = zip(to_tensor(pixels).split(LPIPS_IMAGES), to_tensor(originals).split(LPIPS_IMAGES), strict=True)
-            self._note("LPIPS", torch.cat([lpips.distances(a, b) for a, b in parts]))
-        if extractor is not None and self.running is not None:
-            self.running.update(extractor(pixels))
-
-    def _note(self, measure: str, values: Tensor) -> None:
-        self.distances.setdefault(measure, []).append(values.double().cpu())
-
-    def values(self) -> dict[str, Tensor]:
-        """Each measure of all processes' images; all must call it."""
-        return {name: gather_shares(torch.cat(parts), self.total, self.world) for name, parts in self.distances.items()}
-
-
-def running(extractor: Extractor | None, total: int, world: World, keep: int = 0) -> Running | None:
-    """Statistics of a set's features that are added to batch by batch, for several sets in one go over the data."""
-    share = share_of(total, world)
-    return None if extractor is None else Running(extractor.name, share, total, keep)
+    counts: Sequence[int] | None = None
+    sides: Sequence[int] | None = None
+    mistakes: Sequence[Span] = ()
+    seed: int = 0
+    model: str | None = None
+    notes: Sequence[str] = ()
 
 
 def evaluate_tokenizer(
-    tokenizer: DetailFlowTokenizer,
-    images: ImageSet,
-    work: Work,
-    extractor: Extractor | None = None,
-    reference: ImageSet | None = None,
-    lpips: LPIPS | None = None,
-    counts: Sequence[int] | None = None,
-    sides: Sequence[int] | None = None,
-    mistakes: Sequence[Span] = (),
-    seed: int = 0,
-    model: str | None = None,
-    notes: Sequence[str] = (),
+    tokenizer: DetailFlowTokenizer, images: ImageSet, context: Context, options: TokenizerOptions
 ) -> Report | None:
-    """Measure reconstructions of `images` (docs/method.md#tokenizer, #published-numbers), reading each image once.
-
-    Args:
-        images: of side R.
-        extractor: of the features of Fréchet distances; `None` leaves those out.
-        reference: images that these distances are to; `None` is the originals.
-        counts: numbers of tokens; `None` is 1, 2, 4, … N.
-        sides: those at which each is decoded; `None` is D(n). All pictures are then brought to side R.
-        mistakes: where to plant them, each by itself, in otherwise clean sequences of N tokens.
-        seed: of the mistakes, which depend on it, the image's number and their position alone.
-        model: the name that the user gave, by which published figures are found.
-        notes: what the report is to say first.
+    """Measure reconstructions of `images`, of side R, reading each once.
 
     Returns:
-        In the main process a report whose provenance is not complete yet; `None` in others.
-
-    Raises:
-        DetailFlowError: for counts, sides, a seed or images that are not valid, fewer images than processes, or a reference
-            without an extractor.
+        In the main process a report whose provenance is not complete yet; None in others.
     """
-    check_seeds(seed)
-    if reference is not None and extractor is None:
+    check_seeds(options.seed)
+    extractor, side, world = options.extractor, tokenizer.config.image_size, context.world
+    if options.reference is not None and extractor is None:
         raise DetailFlowError("a reference is for Fréchet distances: give features to measure them by, or no reference")
-    world, measures, total = work.world, Measures(extractor, lpips), len(images)
-    views = views_by_count(tokenizer.schedule, counts, sides) + views_with_mistakes(tokenizer.schedule, mistakes)
-    check_total(total, world)
-    data: dict[str, Any] = {}
-    if reference is not None and extractor is not None:
-        wanted, data["reference"] = measure_set(extractor, reference, work, REFERENCE_KEPT)
-    tallies = [Tally(measures, total, world) for _ in views]
-    originals = Originals(tokenizer, extractor if reference is None else None, total, world)
-    _rebuild_all(tokenizer, images, work, views, tallies, originals, seed)
-    data = {"images": data_entry(images, originals.checksum, world), **data}
-    rows = _means(views, [tally.values() for tally in tallies])
-    used = world.all_reduce(originals.used)
-    said = list(notes)
-    if extractor is not None:
-        made = [tally.running.finish(extractor, world, None) for tally in tallies if tally.running]
-        wanted = originals.running.finish(extractor, world, None) if originals.running else wanted
-        if world.is_main:
-            said += warnings_of(wanted, made[0], extractor, "r", "r", kept=False)
-            rows = [_with_distances(row, wanted, one, extractor, work) for row, one in zip(rows, made, strict=True)]
+    clean = views_by_count(tokenizer.schedule, options.counts, options.sides)
+    views = clean + views_with_mistakes(tokenizer.schedule, options.mistakes)
+    check_total(len(images), world)
+    data, wanted = {}, None
+    if options.reference is not None and extractor is not None:
+        wanted = measure(extractor, options.reference, keep=REFERENCE_KEPT)
+        data["reference"] = data_entry(options.reference, wanted)
+    run = _Reconstruction(tokenizer, images, context, options, views)
+    run.rebuild_all()
+    data["images"] = images.description() | {"checksum": run.checksum.compute()}
+    rows = run.rows(wanted)
+    used = world.all_reduce(run.used)
     if not world.is_main:
         return None
-    side = tokenizer.config.image_size
-    clean, planted = ([r for v, r in zip(views, rows, strict=True) if v.by_count == c] for c in (True, False))
+    by_count, planted = rows[: len(clean)], rows[len(clean) :]
+    sections = [Section("Quality by number of tokens", by_count, _note(by_count, side, wanted is not None))]
+    plots = [Plot("quality-by-tokens", "Quality by number of tokens", "tokens", by_count)]
+    if planted:
+        sections.append(Section("Planted mistakes", planted, PLANTED))
+    if len(planted) > 3:
+        caption = "Quality with mistakes planted, by their position"
+        plots.append(Plot("mistakes-by-position", caption, "first wrong token", planted))
+    usage, perplexity = usage_and_perplexity(used.cpu().double())
+    codes = {"usage": Figure(usage.item()), "perplexity": Figure(perplexity.item())}
+    sections.append(Section("Codebook", [Row({"codes": len(used), "tokens counted": int(used.sum())}, codes)]))
+    full = {"tokens": tokenizer.config.num_tokens, "side": side}  # which published figures are of
+    ours = next((row.figures for row in by_count if row.setting == full), {})
+    measures = ("PSNR",) if wanted else ("rFID", "PSNR")
+    if published := quotes(options.model, {m: ours[m] for m in measures if m in ours}):
+        sections.append(Section("Published figures beside ours", published))
+    origin = provenance(data, extractor, side)
+    origin["features"] |= lpips_entry(options.lpips)
     return Report(
         kind="tokenizer",
-        title=f"Reconstruction by the tokenizer of {model or 'the shipped model'}",
-        sections=_sections(side, clean, planted, used, reference is not None),
-        provenance={
-            "data": data,
-            "features": {**(features_entry(extractor) if extractor else {}), **lpips_entry(lpips)},
-            "preprocessing": preprocessing_entry(extractor, side),
-            "settings": {"seed": seed, "batch_size": work.batch_size},
-        },
-        plots=_plots(views, rows),
-        pictures=[_picture(tokenizer, views, images)],
-        notes=said,
-        published=_quotes(tokenizer, model, clean, reference is None),
+        title=f"Reconstruction by the tokenizer of {options.model or 'the shipped model'}",
+        sections=sections,
+        provenance=origin | {"settings": {"seed": options.seed, "batch_size": context.batch_size}},
+        plots=plots,
+        pictures=[_picture(tokenizer, clean, images)],
+        notes=[*options.notes, *run.cautions],
     )
 
 
-def _means(views: Sequence[View], values: Sequence[dict[str, Tensor]]) -> list[Row]:
-    """The means over the images; after corrected mistakes also what correction gains, image by image."""
-
-    def mean(each: Tensor) -> Figure:
-        middle, low, high = bootstrap(each)
-        return Figure(middle, (high - low) / INTERVAL if math.isfinite(middle) else None)
-
-    rows = []
-    for i, view in enumerate(views):
-        figures = {name: mean(each) for name, each in values[i].items()}
-        if view.corrected:
-            figures[GAIN] = mean(
-                values[i]["PSNR"] - values[i - 1]["PSNR"]
-            )  # the view before is the same without correction
-        rows.append(Row(view.setting, figures))
-    return rows
+def views_by_count(schedule: TokenSchedule, counts: Sequence[int] | None, sides: Sequence[int] | None) -> list[View]:
+    """Return every count of tokens at every side; None is 1, 2, 4, … N tokens, and D(n)."""
+    for side in sides or ():
+        if side < 1 or side % schedule.patch_size:
+            raise DetailFlowError(
+                f"the side of a picture must be a positive multiple of {schedule.patch_size}, not {side}"
+            )
+    numbers = stage_counts(schedule) if counts is None else sorted({schedule.check_count(n) for n in counts})
+    pairs = [(n, side) for n in numbers for side in dict.fromkeys(sides or (schedule.decode_size(n),))]
+    return [View({"tokens": n, "side": side}, n, side) for n, side in pairs]
 
 
-def _with_distances(row: Row, reference: Measured, made: Measured, extractor: Extractor, work: Work) -> Row:
-    figures = compare_sets(reference, made, work.device, neighbours=False)
-    return Row(row.setting, {**row.figures, **named(figures, extractor, "r", "r")})
+def views_with_mistakes(schedule: TokenSchedule, mistakes: Sequence[Span]) -> list[View]:
+    """Return views of whole pictures: one without mistakes, then two for each span, without and with correction."""
+    n, side = schedule.num_tokens, schedule.image_size
+
+    def setting(first: int | str, wrong: int, later: str) -> dict[str, Any]:
+        return {"first wrong token": first, "wrong tokens": wrong, "later tokens": later}
+
+    views = [View(setting("none", 0, "clean"), n, side)] if mistakes else []
+    for span in mistakes:
+        for corrected, later in ((False, "clean"), (True, "corrected")):
+            views.append(View(setting(span.start, span.end - span.start, later), n, side, span, corrected))
+    return views
 
 
-# --- what is rebuilt -----------------------------------------------------------------------------------------------------
+def parse_spans(schedule: TokenSchedule, words: Sequence[str]) -> list[Span]:
+    """Return where mistakes go.
+
+    "12" is what is decoded in one step with token 12, "g3" the whole group 3 (from 0), "all" each group but the last.
+    """
+    size, total = schedule.group_size, schedule.num_tokens
+    spans = []
+    for word in words:
+        number = word.removeprefix("g")
+        if word == "all":
+            spans += [Span(start, start + size) for start in range(0, total - size, size)]
+        elif number.isdecimal() and word.startswith("g") and int(number) < total // size:
+            spans.append(Span(int(number) * size, (int(number) + 1) * size))
+        elif word.isdecimal() and int(word) < total:
+            spans.append(Span(schedule.group_start(int(word)), schedule.span_end(int(word))))
+        else:
+            raise DetailFlowError(
+                f"mistakes can be planted at token 0 to {total - 1}, in group g0 to g{total // size - 1}, or all, "
+                f"not {word!r}"
+            )
+    return sorted(set(spans))
 
 
-class Originals:
-    """What adds up of the originals: how often each code is used, statistics of features, and a checksum."""
+class _Reconstruction:
+    """One pass over a rank's images, and what is measured on it."""
 
-    def __init__(self, tokenizer: DetailFlowTokenizer, extractor: Extractor | None, total: int, world: World) -> None:
-        self.extractor, self.running = extractor, running(extractor, total, world)
+    def __init__(
+        self,
+        tokenizer: DetailFlowTokenizer,
+        images: ImageSet,
+        context: Context,
+        options: TokenizerOptions,
+        views: Sequence[View],
+    ) -> None:
+        self.tokenizer, self.images, self.context = tokenizer, images, context
+        self.options, self.views = options, views
+        self.extractor, total, world = options.extractor, len(images), context.world
+        self.checksum = Checksum(total, world)
         self.used = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64, device=tokenizer.device)
-        self.checksum = Checksum(share_of(total, world).start)
+        self.distances: list[dict[str, list[Tensor]]] = [{} for _ in views]  # to the originals, by measure
+        self.statistics, self.originals = list[FeatureStatistics](), None
+        if self.extractor:
+            self.statistics = [FeatureStatistics(self.extractor, total, world, KEPT) for _ in views]
+            if options.reference is None:
+                self.originals = FeatureStatistics(self.extractor, total, world)
+        self.cautions: list[str] = []
 
-    def add(self, images: Tensor, ids: Tensor) -> None:
-        """A batch: uint8 (B, R, R, 3) and its clean codes (B, N)."""
-        self.checksum.update(images)
-        self.used += torch.bincount(ids.flatten(), minlength=len(self.used))
-        if self.extractor is not None and self.running is not None:
-            self.running.update(self.extractor(images))
+    @torch.inference_mode()
+    def rebuild_all(self) -> None:
+        """Rebuild and measure this rank's images."""
+        shard = shard_range(len(self.images), self.context.world)
+        first, hidden = shard.start, None if self.context.world.is_main else True
+        with tqdm(desc="rebuilding", total=len(shard), unit="image", delay=2, leave=False, disable=hidden) as bar:
+            for read in self.images:
+                self._rebuild(read.to(self.context.device), first)
+                first += len(read)
+                bar.update(len(read))
 
+    def _rebuild(self, originals: Tensor, first: int) -> None:
+        """Rebuild and measure a batch in all views; `first` is the index of its first image."""
+        sequences = _sequences(self.tokenizer, originals, self.views, first, self.options.seed)
+        clean = sequences[None, False]
+        self.checksum.update(originals)
+        self.used += torch.bincount(clean.flatten(), minlength=len(self.used))
+        if self.originals and self.extractor:
+            self.originals.update(self.extractor(originals))
+        for i, view in enumerate(self.views):
+            pixels = rebuild(self.tokenizer, sequences[view.span, view.corrected][:, : view.n], view.side)
+            for name, values in self._compare(pixels, originals).items():
+                self.distances[i].setdefault(name, []).append(values.double().cpu())
+            if self.extractor:
+                self.statistics[i].update(self.extractor(pixels))
 
-@torch.inference_mode()
-def _rebuild_all(
-    tokenizer: DetailFlowTokenizer,
-    images: ImageSet,
-    work: Work,
-    views: Sequence[View],
-    tallies: Sequence[Tally],
-    originals: Originals,
-    seed: int,
-) -> None:
-    """Go through this process's images once."""
-    numbers = share_of(len(images), work.world)
-    number, hidden = numbers.start, None if work.world.is_main else True
-    with tqdm(desc="rebuilding", total=len(numbers), unit="image", delay=2, leave=False, disable=hidden) as bar:
-        for read in images:
-            batch = read.to(work.device)
-            sequences = _sequences(tokenizer, batch, views, range(number, number + len(batch)), seed)
-            originals.add(batch, sequences[None, False])
-            for view, tally in zip(views, tallies, strict=True):
-                tally.add(rebuild(tokenizer, sequences[view.span, view.corrected][:, : view.n], view.side), batch)
-            number += len(batch)
-            bar.update(len(batch))
+    def _compare(self, pixels: Tensor, originals: Tensor) -> dict[str, Tensor]:
+        """Return each measure of bytes (B, R, R, 3) against the originals, (B,)."""
+        found = {"PSNR": psnr(pixels, originals)}
+        if min(pixels.shape[1:3]) >= SMALLEST_SSIM_SIDE:
+            found["SSIM"] = ssim(pixels, originals)
+        if self.options.lpips is not None:
+            pairs = zip(*(to_tensor(x).split(LPIPS_IMAGES) for x in (pixels, originals)), strict=True)
+            found["LPIPS"] = torch.cat([self.options.lpips.distances(a, b) for a, b in pairs])
+        return found
+
+    def rows(self, reference: Statistics | None) -> list[Row]:
+        """Return the figures of all ranks' images by view; every rank must call it."""
+        total, world = len(self.images), self.context.world
+        values = [
+            {name: gather(torch.cat(parts), total, world) for name, parts in found.items()} for found in self.distances
+        ]
+        reference = self.originals.compute() if self.originals else reference
+        measured = [statistics.compute() for statistics in self.statistics]
+        rows = []
+        for i, view in enumerate(self.views):
+            if view.corrected:  # the view before is the same without correction
+                values[i][GAIN] = values[i]["PSNR"] - values[i - 1]["PSNR"]
+            figures = {name: _mean(each) for name, each in values[i].items()}
+            if measured and reference and world.is_main:
+                device = self.context.device
+                figures |= compare_sets(reference, measured[i], prefix="r", device=device, neighbours=False)
+            rows.append(Row(view.setting, figures))
+        if measured and reference:
+            self.cautions = cautions(reference, measured[0], "r", neighbours=False)
+        return rows
 
 
 def _sequences(
-    tokenizer: DetailFlowTokenizer, originals: Tensor, views: Sequence[View], numbers: range, seed: int
-) -> dict[tuple[Span | None, bool], Tensor]:
-    """The (B, N) codes of each span of mistakes, with the later tokens as they were and corrected; those of (None, False) are
-    clean.
-    """
-    dtype = tokenizer.decoder.mask_token.dtype
-    patches = tokenizer.encode_patches(to_tensor(originals).to(dtype))
+    tokenizer: DetailFlowTokenizer, originals: Tensor, views: Sequence[View], first: int, seed: int
+) -> Mapping[tuple[Span | None, bool], Tensor]:
+    """Return (B, N) codes by (span of mistakes, whether later tokens are corrected); (None, False) are clean."""
+    patches = tokenizer.encode_patches(to_tensor(originals).to(tokenizer.decoder.mask_token.dtype))
     z = tokenizer.encode_latents(patches, tokenizer.config.num_tokens)
     clean = tokenizer.quantizer.nearest(z)
     result: dict[tuple[Span | None, bool], Tensor] = {(None, False): clean}
     spans = dict.fromkeys(view.span for view in views if view.span)
-    if spans:  # mistakes of an image at all positions, so that those of one span depend on no other
-        generators = [image_generator(seed, number) for number in numbers]
-        wrong = torch.cat(
-            [tokenizer.plant_mistakes(one, generator=g) for one, g in zip(z.split(1), generators, strict=True)]
-        )
+    if spans:  # an image's mistakes at all positions, so that those of one span do not depend on the other spans
+        generators = [image_generator(seed, first + i) for i in range(len(originals))]
+        pairs = zip(z.split(1), generators, strict=True)
+        wrong = torch.cat([tokenizer.plant_mistakes(one, generator=generator) for one, generator in pairs])
     for span in spans:
         planted = clean.clone()
         planted[:, span.start : span.end] = wrong[:, span.start : span.end]
@@ -262,26 +301,27 @@ def _sequences(
 
 
 def rebuild(tokenizer: DetailFlowTokenizer, ids: Tensor, side: int) -> Tensor:
-    """(B, n) codes → uint8 (B, R, R, 3): decoded at `side`, then brought to side R."""
+    """Decode (B, n) codes at `side` and resize to side R: bytes (B, R, R, 3)."""
     return at_side(to_uint8(tokenizer.decode(ids, side)), tokenizer.config.image_size)
 
 
-def gather_shares(values: Tensor, total: int, world: World) -> Tensor:
-    """(share,) values of each process → (total,) of all, in the images' order."""
-    lengths = [len(share_of(total, World(rank, world.size))) for rank in range(world.size)]
-    return world.all_gather_uneven(values, lengths)
+def gather(values: Tensor, total: int, world: World) -> Tensor:
+    """Return (total,) in the images' order from each rank's part."""
+    return world.all_gather_uneven(values, [len(shard_range(total, World(i, world.size))) for i in range(world.size)])
+
+
+def _mean(values: Tensor) -> Figure:
+    mean, low, high = bootstrap(values)
+    return Figure(mean, (high - low) / INTERVAL if math.isfinite(mean) else None)
 
 
 def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LPIPS | None, list[str]]:
-    """LPIPS, or the reason why it is left out.
+    """Return LPIPS, or None and a note that says why it is left out.
 
     Args:
-        weights: VGG-16's file; `None` is where torch.hub keeps it, or a download, and "none" no LPIPS.
-
-    Raises:
-        DetailFlowError: for a file that was given and cannot be used.
+        weights: VGG-16's file; None is where torch.hub keeps it, or a download, and "none" no LPIPS.
     """
-    if weights == NO_LPIPS:
+    if weights == "none":
         return None, []
     if side < SMALLEST_SIDE:
         return None, [
@@ -299,86 +339,32 @@ def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LP
         ]
 
 
-# --- what is said of it --------------------------------------------------------------------------------------------------
-
-
 def lpips_entry(lpips: LPIPS | None) -> dict[str, Any]:
-    """Of a report's provenance."""
+    """Return the entry of LPIPS in the provenance."""
     if lpips is None:
         return {}
     return {"lpips": {"network": "VGG-16 and its five heads", "fingerprint": hub.fingerprint({}, lpips.state_dict())}}
 
 
-def _sections(side: int, clean: Sequence[Row], planted: Sequence[Row], used: Tensor, referenced: bool) -> list[Section]:
-    usage, perplexity = usage_and_perplexity(used.cpu().double())
-    codes = {"usage": Figure(usage.item()), "perplexity": Figure(perplexity.item())}
-    others = any(row.setting["side"] != side for row in clean)
-    resized = (
-        f" Those of another side than {side}×{side} are resized to it first (bicubic), for every measure."
-        if others
-        else ""
+def _note(rows: Sequence[Row], side: int, referenced: bool) -> str:
+    parts = ["Pictures are decoded at the side given and compared with the originals, in bytes."]
+    if any(row.setting["side"] != side for row in rows):
+        parts.append(f"Those of another side than {side}×{side} are resized to it first (bicubic), for every measure.")
+    parts.append(
+        "PSNR, SSIM and LPIPS are means over the images, ± the standard deviation of such a mean, by bootstrap over "
+        f"the images. Fréchet distances are to the {'reference' if referenced else 'originals'}."
     )
-    quality = (
-        f"Pictures are decoded at the side given and compared with the originals, in bytes.{resized} PSNR, SSIM and LPIPS are "
-        "means over the images, ± the standard deviation of such a mean, by bootstrap over the images. Fréchet distances are to "
-        f"the {'reference' if referenced else 'originals'}. {spread_note(clean[0].figures)}"
-    ).strip()
-    mistakes = (
-        "Each wrong token is drawn from the 50 codes nearest to its latent. Later tokens are those of the clean sequence, or "
-        "those that the self-correction pass writes after the mistakes; what that gains is taken image by image."
-    )
-    return [
-        Section("Quality by number of tokens", clean, quality),
-        *([Section("Planted mistakes", planted, mistakes)] if planted else []),
-        Section("Codebook", [Row({"codes": len(used), "tokens counted": int(used.sum())}, codes)]),
-    ]
-
-
-def _plots(views: Sequence[View], rows: Sequence[Row]) -> list[Plot]:
-    """Quality by n, with a curve for each side where sides were given; and quality by place of the mistakes."""
-    clean = [(v, r.figures) for v, r in zip(views, rows, strict=True) if v.by_count]
-    planted = [(v, r.figures) for v, r in zip(views, rows, strict=True) if not v.by_count]
-    several = len(clean) > len({v.n for v, _ in clean})
-    mixed = len({v.span.end - v.span.start for v, _ in planted if v.span}) > 1
-    by_count, by_place = [], []
-    for measure in rows[0].figures:
-        curves: dict[str, list[Point]] = {}
-        for view, figures in clean:
-            name = f"side {view.side}" if several else "reconstructions"
-            curves.setdefault(name, []).append((float(view.n), figures[measure]))
-        by_count.append(Panel("tokens", measure, curves, log_x=True))
-        lines: dict[str, list[Point]] = {}
-        for view, figures in planted:
-            name, x = "no mistakes", None
-            if view.span:
-                name, x = f"later tokens {'corrected' if view.corrected else 'clean'}", float(view.span.start)
-                name += f", {view.span.end - view.span.start} wrong" if mixed else ""
-            lines.setdefault(name, []).append((x, figures[measure]))
-        by_place.append(
-            Panel("first wrong token", measure, {name: sorted(points, key=place) for name, points in lines.items()})
-        )
-    plots = [Plot("quality-by-tokens", "Quality by number of tokens", by_count)]
-    if len(planted) > 3:
-        plots.append(Plot("mistakes-by-position", "Quality with mistakes planted, by their position", by_place))
-    return plots
+    return " ".join(filter(None, [*parts, spread_note(rows[0].figures)]))
 
 
 @torch.inference_mode()
 def _picture(tokenizer: DetailFlowTokenizer, views: Sequence[View], source: ImageSet) -> Picture:
     """Return images spread over the set, each a row that ends with the original."""
     originals = torch.from_numpy(np.stack(source.some(PICTURES)))
-    codes = _sequences(tokenizer, originals.to(tokenizer.device), (), range(0), 0)[None, False]
-    shown = [(f"{v.n} at {v.side}", rebuild(tokenizer, codes[:, : v.n], v.side).cpu()) for v in views if v.by_count]
-    columns = [*shown, ("original", originals)]
+    codes = _sequences(tokenizer, originals.to(tokenizer.device), (), 0, 0)[None, False]
+    columns = [(f"{v.n} at {v.side}", rebuild(tokenizer, codes[:, : v.n], v.side).cpu()) for v in views]
+    columns.append(("original", originals))
     images = [Image.fromarray(pictures[i].numpy()) for i in range(len(originals)) for _, pictures in columns]
     labels = [label for _ in originals for label, _ in columns]
     caption = "Images spread over the set, by number of tokens and the side at which they are decoded"
     return Picture("reconstructions", caption, grid(images, len(columns), labels))
-
-
-def _quotes(tokenizer: DetailFlowTokenizer, model: str | None, rows: Sequence[Row], own: bool) -> list[dict[str, Any]]:
-    """Published figures are of all tokens at the full side, and distances to the originals."""
-    full = {"tokens": tokenizer.config.num_tokens, "side": tokenizer.config.image_size}
-    measures = ("rFID", "PSNR") if own else ("PSNR",)
-    ours = next((row.figures for row in rows if row.setting == full), {})
-    return quotes(model, {m: ours[m].value for m in measures if m in ours})
