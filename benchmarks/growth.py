@@ -1,8 +1,8 @@
 """How the cost of generation grows with the sequence, the batch and the model, beside what it should be.
 
 A decoding step reads every weight once and does two operations per weight for each position that it adds. So its time
-should be the larger of bytes over bandwidth and operations over speed (`detailflow.machine`), and earlier positions cost
-no more than reading their keys and values.
+should be the larger of bytes over bandwidth and operations over speed (`detailflow.machine`). Earlier positions should
+cost no more than reading their keys and values.
 
     python benchmarks/growth.py [--dtype bfloat16] [--device cpu] [--repeats 3]
 """

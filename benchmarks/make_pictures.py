@@ -1,9 +1,9 @@
-"""The pictures of README.md and docs/, made with a model's own schedule, samples and reconstructions.
+"""Make the pictures of README.md and docs/ with a model's schedule, samples and reconstructions.
 
     python benchmarks/make_pictures.py --data DATA [--model DIR] [--output DIR]
 
 Writes samples.png (images of every class), coarse-to-fine.png (photographs and samples by number of tokens), masks.png
-(who attends to whom) and resolution.png (what n tokens show). The last two need matplotlib, from the `train` extra.
+(what attends to what) and resolution.png (what n tokens show). The last two need matplotlib, from the `train` extra.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DETAILFLOW_16 = TokenSchedule(num_tokens=128, group_size=8, causal_tokens=8, ima
 
 
 def samples(pipeline: DetailFlowPipeline, rows: int, seed: int) -> Image.Image:
-    """`rows` images of each of the first classes, one class per column."""
+    """Return a grid with `rows` images of each of the first classes, one class per column."""
     classes = list(range(min(CLASSES, pipeline.gpt.config.num_classes)))
     images = pipeline(classes, num_images_per_class=rows, seed=seed)
     by_row = [images[column * rows + row] for row in range(rows) for column in classes]
@@ -39,12 +39,12 @@ def samples(pipeline: DetailFlowPipeline, rows: int, seed: int) -> Image.Image:
 
 
 def generated(pipeline: DetailFlowPipeline, count: int, seed: int) -> list[Image.Image]:
-    """A strip from coarse to fine of one sample of each of `count` classes that lie far apart."""
+    """Return a strip from coarse to fine for one sample of each of `count` classes, spread over all."""
     classes = pipeline.gpt.config.num_classes
     labels = [i * classes // count for i in range(min(count, classes))]
     stages = list(pipeline.stream(labels, seed=seed, counts=stage_counts(pipeline.tokenizer.schedule)))
     side = pipeline.tokenizer.schedule.image_size
-    # Enlarged as `reconstruct` enlarges them, so that all strips can be compared.
+    # Enlarged in the same way as `reconstruct` does, so that all strips can be compared.
     shown = [
         Stage(s.num_tokens, s.size, [i.resize((side, side), Image.Resampling.BICUBIC) for i in s.images])
         for s in stages
@@ -53,7 +53,7 @@ def generated(pipeline: DetailFlowPipeline, count: int, seed: int) -> list[Image
 
 
 def photographs(pipeline: DetailFlowPipeline, path: Path, count: int) -> list[Image.Image]:
-    """A strip from coarse to fine, with the original, of the first image of each of `count` classes of a set."""
+    """Return a strip from coarse to fine, with the original, for the first image of each of `count` classes."""
     source = open_images(path)
     firsts = np.unique(source.labels, return_index=True)[1]
     rows = sorted(firsts.tolist())[:count]
@@ -63,7 +63,7 @@ def photographs(pipeline: DetailFlowPipeline, path: Path, count: int) -> list[Im
 
 
 def stack(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures one below the other, flush left on white."""
+    """Return a sheet with pictures one below the other."""
     sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height + GAP for p in pictures)), "white")
     top = 0
     for picture in pictures:
@@ -73,12 +73,12 @@ def stack(pictures: list[Image.Image]) -> Image.Image:
 
 
 def masks(schedule: TokenSchedule) -> Figure:
-    """The encoder's attention, and the AR model's: a row attends to the columns that are dark."""
+    """Plot the attention masks of the encoder and of the AR model: a row attends to the dark columns."""
     n, c, g = schedule.num_tokens, schedule.prefix, schedule.group_size
     patches = (schedule.image_size // schedule.patch_size) ** 2
     own = schedule.attention_mask(n)
     encoder = torch.zeros(patches + n, patches + n, dtype=torch.bool)
-    encoder[:, :patches] = True  # everything sees the patches, and patches see nothing else
+    encoder[:, :patches] = True  # everything attends to the patches, and patches to nothing else
     encoder[patches:, patches:] = own
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.6), layout="constrained")
     _show_mask(left, encoder, f"tokenizer's encoder: {patches} patches, then {n} queries")
@@ -92,11 +92,11 @@ def masks(schedule: TokenSchedule) -> Figure:
 
 def _show_mask(axes: Axes, mask: torch.Tensor, title: str) -> None:
     axes.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
-    axes.set(title=title, xlabel="is seen", ylabel="looks")
+    axes.set(title=title, xlabel="key", ylabel="query")
 
 
 def resolution(schedules: list[TokenSchedule]) -> Figure:
-    """R(n), and the side D(n) at which n tokens are decoded, of each schedule."""
+    """Plot R(n), and the side D(n) at which n tokens are decoded, for each schedule."""
     figure, panels = plt.subplots(
         1, len(schedules), figsize=(5.5 * len(schedules), 4), layout="constrained", squeeze=False
     )
