@@ -152,7 +152,7 @@ def test_the_card(ours: Path, tmp_path: Path):
 def test_what_cannot_be_converted(ours: Path, tmp_path: Path):
     assert "already holds a model in the other layout" in error_of(TINY / "gpt", ours / "gpt", to="published")
     assert "holds an AR model (gpt), not a tokenizer" in error_of(TINY / "tokenizer", ours / "gpt")
-    assert "already holds a model, where a pair would lie unseen" in error_of(TINY, ours / "gpt")
+    assert "already holds a model, which would hide a pair inside" in error_of(TINY, ours / "gpt")
     (tmp_path / "half" / "checkpoints").mkdir(parents=True)  # of a conversion that was interrupted
     assert "already holds a model in the other layout" in error_of(TINY / "gpt", tmp_path / "half")
     convert(TINY / "gpt", tmp_path / "half", to="published")

@@ -133,8 +133,9 @@ def test_folder_with_both_kinds():
     assert hub.load(str(TINY), "gpt", variant="model")[0]["num_classes"] == 10
 
 
-def test_default_directory():
-    assert hub.default_directory("gpt").parts[-3:] == ("detailflow", "weights", "gpt")
+def test_the_shipped_model():
+    assert hub.resolve(None, "gpt") == hub.shipped_folder("gpt")
+    assert hub.shipped_folder("gpt").parts[-3:] == ("detailflow", "weights", "gpt")
 
 
 def test_wrong_kind_names_both(saved: Path):
@@ -260,7 +261,7 @@ def test_an_empty_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_without_the_hub_client(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "without the package huggingface_hub" in error_of("someone/model")
+    assert "could not download 'someone/model'" in error_of("someone/model")
 
 
 def test_a_folder_with_two_models_of_any_name(tmp_path: Path):

@@ -85,7 +85,7 @@ def test_correction(tokenizer: DetailFlowTokenizer, images: torch.Tensor, p: int
     clean, given, label = (RECORDED[f"correct.p{p}.{row}"].long() for row in ("clean", "input", "label"))
     end = tokenizer.span(p)
     assert torch.equal(tokenizer.encode(images), clean)
-    corrected = tokenizer.encode_correction(images, p, given[:, p:end])
+    corrected = tokenizer.encode_correction(images, position=p, wrong_tokens=given[:, p:end])
     assert torch.equal(corrected, given)
     assert torch.equal(torch.cat((corrected[:, :p], clean[:, p:end], corrected[:, end:]), 1), label)
     torch.testing.assert_close(tokenizer.quantizer.lookup(corrected), RECORDED[f"correct.p{p}.quantized"], **TOLERANCE)

@@ -40,10 +40,12 @@ def test_images_come_in_the_order_of_the_labels(pipeline: DetailFlowPipeline):
 
 
 def test_the_seed_decides(pipeline: DetailFlowPipeline):
-    first = as_bytes(pipeline("cat", 3, seed=1))
-    assert as_bytes(pipeline("cat", 3, seed=1)) == first
-    assert not set(first) & set(as_bytes(pipeline("cat", 3, seed=2)))
-    assert as_bytes(pipeline("cat", 3)) == as_bytes(pipeline("cat", 3, seed=0))
+    first = as_bytes(pipeline("cat", num_images_per_class=3, seed=1))
+    assert as_bytes(pipeline("cat", num_images_per_class=3, seed=1)) == first
+    assert not set(first) & set(as_bytes(pipeline("cat", num_images_per_class=3, seed=2)))
+    assert as_bytes(pipeline("cat", num_images_per_class=3)) == as_bytes(
+        pipeline("cat", num_images_per_class=3, seed=0)
+    )
 
 
 def test_torchs_own_random_numbers_are_left_alone(pipeline: DetailFlowPipeline):
@@ -110,14 +112,14 @@ def test_a_stream_of_chosen_stages(pipeline: DetailFlowPipeline):
 
 
 def test_fewer_tokens_are_the_stage_of_so_many(pipeline: DetailFlowPipeline):
-    stages = {stage.num_tokens: stage for stage in pipeline.stream(["cat"], 2)}
+    stages = {stage.num_tokens: stage for stage in pipeline.stream(["cat"], num_images_per_class=2)}
     for n in (1, 4, 8):
-        assert as_bytes(pipeline(["cat"], 2, num_tokens=n)) == as_bytes(stages[n].images)
+        assert as_bytes(pipeline(["cat"], num_images_per_class=2, num_tokens=n)) == as_bytes(stages[n].images)
 
 
 def test_progress_counts_every_step_of_every_image(pipeline: DetailFlowPipeline):
     steps: list[int] = []
-    pipeline(["cat"], 5, batch_size=3, progress=steps.append)
+    pipeline(["cat"], num_images_per_class=5, batch_size=3, progress=steps.append)
     assert steps == [3] * 7 + [2] * 7  # 4 single tokens, then 3 groups
 
 

@@ -212,7 +212,7 @@ def test_our_layout_with_a_folder_called_checkpoints(stray: str, model: Path, tm
     convert(tmp_path, tmp_path / "converted")
     assert hub.load_config(tmp_path / "converted" / "gpt", "gpt")["num_tokens"] == 16
     with pytest.raises(DetailFlowError, match="already holds a model in the other layout"):
-        convert(TINY / "gpt", tmp_path / "gpt", "published")
+        convert(TINY / "gpt", tmp_path / "gpt", to="published")
 
 
 def test_a_config_of_another_format_beside_checkpoints(gpt: Path):

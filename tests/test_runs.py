@@ -12,6 +12,7 @@ from PIL import Image
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, hub
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
+from detailflow.published import KINDS
 from detailflow.runs import read_checkpoint
 
 NETWORK = {"width": 16, "depth": 1, "heads": 2}
@@ -68,13 +69,13 @@ def train(folder: Path, stage: str) -> list[str]:
 def stopped(whole: Path, tmp_path: Path) -> Path:
     """The same after it was stopped at the last checkpoint of each run, which the models are not written from yet."""
     folder = Path(shutil.copytree(whole, tmp_path / "runs"))
-    for stage in hub.KINDS:
+    for stage in KINDS:
         for name in ("config.json", "model.safetensors"):
             (folder / stage / name).unlink()
     return folder
 
 
-@pytest.mark.parametrize("kind", hub.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_its_newest_checkpoint_is_the_model(
     kind: hub.Kind, whole: Path, stopped: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -10,7 +10,7 @@ from PIL import ImageOps
 from detailflow import DetailFlowPipeline
 from detailflow.data.images import open_images
 from detailflow.data.transforms import to_tensor
-from detailflow.hub import default_directory
+from detailflow.hub import shipped_folder
 from detailflow.pipeline import reconstruct
 from detailflow.psnr import psnr
 
@@ -23,7 +23,7 @@ def shipped() -> DetailFlowPipeline:
 
 
 def test_is_small_and_knows_its_classes(shipped: DetailFlowPipeline) -> None:
-    files = [f for kind in ("tokenizer", "gpt") for f in default_directory(kind).iterdir()]
+    files = [f for kind in ("tokenizer", "gpt") for f in shipped_folder(kind).iterdir()]
     assert sum(f.stat().st_size for f in files) <= 30e6
     assert shipped.gpt.config.class_names == CLASSES
 
@@ -87,9 +87,9 @@ def test_photographs_of_any_shape(shipped: DetailFlowPipeline, photograph_table:
     source = open_images(str(photograph_table), split=None)
     for i, (width, height) in enumerate(((40, 24), (24, 40), (48, 20), (32, 32))):
         photo = ImageOps.fit(source.image(i), (width, height))
-        (stage,) = shipped.reconstruct(photo, [48], whole=True)
+        (stage,) = shipped.reconstruct(photo, counts=[48], whole=True)
         assert stage.images[0].size == (width, height)
         colour = psnr(np.broadcast_to(np.asarray(photo).mean((0, 1)).round(), (height, width, 3)), np.asarray(photo))
         assert stage.psnr > colour + 3
         if width == height:
-            assert stage == shipped.reconstruct(photo, [48])[0]
+            assert stage == shipped.reconstruct(photo, counts=[48])[0]

@@ -167,8 +167,8 @@ LOAD = Path(__file__).with_name("load_gpt.py")
 def test_loading_holds_little_more_than_the_model(tmp_path: Path):
     """Published checkpoints carry optimizer state and are in float32; ours may be as well."""
     from detailflow import DetailFlowGPT
-    from detailflow.convert import save_published
     from detailflow.models.gpt import GPTConfig
+    from detailflow.published import save_published
 
     model = DetailFlowGPT(
         GPTConfig(num_classes=10, width=768, depth=10, heads=12)

@@ -1,4 +1,4 @@
-"""Files: replaced as a whole or not at all, locked, read as text, YAML or JSON, with one sentence for every `OSError`."""
+"""Files: replaced whole or not at all, locked, read as text, YAML or JSON; one sentence for every `OSError`."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ LARGEST_YAML = 2**18  # bytes; reading so many takes seconds
 MOST_VALUES = 100_000  # that the aliases of YAML may stand for
 
 
-# --- errors --------------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -46,14 +46,14 @@ def reading(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that takes the place of `path` at the end; folders are made, errors are `DetailFlowError`s."""
+    """Write `path` through `replacing`: folders are made, and an `OSError` becomes a `DetailFlowError`."""
     with os_errors(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             yield temporary
 
 
-# --- writing -------------------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def shortened(name: str, limit: int = LONGEST_NAME) -> str:
@@ -128,7 +128,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-# --- locks ---------------------------------------------------------------------------------------------------------------
+# --- locks -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def _lock(folder: Path, work: str) -> Iterator[None]:
 
 
 def _flock(file: IO[bytes]) -> bool:
-    """Lock a file until it is closed, or return False if another process has; without locks in the system, lock nothing."""
+    """Lock a file until it is closed, or return False if another process has; some systems have no locks."""
     try:
         import fcntl
 
@@ -209,11 +209,11 @@ def _remove_temporary(folder: Path) -> None:
                 os.unlink(entry.path)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def check_regular(path: Path) -> None:
-    """Raise an `OSError` if something other than a regular file is at `path`: reading a pipe or a device may never end."""
+    """Raise an `OSError` if `path` is no regular file: reading a pipe or a device may never end."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
 

@@ -1,18 +1,16 @@
-"""The decoding loop: guidance, sampling, one step after another (docs/method.md#sampling).
+"""The decoding loop: guidance, sampling and the KV cache (Sec. 3.4; docs/method.md#sampling).
 
-It drives anything that can take a step.
-
-Every image has a noise stream of its own: one uniform number per token, drawn in advance. A token is the code at which the
-cumulative probability passes its number, so an image never depends on what else is in its batch.
+Every image has a noise stream of its own: one uniform number per token, drawn in advance. A token is the code at which
+the cumulative probability passes its number, so an image never depends on what else is in its batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 from detailflow.schedule import TokenSchedule
@@ -20,16 +18,30 @@ from detailflow.schedule import TokenSchedule
 GUIDANCE_SCHEDULES = ("constant", "linear")
 OFF: Literal["off"] = "off"  # a top-k or top-p that keeps all codes, whatever the model's own best is
 LARGEST_GUIDANCE = 1e6  # beyond, a scaled difference of logits may leave float32
-FEWEST_ROWS = 4  # of a compiled step on a CPU: there matrix products of 2 rows take a third longer than those of 4
+FEWEST_ROWS = 4  # of a compiled step on a CPU: matrix products of 2 rows take a third longer there than those of 4
 SMALLEST = torch.finfo(torch.float32).tiny
+
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The sampling arguments of `generate` and the pipeline; `None` is the model's own best value."""
+
+    guidance_scale: float | None  # s in uncond + s · (cond − uncond); 1 is no guidance and costs none
+    guidance_schedule: str | None  # "constant", or "linear", which lowers s from group to group
+    temperature: float | None  # 0 is argmax
+    top_k: int | Literal["off"] | None  # draw only from that many most likely codes; "off" is all
+    top_p: (
+        float | Literal["off"] | None
+    )  # draw only from the most likely codes that sum to this probability; "off" is all
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How tokens are drawn from logits; `temperature` 0 is argmax, `guidance_scale` 1 is no guidance.
 
-    Raises:
-        DetailFlowError: for a value out of range.
+    >>> SamplingConfig(guidance_scale=2.0, top_k=100).guided
+    True
     """
 
     guidance_scale: float = 1.5
@@ -44,16 +56,14 @@ class SamplingConfig:
             optional = name.startswith("top")
             if isinstance(value, bool) or not (isinstance(value, Real) or (optional and value is None)):
                 raise DetailFlowError(f"{name} must be a number, not {value!r}")
-            if item := getattr(value, "item", None):  # NumPy's, which JSON doesn't know
+            if item := getattr(value, "item", None):  # NumPy's numbers, which JSON cannot write
                 object.__setattr__(self, name, item())
         if not 0 <= self.guidance_scale <= LARGEST_GUIDANCE:
-            raise DetailFlowError(
-                f"guidance_scale must be 0 or more (1 is no guidance), at most {LARGEST_GUIDANCE:g}, not {self.guidance_scale!r}"
-            )
+            limits = f"0 or more (1 is no guidance), at most {LARGEST_GUIDANCE:g}"
+            raise DetailFlowError(f"guidance_scale must be {limits}, not {self.guidance_scale!r}")
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise DetailFlowError(
-                f"guidance_schedule must be {' or '.join(GUIDANCE_SCHEDULES)}, not {self.guidance_schedule!r}"
-            )
+            choices = " or ".join(GUIDANCE_SCHEDULES)
+            raise DetailFlowError(f"guidance_schedule must be {choices}, not {self.guidance_schedule!r}")
         if not 0 <= self.temperature < float("inf"):
             raise DetailFlowError(f"temperature must be 0 (argmax) or more, not {self.temperature!r}")
         if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
@@ -68,17 +78,10 @@ class SamplingConfig:
 
 
 class Stepper(Protocol):
-    """What the loop needs of a model that keeps its own cache."""
+    """A model that keeps its own cache, as the decoding loop uses it."""
 
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
-        """Given all tokens (B, N), of which those before `start` are known → logits (B, end − start, K) of the next ones."""
-
-
-def image_noise(generators: Sequence[torch.Generator], num_tokens: int) -> Tensor:
-    """(B, N) float64 uniform numbers on the CPU, one row from each image's own generator."""
-    return torch.stack(
-        [torch.rand(num_tokens, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators]
-    )
+        """Given all tokens (B, N), known before `start` → logits (B, end − start, K) of the next ones."""
 
 
 def generate(
@@ -91,15 +94,11 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield the tokens so far, (B, n) int64, after every decoding step up to n = `num_tokens`.
 
-    With guidance the model's logits carry the images twice: with their class first, then with the null class.
-
-    Raises:
-        DetailFlowError: before the last step, if a logit was no finite number.
+    With guidance the model's logits have twice the batch: first with the class, then with the null class.
     """
-    batch = noise.shape[0]
     noise = noise.to(device, torch.float64 if device.type != "mps" else torch.float32)
-    tokens = torch.zeros(batch, schedule.num_tokens, dtype=torch.int64, device=device)
-    sound = torch.ones((), dtype=torch.bool, device=device)  # looked at once, as each look waits for a GPU
+    tokens = torch.zeros(len(noise), schedule.num_tokens, dtype=torch.int64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)  # looked at once, as each look waits for a GPU
     for start, end in schedule.steps:
         if start >= num_tokens:
             return
@@ -108,8 +107,8 @@ def generate(
             conditional, unconditional = logits.chunk(2)
             scale = guidance_at(sampling, schedule, start)
             logits = unconditional + scale * (conditional - unconditional)
-        sound &= logits.amax(-1).isfinite().all()
-        if end == num_tokens and not sound:
+        finite &= logits.amax(-1).isfinite().all()
+        if end == num_tokens and not finite:
             raise DetailFlowError(
                 "the AR model's logits are not finite: its weights are damaged, or too large for its dtype"
             )
@@ -118,10 +117,7 @@ def generate(
 
 
 def guidance_at(sampling: SamplingConfig, schedule: TokenSchedule, start: int) -> float:
-    """Return the guidance scale of the step that starts at token `start` (docs/method.md#sampling).
-
-    It is s, or s·(M − i + 1)/(M + 1) for group i of M.
-    """
+    """Return the guidance scale at token `start`: s, or if linear, s · (M − i + 1) / (M + 1) for group i of M."""
     if sampling.guidance_schedule == "constant" or start < schedule.prefix:
         return sampling.guidance_scale
     groups = schedule.num_tokens // schedule.group_size
@@ -131,7 +127,10 @@ def guidance_at(sampling: SamplingConfig, schedule: TokenSchedule, start: int) -
 def sample(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
     """Draw a code at each position: (B, m, K) logits and (B, m) uniform numbers → (B, m) int64 codes.
 
-    A temperature near 0 comes as near to argmax, and top-k and top-p keep the lower of equally likely codes.
+    A temperature near 0 comes near to argmax, and top-k and top-p keep the lower of equally likely codes.
+
+    >>> sample(torch.tensor([[[0.0, 0.0, 0.0, 0.0]]]), torch.tensor([[0.6]]), SamplingConfig())
+    tensor([[2]])
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -144,14 +143,14 @@ def sample(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
     if sampling.top_p is not None and sampling.top_p < 1:
         logits = logits.masked_fill(_outside_nucleus(logits, sampling.top_p), -torch.inf)
     cumulative = logits.softmax(-1).cumsum(-1, dtype=noise.dtype)
-    below_one = 1 - torch.finfo(noise.dtype).eps / 2  # at 1 the threshold would lie beyond the last code
+    below_one = 1 - torch.finfo(noise.dtype).eps / 2  # at 1 the threshold would be beyond the last code
     threshold = noise.clamp(max=below_one)[..., None] * cumulative[..., -1:]
     ids = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
     return ids.clamp_(max=logits.shape[-1] - 1)
 
 
 def _outside_top_k(logits: Tensor, k: int) -> Tensor:
-    """True for all but the k most likely codes; of those that are as likely as the last of them, the lowest stay."""
+    """Return True for all but the k most likely codes; of those as likely as the last of them, the lowest stay."""
     last = logits.topk(k, dim=-1).values[..., -1:]
     likelier, tied = logits > last, logits == last
     room = k - likelier.sum(-1, keepdim=True)
@@ -159,24 +158,44 @@ def _outside_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def _outside_nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """True for codes outside the smallest set of most likely ones whose probabilities sum to `top_p` or more."""
+    """Return True outside the smallest set of most likely codes whose probabilities sum to `top_p` or more."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    outside = before >= top_p
-    outside[..., 0] = False  # whatever a tiny `top_p` is in float32
+    outside = probabilities.cumsum(-1) - probabilities >= top_p
+    outside[..., 0] = False  # even if `top_p` is 0 in float32
     return torch.zeros_like(outside).scatter(-1, order, outside)
 
 
-# --- the KV cache --------------------------------------------------------------------------------------------------------
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+def image_noise(generators: Sequence[torch.Generator], num_tokens: int) -> Tensor:
+    """Return (B, N) float64 uniform numbers on the CPU, one row from each image's own generator."""
+    rows = [torch.rand(num_tokens, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators]
+    return torch.stack(rows)
+
+
+def image_generators(generator: Generators | None, images: int) -> list[torch.Generator]:
+    """Return a generator per image: those of a list, or seeded by draws from one (`None`: torch's own)."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = generator.device if generator is not None else "cpu"
+        seeds = torch.randint(2**62, (images,), generator=generator, device=device)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    if len(generator) != images:
+        raise DetailFlowError(
+            f"generator must be one or a list of {images}, one per image, not a list of {len(generator)}"
+        )
+    return list(generator)
+
+
+# --- the KV cache ----------------------------------------------------------------------------------------------------
 
 
 class Cache:
     """Keys and values of one attention layer, preallocated for all N positions."""
 
-    def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        self.keys = torch.empty(batch, heads, length, head_dim, dtype=like.dtype, device=like.device)
-        self.values = torch.empty_like(self.keys)
+    def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)  # (B, heads, N, head_dim)
 
     def append(self, start: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store positions from `start` on; return everything up to them."""
@@ -187,12 +206,10 @@ class Cache:
 
 
 class StaticCache(Cache):
-    """A cache that is always seen whole, so that every step of a size has the same shapes; a mask hides what is not yet there."""
+    """A cache that is always returned whole, for steps of the same shapes; a mask hides later positions."""
 
-    def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        super().__init__(batch, heads, length, head_dim, like)
-        self.keys.zero_()  # what a mask hides is still multiplied by 0, and must be a number
-        self.values.zero_()
+    def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # what is masked must still be a number
 
     def append(self, start: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the positions that `start` lists; return everything, later positions included."""
@@ -203,31 +220,31 @@ class StaticCache(Cache):
 
 
 def with_null_class(class_ids: Tensor, null_class: int) -> Tensor:
-    """(B,) class ids → (2B,): these, then the null class as often, for guidance in one pass."""
+    """(B,) class ids → (2B,): these, then the null class B times, for guidance in one pass."""
     return torch.cat((class_ids, torch.full_like(class_ids, null_class)))
 
 
 class CacheableModel(Protocol):
-    """What the cache needs of an AR model; `DetailFlowGPT` is one."""
+    """An AR model as the cache uses it; see `DetailFlowGPT`."""
 
     config: Any
-    compiled_for: int | None  # images at a time, for which `compiled_logits` is a program
+    compiled_for: int | None
     compiled_logits: Callable[..., Tensor] | None
 
+    @property
+    def head(self) -> Any:
+        """The last layer."""
+
+    def rotary_table(self) -> Tensor:
+        """Return the rotation of each position, (N, head_dim/2, 2)."""
+
     def inputs(self, class_ids: Tensor, ids: Tensor, start: int, end: int) -> Tensor:
-        """Embed the positions from `start` to `end`: (B,), (B, N) → (B, end − start, width)."""
+        """Embed positions: (B,), (B, N) → (B, end − start, width)."""
 
     def logits(
         self, x: Tensor, rotation: Tensor, mask: Tensor | None, caches: Sequence[Cache] | None, start: int | Tensor
     ) -> Tensor:
-        """(B, T, width) embeddings → (B, T, K) logits, keys and values of earlier positions in the caches."""
-
-    @property
-    def head(self) -> nn.Module:
-        """The last layer, whose weights have the type and the device of the cache."""
-
-    def rotary_table(self) -> Tensor:
-        """Return the rotation of each position, (N, head_dim/2, 2)."""
+        """(B, T, width) embeddings → (B, T, K) logits."""
 
 
 class CachedModel:
@@ -235,17 +252,14 @@ class CachedModel:
 
     @torch.inference_mode()  # here as well, or a compiled program would meet two kinds of tensors
     def __init__(self, model: CacheableModel, class_ids: Tensor, guided: bool) -> None:
-        config, weight = model.config, model.head.get_parameter("weight")
+        config, weight = model.config, model.head.weight
         self.compiled = model.compiled_logits if len(class_ids) == model.compiled_for else None
         if guided:
             class_ids = with_null_class(class_ids, config.num_classes)
         self.model, self.guided, self.class_ids = model, guided, class_ids
         self.rotation = model.rotary_table().to(weight.device)
-        kind = StaticCache if self.compiled else Cache
-        self.caches = [
-            kind(len(class_ids), config.heads, config.num_tokens, config.width // config.heads, weight)
-            for _ in range(config.depth)
-        ]
+        shape = len(class_ids), config.heads, config.num_tokens, config.width // config.heads
+        self.caches = [(StaticCache if self.compiled else Cache)(shape, weight) for _ in range(config.depth)]
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
@@ -254,24 +268,11 @@ class CachedModel:
             tokens = tokens.repeat(2, 1)
         x = self.model.inputs(self.class_ids, tokens, start, end)
         rotation = self.rotation[start:end]
-        if self.compiled is None:  # no mask: all that is cached may be seen
+        if self.compiled is None:  # no mask: every new position may attend to all that is cached
             return self.model.logits(x, rotation, None, self.caches, start)
         mask = torch.arange(self.model.config.num_tokens, device=x.device) < end
         positions = torch.arange(start, end, device=x.device)
-        if end - start == 1 and x.device.type == "cpu":  # the same position several times over
+        if end - start == 1 and x.device.type == "cpu":  # the same position several times
             copies = -(-FEWEST_ROWS // len(x))
             x, rotation, positions = x.expand(-1, copies, -1), rotation.expand(copies, -1, -1), positions.expand(copies)
         return self.compiled(x, rotation, mask.expand(len(positions), -1), self.caches, positions)[:, : end - start]
-
-
-def one_each(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
-    """A generator per image, from a list of that length or seeded by draws from one (`None`: torch's own)."""
-    if generator is None or isinstance(generator, torch.Generator):
-        device = generator.device if generator is not None else "cpu"
-        seeds = torch.randint(2**62, (count,), generator=generator, device=device)
-        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-    if len(generator) != count:
-        raise DetailFlowError(
-            f"generator must be one or a list of {count}, one per image, not a list of {len(generator)}"
-        )
-    return list(generator)

@@ -1,12 +1,13 @@
-"""The published checkpoint layout, read safely, in our config keys and tensor names (docs/method.md#published-layout).
+"""The published layout, read safely and written, in our config keys and tensor names (docs/method.md#published-layout).
 
-A published model is a directory with `config.json` (constructor arguments), `config.yaml` (training arguments) and
+A published model is a folder with `config.json` (constructor arguments), `config.yaml` (training arguments) and
 `checkpoints/N.pt`, a pickle of state dicts and training leftovers. Nothing in the pickle is ever executed.
 """
 
+import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,20 +16,55 @@ import yaml
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, some_names
-from detailflow.files import LARGEST_YAML, load_yaml, read_json, read_text
+from detailflow.files import LARGEST_YAML, load_yaml, os_errors, read_json, read_text, reading, replacing
 from detailflow.labels import default_names
-from detailflow.tensors import in_pieces
+from detailflow.tensors import in_pieces, is_weights, save_torch
 from detailflow.torch_files import load_torch
 
 Kind = Literal["tokenizer", "gpt"]
-CHECKPOINTS = "checkpoints"
-ARGUMENTS_FILE = "config.yaml"
+Variant = Literal["ema", "model"]
+KINDS: tuple[Kind, ...] = ("tokenizer", "gpt")
 KIND_NAMES: dict[str, str] = {"tokenizer": "a tokenizer", "gpt": "an AR model (gpt)"}
+CONFIG_FILE = "config.json"
+ARGUMENTS_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
 
+# Our config keys and the published ones. What is missing here is in the shapes of the tensors.
+_KEYS: dict[Kind, dict[str, str]] = {
+    "tokenizer": {
+        "image_size": "image_size",
+        "patch_size": "enc_patch_size",
+        "num_tokens": "num_latent_tokens",
+        "group_size": "group_size",
+        "causal_tokens": "causal_num",
+        "codebook_size": "codebook_size",
+        "codebook_dim": "codebook_embed_dim",
+    },
+    "gpt": {
+        "num_classes": "num_classes",
+        "num_tokens": "block_size",
+        "group_size": "group_size",
+        "causal_tokens": "causal_num",
+        "codebook_size": "vocab_size",
+        "heads": "n_head",
+    },
+}
+# Further published keys that are only written, and where their values are in our config.
+_WRITTEN: dict[Kind, dict[str, str]] = {
+    "tokenizer": {"max_image_size": "image_size", "dec_patch_size": "patch_size"},
+    "gpt": {
+        "dim": "width",
+        "n_layer": "depth",
+        "rope_base": "rope_base",
+        "token_dropout_p": "dropout",
+        "resid_dropout_p": "dropout",
+        "ffn_dropout_p": "dropout",
+    },
+}
 # What only training needs: the frozen alignment encoder, its projection and the codebook's usage counter.
 _TRAINING_ONLY = ("repa_model.", "global_token_proj.", "quantize.codebook_used")
 # Our tensors that are stored with leading dimensions of size 1: how many dimensions they have without, and with them.
-PADDED = {
+_PADDED = {
     "encoder.query_tokens": (2, 3),
     "encoder.refined_tokens": (2, 3),
     "encoder.query_pos_embed": (2, 3),
@@ -42,89 +78,107 @@ _LAYERS: dict[Kind, tuple[str, ...]] = {
 _HEADS = {1152: 16, 768: 12}  # any other width: width / 64
 
 
-def is_published(path: Path) -> bool:
-    """Return whether a folder has the published layout, or a file is a checkpoint of one.
+# --- recognising -----------------------------------------------------------------------------------------------------
 
-    A model of ours may have a folder of that name beside it as well: its config says what it is.
+
+def is_published(path: Path) -> bool:
+    """Return whether a folder has the published layout, or a file is a checkpoint in one.
+
+    A model of ours may have a folder of that name beside it as well: its config has a "format".
     """
     if path.is_file():
         return path.parent.name == CHECKPOINTS
     if not (path / CHECKPOINTS).is_dir():
         return False
     try:
-        return "format" not in read_json(path / "config.json")
-    except DetailFlowError:  # which whoever reads it says
+        return "format" not in read_json(path / CONFIG_FILE)
+    except DetailFlowError:  # raised again when it is read
         return True
 
 
 def model_folder(path: Path) -> Path:
-    """The folder of a model that is given by it, or by one checkpoint in it."""
+    """Return the folder of a model that is given by it, or by one checkpoint in it."""
     return path.parent.parent if path.is_file() else path
 
 
+def kind_of(config: Mapping[str, Any]) -> Kind | None:
+    """Return the kind of model that a published config describes."""
+    return "tokenizer" if "num_latent_tokens" in config else "gpt" if "block_size" in config else None
+
+
+def check_kind(folder: Path, found: Any, wanted: Kind) -> None:
+    """Raise a `DetailFlowError` that names both kinds if a model is not of the wanted one."""
+    if found != wanted:
+        name = KIND_NAMES.get(found) if isinstance(found, str) else None
+        raise DetailFlowError(f"{folder} holds {name or f'a model of kind {found!r}'}, not {KIND_NAMES[wanted]}")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
 def load_published(
-    path: Path, kind: Kind, variant: Literal["ema", "model"] = "ema", dtype: torch.dtype | None = None
+    path: Path, kind: Kind, variant: Variant = "ema", dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a published model into our config keys and our tensor names, on the CPU.
 
     Args:
-        path: a folder, whose checkpoint is the one named after N where there are several, or one checkpoint in it.
+        path: a folder, whose checkpoint is the one named after N if there are several, or one checkpoint in it.
         kind: "tokenizer" or "gpt".
-        variant: "ema" where present, or "model". Only these weights are brought into memory.
+        variant: "ema" if present, or "model". Only these weights are brought into memory.
         dtype: of the tensors; `None` is as they are stored.
-
-    Raises:
-        DetailFlowError: if a file is missing, damaged or unsafe, or does not hold a model of that kind.
     """
     config, checkpoint, names = _inspect(path, kind, variant)
-    state = (
-        None if zipfile.is_zipfile(checkpoint) else _read_state(checkpoint, variant)
-    )  # an old pickle cannot be mapped
-    return config, _translate(lambda: state or _read_state(checkpoint, variant), names, checkpoint, dtype)
+    mapped = zipfile.is_zipfile(checkpoint)  # files in torch's old format cannot be memory-mapped
+    state = _read_state(checkpoint, variant)
+    tensors: dict[str, Tensor] = {}
+    for piece in in_pieces({ours: sum(state[name].nbytes for name in theirs) for ours, theirs in names.items()}):
+        if mapped:
+            state = _read_state(checkpoint, variant)
+        tensors |= {ours: _assemble(ours, state, names[ours], checkpoint).to(dtype) for ours in piece}
+    return config, tensors
 
 
 def published_config(path: Path, kind: Kind) -> dict[str, Any]:
-    """The config alone of what `load_published` reads.
-
-    Raises:
-        DetailFlowError: as `load_published`.
-    """
+    """Return the config of what `load_published` reads, without its weights."""
     return _inspect(path, kind, "ema")[0]
 
 
-def _inspect(path: Path, kind: Kind, variant: str) -> tuple[dict[str, Any], Path, dict[str, tuple[str, ...]]]:
-    """Our config, the checkpoint, and our name of each tensor → the names it has there; no weights are read."""
-    directory = model_folder(path)
-    config_path = directory / "config.json"
-    config = read_json(config_path)
-    found = kind_of(config)
+def _inspect(path: Path, kind: Kind, variant: Variant) -> tuple[dict[str, Any], Path, dict[str, tuple[str, ...]]]:
+    """Return our config, the checkpoint, and our name of each tensor → its names there; no weights are read."""
+    folder = model_folder(path)
+    config_path = folder / CONFIG_FILE
+    theirs = read_json(config_path)
+    found = kind_of(theirs)
     if found is None:
         raise DetailFlowError(
             f"{config_path} has neither num_latent_tokens nor block_size, so it is no published config"
         )
-    check_kind(directory, found, kind)
-    num_tokens = _integer(config, "num_latent_tokens" if kind == "tokenizer" else "block_size", config_path)
-    checkpoint = path if path.is_file() else _find_checkpoint(directory / CHECKPOINTS, num_tokens)
+    check_kind(folder, found, kind)
+    config: dict[str, Any] = {ours: _integer(theirs, key, config_path) for ours, key in _KEYS[kind].items()}
+    checkpoint = path if path.is_file() else _find_checkpoint(folder / CHECKPOINTS, config["num_tokens"])
     state = _read_state(checkpoint, variant)
     names = tensor_names(kind, [layer_count(state, prefix) for prefix in _LAYERS[kind]])
     _check_names(state, names, checkpoint)
-    shapes = {ours: tuple(state[theirs[0]].shape) for ours, theirs in names.items()}
+    shapes = {ours: tuple(state[sources[0]].shape) for ours, sources in names.items()}
     if kind == "tokenizer":
-        alpha = _degradation_power(directory)
-        return _tokenizer_config(config, config_path, shapes, num_tokens, alpha), checkpoint, names
-    return _gpt_config(config, config_path, shapes, num_tokens), checkpoint, names
-
-
-def kind_of(config: Mapping[str, Any]) -> Kind | None:
-    """What a published config is of."""
-    return "tokenizer" if "num_latent_tokens" in config else "gpt" if "block_size" in config else None
-
-
-def check_kind(directory: Path, found: Any, wanted: Kind) -> None:
-    """Raise a `DetailFlowError` that names both kinds where a model is not of the wanted one."""
-    if found != wanted:
-        name = KIND_NAMES.get(found) if isinstance(found, str) else None
-        raise DetailFlowError(f"{directory} holds {name or f'a model of kind {found!r}'}, not {KIND_NAMES[wanted]}")
+        config |= {half: _vit_sizes(shapes, f"{half}.") for half in ("encoder", "decoder")}
+        config["alpha"] = _alpha(folder)
+    else:
+        depth = sum(name.endswith("mlp.gate.weight") for name in shapes)
+        config |= {
+            "width": shapes["norm.weight"][0],
+            "depth": depth,
+            "mlp": shapes["blocks.0.mlp.gate.weight"][0] if depth else 0,
+            "dropout": _float(theirs, "token_dropout_p", config_path, 0.1),
+            "rope_base": _float(theirs, "rope_base", config_path, 10000.0),
+            "class_names": default_names(config["num_classes"]),
+            "guidance_scale": 1.5,
+            "guidance_schedule": "constant",
+            "temperature": 1.0,
+            "top_k": None,
+            "top_p": None,
+        }
+    return config, checkpoint, names
 
 
 def _integer(config: Mapping[str, Any], key: str, path: Path) -> int:
@@ -146,6 +200,48 @@ def _float(config: Mapping[str, Any], key: str, path: Path, default: float) -> f
     raise DetailFlowError(f"{key} in {path} must be a number, not {value!r}")
 
 
+def _vit_sizes(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, int]:
+    width = shapes[f"{prefix}norm.weight"][0]
+    depth = sum(name.startswith(f"{prefix}blocks.") and name.endswith("fc1.weight") for name in shapes)
+    mlp = shapes[f"{prefix}blocks.0.mlp.fc1.weight"][0] if depth else 0
+    return {"width": width, "depth": depth, "heads": heads_of(width), "mlp": mlp}
+
+
+def heads_of(width: int) -> int:
+    """Return the attention heads of a published transformer of that width, which no tensor's shape tells."""
+    return _HEADS.get(width, max(1, width // 64))
+
+
+def layer_count(state: Mapping[str, object], prefix: str) -> int:
+    """Return the number of layers; gaps in their numbers then show as missing tensors."""
+    layer = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
+    return len({match[1] for match in map(layer.match, state) if match})
+
+
+def _alpha(folder: Path) -> float:
+    """Return α as trained; 1.5 if the training arguments do not say."""
+    path = folder / ARGUMENTS_FILE
+    try:
+        arguments = load_yaml(read_arguments(folder) or "{}")
+    except yaml.YAMLError as error:
+        raise DetailFlowError(f"{path} is not valid YAML of plain values: {' '.join(str(error).split())}") from error
+    if not isinstance(arguments, dict):
+        raise DetailFlowError(f"{path} must hold the training arguments as 'name: value' lines")
+    return _float(arguments, "degradation_power", path, 1.5)
+
+
+def read_arguments(folder: Path) -> str:
+    """Return the text of a published model's training arguments, empty if it has none."""
+    path = folder / ARGUMENTS_FILE
+    if not path.exists():
+        return ""
+    try:
+        with reading(path):
+            return read_text(path, LARGEST_YAML)
+    except UnicodeDecodeError as error:
+        raise DetailFlowError(f"{path} is not valid YAML of plain values: {error}") from error
+
+
 def _find_checkpoint(folder: Path, num_tokens: int) -> Path:
     found = sorted(folder.glob("*.pt"))
     named = [path for path in found if path.stem == str(num_tokens)]
@@ -159,9 +255,9 @@ def _find_checkpoint(folder: Path, num_tokens: int) -> Path:
     return named[0] if named else found[0]
 
 
-def _read_state(path: Path, variant: str) -> dict[str, Tensor]:
-    """The state dict of one variant, memory-mapped."""
-    checkpoint = _read_pickle(path)
+def _read_state(path: Path, variant: Variant) -> dict[str, Tensor]:
+    """Return the state dict of one variant, memory-mapped."""
+    checkpoint = load_torch(path, mmap=True)
     variants = checkpoint if isinstance(checkpoint, dict) else {}
     state = variants.get("model")
     if variant == "ema" and variants.get("ema") not in (None, {}):
@@ -169,41 +265,109 @@ def _read_state(path: Path, variant: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
         raise DetailFlowError(f"{path} holds no model weights: expected a state dict under 'model'")
     for name, tensor in state.items():
-        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        whole = (
-            dense and tensor.nbytes <= tensor.untyped_storage().nbytes()
-        )  # an expanded one would need more than the file has
-        weights = whole and tensor.is_floating_point() and tensor.ndim > 0
-        if not weights and not (dense and str(name).startswith(_TRAINING_ONLY)):
+        unused = str(name).startswith(_TRAINING_ONLY) and isinstance(tensor, Tensor)
+        if not unused and not (is_weights(tensor) and tensor.ndim > 0):
             raise DetailFlowError(f"{name!s} in {path} is no tensor of floating-point weights")
     return {str(name): tensor for name, tensor in state.items()}
 
 
-def _read_pickle(path: Path) -> Any:
-    """Unpickle tensors, plain containers and `argparse.Namespace`, which unpickles into attributes and runs nothing."""
-    return load_torch(path, mmap=True)
+def _check_names(state: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]], path: Path) -> None:
+    wanted = {theirs for sources in names.values() for theirs in sources}
+    present = {name for name in state if not name.startswith(_TRAINING_ONLY)}
+    for what, difference in (("lacks", wanted - present), ("has the unexpected", present - wanted)):
+        if difference:
+            raise DetailFlowError(
+                f"{path} is no published DetailFlow checkpoint of this kind: it {what} {some_names(difference)}"
+            )
 
 
-def layer_count(state: Mapping[str, object], prefix: str) -> int:
-    """The number of layers; gaps in their numbering then show as missing tensors."""
-    layer = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
-    return len({match[1] for match in map(layer.match, state) if match})
+def _assemble(ours: str, state: Mapping[str, Tensor], sources: tuple[str, ...], path: Path) -> Tensor:
+    """Return a copy of one of our tensors from the published ones that are stacked in it."""
+    parts = [state[theirs].detach() for theirs in sources]
+    if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
+        shapes = ", ".join(f"{theirs} {tuple(state[theirs].shape)}" for theirs in sources)
+        raise DetailFlowError(f"{path} holds tensors of a wrong shape or type: {shapes}")
+    tensor = torch.cat(parts)
+    while tensor.ndim > _PADDED.get(ours, (tensor.ndim,))[0] and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    return tensor
 
 
-def heads_of(width: int) -> int:
-    """Attention heads of a published transformer of that width, which no tensor's shape tells."""
-    return _HEADS.get(width, max(1, width // 64))
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_published(
+    folder: Path,
+    kind: Kind,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    origin: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model, in our keys and names, in the published layout; the config last.
+
+    Args:
+        folder: where to write.
+        kind: "tokenizer" or "gpt".
+        config: in our keys.
+        tensors: under our names.
+        origin: the published "config" and "arguments" if the model had them; else they are made from ours.
+    """
+    depths = [config["depth"]] if kind == "gpt" else [config[half]["depth"] for half in ("encoder", "decoder")]
+    state: dict[str, Tensor] = {}
+    for ours, theirs in tensor_names(kind, depths).items():
+        tensor = tensors[ours]
+        while tensor.ndim < _PADDED.get(ours, (0, 0))[1]:
+            tensor = tensor[None]
+        state |= zip(theirs, tensor.chunk(len(theirs)), strict=True)
+    origin = origin or _published_config(kind, config)
+    with os_errors(f"could not write the model to {folder}"):
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        checkpoint = {"model": state, "ema": state} if kind == "gpt" else {"model": state}
+        save_torch(folder / CHECKPOINTS / f"{config['num_tokens']}.pt", checkpoint)
+        for name, text in (
+            (ARGUMENTS_FILE, origin["arguments"]),
+            (CONFIG_FILE, json.dumps(origin["config"], indent=4) + "\n"),
+        ):
+            with replacing(folder / name) as path:
+                path.write_text(text, encoding="utf-8")
+
+
+def _published_config(kind: Kind, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the published keys and arguments of a model that never was in that layout, if it can be."""
+    impossible = {
+        "causal_tokens of 0": not config["causal_tokens"],
+        "an encoder without a causal mask": not config.get("causal_encoder", True),
+        "a linear path": config.get("linear_path", False),
+        "pixel_channels above 3": config.get("pixel_channels", 3) > 3,
+        "an absent token": config.get("absent_token", False),
+    }
+    if what := next((name for name, present in impossible.items() if present), None):
+        raise DetailFlowError(f"the published layout cannot hold a model with {what}: keep it in ours")
+    for half in ("encoder", "decoder") if kind == "tokenizer" else ():
+        width, heads = config[half]["width"], config[half]["heads"]
+        if heads != heads_of(width):
+            raise DetailFlowError(
+                f"the published layout cannot hold this tokenizer: there, width {width} means {heads_of(width)} heads, "
+                f"and this {half} has {heads}"
+            )
+    keys = {theirs: config[ours] for ours, theirs in _KEYS[kind].items()}
+    keys |= {theirs: config[ours] for theirs, ours in _WRITTEN[kind].items()}
+    arguments = "gpt_type: c2i\n" if kind == "gpt" else f"degradation_power: {config['alpha']}\n"
+    return {"config": keys, "arguments": arguments}
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def tensor_names(kind: Kind, depths: Sequence[int]) -> dict[str, tuple[str, ...]]:
-    """Our name of each tensor of a published model → the published ones that are stacked to make it.
+    """Return our name of each tensor of a published model → the published ones that are stacked in it.
 
     `depths`: layers of the AR model, or of the tokenizer's encoder and decoder.
     """
     return dict(_gpt_names(*depths) if kind == "gpt" else _tokenizer_names(*depths))
 
 
-def _affine(ours: str, *theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _linear(ours: str, *theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     for part in ("weight", "bias"):
         yield f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs)
 
@@ -212,38 +376,37 @@ def _tokenizer_names(encoder_depth: int, decoder_depth: int) -> Iterator[tuple[s
     yield "encoder.query_tokens", ("encoder.latent_tokens",)
     yield "encoder.refined_tokens", ("encoder.refined_tokens",)
     yield "encoder.query_pos_embed", ("encoder.latent_pos_embed",)
-    yield from _affine("encoder.refine", "refine_conv")
-    yield from _affine("quantizer.project", "quant_conv")
+    yield from _linear("encoder.refine", "refine_conv")
+    yield from _linear("quantizer.project", "quant_conv")
     yield "quantizer.codebook", ("quantize.embedding.weight",)
-    yield from _affine("decoder.project", "post_quant_conv")
+    yield from _linear("decoder.project", "post_quant_conv")
     yield "decoder.latent_pos_embed", ("decoder.latent_pos_embed",)
     yield "decoder.mask_token", ("decoder.mask_token",)
-    yield from _affine("decoder.to_pixels", "decoder.to_pixel.model")
-    for half, depth in (("encoder", encoder_depth), ("decoder", decoder_depth)):
-        yield from vit_names(f"{half}.", f"{half}.visual_model.", depth, patches=half == "encoder")
+    yield from _linear("decoder.to_pixels", "decoder.to_pixel.model")
+    yield from vit_names("encoder.", "encoder.visual_model.", encoder_depth)
+    yield from vit_names("decoder.", "decoder.visual_model.", decoder_depth, patches=False)
 
 
 def vit_names(ours: str, theirs: str, depth: int, patches: bool = True) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The same for one transformer, SigLIP2's vision tower among them; `ours` and `theirs` are prefixes, with their dot.
+    """Yield the names of one transformer, also SigLIP2's vision tower; `ours` and `theirs` are prefixes, with dot.
 
     `patches`: whether image patches go in, as they do not in the decoder.
     """
     if patches:
-        yield from _affine(f"{ours}patch_embed", f"{theirs}embeddings.patch_embedding")
+        yield from _linear(f"{ours}patch_embed", f"{theirs}embeddings.patch_embedding")
     yield f"{ours}pos_embed", (f"{theirs}embeddings.position_embedding.weight",)
-    yield from _affine(f"{ours}norm", f"{theirs}post_layernorm")
+    yield from _linear(f"{ours}norm", f"{theirs}post_layernorm")
     for i in range(depth):
         block, layer = f"{ours}blocks.{i}", f"{theirs}encoder.layers.{i}"
-        yield from _affine(f"{block}.norm1", f"{layer}.layer_norm1")
-        yield from _affine(f"{block}.attn.qkv", *(f"{layer}.self_attn.{x}_proj" for x in "qkv"))
-        yield from _affine(f"{block}.attn.proj", f"{layer}.self_attn.out_proj")
-        yield from _affine(f"{block}.norm2", f"{layer}.layer_norm2")
-        yield from _affine(f"{block}.mlp.fc1", f"{layer}.mlp.fc1")
-        yield from _affine(f"{block}.mlp.fc2", f"{layer}.mlp.fc2")
+        yield from _linear(f"{block}.norm1", f"{layer}.layer_norm1")
+        yield from _linear(f"{block}.attn.qkv", *(f"{layer}.self_attn.{x}_proj" for x in "qkv"))
+        yield from _linear(f"{block}.attn.proj", f"{layer}.self_attn.out_proj")
+        yield from _linear(f"{block}.norm2", f"{layer}.layer_norm2")
+        yield from _linear(f"{block}.mlp.fc1", f"{layer}.mlp.fc1")
+        yield from _linear(f"{block}.mlp.fc2", f"{layer}.mlp.fc2")
 
 
 def _gpt_names(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Our name of each tensor → the published one, as a tuple of one."""
     yield "class_embedding.weight", ("cls_embedding.embedding_table.weight",)
     yield "token_embedding.weight", ("tok_embeddings.weight",)
     yield "mask_embedding.weight", ("spe_tok_embeddings.special_embeddings.weight",)
@@ -261,120 +424,3 @@ def _gpt_names(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     for i in range(depth):
         for ours, theirs in parts.items():
             yield f"blocks.{i}.{ours}.weight", (f"layers.{i}.{theirs}.weight",)
-
-
-def _check_names(state: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]], path: Path) -> None:
-    wanted = {theirs for sources in names.values() for theirs in sources}
-    present = {name for name in state if not name.startswith(_TRAINING_ONLY)}
-    for what, difference in (("lacks", wanted - present), ("has the unexpected", present - wanted)):
-        if difference:
-            raise DetailFlowError(
-                f"{path} is no published DetailFlow checkpoint of this kind: it {what} {some_names(difference)}"
-            )
-
-
-def _translate(
-    read: Callable[[], Mapping[str, Tensor]],
-    names: Mapping[str, tuple[str, ...]],
-    path: Path,
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    """Copies of the named tensors, off the memory map that `read` makes, under our names."""
-    state = read()
-    sizes = {ours: sum(state[theirs].nbytes for theirs in sources) for ours, sources in names.items()}
-    tensors: dict[str, Tensor] = {}
-    for piece in in_pieces(sizes):
-        state = read()
-        tensors |= {ours: _assemble(ours, state, names[ours], path).to(dtype) for ours in piece}
-    return tensors
-
-
-def _assemble(ours: str, state: Mapping[str, Tensor], sources: tuple[str, ...], path: Path) -> Tensor:
-    """A copy of one of our tensors from the published ones it is made of."""
-    parts = [state[theirs].detach() for theirs in sources]
-    if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts) or parts[0].ndim == 0:
-        shapes = ", ".join(f"{theirs} {tuple(state[theirs].shape)}" for theirs in sources)
-        raise DetailFlowError(f"{path} holds tensors of a wrong shape or type: {shapes}")
-    tensor = torch.cat(parts)
-    while tensor.ndim > PADDED.get(ours, (tensor.ndim,))[0] and tensor.shape[0] == 1:
-        tensor = tensor[0]
-    return tensor
-
-
-def read_arguments(directory: Path) -> str:
-    """The text of a published model's training arguments, empty where it has none.
-
-    Raises:
-        DetailFlowError: if it cannot be read.
-    """
-    path = directory / ARGUMENTS_FILE
-    try:
-        return read_text(path, LARGEST_YAML)
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise DetailFlowError(f"could not read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DetailFlowError(f"{path} is not valid YAML of plain values: {error}") from error
-
-
-def _degradation_power(directory: Path) -> float:
-    """α as trained; 1.5 where the training arguments do not say."""
-    path = directory / ARGUMENTS_FILE
-    try:
-        arguments = load_yaml(read_arguments(directory) or "{}")
-    except yaml.YAMLError as error:
-        raise DetailFlowError(f"{path} is not valid YAML of plain values: {' '.join(str(error).split())}") from error
-    if not isinstance(arguments, dict):
-        raise DetailFlowError(f"{path} must hold the training arguments as 'name: value' lines")
-    return _float(arguments, "degradation_power", path, 1.5)
-
-
-def _tower(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, int]:
-    """Sizes of the encoder or decoder from its tensors' shapes."""
-    width = shapes[f"{prefix}norm.weight"][0]
-    depth = sum(name.startswith(f"{prefix}blocks.") and name.endswith("fc1.weight") for name in shapes)
-    mlp = shapes[f"{prefix}blocks.0.mlp.fc1.weight"][0] if depth else 0
-    return {"width": width, "depth": depth, "heads": heads_of(width), "mlp": mlp}
-
-
-def _tokenizer_config(
-    config: Mapping[str, Any], path: Path, shapes: Mapping[str, tuple[int, ...]], num_tokens: int, alpha: float
-) -> dict[str, Any]:
-    return {
-        "image_size": _integer(config, "image_size", path),
-        "patch_size": _integer(config, "enc_patch_size", path),
-        "num_tokens": num_tokens,
-        "group_size": _integer(config, "group_size", path),
-        "causal_tokens": _integer(config, "causal_num", path),
-        "alpha": alpha,
-        "codebook_size": _integer(config, "codebook_size", path),
-        "codebook_dim": _integer(config, "codebook_embed_dim", path),
-        "encoder": _tower(shapes, "encoder."),
-        "decoder": _tower(shapes, "decoder."),
-    }
-
-
-def _gpt_config(
-    config: Mapping[str, Any], path: Path, shapes: Mapping[str, tuple[int, ...]], num_tokens: int
-) -> dict[str, Any]:
-    depth = sum(name.endswith("mlp.gate.weight") for name in shapes)
-    return {
-        "num_classes": _integer(config, "num_classes", path),
-        "num_tokens": num_tokens,
-        "group_size": _integer(config, "group_size", path),
-        "causal_tokens": _integer(config, "causal_num", path),
-        "codebook_size": _integer(config, "vocab_size", path),
-        "width": shapes["norm.weight"][0],
-        "depth": depth,
-        "heads": _integer(config, "n_head", path),
-        "mlp": shapes["blocks.0.mlp.gate.weight"][0] if depth else 0,
-        "dropout": _float(config, "token_dropout_p", path, 0.1),
-        "rope_base": _float(config, "rope_base", path, 10000.0),
-        "class_names": default_names(_integer(config, "num_classes", path)),
-        "guidance_scale": 1.5,
-        "guidance_schedule": "constant",
-        "temperature": 1.0,
-        "top_k": None,
-        "top_p": None,
-    }

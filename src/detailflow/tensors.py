@@ -40,8 +40,8 @@ def save_torch(path: Path, content: Any) -> None:
 def in_pieces(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
     """Yield the keys in lists of about `PIECE` bytes.
 
-    A memory-mapped file keeps the pages that were read in memory. Code that copies its tensors maps it again for each of these
-    lists, so that no more than one piece is in memory at once.
+    A memory-mapped file keeps the pages that were read in memory. Code that copies its tensors maps it again for each
+    of these lists, so that no more than one piece is in memory at once.
     """
     piece: list[Key] = []
     total = 0
@@ -56,7 +56,7 @@ def in_pieces(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
 
 
 def is_weights(value: Any) -> bool:
-    """Return whether a value from a file is a floating-point tensor on the CPU that is no larger than what is stored of it."""
+    """Return whether a value is a dense floating-point tensor on the CPU, and no larger than its storage."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
     return dense and value.is_floating_point() and value.nbytes <= value.untyped_storage().nbytes()
 
@@ -93,7 +93,7 @@ def read_tensors(
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a folder or a safetensors file, as `read_tensors`, or of a state dict that `torch.save` wrote."""
+    """Read the tensors of a folder or safetensors file, or of a state dict that `torch.save` wrote."""
     if path.is_dir() or path.suffix == ".safetensors":
         return read_tensors(path)
     tensors = load_torch(path)

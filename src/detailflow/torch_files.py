@@ -1,8 +1,9 @@
 """Files of `torch.save`: read as plain values and tensors, with no more memory than the file has bytes.
 
-`torch.load(weights_only=True)` runs no code from a file, but it makes what the file asks for, and a compressed zip member, or a
-few bytes of pickle that ask for a tensor of any size, could fill the memory. So each file is checked first: its zip members must
-be stored once and uncompressed, and its pickle is read with stand-ins that add up what it asks for.
+`torch.load(weights_only=True)` runs no code from a file, but it makes what the file asks for, and a compressed zip
+member, or a few bytes of pickle that ask for a tensor of any size, could fill the memory. So each file is checked
+first: its zip members must be stored once and uncompressed, and its pickle is read with stand-ins that add up what it
+asks for.
 """
 
 import argparse
@@ -35,10 +36,11 @@ _ITEM_BYTES = {
 
 
 def load_torch(path: Path, mmap: bool = False) -> Any:
-    """Load what `torch.save` wrote: tensors, plain containers and `argparse.Namespace`. Nothing in the file is executed.
+    """Load tensors, plain containers and `argparse.Namespace` that `torch.save` wrote; nothing is executed.
 
     Args:
-        mmap: leave the tensors on the disk until they are used; a file in torch's old format is read whole all the same.
+        mmap: leave the tensors on the disk until they are used; a file in torch's old format is read whole all the
+            same.
     """
     check_torch_file(path)
     try:
@@ -102,7 +104,7 @@ def _check_zip(file: IO[bytes], size: int, path: Path) -> None:
 
 
 def _one_directory(file: IO[bytes], size: int, start: int) -> bool:
-    """Return whether every zip reader finds the list of members at `start`, as Python's does: the file ends with that record."""
+    """Return whether the file ends with the record of a member list at `start`, so that all zip readers agree."""
     file.seek(max(0, size - _ZIP_TAIL))
     tail = file.read()
     end = tail[-22:]
@@ -160,7 +162,7 @@ class _Call(_Value):
 
 
 class _Reader(pickle._Unpickler):
-    """Reads one pickle and adds up what it asks for. In Python: the one in C makes room for as many memos as a file names."""
+    """Reads one pickle and adds up what it asks for. The reader in C would allocate as many memos as a file names."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         super().__init__(file, encoding="utf-8")

@@ -46,8 +46,8 @@ def test_options_reach_the_pipeline(pipeline: DetailFlowPipeline, model: Path, t
     assert generate(model, tmp_path / "a" / "b", *argv) == 0
     assert files(tmp_path / "a" / "b") == ["0000-cat.png", "0001-cat.png", "0002-bird.png", "0003-bird.png"]
     expected = pipeline(
-        ["cat", "bird"], 2, guidance_scale=3, guidance_schedule="linear", temperature=1.2, top_k=50, top_p=0.9, seed=7,
-        num_tokens=4,
+        ["cat", "bird"], num_images_per_class=2, guidance_scale=3, guidance_schedule="linear", temperature=1.2, top_k=50,
+        top_p=0.9, seed=7, num_tokens=4,
     )  # fmt: skip
     for name, image in zip(files(tmp_path / "a" / "b"), expected, strict=True):
         with Image.open(tmp_path / "a" / "b" / name) as written:
@@ -57,7 +57,7 @@ def test_options_reach_the_pipeline(pipeline: DetailFlowPipeline, model: Path, t
 def test_a_long_list_is_made_in_parts(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path):
     assert generate(model, tmp_path, "cat", "bird", "--num", "20") == 0
     assert len(files(tmp_path)) == 41
-    expected = pipeline(["cat", "bird"], 20)
+    expected = pipeline(["cat", "bird"], num_images_per_class=20)
     for name, i in (("0031-bird", 31), ("0032-bird", 32), ("0039-bird", 39)):
         with Image.open(tmp_path / f"{name}.png") as written:
             assert written.tobytes() == expected[i].tobytes()

@@ -74,7 +74,7 @@ def test_quality_by_tokens_is_what_the_pipeline_says_of_each_image(
         {"tokens": 4, "side": 16},
         {"tokens": 16, "side": 32},
     ]
-    rebuilt = [pipeline.reconstruct(Image.fromarray(image.numpy()), [2, 4, 16]) for image in originals]
+    rebuilt = [pipeline.reconstruct(Image.fromarray(image.numpy()), counts=[2, 4, 16]) for image in originals]
     features = Blocks()(originals).pool.numpy()
     for i, (_, row) in enumerate(rows):
         values = np.array([stages[i].psnr for stages in rebuilt])
@@ -92,7 +92,7 @@ def test_any_side(pipeline: DetailFlowPipeline, cifar: Path, originals: Tensor):
     report = evaluated(pipeline.tokenizer, cifar, counts=[4, 16], sides=[8, 32])
     rows = figures(report)
     assert [(s["tokens"], s["side"]) for s, _ in rows] == [(4, 8), (4, 32), (16, 8), (16, 32)]
-    pixels = to_uint8(pipeline.tokenizer.decode(pipeline.tokenizer.encode(to_tensor(originals), 4), 32))
+    pixels = to_uint8(pipeline.tokenizer.decode(pipeline.tokenizer.encode(to_tensor(originals), num_tokens=4), size=32))
     expected = np.mean([psnr(a.numpy(), b.numpy()) for a, b in zip(pixels, originals, strict=True)])
     assert rows[1][1]["PSNR"].value == pytest.approx(expected, abs=0.01)
     assert set(rows[0][1]) == {"PSNR", "SSIM"}
@@ -126,7 +126,7 @@ def test_planted_mistakes_and_their_correction(pipeline: DetailFlowPipeline, cif
     wrong = torch.cat([tokenizer.plant_mistakes(z[i : i + 1], generator=image_generator(3, i)) for i in range(COUNT)])
     for start, end in ((2, 3), (8, 12)):
         planted = torch.cat((clean[:, :start], wrong[:, start:end], clean[:, end:]), 1)
-        corrected = tokenizer.encode_correction(x, start, wrong[:, start:end])
+        corrected = tokenizer.encode_correction(x, position=start, wrong_tokens=wrong[:, start:end])
         each: dict[str, np.ndarray] = {}
         for text, ids in (("clean", planted), ("corrected", corrected)):
             pixels = to_uint8(tokenizer.decode(ids))

@@ -41,9 +41,12 @@ def test_first_tokens_are_those_of_the_smaller_tokenizer(
     expected = small.encode(images)
     assert ids.shape == (4, num_tokens) and torch.equal(ids[:, :48], expected)
     wrong = torch.arange(8).expand(4, 8)
-    assert torch.equal(large.encode_correction(images, 16, wrong)[:, :48], small.encode_correction(images, 16, wrong))
+    assert torch.equal(
+        large.encode_correction(images, position=16, wrong_tokens=wrong)[:, :48],
+        small.encode_correction(images, position=16, wrong_tokens=wrong),
+    )
     for n in (1, 16, 48):
-        torch.testing.assert_close(large.decode(expected[:, :n], 32), small.decode(expected[:, :n], 32))
+        torch.testing.assert_close(large.decode(expected[:, :n], size=32), small.decode(expected[:, :n], size=32))
 
 
 def test_further_tokens_start_afresh(small: DetailFlowTokenizer):

@@ -63,14 +63,14 @@ def test_the_contract_holds(option: dict, images: torch.Tensor, tmp_path: Path):
     tokenizer = made(replace(PLAIN, **option) if option else ALL)
     ids = tokenizer.encode(images)
     for n in tokenizer.schedule.valid_counts:
-        assert torch.equal(tokenizer.encode(images, n), ids[:, :n])
+        assert torch.equal(tokenizer.encode(images, num_tokens=n), ids[:, :n])
         side = tokenizer.schedule.decode_size(n)
         assert tokenizer.decode(ids[:, :n]).shape == (3, 3, side, side)
     wrong = (ids[:, 8:12] + 7) % 64
-    corrected = tokenizer.encode_correction(images, 8, wrong)
+    corrected = tokenizer.encode_correction(images, position=8, wrong_tokens=wrong)
     assert torch.equal(corrected[:, :8], ids[:, :8]) and torch.equal(corrected[:, 8:12], wrong)
     wide = torch.rand(1, 3, 24, 40) * 2 - 1
-    assert tokenizer.decode(tokenizer.encode(wide), (24, 40)).shape == wide.shape
+    assert tokenizer.decode(tokenizer.encode(wide), size=(24, 40)).shape == wide.shape
     tokenizer.save_pretrained(tmp_path / "model")
     again = DetailFlowTokenizer.from_pretrained(tmp_path / "model", device="cpu")
     assert again.config == tokenizer.config
@@ -112,7 +112,7 @@ def test_absent_tokens(images: torch.Tensor):
         for n in (1, 4, 12, 16):
             present = (torch.arange(16) < n).expand(3, -1)
             whole = tokenizer.decode_quantized(quantized, 32, present)
-            torch.testing.assert_close(whole, tokenizer.decode(ids[:, :n], 32))
+            torch.testing.assert_close(whole, tokenizer.decode(ids[:, :n], size=32))
             changed = torch.where(present[..., None], quantized, -quantized)
             torch.testing.assert_close(tokenizer.decode_quantized(changed, 32, present), whole)
 
@@ -128,7 +128,7 @@ def test_it_stays_in_our_own_layout(tmp_path: Path):
 def test_it_grows(images: torch.Tensor):
     small, large = made(ALL), made(replace(ALL, num_tokens=32))
     large.load_state_dict(grow_tokenizer(small.state_dict(), small.config, large, "small"))
-    assert torch.equal(large.encode(images, 16), small.encode(images))
+    assert torch.equal(large.encode(images, num_tokens=16), small.encode(images))
     with pytest.raises(DetailFlowError, match="linear_path is True there and False here"):
         grow_tokenizer(small.state_dict(), small.config, made(replace(PLAIN, num_tokens=32)), "small")
     with pytest.raises(DetailFlowError, match="grows to 64 tokens at most"):

@@ -42,7 +42,7 @@ def test_encode(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
     ids = tokenizer.encode(images)
     assert ids.shape == (3, 16) and ids.dtype == torch.int64 and 0 <= int(ids.min()) <= int(ids.max()) < 64
     for n in tokenizer.schedule.valid_counts:  # the first tokens do not depend on how many follow
-        assert torch.equal(tokenizer.encode(images, n), ids[:, :n])
+        assert torch.equal(tokenizer.encode(images, num_tokens=n), ids[:, :n])
     assert torch.equal(tokenizer.encode(images[1:2])[0], ids[1])
 
 
@@ -53,20 +53,20 @@ def test_decode(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
         pixels = tokenizer.decode(ids[:, :n])
         assert pixels.shape == (3, 3, side, side) and pixels.dtype == torch.float32
         for size in (8, 24, 32, 64):  # a count and a size are independent inputs
-            assert tokenizer.decode(ids[:, :n], size).shape == (3, 3, size, size)
-        assert torch.equal(pixels, tokenizer.decode(ids[:, :n], side))
+            assert tokenizer.decode(ids[:, :n], size=size).shape == (3, 3, size, size)
+        assert torch.equal(pixels, tokenizer.decode(ids[:, :n], size=side))
 
 
 def test_correction(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
     clean = tokenizer.encode(images)
     for start, end in tokenizer.schedule.steps:
         wrong = (clean[:, start:end] + 7) % 64
-        corrected = tokenizer.encode_correction(images, start, wrong)
+        corrected = tokenizer.encode_correction(images, position=start, wrong_tokens=wrong)
         assert corrected.shape == clean.shape and corrected.dtype == torch.int64
         assert torch.equal(corrected[:, :start], clean[:, :start])
         assert torch.equal(corrected[:, start:end], wrong)
-    first = tokenizer.encode_correction(images, 0, clean[:, :1])
-    other = tokenizer.encode_correction(images, 0, (clean[:, :1] + 7) % 64)
+    first = tokenizer.encode_correction(images, position=0, wrong_tokens=clean[:, :1])
+    other = tokenizer.encode_correction(images, position=0, wrong_tokens=(clean[:, :1] + 7) % 64)
     assert not torch.equal(first[:, 1:], other[:, 1:])  # later tokens react to the mistake
 
 
@@ -138,7 +138,7 @@ def test_an_encoder_without_a_causal_mask(images: torch.Tensor, tmp_path: Path):
     tokenizer = DetailFlowTokenizer(replace(CONFIG, causal_encoder=False)).eval()
     ids = tokenizer.encode(images)
     for n in tokenizer.schedule.valid_counts:
-        assert torch.equal(tokenizer.encode(images, n), ids[:, :n])
+        assert torch.equal(tokenizer.encode(images, num_tokens=n), ids[:, :n])
     tokenizer.save_pretrained(tmp_path)
     again = DetailFlowTokenizer.from_pretrained(tmp_path)
     assert again.config == tokenizer.config and torch.equal(again.encode(images), ids)
@@ -161,14 +161,14 @@ def test_no_causal_prefix(images: torch.Tensor):
     ids = tokenizer.encode(images)
     assert tokenizer.schedule.valid_counts == (4, 8, 12, 16)
     for n in tokenizer.schedule.valid_counts:
-        assert torch.equal(tokenizer.encode(images, n), ids[:, :n])
+        assert torch.equal(tokenizer.encode(images, num_tokens=n), ids[:, :n])
         assert tokenizer.decode(ids[:, :n]).shape[-1] == tokenizer.schedule.decode_size(n)
     wrong = (ids[:, :4] + 7) % 64
-    assert torch.equal(tokenizer.encode_correction(images, 0, wrong)[:, :4], wrong)
+    assert torch.equal(tokenizer.encode_correction(images, position=0, wrong_tokens=wrong)[:, :4], wrong)
     with pytest.raises(DetailFlowError, match="num_tokens must be a multiple of 4 up to 16, not 1$"):
-        tokenizer.encode(images, 1)
+        tokenizer.encode(images, num_tokens=1)
     with pytest.raises(DetailFlowError, match="position must be a multiple of 4 below 16, not 1$"):
-        tokenizer.encode_correction(images, 1, wrong[:, :1])
+        tokenizer.encode_correction(images, position=1, wrong_tokens=wrong[:, :1])
 
 
 def test_a_config_of_before(tokenizer: DetailFlowTokenizer, tmp_path: Path):
@@ -186,7 +186,7 @@ def test_a_config_of_before(tokenizer: DetailFlowTokenizer, tmp_path: Path):
 def test_wrong_images(tokenizer: DetailFlowTokenizer, shape: tuple[int, ...]):
     for call in (
         tokenizer.encode,
-        lambda x: tokenizer.encode_correction(x, 0, torch.zeros(shape[0], 1, dtype=torch.int64)),
+        lambda x: tokenizer.encode_correction(x, position=0, wrong_tokens=torch.zeros(shape[0], 1, dtype=torch.int64)),
     ):
         with pytest.raises(
             DetailFlowError,
@@ -214,7 +214,10 @@ def test_bytes_are_not_pixels(tokenizer: DetailFlowTokenizer):
 def test_pixels_out_of_range(tokenizer: DetailFlowTokenizer, low: float, high: float, shown: str, dtype: torch.dtype):
     images = torch.zeros(2, 3, 32, 32, dtype=dtype)
     images[0, 0, 0, 0], images[1, 2, 3, 4] = low, high
-    for call in (tokenizer.encode, lambda x: tokenizer.encode_correction(x, 0, torch.zeros(2, 1, dtype=torch.int64))):
+    for call in (
+        tokenizer.encode,
+        lambda x: tokenizer.encode_correction(x, position=0, wrong_tokens=torch.zeros(2, 1, dtype=torch.int64)),
+    ):
         with pytest.raises(
             DetailFlowError, match=r"pixels of images must be in \[-1, 1\], not .*: of bytes, take"
         ) as caught:
@@ -240,7 +243,7 @@ def test_images_of_another_type(tokenizer: DetailFlowTokenizer, images: torch.Te
 @pytest.mark.parametrize("n", [0, 9, 13, 17, -1])
 def test_wrong_counts(tokenizer: DetailFlowTokenizer, images: torch.Tensor, n: int):
     with pytest.raises(DetailFlowError, match=f"num_tokens must be 1 to 8 or a multiple of 4 up to 16, not {n}"):
-        tokenizer.encode(images, n)
+        tokenizer.encode(images, num_tokens=n)
     if n >= 0:
         with pytest.raises(DetailFlowError, match=f"not {n}$"):
             tokenizer.decode(torch.zeros(1, n, dtype=torch.int64))
@@ -267,13 +270,13 @@ def test_wrong_counts(tokenizer: DetailFlowTokenizer, images: torch.Tensor, n: i
 )
 def test_wrong_codes_and_sizes(tokenizer: DetailFlowTokenizer, ids: torch.Tensor, size: int | None, message: str):
     with pytest.raises(DetailFlowError, match=message):
-        tokenizer.decode(ids, size)
+        tokenizer.decode(ids, size=size)
 
 
 @pytest.mark.parametrize("position", [-1, 9, 10, 16])
 def test_wrong_positions(tokenizer: DetailFlowTokenizer, images: torch.Tensor, position: int):
     with pytest.raises(DetailFlowError, match=f"position must be below 8 or a multiple of 4 below 16, not {position}"):
-        tokenizer.encode_correction(images, position, torch.zeros(3, 4, dtype=torch.int64))
+        tokenizer.encode_correction(images, position=position, wrong_tokens=torch.zeros(3, 4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(("position", "shape"), [(0, (3, 4)), (8, (3, 1)), (8, (2, 4)), (8, (4,))])
@@ -281,7 +284,7 @@ def test_wrong_tokens_of_another_shape(
     tokenizer: DetailFlowTokenizer, images: torch.Tensor, position: int, shape: tuple[int, ...]
 ):
     with pytest.raises(DetailFlowError, match=f"wrong_tokens at position {position} must have shape"):
-        tokenizer.encode_correction(images, position, torch.zeros(shape, dtype=torch.int64))
+        tokenizer.encode_correction(images, position=position, wrong_tokens=torch.zeros(shape, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +325,7 @@ def test_bfloat16(pipeline: DetailFlowPipeline, model: Path, images: torch.Tenso
     torch.testing.assert_close(
         pixels, pipeline.tokenizer.decode(pipeline.tokenizer.encode(images)), atol=0.1, rtol=0.05
     )
-    corrected = half.encode_correction(images.bfloat16(), 0, ids[:, :1])
+    corrected = half.encode_correction(images.bfloat16(), position=0, wrong_tokens=ids[:, :1])
     assert torch.equal(corrected[:, :1], ids[:, :1])
 
 
@@ -333,7 +336,7 @@ def test_codes_that_are_no_codes_are_refused(tokenizer: DetailFlowTokenizer, ima
         with pytest.raises(DetailFlowError, match="codes must"):
             tokenizer.decode(wrong)
         with pytest.raises(DetailFlowError, match="wrong_tokens must"):
-            tokenizer.encode_correction(images, 0, wrong[:, :1])
+            tokenizer.encode_correction(images, position=0, wrong_tokens=wrong[:, :1])
     assert tokenizer.decode(ids[:0]).shape == (0, 3, tokenizer.config.image_size, tokenizer.config.image_size)
 
 
@@ -341,9 +344,9 @@ def test_rectangles(tokenizer: DetailFlowTokenizer):
     images = torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
     ids = tokenizer.encode(images)
     assert ids.shape == (2, 16)
-    assert tokenizer.decode(ids, (24, 40)).shape == (2, 3, 24, 40)
-    assert tokenizer.encode_correction(images, 0, ids[:, :1]).shape == (2, 16)
-    assert torch.equal(tokenizer.decode(ids, (32, 32)), tokenizer.decode(ids))
+    assert tokenizer.decode(ids, size=(24, 40)).shape == (2, 3, 24, 40)
+    assert tokenizer.encode_correction(images, position=0, wrong_tokens=ids[:, :1]).shape == (2, 16)
+    assert torch.equal(tokenizer.decode(ids, size=(32, 32)), tokenizer.decode(ids))
     upright = tokenizer.encode(images.transpose(2, 3))
     assert upright.shape == ids.shape and not torch.equal(upright, ids)
 
@@ -353,4 +356,4 @@ def test_rectangles_that_are_none(tokenizer: DetailFlowTokenizer, size: tuple):
     with pytest.raises(
         DetailFlowError, match="size must be a positive multiple of 8 pixels, or .height, width. of such, not"
     ):
-        tokenizer.decode(torch.zeros(1, 16, dtype=torch.int64), size)
+        tokenizer.decode(torch.zeros(1, 16, dtype=torch.int64), size=size)

@@ -56,7 +56,7 @@ def test_rows_agree_with_the_public_contract(tokenizer: DetailFlowTokenizer, cif
     for image, p, (clean, given, wanted) in zip(images[:, None], starts, rows, strict=True):
         end = p + 1 if p < 4 else p + 4
         assert torch.equal(clean[None], tokenizer.encode(image))
-        assert torch.equal(given[None], tokenizer.encode_correction(image, p, given[None, p:end]))
+        assert torch.equal(given[None], tokenizer.encode_correction(image, position=p, wrong_tokens=given[None, p:end]))
         assert torch.equal(wanted, torch.cat((given[:p], clean[p:end], given[end:])))
         assert torch.equal(given[:p], clean[:p])
         z = tokenizer.encode_latents(tokenizer.encode_patches(image), 16)[0, p:end]

@@ -129,12 +129,12 @@ def test_a_step_is_what_the_public_contract_says(
         torch.manual_seed(seed)
         draw_count(schedule, 0.9), draw_position(schedule, t)
         wrong = model.plant_mistakes(z[:, position:end])
-        sequences.append(model.encode_correction(images, position, wrong))
+        sequences.append(model.encode_correction(images, position=position, wrong_tokens=wrong))
         latents = model.correct_latents(model.encode_patches(images), sequences[1], end).detach()[:, end:]
         pairs.append((latents, model.quantizer.lookup(sequences[1][:, end:]).detach()))
     side, resolution = schedule.decode_size(t), schedule.resolution(t)
     target = coarse_target(images, resolution, side).numpy()
-    made_pixels = [model.decode(ids[:, :t], side).numpy() for ids in sequences]
+    made_pixels = [model.decode(ids[:, :t], size=side).numpy() for ids in sequences]
     pixel = np.mean([((p - target) ** 2).mean() for p in made_pixels])
     squares = np.concatenate([((q - a) ** 2).numpy().ravel() for a, q in pairs])  # joined: weighted by token counts
 

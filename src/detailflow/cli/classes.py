@@ -39,6 +39,5 @@ def _labels(model: str | None) -> ClassLabels:
 
     if model and hub.zoo_model(model) and not Path(model).exists():
         return ClassLabels(default_names(1000), 1000)
-    source = hub.default_directory("gpt") if model is None else model
-    gpt = config_from_dict(GPTConfig, hub.load_config(source, "gpt"), source)
+    gpt = config_from_dict(GPTConfig, hub.load_config(model, "gpt"), model)
     return ClassLabels(gpt.class_names, gpt.num_classes)

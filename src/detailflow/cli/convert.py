@@ -42,14 +42,15 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from detailflow.convert import convert
-    from detailflow.hub import CONFIG_FILE
-    from detailflow.published import KIND_NAMES
+    from detailflow.published import CONFIG_FILE, KIND_NAMES
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     before = {
         path for path in (args.output, args.output / "tokenizer", args.output / "gpt") if (path / CONFIG_FILE).exists()
     }
-    written = convert(args.source, args.output, args.to, dtype, args.variant, args.shard_size)
+    written = convert(
+        args.source, args.output, to=args.to, dtype=dtype, variant=args.variant, shard_size=args.shard_size
+    )
     for kind, path in written.items():
         files = [*path.glob("model*.safetensors")] if args.to == "detailflow" else [*path.glob("checkpoints/*.pt")]
         instead = ", in place of the model that was there" if path in before else ""

@@ -179,11 +179,9 @@ def _tokenizer(argv: Sequence[str], command: str, stack: ExitStack) -> None:
         parse_spans,
         views_by_count,
     )
-    from detailflow.hub import default_directory
     from detailflow.models.tokenizer import DetailFlowTokenizer
 
-    source = args.model or default_directory("tokenizer")
-    tokenizer = DetailFlowTokenizer.from_pretrained(source, device=context.device, dtype=args.dtype)
+    tokenizer = DetailFlowTokenizer.from_pretrained(args.model, device=context.device, dtype=args.dtype)
     models = _check_folder(args, command, context, {"tokenizer": args.model})
     side, mistakes = tokenizer.config.image_size, parse_spans(tokenizer.schedule, args.mistakes_at)
     views_by_count(tokenizer.schedule, args.num_tokens, args.size)  # raises before anything is downloaded

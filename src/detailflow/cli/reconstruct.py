@@ -67,13 +67,11 @@ def main(argv: Sequence[str]) -> int:
 
     from detailflow.data.images import tolerated
     from detailflow.files import output_names
-    from detailflow.hub import default_directory
     from detailflow.models.tokenizer import DetailFlowTokenizer
     from detailflow.pictures import strip, write_png
     from detailflow.pipeline import fit, reconstruct, stage_counts
 
-    source = default_directory("tokenizer") if args.model is None else args.model
-    tokenizer = DetailFlowTokenizer.from_pretrained(source, device=args.device, dtype=args.dtype)
+    tokenizer = DetailFlowTokenizer.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     schedule = tokenizer.schedule
     inputs = _inputs(args, lambda image: fit(schedule, image, args.whole))
     names = output_names([given.name for given in inputs])

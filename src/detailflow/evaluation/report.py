@@ -279,7 +279,7 @@ def machine_entry(device: torch.device, world_size: int, dtype: str | None) -> d
 
 def model_entry(source: str | None, kind: Kind) -> dict[str, str]:
     """Return a model's name as the user gave it (None is the shipped one), and its fingerprint, for the provenance."""
-    found = hub.load(source or hub.default_directory(kind), kind)
+    found = hub.load(source, kind)
     return {"name": source or "the shipped model", "fingerprint": hub.fingerprint(*found)}
 
 

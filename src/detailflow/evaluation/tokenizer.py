@@ -302,7 +302,7 @@ def _sequences(
 
 def rebuild(tokenizer: DetailFlowTokenizer, ids: Tensor, side: int) -> Tensor:
     """Decode (B, n) codes at `side` and resize to side R: bytes (B, R, R, 3)."""
-    return at_side(to_uint8(tokenizer.decode(ids, side)), tokenizer.config.image_size)
+    return at_side(to_uint8(tokenizer.decode(ids, size=side)), tokenizer.config.image_size)
 
 
 def gather(values: Tensor, total: int, world: World) -> Tensor:

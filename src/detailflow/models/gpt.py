@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from detailflow import generation, hub
 from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.errors import DetailFlowError
-from detailflow.generation import Cache, SamplingConfig
+from detailflow.generation import Cache, Generators, SamplingConfig, SamplingOptions
 from detailflow.models.layers import attend
 from detailflow.models.loading import build, check_ids
 from detailflow.schedule import TokenSchedule, require_positive
@@ -20,12 +20,12 @@ from detailflow.schedule import TokenSchedule, require_positive
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a `DetailFlowGPT` and the sampling that suits it best.
+    """Sizes of a `DetailFlowGPT`, the defaults are GPT-L's, and the sampling that suits the model best.
 
-    `mlp` `None` means 2/3 · 4 · width rounded up to a multiple of 256.
+    `mlp` is the number of hidden units, `None` is 2/3 · 4 · width rounded up to a multiple of 256.
 
-    Raises:
-        DetailFlowError: where the values contradict each other.
+    >>> GPTConfig(num_classes=1000).mlp
+    2816
     """
 
     num_classes: int
@@ -50,18 +50,11 @@ class GPTConfig:
         object.__setattr__(self, "causal_tokens", self.schedule.causal_tokens)
         if self.mlp is None:
             object.__setattr__(self, "mlp", -(-(8 * self.width // 3) // 256) * 256)
-        require_positive(
-            num_classes=self.num_classes,
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            codebook_size=self.codebook_size,
-        )
-        require_positive(mlp=self.hidden)
+        sizes = ("num_classes", "width", "depth", "heads", "codebook_size", "mlp")
+        require_positive(**{name: getattr(self, name) for name in sizes})
         if self.width % self.heads or self.width // self.heads % 4:
-            raise DetailFlowError(
-                f"width must be heads times a multiple of 4 (2-D rotary positions): {self.width} is not for {self.heads} heads"
-            )
+            wanted = "heads times a multiple of 4 (2-D rotary positions)"
+            raise DetailFlowError(f"width must be {wanted}: {self.width} is not for {self.heads} heads")
         if not 0 <= self.dropout < 1:
             raise DetailFlowError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         if not 0 < self.rope_base < float("inf"):
@@ -82,7 +75,7 @@ class GPTConfig:
 
     @property
     def schedule(self) -> TokenSchedule:
-        """The order of the tokens; resolutions are the tokenizer's affair."""
+        """The order of the tokens; their resolutions are known to the tokenizer only."""
         return TokenSchedule(self.num_tokens, self.group_size, self.causal_tokens, image_size=1, patch_size=1)
 
     @property
@@ -162,24 +155,23 @@ class Block(nn.Module):
 
 
 def rotary_table(config: GPTConfig) -> Tensor:
-    """(N, head_dim/2, 2) cosines and sines: row ⌊(i−1)/g⌋ in the first half of the pairs, column (i−1) mod g in the second.
+    """Return (N, head_dim/2, 2) cosines and sines of 2-D positions.
 
-    Position 0, the class, gets zeros, so that its query and key vanish (docs/method.md#ar-model).
+    The row ⌊(i−1)/g⌋ turns the first half of the pairs, the column (i−1) mod g the second. Position 0, the class, gets
+    zeros, so that its query and key vanish (docs/method.md#ar-model).
     """
     half = config.width // config.heads // 2
     frequencies = config.rope_base ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
-    i = torch.arange(config.num_tokens - 1)
-    angles = torch.cat(
-        ((i // config.group_size)[:, None] * frequencies, (i % config.group_size)[:, None] * frequencies), -1
-    )
-    table = torch.stack((angles.cos(), angles.sin()), -1)
-    return torch.cat((torch.zeros(1, half, 2), table))
+    i = torch.arange(config.num_tokens - 1)[:, None]
+    angles = torch.cat((i // config.group_size * frequencies, i % config.group_size * frequencies), -1)
+    return torch.cat((torch.zeros(1, half, 2), torch.stack((angles.cos(), angles.sin()), -1)))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn neighbouring pairs of x (…, T, head_dim) by `rotation` (T, head_dim/2, 2), in float32.
 
-    A pair is a complex number, and one complex product is several times faster than the real ones, which only a compiler fuses.
+    A pair is a complex number: one complex product is several times faster than the real ones, which only a compiler
+    fuses.
     """
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
@@ -192,7 +184,12 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class DetailFlowGPT(nn.Module):
-    """Class labels to sequences of codes; see `forward` and `generate`."""
+    """Class labels to token sequences; see `forward` and `generate`.
+
+    >>> gpt = DetailFlowGPT.from_pretrained(device="cpu")  # the model in the package
+    >>> gpt.generate(torch.tensor([3, 5]), num_tokens=8, temperature=0).shape
+    torch.Size([2, 8])
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -211,7 +208,7 @@ class DetailFlowGPT(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | Path,
+        path_or_id: str | Path | None = None,
         *,
         variant: Literal["ema", "model"] = "ema",
         device: torch.device | str | None = None,
@@ -221,34 +218,29 @@ class DetailFlowGPT(nn.Module):
         """Load an AR model from a local folder or a hub id, in our layout or the published one, in evaluation mode.
 
         Args:
-            variant: "ema" (the weights to sample from, where present) or "model".
+            path_or_id: see `hub.resolve`; `None` is the model in the package.
+            variant: "ema" (the averaged weights, to sample from) or "model".
             device: `None` is the GPU if there is one, else the CPU.
             dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
             revision: a branch, tag or commit of a model on the hub; `None` is the newest.
-
-        Raises:
-            DetailFlowError: if there is no such model, or it is not an AR model, or its files are damaged.
         """
         device, dtype = choose_device(device), choose_dtype(dtype)
-        config, tensors = hub.load(path_or_id, "gpt", variant, dtype, revision)
+        config, tensors = hub.load(path_or_id, "gpt", variant=variant, dtype=dtype, revision=revision)
         return build(cls, GPTConfig, config, tensors, path_or_id, dtype).to(device)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors to `directory`."""
-        hub.save(directory, "gpt", asdict(self.config), self.state_dict())
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors to `folder`."""
+        hub.save(folder, "gpt", asdict(self.config), self.state_dict())
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.head.weight.device
 
     def forward(self, class_ids: Tensor, ids: Tensor) -> Tensor:
         """Teacher forcing: (B,) class ids and (B, N) codes → (B, N, K) logits, those at position i predicting token i.
 
         Class id `num_classes` is the null class.
-
-        Raises:
-            DetailFlowError: for codes of another shape than (B, N).
         """
         if ids.ndim != 2 or ids.shape != (len(class_ids), self.config.num_tokens):
             raise DetailFlowError(
@@ -260,19 +252,16 @@ class DetailFlowGPT(nn.Module):
         return self.logits(x, rotation, self.schedule.attention_mask(self.config.num_tokens, x.device))
 
     def compile_generation(self, batch_size: int) -> None:
-        """Let generation of `batch_size` images at a time run as a compiled program; any other number stays as it is.
+        """Compile the generation of `batch_size` images at a time; other numbers of images are not affected.
 
-        The first images then take minutes on a CPU. Weights that change later are not seen, and each of the programs, for single
-        tokens and groups, guided or not, holds a copy of them.
-
-        Raises:
-            DetailFlowError: where nothing can be compiled, for lack of a C++ compiler for example.
+        The first images then take minutes on a CPU. Later changes of the weights are not seen, and each program (single
+        tokens or groups, guided or not) keeps a copy of them.
         """
         require_positive(batch_size=batch_size)
         self.compiled_logits, self.compiled_for = compiled(self.logits, self.device), batch_size
 
     def forget_compiled(self) -> None:
-        """Go back to what is not compiled, for weights that are others or elsewhere now."""
+        """Drop the compiled programs, as after a change of the weights or their device."""
         self.compiled_logits = self.compiled_for = None
 
     def logits(
@@ -292,66 +281,42 @@ class DetailFlowGPT(nn.Module):
     def generate(
         self,
         class_ids: Tensor,
-        guidance_scale: float | None = None,
-        guidance_schedule: str | None = None,
-        temperature: float | None = None,
-        top_k: int | Literal["off"] | None = None,
-        top_p: float | Literal["off"] | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        *,
+        generator: Generators | None = None,
         num_tokens: int | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Tensor:
-        """(B,) class ids → (B, n) int64 codes; `None` means the model's own best value.
+        """Generate token sequences: (B,) class ids → (B, n) int64 codes.
 
         Args:
-            guidance_scale: s in uncond + s·(cond − uncond); 1 is no guidance and costs none.
-            guidance_schedule: "constant" or "linear", which lowers s from group to group.
-            temperature: 0 is argmax.
-            top_k: draw only from that many most likely codes; "off" is all.
-            top_p: draw only from the most likely codes that sum to this probability; "off" is all.
-            generator: one per image, or one from which each image's own seed is drawn.
-            num_tokens: stop after the first n tokens.
-
-        Raises:
-            DetailFlowError: for an unknown class, a bad sampling value or a count of tokens that is not valid.
+            class_ids: 0 to num_classes − 1.
+            generator: one per image, or one that each image's own seed is drawn from; `None` is torch's own.
+            num_tokens: stop after the first n tokens; `None` is all N.
+            sampling: see `SamplingOptions`.
         """
-        sampling = self.sampling(guidance_scale, guidance_schedule, temperature, top_k, top_p)
-        *_, ids = self.stream(class_ids, sampling, generator, num_tokens)
+        *_, ids = self.stream(class_ids, self.sampling(**sampling), generator, num_tokens)
         return ids
 
-    def sampling(
-        self,
-        guidance_scale: float | None = None,
-        guidance_schedule: str | None = None,
-        temperature: float | None = None,
-        top_k: int | Literal["off"] | None = None,
-        top_p: float | Literal["off"] | None = None,
-    ) -> SamplingConfig:
-        """Return the model's own best way to sample, with what is given in its place; "off" is no top-k or no top-p."""
-        given: dict[str, Any] = dict(
-            guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
-        chosen = {name: value for name, value in given.items() if value is not None}
-        off = {name: None for name in ("top_k", "top_p") if chosen.get(name) == generation.OFF}
-        return replace(self.config.sampling, **{**chosen, **off})
+    def sampling(self, **options: Unpack[SamplingOptions]) -> SamplingConfig:
+        """Return the model's own best way to sample, with the options that are given in its place."""
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        off = {name: None for name in ("top_k", "top_p") if given.get(name) == generation.OFF}
+        return replace(self.config.sampling, **{**given, **off})
 
     def stream(
         self,
         class_ids: Tensor,
         sampling: SamplingConfig,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators | None = None,
         num_tokens: int | None = None,
     ) -> Iterator[Tensor]:
-        """The codes so far, (B, n), after each decoding step; see `generate`."""
+        """Yield the codes so far, (B, n), after each decoding step; see `generate`."""
         n = self.schedule.check_count(num_tokens)
         class_ids = class_ids.to(self.device)
         check_ids("class_ids", class_ids, 1, self.config.num_classes + 1)
         if not len(class_ids):
             raise DetailFlowError("class_ids must have at least one class")
-        noise = generation.image_noise(generation.one_each(generator, len(class_ids)), self.config.num_tokens)
+        noise = generation.image_noise(generation.image_generators(generator, len(class_ids)), self.config.num_tokens)
         model = generation.CachedModel(self, class_ids, sampling.guided)
         return generation.generate(model, self.schedule, sampling, noise, n, self.device)
 
@@ -362,9 +327,8 @@ class DetailFlowGPT(nn.Module):
     def inputs(self, class_ids: Tensor, ids: Tensor, start: int, end: int) -> Tensor:
         """Embed positions `start` to `end` of [class, z_1 … z_c, m_1 … m_{g−1}, z_{c+1} … z_{N−g}].
 
-        See docs/method.md#ar-model.
-
-        Position i holds token i − 1 up to c; the g − 1 masks follow; from c + g on position i holds token i − g.
+        See docs/method.md#ar-model. Position i has token i − 1 up to c; the g − 1 masks follow; from c + g on position
+        i has token i − g.
         """
         c, g = self.schedule.prefix, self.schedule.group_size
         parts = []

@@ -1,4 +1,4 @@
-"""The 1-D tokenizer: an image to an ordered sequence of codes, and the first n of them back (docs/method.md#tokenizer)."""
+"""The 1-D tokenizer (Sec. 3.1 and 3.3): an image to an ordered token sequence, and its first n tokens back."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,79 +28,31 @@ from detailflow.models.layers import (
 from detailflow.models.loading import build, check_ids
 from detailflow.schedule import TokenSchedule, require_positive
 
-
-class VectorQuantizer(nn.Module):
-    """Projects latents to d dimensions, L2-normalises them and picks the nearest L2-normalised code.
-
-    Args:
-        width: of the latents that come in.
-        size: K, number of codes.
-        dim: d, dimensions of a code.
-    """
-
-    def __init__(self, width: int, size: int, dim: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(width, dim)
-        self.codebook = nn.Parameter(F.normalize(torch.empty(size, dim).normal_(), dim=-1))
-
-    def codes(self) -> Tensor:
-        """(K, d) unit vectors."""
-        return F.normalize(self.codebook, dim=-1)
-
-    def lookup(self, ids: Tensor) -> Tensor:
-        """(…) int64 → (…, d) unit vectors."""
-        return F.normalize(self.codebook[ids], dim=-1)
-
-    def unit_latents(self, latents: Tensor) -> Tensor:
-        """(B, n, width) → (B, n, d), projected and L2-normalised, always in float32."""
-        with torch.autocast(latents.device.type, enabled=False):
-            return F.normalize(
-                F.linear(latents.float(), self.project.weight.float(), self.project.bias.float()), dim=-1
-            )
-
-    @torch.no_grad()
-    def nearest(self, z: Tensor) -> Tensor:
-        """(…, d) unit vectors → (…) int64, the nearest code: for unit vectors the one with the largest dot product."""
-        with torch.autocast(z.device.type, enabled=False):
-            return (z @ self.codes().to(z.dtype).T).argmax(-1)
-
-    @torch.no_grad()
-    def nearest_k(self, z: Tensor, k: int) -> Tensor:
-        """(…, d) unit vectors → (…, min(k, K)) int64, the nearest codes, the nearest first."""
-        with torch.autocast(z.device.type, enabled=False):
-            return (z @ self.codes().to(z.dtype).T).topk(min(k, self.codebook.shape[0]), dim=-1).indices
-
-
-def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) uses of each code → the share of codes that were used, and how many equally frequent ones are as hard to guess."""
-    shares = counts / counts.sum()
-    return (shares > 0).to(shares.dtype).mean(), torch.special.entr(shares).sum().exp()
-
-
 POSITION_SCALE = (
-    0.5  # of query tokens and their positions at the start: as large as what is added to them, so that they are seen
+    0.5  # std of query tokens and positions at the start: as large as what is added to them, or they go unseen
 )
-LARGEST_PIXEL = 1.5  # in size; 1 is white, and what a decoder or a resize makes goes somewhat beyond
+LARGEST_PIXEL = 1.5  # 1 is white, and the output of a decoder or a resize goes somewhat beyond
 WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (docs/method.md#self-correction)
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes of a `DetailFlowTokenizer`; the defaults are DetailFlow-16's schedule and codebook (docs/method.md#symbols).
+    """Sizes of a `DetailFlowTokenizer` (docs/method.md#symbols); the defaults are those of DetailFlow-16.
 
-    With `causal_encoder` off the encoder's queries all see each other, as in the baseline of the paper's table 2. The last three
-    are not in the paper, nor in the published layout (docs/method.md#beyond-the-paper):
+    >>> config = TokenizerConfig(encoder=ViTConfig(64, 2, 4), decoder=ViTConfig(64, 2, 4), image_size=64, num_tokens=32)
+    >>> config.schedule.decode_size(8)
+    16
 
     Attributes:
-        linear_path: a learned linear map from patches to queries, and from codes to the canvas, beside attention. It starts as a
-            cosine transform, low frequencies first.
-        pixel_channels: numbers that the decoder's last linear layer gives for each pixel. Above 3, two small convolutions turn
+        causal_encoder: if off, the encoder's queries all attend to each other, as in the baseline of the paper's table
+            2.
+        linear_path: add a learned linear map from patches to queries, and from codes to the canvas, beside attention.
+            This and the next two are neither in the paper nor in the published layout
+            (docs/method.md#beyond-the-paper).
+        pixel_channels: numbers per pixel from the decoder's last linear layer. Above 3, two small convolutions turn
             them into the picture, across patch edges.
-        absent_token: a learned vector that the decoder sees in place of each token that is not given, so that a few tokens can
-            be decoded at full size (nested dropout: FlexTok, arXiv 2502.13967).
-
-    Raises:
-        DetailFlowError: where the values contradict each other.
+        absent_token: a learned vector that the decoder sees in place of each token that is not given, so that a few
+            tokens can be decoded at full size (nested dropout: FlexTok, arXiv 2502.13967).
     """
 
     encoder: ViTConfig
@@ -132,10 +84,53 @@ class TokenizerConfig:
         )
 
 
-class Patches(NamedTuple):
-    """What every set of queries needs of the images."""
+class VectorQuantizer(nn.Module):
+    """Project latents to `dim` dimensions, normalize them and pick the nearest of `size` normalized codes."""
 
-    blocks: list[KeyValue]  # of every block's patches
+    def __init__(self, width: int, size: int, dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, dim)
+        self.codebook = nn.Parameter(F.normalize(torch.empty(size, dim).normal_(), dim=-1))
+
+    def codes(self) -> Tensor:
+        """Return the codes, (K, d) unit vectors."""
+        return F.normalize(self.codebook, dim=-1)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """(…) int64 → (…, d) unit vectors."""
+        return F.normalize(self.codebook[ids], dim=-1)
+
+    def unit_latents(self, latents: Tensor) -> Tensor:
+        """(B, n, width) → (B, n, d) unit vectors, always in float32."""
+        with torch.autocast(latents.device.type, enabled=False):
+            projected = F.linear(latents.float(), self.project.weight.float(), self.project.bias.float())
+            return F.normalize(projected, dim=-1)
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """(…, d) unit vectors → (…) int64, the nearest code: for unit vectors the one with the largest dot product."""
+        return self._similarities(z).argmax(-1)
+
+    @torch.no_grad()
+    def nearest_k(self, z: Tensor, k: int) -> Tensor:
+        """(…, d) unit vectors → (…, min(k, K)) int64, the nearest codes, the nearest first."""
+        return self._similarities(z).topk(min(k, self.codebook.shape[0]), dim=-1).indices
+
+    def _similarities(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            return z @ self.codes().to(z.dtype).T
+
+
+def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(K,) uses of each code → the fraction of codes that were used, and the perplexity of their distribution."""
+    frequencies = counts / counts.sum()
+    return (frequencies > 0).to(frequencies.dtype).mean(), torch.special.entr(frequencies).sum().exp()
+
+
+class Patches(NamedTuple):
+    """An image's patches as every set of queries uses them."""
+
+    blocks: list[KeyValue]  # keys and values in each block
     linear: Tensor | None  # (B, N, width): what the linear path adds to the queries
 
     @property
@@ -143,17 +138,17 @@ class Patches(NamedTuple):
         """B."""
         return len(self.blocks[0][0])
 
-    def first(self, count: int) -> "Patches":
-        """Of the first `count` images."""
-        blocks = [(k[:count], v[:count]) for k, v in self.blocks]
-        return Patches(blocks, None if self.linear is None else self.linear[:count])
+    def first(self, images: int) -> "Patches":
+        """Return those of the first images."""
+        blocks = [(k[:images], v[:images]) for k, v in self.blocks]
+        return Patches(blocks, None if self.linear is None else self.linear[:images])
 
 
 class Encoder(nn.Module):
     """Image patches and query tokens in one transformer.
 
-    Patches never look at queries, so their keys and values are computed once per image (`patches`) and serve every
-    set of queries (`queries`): the clean pass and the self-correction pass.
+    Patches never attend to queries, so their keys and values are computed once per image (`patches`) and serve both
+    passes of queries (`queries`), the clean one and the self-correction pass.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -171,23 +166,23 @@ class Encoder(nn.Module):
         self.linear: nn.Parameter | None = None
         if config.linear_path:
             grid = 0.5 * cosine_grid(config.num_tokens)
-            grid[0] = 1 / grid.shape[1] ** 2 * grid.shape[1] / 8  # the mean of all patches
+            grid[0] = 1 / (8 * grid.shape[1])  # the mean of all patches
             self.linear = nn.Parameter(grid)
 
     def patches(self, images: Tensor) -> Patches:
-        """(B, 3, H, W) → keys and values of every block's patches, and what the linear path makes of them."""
+        """(B, 3, H, W) pixels → their patches in every block."""
         rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
         embedded = self.patch_embed(patchify(images, self.patch_size))
         linear = None
-        if self.linear is not None:  # as large on any grid as on its own
+        if self.linear is not None:  # scaled to be as large on any grid as on its own
             scale = self.linear.shape[1] / (rows * columns) ** 0.5
             linear = (resize_grid(self.linear, rows, columns) * scale).to(embedded.dtype) @ embedded
         x = embedded + resize_positions(self.pos_embed, rows, columns)
-        cache = []
+        blocks = []
         for block in self.blocks:
             x, own = block(x)
-            cache.append(own)
-        return Patches(cache, linear)
+            blocks.append(own)
+        return Patches(blocks, linear)
 
     def queries(self, queries: Tensor, patches: Patches, schedule: TokenSchedule) -> Tensor:
         """(B, n, width) queries without positions → (B, n, width) latents."""
@@ -202,7 +197,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Mask tokens, one per output patch, and latents in one transformer without any mask."""
+    """Mask tokens, one per output patch, and latents in one transformer without an attention mask."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -225,8 +220,7 @@ class Decoder(nn.Module):
     def forward(self, quantized: Tensor, height: int, width: int, present: Tensor | None = None) -> Tensor:
         """(B, n, d) unit vectors → (B, 3, height, width) pixels in about [-1, 1].
 
-        Args:
-            present: (B, n), False for tokens that are to be as absent as those after the n; only with an `absent_token`.
+        `present`, (B, n), is False for tokens to treat as absent, like those after the n; only with an `absent_token`.
         """
         rows, columns = height // self.patch_size, width // self.patch_size
         projected = self.project(quantized)
@@ -236,9 +230,8 @@ class Decoder(nn.Module):
         canvas = self.mask_token + resize_positions(self.pos_embed, rows, columns)
         canvas = canvas.expand(latents.shape[0], -1, -1).to(latents.dtype)
         if self.linear is not None:
-            canvas = (
-                canvas + resize_grid(self.linear, rows, columns)[: projected.shape[1]].T.to(projected.dtype) @ projected
-            )
+            linear = resize_grid(self.linear, rows, columns)[: projected.shape[1]].T
+            canvas = canvas + linear.to(projected.dtype) @ projected
         x = torch.cat((canvas, latents), 1)
         for block in self.blocks:
             x, _ = block(x)
@@ -246,7 +239,7 @@ class Decoder(nn.Module):
         return pixels if self.refine_pixels is None else pixels[:, :3] + self.refine_pixels(pixels)
 
     def _with_absent(self, latents: Tensor, projected: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The learned vector in place of latents (B, n, width) that are not there, up to all N; no linear path from them."""
+        """Put the learned vector in place of absent latents (B, n, width), up to all N; they have no linear path."""
         assert self.absent is not None
         absent = self.absent.to(latents.dtype)
         if present is not None:
@@ -257,7 +250,14 @@ class Decoder(nn.Module):
 
 
 class DetailFlowTokenizer(nn.Module):
-    """Images to ordered codes and back; see `encode`, `decode` and `encode_correction`."""
+    """Images to token sequences and back; see `encode`, `decode` and `encode_correction`.
+
+    >>> tokenizer = DetailFlowTokenizer.from_pretrained(device="cpu")  # the model in the package
+    >>> images = torch.zeros(2, 3, 32, 32)  # grey, in [-1, 1]
+    >>> ids = tokenizer.encode(images)
+    >>> ids.shape, tokenizer.decode(ids[:, :8]).shape
+    (torch.Size([2, 48]), torch.Size([2, 3, 12, 12]))
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class DetailFlowTokenizer(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | Path,
+        path_or_id: str | Path | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -282,73 +282,61 @@ class DetailFlowTokenizer(nn.Module):
         """Load a tokenizer from a local folder or a hub id, in our layout or the published one, in evaluation mode.
 
         Args:
+            path_or_id: see `hub.resolve`; `None` is the model in the package.
             device: `None` is the GPU if there is one, else the CPU.
             dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
             revision: a branch, tag or commit of a model on the hub; `None` is the newest.
-
-        Raises:
-            DetailFlowError: if there is no such model, or it is not a tokenizer, or its files are damaged.
         """
         device, dtype = choose_device(device), choose_dtype(dtype)
         config, tensors = hub.load(path_or_id, "tokenizer", dtype=dtype, revision=revision)
         return build(cls, TokenizerConfig, config, tensors, path_or_id, dtype).to(device)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors to `directory`."""
-        hub.save(directory, "tokenizer", asdict(self.config), self.state_dict())
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors to `folder`."""
+        hub.save(folder, "tokenizer", asdict(self.config), self.state_dict())
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.decoder.mask_token.device
 
-    # --- the public contract -----------------------------------------------------------------------------------
-
     @torch.no_grad()
-    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Encode images: (B, 3, H, W) pixels in [-1, 1] → (B, n) int64 codes, the first `num_tokens` (all N for `None`).
+    def encode(self, images: Tensor, *, num_tokens: int | None = None) -> Tensor:
+        """Encode images: (B, 3, H, W) pixels in [-1, 1] → (B, n) int64 codes, the first `num_tokens` (`None` is all N).
 
-        H and W are R as a rule. Any other multiples of f will do, of which those with √(H·W) near R suit the model best.
-
-        Raises:
-            DetailFlowError: for a wrong shape, pixels out of range or a count of tokens that is not valid.
+        H and W are usually R. Other multiples of f work as well; those with √(H·W) near R suit the model best.
         """
         n = self.schedule.check_count(num_tokens)
         return self.quantizer.nearest(self.encode_latents(self.encode_patches(self._checked(images)), n))
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
-        """Decode codes: (B, n) → (B, 3, s, s) pixels in about [-1, 1]; `size` `None` means D(n) (docs/method.md#resolution-map).
+    def decode(self, ids: Tensor, *, size: int | tuple[int, int] | None = None) -> Tensor:
+        """Decode (B, n) codes to (B, 3, s, s) pixels in about [-1, 1].
 
-        `size` may be (height, width) as well; `TokenSchedule.decode_shape` has the D(n) of such shapes.
-
-        Raises:
-            DetailFlowError: for codes that are not in the codebook, a count of them that is not valid, or a bad size.
+        `size` is s or (height, width), `None` is D(n); `TokenSchedule.decode_shape` has the D(n) of images that are not
+        square.
         """
         check_ids("codes", ids, 2, self.config.codebook_size)
         n = self.schedule.check_count(ids.shape[1])
         size = self.schedule.decode_size(n) if size is None else size
-        sides = size if isinstance(size, tuple) else (size, size)
-        if len(sides) != 2 or any(not isinstance(s, int) or s < 1 or s % self.config.patch_size for s in sides):
+        sides, patch = size if isinstance(size, tuple) else (size, size), self.config.patch_size
+        if len(sides) != 2 or any(not isinstance(s, int) or s < 1 or s % patch for s in sides):
             raise DetailFlowError(
-                f"size must be a positive multiple of {self.config.patch_size} pixels, or (height, width) of such, not {size}"
+                f"size must be a positive multiple of {patch} pixels, or (height, width) of such, not {size}"
             )
         return self.decode_quantized(self.quantizer.lookup(ids.to(self.device)), size)
 
     @torch.no_grad()
-    def encode_correction(self, images: Tensor, position: int, wrong_tokens: Tensor) -> Tensor:
-        """Return what the later tokens become if those at `position` are wrong (docs/method.md#self-correction).
+    def encode_correction(self, images: Tensor, *, position: int, wrong_tokens: Tensor) -> Tensor:
+        """Encode images with wrong tokens at `position`, which later tokens make up for (Sec. 3.3).
 
         Args:
             images: (B, 3, H, W) pixels in [-1, 1], as for `encode`.
-            position: p, below c any token, from c on the start of a group.
-            wrong_tokens: (B, 1) codes for p < c, else (B, g).
+            position: p, any token below c, from c on the start of a group.
+            wrong_tokens: (B, 1) codes if p < c, else (B, g).
 
         Returns:
-            (B, N) int64: clean before p, `wrong_tokens`, then the correction.
-
-        Raises:
-            DetailFlowError: as `encode`, for a position that starts no step, or wrong tokens of another shape.
+            (B, N) int64: clean before p, then `wrong_tokens`, then corrected.
         """
         end = self.span(position)
         expected = (images.shape[0], end - position)
@@ -357,76 +345,59 @@ class DetailFlowTokenizer(nn.Module):
                 f"wrong_tokens at position {position} must have shape {expected}, not {tuple(wrong_tokens.shape)}"
             )
         check_ids("wrong_tokens", wrong_tokens, 2, self.config.codebook_size)
-        wrong_tokens = wrong_tokens.to(self.device)
         patches = self.encode_patches(self._checked(images))
-        clean = self.quantizer.nearest(self.encode_latents(patches, self.config.num_tokens))
-        clean[:, position:end] = wrong_tokens
-        corrected = self.quantizer.nearest(self.correct_latents(patches, clean, end))
-        return torch.cat((clean[:, :end], corrected[:, end:]), 1)
+        given = self.quantizer.nearest(self.encode_latents(patches, self.config.num_tokens))
+        given[:, position:end] = wrong_tokens.to(self.device)
+        corrected = self.quantizer.nearest(self.correct_latents(patches, given, end))
+        return torch.cat((given[:, :end], corrected[:, end:]), 1)
 
     def _checked(self, images: Tensor) -> Tensor:
-        """Check the range of images, which costs a wait for the GPU; → the same where the weights are, in their type.
-
-        Raises:
-            DetailFlowError: for pixels out of range.
-        """
+        """Check the range of images, which waits for the GPU, and move them to the device and dtype of the weights."""
         if has_patches(images, self.config.patch_size) and images.numel():  # else `encode_patches` says what is wrong
             low, high = (value.item() for value in torch.aminmax(images))
-            if not (low >= -LARGEST_PIXEL and high <= LARGEST_PIXEL):  # nor if they are no numbers
+            if not (low >= -LARGEST_PIXEL and high <= LARGEST_PIXEL):  # also if they are NaN
                 raise DetailFlowError(
-                    f"the pixels of images must be in [-1, 1], not {low:g} to {high:g}: of bytes, take bytes / 127.5 - 1"
+                    f"the pixels of images must be in [-1, 1], not {low:g} to {high:g}: "
+                    "of bytes, take bytes / 127.5 - 1"
                 )
             images = images.to(self.device, self.decoder.mask_token.dtype)
         return images
 
-    # --- the parts that training needs with gradients ----------------------------------------------------------
-
     def span(self, position: int) -> int:
-        """The end of the tokens that are wrong together when those at `position` are.
-
-        Raises:
-            DetailFlowError: where no decoding step starts at `position`.
-        """
+        """Return the end of the tokens that are wrong together if those at `position` are."""
         if any(start == position for start, _ in self.schedule.steps):
             return self.schedule.span_end(position)
         single = f"below {self.schedule.prefix} or " if self.schedule.prefix else ""
-        raise DetailFlowError(
-            f"position must be {single}a multiple of {self.config.group_size} below {self.config.num_tokens}, not {position}"
-        )
+        multiple = f"a multiple of {self.config.group_size} below {self.config.num_tokens}"
+        raise DetailFlowError(f"position must be {single}{multiple}, not {position}")
+
+    # --- the same with gradients, for training ---------------------------------------------------------------------
 
     def encode_patches(self, images: Tensor) -> Patches:
-        """(B, 3, H, W) → what every set of queries needs of the image.
-
-        Raises:
-            DetailFlowError: for a wrong shape.
-        """
+        """(B, 3, H, W) pixels → their patches in every block of the encoder."""
         side, patch = self.config.image_size, self.config.patch_size
         if not has_patches(images, patch):
             raise DetailFlowError(
-                f"images must be floats of shape (B, 3, {side}, {side}) in [-1, 1], or with other multiples of {patch} as sides, "
-                f"not {tuple(images.shape)} {images.dtype}"
+                f"images must be floats of shape (B, 3, {side}, {side}) in [-1, 1], or with other multiples of {patch} "
+                f"as sides, not {tuple(images.shape)} {images.dtype}"
             )
         return self.encoder.patches(images)
 
     def encode_latents(self, patches: Patches, n: int) -> Tensor:
-        """→ (B, n, d) unit vectors before quantization."""
-        count = (
-            n if self.config.causal_encoder else self.config.num_tokens
-        )  # else later queries count for the first n as well
-        queries = self.encoder.query_tokens[:count].expand(patches.images, -1, -1)
+        """Return (B, n, d) unit vectors before quantization."""
+        needed = n if self.config.causal_encoder else self.config.num_tokens  # else later queries affect the first n
+        queries = self.encoder.query_tokens[:needed].expand(patches.images, -1, -1)
         if patches.linear is not None:
-            queries = queries + patches.linear[:, :count]
+            queries = queries + patches.linear[:, :needed]
         return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))[:, :n]
 
     def correct_latents(self, patches: Patches, given: Tensor, end: Tensor | int) -> Tensor:
-        """The self-correction pass with gradients.
+        """Return (B, N, d) unit vectors of the self-correction pass (Sec. 3.3); those from `end` on are new.
 
         Args:
-            given: (B, N) codes, of which those before `end` are written already, mistakes included; the rest is not looked at.
+            patches: of the images.
+            given: (B, N) codes; those before `end` are written already, mistakes included, the rest is ignored.
             end: one position for all images, or (B, 1) positions.
-
-        Returns:
-            (B, N, d) unit vectors; those from `end` on are the tokens' latents.
         """
         written = torch.arange(self.config.num_tokens, device=given.device) < end
         refined = self.encoder.refine(self.quantizer.lookup(given).detach())
@@ -445,7 +416,7 @@ class DetailFlowTokenizer(nn.Module):
         return near.gather(-1, choice[..., None])[..., 0]
 
     def decode_quantized(self, quantized: Tensor, size: int | tuple[int, int], present: Tensor | None = None) -> Tensor:
-        """(B, n, d) unit vectors → (B, 3, size, size) pixels, or (B, 3, height, width); for `present` see `Decoder`."""
+        """(B, n, d) unit vectors → (B, 3, size, size) pixels, or (B, 3, height, width); see `Decoder` for `present`."""
         height, width = size if isinstance(size, tuple) else (size, size)
         full = (self.compiled_for, self.config.num_tokens, self.config.image_size, self.config.image_size)
         if self._compiled is not None and present is None and (*quantized.shape[:2], height, width) == full:
@@ -453,23 +424,17 @@ class DetailFlowTokenizer(nn.Module):
         return self.decoder(quantized, height, width, present)
 
     def compile_decoding(self, batch_size: int) -> None:
-        """Let the decoding of `batch_size` images at a time, from all tokens at side R, run as a compiled program.
-
-        See `DetailFlowGPT.compile_generation`.
-
-        Raises:
-            DetailFlowError: where nothing can be compiled.
-        """
+        """Compile the decoding of `batch_size` images at a time, from all tokens at side R; see `DetailFlowGPT`."""
         require_positive(batch_size=batch_size)
         self._compiled, self.compiled_for = compiled(self.decoder, self.device), batch_size
 
     def forget_compiled(self) -> None:
-        """Go back to what is not compiled, for weights that are others or elsewhere now."""
+        """Drop the compiled program, as after a change of the weights or their device."""
         self._compiled = self.compiled_for = None
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear) and not module.weight.is_meta:  # whose arithmetic would import a compiler
+    if isinstance(module, nn.Linear) and not module.weight.is_meta:  # arithmetic there would import a compiler
         nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
         nn.init.zeros_(module.bias)
     if isinstance(module, Decoder) and isinstance(module.refine_pixels, nn.Sequential):  # starts as nothing

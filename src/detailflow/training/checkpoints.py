@@ -10,7 +10,7 @@ from typing import Any
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import replacing
-from detailflow.hub import CONFIG_FILE
+from detailflow.published import CONFIG_FILE
 from detailflow.runs import (
     CHECKPOINTS,
     MILESTONES,

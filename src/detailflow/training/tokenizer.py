@@ -382,7 +382,7 @@ class TokenizerStage:
             end = schedule.span_end(position)
             z = self.model.encode_latents(self.model.encode_patches(images), schedule.num_tokens)[:, position:end]
             corrected = self.model.encode_correction(
-                images, position, self.model.plant_mistakes(z, self.config.mistakes)
+                images, position=position, wrong_tokens=self.model.plant_mistakes(z, self.config.mistakes)
             )
             alone = torch.cat((corrected[:, :end], ids[:, end:]), 1)
             mistaken += [self.model.decode(alone), self.model.decode(corrected)]
