@@ -1,10 +1,14 @@
-"""The messages that the documentation explains are ones that the code has."""
+"""The documentation's messages are ones that the code has, and its links and paths lead somewhere."""
 
 import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")])
+PATH = re.compile(r"\b(?:src|docs|tests|benchmarks|experiments|examples)/[\w./-]*\w")
 FEWEST = 12  # letters that must be the code's own, and not a value's
 
 
@@ -51,3 +55,22 @@ def test_every_message_that_is_explained():
     messages, known = explained(), texts()
     assert len(messages) > 10
     assert [message for message in messages if not any(begins(parts, message) for parts in known)] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as a browser makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_and_path(page: Path):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith(("http", "mailto:")):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+    for path in PATH.findall(re.sub(r"https?://\S+|\]\([^)]*\)", "", text)):
+        assert (ROOT / path).exists(), path
