@@ -1,4 +1,4 @@
-"""How the cost of generation grows with the sequence, the batch and the model, beside what it should be.
+"""How the cost of generation grows with the sequence, the batch and the model, compared with what it should be.
 
 A decoding step reads every weight once and does two operations per weight for each position that it adds. So its time
 should be the larger of bytes over bandwidth and operations over speed (`detailflow.machine`). Earlier positions should

@@ -1,4 +1,4 @@
-"""Time a model on this machine, beside a loop without a KV cache and the machine's limits (docs/speed.md)."""
+"""Time a model on this machine, compared with a loop without a KV cache and with its limits (docs/speed.md)."""
 
 import gc
 import math

@@ -1,4 +1,4 @@
-"""`detailflow bench`: how fast a model is here, beside a loop without a cache and the machine's own limits."""
+"""`detailflow bench`: time a model, compared with a loop without a KV cache and with the machine's limits."""
 
 from collections.abc import Sequence
 
