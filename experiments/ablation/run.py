@@ -125,7 +125,7 @@ def distance(figures: Iterable[str]) -> str:
 
 
 def compare(before: Sequence[float], after: Sequence[float], paper: float) -> tuple[float, str]:
-    """Return the change between two variants and its verdict: a t test at 95%, then the sign compared with the paper."""
+    """Return the change between two variants and its verdict: a t test at 95%, then the sign compared to the paper."""
     change = mean(after) - mean(before)
     if len(after) > 1 and stats.ttest_ind(before, after).pvalue > 0.05:
         return change, "no more than other seeds may differ"
