@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detailflow.schedule import TokenSchedule
-from detailflow.training.tokenizer import draw_count, draw_position
+from detailflow.training.passes import draw_count, draw_position
 
 SHAPES = [(128, 8, 8), (32, 4, 8), (16, 4, 4), (24, 8, 16), (12, 1, 3), (8, 8, 8), (8, 4, 8), (1, 1, 1)]  # (N, g, c)
 SHAPES += [(16, 4, 0), (4, 4, 0)]

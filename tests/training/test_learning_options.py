@@ -14,7 +14,8 @@ from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.schedule import TokenSchedule
 from detailflow.training.config import LoopConfig, TokenizerTraining
-from detailflow.training.tokenizer import TokenizerNetworks, TokenizerStage, draw_present, tokenizer_optimizers
+from detailflow.training.passes import TokenizerNetworks, draw_present
+from detailflow.training.tokenizer import TokenizerStage, tokenizer_optimizers
 
 VIT = ViTConfig(32, 2, 2)
 SIZES = dict(

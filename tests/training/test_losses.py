@@ -21,7 +21,8 @@ from detailflow.training.losses import (
     quantization_loss,
     straight_through,
 )
-from detailflow.training.tokenizer import TokenizerStage, draw_count, draw_position
+from detailflow.training.passes import draw_count, draw_position
+from detailflow.training.tokenizer import TokenizerStage
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

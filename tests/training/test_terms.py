@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from detailflow.training.losses import alignment_loss, consistency_loss, discriminator_loss, generator_loss, lecam_loss
+from detailflow.training.passes import AlignmentHead
 from detailflow.training.teachers import FEATURE_WIDTHS, FeatureNetwork
-from detailflow.training.tokenizer import AlignmentHead
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -130,6 +130,9 @@ class TokenizerTraining:
         streaming: whether to read a hub data set or shards as a stream, without a copy on this machine.
         init: a tokenizer to start from: a folder, hub name or zoo name; `model` must have its sizes, but may have more tokens.
         encoder_init: SigLIP2's vision tower to start the encoder from: a hub name, folder or file (docs/method.md#tokenizer).
+        freeze: "encoder" trains the decoder of `init` alone, by the losses of its pixels: the tokens keep their meaning.
+        tokens: with `freeze`, a token store of `init` and of these images: its crops and rows replace the random crops and
+            the passes of the encoder.
         flip, max_scale: training crops are mirrored half of the time, out of images enlarged by up to `max_scale`.
         coarse_probability: share of the steps that train fewer than all N tokens (paper table 3).
         nested_probability: share of the other steps, in which images are decoded at full size from their first 1, 2, 4, … tokens,
@@ -145,6 +148,8 @@ class TokenizerTraining:
         adversarial_network: "dino" (the paper's; needs DINO ViT-S/16's weights, downloaded once), a file with those weights,
             "patch", small convolutions that learn from scratch, or "projected", convolutions on features of EfficientNet-Lite0.
         adversarial_from: share of the steps, or from 1 on their number, before the discriminator starts.
+        adversarial_adaptive: multiply that weight by the ratio of the gradients of the pixel and perceptual losses to that of
+            the adversarial loss, as VQGAN does. Not in the paper.
         augment: whether the discriminator sees images through DiffAugment.
         lecam, consistency: weights of the discriminator's two regularisers; 0 for none.
         alignment: weight of the first token's alignment with a teacher's view of the whole image; 0 for none.
@@ -160,6 +165,8 @@ class TokenizerTraining:
     loop: LoopConfig
     init: str | None = None
     encoder_init: str | None = None
+    freeze: str | None = None
+    tokens: str | None = None
     split: str | None = None
     image_column: str = "image"
     label_column: str = "label"
@@ -180,6 +187,7 @@ class TokenizerTraining:
     adversarial: float = 0.2
     adversarial_network: str = PATCH
     adversarial_from: float = 0.5
+    adversarial_adaptive: bool = False
     augment: bool = False
     lecam: float = 0.0
     consistency: float = 0.0
@@ -192,6 +200,14 @@ class TokenizerTraining:
         require_positive(classifier_epochs=self.classifier_epochs, mistakes=self.mistakes)
         if self.init and self.encoder_init:
             raise DetailFlowError("init and encoder_init exclude each other: a tokenizer has an encoder already")
+        if self.freeze not in (None, "encoder"):
+            raise DetailFlowError(f"freeze must be encoder or null, not {self.freeze!r}")
+        if self.freeze and not self.init:
+            raise DetailFlowError("freeze keeps the tokens of a tokenizer: give that tokenizer as init")
+        if self.freeze and self.alignment:
+            raise DetailFlowError("alignment trains the encoder: set alignment to 0, or freeze to null")
+        if self.tokens and not self.freeze:
+            raise DetailFlowError("tokens are those of a frozen encoder: set freeze to encoder, or tokens to null")
         require_shares(
             coarse_probability=self.coarse_probability,
             nested_probability=self.nested_probability,

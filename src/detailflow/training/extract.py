@@ -25,7 +25,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
 from detailflow.training.config import CROPS, PRECISIONS, Extraction
-from detailflow.training.tokenizer import draw_position
+from detailflow.training.passes import draw_position
 
 CHUNK_IMAGES = 512  # what a killed process loses at most; seconds of work on a GPU, so that writing them takes no time
 
@@ -126,7 +126,7 @@ def _extract(
     with world.raise_together():
         if world.is_main:
             same = {k: v for k, v in asdict(config).items() if k not in ("data", "tokenizer", "batch_size", "workers")}
-            writer.begin(_names(source, config.data), same)
+            writer.begin(image_names(source, config.data), same)
     if world.from_main(lambda: writer.finished):
         if world.is_main:
             print(f"{output}: these tokens are finished already")
@@ -138,7 +138,7 @@ def _extract(
     return TokenStore.open(output)
 
 
-def _names(source: ImageSource, data: str) -> Iterator[str]:
+def image_names(source: ImageSource, data: str) -> Iterator[str]:
     """The images' names, within the folder that they were found in, if it is on this machine."""
     path = Path(data).expanduser()
     if not path.is_dir():  # a file, or a pattern of files

@@ -1,157 +1,57 @@
-"""Tokenizer training: coarse-to-fine targets, self-correction, quantization and adversarial losses (docs/method.md#losses)."""
+"""Tokenizer training: the objective and its optimisation (Sec. 3.4, docs/method.md#losses); `passes` has the forward passes."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detailflow.data.batches import StreamedBatches
 from detailflow.data.images import ImageSource
 from detailflow.data.streams import StreamSource
-from detailflow.data.transforms import center_crop, coarse_target, to_tensor, to_uint8
+from detailflow.data.tokens import TokenStore
+from detailflow.data.transforms import coarse_target, to_tensor
 from detailflow.device import autocast
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.models.growing import grow_tokenizer
-from detailflow.models.loading import load_weights
+from detailflow.models.loading import load_weights, require_same
 from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
-from detailflow.pictures import grid
 from detailflow.psnr import psnr
-from detailflow.schedule import TokenSchedule
 from detailflow.training.adversary import Adversary, Draws
 from detailflow.training.config import CLASSIFIER, NETWORKS, PRECISIONS, TokenizerTraining
-from detailflow.training.inputs import Input, files_input, images_input, model_input
+from detailflow.training.inputs import Input, files_input, images_input, model_input, tokens_input
 from detailflow.training.loop import run
-from detailflow.training.losses import alignment_loss, quantization_loss, straight_through
+from detailflow.training.losses import alignment_loss, quantization_loss
 from detailflow.training.optimizer import Updater, gradients_stay, recompute_activations
+from detailflow.training.passes import Draw, Passes, TokenizerNetworks, draw_count, draw_position, draw_present
+from detailflow.training.reconstructions import draw_reconstructions, some_images
+from detailflow.training.stored_rows import StoredRows
 from detailflow.training.teachers import crops, find_teachers, open_source
 
-PICTURES = 8  # images in the pictures of reconstructions
-COUNT_STEPS = 100  # after which the uses of codes are counted anew, where no codes are replaced
+COUNT_STEPS = 100  # after which the uses of codes are counted from 0 again, if no codes are replaced
+LARGEST_RATIO = 1e4  # of gradients' norms
 
 
-class AlignmentHead(nn.Sequential):
-    """From the first token's code to what a teacher says of the whole image: (B, d) → (B, width) (docs/method.md#losses)."""
+class Objective(NamedTuple):
+    """The terms of the loss, each with its weight, of what the networks made of some images."""
 
-    def __init__(self, d: int, width: int, hidden: int = 1024) -> None:
-        super().__init__(
-            nn.Linear(d, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width)
-        )
-
-
-def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
-    """t, the number of tokens that one step trains: N, or now and then a smaller count (docs/method.md#coarse-targets)."""
-    n, g = schedule.num_tokens, schedule.group_size
-    if n == g or float(torch.rand(())) >= coarse_probability:
-        return n
-    t = int(torch.randint(1, n - g + 1, ()))
-    return t if t <= schedule.prefix else -(-t // g) * g
-
-
-def draw_present(schedule: TokenSchedule, count: int) -> Tensor:
-    """(count, N) bool: for each image the first 1, 2, 4, … of the tokens, as many images on average with each power of two
-    (nested dropout: Rippel et al. 2014; FlexTok, arXiv 2502.13967).
-    """
-    powers = torch.tensor([n for n in schedule.valid_counts if n < schedule.num_tokens and n.bit_count() == 1])
-    kept = powers[torch.randint(len(powers), (count,))]
-    return torch.arange(schedule.num_tokens) < kept[:, None]
-
-
-def draw_position(schedule: TokenSchedule, t: int, generator: torch.Generator | None = None) -> int | None:
-    """Draw p, where a step of t tokens plants mistakes; `None` if nothing would come after (docs/method.md#self-correction)."""
-    if t == schedule.valid_counts[0]:
-        return None
-    last = t if t <= schedule.prefix else t - schedule.group_size
-    return schedule.group_start(int(torch.randint(last, (), generator=generator)))
-
-
-class Encoded(NamedTuple):
-    """The clean pass and, where mistakes are planted, the self-correction pass: a list each of one or two."""
-
-    latents: list[Tensor]  # (B, N, d), and (b, N − end, d) after the mistakes
-    codes: list[Tensor]  # nearest to them
-    sequences: list[Tensor]  # (B, N, d) and (b, N, d) to decode: the straight-through codes, and those given
-    ids: Tensor  # (B, N), the clean codes
-
-
-class Passes(NamedTuple):
-    """What the networks make of a batch: see `TokenizerNetworks.forward`."""
-
-    pixels: Tensor
-    latents: list[Tensor]
-    codes: list[Tensor]
-    ids: Tensor
-    summary: Tensor | None
+    terms: dict[str, tuple[float | Tensor, Tensor]]
+    passes: Passes
+    target: Tensor  # (B, 3, D(t), D(t))
+    judged: tuple[Tensor, Tensor] | None  # real and fake images as the discriminator sees them, without gradients
 
     @property
-    def corrected(self) -> int:
-        """How many images went through the self-correction pass."""
-        return len(self.latents[1]) if len(self.latents) > 1 else 0
-
-
-class TokenizerNetworks(nn.Module):
-    """All that learns together, and one step's passes through it as one call, as DistributedDataParallel asks for."""
-
-    def __init__(self, model: DetailFlowTokenizer, mistakes: int, teacher_width: int | None) -> None:
-        super().__init__()
-        self.model, self.mistakes = model, mistakes
-        self.head = None if teacher_width is None else AlignmentHead(model.config.codebook_dim, teacher_width)
-        self.decode_full = model.decode_quantized
-
-    def forward(
-        self, images: Tensor, t: int, position: int | None, choice: Tensor | None, present: Tensor | None = None
-    ) -> Passes:
-        """Both passes, and the decoding of what they made from t tokens (docs/method.md#coarse-targets).
-
-        Args:
-            images: (B, 3, R, R) pixels in [-1, 1].
-            position: where mistakes are planted, in the first `len(choice)` images; `None` for nowhere.
-            choice: (b, end − position), which of the nearest codes each mistake is.
-            present: (B, N), the tokens that are decoded of each image; without mistakes only.
-
-        Returns:
-            pixels (B + b, 3, D(t), D(t)); latents, codes and ids as in `Encoded`; and what the alignment's head makes of the
-            first token, (B, width).
-        """
-        made, model = self.encode(images, position, choice), self.model
-        side, sequences = model.schedule.decode_size(t), torch.cat([s[:, :t] for s in made.sequences])
-        if present is not None:
-            pixels = model.decode_quantized(sequences, side, present)
-        elif t == model.config.num_tokens:
-            pixels = self.decode_full(sequences, side)
-        else:
-            pixels = model.decode_quantized(sequences, side)
-        summary = None if self.head is None else self.head(made.sequences[0][:, 0])
-        return Passes(pixels.float(), made.latents, made.codes, made.ids, summary)
-
-    def encode(self, images: Tensor, position: int | None, choice: Tensor | None) -> Encoded:
-        """The passes alone, with the arguments of `forward`."""
-        model = self.model
-        patches = model.encode_patches(images)
-        z = model.encode_latents(patches, model.config.num_tokens)
-        ids = model.quantizer.nearest(z)
-        codes = model.quantizer.lookup(ids)
-        clean = straight_through(z, codes)
-        if position is None or choice is None or not len(choice):
-            return Encoded([z], [codes], [clean], ids)
-        count, end = len(choice), model.span(position)
-        near = model.quantizer.nearest_k(z[:count, position:end].detach(), self.mistakes)
-        given = ids[:count].clone()
-        given[:, position:end] = wrong = near.gather(-1, choice[..., None])[..., 0]
-        corrected = model.correct_latents(patches.first(count), given, end)[:, end:]
-        corrected_codes = model.quantizer.lookup(model.quantizer.nearest(corrected))
-        planted = model.quantizer.lookup(wrong).detach()
-        repaired = torch.cat((clean[:count, :position], planted, straight_through(corrected, corrected_codes)), 1)
-        return Encoded([z, corrected], [codes, corrected_codes], [clean, repaired], ids)
+    def total(self) -> Tensor:
+        """The loss."""
+        return torch.stack([weight * value for weight, value in self.terms.values()]).sum()
 
 
 class TokenizerStage:
@@ -172,20 +72,21 @@ class TokenizerStage:
     ) -> None:
         loop, world = config.loop, world or World()
         self.config, self.source, self.device, self.world = config, source, device, world
-        self.precision = PRECISIONS[loop.precision]
+        self.precision, self.frozen = PRECISIONS[loop.precision], config.freeze is not None
         torch.manual_seed(loop.seed)
         self.model = initial_tokenizer(config, resuming).to(device).train()
+        for part in (self.model.encoder, self.model.quantizer) if self.frozen else ():
+            part.requires_grad_(False)
+        self.rows = StoredRows(config, source) if config.tokens and load else None
         self.adversary: Adversary | None = None
         if config.adversarial:
             regularisers = (config.augment, config.lecam, config.consistency)
             self.adversary = Adversary(config.adversarial_network, loop, *regularisers, device, world, load)
         self.teachers = find_teachers(config, source, output, device, world, load)  # last, as it may train one
         torch.manual_seed(loop.seed)
-        self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width).to(device)
+        self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width, self.frozen).to(device)
         self.updater = Updater(tokenizer_optimizers(self.networks, config), loop, device)
-        self.counts = torch.zeros(
-            config.model.codebook_size, device=device
-        )  # of each code's uses since they were last set to 0
+        self.counts = torch.zeros(config.model.codebook_size, device=device)  # uses of each code since they were reset
         if loop.checkpoint_activations:
             recompute_activations(self.blocks)
         if loop.compile:
@@ -193,9 +94,9 @@ class TokenizerStage:
             encoder.patches = torch.compile(encoder.patches, dynamic=False)  # type: ignore[method-assign]
             encoder.queries = torch.compile(encoder.queries, dynamic=False)  # type: ignore[method-assign]
             self.networks.decode_full = torch.compile(self.networks.decode_full, dynamic=False)
-        self.shown: np.ndarray | None = None
+        self.shown: Tensor | None = None
         self.passes: nn.Module = self.networks
-        if world.size > 1:  # a step leaves out what fewer tokens or no correction don't need
+        if world.size > 1:  # fewer tokens or no correction leave some parameters out of a step
             self.passes = DistributedDataParallel(self.networks, find_unused_parameters=True)
 
     @property
@@ -203,196 +104,185 @@ class TokenizerStage:
         """The layers that `checkpoint_activations` is about."""
         return [*self.model.encoder.blocks, *self.model.decoder.blocks]
 
-    def batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's crops, as bytes (B, R, R, 3), and their labels."""
+    def batches(self, start_step: int) -> Iterator[tuple[Tensor, ...]]:
+        """Return this process's crops, as bytes (B, R, R, 3), their labels and, from a token store, their rows (B, 2, N)."""
         config = self.config
+        if self.rows is not None:
+            return self.rows.batches(config.loop, start_step, self.world)
         return crops(config, self.source, config.loop.batch_size, start_step, self.world).as_bytes()
 
-    def step(self, step: int, batch: tuple[Tensor, Tensor], rate: float) -> dict[str, Tensor | float]:
-        """One step (docs/method.md#coarse-targets)."""
-        config, schedule = self.config, self.model.schedule
+    def draw(self, step: int) -> Draw:
+        """Draw for the whole batch, and return this process's part."""
+        config, schedule, size = self.config, self.model.schedule, self.config.loop.batch_size
+        shard = self.world.shard(size)
         t = draw_count(schedule, config.coarse_probability)
-        present = None
+        present = position = choice = views = None
         if t == schedule.num_tokens and config.nested_probability and float(torch.rand(())) < config.nested_probability:
-            present = draw_present(schedule, config.loop.batch_size)[self.world.shard(config.loop.batch_size)].to(
-                self.device
-            )
-        position = draw_position(schedule, t) if present is None else None
-        choice = None
+            present = draw_present(schedule, size)[shard].to(self.device)
+        else:
+            position = draw_position(schedule, t)
         if position is not None:
             candidates = min(config.mistakes, config.model.codebook_size)
-            drawn = torch.randint(candidates, (config.loop.batch_size, self.model.span(position) - position))
-            choice = drawn[self.world.shard(len(drawn))]
+            choice = torch.randint(candidates, (size, self.model.span(position) - position))[shard].to(self.device)
+        if self.adversary and present is None and step >= count_of_steps(config.adversarial_from, config.loop.steps):
+            views = Draws.make(size).of(shard)
+        return Draw(t, present, position, choice, views)
+
+    def step(self, step: int, batch: Sequence[Tensor], rate: float) -> dict[str, Tensor | float]:
+        """Take one step, in micro-batches (docs/method.md#coarse-targets)."""
+        config, world = self.config, self.world
+        draw, size = self.draw(step), config.loop.images_at_once(world)
         images = to_tensor(batch[0].to(self.device, non_blocking=True))
-        adversarial = self.adversary is not None and step >= count_of_steps(config.adversarial_from, config.loop.steps)
-        draws = None
-        if adversarial and present is None:
-            draws = Draws.make(config.loop.batch_size).of(self.world.shard(config.loop.batch_size))
-        size = config.loop.images_at_once(self.world)
-        first = self.world.shard(config.loop.batch_size).start  # of the whole batch, a share of which is corrected
-        logged: dict[str, Tensor | float] = {}
+        stored = batch[2].to(self.device) if len(batch) > 2 else None
+        first = world.shard(config.loop.batch_size).start  # of the whole batch, whose `correction_share` is corrected
+        logged: dict[str, Tensor | float] = defaultdict(float)
         latents, judged = [], []
         for start in range(0, len(images), size):
-            part = slice(start, start + size)
-            some = None
-            if choice is not None:
-                before, after = (round(config.correction_share * (first + end)) for end in (start, start + size))
-                some = choice[part][: after - before].to(self.device)
+            before, after = (round(config.correction_share * (first + end)) for end in (start, start + size))
+            some, num_corrected = slice(start, start + size), after - before
+            part = draw.part(some, num_corrected)
+            rows = None if stored is None else (stored[some, 0], stored[some, 1][:num_corrected])
             with gradients_stay(self.passes, start + size < len(images)):
-                made, losses, pair = self._losses(
-                    step,
-                    images[part],
-                    t,
-                    position,
-                    some,
-                    draws and draws.of(part),
-                    None if present is None else present[part],
-                )
-                total = sum((weight * loss for weight, loss in losses.values()), torch.zeros((), device=self.device))
-                self.updater.backward(total * (size / len(images)))
-            name = "psnr" if present is None else "psnr_nested"
-            terms = {
-                "loss": total,
-                name: psnr(made.pixels[:size].clamp(-1, 1), pair[0], peak=2).mean(),
-                **{k: v for k, (_, v) in losses.items()},
-            }
-            for name, value in terms.items():
-                logged[name] = logged.get(name, 0.0) + value.detach() * (size / len(images))
-            latents.append(made.latents[0].detach())
-            ids = made.ids.flatten()
-            used = torch.zeros_like(self.counts).index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
-            self.counts += self.world.all_reduce(used)
-            if draws is not None:
-                judged.append((*pair[1:], draws.of(part)))
+                objective = self.objective(step, images[some], part, rows)
+                self.updater.backward(objective.total * (size / len(images)))
+            for name, value in self.scalars(objective, draw).items():
+                logged[name] = logged[name] + value.detach() * (size / len(images))
+            latents += objective.passes.latents[:1]
+            self._count(objective.passes.ids)
+            if objective.judged is not None and part.views is not None:
+                judged.append((*objective.judged, part.views))
         logged["gradient_norm"] = norm = self.updater.step(rate)
         if self.adversary and judged:
             logged |= self.adversary.step(judged, rate)
         logged["codebook_usage"], logged["codebook_perplexity"] = usage_and_perplexity(self.counts)
-        if math.isfinite(norm):
+        if math.isfinite(norm) and latents:
             self._revive(step, torch.cat(latents))
-        return logged
+        return dict(logged)
 
-    def _losses(
-        self,
-        step: int,
-        images: Tensor,
-        t: int,
-        position: int | None,
-        choice: Tensor | None,
-        draws: Draws | None,
-        present: Tensor | None = None,
-    ) -> tuple[Passes, dict[str, tuple[float, Tensor]], tuple[Tensor, Tensor, Tensor]]:
-        """What the networks made, (weight, value) of each term (docs/method.md#losses), and the target, which follows again with
-        the reconstruction as the discriminator sees them.
+    def objective(self, step: int, images: Tensor, draw: Draw, rows: tuple[Tensor, Tensor] | None = None) -> Objective:
+        """Return the whole objective: L = MSE + L_perceptual + λ · L_adversarial + L_VQ + L_alignment (Sec. 3.4).
+
+        A frozen encoder leaves the losses of the decoded pixels, nested dropout the MSE and L_VQ alone.
         """
         config, schedule, teachers = self.config, self.model.schedule, self.teachers
-        target = coarse_target(images, schedule.resolution(t), schedule.decode_size(t))
+        target = coarse_target(images, schedule.resolution(draw.t), schedule.decode_size(draw.t))
+        terms: dict[str, tuple[float | Tensor, Tensor]] = {}
+        judged = None
         with autocast(self.device, self.precision):
-            made: Passes = self.passes(images, t, position, choice, present)
-        pixels, corrected = made.pixels, made.corrected
-        losses = {
-            "pixel": (config.pixel, F.mse_loss(pixels, torch.cat((target, target[:corrected])))),
-            "quantization": (config.quantization, self._quantization(made)),
-        }
-        if config.perceptual and present is None:
+            passes: Passes = self.passes(images, draw, rows)
+        pixels, nested = passes.pixels, draw.present is not None
+        terms["pixel"] = (config.pixel, F.mse_loss(pixels, torch.cat((target, target[: passes.corrected]))))
+        if passes.latents:
+            terms["quantization"] = (config.quantization, self._quantization(passes))
+        if config.perceptual and not nested:
             rising = count_of_steps(config.perceptual_warmup, config.loop.steps)
             weight = config.perceptual * min(1.0, step / rising if rising else 1.0)
             seen, wanted = (pixels, target) if teachers.lpips else (self._full_size(pixels), self._full_size(target))
             with autocast(self.device, self.precision):
-                losses["perceptual"] = (weight, teachers.distance(seen, wanted, corrected))
-        if made.summary is not None and teachers.alignment is not None:
+                terms["perceptual"] = (weight, teachers.distance(seen, wanted, passes.corrected))
+        if passes.summary is not None and teachers.alignment is not None:
             with autocast(self.device, self.precision):
-                wanted = teachers.alignment.alignment_target(images)
-            losses["alignment"] = (config.alignment, alignment_loss(made.summary, wanted))
-        real, fake = target, pixels
-        if self.adversary and draws is not None:
+                features = teachers.alignment.alignment_target(images)
+            terms["alignment"] = (config.alignment, alignment_loss(passes.summary, features))
+        if self.adversary and draw.views is not None:
+            real, fake = target, pixels
             if not self.adversary.any_side:
                 real, fake = self._full_size(target), self._full_size(pixels)
-            losses["adversarial"] = (config.adversarial, self.adversary.generator_loss(fake, draws))
-        return made, losses, (target, real, fake.detach())
+            judged = real, fake.detach()
+            loss = self.adversary.generator_loss(fake, draw.views)
+            terms["adversarial"] = (config.adversarial, loss)
+            if config.adversarial_adaptive:
+                self._balance(pixels, terms)
+        return Objective(terms, passes, target, judged)
 
-    def _quantization(self, made: Passes) -> Tensor:
-        """The passes' losses, weighted by their token counts."""
-        total = sum(z.numel() for z in made.latents)
-        pairs = zip(made.latents, made.codes, strict=True)
+    def _balance(self, pixels: Tensor, terms: dict[str, tuple[float | Tensor, Tensor]]) -> None:
+        """Multiply the adversarial weight by the ratio of gradients (Esser et al. 2021, arXiv 2012.09841, Eq. 7).
+
+        It is that of the pixel and perceptual losses' gradient to the adversarial loss's, by their norms at the last
+        layer. Each loss is differentiated once, up to the pixels, and replaced by one that is linear in them.
+        """
+        last, scale = self.model.decoder.to_pixels.weight, self.updater.scaler.get_scale()
+        adversarial, others = torch.zeros_like(pixels), torch.zeros_like(pixels)
+        for name in terms.keys() & {"pixel", "perceptual", "adversarial"}:
+            weight, loss = terms[name]
+            gradient = torch.autograd.grad(loss * scale, pixels, retain_graph=True)[0] / scale
+            product = (pixels * gradient).sum()
+            terms[name] = (weight, loss.detach() + (product - product.detach()))
+            if name == "adversarial":
+                adversarial += gradient
+            else:
+                others += weight * gradient
+        gradients = [torch.autograd.grad(pixels, last, x, retain_graph=True)[0] for x in (others, adversarial)]
+        norms = self.world.mean(torch.stack([x.float().norm() for x in gradients]))
+        ratio = (norms[0] / (norms[1] + 1e-12)).clamp(max=LARGEST_RATIO)
+        terms["adversarial"] = (terms["adversarial"][0] * ratio, terms["adversarial"][1])
+
+    def scalars(self, objective: Objective, draw: Draw) -> dict[str, Tensor]:
+        """Return what is logged of some images."""
+        name = "psnr" if draw.present is None else "psnr_nested"
+        clean = objective.passes.pixels[: len(objective.target)].clamp(-1, 1)
+        scalars = {"loss": objective.total, name: psnr(clean, objective.target, peak=2).mean()}
+        if self.config.adversarial_adaptive and "adversarial" in objective.terms:
+            scalars["adversarial_weight"] = torch.as_tensor(objective.terms["adversarial"][0])
+        return scalars | {name: value for name, (_, value) in objective.terms.items()}
+
+    def _quantization(self, passes: Passes) -> Tensor:
+        """L_VQ of both passes, weighted by their numbers of tokens."""
+        total = sum(z.numel() for z in passes.latents)
+        pairs = zip(passes.latents, passes.codes, strict=True)
         terms = [quantization_loss(z, q, self.config.commitment) * (z.numel() / total) for z, q in pairs if z.numel()]
         return torch.stack(terms).sum()
 
     def _full_size(self, pixels: Tensor) -> Tensor:
         side = self.config.model.image_size
-        return (
-            pixels
-            if pixels.shape[-1] == side
-            else F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
-        )
+        if pixels.shape[-1] == side:
+            return pixels
+        return F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
+
+    def _count(self, ids: Tensor) -> None:
+        """Add this step's uses of codes, in all processes."""
+        used = torch.zeros_like(self.counts)
+        used.index_add_(0, ids.flatten(), torch.ones(ids.numel(), device=used.device))
+        self.counts += self.world.all_reduce(used)
 
     @torch.no_grad()
     def _revive(self, step: int, z: Tensor) -> None:
-        """Move codes that nothing was near to since the last time to latents of this step; count anew from time to time."""
+        """Move codes that were not used since the last time to latents of this step; reset the counts from time to time."""
         every, loop = self.config.revive_every, self.config.loop
         if (step + 1) % (every or COUNT_STEPS):
             return
         if every and step < loop.steps // 2:
             dead = (self.counts == 0).nonzero()[:, 0]
-            pool = self.world.all_gather(z).flatten(0, -2).float()
+            pool = self.world.all_gather(z.detach()).flatten(0, -2).float()
             chosen = torch.randint(len(pool), (len(dead),)).to(pool.device)
             self.model.quantizer.codebook[dead] = pool[chosen]
         self.counts.zero_()
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimisers and the codebook's usage."""
+        """Return weights, optimisers and the codebook's usage."""
         adversary = self.adversary.state() if self.adversary else {}
         networks = self.networks.state_dict()
         return {"networks": networks, "updater": self.updater.state(), "counts": self.counts, "adversary": adversary}
 
     def model_config(self) -> dict[str, Any]:
-        """The tokenizer's config."""
+        """Return the tokenizer's config."""
         return asdict(self.model.config)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
         self.networks.load_state_dict(state["networks"])
         self.updater.restore(state["updater"])
         self.counts.copy_(state["counts"])
         if self.adversary:
             self.adversary.restore(state["adversary"])
 
-    @torch.no_grad()
     def pictures(self) -> dict[str, Image.Image]:
-        """Images spread over the data: what 1, c/2, c, N/2 and N tokens make of them, and what planted mistakes do.
-
-        In the latter the columns are the original, all tokens, mistakes at the first token alone, the tokens after it
-        corrected, mistakes in the first whole group alone, corrected.
-        """
+        """Draw reconstructions of images spread over the data."""
         if not self.world.is_main:
             return {}
-        schedule = self.model.schedule
         if self.shown is None:
             self.shown = some_images(self.source, self.config.model.image_size)
-        originals, images = self.shown, to_tensor(self.shown).to(self.device)
-        self.model.eval()
-        ids = self.model.encode(images)
-        counts = sorted(
-            {1, schedule.prefix // 2, schedule.prefix, schedule.num_tokens // 2, schedule.num_tokens}
-            & set(schedule.valid_counts)
-        )
-        by_count = [self._full_size(self.model.decode(ids[:, :n]).float()) for n in counts]
-        mistaken, captions = [self.model.decode(ids)], [_tokens(schedule.num_tokens)]
-        for position in sorted({0, schedule.prefix if schedule.prefix < schedule.num_tokens else 0}):
-            end = schedule.span_end(position)
-            z = self.model.encode_latents(self.model.encode_patches(images), schedule.num_tokens)[:, position:end]
-            corrected = self.model.encode_correction(
-                images, position=position, wrong_tokens=self.model.plant_mistakes(z, self.config.mistakes)
-            )
-            alone = torch.cat((corrected[:, :end], ids[:, end:]), 1)
-            mistaken += [self.model.decode(alone), self.model.decode(corrected)]
-            wrong = f"token {end} wrong" if end == position + 1 else f"tokens {position + 1}-{end} wrong"
-            captions += [wrong, f"{wrong}\nlater ones corrected"]
-        self.model.train()
-        return {
-            "reconstructions": _table(originals, by_count, [_tokens(n) for n in counts]),
-            "mistakes": _table(originals, mistaken, captions),
-        }
+        return draw_reconstructions(self.model, self.shown, self.config.mistakes)
 
     def export(self, directory: Path) -> None:
         """Write the tokenizer."""
@@ -400,54 +290,32 @@ class TokenizerStage:
             self.model.save_pretrained(directory)
 
 
-def some_images(source: ImageSource | StreamSource, size: int) -> np.ndarray:
-    """Return (≤ PICTURES, size, size, 3) bytes: the centres of images spread over the set, or the first of a stream."""
-    if isinstance(source, StreamSource):
-        images, _ = next(iter(StreamedBatches(source, size, PICTURES, 0, flip=False, max_scale=1.0, buffer=PICTURES)))
-        return to_uint8(images).numpy()
-    return np.stack([center_crop(image, size) for image in source.some(PICTURES)])
-
-
-def _tokens(count: int) -> str:
-    return f"{count} token{'s' if count > 1 else ''}"
-
-
-def _table(originals: np.ndarray, columns: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
-    """Lay out a row of pictures for each image: the original, then one of each (B, 3, R, R) with its caption."""
-    made = [to_uint8(column.float()).cpu().numpy() for column in columns]
-    rows = [Image.fromarray(a) for i, o in enumerate(originals) for a in (o, *(c[i] for c in made))]
-    return grid(rows, len(made) + 1, ["original", *captions] * len(originals))
-
-
 def tokenizer_optimizers(networks: TokenizerNetworks, config: TokenizerTraining) -> list[torch.optim.Optimizer]:
     """Adam for all weights (Sec. 3.4), or Muon for the matrices of the blocks and Adam for the rest."""
-    rate, parts = config.loop.learning_rate, (networks.model.encoder.blocks, networks.model.decoder.blocks)
-    matrices = [p for part in parts for p in part.parameters() if p.ndim == 2] if config.muon else []
+    rate, blocks = config.loop.learning_rate, (networks.model.encoder.blocks, networks.model.decoder.blocks)
+    trained = [p for p in networks.parameters() if p.requires_grad]
+    matrices = [p for part in blocks for p in part.parameters() if p.ndim == 2 and p.requires_grad and config.muon]
     taken = {id(p) for p in matrices}
-    others = [p for p in networks.parameters() if id(p) not in taken]
+    others = [p for p in trained if id(p) not in taken]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=rate, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        muon = torch.optim.Muon(
-            matrices, lr=config.muon, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
+        settings: Any = dict(weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(torch.optim.Muon(matrices, lr=config.muon, **settings))
     return optimizers
 
 
 def count_of_steps(value: float, steps: int) -> float:
-    """A number of steps that is given as such, or below 1 as a share of all."""
+    """Return a number of steps that is given as such or, below 1, as a share of all."""
     return value if value >= 1 else value * steps
 
 
 def initial_tokenizer(config: TokenizerTraining, resuming: bool = False) -> DetailFlowTokenizer:
-    """The network that training begins with; where it resumes, nothing is read that a checkpoint then replaces.
-
-    Raises:
-        DetailFlowError: if the weights to start from cannot be had or don't fit.
-    """
+    """Return the network that training begins with; a resumed run reads nothing that its checkpoint replaces."""
     model = DetailFlowTokenizer(config.model)
     if config.init and not resuming:
         start = DetailFlowTokenizer.from_pretrained(config.init, device="cpu")
+        if config.freeze:  # or the tokens would be others
+            require_same(config.model, start.config, ("num_tokens", "image_size"), config.init)
         load_weights(model, grow_tokenizer(start.state_dict(), start.config, model, config.init), config.init)
     elif config.encoder_init and not resuming:
         initialise_encoder(model.encoder, config.encoder_init)
@@ -459,6 +327,8 @@ def _inputs(config: TokenizerTraining, source: ImageSource | StreamSource) -> di
     inputs = {"data": images_input(source)}
     if config.init:
         inputs["init"] = model_input(config.init, "tokenizer")
+    if config.tokens:
+        inputs["tokens"] = tokens_input(TokenStore.open(config.tokens))
     for name in ("encoder_init", "perceptual_network", "adversarial_network", "alignment_network"):
         value = getattr(config, name)
         if value not in NETWORKS and (one := files_input(value, at_start=name == "encoder_init")):
@@ -467,21 +337,13 @@ def _inputs(config: TokenizerTraining, source: ImageSource | StreamSource) -> di
 
 
 def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None = None) -> None:
-    """Train a tokenizer into `output`: config.json, model.safetensors, checkpoints, pictures, TensorBoard scalars.
-
-    Raises:
-        DetailFlowError: for images that cannot be read or have no labels for the perceptual loss to learn from, or an output
-            folder that cannot be used.
-    """
+    """Train a tokenizer into `output`: config.json, model.safetensors, checkpoints, pictures, TensorBoard scalars."""
     world, place = launched(device)
     with world.raise_together():
         source = open_source(config)
         for name in ("perceptual", "alignment"):
-            if (
-                getattr(config, name)
-                and getattr(config, f"{name}_network") == CLASSIFIER
-                and len(source.class_names) < 2
-            ):
+            learns = getattr(config, name) and getattr(config, f"{name}_network") == CLASSIFIER
+            if learns and len(source.class_names) < 2:
                 raise DetailFlowError(
                     f"the {name} loss learns its features from class labels, and these images have one class only: "
                     f"set {name} to 0 or {name}_network to another"

@@ -1,0 +1,62 @@
+"""Batches for a decoder on fixed tokens: crops of images, and the rows of codes that a token store has of them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from detailflow import hub
+from detailflow.data.batches import BatchKey, BatchOrder
+from detailflow.data.images import ImageSource
+from detailflow.data.streams import StreamSource
+from detailflow.data.tokens import CLEAN, INPUT, TokenStore
+from detailflow.distributed import World
+from detailflow.errors import DetailFlowError
+from detailflow.training.config import CROPS, LoopConfig, TokenizerTraining
+from detailflow.training.extract import image_names
+
+
+class StoredRows:
+    """The crops that were encoded, each with its clean row and the one with planted mistakes and what corrects them."""
+
+    def __init__(self, config: TokenizerTraining, source: ImageSource | StreamSource) -> None:
+        assert config.tokens and config.init
+        if isinstance(source, StreamSource):
+            raise DetailFlowError("tokens goes with images that are not streamed: set streaming to false")
+        self.store, self.source, self.size = TokenStore.open(config.tokens), source, config.model.image_size
+        if self.store.info.tokenizer_fingerprint != hub.fingerprint(*hub.load(config.init, "tokenizer")):
+            raise DetailFlowError(
+                f"{config.tokens} has tokens of another tokenizer than {config.init}: extract them again"
+            )
+        places = {name: index for index, name in enumerate(image_names(source, config.data))}
+        names = self.store.ids()
+        if missing := next((name for name in names if name not in places), None):
+            raise DetailFlowError(
+                f"{config.tokens} has tokens of {missing}, which is not among the images {config.data}"
+            )
+        self.places = [places[name] for name in names]
+        self.crops = {count: crops for crops, count in CROPS.values()}[self.store.info.crops]
+
+    def batches(self, loop: LoopConfig, start_step: int, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Return endless batches of this process: bytes (B, R, R, 3), labels (B,) and rows (B, 2, N)."""
+        order = BatchOrder(len(self.store), loop.batch_size, loop.seed, start_step)
+        data = _Batches(self, order, world.shard(loop.batch_size))
+        return iter(DataLoader(data, sampler=order, batch_size=None, num_workers=loop.workers))
+
+
+class _Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    def __init__(self, rows: StoredRows, order: BatchOrder, shard: slice) -> None:
+        self.rows, self.order, self.shard = rows, order, shard
+
+    def __getitem__(self, key: BatchKey) -> tuple[Tensor, Tensor, Tensor]:
+        rows, images = self.rows, key.items[self.shard]
+        crops = self.order.batch_rng(key).integers(rows.store.info.crops, size=len(key.items))[self.shard]
+        pixels = [
+            rows.crops(rows.source.image(rows.places[image]), rows.size)[crop]
+            for image, crop in zip(images.tolist(), crops.tolist(), strict=True)
+        ]
+        codes = np.stack([rows.store.read(images, crops, np.full(len(images), row)) for row in (CLEAN, INPUT)], 1)
+        labels = rows.store.labels[images]
+        return torch.from_numpy(np.stack(pixels)), torch.from_numpy(labels), torch.from_numpy(codes.astype(np.int64))

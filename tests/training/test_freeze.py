@@ -1,0 +1,155 @@
+"""Fine-tuning a decoder while the encoder and the codebook stay as they are, and the adaptive adversarial weight."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detailflow import DetailFlowTokenizer
+from detailflow.data.images import open_images
+from detailflow.data.tokens import CLEAN, INPUT, TokenStore
+from detailflow.data.transforms import center_crop, ten_crops, to_tensor
+from detailflow.errors import DetailFlowError
+from detailflow.psnr import psnr
+from detailflow.training.config import Extraction, LoopConfig, TokenizerTraining
+from detailflow.training.extract import extract
+from detailflow.training.tokenizer import TokenizerStage, train_tokenizer
+
+
+def training(cifar: Path, model: Path, **settings: Any) -> TokenizerTraining:
+    sizes = DetailFlowTokenizer.from_pretrained(model / "tokenizer").config
+    loop = LoopConfig(steps=40, batch_size=16, learning_rate=5e-3, precision="fp32", trackers=(), pictures_every=1000)
+    given = dict(
+        init=str(model / "tokenizer"), freeze="encoder", adversarial=0.0, coarse_probability=0.1, max_scale=1.0
+    )
+    return TokenizerTraining(str(cifar), sizes, loop, **given | settings)
+
+
+@pytest.fixture(scope="module")
+def images(cifar: Path) -> torch.Tensor:
+    source = open_images(cifar)
+    return torch.stack([to_tensor(center_crop(source.image(i * 4), 32)) for i in range(50)])
+
+
+def quality(tokenizer: DetailFlowTokenizer, images: torch.Tensor) -> float:
+    return float(psnr(tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1), images, peak=2).mean())
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_decoder_learns_and_tokens_stay(
+    stored: bool, cifar: Path, model: Path, images: torch.Tensor, tmp_path: Path
+):
+    settings: dict[str, Any] = {}
+    if stored:
+        settings["tokens"] = str(tmp_path / "tokens")
+        extract(Extraction(str(cifar), str(model / "tokenizer")), tmp_path / "tokens", "cpu")
+    train_tokenizer(training(cifar, model, muon=1e-3, **settings), tmp_path / "run", "cpu")
+    before, after = (DetailFlowTokenizer.from_pretrained(path) for path in (model / "tokenizer", tmp_path / "run"))
+    assert torch.equal(before.encode(images), after.encode(images))
+    wrong = torch.randint(before.config.codebook_size, (50, 4))
+    assert torch.equal(*(one.encode_correction(images, position=4, wrong_tokens=wrong) for one in (before, after)))
+    assert quality(after, images) > quality(before, images) + 1
+    states = before.state_dict(), after.state_dict()
+    changed = {name.split(".")[0] for name, value in states[0].items() if not torch.equal(value, states[1][name])}
+    assert changed == {"decoder"}
+
+
+def test_rows_of_a_store_are_of_their_crops(cifar: Path, model: Path, tmp_path: Path):
+    store = extract(Extraction(str(cifar), str(model / "tokenizer")), tmp_path / "tokens", "cpu")
+    stage = TokenizerStage(
+        training(cifar, model, tokens=str(tmp_path / "tokens")), open_images(cifar), tmp_path, torch.device("cpu")
+    )
+    pixels, labels, rows = next(stage.batches(0))
+    assert pixels.shape == (16, 32, 32, 3) and labels.shape == (16,) and rows.shape == (16, 2, 16)
+    assert torch.equal(stage.model.encode(to_tensor(pixels)), rows[:, 0])
+    source = open_images(cifar)
+    found = [torch.as_tensor(ten_crops(source.image(i), 32).copy()) for i in range(len(source))]
+    assert all(any(bool((x == crops).flatten(1).all(1).any()) for crops in found) for x in pixels)
+    planted = torch.from_numpy(store.codes[:, :, INPUT].astype("int64")).flatten(0, 1)
+    assert all(bool((row == planted).all(1).any()) for row in rows[:, 1]) and (CLEAN, INPUT) == (0, 1)
+    again = next(stage.batches(0))
+    assert all(torch.equal(a, b) for a, b in zip(again, (pixels, labels, rows), strict=True))
+    scalars = stage.step(0, (pixels, labels, rows), 1e-3)
+    assert "quantization" not in scalars and float(scalars["pixel"]) > 0
+    assert all(p.grad is None for p in stage.model.encoder.parameters())
+
+
+def test_stores_that_do_not_fit(cifar: Path, model: Path, tokens: Path, tmp_path: Path):
+    source = open_images(cifar)
+
+    def stage(**settings: Any) -> None:
+        TokenizerStage(training(cifar, model, **settings), source, tmp_path, torch.device("cpu"))
+
+    stage(tokens=str(tokens))
+    with pytest.raises(DetailFlowError, match="is no token store"):
+        stage(tokens=str(tmp_path))
+    other = DetailFlowTokenizer(DetailFlowTokenizer.from_pretrained(model / "tokenizer").config)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(DetailFlowError, match="has tokens of another tokenizer than .*other: extract them again"):
+        stage(tokens=str(tokens), init=str(tmp_path / "other"))
+    few = tmp_path / "few"
+    (few / "class0").mkdir(parents=True)
+    path = next((cifar / "class0").iterdir())
+    (few / "class0" / path.name).write_bytes(path.read_bytes())
+    config = replace(training(cifar, model, tokens=str(tokens)), data=str(few))
+    with pytest.raises(DetailFlowError, match="has tokens of class., which is not among the images|has tokens of"):
+        TokenizerStage(config, open_images(few), tmp_path, torch.device("cpu"))
+    assert len(TokenStore.open(tokens)) == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (dict(freeze="decoder"), "freeze must be encoder or null, not 'decoder'"),
+        (dict(init=None), "give that tokenizer as init"),
+        (dict(alignment=0.1), "set alignment to 0"),
+        (dict(freeze=None, tokens="x"), "set freeze to encoder"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], sentence: str, cifar: Path, model: Path):
+    with pytest.raises(DetailFlowError, match=sentence):
+        training(cifar, model, **settings)
+
+
+def test_more_tokens_would_be_others(cifar: Path, model: Path, tmp_path: Path):
+    config = training(cifar, model)
+    config = replace(config, model=replace(config.model, num_tokens=24))
+    with pytest.raises(DetailFlowError, match="num_tokens is 16 there and 24 here"):
+        TokenizerStage(config, open_images(cifar), tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_the_adaptive_weight_is_the_ratio_of_gradients(compute: str, cifar: Path, model: Path, tmp_path: Path):
+    """With it, a step's gradient is that of the plain objective whose adversarial weight is the product."""
+    config = training(cifar, model, adversarial=0.5, adversarial_from=0.0, adversarial_adaptive=True, freeze=None)
+    config = replace(config, loop=replace(config.loop, precision=compute, batch_size=8))
+    source = open_images(cifar)
+    stage = TokenizerStage(config, source, tmp_path, torch.device("cpu"))
+    images = to_tensor(next(stage.batches(0))[0])
+    torch.manual_seed(3)
+    draw = stage.draw(0)._replace(position=None, choice=None)
+    last = stage.model.decoder.to_pixels.weight
+
+    def gradients(total: torch.Tensor) -> dict[str, torch.Tensor]:
+        total.backward()
+        found = {n: p.grad.clone() for n, p in stage.networks.named_parameters() if p.grad is not None}
+        stage.networks.zero_grad()
+        return found
+
+    adaptive = stage.objective(0, images, draw)
+    mine = gradients(adaptive.total)
+    stage.config = replace(config, adversarial_adaptive=False)
+    stage.adversary.network.eval()  # spectral norms stay
+    plain = stage.objective(0, images, draw)
+    norms = [
+        torch.autograd.grad(plain.terms[n][1], last, retain_graph=True)[0].norm() for n in ("pixel", "adversarial")
+    ]
+    weight = 0.5 * norms[0] / norms[1]
+    assert float(adaptive.terms["adversarial"][0]) == pytest.approx(float(weight), rel=2e-2)
+    for name, (_, value) in plain.terms.items():
+        assert value.item() == pytest.approx(adaptive.terms[name][1].item(), rel=2e-2)
+    plain.terms["adversarial"] = (adaptive.terms["adversarial"][0], plain.terms["adversarial"][1])
+    for name, gradient in gradients(plain.total).items():
+        torch.testing.assert_close(mine[name], gradient, rtol=0.1, atol=0.02 * float(gradient.abs().max()) + 1e-7)
