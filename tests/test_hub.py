@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -307,6 +308,63 @@ def test_a_revision(monkeypatch: pytest.MonkeyPatch):
             DetailFlowError, match="is on this machine, and only models on the hub have a revision: leave it out"
         ):
             loader.from_pretrained(place, revision="v1")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("someone/model@v1", ("someone/model", "v1")),
+        ("detailflow-16@refs/pr/1", ("detailflow-16", "refs/pr/1")),
+        ("detailflow-16", ("detailflow-16", None)),
+        ("someone/model@", ("someone/model@", None)),
+        ("here@now", ("here@now", None)),
+    ],
+)
+def test_a_revision_in_the_name(
+    name: str, parts: tuple[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "here@now").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert hub.split_revision(name) == parts
+
+
+class FakeHub:
+    """Takes what is uploaded, as `huggingface_hub.HfApi` does."""
+
+    calls: ClassVar[list[tuple]] = []
+    files: ClassVar[set[str]] = set()
+
+    def create_repo(self, repository: str, **options: object) -> None:
+        self.calls.append(("repository", repository, options["private"]))
+
+    def create_branch(self, repository: str, *, branch: str, exist_ok: bool) -> None:
+        self.calls.append(("branch", branch))
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, revision: str | None, commit_message: str) -> str:
+        self.files.update(str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file())
+        self.calls.append(("upload", repo_id, revision, commit_message))
+        return f"https://hub/{repo_id}/commit/1"
+
+
+def test_push_to_hub(pipeline: DetailFlowPipeline, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    assert pipeline.push_to_hub("me/mine", private=True, revision="v2") == "https://hub/me/mine/commit/1"
+    upload = ("upload", "me/mine", "v2", "Upload a DetailFlow model")
+    assert FakeHub.calls == [("repository", "me/mine", True), ("branch", "v2"), upload]
+    assert FakeHub.files == {f"{k}/{f}" for k in ("tokenizer", "gpt") for f in ("config.json", "model.safetensors")}
+    with pytest.raises(DetailFlowError, match="a repository on the hub is named owner/name, not 'mine'"):
+        pipeline.push_to_hub("mine")
+
+    def refuse(self: object, **options: object) -> None:
+        raise OSError("401 Client Error.\nlog in")
+
+    monkeypatch.setattr(FakeHub, "upload_folder", refuse)
+    with pytest.raises(DetailFlowError) as caught:
+        pipeline.push_to_hub("me/mine")
+    assert str(caught.value) == (
+        "could not upload the model to 'me/mine' on the Hugging Face hub (401 Client Error): "
+        "check the name, the connection and that you are logged in (hf auth login)"
+    )
 
 
 def test_either_half_of_a_zoo_pair_stands_for_both(monkeypatch: pytest.MonkeyPatch):

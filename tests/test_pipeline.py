@@ -219,6 +219,18 @@ def test_values_out_of_range(pipeline: DetailFlowPipeline, options: dict[str, in
         pipeline.stream(["cat"], **options)  # at once, not at the first stage
 
 
+def test_generators_in_place_of_a_seed(pipeline: DetailFlowPipeline):
+    own = [image_generator(3, i) for i in range(4)]
+    wanted = as_bytes(pipeline(["cat", 0], num_images_per_class=2, seed=3))
+    assert as_bytes(pipeline(["cat", 0], num_images_per_class=2, generator=own, batch_size=3)) == wanted
+    one = [as_bytes(pipeline([1, 2], generator=torch.Generator().manual_seed(s))) for s in (5, 5, 6)]
+    assert one[0] == one[1] != one[2]
+    with pytest.raises(DetailFlowError, match="generator must be one or a list of 2, one per image, not a list of 4"):
+        pipeline([1, 2], generator=own)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sed'"):
+        pipeline("cat", sed=1)
+
+
 def test_more_images_than_one_call_makes(pipeline: DetailFlowPipeline):
     for call in (pipeline, pipeline.stream):
         with pytest.raises(

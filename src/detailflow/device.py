@@ -1,4 +1,4 @@
-"""Where tensors live, and in which precision networks compute."""
+"""Devices, dtypes and compilation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +14,7 @@ T = TypeVar("T")
 
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:
-    """A device that works here; `None` is the GPU where there is one, else the CPU.
-
-    Raises:
-        DetailFlowError: for a name that is no device, or a device that this machine lacks.
-    """
+    """Return a device that works here; `None` is the GPU if there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -29,11 +25,7 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str | None = None) -> torch.dtype:
-    """Return a type that weights can have and networks compute in; it may be named, and `None` is float32.
-
-    Raises:
-        DetailFlowError: for any other type or name.
-    """
+    """Return a floating-point dtype, given as one or as text such as "bfloat16"; `None` is float32."""
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise DetailFlowError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
@@ -42,35 +34,28 @@ def choose_dtype(dtype: torch.dtype | str | None = None) -> torch.dtype:
 
 @contextmanager
 def within_memory(what: str, advice: str) -> Iterator[None]:
-    """Turn torch's errors about memory into a sentence.
-
-    Raises:
-        DetailFlowError: if something in the context does not fit in memory.
-    """
+    """Turn torch's errors about memory into a sentence."""
     try:
         yield
-    except RuntimeError as error:  # of which both of torch's ways to run out of memory are
+    except RuntimeError as error:  # torch has two kinds for memory
         if "allocate" not in str(error):
             raise
         raise DetailFlowError(f"{what} does not fit in memory, so {advice}") from error
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """The context in which networks of float32 weights compute in `precision`; nothing changes for float32."""
+    """Return the context in which networks of float32 weights compute in `precision`."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
-    """`function` as a program for fixed shapes, made at its first call with each; for inference only.
+    """Compile `function` for fixed shapes, at its first call with each; for inference only.
 
-    On a CPU the weights become constants of the program (PyTorch calls it freezing), laid out once as matrix products want them.
-
-    Raises:
-        DetailFlowError: where nothing can be compiled.
+    On a CPU the weights become constants of the program ("freezing"), in the memory layout that suits matrix products.
     """
     try:
         torch.compile(lambda x: (x + 1).sin())(torch.zeros(8, device=device))
-    except Exception as error:  # there is one for each thing that may be missing
+    except Exception as error:  # each thing that may be missing has its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         needed = "a C++ compiler" if device.type == "cpu" else "Triton"
         raise DetailFlowError(f"nothing can be compiled here, which needs {needed}: {reason}") from error

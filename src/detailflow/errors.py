@@ -1,28 +1,27 @@
-"""The one exception for what a user can put right, and how sentences name things."""
+"""The exception for what a user can put right, and how its messages name things."""
 
 import re
 
-# Control characters, which a terminal would obey, and those that turn the direction of what follows.
+# Control characters, which a terminal would obey, and those that change the direction of text.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class DetailFlowError(ValueError):
-    """Bad input: a file, config, flag, checkpoint or image. The message, one sentence, names it and says what would be right."""
+    """Bad input: a file, config, flag, checkpoint or image. The message says what is wrong and what would be right."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(str(message)))
 
 
 class DetailFlowWarning(UserWarning):
-    """What is probably a mistake, in one sentence, such as an image that cannot be read."""
+    """Probably a mistake, in one sentence, such as an image that cannot be read."""
 
 
 def printable(name: str) -> str:
-    """Return a name that any program can write and that any terminal shows.
+    """Return a name that is safe to print.
 
-    What is no UTF-8 in a file's name becomes the replacement character, a control character its escape sequence, such as \\x1b;
-    line ends and tabs stay.
+    Bytes that are not UTF-8 become the replacement character, control characters their escape sequence, such as \\x1b.
     """
     name = _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", name)
     return _CONTROLS.sub(_escaped, name)
@@ -34,16 +33,16 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def missing_package(what: str, package: str | None, instead: str = "") -> DetailFlowError:
-    """Return the error of `what` for a package that is not installed: it names the extra that brings it."""
+    """Return the error that `what` needs a package which is not installed: it names the extra that brings it."""
     get = "install it with pip install 'detailflow[train]' (from a clone: pip install '.[train]')"
     return DetailFlowError(f"{what} needs the package {package}: {get}{instead and ', '}{instead}")
 
 
 class ReportedElsewhereError(DetailFlowError):
-    """A `DetailFlowError` of another process of this launch, which reports it: the command line prints nothing more."""
+    """A `DetailFlowError` of another rank, which reports it: the command line prints nothing more."""
 
 
 def some_names(names: set[str]) -> str:
-    """The first few of many names, for a sentence."""
+    """Return the first few of many names, for a message."""
     first = sorted(names)[:3]
     return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -84,8 +84,8 @@ class DetailFlowPipeline:
     >>> images = pipe(["cat", 7], num_images_per_class=2, seed=1)
     >>> len(images), images[0].size
     (4, (32, 32))
-    >>> [(stage.num_tokens, stage.size) for stage in pipe.stream("cat", seed=1)][:3]
-    [(1, 4), (2, 4), (3, 8)]
+    >>> [(stage.num_tokens, stage.size) for stage in pipe.stream("cat", seed=1, counts=[1, 16, 48])]
+    [(1, 4), (16, 16), (48, 32)]
     """
 
     def __init__(self, tokenizer: DetailFlowTokenizer, gpt: DetailFlowGPT) -> None:
@@ -266,7 +266,7 @@ class DetailFlowPipeline:
 
         >>> pipe = DetailFlowPipeline.from_pretrained(device="cpu")
         >>> [stage.size for stage in pipe.reconstruct(Image.new("RGB", (40, 32), "teal"), counts=[1, 8])]
-        [4, 12]
+        [4, 8]
         """
         return list(reconstruct(self.tokenizer, fit(self.tokenizer.schedule, image, whole), counts))
 

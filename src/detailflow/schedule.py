@@ -1,7 +1,7 @@
-"""How many tokens make which picture: groups, valid counts, resolutions and masks (docs/method.md#groups, #resolution-map).
+"""Token order and resolutions (Sec. 3.2 and 3.3; docs/method.md#groups, #resolution-map).
 
-The paper's symbols: N tokens in groups of g, the first c of them one by one; n tokens hold an image at resolution R(n),
-which is decoded at side D(n), a multiple of the patch size f.
+The paper's symbols: N tokens in groups of g, the first c of them one by one; n tokens stand for an image at resolution
+R(n), decoded at side D(n), a multiple of the patch size f.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from detailflow.errors import DetailFlowError
 LARGEST_ALPHA = 20  # beyond, R(n) jumps from 1 to R, and its powers leave floating-point numbers
 
 
-_MOST = {"depth": 1000, "batch_size": 10**6}  # what takes all memory before anything else is found wrong with it
+_MOST = {"depth": 1000, "batch_size": 10**6}  # more takes all memory before any other check
 
 
 def require_positive(**values: int) -> None:
-    """Raise a `DetailFlowError` that names the first value which is not a positive integer, or larger than any can be meant."""
+    """Raise a `DetailFlowError` that names the first value which is not a positive integer of a possible size."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise DetailFlowError(f"{name} must be a positive integer, not {value!r}")
@@ -27,7 +27,7 @@ def require_positive(**values: int) -> None:
 
 
 def require_at_most(most: int, **values: float) -> None:
-    """Raise a `DetailFlowError` that names the first value which is larger; it may have more digits than Python prints."""
+    """Raise a `DetailFlowError` that names the first larger value; the value may have too many digits to print."""
     for name, value in values.items():
         if value > most:
             raise DetailFlowError(f"{name} must be at most {most:,}")
@@ -41,27 +41,28 @@ def require_not_negative(**values: float) -> None:
 
 
 def require_shares(**values: float) -> None:
-    """Raise a `DetailFlowError` that names the first value which is not a share, 0 to 1."""
+    """Raise a `DetailFlowError` that names the first value which is not in 0 to 1."""
     for name, value in values.items():
         if not 0 <= value <= 1:
-            raise DetailFlowError(f"{name} must lie in 0 to 1, not {value!r}")
+            raise DetailFlowError(f"{name} must be 0 to 1, not {value!r}")
 
 
 @dataclass(frozen=True)
 class TokenSchedule:
-    """The order of the tokens and the resolution that each count of them stands for.
+    """The order of the tokens and the resolution that each number of them stands for.
+
+    >>> schedule = TokenSchedule(num_tokens=128, group_size=8, causal_tokens=8, image_size=256, patch_size=16)
+    >>> schedule.resolution(16), schedule.decode_size(16), len(schedule.steps)
+    (44, 48, 23)
 
     Args:
         num_tokens: N, tokens of a full image; a multiple of `group_size`.
         group_size: g, tokens predicted in parallel.
-        causal_tokens: c, length of the prefix predicted token by token, a multiple of g; `None` means g. With 0 the first group
-            is predicted at once as the others are (the paper's table 2 before "first group causal").
+        causal_tokens: c, length of the prefix predicted token by token, a multiple of g; `None` is g. With 0 the first
+            group is predicted at once as the others are (the paper's table 2 before "first group causal").
         image_size: R, side of a full image in pixels; a multiple of `patch_size`.
         patch_size: f, side of a patch in pixels.
         alpha: exponent of the resolution map.
-
-    Raises:
-        DetailFlowError: where the values contradict each other.
     """
 
     num_tokens: int
@@ -107,11 +108,7 @@ class TokenSchedule:
         return tuple(zip((0, *self.valid_counts[:-1]), self.valid_counts, strict=True))
 
     def check_count(self, n: int | None) -> int:
-        """`n`, or N for `None`.
-
-        Raises:
-            DetailFlowError: if n tokens are not a valid count.
-        """
+        """Return a valid `n`, or N for `None`."""
         if n is None:
             return self.num_tokens
         if n not in self.valid_counts:
@@ -122,7 +119,7 @@ class TokenSchedule:
         return n
 
     def resolution(self, n: int) -> int:
-        """R(n), the resolution in pixels that n tokens stand for (paper eq. 4)."""
+        """Return R(n), the resolution in pixels that n tokens stand for (Sec. 3.2, Eq. 4)."""
         if self.num_tokens == 1:
             return self.image_size
         r, last = self.image_size, self.num_tokens - 1
@@ -130,20 +127,22 @@ class TokenSchedule:
         return min(max(int(value), 1), r)
 
     def decode_size(self, n: int) -> int:
-        """D(n), the side in pixels at which n tokens are decoded: R(n) rounded up to a multiple of f."""
+        """Return D(n), the side in pixels at which n tokens are decoded: R(n) rounded up to a multiple of f."""
         return self.decode_shape(n, self.image_size, self.image_size)[0]
 
     def decode_shape(self, n: int, height: int, width: int) -> tuple[int, int]:
-        """D(n) of a picture that is not square: (height, width), each the part R(n)/R of its full side, rounded up to a multiple
-        of f. R stands for √(height·width) there.
+        """Return the (height, width) at which n tokens of an image that is not square are decoded.
+
+        Each is R(n)/R of its full side, rounded up to a multiple of f; R stands for √(height·width) there.
         """
         r, unit = self.resolution(n), self.image_size * self.patch_size
         rows, columns = (-(-side * r // unit) * self.patch_size for side in (height, width))
         return rows, columns
 
     def full_shape(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width), multiples of f, at which a photo of another shape is encoded: its own where it is about as large as
-        R × R, else about that area in its own aspect ratio.
+        """Return the (height, width), multiples of f, at which an image of another shape is encoded.
+
+        It is the image's own if its area is near R × R, else about that area in its own aspect ratio.
         """
         f, area = self.patch_size, self.image_size**2
         if height == width:
@@ -155,11 +154,7 @@ class TokenSchedule:
         return rows, columns
 
     def best_count(self, side: int) -> int:
-        """The valid n with D(n) = `side` whose R(n) is closest to `side`, the later one on a tie.
-
-        Raises:
-            DetailFlowError: if no count of tokens is decoded at that side.
-        """
+        """Return the valid n with D(n) = `side` whose R(n) is nearest to `side`, the later one on a tie."""
         candidates = [n for n in self.valid_counts if self.decode_size(n) == side]
         if not candidates:
             sides = sorted({self.decode_size(n) for n in self.valid_counts})
@@ -169,17 +164,17 @@ class TokenSchedule:
         return max(candidates, key=lambda n: (-abs(self.resolution(n) - side), n))
 
     def group_start(self, position: int) -> int:
-        """The first of the tokens that are predicted together with the one at `position`."""
+        """Return the first of the tokens that are predicted together with the one at `position`."""
         return position if position < self.prefix else position // self.group_size * self.group_size
 
     def span_end(self, position: int) -> int:
-        """One past the last of the tokens that are predicted together with the one at `position`."""
+        """Return one past the last of the tokens that are predicted together with the one at `position`."""
         return position + 1 if position < self.prefix else self.group_start(position) + self.group_size
 
     def attention_mask(self, n: int, device: torch.device | str | None = None) -> Tensor:
-        """(n, n) bool, True where the row sees the column: earlier groups and its own, but nothing later within the first c.
+        """Return the (n, n) group mask, True if row i may attend to column j (Sec. 3.3; docs/method.md#groups).
 
-        The encoder's queries (docs/method.md#tokenizer) and the AR model's positions (docs/method.md#ar-model) share this mask.
+        The encoder's queries and the AR model's positions share it.
         """
         i = torch.arange(n, device=device)
         row, column = i[:, None], i[None, :]

@@ -177,7 +177,7 @@ CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ({"loop": {"precision": "fp8"}}, "precision must be bf16, fp16, fp32, not 'fp8'"),
     ({"max_scale": 0.5}, "max_scale must be 1 (no zoom) or more, not 0.5"),
     ({"perceptual": -1}, "perceptual must be 0 or more, not -1.0"),
-    ({"coarse_probability": 2}, "coarse_probability must lie in 0 to 1, not 2.0"),
+    ({"coarse_probability": 2}, "coarse_probability must be 0 to 1, not 2.0"),
     (
         {"model": {"image_size": 4, "patch_size": 4}, "perceptual": 1},
         "the perceptual loss needs an image_size of 8 or more",
@@ -335,7 +335,7 @@ def gpt(model: Path, tokens: Path | str, *argv: str) -> list[str]:
     [
         (["--width", "33"], "width must be heads times a multiple of 4 (2-D rotary positions): 33 is not for 2 heads"),
         (["--dropout", "2"], "dropout must be at least 0 and below 1, not 2.0"),
-        (["--planted_share", "2"], "planted_share must lie in 0 to 1, not 2.0"),
+        (["--planted_share", "2"], "planted_share must be 0 to 1, not 2.0"),
         (["--sampling.top_k", "0"], "top_k must be 1 or more, not 0"),
         (
             ["--sampling.guidence_scale", "2"],

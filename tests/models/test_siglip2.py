@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from detailflow import files
+from detailflow import tensors
 from detailflow.errors import DetailFlowError
 from detailflow.models.layers import ViTConfig
 from detailflow.models.siglip2 import SIGLIP2, SigLIP2, initialise_encoder
@@ -190,14 +190,14 @@ def test_nothing_else_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
             self.get_slice, self.keys = file.get_slice, file.keys
             self.get_tensor = lambda name: read.append(name) or file.get_tensor(name)
 
-    opened = files.safe_open
+    opened = tensors.safe_open
 
     @contextmanager
     def spying(*arguments: object) -> Iterator[Spy]:
         with opened(*arguments) as file:
             yield Spy(file)
 
-    monkeypatch.setattr(files, "safe_open", spying)
+    monkeypatch.setattr(tensors, "safe_open", spying)
     SigLIP2.from_pretrained(folder, depth=1)
     assert len(read) == len(set(read)) == 5 + 16
     assert all(name.startswith(("vision_model.e", "vision_model.post_layernorm")) for name in read)
@@ -326,10 +326,10 @@ def test_an_encoder_starts_from_the_first_layers(folder: Path, depth: int):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"width": 64, "heads": 1}, "it has width 64, heads 1, where that has width 128, heads 2"),
-        ({"heads": 4}, "it has heads 4, where that has heads 2"),
-        ({"mlp": 100}, "it has MLP size 100, where that has MLP size 200"),
-        ({"patch": 8}, "it has patch size 8, where that has patch size 4"),
+        ({"width": 64, "heads": 1}, "it has width 64, heads 1, and that has width 128, heads 2"),
+        ({"heads": 4}, "it has heads 4, and that has heads 2"),
+        ({"mlp": 100}, "it has MLP size 100, and that has MLP size 200"),
+        ({"patch": 8}, "it has patch size 8, and that has patch size 4"),
     ],
 )
 def test_an_encoder_of_other_sizes(folder: Path, sizes: dict[str, int], message: str):

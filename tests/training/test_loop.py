@@ -50,7 +50,7 @@ def test_no_warm_up_and_a_single_step():
     [
         ({"accumulate": 0}, "accumulate must be a positive integer, not 0"),
         ({"keep": 0}, "keep must be a positive integer"),
-        ({"initial_rate": 1.5}, "initial_rate must lie in 0 to 1"),
+        ({"initial_rate": 1.5}, "initial_rate must be 0 to 1"),
         ({"trackers": ("paper",)}, "trackers must be among tensorboard, wandb, not 'paper'"),
         ({"milestone_every": -1}, "milestone_every must be 0 or more"),
         ({"steps": 0}, "steps must be a positive integer, not 0"),
@@ -59,7 +59,7 @@ def test_no_warm_up_and_a_single_step():
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"learning_rate": math.nan}, "learning_rate must be above 0"),
         ({"warmup": 1.0}, "warmup must be at least 0 and below 1"),
-        ({"final_rate": 1.1}, "final_rate must lie in 0 to 1"),
+        ({"final_rate": 1.1}, "final_rate must be 0 to 1"),
         ({"grad_clip": 0.0}, "grad_clip must be above 0"),
         ({"precision": "fp8"}, "precision must be bf16, fp16, fp32, not 'fp8'"),
         ({"seed": -1}, r"seed must be 0 to 2\^64 - 1, not -1"),

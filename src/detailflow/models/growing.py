@@ -1,8 +1,8 @@
-"""Progressive growing: weights learnt at a low resolution with few tokens, for a model of more of both.
+"""Progressive growing: start from a model that was trained at a lower resolution with fewer tokens.
 
-The paper recommends it for high resolutions. Of a tokenizer's weights only the query tokens and their positions depend on the
-number of tokens, of an AR model's none, and none depend on the resolution. As no token sees later groups, the first tokens of a
-grown model are at first exactly those of the model that it grew from.
+The paper recommends it for high resolutions. Only a tokenizer's query tokens and their positions depend on the number
+of tokens, and no weight on the resolution. No token sees later groups, so the first tokens of a grown model are at
+first exactly those of the smaller one.
 """
 
 from collections.abc import Mapping
@@ -23,26 +23,17 @@ PER_TOKEN = ("encoder.query_tokens", "encoder.refined_tokens", "encoder.query_po
 def grow_tokenizer(
     tensors: Mapping[str, Tensor], theirs: TokenizerConfig, fresh: DetailFlowTokenizer, source: object
 ) -> dict[str, Tensor]:
-    """The weights of one tokenizer for a network with as many tokens or more, which keeps its own values for the further ones.
-
-    Image size, α, group size and c may differ, as no weight depends on them.
+    """Return the weights of a smaller tokenizer for a larger network, which keeps its own for the further tokens.
 
     Args:
         tensors: the smaller tokenizer's, by name.
-        theirs: its config.
-        fresh: the network as it was made; it is not changed.
-        source: what error messages call the smaller tokenizer.
-
-    Raises:
-        DetailFlowError: where anything else differs, or the network has fewer tokens.
+        theirs: its config; image size, α, group size and c may differ, as no weight depends on them.
+        fresh: the initialized network; it is not changed.
+        source: the smaller tokenizer's name in messages.
     """
     ours = fresh.config
     require_same(ours, theirs, ("encoder", "decoder", "patch_size", "codebook_size", "codebook_dim", *EXTRAS), source)
-    if ours.num_tokens < theirs.num_tokens:
-        raise DetailFlowError(
-            f"the weights of {source} do not fit: num_tokens is {theirs.num_tokens} there and {ours.num_tokens} here, "
-            "and a tokenizer can only grow"
-        )
+    _require_growth(ours.num_tokens, theirs.num_tokens, "a tokenizer", source)
     grown, own = dict(tensors), fresh.state_dict()
     for name in (*PER_TOKEN, *(LINEAR if ours.linear_path else ())):
         if tensors[name].shape[1:] != own[name].shape[1:]:
@@ -54,16 +45,13 @@ def grow_tokenizer(
 
 
 def require_growable(ours: GPTConfig, theirs: GPTConfig, source: object) -> None:
-    """Check that an AR model's weights fit another, which may have more tokens: their positions are not learnt.
+    """Check that an AR model's weights fit another one, of as many tokens or more."""
+    keys = ("width", "depth", "heads", "mlp", "group_size", "causal_tokens", "codebook_size")
+    require_same(ours, theirs, keys, source)
+    _require_growth(ours.num_tokens, theirs.num_tokens, "an AR model", source)
 
-    Raises:
-        DetailFlowError: that names what differs, or where the other has fewer tokens.
-    """
-    require_same(
-        ours, theirs, ("width", "depth", "heads", "mlp", "group_size", "causal_tokens", "codebook_size"), source
-    )
-    if ours.num_tokens < theirs.num_tokens:
-        raise DetailFlowError(
-            f"the weights of {source} do not fit: num_tokens is {theirs.num_tokens} there and {ours.num_tokens} here, "
-            "and an AR model can only grow"
-        )
+
+def _require_growth(ours: int, theirs: int, what: str, source: object) -> None:
+    if ours < theirs:
+        sizes = f"num_tokens is {theirs} there and {ours} here"
+        raise DetailFlowError(f"the weights of {source} do not fit: {sizes}, and {what} can only grow")

@@ -10,30 +10,30 @@ from torch import Tensor, nn
 from detailflow.errors import DetailFlowError
 from detailflow.schedule import require_positive
 
-SCORES = 2**21  # of so many images at a time on a CPU: more than fit its caches take twice as long
+SCORES = 2**21  # at a time on a CPU: more than fit its caches take twice as long
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q·kᵀ/√d)·v over (B, heads, T, d); `mask` (T, S) is True where a row may look at a column, of which each has one.
+    """Return softmax(q·kᵀ/√d)·v over (B, heads, T, d).
 
-    On a CPU with units for bfloat16 plain products take a third to all of the fused kernel's time in that type, least where
-    queries are few, and with gradients down to a quarter in any. Their scores are in q's type, as in training; the kernel's in
-    float32.
+    `mask[i, j]`, (T, S), is True if query i may attend to key j. Every row has at least one True.
+
+    On a CPU, plain products take a third to all of the fused kernel's time in bfloat16, and with gradients down to a
+    quarter in any type. Their scores are in q's type, as in training; the kernel's are in float32.
     """
     if q.device.type != "cpu" or (q.dtype != torch.bfloat16 and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, mask)
-    count = max(1, SCORES // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
-    if count < len(q) and not torch.compiler.is_compiling():  # which would take a program for each part
-        parts = zip(q.split(count), k.split(count), v.split(count), strict=True)
+    images = max(1, SCORES // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
+    if images < len(q) and not torch.compiler.is_compiling():  # it would compile a program for each part
+        parts = zip(q.split(images), k.split(images), v.split(images), strict=True)
         return torch.cat([attend(*part, mask) for part in parts])
     scale = q.shape[-1] ** -0.5
     if mask is None:
         scores = (q * scale) @ k.transpose(-2, -1)
     else:
         bias = q.new_zeros(()).masked_fill(~mask, -torch.inf)
-        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale).unflatten(
-            0, q.shape[:2]
-        )
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
+        scores = scores.unflatten(0, q.shape[:2])
     return scores.softmax(-1).to(v.dtype) @ v
 
 
@@ -44,7 +44,11 @@ GRID = 16  # side of the learned position grid, whatever the image's own grid
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of a transformer: `depth` blocks of `width` with `heads` heads and an MLP of `mlp` hidden units (`None`: 4·width)."""
+    """Sizes of a transformer; `mlp` is the number of hidden units, `None` is 4 · width.
+
+    >>> ViTConfig(width=768, depth=12, heads=12).mlp
+    3072
+    """
 
     width: int
     depth: int
@@ -65,7 +69,7 @@ class ViTConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `past` holds keys and values of earlier tokens that every token here may look at as well."""
+    """Multi-head self-attention; `past` has keys and values of other tokens to attend to as well."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -113,37 +117,35 @@ class Block(nn.Module):
 
 
 def has_patches(images: Tensor, patch: int) -> bool:
-    """Whether these are floats of shape (B, 3, H, W) that can be cut into patches: H and W are multiples of `patch`."""
+    """Return whether images are floats of shape (B, 3, H, W), with H and W multiples of `patch`."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         return False
     return all(side > 0 and side % patch == 0 for side in images.shape[2:])
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """(B, 3, H, W) → (B, H/f · W/f, f·f·3), row-major, values inside a patch in (row, column, channel) order."""
+    """(B, 3, H, W) → (B, H/f · W/f, f·f·3), row by row, the values of a patch in (row, column, channel) order."""
     batch, channels, height, width = images.shape
     x = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, height // patch * (width // patch), patch * patch * channels)
 
 
 def unpatchify(patches: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """The inverse of `patchify` for an image of `height` × `width` pixels."""
+    """Undo `patchify` for images of `height` × `width` pixels."""
     channels = patches.shape[2] // patch**2
     x = patches.reshape(patches.shape[0], height // patch, width // patch, patch, patch, channels)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], channels, height, width)
 
 
 def initial_normal(*shape: int, std: float) -> nn.Parameter:
-    """A parameter that starts from normal numbers of standard deviation `std`."""
+    """Return a parameter of normal random numbers."""
     return nn.Parameter(torch.empty(*shape).normal_(std=std))
 
 
 def initial_positions(width: int) -> Tensor:
-    """(16·16, width) sines and cosines of row and column, to start the learned positions from: near cells are alike at once."""
+    """Return (16·16, width) sines and cosines of row and column: learned positions that start alike for near cells."""
     grid = torch.empty(GRID * GRID, width)
-    if (
-        grid.is_meta
-    ):  # only a shape is wanted, and arithmetic without data would import a compiler: a second of every start
+    if grid.is_meta:  # arithmetic there would import a compiler: a second of every start
         return grid
     frequencies = math.pi / GRID * torch.logspace(0, math.log10(GRID / 1.5), -(-width // 4))
     phase = (torch.arange(GRID) + 0.5)[:, None] * frequencies
@@ -153,12 +155,10 @@ def initial_positions(width: int) -> Tensor:
 
 
 def cosine_grid(num_tokens: int) -> Tensor:
-    """(N, G, G): the N lowest frequencies of the orthonormal 2-D cosine transform of a grid, the lowest first; G is 8 if that
-    has as many, else the least that has.
-    """
+    """Return (N, G, G), the N lowest frequencies of the orthonormal 2-D cosine transform, the lowest first; G ≥ 8."""
     side = max(8, math.isqrt(num_tokens - 1) + 1)
     k = torch.arange(side, dtype=torch.float32)
-    waves = torch.cos(math.pi / side * (k[None] + 0.5) * k[:, None]) * (2 / side) ** 0.5  # (frequency, place)
+    waves = torch.cos(math.pi / side * (k[None] + 0.5) * k[:, None]) * (2 / side) ** 0.5  # (frequency, position)
     waves[0] /= 2**0.5
     order = sorted(range(side * side), key=lambda i: ((i // side) ** 2 + (i % side) ** 2, i))[:num_tokens]
     return torch.stack([torch.outer(waves[i // side], waves[i % side]) for i in order])
@@ -167,14 +167,15 @@ def cosine_grid(num_tokens: int) -> Tensor:
 def resize_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
     """(N, G, G) → (N, rows·columns), bilinear with antialiasing."""
     if grid.shape[1:] != (rows, columns):
-        grid = F.interpolate(grid.float()[None], (rows, columns), mode="bilinear", align_corners=False, antialias=True)[
-            0
-        ]
+        grid = _resize(grid.float()[None], rows, columns)[0]
     return grid.flatten(1)
 
 
 def resize_positions(grid: Tensor, rows: int, columns: int) -> Tensor:
     """(16·16, w) learned positions → (rows·columns, w), bilinear with antialiasing."""
     square = grid.float().view(1, GRID, GRID, -1).permute(0, 3, 1, 2)  # a CPU resizes float32 only
-    resized = F.interpolate(square, (rows, columns), mode="bilinear", align_corners=False, antialias=True)
-    return resized.flatten(2).transpose(1, 2)[0].to(grid.dtype)
+    return _resize(square, rows, columns).flatten(2).transpose(1, 2)[0].to(grid.dtype)
+
+
+def _resize(images: Tensor, rows: int, columns: int) -> Tensor:
+    return F.interpolate(images, (rows, columns), mode="bilinear", align_corners=False, antialias=True)

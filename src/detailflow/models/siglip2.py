@@ -1,7 +1,7 @@
-"""SigLIP2's vision tower (NaFlex): what the tokenizer's encoder starts from, and the frozen teacher of the alignment loss.
+"""SigLIP2's vision tower (NaFlex): the tokenizer's encoder starts from it, and it is the teacher of the alignment loss.
 
-Tschannen et al., SigLIP 2 (arXiv 2502.14786); docs/method.md#tokenizer. Its blocks are those of the tokenizer, under the
-same names.
+Tschannen et al., SigLIP 2 (arXiv 2502.14786); docs/method.md#tokenizer. Its blocks are those of the tokenizer, under
+the same names.
 """
 
 import math
@@ -22,9 +22,8 @@ from detailflow.published import heads_of, layer_count, vit_names
 from detailflow.tensors import TENSOR_FILES, read_headers, read_tensors
 
 SIGLIP2 = "google/siglip2-so400m-patch16-naflex"
-# The text tower and the pooling head are beside it and not needed; a tower saved alone has no prefix.
-_PREFIX = "vision_model."
-Names = dict[str, tuple[str, ...]]  # ours → those stacked to make it
+_PREFIX = "vision_model."  # of the tower in a whole model; one that is saved alone has none
+Names = dict[str, tuple[str, ...]]  # our name of a tensor → those stacked in it
 
 
 class SigLIP2(nn.Module):
@@ -47,16 +46,13 @@ class SigLIP2(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> "SigLIP2":
-        """The frozen tower, in evaluation mode; its sizes are those of the stored tensors.
+        """Load the frozen tower, in evaluation mode; its sizes are those of the stored tensors.
 
         Args:
-            path_or_id: a folder with model.safetensors or its shards, one .safetensors file, or a hub name (owner/name).
-            depth: how many layers, from the first on; `None` is all. No other layers are read.
+            path_or_id: a folder with model.safetensors or its shards, one .safetensors file, or a hub id (owner/name).
+            depth: read only so many layers; `None` is all.
             device: `None` is the GPU if there is one, else the CPU.
             dtype: of the weights, also as text; `None` is float32.
-
-        Raises:
-            DetailFlowError: where there is no such model, it has fewer layers, it is no such tower or its files are damaged.
         """
         device, dtype = choose_device(device), choose_dtype(dtype)
         path, names, tower = _find(path_or_id, depth)
@@ -65,7 +61,7 @@ class SigLIP2(nn.Module):
 
     @classmethod
     def without_weights(cls, path_or_id: str, device: torch.device | str, dtype: torch.dtype) -> "SigLIP2":
-        """Return a tower as `from_pretrained` does, with random weights; one on the hub is taken to have `SIGLIP2`'s sizes."""
+        """Return a tower of random weights; one that is not on this machine is assumed to have `SIGLIP2`'s sizes."""
         config, patch_size = ViTConfig(1152, 27, 16, 4304), 16
         if os.path.exists(os.path.expanduser(path_or_id)):
             sizes = _sizes(tower := _find(path_or_id, None)[2])
@@ -76,11 +72,7 @@ class SigLIP2(nn.Module):
         return tower.requires_grad_(False).eval().to(device)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels in [-1, 1] → (B, H/f · W/f, width), the last hidden state after the final LN.
-
-        Raises:
-            DetailFlowError: for a wrong shape.
-        """
+        """(B, 3, H, W) pixels in [-1, 1] → (B, H/f · W/f, width), the last hidden state after the final LN."""
         patch = self.patch_size
         if not has_patches(images, patch):
             raise DetailFlowError(
@@ -96,35 +88,26 @@ class SigLIP2(nn.Module):
 
     @property
     def width(self) -> int:
-        """Of `alignment_target`."""
+        """The width of `alignment_target`."""
         return self.pos_embed.shape[1]
 
     @torch.no_grad()
     def alignment_target(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels in [-1, 1] → (B, width) float32, the mean over the patches of `forward` (docs/method.md#losses).
-
-        Raises:
-            DetailFlowError: for a wrong shape.
-        """
+        """(B, 3, H, W) pixels in [-1, 1] → (B, width) float32, the mean over patches (docs/method.md#losses)."""
         return self(images).float().mean(1)
 
 
 def initialise_encoder(encoder: Encoder, path_or_id: str | Path = SIGLIP2) -> None:
     """Copy the patch embedding, the position grid, as many layers as the encoder has and the final LN into it.
 
-    See docs/method.md#tokenizer.
-
-    Its query tokens, their positions and `refine` stay as they are.
-
-    Raises:
-        DetailFlowError: as `SigLIP2.from_pretrained`, or where width, heads, MLP or patch size differ; nothing is copied then.
+    Its query tokens, their positions and `refine` stay as they are (docs/method.md#tokenizer).
     """
     path, names, tower = _find(path_or_id, len(encoder.blocks))
     ours, theirs = _sizes(encoder), _sizes(tower)
     differing = [what for what in ours if ours[what] != theirs[what]]
     if differing:
         has, had = (", ".join(f"{what} {sizes[what]}" for what in differing) for sizes in (ours, theirs))
-        raise DetailFlowError(f"the encoder cannot start from {path_or_id}: it has {has}, where that has {had}")
+        raise DetailFlowError(f"the encoder cannot start from {path_or_id}: it has {has}, and that has {had}")
     encoder.load_state_dict(_read(path, names, encoder.pos_embed.dtype), strict=False)  # the rest is not there
 
 
@@ -139,7 +122,7 @@ def _sizes(network: Encoder | SigLIP2) -> dict[str, int]:
 
 
 def _find(path_or_id: str | Path, depth: int | None) -> tuple[Path, Names, SigLIP2]:
-    """Where the tensors are, their names, and a tower without weights (on the meta device) that they fit."""
+    """Return the path of the tensors, their names, and a tower without weights (on the meta device) that they fit."""
     name = str(path_or_id)
     path = Path(os.path.expanduser(name))
     if not name or not os.path.exists(path):  # os.path, which takes an impossible name for a missing one
@@ -148,12 +131,12 @@ def _find(path_or_id: str | Path, depth: int | None) -> tuple[Path, Names, SigLI
         path = hub.fetch(name, TENSOR_FILES)
     headers = read_headers(path)
     prefix = _PREFIX if any(header.startswith(_PREFIX) for header in headers) else ""
-    count = layer_count(headers, f"{prefix}encoder.")
-    if not count:
+    layers = layer_count(headers, f"{prefix}encoder.")
+    if not layers:
         raise DetailFlowError(f"{name} holds no SigLIP2 vision tower: it has no tensors under {_PREFIX}encoder.layers")
-    depth = count if depth is None else depth
-    if not isinstance(depth, int) or not 1 <= depth <= count:
-        raise DetailFlowError(f"depth must be 1 to {count}, the number of layers in {name}, not {depth}")
+    depth = layers if depth is None else depth
+    if not isinstance(depth, int) or not 1 <= depth <= layers:
+        raise DetailFlowError(f"depth must be 1 to {layers}, the number of layers in {name}, not {depth}")
     names = dict(vit_names("", prefix, depth))
     wanted = {theirs for sources in names.values() for theirs in sources}
     if not wanted <= headers.keys():
@@ -175,7 +158,7 @@ def _find(path_or_id: str | Path, depth: int | None) -> tuple[Path, Names, SigLI
 
 
 def _config(shapes: dict[str, tuple[int, ...]], names: Names, depth: int, source: str) -> tuple[ViTConfig, int]:
-    """The sizes and the patch size, from the two tensors that tell."""
+    """Return the sizes and the patch size, from the shapes of two tensors."""
     (patches,), (hidden,) = names["patch_embed.weight"], names["blocks.0.mlp.fc1.weight"]
     for name in (patches, hidden):
         if len(shapes[name]) != 2:
@@ -188,7 +171,7 @@ def _config(shapes: dict[str, tuple[int, ...]], names: Names, depth: int, source
 
 
 def _read(path: Path, names: Names, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors that `_find` has checked, under our names; no others are read."""
+    """Read the tensors that `_find` has checked, and no others, under our names."""
     stored = read_tensors(path, dtype, {theirs for sources in names.values() for theirs in sources})
     tensors = {}
     for ours, sources in names.items():

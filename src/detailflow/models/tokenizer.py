@@ -40,8 +40,8 @@ class TokenizerConfig:
     """Sizes of a `DetailFlowTokenizer` (docs/method.md#symbols); the defaults are those of DetailFlow-16.
 
     >>> config = TokenizerConfig(encoder=ViTConfig(64, 2, 4), decoder=ViTConfig(64, 2, 4), image_size=64, num_tokens=32)
-    >>> config.schedule.decode_size(8)
-    16
+    >>> config.schedule.decode_size(8), config.schedule.decode_size(32)
+    (32, 64)
 
     Attributes:
         causal_encoder: if off, the encoder's queries all attend to each other, as in the baseline of the paper's table
@@ -256,7 +256,7 @@ class DetailFlowTokenizer(nn.Module):
     >>> images = torch.zeros(2, 3, 32, 32)  # grey, in [-1, 1]
     >>> ids = tokenizer.encode(images)
     >>> ids.shape, tokenizer.decode(ids[:, :8]).shape
-    (torch.Size([2, 48]), torch.Size([2, 3, 12, 12]))
+    (torch.Size([2, 48]), torch.Size([2, 3, 8, 8]))
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
