@@ -32,9 +32,9 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
-def missing_package(what: str, package: str | None, instead: str = "") -> DetailFlowError:
+def missing_package(what: str, package: str | None, instead: str = "", extra: str = "train") -> DetailFlowError:
     """Return the error that `what` needs a package which is not installed: it names the extra that brings it."""
-    get = "install it with pip install 'detailflow[train]' (from a clone: pip install '.[train]')"
+    get = f"install it with pip install 'detailflow[{extra}]' (from a clone: pip install '.[{extra}]')"
     return DetailFlowError(f"{what} needs the package {package}: {get}{instead and ', '}{instead}")
 
 

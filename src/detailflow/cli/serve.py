@@ -1,0 +1,113 @@
+"""`detailflow serve`: the model over HTTP."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from detailflow.cli.common import Parser, add_model_options, positive
+from detailflow.errors import DetailFlowError, missing_package
+
+KEY_VARIABLE = "DETAILFLOW_API_KEY"
+SHIPPED_NAME = "detailflow-cifar10"
+
+
+def parser() -> Parser:
+    """The command's options."""
+    result = Parser(
+        "serve", "[--model MODEL]", "Serve a model over HTTP, as OpenAI's images API has it (see /docs there)."
+    )
+    result.add_argument(
+        "--host", default="127.0.0.1", help="where to listen (default: %(default)s, this machine alone)"
+    )
+    result.add_argument("--port", type=int, default=8000, help="0 is any free one (default: %(default)s)")
+    result.add_argument(
+        "--api-key", metavar="VARIABLE", help=f"environment variable with the key (default: {KEY_VARIABLE}, if set)"
+    )
+    result.add_argument("--no-auth", action="store_true", help="ask for no key, even beyond this machine")
+    result.add_argument("--access-log", action="store_true", help="a line for each request")
+    batches = result.add_argument_group("batches")
+    batches.add_argument(
+        "--max-batch", type=positive, default=16, metavar="N", help="images at once (default: %(default)s)"
+    )
+    batches.add_argument(
+        "--batch-window", type=float, default=10, metavar="MS",
+        help="wait so long for a fuller batch while several clients ask (default: %(default)s)",
+    )  # fmt: skip
+    limits = result.add_argument_group("limits")
+    limits.add_argument(
+        "--max-queue", type=positive, default=256, metavar="N", help="images that may wait (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--max-images", type=positive, default=16, metavar="N", help="images of a request (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--max-upload", type=positive, default=10, metavar="MB", help="of an uploaded image (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--timeout", type=float, default=120, metavar="S", help="seconds for a request (default: %(default)s)"
+    )
+    add_model_options(result, tokenizer=True)
+    result.add_argument("--model-name", metavar="NAME", help="what clients call the model")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until the process is told to stop."""
+    args = parser().parse_args(argv)
+    try:
+        from detailflow.serving.app import create_app
+        from detailflow.serving.config import ServeConfig
+        from detailflow.serving.server import Server, is_loopback, listen, url
+    except ModuleNotFoundError as error:
+        raise missing_package("detailflow serve", error.name, extra="serve") from error
+    from detailflow.data.decode import MAX_PIXELS_VARIABLE, max_pixels
+    from detailflow.pipeline import DetailFlowPipeline
+
+    config = ServeConfig(
+        model_name=_model_name(args.model_name, args.model),
+        api_key=_api_key(args.api_key, args.no_auth),
+        max_batch=args.max_batch,
+        batch_window=args.batch_window,
+        max_queue=args.max_queue,
+        max_images=args.max_images,
+        max_upload=args.max_upload * 2**20,
+        max_pixels=max_pixels() if MAX_PIXELS_VARIABLE in os.environ else ServeConfig.max_pixels,
+        timeout=args.timeout,
+    )
+    with listen(args.host, args.port) as listener:
+        if config.api_key is None and not args.no_auth and not is_loopback(listener):
+            raise DetailFlowError(
+                f"{args.host} can be reached by others: set a key in the environment variable {KEY_VARIABLE}, "
+                "or say --no-auth if anybody may use this server"
+            )
+        pipeline = DetailFlowPipeline.from_pretrained(
+            args.model, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer
+        )
+        app = create_app(pipeline, config)
+        print(f"serving {config.model_name} at {url(listener)} (what to ask: {url(listener)}/docs)", flush=True)
+        Server(app, args.access_log).run([listener])
+    return 0
+
+
+def _api_key(variable: str | None, no_auth: bool) -> str | None:
+    """Return the key from the environment: an option's value could be read by every user of the machine."""
+    if no_auth:
+        if variable:
+            raise DetailFlowError("--api-key and --no-auth contradict each other: give one of them")
+        return None
+    key = os.environ.get(variable or KEY_VARIABLE)
+    if variable and not key:
+        raise DetailFlowError(f"--api-key names the environment variable {variable!r}, which is not set")
+    return key or None
+
+
+def _model_name(name: str | None, model: str | None) -> str:
+    """Return what clients call the model: never a path of this machine."""
+    if name is None:
+        name = SHIPPED_NAME if model is None else Path(model).resolve().name if os.path.exists(model) else model
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*(@[\w./-]+)?", name):
+        raise DetailFlowError(
+            f"{name!r} cannot be a model's name: give letters, digits, '.', '-' and '_' as --model-name"
+        )
+    return name

@@ -1,0 +1,196 @@
+"""The routes: OpenAI's images API, tokens, classes, health and metrics."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from importlib import metadata
+from typing import Annotated, Any, TypeVar
+
+from fastapi import FastAPI, File, Form, Query, Request, UploadFile
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.types import ASGIApp
+
+from detailflow.pipeline import DetailFlowPipeline
+from detailflow.serving import errors, schemas
+from detailflow.serving.config import ServeConfig
+from detailflow.serving.middleware import Guard
+from detailflow.serving.reference import reference_page
+from detailflow.serving.service import Service
+from detailflow.serving.uploads import Uploads
+
+T = TypeVar("T")
+CLIENT_GONE = 499  # nginx's number, for the metrics: nobody reads it
+_REFUSALS = {
+    400: "Something in the request is wrong; the message says what would be right.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    429: "Too many images wait already; `Retry-After` says for how long to wait.",
+    503: "The server is stopping, or the time limit is over.",
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.Failure, "description": text} for status, text in _REFUSALS.items()
+}
+
+
+class App(FastAPI):
+    """The app within its guard, which sees all that is sent, errors included."""
+
+    service: Service
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Put the guard around everything else."""
+        return Guard(super().build_middleware_stack(), self.service.config, self.service.metrics)
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the API; status 422 is FastAPI's own, for what is answered with 400 here."""
+        if self.openapi_schema is None:
+            schema = super().openapi()
+            for methods in schema["paths"].values():
+                for operation in methods.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(name, None)
+            self.openapi_schema = schema
+        return self.openapi_schema
+
+
+def create_app(pipeline: DetailFlowPipeline, config: ServeConfig | None = None) -> App:
+    """Return the service as an ASGI app; `app.service` is what it works with."""
+    service = Service(pipeline, config or ServeConfig())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.batcher.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.batcher.stop)
+
+    app = App(
+        title="DetailFlow",
+        version=metadata.version("detailflow"),
+        description="Images of classes, from coarse to fine, as OpenAI's images API has it.",
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load scripts from other hosts
+        redoc_url=None,
+    )
+    app.service = service
+    errors.install(app)
+    _add_models(app, service)
+    _add_images(app, service)
+    _add_tokens(app, service)
+    _add_operations(app, service)
+    return app
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", tags=["models"], responses=_only(401))
+    async def list_models() -> schemas.Models:
+        """List the model of this server."""
+        return schemas.Models(data=[service.describe()])
+
+    @app.get("/v1/models/{model:path}", tags=["models"], responses=_only(401, 404))
+    async def get_model(model: str) -> schemas.Model:
+        """Return what a model can do: its sizes, its best sampling, the server's limits."""
+        service.check_model(model)
+        return service.describe()
+
+    @app.get("/v1/classes", tags=["models"], responses=_only(400, 401))
+    async def list_classes(
+        search: Annotated[
+            str | None, Query(max_length=200, description="A part of a name, a number or a WordNet id.")
+        ] = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    ) -> schemas.Classes:
+        """List the classes, or those that a search finds."""
+        return service.classes(search, limit)
+
+
+def _add_images(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/images/generations", tags=["images"], response_model=schemas.Images, responses=_RESPONSES)
+    async def generate_images(body: schemas.Generation, request: Request) -> Any:
+        """Generate images of a class.
+
+        With `stream`, server-sent events: `image_generation.partial_image` and `image_generation.completed`, which also have
+        `image_index`, `num_tokens` and `tokens`.
+        """
+        answer = service.generate(body)
+        if body.stream:
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
+        return await _unless_gone(request, answer.whole())
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    uploads = Uploads(service.config)
+
+    @app.post("/v1/tokens/encode", tags=["tokens"], response_model=schemas.Encoded, responses=_RESPONSES)
+    async def encode_image(
+        request: Request,
+        image: Annotated[UploadFile, File(description="A raster image: PNG, JPEG, WebP, …")],
+        num_tokens: Annotated[int | None, Form(description="The first that many tokens; all if left out.")] = None,
+        whole: Annotated[bool, Form(description="The whole image in its own shape; else its centre square.")] = False,
+        model: Annotated[str | None, Form()] = None,
+    ) -> Any:
+        """Encode an image as tokens."""
+        service.check_model(model)
+        return await _unless_gone(request, service.encode(await uploads.open(image), num_tokens, whole))
+
+    @app.post("/v1/tokens/decode", tags=["tokens"], response_model=schemas.Images, responses=_RESPONSES)
+    async def decode_tokens(body: schemas.Tokens, request: Request) -> Any:
+        """Decode an image's first tokens, at one or several stages."""
+        return await _unless_gone(request, service.decode(body))
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    batcher = service.batcher
+    health: dict[int | str, dict[str, Any]] = {503: {"model": schemas.Health}}
+
+    @app.get("/healthz", tags=["operations"], response_model=schemas.Health, responses=health)
+    async def is_alive() -> Any:
+        """Say whether the server works; if not, restart it."""
+        return _health("ok" if batcher.alive else "failed")
+
+    @app.get("/readyz", tags=["operations"], response_model=schemas.Health, responses=health)
+    async def is_ready() -> Any:
+        """Say whether the server takes requests; it does not while it stops."""
+        return _health("ok" if batcher.accepts else "stopping" if batcher.alive else "failed")
+
+    @app.get("/metrics", tags=["operations"], response_class=Response, responses=_only(401))
+    async def get_metrics() -> Response:
+        """Return counters in Prometheus' text format."""
+        return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        return HTMLResponse(reference_page(app.openapi(), service.config.model_name), headers=policy)
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse("docs")
+
+
+def _health(status: str) -> JSONResponse:
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
+def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _RESPONSES[status] for status in statuses}
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | Response:
+    """Return what `work` returns; give it up if the client closes the connection."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else Response(status_code=CLIENT_GONE)
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

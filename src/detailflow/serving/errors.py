@@ -1,0 +1,93 @@
+"""Errors in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from detailflow.errors import DetailFlowError
+from detailflow.serving.batcher import ClosingError, ComputingError, QueueFullError
+from detailflow.serving.schemas import PARAMETERS
+
+_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+
+
+class ApiError(HTTPException):
+    """An answer that is no success, with one sentence that says what would be right."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        self.param, self.code = param, code or _CODES.get(status)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The body of the answer."""
+        kinds = {429: "rate_limit_error"}
+        kind = kinds.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.content, self.status_code, self.headers)
+
+
+def api_error(error: Exception) -> ApiError:
+    """Return what a client is told about an error; nothing about the server's inside."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail).lower(), headers=error.headers)
+    if isinstance(error, RequestValidationError):
+        return _invalid(error)
+    if isinstance(error, QueueFullError):
+        headers = {"Retry-After": str(error.retry_after)}
+        return ApiError(429, f"too many images wait already: {error}", code="rate_limit_exceeded", headers=headers)
+    if isinstance(error, ClosingError):
+        return ApiError(503, "the server is stopping: try again", code="stopping", headers={"Retry-After": "1"})
+    if isinstance(error, TimeoutError):
+        return ApiError(503, "this took longer than the server allows: ask for less, or later", code="timeout")
+    if isinstance(error, DetailFlowError):
+        return ApiError(400, str(error))
+    message = "the model failed" if isinstance(error, ComputingError) else "something failed in the server"
+    return ApiError(500, f"{message}: its log says why", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Let the app answer every error in this format."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return api_error(error).response()
+
+    kinds = (HTTPException, RequestValidationError, QueueFullError, ClosingError, ComputingError, TimeoutError)
+    for kind in (*kinds, DetailFlowError, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def _invalid(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a request, as a sentence."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"][1:] if not isinstance(part, int)]
+    param, kind, message = (where[0] if where else None), first["type"], first["msg"]
+    if kind == "json_invalid":
+        return ApiError(
+            400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json"
+        )
+    if kind == "extra_forbidden":
+        close = get_close_matches(param or "", PARAMETERS, n=1)
+        advice = f"did you mean {close[0]}?" if close else "see /docs"
+        return ApiError(400, f"unknown parameter {param!r}: {advice}", param, "unknown_parameter")
+    if kind == "missing":
+        return ApiError(400, f"{param or 'the body'} is missing: see /docs", param, "missing_required_parameter")
+    text = f"{message[0].lower()}{message[1:]}"
+    return ApiError(400, f"{param}: {text}" if param else f"the body: {text}", param, "invalid_value")

@@ -1,0 +1,101 @@
+"""What surrounds every request: time, size, the API key and the counters. Plain ASGI, so that streams pass unchanged."""
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from detailflow.serving.config import ServeConfig
+from detailflow.serving.errors import ApiError, api_error
+from detailflow.serving.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+MULTIPART_EXTRA = 64 * 1024  # bytes of a form beside its file
+LARGEST_JSON = 2**20  # bytes
+_PROTECTED = ("/v1/", "/metrics")
+
+
+class Guard:
+    """Check the key, bound the body and the time, count the answer."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics) -> None:
+        self.app, self.config, self.metrics = app, config, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        self.metrics.in_progress.inc()
+        try:
+            async with asyncio.timeout(self.config.timeout + 1):  # jobs end at their own deadline, a second earlier
+                self._authorize(scope)
+                await self.app(scope, self._bounded(scope, receive), watched)
+        except (ApiError, TimeoutError) as error:
+            try:
+                if status:  # too late for another answer
+                    raise TimeoutError from error
+                async with asyncio.timeout(1):
+                    await api_error(error).response()(scope, receive, watched)
+            except TimeoutError:
+                _log.info("a client did not read its answer in time")
+                await _abort(send)
+        finally:
+            self.metrics.in_progress.dec()
+            path = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(scope["method"], path, status).inc()
+            self.metrics.latency.labels(path).observe(time.perf_counter() - started)
+
+    def _authorize(self, scope: Scope) -> None:
+        if self.config.api_key is None or not scope["path"].startswith(_PROTECTED):
+            return
+        given = _header(scope, b"authorization").partition(b" ")
+        right = given[0].lower() == b"bearer" and hmac.compare_digest(given[2].strip(), self.config.api_key.encode())
+        if not right:
+            message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """Return `receive` with a limit on the bytes of the body."""
+        upload = _header(scope, b"content-type").startswith(b"multipart/")
+        limit = self.config.max_upload + MULTIPART_EXTRA if upload else LARGEST_JSON
+        received = 0
+        too_large = ApiError(413, f"the body is too large: {limit:,} bytes are the most here")
+        length = _header(scope, b"content-length")
+        if length.isdigit() and int(length) > limit:
+            raise too_large
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise too_large
+            return message
+
+        return bounded
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+async def _abort(send: Send) -> None:
+    """Close the connection of uvicorn's `send` at once: an ordinary close would wait for a client that does not read."""
+    transport = getattr(getattr(send, "__self__", None), "transport", None)
+    abort: Callable[[], object] | None = getattr(transport, "abort", None)
+    if abort:
+        abort()
+        await asyncio.sleep(0)  # uvicorn hears of it now

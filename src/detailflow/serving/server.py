@@ -1,0 +1,81 @@
+"""The process: a socket, uvicorn, and an end that loses nothing."""
+
+import ipaddress
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+from detailflow.errors import DetailFlowError
+from detailflow.serving.app import App
+
+KEEP_ALIVE = 75  # seconds that an idle connection stays open: more than the usual reverse proxy keeps one
+MOST_CONNECTIONS = 1000
+BACKLOG = 512
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there; port 0 is any free one.
+
+    Raises:
+        DetailFlowError: if that cannot be.
+    """
+    if not 0 <= port < 2**16:
+        raise DetailFlowError(f"--port must be 0 to {2**16 - 1}, not {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DetailFlowError(
+            f"cannot listen on {host} port {port} ({reason}): give another --host or --port"
+        ) from error
+    return listener
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Return whether only this machine can reach a socket."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def url(listener: socket.socket) -> str:
+    """Return where clients find it."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, which stops in order at SIGTERM and Ctrl-C: it finishes what runs and refuses what comes."""
+
+    def __init__(self, app: App, access_log: bool = False) -> None:
+        config = uvicorn.Config(
+            app,
+            log_level="info" if access_log else "warning",
+            access_log=access_log,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=max(1, round(app.service.config.grace)),
+            limit_concurrency=MOST_CONNECTIONS,
+            ws="none",
+        )
+        super().__init__(config)
+        self.app = app
+
+    async def main_loop(self) -> None:
+        """Serve until told to stop."""
+        await super().main_loop()
+        self.app.service.batcher.drain()  # before uvicorn waits for the answers that are not finished
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        super().handle_exit(sig, frame)
+        if sig == signal.SIGTERM:
+            self._captured_signals.clear()  # an end in order has exit status 0

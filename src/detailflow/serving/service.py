@@ -1,0 +1,265 @@
+"""From a request to what the model shall compute, and from that to an answer. Knows no HTTP."""
+
+import asyncio
+import base64
+import io
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from detailflow import hub
+from detailflow.errors import DetailFlowError
+from detailflow.pipeline import DetailFlowPipeline, fit
+from detailflow.schedule import TokenSchedule
+from detailflow.serving import engine, schemas
+from detailflow.serving.batcher import Batcher, Job
+from detailflow.serving.config import ServeConfig
+from detailflow.serving.errors import ApiError, api_error
+from detailflow.serving.metrics import Metrics
+
+SAMPLING = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
+MOST_STAGES = 1024  # images of one `decode`
+
+
+class Service:
+    """One model, its queue and its counters."""
+
+    def __init__(self, pipeline: DetailFlowPipeline, config: ServeConfig) -> None:
+        self.pipeline, self.config, self.metrics = pipeline, config, Metrics()
+        self.batcher = Batcher(
+            partial(engine.run, pipeline), config.max_batch, config.batch_window / 1000, config.max_queue, self.metrics
+        )
+        tokenizer = pipeline.tokenizer
+        self.fingerprint = hub.fingerprint(asdict(tokenizer.config), tokenizer.state_dict())
+        self.created = int(time.time())
+
+    @property
+    def schedule(self) -> TokenSchedule:
+        """The model's token schedule."""
+        return self.pipeline.tokenizer.schedule
+
+    @property
+    def size(self) -> str:
+        """The size of a full image."""
+        return f"{self.schedule.image_size}x{self.schedule.image_size}"
+
+    def describe(self) -> schemas.Model:
+        """Return what clients may know about the model."""
+        config, schedule = self.config, self.schedule
+        return schemas.Model(
+            id=config.model_name,
+            created=self.created,
+            num_classes=self.pipeline.gpt.config.num_classes,
+            image_size=schedule.image_size,
+            stages=[schemas.Stage(num_tokens=n, size=schedule.decode_size(n)) for n in schedule.valid_counts],
+            codebook_size=self.pipeline.tokenizer.config.codebook_size,
+            fingerprint=self.fingerprint,
+            sampling={name: getattr(self.pipeline.gpt.config, name) for name in SAMPLING},
+            limits={
+                "n": config.max_images,
+                "upload_bytes": config.max_upload,
+                "upload_pixels": config.max_pixels,
+                "timeout": config.timeout,
+            },
+        )
+
+    def classes(self, search: str | None, limit: int) -> schemas.Classes:
+        """Return the classes, or those with `search` in a name."""
+        labels = self.pipeline.labels
+        try:
+            found = list(range(labels.count)) if not search else labels.search(search)
+        except DetailFlowError:
+            found = []
+        data = [
+            schemas.ImageClass(
+                id=i,
+                name=labels.name(i),
+                names=labels.names[i] if labels.names else labels.name(i),
+                wordnet_id=(labels.wnids[i] or None) if labels.wnids else None,
+            )
+            for i in found[:limit]
+        ]
+        return schemas.Classes(total=len(found), data=data)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise an `ApiError` for the name of another model."""
+        if name is not None and name != self.config.model_name:
+            message = f"there is no model {name!r} here: this server has {self.config.model_name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def submit(self, key: Any, items: list[Any]) -> Job:
+        """Queue work that has to be finished in the server's time limit."""
+        return self.batcher.submit(key, items, self.config.timeout)
+
+    # --- images of classes ---------------------------------------------------------------------------------------------
+
+    def generate(self, body: schemas.Generation) -> "Answer":
+        """Check a request and queue its images.
+
+        Raises:
+            ApiError: if something in it is wrong.
+        """
+        self.check_model(body.model)
+        count = 1 if body.n is None else body.n
+        if not 1 <= count <= self.config.max_images:
+            raise ApiError(400, f"n must be 1 to {self.config.max_images}, not {count}", "n", "invalid_value")
+        if body.size not in (None, "auto", self.size):
+            raise ApiError(400, f"size must be auto or {self.size}, not {body.size!r}", "size", "invalid_value")
+        with _blamed_on("prompt", code="unknown_class"):
+            class_id = self.pipeline.labels.index(body.prompt)
+        with _blamed_on("num_tokens"):
+            num_tokens = self.schedule.check_count(body.num_tokens)
+        with _blamed_on(*SAMPLING):
+            sampling = self.pipeline.gpt.sampling(**{name: getattr(body, name) for name in SAMPLING})
+        seed = secrets.randbits(32) if body.seed is None else body.seed
+        stages = self.stages(num_tokens, body.partial_images or 0) if body.stream else frozenset()
+        items = [engine.ImageItem(class_id, seed, i, num_tokens, stages) for i in range(count)]
+        return Answer(self, self.submit(engine.Generate(sampling), items), "image_generation", num_tokens, seed)
+
+    def stages(self, num_tokens: int, count: int) -> frozenset[int]:
+        """Return `count` numbers of tokens below `num_tokens` for partial images: early first, then evenly in time."""
+        steps = [n for n in self.schedule.valid_counts if n < num_tokens]
+        if count >= len(steps):
+            return frozenset(steps)
+        return frozenset(steps[1 + i * (len(steps) - 1) // count] for i in range(count))
+
+    # --- tokens --------------------------------------------------------------------------------------------------------
+
+    async def encode(self, image: Image.Image, num_tokens: int | None, whole: bool) -> schemas.Encoded:
+        """Return an image's tokens."""
+        with _blamed_on("num_tokens"):
+            n = self.schedule.check_count(num_tokens)
+        fitted = np.asarray(await asyncio.to_thread(fit, self.schedule, image, whole))
+        height, width = fitted.shape[:2]
+        with self.submit(engine.Encode(height, width), [fitted]) as job:
+            async for result in job:
+                tokens = result.value[:n]
+        return schemas.Encoded(
+            model=self.config.model_name, fingerprint=self.fingerprint, tokens=tokens, height=height, width=width
+        )
+
+    async def decode(self, body: schemas.Tokens) -> schemas.Images:
+        """Return the images that an image's first tokens show."""
+        self.check_model(body.model)
+        codes = self.pipeline.tokenizer.config.codebook_size
+        if max(body.tokens) >= codes:
+            raise ApiError(400, f"tokens must be 0 to {codes - 1}, not {max(body.tokens)}", "tokens", "invalid_value")
+        counts = body.num_tokens if isinstance(body.num_tokens, list) else [body.num_tokens or len(body.tokens)]
+        if not 1 <= len(counts) <= MOST_STAGES:
+            raise ApiError(400, f"num_tokens must be 1 to {MOST_STAGES} numbers, not {len(counts)}", "num_tokens")
+        with _blamed_on("num_tokens"):
+            for n in counts:
+                if self.schedule.check_count(n) > len(body.tokens):
+                    raise DetailFlowError(f"num_tokens must be at most the {len(body.tokens)} tokens given, not {n}")
+        height, width = self._full_size(body)
+        shown = []
+        for n in sorted(set(counts)):
+            with self.submit(engine.Decode(n, *self.schedule.decode_shape(n, height, width)), [body.tokens[:n]]) as job:
+                async for result in job:
+                    shown.append(result.value)
+        by_count = {len(picture.tokens): await asyncio.to_thread(image_data, picture) for picture in shown}
+        data = [by_count[n] for n in counts]
+        return self.images(data, data[-1].size, len(body.tokens))
+
+    def _full_size(self, body: schemas.Tokens) -> tuple[int, int]:
+        side = self.schedule.image_size
+        height, width = body.height or side, body.width or side
+        if (
+            height < 1
+            or width < 1
+            or max(height, width) > side**2
+            or self.schedule.full_shape(height, width) != (height, width)
+        ):
+            message = f"height and width must be as `encode` gives them, not {height} and {width}"
+            raise ApiError(400, message, "height", "invalid_value")
+        return height, width
+
+    # --- answers -------------------------------------------------------------------------------------------------------
+
+    def images(self, data: list[schemas.ImageData], size: str, tokens: int, seed: int | None = None) -> schemas.Images:
+        """Return the answer with these images."""
+        return schemas.Images(
+            created=int(time.time()), data=data, size=size, usage=usage(tokens), model=self.config.model_name, seed=seed
+        )
+
+
+class Answer:
+    """The images of one request, as one answer or as server-sent events."""
+
+    def __init__(self, service: Service, job: Job, kind: str, num_tokens: int, seed: int) -> None:
+        self.service, self.job, self.kind, self.num_tokens, self.seed = service, job, kind, num_tokens, seed
+
+    async def whole(self) -> schemas.Images:
+        """Return all images in one answer."""
+        data: dict[int, schemas.ImageData] = {}
+        with self.job:
+            async for result in self.job:
+                data[result.image] = await asyncio.to_thread(image_data, result.value)
+        ordered = [data[i] for i in sorted(data)]
+        return self.service.images(ordered, ordered[0].size, self.num_tokens * len(ordered), self.seed)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yield server-sent events: partial images, and each image when it is complete."""
+        partial_images = [0] * len(self.job.items)
+        with self.job:
+            try:
+                async for index, picture, final in self.job:
+                    shown = await asyncio.to_thread(image_data, picture)
+                    event = {
+                        "type": f"{self.kind}.{'completed' if final else 'partial_image'}",
+                        **shown.model_dump(),
+                        "created_at": int(time.time()),
+                        "background": "opaque",
+                        "output_format": "png",
+                        "quality": "auto",
+                        "image_index": index,
+                        "num_tokens": len(picture.tokens),
+                        "model": self.service.config.model_name,
+                        "seed": self.seed,
+                    }
+                    if final:
+                        event["usage"] = usage(self.num_tokens).model_dump()
+                    else:
+                        event["partial_image_index"] = partial_images[index]
+                        partial_images[index] += 1
+                    yield _event(event["type"], event)
+            except Exception as error:  # the status has been sent
+                yield _event("error", api_error(error).content)
+
+
+def _event(name: str, data: Mapping[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+
+
+def image_data(picture: engine.Picture) -> schemas.ImageData:
+    """Return an image as answers have it."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture.pixels).save(buffer, format="PNG")
+    height, width = picture.pixels.shape[:2]
+    return schemas.ImageData(
+        b64_json=base64.b64encode(buffer.getvalue()).decode(), tokens=picture.tokens, size=f"{width}x{height}"
+    )
+
+
+def usage(tokens: int) -> schemas.Usage:
+    """Return the tokens of an answer; a class is one token of input."""
+    details = {"text_tokens": 1, "image_tokens": 0}
+    return schemas.Usage(input_tokens=1, output_tokens=tokens, total_tokens=tokens + 1, input_tokens_details=details)
+
+
+@contextmanager
+def _blamed_on(*params: str, code: str = "invalid_value") -> Iterator[None]:
+    """Say which parameter a `DetailFlowError` is about: the one that its message names, or else the first."""
+    try:
+        yield
+    except DetailFlowError as error:
+        named = [name for name in params if str(error).startswith(name)]
+        raise ApiError(400, str(error), (named or params)[0], code) from error

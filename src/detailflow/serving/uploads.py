@@ -1,0 +1,45 @@
+"""Uploaded images: raster formats only, decoded off the event loop, bounded in bytes and pixels."""
+
+import asyncio
+
+from fastapi import UploadFile
+from PIL import Image
+
+from detailflow.data.decode import image_size, load_rgb
+from detailflow.errors import DetailFlowError
+from detailflow.serving.config import ServeConfig
+from detailflow.serving.errors import ApiError
+
+NAME = "the image"  # in messages
+AT_ONCE = 2  # images that are decoded, each of which may take eight bytes a pixel
+
+
+class Uploads:
+    """Opens what clients send."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self._room = asyncio.Semaphore(AT_ONCE)
+
+    async def open(self, upload: UploadFile) -> Image.Image:
+        """Return an uploaded image as RGB.
+
+        Raises:
+            ApiError: if it is too large or not an image.
+        """
+        if upload.size is not None and upload.size > self.config.max_upload:
+            raise ApiError(413, f"the image is too large: {self.config.max_upload:,} bytes are the most", "image")
+        async with self._room:
+            content = await upload.read()
+            try:
+                return await asyncio.to_thread(self._decode, content)
+            except DetailFlowError as error:
+                raise ApiError(400, str(error), "image", "invalid_image") from error
+
+    def _decode(self, content: bytes) -> Image.Image:
+        width, height = image_size(content, NAME)
+        if width * height > self.config.max_pixels:
+            raise DetailFlowError(
+                f"{NAME} is too large: it has {width}×{height} pixels, and {self.config.max_pixels:,} are the most"
+            )
+        return load_rgb(content, NAME, max_pixels=2 * self.config.max_pixels)  # some formats' pixels count twice

@@ -1,0 +1,69 @@
+"""`detailflow serve`: what its options refuse. tests/serving has what it serves."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from detailflow.cli.main import main
+from detailflow.cli.serve import _model_name
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch):
+    for name in ("DETAILFLOW_API_KEY", "DETAILFLOW_MAX_PIXELS"):
+        monkeypatch.setenv(name, "")  # so that it is put back whatever a command sets
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            "--host 0.0.0.0",
+            "0.0.0.0 can be reached by others: set a key in the environment variable DETAILFLOW_API_KEY",
+        ),
+        ("--host ::", ":: can be reached by others"),
+        ("--api-key MY_KEY", "--api-key names the environment variable 'MY_KEY', which is not set"),
+        ("--api-key MY_KEY --no-auth", "--api-key and --no-auth contradict each other"),
+        ("--host 256.0.0.1", "cannot listen on 256.0.0.1 port 0"),
+        ("--port 70000", "--port must be 0 to 65535, not 70000"),
+        ("--model ./nowhere/model", "nowhere/model"),
+        ("--model-name a?b", "'a?b' cannot be a model's name"),
+        ("--batch-window -1", "batch_window must be 0 or more, not -1"),
+        ("--timeout 0", "timeout must be above 0 seconds, not 0"),
+        ("--max-queue 8", "max_queue must be at least max_images"),
+        ("--max-batch 0", "--max-batch: must be a positive integer, not '0'"),
+        ("--max-pixels 0", "the limit on pixels"),
+    ],
+)
+def test_what_cannot_be_served(argv: str, message: str, capsys: pytest.CaptureFixture[str]):
+    try:
+        assert main(["serve", *(["--port", "0"] if "--port" not in argv else []), *argv.split()]) == 2
+    except OSError:
+        pytest.fail("this machine has no IPv6")
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("detailflow: error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_key_is_characters_of_a_header(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("DETAILFLOW_API_KEY", "schlüssel\n")
+    assert main(["serve", "--port", "0"]) == 2
+    out, err = capsys.readouterr()
+    assert "the API key must be printable ASCII characters" in err and "schl" not in out + err
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1 port {port} (Address already in use)" in capsys.readouterr().err
+
+
+def test_the_name_of_a_model_is_no_path(tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    assert _model_name(None, str(tmp_path / "photos")) == "photos"
+    assert _model_name(None, "detailflow-16") == "detailflow-16"
+    assert _model_name(None, "someone/model") == "someone/model"
+    assert _model_name("mine", str(tmp_path)) == "mine"
+    assert _model_name(None, None) == "detailflow-cifar10"

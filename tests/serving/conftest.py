@@ -1,0 +1,109 @@
+"""Servers: a process of the command, as a user starts it, and the same app in this process for what needs other limits."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from detailflow import DetailFlowPipeline
+from detailflow.serving import server as serving
+from detailflow.serving.app import create_app
+from detailflow.serving.config import ServeConfig
+
+KEY = "a-key-of-the-tests"
+
+
+class Process:
+    """`detailflow serve` on a free port."""
+
+    def __init__(self, *options: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "detailflow", "serve", "--port", "0", "--device", "cpu", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
+        )
+        assert self.process.stdout is not None
+        self.banner = self.process.stdout.readline()
+        found = re.search(r"http://\S+:\d+", self.banner)
+        assert found, (self.process.wait(10), self.process.stderr and self.process.stderr.read())
+        self.url = found[0]
+
+    def end(self) -> tuple[int, str]:
+        """Stop it as an operator does; return its exit status and what it wrote to stderr."""
+        self.process.terminate()
+        _, errors = self.process.communicate(timeout=30)
+        return self.process.returncode, errors
+
+
+@contextmanager
+def _running(*options: str, **environment: str) -> Iterator[Process]:
+    server = Process(*options, **environment)
+    try:
+        yield server
+    finally:
+        with suppress(ProcessLookupError):
+            server.process.kill()
+        server.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def running() -> Callable[..., Any]:
+    """`with running("--model", …) as process`."""
+    return _running
+
+
+@pytest.fixture(scope="session")
+def server(model: Path) -> Iterator[Process]:
+    """A server of the tests' model that asks for a key."""
+    with _running("--model", str(model), "--model-name", "tests/tiny", DETAILFLOW_API_KEY=KEY) as process:
+        yield process
+        status, errors = process.end()
+        assert (status, errors) == (0, ""), "no request of any test may leave a traceback"
+
+
+class Here:
+    """The service in a thread of this process."""
+
+    def __init__(self, pipeline: DetailFlowPipeline, config: ServeConfig) -> None:
+        self.listener: socket.socket = serving.listen("127.0.0.1", 0)
+        self.url = serving.url(self.listener)
+        self.app = create_app(pipeline, config)
+        self.service = self.app.service
+        self.server = serving.Server(self.app)
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End it in order."""
+        self.server.should_exit = True
+        self.thread.join()
+        self.listener.close()
+
+
+@pytest.fixture(scope="session")
+def shipped() -> DetailFlowPipeline:
+    """The shipped model, an image of which takes long enough to be interrupted."""
+    return DetailFlowPipeline.from_pretrained(device="cpu")
+
+
+@pytest.fixture
+def here(shipped: DetailFlowPipeline) -> Iterator[Callable[..., Here]]:
+    """Start a server of the shipped model with these limits."""
+    with ExitStack() as stack:
+
+        def start(**limits: Any) -> Here:
+            result = Here(shipped, ServeConfig(**limits))
+            stack.callback(result.stop)
+            return result
+
+        yield start

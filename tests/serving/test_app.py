@@ -1,0 +1,388 @@
+"""The service as clients see it: a process of the command, OpenAI's own client, and plain HTTP."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from detailflow import DetailFlowPipeline
+
+KEY = "a-key-of-the-tests"
+
+
+@pytest.fixture(scope="module")
+def client(server: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(server: Any) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as client:
+        yield client
+
+
+def opened(b64: str | None) -> Image.Image:
+    assert b64
+    image = Image.open(io.BytesIO(base64.b64decode(b64)))
+    assert image.format == "PNG"
+    return image
+
+
+def same(shown: str | None, expected: Image.Image) -> bool:
+    """Whether an answer's image is this one, up to rounding in another batch."""
+    image = opened(shown)
+    difference = np.asarray(image, int) - np.asarray(expected, int)
+    return image.size == expected.size and abs(difference).max() <= 1
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+# --- OpenAI's client ---------------------------------------------------------------------------------------------------
+
+
+def test_images_are_those_of_the_pipeline(client: openai.OpenAI, pipeline: DetailFlowPipeline):
+    answer = client.images.generate(prompt="cat", n=3, extra_body={"seed": 5, "guidance_scale": 2.5, "top_k": 20})
+    expected = pipeline("cat", 3, guidance_scale=2.5, top_k=20, seed=5)
+    assert answer.data is not None
+    assert [same(data.b64_json, image) for data, image in zip(answer.data, expected, strict=True)] == [True] * 3
+    assert (answer.output_format, answer.size, answer.background) == ("png", "32x32", "opaque")
+    assert answer.usage is not None and answer.usage.output_tokens == 3 * 16
+    assert answer.model_extra is not None and (answer.model_extra["seed"], answer.model_extra["model"]) == (
+        5,
+        "tests/tiny",
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "extra", "options"),
+    [
+        ("4", {}, {}),
+        ("HOT DOG", {"temperature": 0}, {"temperature": 0.0}),
+        ("bird", {"num_tokens": 4}, {"num_tokens": 4}),
+        (
+            "bird",
+            {"top_p": 0.5, "top_k": "off", "guidance_schedule": "linear"},
+            {"top_p": 0.5, "guidance_schedule": "linear"},
+        ),
+    ],
+)
+def test_classes_and_sampling(
+    prompt: str, extra: dict[str, Any], options: dict[str, Any], client: openai.OpenAI, pipeline: DetailFlowPipeline
+):
+    answer = client.images.generate(
+        prompt=prompt,
+        model="tests/tiny",
+        response_format="b64_json",
+        size="auto",
+        user="u",
+        extra_body={"seed": 1, **extra},
+    )
+    assert answer.data is not None and same(answer.data[0].b64_json, pipeline(prompt, seed=1, **options)[0])
+
+
+def test_a_seed_of_its_own_is_told(client: openai.OpenAI, pipeline: DetailFlowPipeline):
+    answers = [client.images.generate(prompt="cat") for _ in range(2)]
+    seeds = [answer.model_extra["seed"] for answer in answers if answer.model_extra]
+    assert seeds[0] != seeds[1]
+    for seed, answer in zip(seeds, answers, strict=True):
+        assert answer.data is not None and same(answer.data[0].b64_json, pipeline("cat", seed=seed)[0])
+
+
+def test_a_stream_shows_images_as_they_take_shape(client: openai.OpenAI, pipeline: DetailFlowPipeline):
+    with client.images.generate(prompt="cat", stream=True, partial_images=3, extra_body={"seed": 2}) as stream:
+        events = list(stream)
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]  # type: ignore[union-attr]
+    stages = {stage.num_tokens: stage.images[0] for stage in pipeline.stream("cat", seed=2)}
+    counts = [event.num_tokens for event in events]  # type: ignore[union-attr]
+    assert counts[0] <= 2 and counts == sorted(counts) and counts[-1] == 16
+    assert all(same(event.b64_json, stages[n]) for event, n in zip(events, counts, strict=True))
+    assert events[-1].usage.output_tokens == 16  # type: ignore[union-attr]
+
+
+def test_a_stream_of_several_images_and_all_stages(client: openai.OpenAI, pipeline: DetailFlowPipeline):
+    with client.images.generate(prompt="bird", n=2, stream=True, partial_images=100, extra_body={"seed": 2}) as stream:
+        events = [event.model_dump() for event in stream]
+    expected = pipeline("bird", 2, seed=2)
+    for i in range(2):
+        mine = [event for event in events if event["image_index"] == i]
+        assert [event["num_tokens"] for event in mine] == list(pipeline.tokenizer.schedule.valid_counts)
+        assert mine[-1]["type"] == "image_generation.completed" and same(mine[-1]["b64_json"], expected[i])
+
+
+def test_a_stream_without_partial_images(client: openai.OpenAI):
+    with client.images.generate(prompt="bird", stream=True) as stream:
+        assert [event.type for event in stream] == ["image_generation.completed"]
+
+
+def test_an_unknown_class_is_refused_with_a_suggestion(client: openai.OpenAI):
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="unknown class 'brid': did you mean bird?") as refused:
+            client.images.generate(prompt="brid", stream=stream)
+        assert (refused.value.param, refused.value.code) == ("prompt", "unknown_class")
+        assert refused.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "message"),
+    [
+        ({"n": 17}, "n", "n must be 1 to 16, not 17"),
+        ({"n": 0}, "n", "n: input should be greater than or equal to 1"),
+        ({"n": "many"}, "n", "n: input should be a valid integer"),
+        ({"size": "64x64"}, "size", "size must be auto or 32x32, not '64x64'"),
+        ({"response_format": "url"}, "response_format", "response_format: input should be 'b64_json'"),
+        (
+            {"extra_body": {"num_tokens": 5}},
+            "num_tokens",
+            "num_tokens must be 1 to 4 or a multiple of 4 up to 16, not 5",
+        ),
+        ({"extra_body": {"temperature": -1}}, "temperature", "temperature must be 0 (argmax) or more"),
+        ({"extra_body": {"top_p": 2}}, "top_p", "top_p must be above 0"),
+        ({"extra_body": {"seed": -1}}, "seed", "seed: input should be greater"),
+        (
+            {"extra_body": {"guidence_scale": 1}},
+            "guidence_scale",
+            "unknown parameter 'guidence_scale': did you mean guidance_scale?",
+        ),
+        ({"model": "gpt-image-1"}, "model", "there is no model 'gpt-image-1' here: this server has 'tests/tiny'"),
+    ],
+)
+def test_errors_name_what_is_wrong(options: dict[str, Any], param: str, message: str, client: openai.OpenAI):
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.images.generate(prompt="cat", **options)
+    assert refused.value.status_code == (404 if param == "model" else 400)
+    assert refused.value.param == param and message in refused.value.message
+
+
+def test_a_key_is_asked_for(server: Any):
+    for key in ("wrong", KEY[:-1], f"{KEY}x", "ä"):
+        with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}".encode()}) as stranger:
+            assert stranger.get("/v1/models").status_code == 401
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as stranger:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            stranger.images.generate(prompt="cat")
+        assert refused.value.code == "invalid_api_key"
+    for path, status in (("/metrics", 401), ("/v1/nothing", 401), ("/healthz", 200), ("/readyz", 200), ("/docs", 200)):
+        assert httpx.get(f"{server.url}{path}").status_code == status
+
+
+def test_models(client: openai.OpenAI, pipeline: DetailFlowPipeline, tmp_path: Path):
+    (model,) = client.models.list()
+    assert model.id == "tests/tiny" and client.models.retrieve("tests/tiny") == model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another")
+    known = model.model_dump()
+    assert (known["num_classes"], known["image_size"], known["codebook_size"]) == (5, 32, 64)
+    schedule = pipeline.tokenizer.schedule
+    assert known["stages"] == [{"num_tokens": n, "size": schedule.decode_size(n)} for n in schedule.valid_counts]
+    assert str(tmp_path.parents[1]) not in json.dumps(known)
+
+
+def test_classes(http: httpx.Client):
+    listed = http.get("/v1/classes").json()
+    assert listed["total"] == 5 and listed["data"][3] == {"id": 3, "name": "cat", "names": "cat", "wordnet_id": None}
+    found = http.get("/v1/classes", params={"search": "DOG"}).json()["data"]
+    assert [entry["name"] for entry in found] == ["Hot dog"]
+    assert http.get("/v1/classes", params={"search": "zebra"}).json() == {"object": "list", "total": 0, "data": []}
+    assert len(http.get("/v1/classes", params={"limit": 2}).json()["data"]) == 2
+    assert http.get("/v1/classes", params={"limit": 0}).json()["error"]["param"] == "limit"
+
+
+def test_requests_of_many_clients_share_batches(
+    http: httpx.Client, client: openai.OpenAI, pipeline: DetailFlowPipeline
+):
+    """Different classes, seeds, numbers of images and of tokens, with each image as if it were alone."""
+    cases = [(("cat", "bird", "airplane")[i % 3], i % 4 + 1, i, (16, 8, 4)[i % 3]) for i in range(24)]
+
+    def ask(case: tuple[str, int, int, int]) -> Any:
+        label, n, seed, num_tokens = case
+        return client.images.generate(prompt=label, n=n, extra_body={"seed": seed, "num_tokens": num_tokens}).data
+
+    def batches() -> tuple[float, float]:
+        lines = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if line[0] != "#")
+        return float(lines["detailflow_batch_images_count"]), float(lines["detailflow_batch_images_sum"])
+
+    before = batches()
+    with ThreadPoolExecutor(len(cases)) as pool:
+        answers = list(pool.map(ask, cases))
+    count, images = (after - start for after, start in zip(batches(), before, strict=True))
+    assert images == sum(n for _, n, _, _ in cases) and count < images / 2
+    for (label, n, seed, num_tokens), data in zip(cases, answers, strict=True):
+        expected = pipeline(label, n, seed=seed, num_tokens=num_tokens)
+        assert all(same(shown.b64_json, image) for shown, image in zip(data, expected, strict=True))
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_there_and_back(http: httpx.Client, pipeline: DetailFlowPipeline):
+    photo = Image.effect_mandelbrot((90, 60), (-3, -2.5, 2, 2.5), 100).convert("RGB")
+    encoded = http.post("/v1/tokens/encode", files={"image": ("../../etc/name.png", png(photo))}).json()
+    expected = pipeline.reconstruct(photo)
+    assert (encoded["height"], encoded["width"], len(encoded["tokens"])) == (32, 32, 16)
+    counts = [stage.num_tokens for stage in expected]
+    decoded = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], "num_tokens": counts}).json()
+    for data, stage in zip(decoded["data"], expected, strict=True):
+        shown = opened(data["b64_json"])
+        assert shown.size == (stage.size, stage.size) and data["size"] == f"{stage.size}x{stage.size}"
+        assert data["tokens"] == encoded["tokens"][: stage.num_tokens]
+        enlarged = np.asarray(shown.resize((32, 32), Image.Resampling.BICUBIC), int)
+        assert abs(enlarged - np.asarray(stage.images[0], int)).max() <= 2
+    (one,) = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"][:8]}).json()["data"]
+    assert one["b64_json"] == next(d["b64_json"] for d in decoded["data"] if len(d["tokens"]) == 8)
+
+
+def test_a_whole_image_in_its_own_shape(http: httpx.Client):
+    photo = Image.new("RGB", (96, 48), "red")
+    form = {"whole": "true", "num_tokens": "8"}
+    encoded = http.post("/v1/tokens/encode", files={"image": png(photo)}, data=form).json()
+    assert len(encoded["tokens"]) == 8 and encoded["width"] > encoded["height"]
+    shape = {"height": encoded["height"], "width": encoded["width"]}
+    (data,) = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], **shape}).json()["data"]
+    assert opened(data["b64_json"]).width > opened(data["b64_json"]).height
+    refused = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], "height": 9_999, "width": 8})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "height"
+
+
+def test_generated_tokens_are_those_of_the_image(http: httpx.Client):
+    made = http.post("/v1/images/generations", json={"prompt": 3, "seed": 4}).json()["data"][0]
+    shown = http.post("/v1/tokens/decode", json={"tokens": made["tokens"]}).json()["data"][0]
+    assert shown["b64_json"] == made["b64_json"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tokens": [64] * 4}, "tokens"),
+        ({"tokens": [-1]}, "tokens"),
+        ({"tokens": []}, "tokens"),
+        ({"tokens": [1.5]}, "tokens"),
+        ({"tokens": [1] * 5}, "num_tokens"),
+        ({"tokens": [1] * 4, "num_tokens": 8}, "num_tokens"),
+        ({"tokens": [1] * 4, "num_tokens": []}, "num_tokens"),
+        ({}, "tokens"),
+    ],
+)
+def test_tokens_that_cannot_be(body: dict[str, Any], param: str, http: httpx.Client):
+    refused = http.post("/v1/tokens/decode", json=body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == param
+
+
+def bomb() -> bytes:
+    """A small file of 64 million pixels."""
+    return png(Image.new("1", (8000, 8000)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no image", "the image is not an image"),
+        (b"", "the image is not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "the image is not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "the image is not an image"),
+        (png(Image.new("RGB", (64, 64)))[:60], "the image"),
+        (bomb(), "the image is too large: it has 8000×8000 pixels, and 25,000,000 are the most"),
+    ],
+)
+def test_uploads_that_are_no_images(content: bytes, message: str, http: httpx.Client):
+    refused = http.post("/v1/tokens/encode", files={"image": ("a.png", content)})
+    assert refused.status_code == 400 and refused.json()["error"]["message"].startswith(message)
+    assert refused.json()["error"]["param"] == "image"
+
+
+def test_bodies_are_bounded(http: httpx.Client):
+    """By what they say of their length, and, where they say nothing, by what comes."""
+    large = b"x" * (11 * 2**20)
+    assert http.post("/v1/tokens/encode", files={"image": large}).status_code == 413
+
+    def parts() -> Iterator[bytes]:
+        yield b'{"prompt": "'
+        for _ in range(40):
+            yield b"x" * 2**16
+
+    headers = {"Content-Type": "application/json"}
+    for body in (b"[" * 2**21, parts()):
+        refused = http.post("/v1/images/generations", content=body, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (413, "too_large")
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    endless = (b"--x\r\nContent-Disposition: form-data; name=image; filename=a\r\n\r\n", *[b"x" * 2**18] * 48)
+    assert http.post("/v1/tokens/encode", content=iter(endless), headers=form).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"prompt": NaN}', b"\xff", b"[" * 100_000, b'{"prompt":"\\ud800"}']
+)
+def test_bodies_that_are_no_requests(content: bytes, http: httpx.Client):
+    refused = http.post("/v1/images/generations", content=content, headers={"Content-Type": "application/json"})
+    assert refused.status_code == 400 and refused.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_only_json_is_taken_for_json(http: httpx.Client):
+    """What a page of another site can send without asking is refused."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        answer = http.post("/v1/images/generations", content=b'{"prompt": "cat"}', headers={"Content-Type": kind})
+        assert answer.status_code == 400
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_routes_that_are_not_there(http: httpx.Client):
+    assert http.get("/v1/nothing").json()["error"]["code"] == "not_found"
+    assert http.get("/v1/images/generations").json()["error"]["code"] == "method_not_allowed"
+
+
+# --- operations --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics(http: httpx.Client):
+    http.post("/v1/images/generations", json={"prompt": "cat", "n": 2})
+    answer = http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    lines = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if line[0] != "#")
+    route = 'method="POST",path="/v1/images/generations",status="200"'
+    assert float(lines[f"detailflow_requests_total{{{route}}}"]) >= 1
+    assert float(lines['detailflow_request_seconds_count{path="/v1/images/generations"}']) >= 1
+    assert float(lines["detailflow_images_total"]) >= 2
+    assert lines["detailflow_queue_images"] == "0.0"
+
+
+class Links(HTMLParser):
+    """What a page loads or refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+
+def test_docs_load_nothing_from_elsewhere(http: httpx.Client):
+    page = http.get("/", follow_redirects=True)
+    assert page.url.path == "/docs" and "default-src 'none'" in page.headers["content-security-policy"]
+    links = Links()
+    links.feed(page.text)
+    assert links.found == ["openapi.json"] and not links.tags & {"script", "link", "img", "iframe"}
+    assert "@import" not in page.text and "url(" not in page.text
+    description = http.get("/openapi.json").json()
+    for path in description["paths"]:
+        assert path in page.text
+    for name in ("guidance_scale", "partial_images", "num_tokens", "Retry-After"):
+        assert name in page.text
+    assert "422" not in json.dumps(description)

@@ -1,0 +1,119 @@
+"""Limits under load: the queue, time, clients that leave or do not read, and an end in order."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+LONG = {"prompt": "cat", "n": 16, "seed": 1}
+MANY = 3000
+
+
+def ask(url: str, body: dict[str, Any] = LONG) -> httpx.Response:
+    return httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+
+
+def openai_client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+
+
+def value(here: Any, name: str, **labels: str) -> float:
+    return here.service.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "did not come true in 30 s"
+        time.sleep(0.01)
+
+
+def test_a_full_queue_health_and_a_client_that_leaves(here: Callable[..., Any]):
+    server = here(max_batch=1, max_queue=16)
+    url = server.url
+    with httpx.stream(
+        "POST", f"{url}/v1/images/generations", json=LONG | {"stream": True, "partial_images": 1}
+    ) as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == "event: image_generation.partial_image"
+        refused = ask(url)  # while the first image is computed, fifteen wait
+        assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        with openai_client(url) as client, pytest.raises(openai.RateLimitError):
+            client.images.generate(prompt="cat", n=16)
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert httpx.get(f"{url}{path}").status_code == 200
+        assert value(server, "detailflow_queue_images") > 0, "health answered while the model computed"
+    until(lambda: value(server, "detailflow_queue_images") == 0)
+    assert value(server, "detailflow_images_cancelled_total") >= 8
+    assert value(server, "detailflow_images_total") < 8
+    assert ask(url, LONG | {"n": 1, "num_tokens": 1}).status_code == 200
+
+
+def test_a_client_that_leaves_without_a_stream(here: Callable[..., Any]):
+    server = here(max_batch=1)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/images/generations", json=LONG, timeout=0.2)
+    until(lambda: value(server, "detailflow_queue_images") == 0)
+    until(lambda: value(server, "detailflow_requests_in_progress") == 0)
+    assert value(server, "detailflow_images_cancelled_total") >= 8
+    assert value(server, "detailflow_requests_total", method="POST", path="/v1/images/generations", status="499") == 1
+
+
+def test_time_is_limited(here: Callable[..., Any]):
+    server = here(max_batch=1, timeout=0.3)
+    late = ask(server.url)
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "timeout")
+    body = LONG | {"stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/images/generations", json=body, timeout=30) as stream:
+        text = stream.read().decode()
+    name, data = text.strip().split("\n\n")[-1].split("\n")
+    assert name == "event: error" and json.loads(data.removeprefix("data: "))["error"]["code"] == "timeout"
+    with openai_client(server.url) as client, pytest.raises(openai.APIError, match="longer than the server allows"):
+        list(client.images.generate(prompt="cat", n=16, stream=True))
+    until(lambda: value(server, "detailflow_queue_images") == 0)
+
+
+def test_who_does_not_read_or_does_not_write_is_cut_off(here: Callable[..., Any]):
+    server = here(timeout=1.0)
+    address = server.listener.getsockname()
+    with socket.create_connection(address) as slow_writer, socket.socket() as slow_reader:
+        slow_writer.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        slow_reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow_reader.connect(address)
+        slow_reader.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * MANY)  # more answers than buffers hold
+        slow_writer.settimeout(20)
+        assert b" 503 " in slow_writer.recv(1000)
+        until(lambda: value(server, "detailflow_requests_in_progress") == 0)
+        until(lambda: len(server.server.server_state.connections) <= 1)  # the one whose answer said why
+        assert 0 < value(server, "detailflow_request_seconds_count", path="other") < MANY
+
+
+def test_sigterm_finishes_what_runs_and_refuses_what_comes(running: Callable[..., Any]):
+    with running("--max-batch", "1") as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        answers: dict[str, httpx.Response] = {}
+
+        def keep(name: str, n: int) -> None:
+            answers[name] = ask(server.url, LONG | {"n": n})
+
+        first = threading.Thread(target=keep, args=("running", 6))
+        first.start()
+        until(lambda: "detailflow_images_total 0.0" not in client.get("/metrics").text)
+        second = threading.Thread(target=keep, args=("waiting", 1))
+        second.start()
+        until(lambda: "detailflow_requests_in_progress 3.0" in client.get("/metrics").text)
+        server.process.terminate()
+        first.join()
+        second.join()
+        _, errors = server.process.communicate(timeout=20)
+        assert (server.process.returncode, errors) == (0, "")
+        assert answers["running"].status_code == 200 and len(answers["running"].json()["data"]) == 6
+        assert answers["waiting"].status_code == 503 and answers["waiting"].headers["Retry-After"]
+        with pytest.raises(httpx.ConnectError):
+            ask(server.url)
