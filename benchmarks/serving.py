@@ -2,8 +2,8 @@
 
     python benchmarks/serving.py [--model DIR] [--clients 1 4 16 64] [--seconds 10] [--rounds 3]
 
-Each client asks for one image after the other. Also: the time to the first partial image beside that of two decoding steps,
-and what HTTP adds to the time of one image. Needs the extras `serve` and `dev` (for httpx).
+Each client asks for one image after the other. Also: the time to the first partial image beside that of two decoding
+steps, and what HTTP adds to the time of one image. Needs the extras `serve` and `dev` (for httpx).
 """
 
 import argparse

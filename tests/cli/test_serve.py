@@ -1,6 +1,7 @@
 """`detailflow serve`: what its options refuse. tests/serving has what it serves."""
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,11 @@ def test_the_name_of_a_model_is_no_path(tmp_path: Path):
     assert _model_name(None, "someone/model") == "someone/model"
     assert _model_name("mine", str(tmp_path)) == "mine"
     assert _model_name(None, None) == "detailflow-cifar10"
+
+
+def test_without_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for name in [name for name in sys.modules if name.startswith("detailflow.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve"]) == 2
+    assert "serve needs the package fastapi: install it with pip install 'detailflow[serve]'" in capsys.readouterr().err

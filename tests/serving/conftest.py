@@ -1,4 +1,4 @@
-"""Servers: a process of the command, as a user starts it, and the same app in this process for what needs other limits."""
+"""Servers: a process of the command, as a user starts it, and the same app in this process with other limits."""
 
 import os
 import re

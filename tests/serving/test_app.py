@@ -52,12 +52,12 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-# --- OpenAI's client ---------------------------------------------------------------------------------------------------
+# --- OpenAI's client -------------------------------------------------------------------------------------------
 
 
 def test_images_are_those_of_the_pipeline(client: openai.OpenAI, pipeline: DetailFlowPipeline):
     answer = client.images.generate(prompt="cat", n=3, extra_body={"seed": 5, "guidance_scale": 2.5, "top_k": 20})
-    expected = pipeline("cat", 3, guidance_scale=2.5, top_k=20, seed=5)
+    expected = pipeline("cat", num_images_per_class=3, guidance_scale=2.5, top_k=20, seed=5)
     assert answer.data is not None
     assert [same(data.b64_json, image) for data, image in zip(answer.data, expected, strict=True)] == [True] * 3
     assert (answer.output_format, answer.size, answer.background) == ("png", "32x32", "opaque")
@@ -118,7 +118,7 @@ def test_a_stream_shows_images_as_they_take_shape(client: openai.OpenAI, pipelin
 def test_a_stream_of_several_images_and_all_stages(client: openai.OpenAI, pipeline: DetailFlowPipeline):
     with client.images.generate(prompt="bird", n=2, stream=True, partial_images=100, extra_body={"seed": 2}) as stream:
         events = [event.model_dump() for event in stream]
-    expected = pipeline("bird", 2, seed=2)
+    expected = pipeline("bird", num_images_per_class=2, seed=2)
     for i in range(2):
         mine = [event for event in events if event["image_index"] == i]
         assert [event["num_tokens"] for event in mine] == list(pipeline.tokenizer.schedule.valid_counts)
@@ -223,11 +223,11 @@ def test_requests_of_many_clients_share_batches(
     count, images = (after - start for after, start in zip(batches(), before, strict=True))
     assert images == sum(n for _, n, _, _ in cases) and count < images / 2
     for (label, n, seed, num_tokens), data in zip(cases, answers, strict=True):
-        expected = pipeline(label, n, seed=seed, num_tokens=num_tokens)
+        expected = pipeline(label, num_images_per_class=n, seed=seed, num_tokens=num_tokens)
         assert all(same(shown.b64_json, image) for shown, image in zip(data, expected, strict=True))
 
 
-# --- tokens ------------------------------------------------------------------------------------------------------------
+# --- tokens ----------------------------------------------------------------------------------------------------
 
 
 def test_tokens_there_and_back(http: httpx.Client, pipeline: DetailFlowPipeline):
@@ -345,7 +345,7 @@ def test_routes_that_are_not_there(http: httpx.Client):
     assert http.get("/v1/images/generations").json()["error"]["code"] == "method_not_allowed"
 
 
-# --- operations --------------------------------------------------------------------------------------------------------
+# --- operations ------------------------------------------------------------------------------------------------
 
 
 def test_metrics(http: httpx.Client):

@@ -23,7 +23,7 @@ COMMANDS = {  # each is the module of that name in this package, imported when a
     "bench": "time a model on this machine, beside the machine's own limits",
     "convert": "write models in another layout: safetensors or the published one",
     "extract": "write the tokens of your images to disk, to train an AR model on",
-    "serve": "answer requests for images over HTTP, as OpenAI's images API has it",
+    "serve": "serve a model over HTTP, as OpenAI's images API has it",
 }
 
 _READ_IMAGES = ("train", "extract", "evaluate")  # these say first what they read

@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.data.decode import MAX_PIXELS_VARIABLE, max_pixels
     from detailflow.pipeline import DetailFlowPipeline
 
+    pixels = max_pixels() if MAX_PIXELS_VARIABLE in os.environ else ServeConfig.max_pixels
+    os.environ[MAX_PIXELS_VARIABLE] = str(2 * pixels)  # for images within images; a pixel of WebP counts twice
     config = ServeConfig(
         model_name=_model_name(args.model_name, args.model),
         api_key=_api_key(args.api_key, args.no_auth),
@@ -72,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         max_queue=args.max_queue,
         max_images=args.max_images,
         max_upload=args.max_upload * 2**20,
-        max_pixels=max_pixels() if MAX_PIXELS_VARIABLE in os.environ else ServeConfig.max_pixels,
+        max_pixels=pixels,
         timeout=args.timeout,
     )
     with listen(args.host, args.port) as listener:

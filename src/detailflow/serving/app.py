@@ -37,6 +37,7 @@ class App(FastAPI):
     """The app within its guard, which sees all that is sent, errors included."""
 
     service: Service
+    openapi_schema: dict[str, Any] | None
 
     def build_middleware_stack(self) -> ASGIApp:
         """Put the guard around everything else."""
@@ -112,8 +113,8 @@ def _add_images(app: FastAPI, service: Service) -> None:
     async def generate_images(body: schemas.Generation, request: Request) -> Any:
         """Generate images of a class.
 
-        With `stream`, server-sent events: `image_generation.partial_image` and `image_generation.completed`, which also have
-        `image_index`, `num_tokens` and `tokens`.
+        With `stream`, server-sent events: `image_generation.partial_image` and `image_generation.completed`, which also
+        have `image_index`, `num_tokens` and `tokens`.
         """
         answer = service.generate(body)
         if body.stream:

@@ -120,8 +120,8 @@ class Batcher:
     """The queue and the thread that works through it.
 
     Args:
-        run: computes a batch: yields what there is after each step (perhaps nothing), so that between steps a batch that
-            nobody waits for can be given up.
+        run: computes a batch: yields what there is after each step (perhaps nothing), so that between steps a batch
+            that nobody waits for can be given up.
         max_batch: images of a batch.
         window: seconds to wait for as many images as the last batch had.
         max_queue: images that may wait.

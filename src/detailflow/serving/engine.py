@@ -80,5 +80,5 @@ def _generate(pipeline: DetailFlowPipeline, sampling: SamplingConfig, tasks: Seq
 
 
 def _pictures(pipeline: DetailFlowPipeline, ids: Tensor, size: tuple[int, int] | None = None) -> list[Picture]:
-    pixels = to_uint8(pipeline.tokenizer.decode(ids, size)).cpu().numpy()
+    pixels = to_uint8(pipeline.tokenizer.decode(ids, size=size)).cpu().numpy()
     return [Picture(*both) for both in zip(ids.tolist(), pixels, strict=True)]

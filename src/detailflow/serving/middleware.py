@@ -1,4 +1,4 @@
-"""What surrounds every request: time, size, the API key and the counters. Plain ASGI, so that streams pass unchanged."""
+"""What surrounds every request: time, size, the API key and the counters. Plain ASGI: streams pass unchanged."""
 
 import asyncio
 import hmac
@@ -93,7 +93,7 @@ def _header(scope: Scope, name: bytes) -> bytes:
 
 
 async def _abort(send: Send) -> None:
-    """Close the connection of uvicorn's `send` at once: an ordinary close would wait for a client that does not read."""
+    """Close the connection of uvicorn's `send` at once; an ordinary close would wait for its client to read."""
     transport = getattr(getattr(send, "__self__", None), "transport", None)
     abort: Callable[[], object] | None = getattr(transport, "abort", None)
     if abort:

@@ -99,7 +99,7 @@ class Service:
         """Queue work that has to be finished in the server's time limit."""
         return self.batcher.submit(key, items, self.config.timeout)
 
-    # --- images of classes ---------------------------------------------------------------------------------------------
+    # --- images of classes -------------------------------------------------------------------------------------
 
     def generate(self, body: schemas.Generation) -> "Answer":
         """Check a request and queue its images.
@@ -131,7 +131,7 @@ class Service:
             return frozenset(steps)
         return frozenset(steps[1 + i * (len(steps) - 1) // count] for i in range(count))
 
-    # --- tokens --------------------------------------------------------------------------------------------------------
+    # --- tokens ------------------------------------------------------------------------------------------------
 
     async def encode(self, image: Image.Image, num_tokens: int | None, whole: bool) -> schemas.Encoded:
         """Return an image's tokens."""
@@ -182,7 +182,7 @@ class Service:
             raise ApiError(400, message, "height", "invalid_value")
         return height, width
 
-    # --- answers -------------------------------------------------------------------------------------------------------
+    # --- answers -----------------------------------------------------------------------------------------------
 
     def images(self, data: list[schemas.ImageData], size: str, tokens: int, seed: int | None = None) -> schemas.Images:
         """Return the answer with these images."""

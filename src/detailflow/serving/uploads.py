@@ -42,4 +42,4 @@ class Uploads:
             raise DetailFlowError(
                 f"{NAME} is too large: it has {width}×{height} pixels, and {self.config.max_pixels:,} are the most"
             )
-        return load_rgb(content, NAME, max_pixels=2 * self.config.max_pixels)  # some formats' pixels count twice
+        return load_rgb(content, NAME)
