@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from detailflow.cli.settings import parse
+from detailflow.cli.settings import read_request
 from detailflow.data.images import open_images
 from detailflow.device import choose_device
 from detailflow.machine import device_name, measure_ceilings, seconds
@@ -51,7 +51,7 @@ def main() -> None:
     kind = TokenizerTraining if args.stage == "tokenizer" else GPTTraining
     known = ["--tokens", "-", "--tokenizer", "-"] if args.stage == "gpt" else []
     with tempfile.TemporaryDirectory() as folder:
-        request = parse(kind, f"train {args.stage}", "", [*settings, *known, "--output", folder])
+        request = read_request(kind, f"train {args.stage}", "", [*settings, *known, "--output", folder])
         if request is None:
             return
         config, device = request.settings, choose_device(request.device)

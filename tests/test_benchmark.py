@@ -159,8 +159,8 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--batch-sizes", "0"], "must be a positive integer, not '0'"),
-        (["--dtypes", "int8"], "invalid choice: 'int8'"),
+        (["--batch-sizes", "0"], "--batch-sizes must be a positive integer, not 0"),
+        (["--dtypes", "int8"], "--dtypes must be float32, bfloat16 or float16, not 'int8'"),
         (
             ["--random-weights", "--model", "mine"],
             "--random-weights is for detailflow-16, detailflow-32, detailflow-64, not mine",

@@ -179,7 +179,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     )
     for argv, message in (
         (["convert", "nowhere"], "unknown model 'nowhere'"),
-        (["convert", str(TINY), "--to", "onnx"], "invalid choice: 'onnx'"),
+        (["convert", str(TINY), "--to", "onnx"], "--to must be detailflow or published, not 'onnx'"),
         (["convert", str(TINY), "--shard-size", "1X"], "the shard size must be like 5GB"),
         (["convert"], "the following arguments are required: SOURCE"),
     ):

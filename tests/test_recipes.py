@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from detailflow import DetailFlowGPT, DetailFlowTokenizer
-from detailflow.cli.settings import parse, recipe_file
+from detailflow.cli.settings import read_request, recipe_file
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.growing import grow_tokenizer
-from detailflow.models.loading import config_from_dict
+from detailflow.settings import parse_settings
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
 from detailflow.training.presets import PRESETS, load_settings
 from detailflow.training.tokenizer import count_of_steps
@@ -32,7 +32,7 @@ def read(*names: str) -> Any:
     contents = [yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in names]
     missing = [key for key in USER_GIVES[stage] if not any(key in content for content in contents)]
     argv = [item for name in names for item in ("--config", str(FOLDER / f"{name}.yaml"))]
-    request = parse(KINDS[stage], stage, "", [*argv, "--output", "no/where", *(f"--{key}=x" for key in missing)])
+    request = read_request(KINDS[stage], stage, "", [*argv, "--output", "no/where", *(f"--{key}=x" for key in missing)])
     assert request is not None
     return request.settings
 
@@ -58,12 +58,12 @@ def test_a_recipe_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     known = str((FOLDER / "imagenet" / "tokenizer.yaml").resolve())
     assert recipe_file("imagenet/tokenizer") == recipe_file("imagenet/tokenizer.yaml") == known
     for name in ("../weights/gpt/config", "imagenet", "imagenet/none", "x" * 5000, "a\0b", ""):
-        assert recipe_file(name) == str(Path(name))
+        assert recipe_file(name) == name
     (tmp_path / "imagenet").mkdir()
     (tmp_path / "imagenet" / "tokenizer").write_text("data: mine")
     assert recipe_file("imagenet/tokenizer") == "imagenet/tokenizer"
     argv = ["--config", "own-64/tokenizer", "--config=own-64/tokenizer.yaml", "--data", "x", "--output", "no/where"]
-    request = parse(TokenizerTraining, "train tokenizer", "", argv)
+    request = read_request(TokenizerTraining, "train tokenizer", "", argv)
     assert request is not None and request.settings.model.num_tokens == 64
 
 
@@ -75,9 +75,9 @@ def test_recipes_are_there():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_fit_together(preset: str):
     """Read as `train_preset` reads them."""
-    first = config_from_dict(TokenizerTraining, {"data": "x", **load_settings(preset, "tokenizer")}, preset)
-    config_from_dict(Extraction, {"data": "x", "tokenizer": "y", **load_settings(preset, "extract")}, preset)
-    last = config_from_dict(GPTTraining, {"tokens": "x", "tokenizer": "y", **load_settings(preset, "gpt")}, preset)
+    first = parse_settings(TokenizerTraining, {"data": "x", **load_settings(preset, "tokenizer")}, preset)
+    parse_settings(Extraction, {"data": "x", "tokenizer": "y", **load_settings(preset, "extract")}, preset)
+    last = parse_settings(GPTTraining, {"tokens": "x", "tokenizer": "y", **load_settings(preset, "gpt")}, preset)
     assert str(first.model.image_size) in preset and first.loop.steps > last.loop.batch_size
     assert max(first.model.schedule.valid_counts) == first.model.num_tokens
 

@@ -267,7 +267,7 @@ def test_bad_options(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--format", "npz"], "--format npz is for --num-images"),
         (["--num-images", "5", "--progressive"], "--num-images counts all images and makes no strips"),
         (["--num-images", "0"], "must be a positive integer"),
-        (["--num-images", "5", "--format", "gif"], "invalid choice: 'gif'"),
+        (["--num-images", "5", "--format", "gif"], "--format must be png, npz or webdataset, not 'gif'"),
     ):
         assert main(["generate", *argv, "--model", str(model), "--output", str(tmp_path / "x")]) == 2
         err = capsys.readouterr().err

@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from detailflow.errors import DetailFlowError
-from detailflow.seeds import LARGEST_SEED, check_seeds, mixed_seed
+from detailflow.seeds import mixed_seed
+from detailflow.settings import Seed, require
 
 
 def test_every_seed_is_one_of_torchs():
-    for seed in (0, 1, 10**14, 2**63, LARGEST_SEED):
-        check_seeds(seed)
+    for seed in (0, 1, 10**14, 2**63, 2**64 - 1):
+        require(Seed, seed=seed)
         for step in (0, 1_000_003, 2**40):
             torch.manual_seed(mixed_seed(seed, step))
-    for seed in (-1, LARGEST_SEED + 1):
+    for seed in (-1, 2**64):
         with pytest.raises(DetailFlowError, match=rf"seed must be 0 to 2\^64 - 1, not {seed}"):
-            check_seeds(seed, name="seed")
+            require(Seed, seed=seed)
 
 
 def test_no_two_are_the_same():

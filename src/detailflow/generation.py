@@ -5,76 +5,19 @@ the cumulative probability passes its number, so an image never depends on what 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
+from detailflow.sampling import SamplingConfig as SamplingConfig
 from detailflow.schedule import TokenSchedule
 
-GUIDANCE_SCHEDULES = ("constant", "linear")
-OFF: Literal["off"] = "off"  # a top-k or top-p that keeps all codes, whatever the model's own best is
-LARGEST_GUIDANCE = 1e6  # beyond, a scaled difference of logits may leave float32
 FEWEST_ROWS = 4  # of a compiled step on a CPU: matrix products of 2 rows take a third longer there than those of 4
 SMALLEST = torch.finfo(torch.float32).tiny
 
 Generators = torch.Generator | Sequence[torch.Generator]
-
-
-class SamplingOptions(TypedDict, total=False):
-    """The sampling arguments of `generate` and the pipeline; `None` is the model's own best value."""
-
-    guidance_scale: float | None  # s in uncond + s · (cond − uncond); 1 is no guidance and costs none
-    guidance_schedule: str | None  # "constant", or "linear", which lowers s from group to group
-    temperature: float | None  # 0 is argmax
-    top_k: int | Literal["off"] | None  # draw only from that many most likely codes; "off" is all
-    top_p: (
-        float | Literal["off"] | None
-    )  # draw only from the most likely codes that sum to this probability; "off" is all
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are drawn from logits; `temperature` 0 is argmax, `guidance_scale` 1 is no guidance.
-
-    >>> SamplingConfig(guidance_scale=2.0, top_k=100).guided
-    True
-    """
-
-    guidance_scale: float = 1.5
-    guidance_schedule: str = "constant"
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("guidance_scale", "temperature", "top_k", "top_p"):
-            value: Any = getattr(self, name)
-            optional = name.startswith("top")
-            if isinstance(value, bool) or not (isinstance(value, Real) or (optional and value is None)):
-                raise DetailFlowError(f"{name} must be a number, not {value!r}")
-            if item := getattr(value, "item", None):  # NumPy's numbers, which JSON cannot write
-                object.__setattr__(self, name, item())
-        if not 0 <= self.guidance_scale <= LARGEST_GUIDANCE:
-            limits = f"0 or more (1 is no guidance), at most {LARGEST_GUIDANCE:g}"
-            raise DetailFlowError(f"guidance_scale must be {limits}, not {self.guidance_scale!r}")
-        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            choices = " or ".join(GUIDANCE_SCHEDULES)
-            raise DetailFlowError(f"guidance_schedule must be {choices}, not {self.guidance_schedule!r}")
-        if not 0 <= self.temperature < float("inf"):
-            raise DetailFlowError(f"temperature must be 0 (argmax) or more, not {self.temperature!r}")
-        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
-            raise DetailFlowError(f"top_k must be 1 or more, not {self.top_k!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise DetailFlowError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
-
-    @property
-    def guided(self) -> bool:
-        """Whether the null class has to be computed at all."""
-        return self.guidance_scale != 1
 
 
 class Stepper(Protocol):

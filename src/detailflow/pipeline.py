@@ -15,13 +15,14 @@ from detailflow.data.images import to_rgb
 from detailflow.data.transforms import center_crop, resized, to_tensor, to_uint8
 from detailflow.device import choose_device, choose_dtype, within_memory
 from detailflow.errors import DetailFlowError
-from detailflow.generation import Generators, SamplingOptions, image_generators
+from detailflow.generation import Generators, image_generators
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.psnr import psnr
-from detailflow.schedule import TokenSchedule, require_not_negative, require_positive
-from detailflow.seeds import check_seeds
+from detailflow.sampling import SamplingOptions
+from detailflow.schedule import TokenSchedule
+from detailflow.settings import BatchSize, NotNegativeInt, PositiveInt, Seed, Settings
 
 BATCH_SIZE = 32
 LARGEST_CALL = 100_000  # images, which are all in memory in the end
@@ -60,21 +61,16 @@ class GenerationOptions(SamplingOptions, total=False):
 
 
 @dataclass(frozen=True)
-class _Options:
+class _Options(Settings):
     """`GenerationOptions` without those for sampling, checked."""
 
-    num_images_per_class: int = 1
+    num_images_per_class: PositiveInt = 1
     num_tokens: int | None = None
-    seed: int = 0
+    seed: Seed = 0
     generator: Generators | None = None
-    first_image: int = 0
-    batch_size: int = BATCH_SIZE
+    first_image: NotNegativeInt = 0
+    batch_size: BatchSize = BATCH_SIZE
     progress: Callable[[int], object] | None = None
-
-    def __post_init__(self) -> None:
-        require_positive(num_images_per_class=self.num_images_per_class, batch_size=self.batch_size)
-        check_seeds(self.seed, name="seed")
-        require_not_negative(first_image=self.first_image)
 
 
 class DetailFlowPipeline:

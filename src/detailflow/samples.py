@@ -29,7 +29,7 @@ from detailflow.hub import fingerprint
 from detailflow.labels import ClassId
 from detailflow.pictures import generated, write_png
 from detailflow.pipeline import DetailFlowPipeline
-from detailflow.seeds import check_seeds
+from detailflow.settings import Seed, require
 
 SETTINGS_FILE = "samples.json"
 TEMPORARY = "temporary"  # in that file: whether the samples may be removed after they have been used
@@ -185,7 +185,7 @@ def generate_many(
     """
     from tqdm import tqdm
 
-    check_seeds(samples.seed)
+    require(Seed, seeds=samples.seed)
     world = world or World()
     if samples.form not in WRITERS:
         raise DetailFlowError(f"the format must be one of {', '.join(WRITERS)}, not {samples.form!r}")

@@ -6,49 +6,19 @@ R(n), decoded at side D(n), a multiple of the patch size f.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
+from detailflow.settings import Must, PositiveInt, Settings
 
 LARGEST_ALPHA = 20  # beyond, R(n) jumps from 1 to R, and its powers leave floating-point numbers
 
 
-_MOST = {"depth": 1000, "batch_size": 10**6}  # more takes all memory before any other check
-
-
-def require_positive(**values: int) -> None:
-    """Raise a `DetailFlowError` that names the first value which is not a positive integer of a possible size."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DetailFlowError(f"{name} must be a positive integer, not {value!r}")
-        require_at_most(_MOST.get(name, 2**31 - 1), **{name: value})
-
-
-def require_at_most(most: int, **values: float) -> None:
-    """Raise a `DetailFlowError` that names the first larger value; the value may have too many digits to print."""
-    for name, value in values.items():
-        if value > most:
-            raise DetailFlowError(f"{name} must be at most {most:,}")
-
-
-def require_not_negative(**values: float) -> None:
-    """Raise a `DetailFlowError` that names the first value which is below 0, or not a number."""
-    for name, value in values.items():
-        if not value >= 0:
-            raise DetailFlowError(f"{name} must be 0 or more, not {value!r}")
-
-
-def require_shares(**values: float) -> None:
-    """Raise a `DetailFlowError` that names the first value which is not in 0 to 1."""
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise DetailFlowError(f"{name} must be 0 to 1, not {value!r}")
-
-
 @dataclass(frozen=True)
-class TokenSchedule:
+class TokenSchedule(Settings):
     """The order of the tokens and the resolution that each number of them stands for.
 
     >>> schedule = TokenSchedule(num_tokens=128, group_size=8, causal_tokens=8, image_size=256, patch_size=16)
@@ -65,20 +35,20 @@ class TokenSchedule:
         alpha: exponent of the resolution map.
     """
 
-    num_tokens: int
-    group_size: int
-    causal_tokens: int | None
-    image_size: int
-    patch_size: int
-    alpha: float = 1.5
+    num_tokens: PositiveInt
+    group_size: PositiveInt
+    causal_tokens: Annotated[int, Must("0 or a positive integer", lambda c: c >= 0)] | None
+    image_size: PositiveInt
+    patch_size: PositiveInt
+    alpha: Annotated[float, Must(f"above 0 and at most {LARGEST_ALPHA}", lambda alpha: 0 < alpha <= LARGEST_ALPHA)] = (
+        1.5
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.causal_tokens is None:
             object.__setattr__(self, "causal_tokens", self.group_size)
         n, g, c = self.num_tokens, self.group_size, self.prefix
-        require_positive(num_tokens=n, group_size=g, image_size=self.image_size, patch_size=self.patch_size)
-        if isinstance(c, bool) or not isinstance(c, int) or c < 0:
-            raise DetailFlowError(f"causal_tokens must be 0 or a positive integer, not {c!r}")
         if n % g:
             raise DetailFlowError(f"group_size must divide num_tokens, and {g} does not divide {n}")
         if c % g or c > n:
@@ -89,8 +59,6 @@ class TokenSchedule:
             raise DetailFlowError(
                 f"patch_size must divide image_size, and {self.patch_size} does not divide {self.image_size}"
             )
-        if not 0 < self.alpha <= LARGEST_ALPHA:
-            raise DetailFlowError(f"alpha must be above 0 and at most {LARGEST_ALPHA}, not {self.alpha!r}")
 
     @property
     def prefix(self) -> int:

@@ -1,16 +1,6 @@
-"""Seeds: checked, and mixed from several numbers."""
+"""How several numbers become one seed."""
 
 import numpy as np
-
-from detailflow.errors import DetailFlowError
-
-LARGEST_SEED = 2**64 - 1
-
-
-def check_seeds(*seeds: int, name: str = "seeds") -> None:
-    """Raise a `DetailFlowError` that names the first seed out of range."""
-    if bad := [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]:
-        raise DetailFlowError(f"{name} must be 0 to 2^64 - 1, not {bad[0]}")
 
 
 def mixed_seed(seed: int, *parts: int) -> int:

@@ -199,7 +199,7 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         ),
         ("gpt --reference CIFAR --output OUT --labels all --features NET", "labels must be balanced"),
         ("gpt --reference CIFAR --output OUT --num-samples 1 --features NET", "too few images to"),
-        ("gpt --reference CIFAR --output OUT --top-k few", "argument --top-k: invalid int or off value"),
+        ("gpt --reference CIFAR --output OUT --top-k few", "--top-k must be 1 or more or off, not"),
         ("gpt --reference CIFAR --output OUT --top-k -1 --features NET", "top_k must be 1 or more"),
         ("gpt --reference NPZ --output OUT", "holds images of 16×8 pixels, where 32×32 are needed"),
     ],

@@ -76,9 +76,9 @@ def test_more_than_one_in_a_hundred(folder: Path, model: Path, tmp_path: Path, c
     ("argv", "message"),
     [
         (["--crops", "three"], "crops must be ten or two, not 'three'"),
-        (["--crop", "two"], "unknown setting 'crop': did you mean crops?"),
+        (["--crop", "two"], "unknown option '--crop': did you mean --crops?"),
         (["--batch_size", "0"], "batch_size must be a positive integer, not 0"),
-        (["--batch_size", "some"], "setting batch_size is wrong: it must be int, not some"),
+        (["--batch_size", "some"], "--batch_size must be a positive integer, not 'some'"),
         (["--workers", "-1"], "workers must be 0 or more, not -1"),
         (["--data", "nowhere/at/all"], "nowhere/at/all does not exist"),
         (["--tokenizer", "nowhere/at/all"], "there is no such folder: nowhere/at/all"),
@@ -111,4 +111,4 @@ def test_bad_folders(folder: Path, model: Path, tmp_path: Path, capsys: pytest.C
         assert err.count("\n") == 1 and message in err
     assert written(tmp_path) == [str(tmp_path / "file")]
     assert main(["extract", "--data", str(folder), "--tokenizer", str(model)]) == 2
-    assert capsys.readouterr().err == "detailflow: error: --output is missing: the folder to write to\n"
+    assert capsys.readouterr().err == "detailflow: error: the following arguments are required: --output\n"

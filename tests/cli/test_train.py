@@ -154,8 +154,10 @@ def test_help_fits_a_screen(split: str, capsys: pytest.CaptureFixture[str]):
     for argv in (["train", split, "--help"], ["train", split], ["extract", "--help"]):
         assert main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert 10 < len(lines) <= 45 and max(map(len, lines)) <= 115
-        assert ("loop.learning_rate" in "".join(lines)) == ("  --dry-run " in "".join(lines)) == (argv[0] == "train")
+        assert 10 < len(lines) <= 51 and max(map(len, lines)) <= 115
+        assert ("--help loop" in "".join(lines)) == ("  --dry-run " in "".join(lines)) == (argv[0] == "train")
+    assert main(["train", split, "--help", "loop"]) == 0
+    assert "--loop.learning_rate LEARNING_RATE" in (out := capsys.readouterr().out) and "--data" not in out
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--help"])
     assert stopped.value.code == 0
@@ -164,17 +166,17 @@ def test_help_fits_a_screen(split: str, capsys: pytest.CaptureFixture[str]):
 
 CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ({"perceptul": 1}, "unknown setting 'perceptul': did you mean perceptual?"),
-    ({"loop": {"lerning_rate": 1}}, "unknown setting 'lerning_rate': did you mean loop.learning_rate?"),
-    ({"model": {"encoder": {"dpth": 1}}}, "unknown setting 'encoder.dpth': did you mean model.encoder.depth?"),
+    ({"loop": {"lerning_rate": 1}}, "unknown setting 'loop.lerning_rate': did you mean loop.learning_rate?"),
+    ({"model": {"encoder": {"dpth": 1}}}, "unknown setting 'model.encoder.dpth': did you mean model.encoder.depth?"),
     ({"model": {"group_size": 3}}, "group_size must divide num_tokens, and 3 does not divide 8"),
     ({"model": {"patch_size": 5}}, "patch_size must divide image_size, and 5 does not divide 32"),
     ({"model": {"encoder": {"heads": 3}}}, "heads must divide width, and 3 does not divide 16"),
-    ({"loop": {"steps": "many"}}, "setting loop.steps is wrong: it must be int, not many"),
-    ({"model": {"group_size": 4.5}}, "setting model.group_size is wrong: it must be int, not 4.5"),
-    ({"flip": "perhaps"}, "setting flip is wrong: it must be bool, not perhaps"),
-    ({"loop": {"learning_rate": -1}}, "learning_rate must be above 0, not -1.0"),
-    ({"loop": {"seed": -1}}, "seed must be 0 to 2^64 - 1, not -1"),
-    ({"loop": {"precision": "fp8"}}, "precision must be bf16, fp16, fp32, not 'fp8'"),
+    ({"loop": {"steps": "many"}}, "loop.steps must be a positive integer, not 'many'"),
+    ({"model": {"group_size": 4.5}}, "model.group_size must be an integer, not 4.5"),
+    ({"flip": "perhaps"}, "flip must be true or false, not 'perhaps'"),
+    ({"loop": {"learning_rate": -1}}, "loop.learning_rate must be above 0, not -1.0"),
+    ({"loop": {"seed": -1}}, "loop.seed must be 0 to 2^64 - 1, not -1"),
+    ({"loop": {"precision": "fp8"}}, "loop.precision must be bf16, fp16 or fp32, not 'fp8'"),
     ({"max_scale": 0.5}, "max_scale must be 1 (no zoom) or more, not 0.5"),
     ({"perceptual": -1}, "perceptual must be 0 or more, not -1.0"),
     ({"coarse_probability": 2}, "coarse_probability must be 0 to 1, not 2.0"),
@@ -182,13 +184,13 @@ CONFIG_CASES: list[tuple[dict | str | None, str]] = [
         {"model": {"image_size": 4, "patch_size": 4}, "perceptual": 1},
         "the perceptual loss needs an image_size of 8 or more",
     ),
-    ({"model": {"encoder": {"depth": 10**40}}}, "depth must be at most 1,000"),
-    ({"model": {"codebook_dim": 10**15}}, "codebook_dim must be at most 2,147,483,647"),
-    ({"loop": {"batch_size": 10**15}}, "batch_size must be at most 1,000,000"),
-    ({"loop": {"workers": 10**6}}, "workers must be at most 1,000"),
+    ({"model": {"encoder": {"depth": 10**40}}}, "model.encoder.depth must be at most 1,000"),
+    ({"model": {"codebook_dim": 10**15}}, "model.codebook_dim must be at most 2,147,483,647"),
+    ({"loop": {"batch_size": 10**15}}, "loop.batch_size must be at most 1,000,000"),
+    ({"loop": {"workers": 10**6}}, "loop.workers must be at most 1,000"),
     ("data: [a\nmodel: }", "--config b.yaml: this file is not valid YAML (line 2)"),
-    ("- a\n- b\n", "--config b.yaml: this file must hold settings, each as KEY: VALUE"),
-    ("", "--config b.yaml: this file must hold settings, each as KEY: VALUE"),
+    ("- a\n- b\n", "--config b.yaml: this file must have settings, each as KEY: VALUE"),
+    ("", "--config b.yaml: this file must have settings, each as KEY: VALUE"),
     (None, "--config b.yaml: this file cannot be read (No such file or directory)"),
 ]
 
@@ -205,10 +207,10 @@ def test_bad_config_files(values: dict | str | None, message: str, folder: Path,
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--loop.stepz", "3"], "unknown setting 'loop.stepz': did you mean loop.steps?"),
-        (["--dry-runs", "3"], "unknown setting 'dry-runs': did you mean --dry-run?"),
-        (["--loop.trackers", "tensorboard"], "setting loop.trackers is wrong: "),
-        (["--conf", "a.yaml"], "unknown setting 'conf': did you mean --config?"),
+        (["--loop.stepz", "3"], "unknown option '--loop.stepz': did you mean --loop.steps?"),
+        (["--dry-runs", "3"], "unknown option '--dry-runs': did you mean --dry-run?"),
+        (["--loop.trackers", "tensorboard"], "--loop.trackers must be a list, such as [a, b], not 'tensorboard'"),
+        (["--conf", "a.yaml"], "unknown option '--conf': did you mean --config?"),
         (["--data", "nowhere/at/all"], "nowhere/at/all does not exist: give a folder of images"),
         (["--data", "empty"], "empty holds no images"),
         (["--data", "a.yaml"], "a.yaml is neither a folder of images nor a .parquet"),
@@ -218,7 +220,7 @@ def test_bad_config_files(values: dict | str | None, message: str, folder: Path,
         (["--output", "x" * 300], f"cannot write to {'x' * 300}: File name too long"),
         (["--config", "images"], "--config images: this file cannot be read (Is a directory)"),
         (["--data", "images/even", "--perceptual", "1"], "the perceptual loss learns its features from class labels"),
-        (["--config"], "argument --config: expected one argument"),
+        (["--config"], "--config: expected one argument"),
     ],
 )
 def test_bad_options(argv: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -234,7 +236,7 @@ def test_more_than_any_memory(folder: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert complaint(TRAIN[:4], capsys) == "--output is missing: the folder to write to"
+    assert complaint(TRAIN[:4], capsys) == "the following arguments are required: --output"
     assert complaint(["train", "tokenizer", "--output", "run"], capsys).startswith("settings are missing: data, model.")
     assert complaint(["train", "gpt", "--output", "run", "--loop.steps", "3"], capsys).startswith(
         "settings are missing: tokens,"
@@ -334,12 +336,12 @@ def gpt(model: Path, tokens: Path | str, *argv: str) -> list[str]:
     ("argv", "message"),
     [
         (["--width", "33"], "width must be heads times a multiple of 4 (2-D rotary positions): 33 is not for 2 heads"),
-        (["--dropout", "2"], "dropout must be at least 0 and below 1, not 2.0"),
-        (["--planted_share", "2"], "planted_share must be 0 to 1, not 2.0"),
-        (["--sampling.top_k", "0"], "top_k must be 1 or more, not 0"),
+        (["--dropout", "2"], "--dropout must be at least 0 and below 1, not 2.0"),
+        (["--planted_share", "2"], "--planted_share must be 0 to 1, not 2.0"),
+        (["--sampling.top_k", "0"], "--sampling.top_k must be 1 or more, not 0"),
         (
             ["--sampling.guidence_scale", "2"],
-            "unknown setting 'sampling.guidence_scale': did you mean sampling.guidance_scale?",
+            "unknown option '--sampling.guidence_scale': did you mean --sampling.guidance_scale?",
         ),
         (["--tokens", "nowhere"], "nowhere is no token store (no manifest.json): make one with `detailflow extract`"),
         (["--tokens", "images"], "images is no token store"),
@@ -438,11 +440,11 @@ def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, 
     assert complaint([*TRAIN, "--dry-run", "--data", "nowhere/at/all"], capsys).startswith(
         "nowhere/at/all does not exist"
     )
-    assert complaint([*TRAIN, "--dry-run", "--loop.stepz", "3"], capsys).startswith("unknown setting 'loop.stepz'")
+    assert complaint([*TRAIN, "--dry-run", "--loop.stepz", "3"], capsys).startswith("unknown option '--loop.stepz'")
     assert complaint(gpt(model, "images", "--dry-run"), capsys).startswith("images is no token store")
     assert complaint([*TRAIN, "--dry-run", "--device", "quantum"], capsys).startswith("device 'quantum' cannot be used")
     extraction = ["extract", "--data", "images", "--tokenizer", str(model), "--output", "t", "--dry-run"]
-    assert complaint(extraction, capsys).startswith("unknown setting 'dry-run': see detailflow extract --help")
+    assert complaint(extraction, capsys).startswith("unknown option '--dry-run': see detailflow extract --help")
 
 
 # ------------------------------------------------------------------------------------------------- all in a row
@@ -453,7 +455,7 @@ def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, 
     [
         (
             ["--data", "images", "--output", "run", "--preset", "big"],
-            "argument --preset: invalid choice: 'big' (choose from ",
+            "--preset must be small-32, own-64, own-128 or own-256, not 'big'",
         ),
         (["--data", "images"], "the following arguments are required: --output"),
         (["--output", "run"], "the following arguments are required: --data"),
@@ -461,7 +463,7 @@ def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, 
         (["--data", "images", "--output", "a.yaml"], "cannot write to a.yaml: "),
         (
             ["--data", "images", "--output", "run", "--gpt-steps", "0"],
-            "argument --gpt-steps: must be a positive integer, not '0'",
+            "--gpt-steps must be a positive integer, not 0",
         ),
         (["--data", "images", "--output", "run", "--split", "val"], "images has no split 'val'"),
         (["--data", "images", "--output", "run", "--device", "quantum"], "device 'quantum' cannot be used here"),

@@ -19,7 +19,7 @@ import yaml
 
 from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
-from detailflow.cli.settings import parse
+from detailflow.cli.settings import read_request
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "ablation" / "run.py"
@@ -69,7 +69,7 @@ def test_each_variant_adds_one_thing(ablation: ModuleType, tmp_path: Path, capsy
     for line in lines:
         for command, kind in kinds.items():
             if line.startswith(f"detailflow {command} "):
-                request = parse(kind, command, "", ablation.shlex.split(line)[len(command.split()) + 1 :])
+                request = read_request(kind, command, "", ablation.shlex.split(line)[len(command.split()) + 1 :])
                 assert request is not None
                 asked[command].append(request.settings)
     tokenizers, extractions, models = asked.values()

@@ -9,7 +9,7 @@ import yaml
 
 from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
-from detailflow.cli.settings import parse
+from detailflow.cli.settings import read_request
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "shipped-model"
@@ -56,7 +56,7 @@ def test_the_settings_are_those_of_the_shipped_model(
     settings = []
     for line in lines[:4]:
         command = next(name for name in kinds if line.startswith(f"detailflow {name} "))
-        request = parse(kinds[command], command, "", make.shlex.split(line)[len(command.split()) + 1 :])
+        request = read_request(kinds[command], command, "", make.shlex.split(line)[len(command.split()) + 1 :])
         assert request is not None
         settings.append(request.settings)
     first, second, tokens, last = settings

@@ -99,7 +99,7 @@ def test_without_a_causal_prefix():
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
         ({"num_classes": 0}, "num_classes must be a positive integer, not 0"),
         ({"class_names": ("a",)}, "class_names has 1 names for num_classes 3"),
-        ({"class_names": ("a", "b", 3)}, "class_names must be strings, not 3"),
+        ({"class_names": ("a", "b", 3)}, "class_names must be a list in which each item is text, not 3"),
         ({"group_size": 3}, "group_size must divide num_tokens"),
         ({"top_k": 0}, "top_k must be 1 or more"),
         ({"mlp": 0}, "mlp must be a positive integer"),

@@ -102,7 +102,7 @@ def test_stores_that_do_not_fit(cifar: Path, model: Path, tokens: Path, tmp_path
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (dict(freeze="decoder"), "freeze must be encoder or null, not 'decoder'"),
+        (dict(freeze="decoder"), "freeze must be encoder, not 'decoder'"),
         (dict(init=None), "give that tokenizer as init"),
         (dict(alignment=0.1), "set alignment to 0"),
         (dict(freeze=None, tokens="x"), "set freeze to encoder"),

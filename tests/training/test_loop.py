@@ -61,7 +61,7 @@ def test_no_warm_up_and_a_single_step():
         ({"warmup": 1.0}, "warmup must be at least 0 and below 1"),
         ({"final_rate": 1.1}, "final_rate must be 0 to 1"),
         ({"grad_clip": 0.0}, "grad_clip must be above 0"),
-        ({"precision": "fp8"}, "precision must be bf16, fp16, fp32, not 'fp8'"),
+        ({"precision": "fp8"}, "precision must be bf16, fp16 or fp32, not 'fp8'"),
         ({"seed": -1}, r"seed must be 0 to 2\^64 - 1, not -1"),
         ({"seed": 2**64}, r"seed must be 0 to 2\^64 - 1, not 18446744073709551616"),
         ({"workers": -1}, "workers must be 0 or more"),

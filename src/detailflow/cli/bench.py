@@ -1,24 +1,27 @@
 """`detailflow bench`: time a model, compared with a loop without a KV cache and with the machine's limits."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from detailflow.cli.common import DTYPES, Parser, add_model_options, check_output, expanded, expanded_path, positive
+from detailflow.cli.common import DTYPES, Dtype, Parser, add_model_options, check_output
 from detailflow.errors import DetailFlowError
+from detailflow.settings import BatchSize, Location, PositiveInt
 
 
 def parser() -> Parser:
     """Return the command's parser."""
     result = Parser("bench", "", "Time a model on this machine: one table, with the machine's ceilings above it.")
-    add = result.add_argument
-    add("--random-weights", action="store_true", help="a published model's sizes without its weights: no download")
-    add("--batch-sizes", type=positive, nargs="+", default=[1, 8], metavar="N", help="images at once (default: 1 8)")
+    result.option("--random-weights", bool, help="a published model's sizes without its weights: no download")
+    result.option("--batch-sizes", tuple[BatchSize, ...], [1, 8], "images at once (default: 1 8)", "N")
     dtypes = f"of {', '.join(DTYPES)} (default: the first two)"
-    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:2], metavar="TYPE", help=dtypes)
-    add("--compile", action="store_true", help="time compiled generation too (minutes to compile on a CPU)")
-    add("--no-naive", dest="naive", action="store_false", help="leave out the loop without a cache")
-    add("--other", type=expanded, metavar="FILE.py:F", help="time another implementation too: images = F(class_ids)")
-    add("--repeats", type=positive, default=3, metavar="N", help="the best of N counts (default: %(default)s)")
-    add("--json", type=expanded_path, metavar="FILE", help="write the figures there too")
+    result.option("--dtypes", tuple[Dtype, ...], list(DTYPES[:2]), dtypes, "TYPE")
+    result.option("--compile", bool, help="time compiled generation too (minutes to compile on a CPU)")
+    result.option("--naive", bool, True, "time the loop without a cache too")
+    result.option(
+        "--other", Location, help="time another implementation too: images = F(class_ids)", metavar="FILE.py:F"
+    )
+    result.option("--repeats", PositiveInt, 3, "the best of N counts", "N")
+    result.option("--json", Path, help="write the figures there too", metavar="FILE")
     add_model_options(result, tokenizer=True, dtype=False)
     return result
 

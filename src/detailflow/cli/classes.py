@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from detailflow.cli.common import Parser, expanded
+from detailflow.cli.common import MODEL, Parser
 from detailflow.errors import printable
 from detailflow.labels import ClassLabels, default_names
+from detailflow.settings import Location, parse_settings
 
 
 def parser() -> Parser:
@@ -13,10 +14,8 @@ def parser() -> Parser:
     result = Parser(
         "classes", "[--search WORD]", "List a model's classes: number, WordNet id where there is one, and names."
     )
-    result.add_argument("--search", metavar="WORD", help="only the classes with WORD in a name")
-    result.add_argument(
-        "--model", type=expanded, help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)"
-    )
+    result.option("--search", help="only the classes with WORD in a name", metavar="WORD")
+    result.option("--model", Location, help=f"{MODEL} (default: the shipped one)")
     return result
 
 
@@ -35,9 +34,8 @@ def _labels(model: str | None) -> ClassLabels:
     """The classes of a model by its config alone, as its weights may be large."""
     from detailflow import hub
     from detailflow.models.gpt import GPTConfig
-    from detailflow.models.loading import config_from_dict
 
     if model and hub.zoo_model(model) and not Path(model).exists():
         return ClassLabels(default_names(1000), 1000)
-    gpt = config_from_dict(GPTConfig, hub.load_config(model, "gpt"), model)
+    gpt = parse_settings(GPTConfig, hub.load_config(model, "gpt"), model)
     return ClassLabels(gpt.class_names, gpt.num_classes)

@@ -5,129 +5,153 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from detailflow.errors import DetailFlowError
+from detailflow.sampling import OFF, SamplingConfig
+from detailflow.settings import Location, checked, list_settings, unknown
 
-OFF = "off"  # for --top-k and --top-p
-DTYPES = ("float32", "bfloat16", "float16")  # names in torch, the default first
+Dtype = Literal["float32", "bfloat16", "float16"]  # names in torch, the default first
+DTYPES = get_args(Dtype)
+SETS = "a folder, parquet or WebDataset files, or a hub name"
+MODEL = "a folder, hub name[@revision] or detailflow-16"
 
 
 class Parser(argparse.ArgumentParser):
     """A parser of one command, whose mistakes are `DetailFlowError`s and whose help fits a screen."""
 
-    def __init__(self, command: str, operands: str, description: str) -> None:
+    def __init__(self, command: str, operands: str, description: str, add_help: bool = True, column: int = 30) -> None:
         width = min(shutil.get_terminal_size().columns - 2, 98)
         super().__init__(
             prog=f"detailflow {command}",
             usage=f"detailflow {command} {operands} [options]",
             description=description,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=column, width=width),
             allow_abbrev=False,
+            add_help=add_help,
+            exit_on_error=False,
         )
+        self.group: Any = self
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        self._words = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
+    def heading(self, title: str) -> None:
+        """Begin a group of options."""
+        self.group = self.add_argument_group(title)
+
+    def option(
+        self, name: str, kind: Any = str, default: Any = None, help: str = "", metavar: str | None = None, **more: Any
+    ) -> None:
+        """Add an option, or an operand if the name has no dashes, that is checked as a setting of type `kind` is.
+
+        Args:
+            kind: bool is a flag (--name, or --no-name if the default is true), and a tuple takes several values.
+        """
+        if kind is bool:
+            action = argparse.BooleanOptionalAction if default else "store_true"
+            self.group.add_argument(name, action=action, default=bool(default), help=help)
+            return
+        if get_origin(kind) is tuple:
+            kind = get_args(kind)[0]
+            more["nargs"] = "+" if name.startswith("-") or default is None else "*"
+        if "(default: " not in help and default:
+            help += " (default: %(default)s)"
+        read = reader(name if name.startswith("-") else metavar or name, kind)
+        self.group.add_argument(name, type=read, default=default, metavar=metavar, help=help, **more)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Return the options; underscores and dashes in their names are the same."""
+        self._words = [self._spelled(word) for word in (sys.argv[1:] if args is None else args)]
+        try:
+            result, rest = self.parse_known_args(self._words, namespace)
+        except argparse.ArgumentError as error:
+            ours = isinstance(error.__context__, argparse.ArgumentTypeError)
+            named = error.argument_name is None or ours
+            self.error(error.message if named else f"{error.argument_name}: {error.message}")
+        if rest:
+            self.error(f"{' '.join(rest)} is more than this command takes: see {self.prog} --help")
+        return result
+
+    def _spelled(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and name not in self._option_string_actions:
+            for other in (f"--{name[2:].replace('_', '-')}", f"--{name[2:].replace('-', '_')}"):
+                if other in self._option_string_actions:
+                    return other + equals + value
+        return word
 
     def error(self, message: str) -> NoReturn:
-        """Raise a `DetailFlowError`: of a misspelled option if there is one, as argparse may complain of what it left missing."""
+        """Raise a `DetailFlowError`, about a misspelled option if there is one: it may be why others are missing."""
         options = self._words[: self._words.index("--")] if "--" in self._words else self._words
         known = self._option_string_actions
         for word in (word.partition("=")[0] for word in options if word.startswith("--")):
             if word not in known:
                 raise DetailFlowError(unknown("option", word, [*known, "--max-pixels"], f"see {self.prog} --help"))
-        unexpected = "unrecognized arguments: "
-        if message.startswith(unexpected):
-            message = f"{message.removeprefix(unexpected)} is more than this command takes: see {self.prog} --help"
         raise DetailFlowError(message)
 
 
-def unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
-    """Return the sentence for a word that is none of those known: the closest of them, or what to do `otherwise`."""
-    by_name = {name.strip("-"): name for name in known}
-    parts = {name.rpartition(".")[2]: name for name in reversed(by_name)}  # loop.steps is found by steps, too
-    close = get_close_matches(word.strip("-"), [*by_name, *(part for part in parts if part not in by_name)], n=1)
-    if not close:
-        return f"unknown {what} {word!r}: {otherwise}"
-    return f"unknown {what} {word!r}: did you mean {by_name.get(close[0]) or by_name[parts[close[0]]]}?"
-
-
-def add_model_options(parser: argparse.ArgumentParser, tokenizer: bool = False, dtype: bool = True) -> None:
-    """--model and --device, and where asked for --tokenizer and --dtype."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", type=expanded, help="a folder, hub name or zoo name like detailflow-16 (default: the shipped one)"
-    )
-    if tokenizer:
-        group.add_argument(
-            "--tokenizer", type=expanded, metavar="MODEL", help="where the tokenizer is, if not with the model"
-        )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
-    if dtype:
-        group.add_argument(
-            "--dtype", choices=DTYPES, default=DTYPES[0], metavar="TYPE", help=f"one of {', '.join(DTYPES)}"
-        )
-
-
-def add_output_option(parser: argparse.ArgumentParser) -> None:
-    """--output."""
-    parser.add_argument(
-        "--output",
-        type=expanded_path,
-        default=Path("outputs"),
-        metavar="DIR",
-        help="where to write (default: %(default)s)",
-    )
-
-
-def expanded(text: str) -> str:
-    """Return the path with a leading `~` or `~user` replaced by the home folder; the type of an option that may be no path.
-
-    A shell leaves the `~` of `--output=~/x` and of quoted words as it is.
-    """
-    return os.path.expanduser(text)
-
-
-def expanded_path(text: str) -> Path:
-    """Return `expanded` as a path; the type of an option that names a file or folder."""
-    return Path(expanded(text))
-
-
-def positive(text: str) -> int:
-    """The type of an option that is a positive integer."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
-    return value
-
-
-def or_off(kind: Callable[[str], Any], off: Any) -> Callable[[str], Any]:
-    """Return the type of an option that can be turned off: by "off", or by the number that means the same."""
+def reader(name: str, kind: Any) -> Callable[[str], Any]:
+    """Return the argparse type of an option whose text is checked as a setting of type `kind` is."""
 
     def read(text: str) -> Any:
-        value = text if text == OFF else kind(text)
-        return OFF if value == off else value
+        try:
+            return checked(name, text, kind, text=True)
+        except DetailFlowError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-    read.__name__ = f"{kind.__name__} or {OFF}"  # which argparse's message names
     return read
 
 
-TOP_K, TOP_P = or_off(int, off=0), or_off(float, off=1)
+def add_device_option(parser: Parser) -> None:
+    """--device."""
+    parser.option("--device", help="cpu, cuda, cuda:1, … (default: the GPU, if any)")
+
+
+def add_model_options(parser: Parser, tokenizer: bool = False, dtype: bool = True) -> None:
+    """--model and --device, and if asked for --tokenizer and --dtype."""
+    parser.heading("model")
+    parser.option("--model", Location, help=f"{MODEL} (default: the shipped one)")
+    if tokenizer:
+        parser.option("--tokenizer", Location, metavar="MODEL", help="where the tokenizer is, if not with the model")
+    add_device_option(parser)
+    if dtype:
+        parser.option("--dtype", Dtype, DTYPES[0], f"{', '.join(DTYPES)} (default: the first)", metavar="TYPE")
+
+
+def add_output_option(parser: Parser) -> None:
+    """--output."""
+    parser.option("--output", Path, Path("outputs"), "where to write", "DIR")
+
+
+def add_sampling_options(parser: Parser, several: bool = False) -> None:
+    """The settings of `SamplingConfig`, each with one value or several; without them a model has its own best values."""
+    combinations = "all combinations; " if several else ""
+    parser.heading(f"sampling ({combinations}default: the model's own best values)")
+    for setting in list_settings(SamplingConfig):
+        name = f"--{setting.name.replace('_', '-')}"
+        read = reader(name, setting.type | Literal["off"] if setting.default is None else setting.type)
+        off = {"top_k": "0", "top_p": "1"}.get(setting.name)  # what means the same
+
+        def read_or_off(text: str, read: Callable[[str], Any] = read, off: str | None = off) -> Any:
+            return OFF if text == off else read(text)
+
+        values: dict[str, Any] = {"nargs": "+", "default": [None]} if several else {}
+        metavar = setting.name.rpartition("_")[2].upper()
+        parser.group.add_argument(
+            name, type=read_or_off, metavar=metavar, help=setting.documentation.rstrip("."), **values
+        )
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling settings that were given; raises for one out of range before a large model is loaded."""
+    given = {setting.name: getattr(args, setting.name) for setting in list_settings(SamplingConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    SamplingConfig().updated(**given)
+    return given
 
 
 def check_output(folder: Path) -> None:
-    """Prove that `folder` exists or can be made, and can be written to; leaves nothing behind.
-
-    Raises:
-        DetailFlowError: if not.
-    """
+    """Prove that `folder` exists or can be made, and can be written to; leaves nothing behind."""
     existing = folder.absolute()
     while not os.path.lexists(existing):
         existing = existing.parent
@@ -141,11 +165,7 @@ def check_output(folder: Path) -> None:
 
 
 def make_output(folder: Path) -> None:
-    """Make `folder` and those above it where they are missing.
-
-    Raises:
-        DetailFlowError: if that fails.
-    """
+    """Make `folder` and those above it if they are missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,8 +1,10 @@
 """`detailflow convert`: models from the published layout to ours and back."""
 
 from collections.abc import Sequence
+from typing import Literal
 
-from detailflow.cli.common import DTYPES, Parser, add_output_option, check_output, expanded
+from detailflow.cli.common import DTYPES, MODEL, Dtype, Parser, add_output_option, check_output
+from detailflow.settings import Location
 
 
 def parser() -> Parser:
@@ -12,25 +14,13 @@ def parser() -> Parser:
         "SOURCE",
         "Write a model, or a tokenizer and its AR model, as safetensors or in the published layout.",
     )
-    result.add_argument(
-        "source",
-        type=expanded,
-        metavar="SOURCE",
-        help="a folder, checkpoint (.pt), hub name or zoo name like detailflow-16",
-    )
+    result.option("source", Location, help=f"{MODEL}, or a checkpoint (.pt)", metavar="SOURCE")
     add_output_option(result)
-    result.add_argument(
-        "--to", choices=("detailflow", "published"), default="detailflow", help="layout (default: %(default)s)"
-    )
-    result.add_argument(
-        "--dtype", choices=DTYPES, metavar="TYPE", help=f"one of {', '.join(DTYPES)} (default: as it is)"
-    )
-    result.add_argument(
-        "--variant", choices=("ema", "model"), default="ema", help="weights of an AR model (default: ema)"
-    )
-    result.add_argument(
-        "--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: %(default)s)"
-    )
+    result.option("--to", Literal["detailflow", "published"], "detailflow", "layout: detailflow or published", "LAYOUT")
+    result.option("--dtype", Dtype, help=f"one of {', '.join(DTYPES)} (default: as it is)", metavar="TYPE")
+    variant = "weights of an AR model: ema or model"
+    result.option("--variant", Literal["ema", "model"], "ema", variant, "VARIANT")
+    result.option("--shard-size", default="5GB", help="largest safetensors file", metavar="SIZE")
     return result
 
 

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from detailflow.cli.common import Parser, expanded
+from detailflow.cli.common import SETS, Parser
 from detailflow.errors import DetailFlowError, printable
+from detailflow.settings import Location
 
 if TYPE_CHECKING:
     from detailflow.data.images import ImageSource
@@ -30,13 +31,11 @@ def parser() -> Parser:
         "left aside and why, unreadable files and duplicates. Reads every image. The exit status is 2 if they cannot be "
         "used.",
     )
-    result.add_argument(
-        "data", type=expanded, metavar="DATA", help="a folder, parquet or WebDataset files, or a hub name"
-    )
-    result.add_argument("--split", help="of the data, if there are several (default: train)")
-    result.add_argument("--image-column", default="image", metavar="NAME", help="of parquet files and hub data sets")
-    result.add_argument("--label-column", default="label", metavar="NAME", help="of these, and of metadata files")
-    result.add_argument("--json", action="store_true", help="print all of it as one JSON object")
+    result.option("data", Location, help=SETS, metavar="DATA")
+    result.option("--split", help="of the data, if there are several (default: train)")
+    result.option("--image-column", default="image", help="of parquet files and hub data sets", metavar="NAME")
+    result.option("--label-column", default="label", help="of these, and of metadata files", metavar="NAME")
+    result.option("--json", bool, help="print all of it as one JSON object")
     return result
 
 

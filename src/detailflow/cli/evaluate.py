@@ -5,20 +5,19 @@ import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detailflow.cli.common import (
-    TOP_K,
-    TOP_P,
     Parser,
+    add_device_option,
     add_model_options,
+    add_sampling_options,
     check_output,
-    expanded,
-    expanded_path,
-    positive,
-    unknown,
+    reader,
 )
 from detailflow.errors import DetailFlowError, printable
+from detailflow.settings import BatchSize, Location, PositiveInt, Seed, unknown
 
 if TYPE_CHECKING:
     from detailflow.evaluation.evaluate import Context
@@ -42,6 +41,7 @@ options:
   -h, --help  show this help, or after one of these that one's
 """
 SET = "a folder, .npz, WebDataset, parquet or a hub name"
+Numbers = tuple[PositiveInt, ...]
 NETWORKS = "inception, dinov2, efficientnet-lite0 or FILE.safetensors"
 
 
@@ -62,19 +62,18 @@ def tokenizer_parser() -> Parser:
     """Return the options of `evaluate tokenizer`."""
     about = "rFID, PSNR, SSIM, LPIPS and codebook usage of reconstructions."
     result = Parser("evaluate tokenizer", "--data DATA --output DIR", about)
-    add = result.add_argument
-    text = "images to rebuild: a folder, parquet, WebDataset or a hub name"
-    add("--data", type=expanded, required=True, metavar="DATA", help=text)
+    data = "images to rebuild: a folder, parquet, WebDataset or a hub name"
+    result.option("--data", Location, help=data, required=True)
     _add_split(result)
-    add("--num-images", type=positive, metavar="N", help="only N images, spread over the set")
-    add("--num-tokens", type=positive, nargs="+", metavar="N", help="rebuild from N tokens (default: 1, 2, 4, …)")
-    add("--size", type=positive, nargs="+", metavar="S", help="decode at side S (default: each N's own)")
-    text = "mistakes at token P, in group gP, or all: each but the last"
-    add("--mistakes-at", nargs="+", default=[], metavar="P", help=text)
-    add("--seed", type=int, default=0, help="of the mistakes (default: %(default)s)")
-    add("--reference", type=expanded, metavar="SET", help="what rFID is to, in place of the images themselves")
-    text = "VGG-16's weights (default: downloaded); none leaves LPIPS out"
-    add("--lpips", type=expanded, metavar="FILE", help=text)
+    result.option("--num-images", PositiveInt, help="only N images, spread over the set", metavar="N")
+    result.option("--num-tokens", Numbers, help="rebuild from N tokens (default: 1, 2, 4, …)", metavar="N")
+    result.option("--size", Numbers, help="decode at side S (default: each N's own)", metavar="S")
+    mistakes = "mistakes at token P, in group gP, or all: each but the last"
+    result.option("--mistakes-at", tuple[str, ...], [], mistakes, "P")
+    result.option("--seed", Seed, 0, "of the mistakes (default: 0)")
+    result.option("--reference", Location, help="what rFID is to, in place of the images themselves", metavar="SET")
+    lpips = "VGG-16's weights (default: downloaded); none leaves LPIPS out"
+    result.option("--lpips", Location, help=lpips, metavar="FILE")
     _add_features(result, "; none: no rFID")
     _add_output(result)
     add_model_options(result)
@@ -85,22 +84,15 @@ def gpt_parser() -> Parser:
     """Return the options of `evaluate gpt`."""
     about = "gFID, sFID, IS, precision and recall of generated images."
     result = Parser("evaluate gpt", "--reference SET --output DIR", about)
-    add = result.add_argument
-    text = "real images, or ADM's reference .npz"
-    add("--reference", type=expanded, required=True, metavar="REFERENCE", help=text)
+    result.option("--reference", Location, help="real images, or ADM's reference .npz", required=True)
     _add_split(result)
-    add("--num-samples", type=positive, default=50_000, metavar="N", help="images (default: %(default)s)")
-    add("--labels", default="balanced", metavar="HOW", help="balanced or random (default: %(default)s)")
-    add("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="S", help="several show the spread")
-    add("--keep-samples", action="store_true", help="leave the images in DIR/samples, as .npz")
-    group = result.add_argument_group("sampling: all combinations (default: the model's own best values)")
-    several: dict[str, Any] = {"nargs": "+", "default": [None]}
-    group.add_argument("--guidance-scale", type=float, metavar="S", help="1 is no guidance", **several)
-    group.add_argument("--guidance-schedule", metavar="NAME", help="constant, linear", **several)
-    group.add_argument("--temperature", type=float, metavar="T", help="0 is argmax", **several)
-    group.add_argument("--top-k", type=TOP_K, metavar="K", help="numbers, or off", **several)
-    group.add_argument("--top-p", type=TOP_P, metavar="P", help="numbers, or off", **several)
-    group.add_argument("--num-tokens", type=positive, metavar="N", help="stop after N tokens", **several)
+    result.option("--num-samples", PositiveInt, 50_000, "images", "N")
+    result.option("--labels", default="balanced", help="balanced or random (default: balanced)", metavar="HOW")
+    seeds: dict[str, Any] = {"type": reader("--seeds", Seed), "nargs": "+", "default": [0], "metavar": "S"}
+    result.add_argument("--seeds", "--seed", help="several show the spread (default: 0)", **seeds)
+    result.option("--keep-samples", bool, help="leave the images in DIR/samples, as .npz")
+    add_sampling_options(result, several=True)
+    result.option("--num-tokens", Numbers, [None], "stop after N tokens (default: all)", "N")
     _add_features(result)
     _add_output(result)
     add_model_options(result, tokenizer=True)
@@ -111,15 +103,15 @@ def samples_parser() -> Parser:
     """Return the options of `evaluate samples`."""
     about = "FID, sFID, IS, precision and recall of two sets."
     result = Parser("evaluate samples", "SAMPLES REFERENCE --output DIR", about)
-    result.add_argument("samples", type=expanded, metavar="SAMPLES", help=SET)
-    text = "the same, or an .npz of ADM's reference statistics"
-    result.add_argument("reference", type=expanded, metavar="REFERENCE", help=text)
-    text = "bring shorter sides to S, take the centre (default: as is)"
-    result.add_argument("--size", type=positive, metavar="S", help=text)
-    result.add_argument("--num-images", type=positive, metavar="N", help="only N of the samples, spread over the set")
+    result.option("samples", Location, help=SET, metavar="SAMPLES")
+    reference = "the same, or an .npz of ADM's reference statistics"
+    result.option("reference", Location, help=reference, metavar="REFERENCE")
+    size = "bring shorter sides to S, take the centre (default: as is)"
+    result.option("--size", PositiveInt, help=size, metavar="S")
+    result.option("--num-images", PositiveInt, help="only N of the samples, spread over the set", metavar="N")
     _add_features(result)
     _add_output(result)
-    _add_device(result)
+    add_device_option(result)
     return result
 
 
@@ -127,44 +119,38 @@ def statistics_parser() -> Parser:
     """Return the options of `evaluate statistics`."""
     about = "Measure a set once, to give the file as --reference from then on."
     result = Parser("evaluate statistics", "SET --output FILE.npz", about)
-    result.add_argument("set", type=expanded, metavar="SET", help=SET)
+    result.option("set", Location, help=SET, metavar="SET")
     _add_split(result)
-    text = "the model's: shorter sides to S, centres (default: as is)"
-    result.add_argument("--size", type=positive, metavar="S", help=text)
-    result.add_argument("--num-images", type=positive, metavar="N", help="only N images, spread over the set")
+    size = "the model's: shorter sides to S, centres (default: as is)"
+    result.option("--size", PositiveInt, help=size, metavar="S")
+    result.option("--num-images", PositiveInt, help="only N images, spread over the set", metavar="N")
     _add_features(result)
     _add_output(result, "FILE", "the .npz file to write")
-    _add_device(result)
+    add_device_option(result)
     return result
 
 
 def compare_parser() -> Parser:
     """Return the options of `evaluate compare`."""
     result = Parser("evaluate compare", "A B", "Print two reports beside each other: what is equal, and what differs.")
-    text = "the output folder of an evaluation, or its report.json"
     for name in ("a", "b"):
-        result.add_argument(name, metavar=name.upper(), type=expanded_path, help=text)
+        report = "the output folder of an evaluation, or its report.json"
+        result.option(name, Path, help=report, metavar=name.upper())
     return result
 
 
-def _add_split(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", help="train, val or test, where there are such")
+def _add_split(parser: Parser) -> None:
+    parser.option("--split", help="train, val or test, if there are such")
 
 
-def _add_features(parser: argparse.ArgumentParser, instead: str = "") -> None:
-    text = f"{NETWORKS}{instead} (default: %(default)s)"
-    parser.add_argument("--features", type=expanded, default="inception", metavar="NAME", help=text)
-    parser.add_argument("--weights", type=expanded, metavar="FILE", help="of inception or dinov2 (default: downloaded)")
+def _add_features(parser: Parser, instead: str = "") -> None:
+    parser.option("--features", Location, "inception", f"{NETWORKS}{instead} (default: inception)", "NAME")
+    parser.option("--weights", Location, help="of inception or dinov2 (default: downloaded)", metavar="FILE")
 
 
-def _add_output(parser: argparse.ArgumentParser, name: str = "DIR", text: str = "where to write the report") -> None:
-    batch = "images at once (default: 64, or 256 on a GPU)"
-    parser.add_argument("--batch-size", type=positive, metavar="N", help=batch)
-    parser.add_argument("--output", type=expanded_path, required=True, metavar=name, help=text)
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU where there is one)")
+def _add_output(parser: Parser, metavar: str = "DIR", help: str = "where to write the report") -> None:
+    parser.option("--batch-size", BatchSize, help="images at once (default: 64, or 256 on a GPU)", metavar="N")
+    parser.option("--output", Path, help=help, metavar=metavar, required=True)
 
 
 def _tokenizer(argv: Sequence[str], command: str, stack: ExitStack) -> None:

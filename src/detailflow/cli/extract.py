@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from detailflow.cli.settings import parse
+from detailflow.cli.settings import read_request
 
 SUMMARY = (
     "Write the tokens of every image, with and without planted mistakes, to a token store for `detailflow train gpt`."
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.training.config import Extraction
     from detailflow.training.extract import extract
 
-    if request := parse(Extraction, "extract", SUMMARY, argv):
+    if request := read_request(Extraction, "extract", SUMMARY, argv):
         store = extract(request.settings, request.output, request.device)
         if World.from_launch().is_main:
             print(f"{len(store)} images, {store.info.crops} crops each, in {request.output}")

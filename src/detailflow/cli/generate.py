@@ -2,64 +2,48 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from detailflow.cli.common import (
-    OFF,
-    TOP_K,
-    TOP_P,
     Parser,
     add_model_options,
     add_output_option,
+    add_sampling_options,
     check_output,
     make_output,
-    positive,
+    sampling_options,
 )
 from detailflow.errors import DetailFlowError
+from detailflow.settings import BatchSize, PositiveInt, Seed, listed
 
 if TYPE_CHECKING:
     from detailflow.distributed import World
     from detailflow.labels import ClassId
     from detailflow.pipeline import DetailFlowPipeline
 
-FORMATS = ("png", "npz", "webdataset")
+Format = Literal["png", "npz", "webdataset"]
+FORMATS = get_args(Format)  # the default first
 GRID_IMAGES = 400  # about as many as a grid shows if there are more
 LARGEST_SET = 10_000_000  # images of one call
-SAMPLING = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
 
 
 def parser() -> Parser:
     """The command's options."""
     result = Parser("generate", "[CLASS …]", "Make images of classes with an AR model and its tokenizer.")
-    result.add_argument(
-        "classes",
-        nargs="*",
-        metavar="CLASS",
-        help="names or numbers, as `detailflow classes` lists them (default: all)",
-    )
-    result.add_argument("--num", type=positive, default=1, metavar="N", help="images per class (default: %(default)s)")
-    result.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same images (default: %(default)s)"
-    )
-    result.add_argument(
-        "--num-tokens", type=int, metavar="N", help="stop after N tokens, for coarse images (default: all)"
-    )
+    classes = "as `detailflow classes` lists them (default: all)"
+    result.option("classes", tuple[str, ...], (), classes, "CLASS")
+    result.option("--num", PositiveInt, 1, "images per class", "N")
+    result.option("--seed", Seed, 0, "the same seed gives the same images (default: 0)")
+    result.option("--num-tokens", int, help="stop after N tokens, for coarse images", metavar="N")
+    result.option("--grid", bool, True, "write grid.png too")
+    result.option("--progressive", bool, help="write strips from coarse to fine, too")
     add_output_option(result)
-    many = result.add_argument_group("many images, by one process or, with torchrun or accelerate launch, by several")
-    many.add_argument(
-        "--num-images", type=positive, metavar="N", help="N in all, of the classes in turn; again to go on"
-    )
-    many.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="of these N (default: %(default)s)")
-    many.add_argument("--batch-size", type=positive, metavar="N", help="made at once (default: 32, or 128 on a GPU)")
-    many.add_argument("--compile", action="store_true", help="compile first: minutes on a CPU, then faster")
-    result.add_argument("--grid", action=argparse.BooleanOptionalAction, default=True, help="write grid.png too")
-    result.add_argument("--progressive", action="store_true", help="write strips from coarse to fine, too")
-    group = result.add_argument_group("sampling (default: the model's own best values)")
-    group.add_argument("--guidance-scale", type=float, metavar="S", help="strength of the class; 1 is no guidance")
-    group.add_argument("--guidance-schedule", metavar="NAME", help="constant, or linear: lower from group to group")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely code")
-    group.add_argument("--top-k", type=TOP_K, metavar="K", help="draw from the K likeliest codes only, or off")
-    group.add_argument("--top-p", type=TOP_P, metavar="P", help="from the likeliest codes that sum to P, or off")
+    result.heading("many images, by one process or, with torchrun or accelerate launch, by several")
+    result.option("--num-images", PositiveInt, help="N in all, of the classes in turn; again to go on", metavar="N")
+    result.option("--format", Format, FORMATS[0], f"{listed(FORMATS)} (default: png)", "FORMAT")
+    result.option("--batch-size", BatchSize, help="made at once (default: 32, or 128 on a GPU)", metavar="N")
+    result.option("--compile", bool, help="compile first: minutes on a CPU, then faster")
+    add_sampling_options(result)
     add_model_options(result, tokenizer=True)
     return result
 
@@ -71,15 +55,11 @@ def main(argv: Sequence[str]) -> int:
     _check(args)
 
     from detailflow.distributed import World
-    from detailflow.generation import SamplingConfig
     from detailflow.labels import ClassId
     from detailflow.pipeline import DetailFlowPipeline
 
     world = World.from_launch(cpu=args.device == "cpu") if args.num_images else World()
-    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    SamplingConfig(
-        **{name: value for name, value in sampling.items() if value != OFF}
-    )  # raises before a large model is loaded
+    sampling = sampling_options(args)
     pipeline = DetailFlowPipeline.from_pretrained(
         args.model, device=world.device or args.device, dtype=args.dtype, tokenizer=args.tokenizer
     )

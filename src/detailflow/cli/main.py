@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from detailflow import __version__
-from detailflow.cli.common import unknown
 from detailflow.errors import DetailFlowError, DetailFlowWarning, ReportedElsewhereError, missing_package
+from detailflow.settings import unknown
 
 COMMANDS = {  # each is the module of that name in this package, imported when asked for
     "generate": "make images of classes",

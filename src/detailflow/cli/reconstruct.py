@@ -8,16 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from detailflow.cli.common import (
-    Parser,
-    add_model_options,
-    add_output_option,
-    check_output,
-    expanded,
-    make_output,
-    positive,
-)
+from detailflow.cli.common import Parser, add_model_options, add_output_option, check_output, make_output
 from detailflow.errors import DetailFlowError
+from detailflow.settings import Location, PositiveInt
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,18 +34,10 @@ def parser() -> Parser:
         "Encode images and decode them from their first 1, 2, 4, … tokens: a strip per image, the image from all of its tokens, "
         "and the PSNR in dB.",
     )
-    result.add_argument(
-        "images", type=expanded, nargs="+", metavar="IMAGE",
-        help="image files of any size, folders of them, parquet, WebDataset or a hub name; the centre square is used",
-    )  # fmt: skip
-    result.add_argument("--whole", action="store_true", help="use the whole image in its own shape")
-    result.add_argument(
-        "--num",
-        type=positive,
-        default=OF_A_SET,
-        metavar="N",
-        help="images of each folder or set (default: %(default)s)",
-    )
+    images = "image files of any size, folders of them, parquet, WebDataset or a hub name; the centre square is used"
+    result.option("images", tuple[Location, ...], help=images, metavar="IMAGE")
+    result.option("--whole", bool, help="use the whole image in its own shape")
+    result.option("--num", PositiveInt, OF_A_SET, "images of each folder or set", "N")
     add_output_option(result)
     add_model_options(result)
     return result

@@ -22,7 +22,7 @@ from detailflow.data.streams import StreamSource
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, DetailFlowWarning
-from detailflow.schedule import require_not_negative, require_positive
+from detailflow.settings import PositiveInt, Seed, Workers, require
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -108,7 +108,7 @@ class _Batches:
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
-        require_not_negative(workers=self.workers)
+        require(Workers, workers=self.workers)
         self.part = self.world.shard(self.batch_size)
         self.least = side_for_crops(self.size, self.max_scale)
         self.bad: dict[Any, str] = {}
@@ -190,8 +190,8 @@ class StreamedBatches(_Batches):
     buffer: int = 2048
 
     def __post_init__(self) -> None:
-        require_positive(batch_size=self.batch_size, buffer=self.buffer)
-        require_not_negative(seed=self.seed)
+        require(PositiveInt, batch_size=self.batch_size, buffer=self.buffer)
+        require(Seed, seed=self.seed)
         super().__post_init__()
         self.part_size = self.part.stop - self.part.start
 

@@ -28,11 +28,11 @@ from detailflow.evaluation.features import INCEPTION, Extractor
 from detailflow.evaluation.published import quotes
 from detailflow.evaluation.report import Figure, Picture, Plot, Report, Row, Section, in_words, shared_settings
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
-from detailflow.generation import OFF, SamplingConfig
 from detailflow.pictures import grid
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.samples import SampleSet, generate_many, remove_temporary
-from detailflow.seeds import check_seeds
+from detailflow.sampling import OFF, SamplingConfig
+from detailflow.settings import Seed, require
 
 LABELS = ("balanced", "random")
 SAMPLES = "samples"  # the folder in the output folder where images are, for a while or for good
@@ -130,7 +130,8 @@ def evaluate_gpt(
     """
     if options.labels not in LABELS:
         raise DetailFlowError(f"labels must be {' or '.join(LABELS)}, not {options.labels!r}")
-    check_seeds(*options.seeds)
+    for seed in options.seeds:
+        require(Seed, seeds=seed)
     check_total(options.num_samples, context.world)
     settings, seeds = options.sweep.settings(pipeline), list(dict.fromkeys(options.seeds))
     wanted = measure(options.extractor, reference, keep=REFERENCE_KEPT)

@@ -35,7 +35,7 @@ from detailflow.pictures import grid
 from detailflow.pipeline import image_generator, stage_counts
 from detailflow.psnr import psnr
 from detailflow.schedule import TokenSchedule
-from detailflow.seeds import check_seeds
+from detailflow.settings import Seed, require
 from detailflow.training.losses import LPIPS, SMALLEST_SIDE, VGG16_FILE
 
 PICTURES = 6  # images that the report shows
@@ -100,7 +100,7 @@ def evaluate_tokenizer(
     Returns:
         In the main process a report whose provenance is not complete yet; None in others.
     """
-    check_seeds(options.seed)
+    require(Seed, seeds=options.seed)
     extractor, side, world = options.extractor, tokenizer.config.image_size, context.world
     if options.reference is not None and extractor is None:
         raise DetailFlowError("a reference is for Fréchet distances: give features to measure them by, or no reference")

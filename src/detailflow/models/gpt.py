@@ -1,9 +1,9 @@
 """The autoregressive model: LlamaGen's transformer over grouped tokens (docs/method.md#ar-model)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Annotated, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from detailflow import generation, hub
 from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.errors import DetailFlowError
-from detailflow.generation import Cache, Generators, SamplingConfig, SamplingOptions
+from detailflow.generation import Cache, Generators
 from detailflow.models.layers import attend
 from detailflow.models.loading import build, check_ids
-from detailflow.schedule import TokenSchedule, require_positive
+from detailflow.sampling import GuidanceSchedule, SamplingConfig, SamplingOptions
+from detailflow.schedule import TokenSchedule
+from detailflow.settings import BatchSize, Depth, Must, PositiveInt, Settings, ShareBelowOne, require
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(Settings):
     """Sizes of a `DetailFlowGPT`, the defaults are GPT-L's, and the sampling that suits the model best.
 
     `mlp` is the number of hidden units, `None` is 2/3 · 4 · width rounded up to a multiple of 256.
@@ -28,44 +30,34 @@ class GPTConfig:
     2816
     """
 
-    num_classes: int
-    width: int = 1024
-    depth: int = 24
-    heads: int = 16
-    mlp: int | None = None
+    num_classes: PositiveInt
+    width: PositiveInt = 1024
+    depth: Depth = 24
+    heads: PositiveInt = 16
+    mlp: PositiveInt | None = None
     num_tokens: int = 128
     group_size: int = 8
     causal_tokens: int | None = None
-    codebook_size: int = 8192
-    dropout: float = 0.1
-    rope_base: float = 10000.0
+    codebook_size: PositiveInt = 8192
+    dropout: ShareBelowOne = 0.1
+    rope_base: Annotated[float, Must("above 0", lambda base: 0 < base < float("inf"))] = 10000.0
     class_names: tuple[str, ...] | None = None
     guidance_scale: float = 1.5
-    guidance_schedule: str = "constant"
+    guidance_schedule: GuidanceSchedule = "constant"
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "causal_tokens", self.schedule.causal_tokens)
         if self.mlp is None:
             object.__setattr__(self, "mlp", -(-(8 * self.width // 3) // 256) * 256)
-        sizes = ("num_classes", "width", "depth", "heads", "codebook_size", "mlp")
-        require_positive(**{name: getattr(self, name) for name in sizes})
         if self.width % self.heads or self.width // self.heads % 4:
             wanted = "heads times a multiple of 4 (2-D rotary positions)"
             raise DetailFlowError(f"width must be {wanted}: {self.width} is not for {self.heads} heads")
-        if not 0 <= self.dropout < 1:
-            raise DetailFlowError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-        if not 0 < self.rope_base < float("inf"):
-            raise DetailFlowError(f"rope_base must be above 0, not {self.rope_base!r}")
-        if self.class_names is not None:
-            if len(self.class_names) != self.num_classes:
-                raise DetailFlowError(
-                    f"class_names has {len(self.class_names)} names for num_classes {self.num_classes}"
-                )
-            if wrong := [name for name in self.class_names if not isinstance(name, str)]:
-                raise DetailFlowError(f"class_names must be strings, not {wrong[0]!r}")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise DetailFlowError(f"class_names has {len(self.class_names)} names for num_classes {self.num_classes}")
         _ = self.sampling  # validates itself
 
     @property
@@ -257,7 +249,7 @@ class DetailFlowGPT(nn.Module):
         The first images then take minutes on a CPU. Later changes of the weights are not seen, and each program (single
         tokens or groups, guided or not) keeps a copy of them.
         """
-        require_positive(batch_size=batch_size)
+        require(BatchSize, batch_size=batch_size)
         self.compiled_logits, self.compiled_for = compiled(self.logits, self.device), batch_size
 
     def forget_compiled(self) -> None:
@@ -299,9 +291,7 @@ class DetailFlowGPT(nn.Module):
 
     def sampling(self, **options: Unpack[SamplingOptions]) -> SamplingConfig:
         """Return the model's own best way to sample, with the options that are given in its place."""
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        off = {name: None for name in ("top_k", "top_p") if given.get(name) == generation.OFF}
-        return replace(self.config.sampling, **{**given, **off})
+        return self.config.sampling.updated(**options)
 
     def stream(
         self,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError
-from detailflow.schedule import require_positive
+from detailflow.settings import Depth, PositiveInt, Settings
 
 SCORES = 2**21  # at a time on a CPU: more than fit its caches take twice as long
 
@@ -43,22 +43,28 @@ GRID = 16  # side of the learned position grid, whatever the image's own grid
 
 
 @dataclass(frozen=True)
-class ViTConfig:
-    """Sizes of a transformer; `mlp` is the number of hidden units, `None` is 4 · width.
+class ViTConfig(Settings):
+    """Sizes of a transformer.
 
     >>> ViTConfig(width=768, depth=12, heads=12).mlp
     3072
+
+    Attributes:
+        width: of the transformer.
+        depth: number of blocks.
+        heads: number of attention heads.
+        mlp: hidden units of the MLP; null is 4 times the width.
     """
 
-    width: int
-    depth: int
-    heads: int
-    mlp: int | None = None
+    width: PositiveInt
+    depth: Depth
+    heads: PositiveInt
+    mlp: PositiveInt | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.mlp is None:
             object.__setattr__(self, "mlp", 4 * self.width)
-        require_positive(width=self.width, depth=self.depth, heads=self.heads, mlp=self.hidden)
         if self.width % self.heads:
             raise DetailFlowError(f"heads must divide width, and {self.heads} does not divide {self.width}")
 

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,54 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from detailflow.errors import DetailFlowError, some_names
+from detailflow.settings import parse_settings
 
 Network = TypeVar("Network", bound=nn.Module)
-Config = TypeVar("Config")
-
-
-def config_from_dict(kind: type[Config], values: Mapping[str, Any], source: object) -> Config:
-    """A config dataclass from plain values, nested ones included.
-
-    Raises:
-        DetailFlowError: for a key that is unknown, missing or of the wrong type; the sentence names `source`.
-    """
-    hints = get_type_hints(kind)
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise DetailFlowError(f"{source}: unknown key {unknown[0]!r} in the config; the keys are {', '.join(known)}")
-    arguments = {}
-    for key, value in values.items():
-        hint = hints[key]
-        if is_dataclass(hint) and isinstance(value, Mapping):
-            value = config_from_dict(hint, value, source)  # type: ignore[arg-type]
-        elif isinstance(value, list):
-            value = tuple(value)
-        _check_type(key, value, hint, source)
-        if isinstance(value, int) and not isinstance(value, bool) and hint is float:
-            try:
-                value = float(value)
-            except OverflowError:
-                raise DetailFlowError(f"{source}: {key} is too large a number") from None
-        arguments[key] = value
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise DetailFlowError(f"{source}: the config is incomplete: {error}") from None
-    except DetailFlowError as error:
-        raise DetailFlowError(f"{source}: {error}") from None
-
-
-def _check_type(key: str, value: Any, hint: Any, source: object) -> None:
-    several = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    kinds = tuple(get_origin(k) or k for k in several if isinstance(k, type) or get_origin(k))
-    if float in kinds:
-        kinds += (int,)
-    if value is None and type(None) in kinds:
-        return
-    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
-        wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
-        raise DetailFlowError(f"{source}: {key} must be {wanted}, not {value!r}")
 
 
 def build(
@@ -76,7 +30,7 @@ def build(
         DetailFlowError: for a bad config, or tensors that are missing, left over or of another shape.
     """
     source = str(source) if isinstance(source, Path) else source
-    sizes: Any = config_from_dict(config_type, config, source)
+    sizes: Any = parse_settings(config_type, config, source)
     if (depth := _depth(sizes)) > len(tensors):
         raise DetailFlowError(
             f"{source}: the checkpoint does not fit its config: {len(tensors)} tensors are no {depth} layers"

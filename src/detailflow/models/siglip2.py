@@ -16,9 +16,9 @@ from detailflow import hub
 from detailflow.device import choose_device, choose_dtype
 from detailflow.errors import DetailFlowError, some_names
 from detailflow.models.layers import Block, ViTConfig, has_patches, initial_positions, patchify, resize_positions
-from detailflow.models.loading import config_from_dict
 from detailflow.models.tokenizer import Encoder
 from detailflow.published import heads_of, layer_count, vit_names
+from detailflow.settings import parse_settings
 from detailflow.tensors import TENSOR_FILES, read_headers, read_tensors
 
 SIGLIP2 = "google/siglip2-so400m-patch16-naflex"
@@ -166,7 +166,7 @@ def _config(shapes: dict[str, tuple[int, ...]], names: Names, depth: int, source
                 f"{name} in {source} must be a matrix, as in a NaFlex SigLIP2, not of shape {shapes[name]}"
             )
     mlp, width = shapes[hidden]
-    config = config_from_dict(ViTConfig, dict(width=width, depth=depth, heads=heads_of(width), mlp=mlp), source)
+    config = parse_settings(ViTConfig, dict(width=width, depth=depth, heads=heads_of(width), mlp=mlp), source)
     return config, math.isqrt(shapes[patches][1] // 3)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ from detailflow.models.layers import (
     unpatchify,
 )
 from detailflow.models.loading import build, check_ids
-from detailflow.schedule import TokenSchedule, require_positive
+from detailflow.schedule import TokenSchedule
+from detailflow.settings import BatchSize, Must, PositiveInt, Settings, require
 
 POSITION_SCALE = (
     0.5  # std of query tokens and positions at the start: as large as what is added to them, or they go unseen
@@ -36,23 +37,32 @@ WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (do
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     """Sizes of a `DetailFlowTokenizer` (docs/method.md#symbols); the defaults are those of DetailFlow-16.
 
     >>> config = TokenizerConfig(encoder=ViTConfig(64, 2, 4), decoder=ViTConfig(64, 2, 4), image_size=64, num_tokens=32)
     >>> config.schedule.decode_size(8), config.schedule.decode_size(32)
     (32, 64)
 
+    The last three are neither in the paper nor in the published layout (docs/method.md#beyond-the-paper).
+
     Attributes:
-        causal_encoder: if off, the encoder's queries all attend to each other, as in the baseline of the paper's table
-            2.
-        linear_path: add a learned linear map from patches to queries, and from codes to the canvas, beside attention.
-            This and the next two are neither in the paper nor in the published layout
-            (docs/method.md#beyond-the-paper).
-        pixel_channels: numbers per pixel from the decoder's last linear layer. Above 3, two small convolutions turn
-            them into the picture, across patch edges.
-        absent_token: a learned vector that the decoder sees in place of each token that is not given, so that a few
-            tokens can be decoded at full size (nested dropout: FlexTok, arXiv 2502.13967).
+        encoder: sizes of the encoder.
+        decoder: sizes of the decoder.
+        image_size: R, side of the images in pixels.
+        patch_size: f, side of a patch in pixels.
+        num_tokens: N, tokens of an image.
+        group_size: g, tokens predicted in parallel.
+        causal_tokens: c, tokens before the groups; null is g.
+        alpha: exponent of the resolution map.
+        codebook_size: K, number of codes.
+        codebook_dim: d, dimensions of a code.
+        causal_encoder: queries attend to earlier ones only; if false to all, the baseline of the paper's table 2.
+        linear_path: add a learned linear map beside attention; from patches to queries, and from codes to the canvas.
+        pixel_channels: numbers per pixel from the last linear layer; above 3, two small convolutions turn them into
+            the picture, across patch edges.
+        absent_token: a learned vector for tokens that are not given; so a few tokens can be decoded at full size
+            (nested dropout: FlexTok, arXiv 2502.13967).
     """
 
     encoder: ViTConfig
@@ -63,17 +73,15 @@ class TokenizerConfig:
     group_size: int = 8
     causal_tokens: int | None = None
     alpha: float = 1.5
-    codebook_size: int = 8192
-    codebook_dim: int = 8
+    codebook_size: PositiveInt = 8192
+    codebook_dim: PositiveInt = 8
     causal_encoder: bool = True
     linear_path: bool = False
-    pixel_channels: int = 3
+    pixel_channels: Annotated[int, Must("3 (no convolutions) or more", lambda value: value >= 3)] = 3
     absent_token: bool = False
 
     def __post_init__(self) -> None:
-        require_positive(codebook_size=self.codebook_size, codebook_dim=self.codebook_dim)
-        if isinstance(self.pixel_channels, bool) or not isinstance(self.pixel_channels, int) or self.pixel_channels < 3:
-            raise DetailFlowError(f"pixel_channels must be 3 (no convolutions) or more, not {self.pixel_channels!r}")
+        super().__post_init__()
         object.__setattr__(self, "causal_tokens", self.schedule.causal_tokens)
 
     @property
@@ -425,7 +433,7 @@ class DetailFlowTokenizer(nn.Module):
 
     def compile_decoding(self, batch_size: int) -> None:
         """Compile the decoding of `batch_size` images at a time, from all tokens at side R; see `DetailFlowGPT`."""
-        require_positive(batch_size=batch_size)
+        require(BatchSize, batch_size=batch_size)
         self._compiled, self.compiled_for = compiled(self.decoder, self.device), batch_size
 
     def forget_compiled(self) -> None:

@@ -28,10 +28,11 @@ from detailflow.errors import DetailFlowError
 from detailflow.labels import ClassLabels
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.growing import require_growable
-from detailflow.models.loading import config_from_dict, load_weights
+from detailflow.models.loading import load_weights
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.seeds import mixed_seed
+from detailflow.settings import parse_settings
 from detailflow.training.config import PRECISIONS, GPTTraining
 from detailflow.training.extract import tokenizer_fingerprint
 from detailflow.training.inputs import Input, model_input, tokens_input
@@ -199,7 +200,7 @@ def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
         DetailFlowError: if the model cannot be had or its sizes differ.
     """
     settings, tensors = hub.load(source, "gpt", dtype=torch.float32)
-    theirs = config_from_dict(GPTConfig, settings, source)
+    theirs = parse_settings(GPTConfig, settings, source)
     require_growable(sizes, theirs, source)
     if theirs.class_names in (None, sizes.class_names) and theirs.num_classes == sizes.num_classes:
         return tensors
@@ -215,7 +216,7 @@ def model_config(config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTo
     Raises:
         DetailFlowError: where its sizes contradict each other, or the model that it starts from cannot be read.
     """
-    start = config_from_dict(GPTConfig, hub.load_config(config.init, "gpt"), config.init) if config.init else None
+    start = parse_settings(GPTConfig, hub.load_config(config.init, "gpt"), config.init) if config.init else None
     return GPTConfig(
         mlp=start.mlp if start else None,
         rope_base=start.rope_base if start else 10000.0,

@@ -16,9 +16,9 @@ from detailflow.device import choose_device
 from detailflow.distributed import World
 from detailflow.machine import measure_ceilings
 from detailflow.models.efficientnet import EfficientNetLite0
-from detailflow.models.loading import config_from_dict
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
+from detailflow.settings import parse_settings
 from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
 from detailflow.training.config import PRECISIONS, GPTTraining, LoopConfig, TokenizerTraining
 from detailflow.training.counting import StepCosts, count_steps, of_one_rank
@@ -214,7 +214,7 @@ def plan_tokenizer(config: TokenizerTraining, world: World, device: torch.device
 def plan_gpt(config: GPTTraining, world: World, device: torch.device = CPU) -> Plan:
     """Plan an AR model's run."""
     store, loop = TokenStore.open(config.tokens), config.loop
-    known = config_from_dict(TokenizerConfig, hub.load_config(config.tokenizer, "tokenizer"), config.tokenizer)
+    known = parse_settings(TokenizerConfig, hub.load_config(config.tokenizer, "tokenizer"), config.tokenizer)
     with torch.device("meta"):
         tokenizer = DetailFlowTokenizer(known)
     sizes, alone = model_config(config, store, tokenizer), replace(config, loop=of_one_rank(loop, world))

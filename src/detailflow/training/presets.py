@@ -3,19 +3,20 @@
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
 from detailflow.data.images import open_images
 from detailflow.distributed import World
-from detailflow.models.loading import config_from_dict
+from detailflow.settings import parse_settings
 from detailflow.training.config import CLASSIFIER, Extraction, GPTTraining, TokenizerTraining
 from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
 from detailflow.training.tokenizer import train_tokenizer
 
-PRESETS = ("small-32", "own-64", "own-128", "own-256")  # small-32 is the default
+Preset = Literal["small-32", "own-64", "own-128", "own-256"]
+PRESETS = get_args(Preset)  # the default first
 
 
 def load_settings(preset: str, stage: str) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def train_preset(
     source = open_images(data, split=split)
     tokenizer, tokens, gpt = (str(output / name) for name in ("tokenizer", "tokens", "gpt"))
 
-    first = config_from_dict(TokenizerTraining, {**load_settings(preset, "tokenizer"), **images}, preset)
+    first = parse_settings(TokenizerTraining, {**load_settings(preset, "tokenizer"), **images}, preset)
     if len(source.class_names) < 2:
         first = _without_classes(first)
     if tokenizer_steps is not None:
@@ -50,11 +51,11 @@ def train_preset(
 
     if not (Path(tokens) / "manifest.json").exists():
         settings = {**load_settings(preset, "extract"), **images, "tokenizer": tokenizer}
-        extract(config_from_dict(Extraction, settings, preset), Path(tokens), device)
+        extract(parse_settings(Extraction, settings, preset), Path(tokens), device)
     elif World.from_launch(cpu=device == "cpu").is_main:
         print(f"{tokens}: these tokens are finished already")
 
-    last = config_from_dict(
+    last = parse_settings(
         GPTTraining, {**load_settings(preset, "gpt"), "tokens": tokens, "tokenizer": tokenizer}, preset
     )
     if gpt_steps is not None:

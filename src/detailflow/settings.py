@@ -1,0 +1,271 @@
+"""Settings: dataclasses whose field types say what is valid, checked here wherever a value comes from.
+
+Python, YAML files, checkpoints and the command line all go through `checked`, so the same mistake gives the same sentence.
+"""
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from detailflow.errors import DetailFlowError
+
+Config = TypeVar("Config")
+
+
+class Must(NamedTuple):
+    """A condition in `Annotated[type, Must(…)]`; `what` completes the sentence "NAME must be …"."""
+
+    what: str
+    holds: Callable[[Any], bool]
+
+
+def at_most(most: int) -> Must:
+    """Return the condition that a number is not larger."""
+    return Must(f"at most {most:,}", lambda value: value <= most)
+
+
+_POSITIVE = Must("a positive integer", lambda value: value >= 1)
+_HOME = "a path, in which ~ is the home folder"
+PositiveInt = Annotated[int, _POSITIVE, at_most(2**31 - 1)]
+BatchSize = Annotated[int, _POSITIVE, at_most(10**6)]
+Depth = Annotated[int, _POSITIVE, at_most(1000)]
+Workers = Annotated[int, Must("0 or more", lambda value: value >= 0), at_most(1000)]
+NotNegativeInt = Annotated[int, Must("0 or more", lambda value: value >= 0)]
+NotNegative = Annotated[float, Must("0 or more", lambda value: value >= 0)]
+Positive = Annotated[float, Must("above 0", lambda value: value > 0)]
+Share = Annotated[float, Must("0 to 1", lambda value: 0 <= value <= 1)]
+ShareBelowOne = Annotated[float, Must("at least 0 and below 1", lambda value: 0 <= value < 1)]
+Seed = Annotated[int, Must("0 to 2^64 - 1", lambda value: 0 <= value < 2**64)]
+Location = Annotated[str, _HOME]  # a path or a name
+
+
+class Setting(NamedTuple):
+    """A field of a settings class; nested ones have dotted names, such as loop.steps. `default` may be `MISSING`."""
+
+    name: str
+    type: Any
+    default: Any
+    documentation: str
+
+
+class Settings:
+    """Base of the settings classes: checks every field by its type."""
+
+    def __post_init__(self) -> None:
+        for name, kind in field_types(cast(Any, type(self))).items():
+            object.__setattr__(self, name, checked(name, getattr(self, name), kind))
+
+
+def parse_settings(kind: type[Config], values: Mapping[str, Any], source: object = "", advice: str = "") -> Config:
+    """Return a settings class made from plain values; nested ones may be mappings or have dotted names.
+
+    Args:
+        source: what errors begin with, such as a file's name.
+        advice: what the error about missing settings ends with.
+    """
+    try:
+        known = {setting.name: setting for setting in list_settings(kind)}
+        given = dict(flat(values))
+        for name, value in given.items():
+            if any(key.startswith(f"{name}.") for key in known):
+                raise DetailFlowError(f"{name} must be settings, each as KEY: VALUE, not {_shown(value)}")
+            if name not in known:
+                raise DetailFlowError(unknown("setting", name, known, f"the settings are {', '.join(known)}"))
+        missing = [name for name, setting in known.items() if setting.default is MISSING and name not in given]
+        if missing:
+            raise DetailFlowError(f"settings are missing: {', '.join(missing)}{advice}")
+        return _build(kind, {name: checked(name, value, known[name].type) for name, value in given.items()}, "")
+    except DetailFlowError as error:
+        raise DetailFlowError(f"{source}: {error}" if source else error) from None
+
+
+def _build(kind: type[Config], given: Mapping[str, Any], prefix: str) -> Config:
+    arguments = {}
+    for field, hint in field_types(cast(Any, kind)).items():
+        name = prefix + field
+        if name in given:
+            arguments[field] = given[name]
+        elif is_dataclass(hint) and any(key.startswith(f"{name}.") for key in given):
+            arguments[field] = _build(hint, given, f"{name}.")  # type: ignore[arg-type]
+    return kind(**arguments)
+
+
+def flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every setting in nested ones."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def list_settings(kind: Any, prefix: str = "") -> Iterator[Setting]:
+    """Yield every setting of a class, nested ones included."""
+    hints, documentation = field_types(kind), _documentation(kind)
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            yield from list_settings(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield Setting(prefix + field.name, hints[field.name], field.default, documentation.get(field.name, ""))
+
+
+@cache
+def field_types(kind: Any) -> dict[str, Any]:
+    """Return the type of each field, with its conditions."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _documentation(kind: Any) -> dict[str, str]:
+    """Return what the "Attributes:" part of a docstring says of each field."""
+    _, _, block = (inspect.getdoc(kind) or "").partition("Attributes:\n")
+    result: dict[str, str] = {}
+    for names, text in re.findall(r"^    ([\w, ]+): ((?:.|\n {8})*)", block.partition("\n\n")[0], re.MULTILINE):
+        result |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return result
+
+
+def require(kind: Any, **values: Any) -> None:
+    """Raise a `DetailFlowError` that names the first value which is not of this type."""
+    for name, value in values.items():
+        checked(name, value, kind)
+
+
+def checked(name: str, value: Any, kind: Any, text: bool = False) -> Any:
+    """Return `value` as `kind` has it, or raise a `DetailFlowError` that says what `name` must be.
+
+    Args:
+        text: whether it was typed on the command line, so that numbers and lists are text.
+    """
+    try:
+        return _convert(value, kind, text)
+    except _InvalidError as error:
+        raise DetailFlowError(f"{name} must be {error.what}, not {_shown(error.value)}") from None
+
+
+class _InvalidError(Exception):
+    """`value` is not `what` it must be."""
+
+    def __init__(self, what: str, value: Any) -> None:
+        super().__init__(what)
+        self.what, self.value = what, value
+
+
+def _convert(value: Any, kind: Any, text: bool) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _conditioned(value, *arguments, text=text)
+    if origin in (Union, UnionType):
+        return _one_of(value, arguments, text)
+    if origin is tuple:
+        return _converted_list(value, arguments[0], text)
+    if origin is Literal:
+        valid, what = value in arguments, listed(arguments)
+    elif is_dataclass(kind):
+        valid, what = isinstance(value, kind), f"a {getattr(kind, '__name__', kind)}"  # type: ignore[arg-type]
+    elif kind in _READERS:
+        if isinstance(value, str):
+            value = _read(value, kind, text)
+        types, what = _READERS[kind]
+        valid = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
+        value = kind(value) if valid else value
+    else:
+        return value
+    if not valid:
+        raise _InvalidError(what, value)
+    return value
+
+
+_READERS: dict[Any, tuple[Any, str]] = {  # the types that are taken, and their name in a sentence
+    bool: (bool, "true or false"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    Path: (str | os.PathLike, "a path"),
+}
+
+
+def _read(value: str, kind: Any, text: bool) -> Any:
+    """Return what typed text stands for, or the text if it is none of this kind."""
+    if kind is Path:
+        return os.path.expanduser(value)
+    if text and kind is bool:
+        return {"true": True, "false": False}.get(value.lower(), value)
+    if (text and kind in (int, float)) or (kind is float and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE)):
+        try:  # YAML takes 1e-4 for text
+            return kind(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _conditioned(value: Any, kind: Any, *conditions: Any, text: bool) -> Any:
+    first = conditions[0]
+    try:
+        value = _convert(value, kind, text)
+    except _InvalidError as error:
+        raise _InvalidError(first.what if isinstance(first, Must) else error.what, error.value) from None
+    for condition in conditions:
+        if isinstance(condition, Must) and not condition.holds(value):
+            raise _InvalidError(condition.what, value)
+    return os.path.expanduser(value) if first is _HOME else value
+
+
+def _one_of(value: Any, kinds: Iterable[Any], text: bool) -> Any:
+    if NoneType in kinds and (value is None or (text and value == "null")):
+        return None
+    problems = []
+    for kind in kinds:
+        if kind is not NoneType:
+            try:
+                return _convert(value, kind, text)
+            except _InvalidError as error:
+                problems.append(error)
+    raise _InvalidError(" or ".join(error.what for error in problems), problems[0].value)
+
+
+def _converted_list(value: Any, kind: Any, text: bool) -> Any:
+    if text and isinstance(value, str) and value.startswith("["):
+        import yaml
+
+        with suppress(yaml.YAMLError, RecursionError):
+            value = yaml.safe_load(value)
+    if not isinstance(value, list | tuple):
+        raise _InvalidError("a list, such as [a, b]", value)
+    try:
+        return tuple(_convert(item, kind, text) for item in value)
+    except _InvalidError as error:
+        raise _InvalidError(f"a list in which each item is {error.what}", error.value) from None
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Return "a, b or c"."""
+    *others, last = map(str, names)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
+    """Return the sentence for a word that is none of those known: the closest of them, or what to do `otherwise`."""
+    by_name = {name.strip("-"): name for name in known}
+    parts = {name.rpartition(".")[2]: name for name in reversed(by_name)}  # loop.steps is found by steps, too
+    close = get_close_matches(word.strip("-"), [*by_name, *(part for part in parts if part not in by_name)], n=1)
+    if not close:
+        return f"unknown {what} {word!r}: {otherwise}"
+    return f"unknown {what} {word!r}: did you mean {by_name.get(close[0]) or by_name[parts[close[0]]]}?"
