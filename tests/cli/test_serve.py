@@ -31,10 +31,10 @@ def environment(monkeypatch: pytest.MonkeyPatch):
         ("--port 70000", "--port must be 0 to 65535, not 70000"),
         ("--model ./nowhere/model", "nowhere/model"),
         ("--model-name a?b", "'a?b' cannot be a model's name"),
-        ("--batch-window -1", "batch_window must be 0 or more, not -1"),
-        ("--timeout 0", "timeout must be above 0 seconds, not 0"),
+        ("--batch-window -1", "--batch-window must be 0 or more, not -1.0"),
+        ("--timeout 0", "--timeout must be above 0 seconds, not 0.0"),
         ("--max-queue 8", "max_queue must be at least max_images"),
-        ("--max-batch 0", "--max-batch: must be a positive integer, not '0'"),
+        ("--max-batch 0", "--max-batch must be a positive integer, not 0"),
         ("--max-pixels 0", "the limit on pixels"),
     ],
 )

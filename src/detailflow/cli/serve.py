@@ -5,8 +5,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from detailflow.cli.common import Parser, add_model_options, positive
+from detailflow.cli.common import Parser, add_model_options
 from detailflow.errors import DetailFlowError, missing_package
+from detailflow.serving.config import Timeout, Window
+from detailflow.settings import BatchSize, PositiveInt
 
 KEY_VARIABLE = "DETAILFLOW_API_KEY"
 SHIPPED_NAME = "detailflow-cifar10"
@@ -17,38 +19,23 @@ def parser() -> Parser:
     result = Parser(
         "serve", "[--model MODEL]", "Serve a model over HTTP, as OpenAI's images API has it (see /docs there)."
     )
-    result.add_argument(
-        "--host", default="127.0.0.1", help="where to listen (default: %(default)s, this machine alone)"
-    )
-    result.add_argument("--port", type=int, default=8000, help="0 is any free one (default: %(default)s)")
-    result.add_argument(
-        "--api-key", metavar="VARIABLE", help=f"environment variable with the key (default: {KEY_VARIABLE}, if set)"
-    )
-    result.add_argument("--no-auth", action="store_true", help="ask for no key, even beyond this machine")
-    result.add_argument("--access-log", action="store_true", help="a line for each request")
-    batches = result.add_argument_group("batches")
-    batches.add_argument(
-        "--max-batch", type=positive, default=16, metavar="N", help="images at once (default: %(default)s)"
-    )
-    batches.add_argument(
-        "--batch-window", type=float, default=10, metavar="MS",
-        help="wait so long for a fuller batch while several clients ask (default: %(default)s)",
-    )  # fmt: skip
-    limits = result.add_argument_group("limits")
-    limits.add_argument(
-        "--max-queue", type=positive, default=256, metavar="N", help="images that may wait (default: %(default)s)"
-    )
-    limits.add_argument(
-        "--max-images", type=positive, default=16, metavar="N", help="images of a request (default: %(default)s)"
-    )
-    limits.add_argument(
-        "--max-upload", type=positive, default=10, metavar="MB", help="of an uploaded image (default: %(default)s)"
-    )
-    limits.add_argument(
-        "--timeout", type=float, default=120, metavar="S", help="seconds for a request (default: %(default)s)"
-    )
+    result.option("--host", str, "127.0.0.1", "where to listen (default: 127.0.0.1, this machine alone)")
+    result.option("--port", int, 8000, "0 is any free one (default: 8000)")
+    key = f"environment variable with the key (default: {KEY_VARIABLE}, if set)"
+    result.option("--api-key", help=key, metavar="VARIABLE")
+    result.option("--no-auth", bool, help="ask for no key, even beyond this machine")
+    result.option("--access-log", bool, help="a line for each request")
+    result.heading("batches")
+    result.option("--max-batch", BatchSize, 16, "images at once", "N")
+    window = "wait so long for a fuller batch while several clients ask"
+    result.option("--batch-window", Window, 10.0, window, "MS")
+    result.heading("limits")
+    result.option("--max-queue", PositiveInt, 256, "images that may wait", "N")
+    result.option("--max-images", PositiveInt, 16, "images of a request", "N")
+    result.option("--max-upload", PositiveInt, 10, "of an uploaded image", "MB")
+    result.option("--timeout", Timeout, 120.0, "seconds for a request", "S")
     add_model_options(result, tokenizer=True)
-    result.add_argument("--model-name", metavar="NAME", help="what clients call the model")
+    result.option("--model-name", help="what clients call the model", metavar="NAME")
     return result
 
 

@@ -1,15 +1,17 @@
 """The settings of the service."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from detailflow.errors import DetailFlowError
-from detailflow.schedule import require_not_negative, require_positive
+from detailflow.settings import BatchSize, Must, NotNegative, PositiveInt, Settings
 
-LONGEST_WINDOW = 10_000  # ms
+Window = Annotated[float, Must("0 or more", lambda value: value >= 0), Must("at most 10,000 ms", lambda ms: ms <= 1e4)]
+Timeout = Annotated[float, Must("above 0 seconds", lambda seconds: 0 < seconds < float("inf"))]
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Settings):
     """What the service allows and how it batches.
 
     Args:
@@ -27,28 +29,17 @@ class ServeConfig:
 
     model_name: str = "detailflow"
     api_key: str | None = None
-    max_batch: int = 16
-    batch_window: float = 10.0
-    max_queue: int = 256
-    max_images: int = 16
-    max_upload: int = 10 * 2**20
-    max_pixels: int = 25_000_000
-    timeout: float = 120.0
-    grace: float = 10.0
+    max_batch: BatchSize = 16
+    batch_window: Window = 10.0
+    max_queue: PositiveInt = 256
+    max_images: PositiveInt = 16
+    max_upload: PositiveInt = 10 * 2**20
+    max_pixels: PositiveInt = 25_000_000
+    timeout: Timeout = 120.0
+    grace: NotNegative = 10.0
 
     def __post_init__(self) -> None:
-        require_positive(
-            max_batch=self.max_batch,
-            max_queue=self.max_queue,
-            max_images=self.max_images,
-            max_upload=self.max_upload,
-            max_pixels=self.max_pixels,
-        )
-        require_not_negative(batch_window=self.batch_window, grace=self.grace)
-        if self.batch_window > LONGEST_WINDOW:
-            raise DetailFlowError(f"batch_window must be at most {LONGEST_WINDOW} ms, not {self.batch_window:g}")
-        if not 0 < self.timeout < float("inf"):
-            raise DetailFlowError(f"timeout must be above 0 seconds, not {self.timeout:g}")
+        super().__post_init__()
         if self.max_images > self.max_queue:
             raise DetailFlowError(
                 f"max_queue must be at least max_images, or a request of {self.max_images} images would never be "

@@ -137,12 +137,12 @@ class TokenizerTraining(Settings):
         nested_probability: share of steps with nested dropout; of the other steps. Images are decoded at full size from
             their first 1, 2, 4, … tokens, by the pixel loss alone. Needs `model.absent_token`. Not in the paper.
         correction_share: share of a batch for self-correction.
-        mistakes: planted mistakes are among so many nearest codes.
+        mistakes: planted ones are among that many nearest codes.
         pixel: weight of the pixel loss.
         quantization: weight of the quantization loss.
         commitment: weight of its commitment term.
         perceptual: weight of the perceptual loss; 0 for none.
-        perceptual_network: lpips, a file, efficientnet-lite0 or classifier; lpips is the paper's and downloads VGG-16's
+        perceptual_network: lpips, a file or another; lpips is the paper's and downloads VGG-16's
             weights once, a file has those weights, efficientnet-lite0 is in a package of the extra `train`, and classifier
             is a small network that first learns the classes of the same images.
         perceptual_warmup: share or number of steps to full weight; from 1 on it is a number.
@@ -268,7 +268,7 @@ class Extraction(Settings):
         label_column: of these, and of metadata files.
         crops: ten or two of each image; ten are the corners and the centre at 1.1 times the size, and their flips (the
             paper's), two the centre and its flip, for small images that fill their frame.
-        mistakes: planted mistakes are among so many nearest codes.
+        mistakes: planted ones are among that many nearest codes.
         batch_size: crops per pass through the tokenizer; in each process.
         precision: bf16, fp16 or fp32.
         workers: processes that decode images; for each process.
