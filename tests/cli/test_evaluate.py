@@ -191,7 +191,7 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         ("tokenizer --data CIFAR --output OUT --num-images 500", "holds 200 images, of which 500 cannot be"),
         (
             "tokenizer --data CIFAR --output OUT --features none --lpips none --seed -1",
-            "seeds must be 0 to 2^64 - 1, not -1",
+            "--seed must be 0 to 2^64 - 1, not -1",
         ),
         (
             "tokenizer --data CIFAR --output OUT --features none --lpips none --reference CIFAR",
@@ -200,7 +200,7 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         ("gpt --reference CIFAR --output OUT --labels all --features NET", "labels must be balanced"),
         ("gpt --reference CIFAR --output OUT --num-samples 1 --features NET", "too few images to"),
         ("gpt --reference CIFAR --output OUT --top-k few", "--top-k must be 1 or more or off, not"),
-        ("gpt --reference CIFAR --output OUT --top-k -1 --features NET", "top_k must be 1 or more"),
+        ("gpt --reference CIFAR --output OUT --top-k -1 --features NET", "--top-k must be 1 or more or off, not -1"),
         ("gpt --reference NPZ --output OUT", "holds images of 16×8 pixels, where 32×32 are needed"),
     ],
 )
