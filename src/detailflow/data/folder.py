@@ -24,6 +24,24 @@ _SYSTEM = frozenset((
 _THUMBNAILS = ("thumbnails", "thumbs")  # smaller copies of the images beside them
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 
+_SPLITS = {  # as the `datasets` library names them, and a few more
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout"), "test"),
+}
+_ORDER = ("train", "val", "test")
+_NAMES_SHOWN = 3
+_IN_TWO_WORDS = re.compile(r"(train)[-_. ](val)|(hold)[-_. ](out)")
+_WORDS = "|".join(sorted(_SPLITS, key=len, reverse=True))
+# train, Train2017, train_images, images-train; my_train and train-v2 if the other splits are called alike
+_AFFIX = r"(?:images?|imgs?|data|set|split|\d+)"
+_SPLIT_NAME = re.compile(
+    rf"(?P<before>(?:.*?[^a-z])??)(?:{_AFFIX}[-_. ]?)?(?P<word>{_WORDS})(?:[-_. ]?{_AFFIX})*(?P<after>(?:[^a-z].*)?)",
+    re.DOTALL,
+)
+_WORD_WITHIN = re.compile(rf"(?P<before>.*?)(?P<word>{_WORDS})(?P<after>.*)", re.DOTALL)  # xtrain, Trainings
+_LETTERS = re.compile(r"[^\W\d_]+")
+
 
 class DataFiles(NamedTuple):
     """The files that a user's `data` and `split` mean.
@@ -61,13 +79,13 @@ def find_in_folder(top: str, split: str | None) -> DataFiles:
     subfolders = [entry.name for entry in entries if _kind(entry) == "folder" and entry.name.lower() not in _THUMBNAILS]
     files = [entry.path for entry in entries if _kind(entry) == "file"]
     metadata = [file for file in files if os.path.basename(file).lower() in _METADATA]
-    if splits := split_folders(subfolders):
-        chosen = pick_split(top, splits, split, notes)
+    if splits := _split_folders(subfolders):
+        chosen = _pick_split(top, splits, split, notes)
         notes.leave("folder beside the splits", *(name for name in subfolders if name not in splits))
         notes.leave("file beside the splits", *(os.path.basename(file) for file in files if file not in metadata))
         split, top = None, os.path.join(top, chosen)
     else:
-        notes.question = ask_for_a_split(top, subfolders)
+        notes.question = _ask_for_a_split(top, subfolders)
     found = _sort(top, split, notes, metadata)
     if split is not None and not notes.splits:
         raise DetailFlowError(f"{top} has no split {split!r}: it has no train, test or val subfolder")
@@ -88,7 +106,7 @@ def _sort(top: str, split: str | None, notes: Notes, metadata: list[str]) -> Dat
         many[".parquet"] = [file for file in many[".parquet"] if os.path.basename(file) != _METADATA_IN_PARQUET]
     kind = max(MANY, key=lambda kind: len(many[kind]))
     if many[kind] and not _images_win(top, images, many[kind]):
-        taken = files_of_split(top, [within(file, top) for file in many[kind]], split, notes)
+        taken = _files_of_split(top, [within(file, top) for file in many[kind]], split, notes)
         _leave_others(top, files, set(many[kind]), notes)
         return DataFiles(kind, top, [os.path.join(top, name) for name in taken], notes)
     metadata += [file for file in files if os.path.basename(file).lower() in _METADATA and file not in metadata]
@@ -129,7 +147,7 @@ def _find_saved(folder: str, split: str | None, notes: Notes) -> DataFiles:
         if not names:
             raise DetailFlowError(f"{folder} holds no images: it has dataset_dict.json and no split that was saved")
         folder = os.path.join(
-            folder, pick_split(folder, {name: split_of(name) or name for name in names}, split, notes)
+            folder, _pick_split(folder, {name: _split_of(name) or name for name in names}, split, notes)
         )
     elif split is not None:
         raise DetailFlowError(f"{folder} has no split {split!r}: it was saved as one set")
@@ -244,40 +262,21 @@ def file_sizes(files: Iterable[str], root: str | None = None) -> Iterator[tuple[
             yield file[start:].replace(os.sep, "/"), os.stat(file).st_size
 
 
-SPLITS = {  # as the `datasets` library names them, and a few more
-    **dict.fromkeys(("train", "training", "trainval"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout"), "test"),
-}
-_ORDER = ("train", "val", "test")
-_NAMES_SHOWN = 3
-_IN_TWO_WORDS = re.compile(r"(train)[-_. ](val)|(hold)[-_. ](out)")
-_WORDS = "|".join(sorted(SPLITS, key=len, reverse=True))
-# train, Train2017, train_images, images-train; my_train and train-v2 if the other splits are called alike
-_AFFIX = r"(?:images?|imgs?|data|set|split|\d+)"
-_SPLIT_NAME = re.compile(
-    rf"(?P<before>(?:.*?[^a-z])??)(?:{_AFFIX}[-_. ]?)?(?P<word>{_WORDS})(?:[-_. ]?{_AFFIX})*(?P<after>(?:[^a-z].*)?)",
-    re.DOTALL,
-)
-_WORD_WITHIN = re.compile(rf"(?P<before>.*?)(?P<word>{_WORDS})(?P<after>.*)", re.DOTALL)  # xtrain, Trainings
-_LETTERS = re.compile(r"[^\W\d_]+")
-
-
 def _parse(name: str, pattern: re.Pattern[str]) -> tuple[str, str] | None:
     """Return the split that a name means, and the letters before and after the word for it, as "before|after"."""
     name = _IN_TWO_WORDS.sub(lambda match: "".join(filter(None, match.groups())), name.strip().lower())
     if not (match := pattern.fullmatch(name)):
         return None
-    return SPLITS[match["word"]], "|".join("".join(_LETTERS.findall(match[part])) for part in ("before", "after"))
+    return _SPLITS[match["word"]], "|".join("".join(_LETTERS.findall(match[part])) for part in ("before", "after"))
 
 
-def split_of(name: str) -> str | None:
+def _split_of(name: str) -> str | None:
     """Return the split that a name means if it says nothing else."""
     split, rest = _parse(name, _SPLIT_NAME) or ("", "")
     return split if rest == "|" else None
 
 
-def split_folders(names: Sequence[str]) -> dict[str, str]:
+def _split_folders(names: Sequence[str]) -> dict[str, str]:
     """Return folder → split; empty if these are classes: one of them may be called train, between bus and truck.
 
     Two different splits are enough if their names are otherwise alike; if the word for the split is part of a longer
@@ -297,9 +296,9 @@ def split_folders(names: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-def ask_for_a_split(top: str, names: Sequence[str]) -> str:
+def _ask_for_a_split(top: str, names: Sequence[str]) -> str:
     """Return a question if these folders, which are read as classes, may be splits; else ""."""
-    plain = [name for name in names if split_of(name)]
+    plain = [name for name in names if _split_of(name)]
     if len(plain) == 1:
         return f"did you mean the split {printable(os.path.join(top, plain[0]))}?"
     if len(names) > 1 and all(_parse(name, _SPLIT_NAME) for name in names):
@@ -307,29 +306,29 @@ def ask_for_a_split(top: str, names: Sequence[str]) -> str:
     return ""
 
 
-def files_of_split(top: str, names: list[str], split: str | None, notes: Notes) -> list[str]:
+def _files_of_split(top: str, names: list[str], split: str | None, notes: Notes) -> list[str]:
     """Return the files of one split by their names: train-0-of-2.parquet, imagenet-train-0.tar, val/0.tar."""
     words = [_split_word(name) for name in names]
-    known = {word: SPLITS[word] for word in sorted(filter(None, words))}
+    known = {word: _SPLITS[word] for word in sorted(filter(None, words))}
     if not known or (None in words and len(set(known.values())) == 1):
         return names
-    picked = pick_split(top, known, split, notes)
+    picked = _pick_split(top, known, split, notes)
     notes.leave("file of no split", *(name for name, word in zip(names, words, strict=True) if word is None))
     return [name for name, word in zip(names, words, strict=True) if word == picked]
 
 
 def _split_word(path: str) -> str | None:
     parts = reversed(path.lower().split(os.sep))  # a file's own name comes before its folders'
-    return next((word for part in parts for word in re.split(r"[-_. ]", part) if word in SPLITS), None)
+    return next((word for part in parts for word in re.split(r"[-_. ]", part) if word in _SPLITS), None)
 
 
-def pick_split(where: str, names: dict[str, str], split: str | None, notes: Notes) -> str:
+def _pick_split(where: str, names: dict[str, str], split: str | None, notes: Notes) -> str:
     """Return the one of `names` (name → train, val or test) that `split` means; for `None`, train or the only one."""
     ordered = sorted(names, key=lambda name: _ORDER.index(names[name]) if names[name] in _ORDER else len(_ORDER))
     notes.splits = tuple(name.lower() for name in ordered)
     wanted = "train" if split is None else split.lower()
     chosen = [name for name in names if name.lower() == wanted]
-    chosen = chosen or [name for name, meaning in names.items() if meaning == SPLITS.get(wanted, wanted)]
+    chosen = chosen or [name for name, meaning in names.items() if meaning == _SPLITS.get(wanted, wanted)]
     if not chosen and split is None and len(names) == 1:
         chosen = list(names)
     if len(chosen) > 1:

@@ -71,7 +71,8 @@ def open_images(
     source.where, source.notes = printable(os.fspath(data)), found.notes
     for problem in found.notes.warnings:
         warnings.warn(printable(problem), DetailFlowWarning, stacklevel=2)
-    _log.info("%s", source.summary)
+    if _log.isEnabledFor(logging.INFO):  # a summary reads headers of images
+        _log.info("%s", source.summary)
     return source
 
 
@@ -159,7 +160,7 @@ class _FileRows:
 def _open_folder(found: DataFiles, image_column: str, label_column: str) -> ImageSource:
     """Open a folder of image files, with the labels of its metadata, or else of its subfolders."""
     top, metadata = found.where, _whole_metadata(found)
-    labels = read_labels(metadata, label_column, found.notes) if metadata or label_column != "label" else None
+    labels = _read_labels(metadata, label_column, found.notes) if metadata or label_column != "label" else None
     if labels is not None:
         return _with_metadata(found, " or ".join(sorted(set(map(os.path.basename, metadata)))), labels)
     classes = list(first_folders(found.files, top))
@@ -225,7 +226,7 @@ def _with_metadata(found: DataFiles, what: str, labels: dict[str, str | None]) -
     return labelled(rows, found.where, [labels[path] for path in chosen])
 
 
-def read_labels(files: Sequence[str], label_column: str, notes: Notes) -> dict[str, str | None] | None:
+def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> dict[str, str | None] | None:
     """Return the label of each image by its path; `None` if none of the files gives labels.
 
     A file that gives no labels is left aside, unless its column was asked for by name.
