@@ -1,7 +1,6 @@
 """`detailflow evaluate`: figures of models and of images, written as a report."""
 
 import argparse
-import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -200,10 +199,6 @@ def _gpt(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     options = GPTOptions(
         extractor, args.output, args.num_samples, sweep, args.labels, args.seeds, args.keep_samples, args.model
     )
-    logger, handler = logging.getLogger("detailflow.evaluation"), logging.StreamHandler()
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)  # for a line on stderr as each set of images is measured
-    stack.callback(logger.removeHandler, handler)
     _finish(args, evaluate_gpt(pipeline, reference, context, options), command, context, models)
 
 

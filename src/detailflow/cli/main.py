@@ -26,7 +26,8 @@ COMMANDS = {  # each is the module of that name in this package, imported when a
     "serve": "serve a model over HTTP, as OpenAI's images API has it",
 }
 
-_READ_IMAGES = ("train", "extract", "evaluate")  # these say first what they read
+# Commands that show what the library logs; the standard output of reconstruct is its table.
+_SHOW_LOG = {"train": "stdout", "extract": "stdout", "evaluate": "stdout", "reconstruct": "stderr"}
 
 HELP = f"""usage: detailflow COMMAND …
 
@@ -148,29 +149,28 @@ def _run(argv: list[str]) -> int:
 
 def _command(command: str, rest: list[str]) -> int:
     module = import_module(f"detailflow.cli.{command}")
-    if command not in _READ_IMAGES or "--dry-run" in rest or os.environ.get("RANK", "0") != "0":
+    if command not in _SHOW_LOG or "--dry-run" in rest or os.environ.get("RANK", "0") != "0":
         return module.main(rest)
-    loggers, printer = [logging.getLogger(f"detailflow.{name}") for name in ("data", "training")], _Printer()
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(printer)
-        logger.setLevel(logging.INFO)
+    logger, lines = logging.getLogger("detailflow"), _Lines(_SHOW_LOG[command])
+    level = logger.level
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
     try:
         return module.main(rest)
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.removeHandler(printer)
-            logger.setLevel(level)
+        logger.removeHandler(lines)
+        logger.setLevel(level)
 
 
-class _Printer(logging.Handler):
-    """Print each line once: what a set of images holds, and where a run goes on."""
+class _Lines(logging.Handler):
+    """Print what the library logs, each line once: what a set of images holds, where a run goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: str) -> None:
         super().__init__()
-        self.printed: set[str] = set()
+        self.stream, self.printed = stream, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
         if (line := record.getMessage()) not in self.printed:
             self.printed.add(line)
-            print(line, flush=True)
+            stream = "stderr" if record.levelno > logging.INFO else self.stream
+            print(line, file=getattr(sys, stream), flush=True)

@@ -110,7 +110,6 @@ def _inputs(args: argparse.Namespace, fitted: "Callable[[Image.Image], Image.Ima
             result.append(_Input(path.stem, partial(_same, image), of_a_set=False))
             continue
         source = open_images(given)
-        print(source.summary, file=sys.stderr)
         total = len(source)
         if total > args.num:
             print(

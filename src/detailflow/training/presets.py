@@ -1,5 +1,6 @@
 """Tokenizer, extraction and AR model in a row, with the settings of a preset: the newcomer's one command."""
 
+import logging
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,7 @@ from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
 from detailflow.training.tokenizer import train_tokenizer
 
+_log = logging.getLogger(__name__)
 Preset = Literal["small-32", "own-64", "own-128", "own-256"]
 PRESETS = get_args(Preset)  # the default first
 
@@ -53,7 +55,7 @@ def train_preset(
         settings = {**load_settings(preset, "extract"), **images, "tokenizer": tokenizer}
         extract(parse_settings(Extraction, settings, preset), Path(tokens), device)
     elif World.from_launch(cpu=device == "cpu").is_main:
-        print(f"{tokens}: these tokens are finished already")
+        _log.info("%s: these tokens are finished already", tokens)
 
     last = parse_settings(
         GPTTraining, {**load_settings(preset, "gpt"), "tokens": tokens, "tokenizer": tokenizer}, preset
@@ -68,7 +70,6 @@ def _without_classes(config: TokenizerTraining) -> TokenizerTraining:
     learnt = [name for name in ("perceptual", "alignment") if getattr(config, f"{name}_network") == CLASSIFIER]
     off: dict[str, Any] = {name: 0.0 for name in learnt if getattr(config, name)}
     for name in off:
-        print(
-            f"these images have one class: training goes without the {name} loss, whose features are learnt from classes"
-        )
+        what = "these images have one class: training goes without the %s loss, whose features are learnt from classes"
+        _log.info(what, name)
     return replace(config, **off)
