@@ -9,7 +9,7 @@ import torch
 
 from detailflow import DetailFlowGPT
 from detailflow.errors import DetailFlowError
-from detailflow.generation import SamplingConfig, guidance_at, image_noise, sample
+from detailflow.generation import CachedModel, SamplingConfig, guidance_at, image_noise, sample
 from detailflow.models.gpt import GPTConfig
 
 SHAPES = [(16, 4, 4), (16, 4, 12), (8, 1, 1), (8, 1, 3), (8, 4, 8), (12, 3, 6), (16, 4, 0), (8, 1, 0)]  # (N, g, c)
@@ -279,3 +279,77 @@ def test_values_out_of_range(values: dict, message: str):
         SamplingConfig(**values)
     with pytest.raises(DetailFlowError, match=message):
         make(8, 1, 1).generate(CLASSES, **values)
+
+
+# --- known first tokens ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "g", "c"), SHAPES)
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_a_prefix_enters_the_cache_in_one_pass(n: int, g: int, c: int, static: bool):
+    """Its logits, and those of the next step, are those of step after step, with and without the null class."""
+    model = make(n, g, c)
+    if static:  # the cache of a compiled program, without the minutes of compiling
+        model.compiled_logits, model.compiled_for = model.logits, len(CLASSES)
+    ids = torch.randint(32, (len(CLASSES), n), generator=torch.Generator().manual_seed(1))
+    stepwise = CachedModel(model, CLASSES, guided=True)
+    expected = torch.cat([stepwise.step(ids, start, end) for start, end in model.schedule.steps], 1)
+    with torch.no_grad():
+        null = torch.full_like(CLASSES, model.config.num_classes)
+        torch.testing.assert_close(expected, torch.cat((model(CLASSES, ids), model(null, ids))), atol=1e-4, rtol=1e-4)
+    for k, following in zip(model.schedule.valid_counts, [*model.schedule.steps[1:], None], strict=True):
+        cached = CachedModel(model, CLASSES, guided=True)
+        torch.testing.assert_close(cached.prefill(ids, k), expected[:, :k], atol=1e-4, rtol=1e-4)
+        if following:
+            start, end = following
+            torch.testing.assert_close(cached.step(ids, start, end), expected[:, start:end], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "g", "c"), SHAPES)
+def test_a_prefix_of_its_own_changes_nothing(n: int, g: int, c: int):
+    model = make(n, g, c)
+    whole = model.generate(CLASSES, generator=seeds(3), guidance_scale=2.0)
+    for k in model.schedule.valid_counts:
+        again = model.generate(CLASSES, prefix=whole[:, :k], generator=seeds(3), guidance_scale=2.0)
+        assert torch.equal(again, whole)
+        steps = list(model.stream(CLASSES, model.sampling(), seeds(3), prefix=whole[:, :k]))
+        assert [ids.shape[1] for ids in steps] == [m for m in model.schedule.valid_counts if m >= k]
+        assert torch.equal(steps[0], whole[:, :k])
+
+
+def test_another_prefix_is_kept_and_gone_on_from():
+    model = make(16, 4, 4)
+    prefix = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
+    made = model.generate(CLASSES, prefix=prefix, temperature=0, guidance_scale=1)
+    assert torch.equal(made[:, :4], prefix)
+    ids = torch.cat((prefix, torch.zeros(3, 12, dtype=torch.int64)), 1)
+    for start in (4, 8, 12):  # the whole sequence through `forward` for every group
+        with torch.no_grad():
+            ids[:, start : start + 4] = model(CLASSES, ids)[:, start : start + 4].argmax(-1)
+    assert torch.equal(made, ids)
+    assert torch.equal(model.generate(CLASSES, prefix=prefix, num_tokens=4), prefix)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "options", "message"),
+    [
+        (
+            torch.zeros(3, 5, dtype=torch.int64),
+            {},
+            "the length of prefix must be 1 to 4 or a multiple of 4 up to 16, not 5",
+        ),
+        (torch.zeros(3, 0, dtype=torch.int64), {}, "the length of prefix must be 1 to 4"),
+        (torch.zeros(2, 4, dtype=torch.int64), {}, "prefix must have a row for each of 3 images, not 2"),
+        (torch.zeros(4, dtype=torch.int64), {}, "prefix must be integers in 2 dimension"),
+        (torch.zeros(3, 4), {}, "prefix must be integers"),
+        (torch.full((3, 4), 32), {}, "prefix must lie in 0 to 31"),
+        (
+            torch.zeros(3, 8, dtype=torch.int64),
+            {"num_tokens": 4},
+            "num_tokens must be at least the 8 tokens of prefix, not 4",
+        ),
+    ],
+)
+def test_prefixes_that_cannot_be(prefix: torch.Tensor, options: dict[str, int], message: str):
+    with pytest.raises(DetailFlowError, match=message):
+        make(16, 4, 4).generate(CLASSES, prefix=prefix, **options)

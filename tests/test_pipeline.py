@@ -393,3 +393,69 @@ def test_counts_of_stages():
     assert stage_counts(TokenSchedule(36, 12, 12, 32, 4)) == [1, 2, 4, 8, 36]
     assert stage_counts(TokenSchedule(128, 8, None, 256, 16), 24) == [1, 2, 4, 8, 16, 24]
     assert stage_counts(TokenSchedule(128, 8, None, 256, 16), 1) == [1]
+
+
+# ------------------------------------------------------------------------------------------------- variations
+
+
+def test_variations_keep_the_first_tokens_and_follow_the_class(pipeline: DetailFlowPipeline):
+    photo = gradient(50, 40)
+    ids = pipeline.tokens(photo)
+    kept = next(stage for stage in pipeline.reconstruct(photo, counts=[8]))
+    varied = pipeline.vary(photo, keep=8, label="cat", num_images=3, seed=1)
+    assert [image.size for image in varied] == [(32, 32)] * 3 and len(set(as_bytes(varied))) == 3
+    assert as_bytes(pipeline.vary(ids, keep=8, label="cat", num_images=3, seed=1)) == as_bytes(varied)
+    assert as_bytes(pipeline.vary(ids.tolist()[:8], keep=8, label="cat", num_images=3, seed=1)) == as_bytes(varied)
+    assert as_bytes(pipeline.vary(photo, keep=8, label="bird", num_images=3, seed=1)) != as_bytes(varied)
+    assert as_bytes(pipeline.vary(photo, keep=8, num_images=3, seed=1)) != as_bytes(varied)  # of no class
+    first, *_, last = pipeline.stream("cat", prefix=ids[:8], num_images_per_class=3, seed=1)
+    assert (first.num_tokens, first.size) == (8, kept.size)
+    shown = [image.resize((32, 32), Image.Resampling.BICUBIC) for image in first.images]
+    assert as_bytes(shown) == as_bytes(kept.images) * 3
+    assert as_bytes(last.images) == as_bytes(varied)
+
+
+def test_all_tokens_kept_are_the_reconstruction(pipeline: DetailFlowPipeline):
+    photo = gradient(64, 64)
+    *_, whole = pipeline.reconstruct(photo)
+    assert as_bytes(pipeline.vary(photo, keep=16, label="cat", num_images=2)) == as_bytes(whole.images) * 2
+
+
+def test_a_generated_image_is_a_variation_of_its_own(pipeline: DetailFlowPipeline):
+    """The same seed draws the same tokens after those that are kept."""
+    (image,) = pipeline("cat", seed=4)
+    ids = pipeline.gpt.generate(torch.tensor([3]), generator=[image_generator(4, 0)])[0]
+    for keep in pipeline.tokenizer.schedule.valid_counts:
+        assert as_bytes(pipeline.vary(ids, keep=keep, label="cat", seed=4)) == as_bytes([image])
+
+
+def test_variations_in_batches(pipeline: DetailFlowPipeline):
+    ids = pipeline.tokens(gradient(32, 32))
+    options = dict(keep=4, label="cat", num_images=5, temperature=0.9)
+    assert as_bytes(pipeline.vary(ids, batch_size=2, **options)) == as_bytes(pipeline.vary(ids, **options))
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        ([1] * 16, {"keep": 5}, "keep must be 1 to 4 or a multiple of 4 up to 16, not 5"),
+        ([1] * 16, {"keep": 0}, "keep must be 1 to 4"),
+        ([1] * 8, {"keep": 12}, "keep must be at most the 8 tokens given, not 12"),
+        ([64] * 16, {"keep": 8}, "tokens must lie in 0 to 63"),
+        ([0.5] * 16, {"keep": 8}, "tokens must be integers"),
+        ("cat.png", {"keep": 8}, "tokens must be a list of integers"),
+        ([1] * 16, {"keep": 8, "label": "dgo"}, "unknown class 'dgo'"),
+        ([1] * 16, {"keep": 8, "num_images": 0}, "num_images"),
+        ([1] * 16, {"keep": 8, "num_tokens": 4}, "num_tokens must be at least the 8 tokens of prefix, not 4"),
+    ],
+)
+def test_variations_that_cannot_be(
+    image: object, options: dict[str, object], message: str, pipeline: DetailFlowPipeline
+):
+    with pytest.raises(DetailFlowError, match=message):
+        pipeline.vary(image, **options)  # type: ignore[arg-type]
+
+
+def test_a_prefix_is_checked_at_once(pipeline: DetailFlowPipeline):
+    with pytest.raises(DetailFlowError, match="the length of prefix must be 1 to 4"):
+        pipeline.stream("cat", prefix=[1] * 5)  # not at the first stage

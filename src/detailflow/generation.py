@@ -26,6 +26,9 @@ class Stepper(Protocol):
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
         """Given all tokens (B, N), known before `start` → logits (B, end − start, K) of the next ones."""
 
+    def prefill(self, tokens: Tensor, end: int) -> Tensor:
+        """Given all tokens (B, N), known before `end` → their logits (B, end, K), as if step after step."""
+
 
 def generate(
     model: Stepper,
@@ -34,15 +37,25 @@ def generate(
     noise: Tensor,
     num_tokens: int,
     device: torch.device,
+    prefix: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the tokens so far, (B, n) int64, after every decoding step up to n = `num_tokens`.
 
-    With guidance the model's logits have twice the batch: first with the class, then with the null class.
+    With guidance the model's logits have twice the batch: first with the class, then with the null class. A `prefix` of
+    known tokens, (B, k) for a valid count k, is yielded first and enters the cache in one pass.
     """
     noise = noise.to(device, torch.float64 if device.type != "mps" else torch.float32)
     tokens = torch.zeros(len(noise), schedule.num_tokens, dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)  # looked at once, as each look waits for a GPU
+    known = 0 if prefix is None else prefix.shape[1]
+    if prefix is not None:
+        tokens[:, :known] = prefix
+        yield tokens[:, :known].clone()
+        if known < num_tokens:
+            model.prefill(tokens, known)
     for start, end in schedule.steps:
+        if start < known:
+            continue
         if start >= num_tokens:
             return
         logits = model.step(tokens, start, end).float()
@@ -171,6 +184,7 @@ class CacheableModel(Protocol):
     """An AR model as the cache uses it; see `DetailFlowGPT`."""
 
     config: Any
+    schedule: TokenSchedule
     compiled_for: int | None
     compiled_logits: Callable[..., Tensor] | None
 
@@ -219,3 +233,16 @@ class CachedModel:
             copies = -(-FEWEST_ROWS // len(x))
             x, rotation, positions = x.expand(-1, copies, -1), rotation.expand(copies, -1, -1), positions.expand(copies)
         return self.compiled(x, rotation, mask.expand(len(positions), -1), self.caches, positions)[:, : end - start]
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, end: int) -> Tensor:
+        """(B, N) tokens, known before `end` → logits (B or 2B, end, K), all at once; their keys and values are cached."""
+        if self.guided:
+            tokens = tokens.repeat(2, 1)
+        x = self.model.inputs(self.class_ids, tokens, 0, end)
+        mask = self.model.schedule.attention_mask(end, x.device)
+        if self.compiled is None:
+            return self.model.logits(x, self.rotation[:end], mask, self.caches, 0)
+        mask = torch.nn.functional.pad(mask, (0, self.model.config.num_tokens - end))  # not compiled: any length
+        positions = torch.arange(end, device=x.device)
+        return self.model.logits(x, self.rotation[:end], mask, self.caches, positions)

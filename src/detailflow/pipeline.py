@@ -18,6 +18,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.generation import Generators, image_generators
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
+from detailflow.models.loading import check_ids
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.psnr import psnr
 from detailflow.sampling import SamplingOptions
@@ -53,6 +54,7 @@ class GenerationOptions(SamplingOptions, total=False):
 
     num_images_per_class: int  # 1
     num_tokens: int | None  # n, stop there for a coarse image of side D(n); `None` is all N
+    prefix: Tensor | Sequence[int] | None  # (k,) first tokens that every image keeps; `None` is none
     seed: int  # 0 to 2^64 − 1; 0
     generator: Generators | None  # in place of the seed: one per image, or one that each image's own seed is drawn from
     first_image: int  # index of the first image, for a long list that is made in parts; 0
@@ -66,6 +68,7 @@ class _Options(Settings):
 
     num_images_per_class: PositiveInt = 1
     num_tokens: int | None = None
+    prefix: Tensor | Sequence[int] | None = None
     seed: Seed = 0
     generator: Generators | None = None
     first_image: NotNegativeInt = 0
@@ -180,7 +183,7 @@ class DetailFlowPipeline:
             options: see `GenerationOptions` and `SamplingOptions`.
         """
         images = []
-        for steps in self._batches(labels, **options):
+        for steps in self._batches(self.class_ids(labels), **options):
             *_, ids = steps
             images += _decode(self.tokenizer, ids)
         return images
@@ -199,7 +202,7 @@ class DetailFlowPipeline:
             options: as in a plain call.
         """
         wanted = None if counts is None else [self.tokenizer.schedule.check_count(n) for n in counts]
-        return self._stages(list(self._batches(labels, **options)), wanted)
+        return self._stages(list(self._batches(self.class_ids(labels), **options)), wanted)
 
     def _stages(self, batches: Sequence[Iterator[Tensor]], wanted: Sequence[int] | None) -> Iterator[Stage]:
         """Decode the same batches as in a plain call, because another batch size may round differently."""
@@ -215,13 +218,60 @@ class DetailFlowPipeline:
                 images = [image for ids in parts for image in _decode(self.tokenizer, ids)]
                 yield Stage(n, self.tokenizer.schedule.decode_size(n), images)
 
-    def _batches(self, labels: Labels, **options: Unpack[GenerationOptions]) -> Iterator[Iterator[Tensor]]:
+    def vary(
+        self,
+        image: Image.Image | Tensor | Sequence[int],
+        *,
+        keep: int,
+        label: Label | None = None,
+        num_images: int = 1,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Image.Image]:
+        """Generate variations: the first `keep` tokens of an image stay, and the AR model writes the others.
+
+        >>> pipe = DetailFlowPipeline.from_pretrained(device="cpu")
+        >>> photo = Image.new("RGB", (300, 200), "teal")
+        >>> [image.size for image in pipe.vary(photo, keep=8, label="ship", num_images=2)]
+        [(32, 32), (32, 32)]
+
+        Args:
+            image: an image of any size, whose centre square is taken, or its tokens.
+            keep: k, a valid count of tokens; all of them give the reconstruction.
+            label: the class of the variations, also another one than the image's; `None` is no class.
+            num_images: number of variations.
+            options: as in a plain call.
+        """
+        ids = self.tokens(image)
+        if self.tokenizer.schedule.check_count(keep, "keep") > len(ids):
+            raise DetailFlowError(f"keep must be at most the {len(ids)} tokens given, not {keep}")
+        class_ids = [self.gpt.config.num_classes] if label is None else self.class_ids([label])  # the null class
+        images = []
+        for steps in self._batches(class_ids, **options | {"num_images_per_class": num_images, "prefix": ids[:keep]}):
+            *_, codes = steps
+            images += _decode(self.tokenizer, codes)
+        return images
+
+    def tokens(self, image: Image.Image | Tensor | Sequence[int]) -> Tensor:
+        """Return the (n,) tokens of an image's centre square, or the tokens that are given instead of one."""
+        if isinstance(image, Image.Image):
+            pixels = to_tensor(np.asarray(fit(self.tokenizer.schedule, image)))
+            return self.tokenizer.encode(pixels[None])[0]
+        try:
+            ids = torch.as_tensor(image)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DetailFlowError(f"tokens must be a list of integers ({error})") from error
+        check_ids("tokens", ids, 1, self.tokenizer.config.codebook_size)
+        return ids
+
+    def _batches(self, several: Sequence[int], **options: Unpack[GenerationOptions]) -> Iterator[Iterator[Tensor]]:
         """Check everything now; then, batch by batch, yield the codes so far, (B, n), after each decoding step."""
         given = cast(dict[str, Any], options)
         sampling = self.gpt.sampling(**{k: given.pop(k) for k in SamplingOptions.__annotations__ if k in given})
         call = _Options(**given)
         n = self.tokenizer.schedule.check_count(call.num_tokens)
-        several = self.class_ids(labels)
+        prefix = None if call.prefix is None else self.tokens(call.prefix)
+        if prefix is not None and self.tokenizer.schedule.check_count(len(prefix), "the length of prefix") > n:
+            raise DetailFlowError(f"num_tokens must be at least the {len(prefix)} tokens of prefix, not {n}")
         if (total := len(several) * call.num_images_per_class) > LARGEST_CALL:
             raise DetailFlowError(
                 f"{total:,} images are more than one call makes, which is {LARGEST_CALL:,}: make them in "
@@ -236,8 +286,9 @@ class DetailFlowPipeline:
                 generators = [image_generator(call.seed, call.first_image + first + i) for i in range(len(ids))]
             else:
                 generators = given_noise[first : first + len(ids)]
+            kept = None if prefix is None else prefix.expand(len(ids), -1)
             with within_memory(f"a batch of {len(ids)} images", "give a smaller batch_size"):
-                for tokens in self.gpt.stream(ids, sampling, generators, n):
+                for tokens in self.gpt.stream(ids, sampling, generators, n, kept):
                     if call.progress is not None:
                         call.progress(len(ids))
                     yield tokens

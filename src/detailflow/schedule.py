@@ -75,14 +75,14 @@ class TokenSchedule(Settings):
         """(start, end) of each decoding step's tokens: c single tokens, then whole groups (docs/method.md#groups)."""
         return tuple(zip((0, *self.valid_counts[:-1]), self.valid_counts, strict=True))
 
-    def check_count(self, n: int | None) -> int:
-        """Return a valid `n`, or N for `None`."""
+    def check_count(self, n: int | None, name: str = "num_tokens") -> int:
+        """Return a valid `n`, or N for `None`; an error calls it `name`."""
         if n is None:
             return self.num_tokens
         if n not in self.valid_counts:
             single = f"1 to {self.prefix} or " if self.prefix else ""
             raise DetailFlowError(
-                f"num_tokens must be {single}a multiple of {self.group_size} up to {self.num_tokens}, not {n}"
+                f"{name} must be {single}a multiple of {self.group_size} up to {self.num_tokens}, not {n}"
             )
         return n
 

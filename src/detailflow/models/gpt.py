@@ -274,6 +274,7 @@ class DetailFlowGPT(nn.Module):
         self,
         class_ids: Tensor,
         *,
+        prefix: Tensor | None = None,
         generator: Generators | None = None,
         num_tokens: int | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -282,11 +283,12 @@ class DetailFlowGPT(nn.Module):
 
         Args:
             class_ids: 0 to num_classes − 1.
+            prefix: (B, k) first tokens that are kept, for a valid count k; the rest is written to them.
             generator: one per image, or one that each image's own seed is drawn from; `None` is torch's own.
             num_tokens: stop after the first n tokens; `None` is all N.
             sampling: see `SamplingOptions`.
         """
-        *_, ids = self.stream(class_ids, self.sampling(**sampling), generator, num_tokens)
+        *_, ids = self.stream(class_ids, self.sampling(**sampling), generator, num_tokens, prefix)
         return ids
 
     def sampling(self, **options: Unpack[SamplingOptions]) -> SamplingConfig:
@@ -299,16 +301,28 @@ class DetailFlowGPT(nn.Module):
         sampling: SamplingConfig,
         generator: Generators | None = None,
         num_tokens: int | None = None,
+        prefix: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the codes so far, (B, n), after each decoding step; see `generate`."""
+        """Yield the codes so far, (B, n), after each decoding step, or first the prefix; see `generate`."""
         n = self.schedule.check_count(num_tokens)
         class_ids = class_ids.to(self.device)
         check_ids("class_ids", class_ids, 1, self.config.num_classes + 1)
         if not len(class_ids):
             raise DetailFlowError("class_ids must have at least one class")
+        if prefix is not None:
+            prefix = self._checked_prefix(prefix, len(class_ids), n)
         noise = generation.image_noise(generation.image_generators(generator, len(class_ids)), self.config.num_tokens)
         model = generation.CachedModel(self, class_ids, sampling.guided)
-        return generation.generate(model, self.schedule, sampling, noise, n, self.device)
+        return generation.generate(model, self.schedule, sampling, noise, n, self.device, prefix)
+
+    def _checked_prefix(self, prefix: Tensor, images: int, num_tokens: int) -> Tensor:
+        check_ids("prefix", prefix, 2, self.config.codebook_size)
+        if len(prefix) != images:
+            raise DetailFlowError(f"prefix must have a row for each of {images} images, not {len(prefix)} rows")
+        kept = self.schedule.check_count(prefix.shape[1], "the length of prefix")
+        if kept > num_tokens:
+            raise DetailFlowError(f"num_tokens must be at least the {kept} tokens of prefix, not {num_tokens}")
+        return prefix.to(self.device)
 
     def rotary_table(self) -> Tensor:
         """Return `rotary_table` of this model's config."""
