@@ -62,6 +62,7 @@ ZOO = {
 
 def zoo_model(name: str | Path) -> PublishedPair | None:
     """Return the published pair that a short name, or the hub id of either half, stands for."""
+    name = str(name).partition("@")[0]  # of any revision
     return next((model for short, model in ZOO.items() if name in (short, model.tokenizer, model.gpt)), None)
 
 
@@ -82,14 +83,17 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
         path_or_id: a folder, one with tokenizer/ and gpt/ or any two such folders inside, a checkpoint of the published
             layout (FOLDER/checkpoints/NAME.pt), the folder of a training run that is not finished, one of a run's
             checkpoints (step-….pt), a short name in `ZOO` or a hub id (owner/name; that of either half of a published
-            pair stands for both). `None` is the model in the package.
+            pair stands for both), also as NAME@REVISION. `None` is the model in the package.
         revision: a branch, tag or commit on the hub; `None` is the newest.
     """
     if path_or_id is None:
         path_or_id = shipped_folder(kind)
     name = str(path_or_id)
     path = Path(os.path.expanduser(name))
-    if revision is not None and os.path.lexists(path):
+    if revision is None and isinstance(path_or_id, str):
+        name, revision = split_revision(name)
+        path_or_id = name
+    elif revision is not None and os.path.lexists(path):
         raise DetailFlowError(f"{name} is on this machine, and only models on the hub have a revision: leave it out")
     if name and os.path.isdir(path):  # os.path, which takes an impossible name for a missing one
         return _nested(path, kind)
@@ -112,9 +116,10 @@ def split_revision(name: str) -> tuple[str, str | None]:
     >>> split_revision("detailflow-16@v1"), split_revision("detailflow-16")
     (('detailflow-16', 'v1'), ('detailflow-16', None))
     """
-    model, at, revision = name.partition("@")
-    local = os.path.lexists(os.path.expanduser(name))
-    return (model, revision) if at and revision and not local else (name, None)
+    model, _, revision = name.partition("@")
+    if not revision or os.path.lexists(os.path.expanduser(name)) or not (is_hub_name(model) or model in ZOO):
+        return name, None
+    return model, revision
 
 
 def is_hub_name(name: str) -> bool:
@@ -124,10 +129,10 @@ def is_hub_name(name: str) -> bool:
 
 def find(path_or_id: str | Path) -> dict[Kind, Path]:
     """Return the folder of each kind of model, one or both, that `path_or_id` has; see `resolve`."""
-    name = str(path_or_id)
+    name, revision = split_revision(str(path_or_id))
     local = isinstance(path_or_id, Path) or os.path.exists(os.path.expanduser(name))
     if not local and is_hub_name(name) and not zoo_model(name):
-        path_or_id = fetch(name, [pattern for kind in KINDS for pattern in _patterns(kind)])
+        path_or_id = fetch(name, [pattern for kind in KINDS for pattern in _patterns(kind)], revision)
     paths = {kind: resolve(path_or_id, kind) for kind in KINDS}
     found = {kind: path for kind, path in paths.items() if not path.is_dir() or _holds_model(path)}
     if not found:

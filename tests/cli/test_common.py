@@ -1,14 +1,21 @@
-"""What the commands share: `~` is the home folder in every option and setting that may be a path."""
+"""What the commands share: options, suggestions, `~` for the home folder, and model names with a revision."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
-from detailflow.cli import bench, classes, convert, evaluate, generate, reconstruct
+from detailflow.cli import bench, classes, convert, data, evaluate, generate, reconstruct, serve, train
+from detailflow.cli import settings as cli_settings
+from detailflow.cli.common import Parser
 from detailflow.cli.main import main
+from detailflow.errors import DetailFlowError
+from detailflow.sampling import SamplingConfig, SamplingOptions
+from detailflow.settings import list_settings, parse_settings
+from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
 
 PARSERS = (
     *(module.parser for module in (bench, classes, convert, generate, reconstruct)),
@@ -85,3 +92,91 @@ def test_settings(home: Path, capsys: pytest.CaptureFixture[str]):
         == 0
     )
     assert (home / "gpt" / "model.safetensors").exists() and not Path("~").exists()
+
+
+# ------------------------------------------------------------------------------------------------- misspelled options
+
+
+def settings_parser(kind: type, command: str) -> Parser:
+    return cli_settings.make_parser(kind, command, "", can_plan=True)
+
+
+EVERY_PARSER = [
+    *(make() for make in PARSERS),
+    *(module.parser() for module in (data, serve)),
+    train.preset_parser(),
+    settings_parser(TokenizerTraining, "train tokenizer"),
+    settings_parser(GPTTraining, "train gpt"),
+    settings_parser(Extraction, "extract"),
+]
+
+
+@pytest.mark.parametrize("parser", EVERY_PARSER, ids=lambda parser: parser.prog)
+def test_a_suggestion_is_always_an_option(parser: Parser):
+    """Each option with a letter twice is recognised, and what is suggested exists."""
+    options = [name for name in parser._option_string_actions if name.startswith("--")]
+    assert len(options) > 1 or parser.prog.endswith("compare")
+    for option in options:
+        for wrong in (option + option[-1], option[:-1] if len(option) > 6 else option + "x"):
+            if wrong in options:
+                continue
+            with pytest.raises(DetailFlowError) as error:
+                parser.parse_args([wrong, "1"])
+            problem, _, suggestion = str(error.value).partition(": did you mean ")
+            assert problem == f"unknown option {wrong!r}" and suggestion.removesuffix("?") in [*options, "--max-pixels"]
+
+
+@pytest.mark.parametrize("kind", [TokenizerTraining, GPTTraining, Extraction])
+def test_a_suggestion_is_always_a_setting(kind: type):
+    """In files and from Python, too; a misspelled setting suggests the setting itself."""
+    names = [setting.name for setting in list_settings(kind)]
+    for name in names:
+        with pytest.raises(DetailFlowError) as error:
+            parse_settings(kind, {name + name[-1]: 1}, "a.yaml")
+        assert str(error.value) == f"a.yaml: unknown setting {name + name[-1]!r}: did you mean {name}?"
+
+
+def test_every_setting_is_documented():
+    for kind in (TokenizerTraining, GPTTraining, Extraction, SamplingConfig):
+        assert not [setting.name for setting in list_settings(kind) if not setting.documentation]
+    assert list(SamplingOptions.__annotations__) == [setting.name for setting in list_settings(SamplingConfig)]
+
+
+def test_dashes_and_underscores_are_the_same(capsys: pytest.CaptureFixture[str]):
+    parser = settings_parser(TokenizerTraining, "train tokenizer")
+    assert vars(parser.parse_args(["--loop.batch-size", "3"]))["loop.batch_size"] == 3
+    assert bench.parser().parse_args(["--batch_sizes=3"]).batch_sizes == [3]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["generate --seed -1", "evaluate tokenizer --data x --output y --seed -1", "extract --data x --seed -1",
+     "evaluate gpt --reference x --output y --seed -1"],
+)  # fmt: skip
+def test_the_same_mistake_gives_the_same_sentence(argv: str, capsys: pytest.CaptureFixture[str]):
+    assert main(argv.split()) == 2
+    assert capsys.readouterr().err.replace("--seeds", "--seed").endswith(": --seed must be 0 to 2^64 - 1, not -1\n")
+
+
+# ------------------------------------------------------------------------------------------------- revisions
+
+
+def test_a_revision_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def snapshot_download(repository: str, revision: str | None = None, **options: object) -> str:
+        asked.append((repository, revision))
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("a.png")
+    shutil.copytree(model, "me@home")
+    few = ["cat", "--num-tokens", "1", "--device", "cpu"]
+    assert main(["generate", *few, "--model", "me@home"]) == 0 and not asked
+    assert main(["generate", *few, "--model", "me/model@v1"]) == 0
+    assert main(["reconstruct", "a.png", "--model", "me/model@refs/pr/1"]) == 0
+    assert main(["classes", "--model", "me/model@v2"]) == 0
+    assert main(["convert", "me/model@v3", "--output", "converted"]) == 0
+    assert {revision for _, revision in asked} == {"v1", "refs/pr/1", "v2", "v3"}
+    assert {repository for repository, _ in asked} == {"me/model"}

@@ -41,9 +41,11 @@ def read_request(
     """
     if not argv or "--help" in argv or "-h" in argv:
         after = [*argv[argv.index("-h" if "-h" in argv else "--help") + 1 :], "-"][0] if argv else "-"
-        print(_parser(kind, command, summary, can_plan, "" if after.startswith("-") else after).format_help(), end="")
+        print(
+            make_parser(kind, command, summary, can_plan, "" if after.startswith("-") else after).format_help(), end=""
+        )
         return None
-    given = vars(_parser(kind, command, summary, can_plan).parse_args(argv))
+    given = vars(make_parser(kind, command, summary, can_plan).parse_args(argv))
     files, output, device = given.pop("config"), given.pop("output"), given.pop("device")
     dry_run = given.pop("dry_run", False)
     values: dict[str, Any] = {}
@@ -60,7 +62,7 @@ def read_request(
     return Request(settings, output or Path(), device, dry_run)
 
 
-def _parser(kind: Any, command: str, summary: str, can_plan: bool, page: str = "") -> Parser:
+def make_parser(kind: Any, command: str, summary: str, can_plan: bool, page: str = "") -> Parser:
     """Return the parser whose help shows one page: the settings that are not nested, or those that `page` names."""
     parser = Parser(command, "--config FILE --output DIR", summary, add_help=False, column=34)
     parser.heading("options")

@@ -46,9 +46,10 @@ def _gpt(argv: Sequence[str]) -> None:
 
 def _run(request: Request | None, train: Callable[[Any, Path, str | None], object]) -> None:
     if request and request.dry_run:
-        from detailflow.training.plan import print_plan
+        from detailflow.training.plan import describe_plan
 
-        print_plan(request.settings, request.device)
+        if plan := describe_plan(request.settings, request.device):
+            print(plan)
     elif request:
         train(request.settings, request.output, request.device)
 
@@ -71,8 +72,9 @@ def _gpt_sizes(source: str) -> dict[str, Any]:
     return sizes | {"sampling": asdict(config.sampling)}
 
 
-def _all(argv: Sequence[str]) -> None:
-    from detailflow.training.presets import PRESETS, Preset, train_preset
+def preset_parser() -> Parser:
+    """Return the options of training all in a row."""
+    from detailflow.training.presets import PRESETS, Preset
 
     parser = Parser(
         "train",
@@ -88,7 +90,13 @@ def _all(argv: Sequence[str]) -> None:
     parser.option("--tokenizer-steps", PositiveInt, help="in place of the preset's", metavar="N")
     parser.option("--gpt-steps", PositiveInt, help="in place of the preset's", metavar="N")
     add_device_option(parser)
-    options = vars(parser.parse_args(list(argv) or ["--help"]))
+    return parser
+
+
+def _all(argv: Sequence[str]) -> None:
+    from detailflow.training.presets import train_preset
+
+    options = vars(preset_parser().parse_args(list(argv) or ["--help"]))
     output = options.pop("output")
     check_output(output)
     train_preset(options.pop("preset"), options.pop("data"), output, **options)

@@ -175,18 +175,18 @@ def planned_world() -> World:
     return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def print_plan(config: TokenizerTraining | GPTTraining, device: str | None = None) -> None:
-    """Measure what the device can do and print the costs of a run; nothing is written, no model downloaded."""
+def describe_plan(config: TokenizerTraining | GPTTraining, device: str | None = None) -> str:
+    """Measure the device and return the costs of a run as text, "" on other ranks; no file is written or downloaded."""
     chosen, world = choose_device(device), planned_world()
     if not world.is_main:
-        return
+        return ""
     plan = (
         plan_tokenizer(config, world, chosen)
         if isinstance(config, TokenizerTraining)
         else plan_gpt(config, world, chosen)
     )
     ceiling = measure_ceilings(chosen, PRECISIONS[config.loop.precision], repeats=2).flops
-    print(plan.text(ceiling, UTILIZATION["cpu" if chosen.type == "cpu" else "gpu"], str(chosen)))
+    return plan.text(ceiling, UTILIZATION["cpu" if chosen.type == "cpu" else "gpu"], str(chosen))
 
 
 def plan_tokenizer(config: TokenizerTraining, world: World, device: torch.device = CPU) -> Plan:
