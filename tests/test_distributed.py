@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent))  # which its processes get as well
 
 import ranks
+from detailflow.distributed import World
 from detailflow.files import lock_folder
 from detailflow.training.checkpoints import save_checkpoint
 
@@ -157,3 +159,16 @@ def test_all_go_on_from_the_main_ones_checkpoint(tmp_path: Path):
     assert "this checkpoint cannot be read" in err
     assert out.splitlines()[0] == other.splitlines()[0] == "1 1.0"
     assert out.splitlines()[-1] == other.splitlines()[-1] and "1/resume/step-00000003.pt: No such file" in out
+
+
+class Recorded(World):
+    """Three ranks that have 3, 3 and 4 of ten values; this one is the last."""
+
+    def all_gather(self, value: Tensor) -> Tensor:
+        assert value.shape in ((1,), (4,))
+        before = [3, 3] if len(value) == 1 else [0, 1, 2, 99, 3, 4, 5, 99]
+        return torch.cat((torch.tensor(before).to(value), value))
+
+
+def test_parts_of_unequal_size_are_put_together_in_order():
+    assert Recorded(2, 3).all_gather_uneven(torch.tensor([6.0, 7, 8, 9])).tolist() == list(range(10))

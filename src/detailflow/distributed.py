@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -162,10 +162,11 @@ class World:
         torch.distributed.all_gather(parts, value.detach().contiguous())
         return torch.cat(parts)
 
-    def all_gather_uneven(self, value: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return (sum of counts, …) from (counts[rank], …) of each rank, in rank order, on the CPU if there are several."""
+    def all_gather_uneven(self, value: Tensor) -> Tensor:
+        """Return the rows of all ranks, which may have different numbers, in rank order; on the CPU if there are several."""
         if self.size == 1:
             return value.detach()
+        counts = self.all_gather(torch.tensor([len(value)], device=self.device)).tolist()
         padded = torch.zeros(max(counts), *value.shape[1:], dtype=value.dtype, device=self.device)
         padded[: len(value)] = value
         parts = self.all_gather(padded).cpu().split(max(counts))

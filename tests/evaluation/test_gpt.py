@@ -18,7 +18,7 @@ from detailflow.evaluation import gpt
 from detailflow.evaluation.distances import Checksum, compare_sets, measure
 from detailflow.evaluation.evaluate import Context
 from detailflow.evaluation.features import Features
-from detailflow.evaluation.gpt import GPTOptions, Sweep, class_labels, evaluate_gpt, over_seeds
+from detailflow.evaluation.gpt import GPTOptions, class_labels, evaluate_gpt, over_seeds, sweep
 from detailflow.evaluation.report import Figure, Report, Row, curves
 from detailflow.evaluation.sets import open_set
 
@@ -36,10 +36,17 @@ class Blocks:
 
 
 def evaluated(
-    pipeline: DetailFlowPipeline, cifar: Path, folder: Path, batch_size: int = 8, count: int = COUNT, **options: Any
+    pipeline: DetailFlowPipeline,
+    cifar: Path,
+    folder: Path,
+    batch_size: int = 8,
+    count: int = COUNT,
+    values: Any = None,
+    **options: Any,
 ) -> Report:
     context = Context(World(), torch.device("cpu"), batch_size)
-    wanted = GPTOptions(Blocks(), folder, count, **options)
+    settings = sweep(pipeline, **(values or {}))
+    wanted = GPTOptions(Blocks(), settings, folder, count, **options)
     report = evaluate_gpt(pipeline, context.open(str(cifar), 32), context, wanted)
     assert report is not None
     return report
@@ -83,7 +90,7 @@ def test_one_setting(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
 def test_coarse_images_are_measured_at_the_full_side_and_can_be_kept(
     pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path
 ):
-    report = evaluated(pipeline, cifar, tmp_path, sweep=Sweep(num_tokens=[4, 16]), keep_samples=True)
+    report = evaluated(pipeline, cifar, tmp_path, values={"num_tokens": [4, 16]}, keep_samples=True)
     labels = [i % 5 for i in range(COUNT)]
     coarse = [np.asarray(image) for image in pipeline(labels, num_tokens=4, batch_size=8)]
     assert report.pictures[0].image.size == (8 * 132 + 4, 2 * (128 + 16 + 4) + 4)  # a line of text below each row
@@ -124,22 +131,24 @@ def test_several_seeds_show_the_spread(
 
 
 def test_a_sweep_is_all_combinations_once(pipeline: DetailFlowPipeline):
-    sweep = Sweep(guidance_scale=[1.0, 2.0, 1.0], temperature=[0.5, None], top_k=[None, 10], num_tokens=[None, 16])
-    settings = sweep.settings(pipeline)
+    values = {"guidance_scale": [1.0, 2.0, 1.0], "temperature": [0.5, None], "top_k": [None, 10]}
+    settings = sweep(pipeline, **values, num_tokens=[None, 16])
     found = [(s.sampling.guidance_scale, s.sampling.temperature, s.sampling.top_k, s.num_tokens) for s in settings]
     assert found == [(g, t, k, 16) for g in (1.0, 2.0) for t in (0.5, 1.0) for k in (None, 10)]
     assert len({setting.folder(0) for setting in settings}) == 8
     with pytest.raises(DetailFlowError, match="temperature must be"):
-        Sweep(temperature=[-1.0]).settings(pipeline)
+        sweep(pipeline, temperature=[-1.0])
     with pytest.raises(DetailFlowError, match="num_tokens must be"):
-        Sweep(num_tokens=[5]).settings(pipeline)
+        sweep(pipeline, num_tokens=[5])
 
 
 def test_off_is_off_where_the_models_own_best_is_not(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
     narrow = copy.copy(pipeline.gpt)
     narrow.config = replace(narrow.config, top_k=2, top_p=0.9)
-    sweep = Sweep(top_k=["off", None, 2], top_p=["off"])
-    report = evaluated(DetailFlowPipeline(pipeline.tokenizer, narrow), cifar, tmp_path, sweep=sweep, keep_samples=True)
+    values = {"top_k": ["off", None, 2], "top_p": ["off"]}
+    report = evaluated(
+        DetailFlowPipeline(pipeline.tokenizer, narrow), cifar, tmp_path, values=values, keep_samples=True
+    )
     rows = [(row.setting["top-k"], row.setting["top-p"]) for row in report.sections[0].rows]
     assert rows == [("off", "off"), (2, "off")]
     labels = [i % 5 for i in range(COUNT)]
@@ -179,7 +188,7 @@ def test_labels():
     [
         ({"labels": "all"}, "labels must be balanced or random, not 'all'"),
         ({"seeds": [0, -1]}, "seeds must be 0 to 2.64 - 1, not -1"),
-        ({"sweep": Sweep(top_p=[2.0])}, "top_p must be above 0 and at most 1, not 2.0"),
+        ({"values": {"top_p": [2.0]}}, "top_p must be above 0 and at most 1, not 2.0"),
         ({"count": 1}, "too few images to measure: there are 1, where 2 are the least"),
     ],
 )
@@ -218,7 +227,7 @@ def test_a_reference_of_photographs_is_not_adms(pipeline: DetailFlowPipeline, ci
     def notes(reference: Path, name: str) -> str:
         context, network = Context(World(), torch.device("cpu"), 50), Blocks()
         network.name = name  # type: ignore[misc]
-        wanted = GPTOptions(network, tmp_path, 5)
+        wanted = GPTOptions(network, sweep(pipeline), tmp_path, 5)
         report = evaluate_gpt(pipeline, context.open(str(reference), 32), context, wanted)
         assert report is not None
         return " ".join(report.notes)

@@ -11,7 +11,6 @@ from detailflow.evaluation.metrics import (
     Gaussian,
     InceptionScore,
     Moments,
-    bootstrap,
     frechet_deviation,
     frechet_distance,
     precision_recall,
@@ -229,15 +228,3 @@ class TestPairs:
         for metric in (psnr, ssim):
             with pytest.raises(DetailFlowError, match="cannot be compared one by one"):
                 metric(a, a[:1])
-
-
-def test_bootstrap():
-    values = torch.from_numpy(np.random.default_rng(0).normal(3, 2, 400))
-    mean, low, high = bootstrap(values)
-    error = values.std().item() / 20
-    assert mean == pytest.approx(values.mean().item())
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.3 * error)
-    assert high == pytest.approx(mean + 1.96 * error, abs=0.3 * error)
-    assert bootstrap(values) == (mean, low, high) != bootstrap(values, seed=1)
-    with pytest.raises(DetailFlowError, match="at least one value"):
-        bootstrap(torch.zeros(0))

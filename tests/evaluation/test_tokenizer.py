@@ -18,7 +18,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.evaluation.evaluate import Context
 from detailflow.evaluation.features import Features
 from detailflow.evaluation.report import Figure, Report, curves
-from detailflow.evaluation.tokenizer import Span, TokenizerOptions, evaluate_tokenizer, find_lpips, gather, parse_spans
+from detailflow.evaluation.tokenizer import Span, TokenizerOptions, evaluate_tokenizer, find_lpips, parse_spans
 from detailflow.psnr import psnr
 
 COUNT = 40
@@ -277,15 +277,3 @@ def test_lpips_is_each_images_own(pipeline: DetailFlowPipeline, cifar: Path, ori
     each = (to_tensor(pixels) - to_tensor(originals)).square().mean((1, 2, 3)).sqrt()
     assert row["LPIPS"].value == pytest.approx(each.mean().item(), abs=1e-3)
     assert row["LPIPS"].spread == pytest.approx(each.std().item() / math.sqrt(COUNT), rel=0.15)
-
-
-class Recorded(World):
-    """Three processes that hold 3, 3 and 4 of ten values; this one is the last."""
-
-    def all_gather(self, value: Tensor) -> Tensor:
-        assert value.shape == (4,)
-        return torch.cat((torch.tensor([0.0, 1, 2, 99, 3, 4, 5, 99]), value))
-
-
-def test_shares_of_unequal_size_are_put_together_in_order():
-    assert gather(torch.tensor([6.0, 7, 8, 9]), 10, Recorded(2, 3)).tolist() == list(range(10))

@@ -16,6 +16,7 @@ from detailflow.cli.common import (
     reader,
 )
 from detailflow.errors import DetailFlowError, printable
+from detailflow.sampling import SamplingConfig
 from detailflow.settings import BatchSize, Location, PositiveInt, Seed, unknown
 
 if TYPE_CHECKING:
@@ -185,19 +186,19 @@ def _gpt(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     context = _start(args, stack)
 
     from detailflow.evaluation.features import load_extractor
-    from detailflow.evaluation.gpt import GPTOptions, Sweep, evaluate_gpt
+    from detailflow.evaluation.gpt import GPTOptions, evaluate_gpt, sweep
     from detailflow.pipeline import DetailFlowPipeline
 
-    sweep = Sweep(**{name: getattr(args, name) for name in Sweep.__dataclass_fields__})
     pipeline = DetailFlowPipeline.from_pretrained(
         args.model, device=context.device, dtype=args.dtype, tokenizer=args.tokenizer
     )
-    sweep.settings(pipeline)  # raises before anything is downloaded
+    names = (*SamplingConfig.__dataclass_fields__, "num_tokens")
+    settings = sweep(pipeline, **{name: getattr(args, name) for name in names})  # raises before any download
     models = _check_folder(args, command, context, {"tokenizer": args.tokenizer or args.model, "gpt": args.model})
     reference = context.open(args.reference, pipeline.tokenizer.config.image_size, split=args.split)
     extractor = load_extractor(args.features, context.device, args.weights)
     options = GPTOptions(
-        extractor, args.output, args.num_samples, sweep, args.labels, args.seeds, args.keep_samples, args.model
+        extractor, settings, args.output, args.num_samples, args.labels, args.seeds, args.keep_samples, args.model
     )
     _finish(args, evaluate_gpt(pipeline, reference, context, options), command, context, models)
 

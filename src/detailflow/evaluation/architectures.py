@@ -3,14 +3,13 @@
 Nothing in such a file is run: the name is looked up among those that timm, torchvision and this project know.
 """
 
-import math
-import re
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError, missing_package
-from detailflow.models.loading import load_weights
+from detailflow.models.loading import config_from_dict, load_weights
 from detailflow.tensors import read_metadata, read_tensors
 
+LARGEST_MEAN = 1e6
 RANGES = {"num_classes": (0, 10**5), "width": (1, 1024), "size": (8, 1024)}
 _EXAMPLES = "timm/resnet50, torchvision/resnet50 or detailflow/residual"
 
@@ -45,6 +45,21 @@ class Settings:
     size: int | None = None
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for key, (least, most) in RANGES.items():
+            value = getattr(self, key)
+            if value is not None and not least <= value <= most:
+                also = " or own" if key == "size" else ""
+                raise DetailFlowError(f"{key} must be from {least} to {most}{also}, not {value}")
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            if len(value) != 3 or not all(isinstance(x, float | int) and abs(x) <= LARGEST_MEAN for x in value):
+                raise DetailFlowError(f"{key} must be like 0.5, 0.5, 0.5, not {value}")
+        if min(self.std) <= 0:
+            raise DetailFlowError(f"std must be more than 0, not {self.std}")
+        if self.num_classes == 0 and not self.architecture.startswith("timm/"):
+            raise DetailFlowError(f"num_classes must be 1 or more for {self.architecture[:60]!r}")
 
     @property
     def preprocessing(self) -> str:
@@ -85,45 +100,22 @@ def load_network(path: Path) -> LoadedNetwork:
 
 def read_settings(metadata: Mapping[str, str], path: Path) -> Settings:
     """Return the settings in a file's metadata."""
-    known = [*Settings.__dataclass_fields__]
     texts = {key: value for key, value in metadata.items() if key != "format"}  # which safetensors' own writers add
-    for key in texts:
-        if key not in known:
-            raise DetailFlowError(f"{path}: unknown key {key[:40]!r} in the metadata; the keys are {', '.join(known)}")
     if "architecture" not in texts:
         raise DetailFlowError(
             f"{path} names no architecture in its metadata, such as {_EXAMPLES}: docs/evaluate.md says how to write it"
         )
-
-    def refuse(key: str, right: str) -> NoReturn:
-        raise DetailFlowError(f"{path}: {key} in the metadata must be {right}, not {texts[key][:60]!r}")
-
-    values: dict[str, Any] = {"architecture": texts["architecture"]}
-    for key, (least, most) in RANGES.items():
-        if key not in texts or (key, texts[key]) == ("size", "own"):
-            continue
-        if not re.fullmatch("[0-9]{1,9}", texts[key]) or not least <= int(texts[key]) <= most:
-            refuse(key, f"from {least} to {most}{' or own' * (key == 'size')}")
-        values[key] = int(texts[key])
-    for key in ("mean", "std"):
-        if key in texts:
-            values[key] = _three(texts[key]) or refuse(key, "like 0.5, 0.5, 0.5")
-    settings = Settings(**values)
-    if min(settings.std) <= 0:
-        refuse("std", "more than 0")
-    if settings.num_classes == 0 and not settings.architecture.startswith("timm/"):
-        raise DetailFlowError(
-            f"{path}: num_classes in the metadata must be 1 or more for {settings.architecture[:60]!r}"
-        )
-    return settings
+    return config_from_dict(Settings, {key: _value(key, text) for key, text in texts.items()}, f"{path}: metadata")
 
 
-def _three(text: str) -> tuple[float, ...] | None:
+def _value(key: str, text: str) -> Any:
+    """Return the number or the numbers that a text stands for, or the text itself."""
+    if key == "architecture":
+        return text
     try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        return None
-    return values if len(values) == 3 and all(math.isfinite(x) and abs(x) <= 1e6 for x in values) else None
+        return None if (key, text) == ("size", "own") else json.loads(f"[{text}]" if key in ("mean", "std") else text)
+    except (ValueError, RecursionError):
+        return text[:60]
 
 
 def build(settings: Settings, path: Path) -> tuple[nn.Module, Run]:
@@ -132,10 +124,8 @@ def build(settings: Settings, path: Path) -> tuple[nn.Module, Run]:
     builders = {"timm": _timm, "torchvision": _torchvision, "detailflow": _detailflow}
     if library not in builders:
         raise DetailFlowError(f"{path}: the architecture must be like {_EXAMPLES}, not {settings.architecture[:60]!r}")
-    try:
-        from accelerate import init_empty_weights
-    except ImportError as error:
-        raise missing_package(str(path), "accelerate") from error
+    from accelerate import init_empty_weights
+
     try:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about initial values

@@ -5,9 +5,10 @@ score, precision and recall.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +31,6 @@ from detailflow.evaluation.report import Figure
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
 
 SAMPLES_KEPT, REFERENCE_KEPT = 50_000, 10_000  # images whose features ADM's evaluation takes precision and recall of
-WORDS, WORD = 4, 2**32  # of a checksum
 
 
 class Checksum:
@@ -38,20 +38,19 @@ class Checksum:
 
     def __init__(self, total: int, world: World) -> None:
         self.index, self.world = shard_range(total, world).start, world
-        self._words = [0] * WORDS
+        self._words = np.zeros(4, np.int64)  # sums of the first 16 bytes of each image's digest
 
     def update(self, images: Tensor) -> None:
         """Add the next images, bytes (B, H, W, 3)."""
         for image in images.cpu().numpy():
             digest = hashlib.sha256(f"{self.index} {image.shape} ".encode() + image.tobytes()).digest()
-            parts = (int.from_bytes(digest[4 * i : 4 * i + 4], "big") for i in range(WORDS))
-            self._words = [(a + b) % WORD for a, b in zip(self._words, parts, strict=True)]
+            self._words += np.frombuffer(digest[:16], ">u4")
             self.index += 1
 
     def compute(self) -> str:
         """Return the checksum of all ranks' images in hex; every rank must call it."""
         words = self.world.all_reduce(torch.tensor(self._words, device=self.world.device)).tolist()
-        return "".join(f"{word % WORD:08x}" for word in words)
+        return "".join(f"{word % 2**32:08x}" for word in words)
 
 
 class FeatureStatistics:
@@ -59,9 +58,12 @@ class FeatureStatistics:
 
     Args:
         keep: features of at most so many images, spread over the set, are kept for precision and recall.
+        labels: the class of every image, to count those that the network recognises.
     """
 
-    def __init__(self, extractor: Extractor, total: int, world: World, keep: int = 0) -> None:
+    def __init__(
+        self, extractor: Extractor, total: int, world: World, keep: int = 0, labels: Sequence[int] | None = None
+    ) -> None:
         self.name, self.fingerprint = extractor.name, extractor.fingerprint
         self.total, self.world, self.keep = total, world, min(keep, total)
         self.shard = shard_range(total, world)
@@ -70,6 +72,8 @@ class FeatureStatistics:
         self.spatial: Moments | None = None
         self.score: InceptionScore | None = None
         self._kept: list[Tensor] = []
+        self._labels = None if labels is None else torch.tensor(labels)
+        self._hits = torch.zeros((), dtype=torch.int64)
 
     def update(self, found: Features) -> None:
         """Add the features of the next images."""
@@ -91,6 +95,8 @@ class FeatureStatistics:
             self.spatial.update(found.spatial)
         if self.score and found.logits is not None:
             self.score.update(found.logits, self.next)
+            if self._labels is not None:
+                self._hits += (found.logits.argmax(1).cpu() == self._labels[self.next : self.next + size]).sum()
         chosen = (torch.arange(self.next, self.next + size + 1) * self.keep // self.total).diff() > 0  # as in `spread`
         self._kept.append(found.pool[chosen.to(found.pool.device)].float().cpu())
         self.next += size
@@ -102,18 +108,16 @@ class FeatureStatistics:
         for running in (self.pool, self.spatial, self.score):
             if running:
                 running.merge(self.world)
-        counts = []
-        for rank in range(self.world.size):
-            part = shard_range(self.total, World(rank, self.world.size))
-            counts.append(part.stop * self.keep // self.total - part.start * self.keep // self.total)
         return Statistics(
             self.name,
             self.fingerprint,
             self.pool.gaussian(),
             self.spatial.gaussian() if self.spatial else None,
-            self.world.all_gather_uneven(torch.cat(self._kept), counts) if self.keep else None,
+            self.world.all_gather_uneven(torch.cat(self._kept)) if self.keep else None,
             self.score.score() if self.score else None,
             checksum,
+            self.score.classes if self.score else 0,
+            self.world.all_reduce(self._hits.to(self.world.device or "cpu")).item() / self.total,
         )
 
 
@@ -124,6 +128,7 @@ def measure(
     keep: int = SAMPLES_KEPT,
     total: int | None = None,
     world: World | None = None,
+    labels: Sequence[int] | None = None,
 ) -> Statistics:
     """Return the statistics of a set of images; every rank must call it.
 
@@ -132,7 +137,7 @@ def measure(
 
     Args:
         images: bytes (B, H, W, 3) in batches of any sizes, those of this rank's `shard_range(total, world)`.
-        keep: as in `FeatureStatistics`.
+        keep, labels: as in `FeatureStatistics`.
         total: images of all ranks; needed if `images` is no `ImageSet`.
     """
     stored = None
@@ -145,7 +150,7 @@ def measure(
         kept = stored.kept[spread(len(stored.kept), min(keep, len(stored.kept)))] if stored.kept is not None else None
         return Statistics(extractor.name, extractor.fingerprint, stored.pool, stored.spatial, kept if keep else None)
     check_total(total, world)
-    statistics, checksum = FeatureStatistics(extractor, total, world, keep), Checksum(total, world)
+    statistics, checksum = FeatureStatistics(extractor, total, world, keep, labels), Checksum(total, world)
     with tqdm(total=total, desc="features", unit="image", leave=False, disable=True if world.rank else None) as bar:
         for batch in images:
             checksum.update(batch)

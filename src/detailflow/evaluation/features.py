@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from detailflow import hub
-from detailflow.errors import DetailFlowError, missing_package
+from detailflow.errors import DetailFlowError
 from detailflow.evaluation.architectures import LoadedNetwork, Settings, load_network
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
 from detailflow.models.loading import load_weights
@@ -68,36 +68,41 @@ def load_extractor(features: str, device: torch.device | str = "cpu", weights: s
     return NormalizedNetwork(Path(features).name, load_network(Path(features).expanduser()), torch.device(device))
 
 
-def _in_parts(network: Callable[[Tensor], Features], images: Tensor, device: torch.device, pixels: int) -> Features:
-    """Call a network on bytes (B, H, W, 3): on a CPU in parts, on a GPU without rounding to TF32.
+class _Network:
+    """A network that sees bytes (B, H, W, 3) as `_features` wants them: in parts on a CPU, without TF32 on a GPU."""
 
-    Args:
-        pixels: of an image as the network sees it.
-    """
-    if device.type != "cpu":
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return network(images)
-    parts = [network(part) for part in images.split(max(CPU_IMAGES, CPU_PIXELS // pixels))]
-    pool, *others = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
-    assert pool is not None
-    return Features(pool, *others)
-
-
-class NormalizedNetwork:
-    """A network of normalized images, which are resized first if it has a side of its own."""
-
-    def __init__(self, name: str, loaded: LoadedNetwork, device: torch.device) -> None:
-        self.name, self.fingerprint, self.preprocessing = name, loaded.fingerprint, loaded.settings.preprocessing
-        self._network, self._run, self._side = loaded.module.to(device), loaded.run, loaded.settings.size
+    def __init__(
+        self, name: str, module: nn.Module, fingerprint: str, preprocessing: str, device: torch.device
+    ) -> None:
+        self.name, self.fingerprint, self.preprocessing = name, fingerprint, preprocessing
+        self._network: Any = module.to(device)
         self._device = device
-        moments = loaded.settings.mean, loaded.settings.std
-        self._mean, self._std = (torch.tensor(x, device=device)[:, None, None] for x in moments)
+        self._side: int | None = None  # that it resizes images to
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
         """Return the features of bytes (B, H, W, 3)."""
+        if self._device.type != "cpu":
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                return self._features(images)
         pixels = self._side**2 if self._side else images.shape[1] * images.shape[2]
-        return _in_parts(self._features, images, self._device, pixels)
+        parts = [self._features(part) for part in images.split(max(CPU_IMAGES, CPU_PIXELS // pixels))]
+        pool, *others = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+        assert pool is not None
+        return Features(pool, *others)
+
+    def _features(self, images: Tensor) -> Features:
+        raise NotImplementedError
+
+
+class NormalizedNetwork(_Network):
+    """A network of normalized images, which are resized first if it has a side of its own."""
+
+    def __init__(self, name: str, loaded: LoadedNetwork, device: torch.device) -> None:
+        super().__init__(name, loaded.module, loaded.fingerprint, loaded.settings.preprocessing, device)
+        self._run, self._side = loaded.run, loaded.settings.size
+        moments = loaded.settings.mean, loaded.settings.std
+        self._mean, self._std = (torch.tensor(x, device=device)[:, None, None] for x in moments)
 
     def _features(self, images: Tensor) -> Features:
         x = images.to(self._device).movedim(-1, 1).float() / 255
@@ -121,42 +126,29 @@ class NormalizedNetwork:
         return Features(pool.float(), logits=None if logits is None else logits.float())
 
 
-class Inception:
+class Inception(_Network):
     """Inception-v3 as of 2015-12-05, which FID is defined by, in torch-fidelity's equivalent of the TensorFlow graph.
 
     As in ADM's evaluation: pool (B, 2048) is `pool_3`; spatial (B, 2023) is the first 7 channels of `mixed_6/conv`,
     the 1×1 branch of the 17×17 block Mixed_6d, position by position; logits (B, 1008) are without their bias.
     """
 
-    name = INCEPTION
-    preprocessing = (
-        "bytes at their own size, resized to 299×299 by TensorFlow 1's bilinear interpolation in the network"
-    )
-
     def __init__(self, device: torch.device, weights: str | None = None) -> None:
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise missing_package("--features inception", "torch-fidelity", _INSTEAD) from error
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
         # torch-fidelity unpickles its file without a check, so it gets a copy of what was read as plain tensors.
         plain = io.BytesIO()
         torch.save(_inception_weights(URL_INCEPTION_V3, weights), plain)
         plain.seek(0)
         layers = ["2048", "logits_unbiased"]
         try:
-            network = FeatureExtractorInceptionV3(self.name, layers, feature_extractor_weights_path=plain)
+            network = FeatureExtractorInceptionV3(INCEPTION, layers, feature_extractor_weights_path=plain)
         except (RuntimeError, TypeError, AttributeError) as error:  # torch's errors for tensors that don't fit
-            raise _no_weights(self.name, f"{weights} does not hold", URL_INCEPTION_V3) from error
-        self._network: Any = network.to(device)
-        self._device = device
+            raise _no_weights(INCEPTION, f"{weights} does not hold", URL_INCEPTION_V3) from error
+        resizing = "bytes at their own size, resized to 299×299 by TensorFlow 1's bilinear interpolation in the network"
+        super().__init__(INCEPTION, network, hub.fingerprint({}, network.state_dict()), resizing, device)
         self._spatial: list[Tensor] = []
         self._network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: self._spatial.append(output))
-        self.fingerprint = hub.fingerprint({}, network.state_dict())
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Features:
-        """Return the features of bytes (B, H, W, 3)."""
-        return _in_parts(self._features, images, self._device, images.shape[1] * images.shape[2])
 
     def _features(self, images: Tensor) -> Features:
         self._spatial.clear()
@@ -177,11 +169,9 @@ def _inception_weights(url: str, path: str | None) -> dict[str, Tensor]:
 
 def _dinov2(device: torch.device, weights: str | None = None) -> NormalizedNetwork:
     """Load DINOv2 ViT-L/14, whose class token (B, 1024) Stein et al. (2023, arXiv 2306.04675) compare models by."""
-    try:
-        import timm
-        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    except ImportError as error:
-        raise missing_package("--features dinov2", "timm", _INSTEAD) from error
+    import timm
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
     settings = Settings(f"timm/{DINOV2}", 0, size=224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     try:
         if weights is None:

@@ -7,18 +7,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import (
     REFERENCE_KEPT,
-    SAMPLES_KEPT,
-    Checksum,
-    FeatureStatistics,
     cautions,
     compare_sets,
     measure,
@@ -27,7 +23,7 @@ from detailflow.evaluation.evaluate import PICTURES, Context, at_side, data_entr
 from detailflow.evaluation.features import INCEPTION, Extractor
 from detailflow.evaluation.published import quotes
 from detailflow.evaluation.report import Figure, Picture, Plot, Report, Row, Section, in_words, shared_settings
-from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
+from detailflow.evaluation.sets import ImageSet, Statistics, check_total
 from detailflow.pictures import grid
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.samples import SampleSet, generate_many, remove_temporary
@@ -73,28 +69,17 @@ class Setting(NamedTuple):
         return "-".join([*(f"{key}-{x}" for key, x in values.items()), f"seed-{seed}"])
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Values to try of each way to sample, in all combinations.
+def sweep(pipeline: DetailFlowPipeline, **values: Sequence[Any]) -> list[Setting]:
+    """Return all combinations of values of the sampling options and num_tokens, each once.
 
     None is the model's own best, and all N tokens; "off" is no top-k and no top-p.
     """
-
-    guidance_scale: Sequence[float | None] = (None,)
-    guidance_schedule: Sequence[str | None] = (None,)
-    temperature: Sequence[float | None] = (None,)
-    top_k: Sequence[int | Literal["off"] | None] = (None,)
-    top_p: Sequence[float | Literal["off"] | None] = (None,)
-    num_tokens: Sequence[int | None] = (None,)
-
-    def settings(self, pipeline: DetailFlowPipeline) -> list[Setting]:
-        """Return all combinations, each once."""
-        result = []
-        for values in itertools.product(*(getattr(self, name) for name in self.__dataclass_fields__)):
-            given = dict(zip(self.__dataclass_fields__, values, strict=True))
-            tokens = pipeline.tokenizer.schedule.check_count(given.pop("num_tokens"))
-            result.append(Setting(pipeline.gpt.sampling(**given), tokens))
-        return list(dict.fromkeys(result))
+    result = []
+    for combination in itertools.product(*values.values()):
+        given = dict(zip(values, combination, strict=True))
+        tokens = pipeline.tokenizer.schedule.check_count(given.pop("num_tokens", None))
+        result.append(Setting(pipeline.gpt.sampling(**given), tokens))
+    return list(dict.fromkeys(result))
 
 
 @dataclass(frozen=True)
@@ -102,6 +87,7 @@ class GPTOptions:
     """What to generate and measure.
 
     Args:
+        settings: ways to sample, as from `sweep`.
         folder: where the report goes; images are in `folder`/samples until they are measured.
         labels: "balanced" takes the classes in turn, "random" draws them by the seed.
         keep_samples: leave the images there, as samples.npz in ADM's layout.
@@ -109,9 +95,9 @@ class GPTOptions:
     """
 
     extractor: Extractor
+    settings: Sequence[Setting]
     folder: Path
     num_samples: int
-    sweep: Sweep = Sweep()
     labels: str = LABELS[0]
     seeds: Sequence[int] = (0,)
     keep_samples: bool = False
@@ -133,11 +119,11 @@ def evaluate_gpt(
     for seed in options.seeds:
         require(Seed, seeds=seed)
     check_total(options.num_samples, context.world)
-    settings, seeds = options.sweep.settings(pipeline), list(dict.fromkeys(options.seeds))
+    settings, seeds = options.settings, list(dict.fromkeys(options.seeds))
     wanted = measure(options.extractor, reference, keep=REFERENCE_KEPT)
     data = {"reference": data_entry(reference, wanted)}
     data["samples"] = {"images": options.num_samples, "labels": options.labels}
-    run = _Run(pipeline, wanted, context, options, settings)
+    run = _Run(pipeline, wanted, context, options)
     rows = [Row(setting.shown(), over_seeds([run.figures(setting, seed) for seed in seeds])) for setting in settings]
     if not context.world.is_main:
         return None
@@ -174,15 +160,10 @@ class _Run:
     """Makes and measures one set of images after another."""
 
     def __init__(
-        self,
-        pipeline: DetailFlowPipeline,
-        reference: Statistics,
-        context: Context,
-        options: GPTOptions,
-        settings: Sequence[Setting],
+        self, pipeline: DetailFlowPipeline, reference: Statistics, context: Context, options: GPTOptions
     ) -> None:
         self.pipeline, self.reference, self.context, self.options = pipeline, reference, context, options
-        self.settings, self.common = settings, shared_settings([setting.shown() for setting in settings])
+        self.common = shared_settings([setting.shown() for setting in options.settings])
         self.checksums: dict[str, str] = {}
         self.pictures: dict[Setting, list[Image.Image]] = {}  # of the first seed
         self.notes: list[str] = []
@@ -200,7 +181,9 @@ class _Run:
         generate_many(self.pipeline, folder, samples, world, **given)
         world.barrier()
         images = self.context.open(str(folder))
-        measured, recognised = self._measure(images, labels)
+        side = self.pipeline.tokenizer.config.image_size
+        resized = (at_side(batch, side) for batch in images)
+        measured = measure(self.options.extractor, resized, total=len(images), world=world, labels=labels)
         with world.raise_together():
             if not world.is_main:
                 return {}
@@ -208,7 +191,8 @@ class _Run:
                 self.pictures[setting] = [Image.fromarray(image) for image in images.some(PICTURES)]
             remove_temporary(folder)  # what was kept before stays
             figures = compare_sets(self.reference, measured, prefix="g", device=self.context.device)
-            figures |= {} if recognised is None else {"recognised": Figure(recognised)}
+            if measured.num_classes == classes:
+                figures["recognised"] = Figure(measured.recognised)
         self.checksums[setting.folder(seed)] = measured.checksum
         self.notes = self.notes or cautions(self.reference, measured, "g")
         name, figure = next(iter(figures.items()))
@@ -216,32 +200,13 @@ class _Run:
         _log.info("%s: %s %s", ", ".join(words), name, figure.text(name))
         return figures
 
-    def _measure(self, images: ImageSet, labels: Sequence[int]) -> tuple[Statistics, float | None]:
-        """Return the statistics at side R, and the share recognised, if the network has the model's classes."""
-        extractor, total, world = self.options.extractor, len(images), self.context.world
-        shard = shard_range(total, world)
-        own = torch.tensor(labels[shard.start : shard.stop])
-        statistics, checksum = FeatureStatistics(extractor, total, world, SAMPLES_KEPT), Checksum(total, world)
-        hits, same_classes = 0, False
-        for batch in images:
-            batch = at_side(batch, self.pipeline.tokenizer.config.image_size)
-            features = extractor(batch)
-            checksum.update(batch)
-            if features.logits is not None:
-                same_classes = features.logits.shape[1] == self.pipeline.gpt.config.num_classes
-                first = statistics.next - shard.start
-                hits += int((features.logits.argmax(1).cpu() == own[first : first + len(batch)]).sum())
-            statistics.update(features)
-        found = world.all_reduce(torch.tensor(float(hits), dtype=torch.float64, device=world.device)).item()
-        return statistics.compute(checksum.compute()), found / total if same_classes else None
-
     def picture(self) -> Picture:
         """Return a row of images for each setting, with what it has different from the others below the first."""
-        columns = len(self.pictures[self.settings[0]])
-        images = [image for setting in self.settings for image in self.pictures[setting]]
-        if len(self.settings) == 1:
+        settings = self.options.settings
+        columns, images = len(self.pictures[settings[0]]), [image for row in self.pictures.values() for image in row]
+        if len(settings) == 1:
             return Picture("samples", "Images spread over the set", grid(images, columns))
-        own = ["\n".join(in_words(setting.shown(), self.common)) for setting in self.settings]
+        own = ["\n".join(in_words(setting.shown(), self.common)) for setting in settings]
         labels = [text if column == 0 else "" for text in own for column in range(columns)]
         return Picture("samples", "Images spread over the set, a row for each setting", grid(images, columns, labels))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowError, missing_package
+from detailflow.errors import DetailFlowError
 
 NEIGHBOURS = 3  # of precision and recall, as in ADM's evaluation
 IMAGES_PER_SPLIT = 5000  # of the inception score, as in ADM's evaluation: ten splits of 50,000 images
@@ -124,7 +124,7 @@ class InceptionScore:
     """
 
     def __init__(self, classes: int, total: int, splits: int | None = None, device: torch.device | str = "cpu") -> None:
-        self.total, self.splits = total, splits or -(-total // IMAGES_PER_SPLIT)
+        self.classes, self.total, self.splits = classes, total, splits or -(-total // IMAGES_PER_SPLIT)
         self._probabilities = torch.zeros(self.splits, classes, dtype=torch.float64, device=device)  # summed
         self._entropies = torch.zeros(self.splits, dtype=torch.float64, device=device)  # negative, summed
 
@@ -158,15 +158,13 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS, batch: int
     Precision is the fraction of fakes in the manifold of the real ones, the balls around each that reach its k-th
     nearest neighbour; recall is the fraction of real ones in that of the fakes. Distances are in float64.
     """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     check_dimensions(real.shape[1], fake.shape[1])
     if min(len(real), len(fake)) <= k:
         raise DetailFlowError(
             f"precision and recall need at least {k + 1} images in each set, not {len(real)} and {len(fake)}"
         )
-    try:
-        from torch_fidelity.metric_prc import prc_features_to_metric
-    except ImportError as error:
-        raise missing_package("precision and recall", "torch-fidelity") from error
     origin = real.double().mean(0)  # near which distances lose fewer digits
     found = prc_features_to_metric(
         fake.double() - origin, real.double() - origin,
@@ -183,10 +181,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     1e-3 if all is nearly white. The window is a Gaussian of σ = 1.5 pixels. The mean is over its positions inside the
     image, as in the paper and in scikit-image; torchmetrics' own mean includes those at which the image is mirrored.
     """
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError as error:
-        raise missing_package("SSIM", "torchmetrics") from error
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     if a.shape != b.shape or a.ndim != 4:
         raise DetailFlowError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
     if min(a.shape[1:3]) < SMALLEST_SSIM_SIDE:
@@ -198,15 +194,3 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     _, similarities = structural_similarity_index_measure(x, y, data_range=255.0, return_full_image=True)
     edge = SMALLEST_SSIM_SIDE // 2
     return similarities[..., edge:-edge, edge:-edge].double().mean((1, 2, 3))
-
-
-def bootstrap(values: Tensor, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    """Return the mean of `values` (n,), and the bounds of the middle 95% of means of n draws with replacement."""
-    if not len(values):
-        raise DetailFlowError("a mean needs at least one value")
-    values = values.detach().double().cpu()
-    generator = torch.Generator().manual_seed(seed)
-    draw = [torch.randint(len(values), values.shape, generator=generator) for _ in range(draws)]
-    means = torch.stack([values[chosen].mean() for chosen in draw])
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return values.mean().item(), low, high

@@ -45,6 +45,8 @@ class Statistics:
     kept: Tensor | None = None  # (n, D) float32 on the CPU, of images spread over the set
     inception_score: tuple[float, float | None] | None = None  # mean and standard deviation over splits
     checksum: str = ""  # of the images; empty if none were read
+    num_classes: int = 0  # of the network
+    recognised: float = 0.0  # the share of images whose likeliest class is their label
 
 
 def shard_range(total: int, world: World) -> range:

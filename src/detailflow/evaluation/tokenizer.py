@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from detailflow import hub
 from detailflow.data.transforms import to_tensor, to_uint8
-from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import (
     REFERENCE_KEPT,
@@ -26,7 +25,7 @@ from detailflow.evaluation.distances import (
 )
 from detailflow.evaluation.evaluate import Context, at_side, data_entry, provenance, spread_note
 from detailflow.evaluation.features import Extractor
-from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, bootstrap, ssim
+from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, ssim
 from detailflow.evaluation.published import quotes
 from detailflow.evaluation.report import GAIN, Figure, Picture, Plot, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
@@ -41,7 +40,6 @@ from detailflow.training.losses import LPIPS, SMALLEST_SIDE, VGG16_FILE
 PICTURES = 6  # images that the report shows
 LPIPS_IMAGES = 8  # at once: VGG's maps of one are 30 MiB at 256×256
 KEPT = 5000  # images of each view whose features the spread of a distance is estimated from
-INTERVAL = 2 * 1.96  # standard deviations in which 95% of a normal distribution are
 PLANTED = (
     "Each wrong token is drawn from the 50 codes nearest to its latent. Later tokens are those of the clean sequence, "
     "or those that the self-correction pass writes after the mistakes; what that gains is taken image by image."
@@ -258,9 +256,10 @@ class _Reconstruction:
 
     def rows(self, reference: Statistics | None) -> list[Row]:
         """Return the figures of all ranks' images by view; every rank must call it."""
-        total, world = len(self.images), self.context.world
+        world = self.context.world
         values = [
-            {name: gather(torch.cat(parts), total, world) for name, parts in found.items()} for found in self.distances
+            {name: world.all_gather_uneven(torch.cat(parts)) for name, parts in found.items()}
+            for found in self.distances
         ]
         reference = self.originals.compute() if self.originals else reference
         measured = [statistics.compute() for statistics in self.statistics]
@@ -305,14 +304,9 @@ def rebuild(tokenizer: DetailFlowTokenizer, ids: Tensor, side: int) -> Tensor:
     return at_side(to_uint8(tokenizer.decode(ids, size=side)), tokenizer.config.image_size)
 
 
-def gather(values: Tensor, total: int, world: World) -> Tensor:
-    """Return (total,) in the images' order from each rank's part."""
-    return world.all_gather_uneven(values, [len(shard_range(total, World(i, world.size))) for i in range(world.size)])
-
-
 def _mean(values: Tensor) -> Figure:
-    mean, low, high = bootstrap(values)
-    return Figure(mean, (high - low) / INTERVAL if math.isfinite(mean) else None)
+    mean = values.mean().item()
+    return Figure(mean, values.std().item() / math.sqrt(len(values)) if math.isfinite(mean) else None)
 
 
 def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LPIPS | None, list[str]]:
@@ -351,8 +345,8 @@ def _note(rows: Sequence[Row], side: int, referenced: bool) -> str:
     if any(row.setting["side"] != side for row in rows):
         parts.append(f"Those of another side than {side}×{side} are resized to it first (bicubic), for every measure.")
     parts.append(
-        "PSNR, SSIM and LPIPS are means over the images, ± the standard deviation of such a mean, by bootstrap over "
-        f"the images. Fréchet distances are to the {'reference' if referenced else 'originals'}."
+        "PSNR, SSIM and LPIPS are means over the images, ± their standard errors. "
+        f"Fréchet distances are to the {'reference' if referenced else 'originals'}."
     )
     return " ".join(filter(None, [*parts, spread_note(rows[0].figures)]))
 
