@@ -3,13 +3,12 @@
 Nothing in such a file is run: the name is looked up among those that timm, torchvision and this project know.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +16,25 @@ from torch import Tensor, nn
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError, missing_package
-from detailflow.models.loading import config_from_dict, load_weights
+from detailflow.models.loading import load_weights
+from detailflow.settings import Must, Settings, checked, field_types, parse_settings
 from detailflow.tensors import read_metadata, read_tensors
 
-LARGEST_MEAN = 1e6
-RANGES = {"num_classes": (0, 10**5), "width": (1, 1024), "size": (8, 1024)}
 _EXAMPLES = "timm/resnet50, torchvision/resnet50 or detailflow/residual"
+_THREE = Must("like 0.5, 0.5, 0.5", lambda values: len(values) == 3 and all(abs(x) <= 1e6 for x in values))
+_POSITIVE = Must("more than 0", lambda values: min(values) > 0)
+
+
+def _within(least: int, most: int, also: str = "") -> Must:
+    return Must(f"from {least} to {most}{also}", lambda value: least <= value <= most)
+
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a file's metadata says, as strings there; all but the architecture may be left out.
+class NetworkSettings(Settings):
+    """What a file's metadata says, as text there; all but the architecture may be left out.
 
     Attributes:
         architecture: `timm/NAME` or `torchvision/NAME`, one of that library's, or `detailflow/residual`.
@@ -40,26 +45,16 @@ class Settings:
     """
 
     architecture: str
-    num_classes: int = 1000
-    width: int = 64
-    size: int | None = None
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    num_classes: Annotated[int, _within(0, 10**5)] = 1000
+    width: Annotated[int, _within(1, 1024)] = 64
+    size: Annotated[int, _within(8, 1024, " or own")] | None = None
+    mean: Annotated[tuple[float, ...], _THREE] = (0.5, 0.5, 0.5)
+    std: Annotated[tuple[float, ...], _THREE, _POSITIVE] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        for key, (least, most) in RANGES.items():
-            value = getattr(self, key)
-            if value is not None and not least <= value <= most:
-                also = " or own" if key == "size" else ""
-                raise DetailFlowError(f"{key} must be from {least} to {most}{also}, not {value}")
-        for key in ("mean", "std"):
-            value = getattr(self, key)
-            if len(value) != 3 or not all(isinstance(x, float | int) and abs(x) <= LARGEST_MEAN for x in value):
-                raise DetailFlowError(f"{key} must be like 0.5, 0.5, 0.5, not {value}")
-        if min(self.std) <= 0:
-            raise DetailFlowError(f"std must be more than 0, not {self.std}")
+        super().__post_init__()
         if self.num_classes == 0 and not self.architecture.startswith("timm/"):
-            raise DetailFlowError(f"num_classes must be 1 or more for {self.architecture[:60]!r}")
+            raise DetailFlowError(f"num_classes in the metadata must be 1 or more for {self.architecture[:60]!r}")
 
     @property
     def preprocessing(self) -> str:
@@ -76,7 +71,7 @@ class Settings:
 class LoadedNetwork(NamedTuple):
     """A network that was read from a file."""
 
-    settings: Settings
+    settings: NetworkSettings
     run: Run  # float32 images (B, 3, H, W), normalized → features (B, D), and logits (B, C) if it has classes
     module: nn.Module  # the same, to move to a device
     fingerprint: str  # SHA-256 in hex of the metadata and the weights
@@ -98,27 +93,22 @@ def load_network(path: Path) -> LoadedNetwork:
     return LoadedNetwork(settings, run, module.eval().requires_grad_(False), hub.fingerprint(metadata, tensors))
 
 
-def read_settings(metadata: Mapping[str, str], path: Path) -> Settings:
+def read_settings(metadata: Mapping[str, str], path: Path) -> NetworkSettings:
     """Return the settings in a file's metadata."""
-    texts = {key: value for key, value in metadata.items() if key != "format"}  # which safetensors' own writers add
+    left_out = {("format", metadata.get("format")), ("size", "own")}  # the first is from safetensors' own writers
+    texts = {key: text for key, text in metadata.items() if (key, text) not in left_out}
     if "architecture" not in texts:
         raise DetailFlowError(
             f"{path} names no architecture in its metadata, such as {_EXAMPLES}: docs/evaluate.md says how to write it"
         )
-    return config_from_dict(Settings, {key: _value(key, text) for key, text in texts.items()}, f"{path}: metadata")
+    types, values = field_types(NetworkSettings), dict[str, Any]()
+    for key, text in texts.items():
+        value = f"[{text[:99]}]" if key in ("mean", "std") else text
+        values[key] = checked(f"{path}: {key} in the metadata", value, types.get(key, str), text=text.isascii())
+    return parse_settings(NetworkSettings, values, path)
 
 
-def _value(key: str, text: str) -> Any:
-    """Return the number or the numbers that a text stands for, or the text itself."""
-    if key == "architecture":
-        return text
-    try:
-        return None if (key, text) == ("size", "own") else json.loads(f"[{text}]" if key in ("mean", "std") else text)
-    except (ValueError, RecursionError):
-        return text[:60]
-
-
-def build(settings: Settings, path: Path) -> tuple[nn.Module, Run]:
+def build(settings: NetworkSettings, path: Path) -> tuple[nn.Module, Run]:
     """Return a network without values of its parameters, so that a small file cannot ask for a large one."""
     library, _, name = settings.architecture.partition("/")
     builders = {"timm": _timm, "torchvision": _torchvision, "detailflow": _detailflow}
@@ -139,7 +129,7 @@ def build(settings: Settings, path: Path) -> tuple[nn.Module, Run]:
         raise DetailFlowError(f"{path}: {settings.architecture} cannot be built ({reason})") from error
 
 
-def _timm(name: str, settings: Settings) -> tuple[nn.Module, Run]:
+def _timm(name: str, settings: NetworkSettings) -> tuple[nn.Module, Run]:
     """Take `forward_head(…, pre_logits=True)` as features; the part of the name after a dot is ignored."""
     import timm
 
@@ -156,7 +146,7 @@ def _timm(name: str, settings: Settings) -> tuple[nn.Module, Run]:
     return network, run
 
 
-def _torchvision(name: str, settings: Settings) -> tuple[nn.Module, Run]:
+def _torchvision(name: str, settings: NetworkSettings) -> tuple[nn.Module, Run]:
     """Take the input of the last linear layer as features."""
     from torchvision import models
 
@@ -177,7 +167,7 @@ def _torchvision(name: str, settings: Settings) -> tuple[nn.Module, Run]:
     return network, run
 
 
-def _detailflow(name: str, settings: Settings) -> tuple[nn.Module, Run]:
+def _detailflow(name: str, settings: NetworkSettings) -> tuple[nn.Module, Run]:
     if name != "residual":
         raise KeyError(name)
     network = ResidualFeatures(settings.width, settings.num_classes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError
-from detailflow.evaluation.architectures import LoadedNetwork, Settings, load_network
+from detailflow.evaluation.architectures import LoadedNetwork, NetworkSettings, load_network
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
 from detailflow.models.loading import load_weights
 from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
@@ -172,7 +172,7 @@ def _dinov2(device: torch.device, weights: str | None = None) -> NormalizedNetwo
     import timm
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    settings = Settings(f"timm/{DINOV2}", 0, size=224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    settings = NetworkSettings(f"timm/{DINOV2}", 0, size=224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     try:
         if weights is None:
             tensors = read_tensors(hub.fetch(f"timm/{DINOV2}", [WEIGHTS_FILE]))
@@ -204,7 +204,9 @@ def _efficientnet(device: torch.device, weights: str | None = None) -> Normalize
         pool = network.pool(images)
         return pool, network.classifier(pool)
 
-    loaded = LoadedNetwork(Settings(EFFICIENTNET, size=224), run, network, hub.fingerprint({}, network.state_dict()))
+    loaded = LoadedNetwork(
+        NetworkSettings(EFFICIENTNET, size=224), run, network, hub.fingerprint({}, network.state_dict())
+    )
     return NormalizedNetwork(EFFICIENTNET, loaded, device)
 
 
