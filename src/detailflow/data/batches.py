@@ -46,10 +46,8 @@ class BatchOrder(Sampler[BatchKey]):
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, start_step: int = 0) -> None:
-        if batch_size < 1:
-            raise DetailFlowError(f"batch size {batch_size} is not possible: it must be at least 1")
-        if seed < 0:
-            raise DetailFlowError(f"seed {seed} is not possible: it must be 0 or greater")
+        require(PositiveInt, batch_size=batch_size)
+        require(Seed, seed=seed)
         self.count, self.batch_size, self.seed, self.start_step = count, batch_size, seed, start_step
         self.steps_per_epoch = max(1, count // batch_size)
 
@@ -108,6 +106,8 @@ class _Batches:
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
+        require(PositiveInt, batch_size=self.batch_size)
+        require(Seed, seed=self.seed)
         require(Workers, workers=self.workers)
         self.part = self.world.shard(self.batch_size)
         self.least = side_for_crops(self.size, self.max_scale)
@@ -190,8 +190,7 @@ class StreamedBatches(_Batches):
     buffer: int = 2048
 
     def __post_init__(self) -> None:
-        require(PositiveInt, batch_size=self.batch_size, buffer=self.buffer)
-        require(Seed, seed=self.seed)
+        require(PositiveInt, buffer=self.buffer)
         super().__post_init__()
         self.part_size = self.part.stop - self.part.start
 

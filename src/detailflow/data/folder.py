@@ -95,13 +95,10 @@ def find_in_folder(top: str, split: str | None) -> DataFiles:
 def _sort(top: str, split: str | None, notes: Notes, metadata: list[str]) -> DataFiles:
     """Return a folder's images, or its files of many images; the others are left aside."""
     files, folders = _walk(top, notes)
-    by_suffix: dict[str, list[str]] = {}
-    for file in files:
-        by_suffix.setdefault(_suffix(file), []).append(file)
     images = [file for file in files if _suffix(file) in image_suffixes()]
     pictures = {file for file in images if is_overview(file)}
     images = [file for file in images if file not in pictures]
-    many = {kind: by_suffix.get(kind, []) for kind in MANY}
+    many = {kind: [file for file in files if _suffix(file) == kind] for kind in MANY}
     if images:
         many[".parquet"] = [file for file in many[".parquet"] if os.path.basename(file) != _METADATA_IN_PARQUET]
     kind = max(MANY, key=lambda kind: len(many[kind]))

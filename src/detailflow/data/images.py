@@ -201,14 +201,14 @@ def _check_classes(found: DataFiles, classes: list[str | None]) -> None:
 def _whole_metadata(found: DataFiles) -> Sequence[str]:
     """Return the metadata files, or none if there are images outside their folders, which would vanish."""
     holders = {os.path.dirname(file) for file in found.metadata}
-    folders = {Path(file).parent for file in found.files}
-    outside = (folder for folder in sorted(folders) if not holders.intersection(map(str, (folder, *folder.parents))))
-    if not holders or (first := next(outside, None)) is None:
+    folders = sorted({Path(file).parent for file in found.files}) if holders else []
+    outside = [folder for folder in folders if not holders.intersection(map(str, (folder, *folder.parents)))]
+    if not outside:
         return found.metadata
     for file in found.metadata:
         found.notes.leave(os.path.splitext(file)[1].lower(), within(file, found.where))
     found.notes.warnings.append(
-        f"{found.metadata[0]} is left aside: it says nothing of images in other folders, such as {first}"
+        f"{found.metadata[0]} is left aside: it says nothing of images in other folders, such as {outside[0]}"
     )
     return ()
 
