@@ -14,6 +14,11 @@ SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/*/*.py"
 def test_help(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     monkeypatch.setattr("signal.signal", lambda *_: None)  # Ctrl-C stays as it is here
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(script), run_name="__main__")
+    try:
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(script), run_name="__main__")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("detailflow"):
+            raise
+        pytest.skip(f"{script.name} needs {error.name}")
     assert "usage: " in capsys.readouterr().out
