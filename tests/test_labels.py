@@ -83,7 +83,7 @@ def test_every_class_can_be_named(imagenet: ClassLabels):
         ("Cardigan", "one of 264 (n02113186: Cardigan, Cardigan Welsh corgi), 474 (n02963159: cardigan)"),
         ("golden retreiver", "unknown class 'golden retreiver': did you mean golden retriever or"),
         ("coon bare", "did you mean coon bear or"),  # not the first of its synonyms
-        ("cat", "unknown class 'cat': did you mean tabby cat or tiger cat or Persian cat?"),  # not "vat", which is closer
+        ("cat", "unknown class 'cat': did you mean tabby cat or tiger cat or Persian cat?"),  # "vat" is closer
         ("n00000000", "unknown class 'n00000000': the classes are tench, goldfish, great white shark, tiger shark, "
          "hammerhead, … (1000 in all)"),
         ("1000", "unknown class 1000: the numbers are 0 to 999"),

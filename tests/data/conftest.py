@@ -1,4 +1,4 @@
-"""Sets of images in the forms that people have them in, made of the folder of real images."""
+"""The folder of real images as shards and as parquet files."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""What several processes see of a stream of batches. (The rest is in test_images.py.)"""
+"""Batches of several processes; batches of one are in test_images.py."""
 
 import shutil
 from itertools import islice

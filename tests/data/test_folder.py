@@ -1,4 +1,4 @@
-"""What a folder means: archives, splits, links, files of systems, labels, and what is said of them."""
+"""What a folder means: archives, splits, links, system files, labels, and the messages about them."""
 
 import csv
 import json

@@ -205,7 +205,7 @@ def test_wrong_folders(folder, tmp_path):
         open_images(folder)
 
 
-# ------------------------------------------------------------------------------------------------- what a set is known by
+# ------------------------------------------------------------------------------------------------- fingerprints
 
 
 def test_patterns_that_never_end(shards, tmp_path):

@@ -30,7 +30,7 @@ RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
 
 
 def write(file: Path, images: list[Any], labels: Any = None, names: Any = None, metadata: bytes | None = None) -> Path:
-    """Write a table of images, given as bytes or as paths, and labels; `names` are those of the Hugging Face metadata."""
+    """Write a table of images (bytes or paths) and labels; `names` go into the Hugging Face metadata."""
     kind = arrow.struct({"bytes": arrow.binary(), "path": arrow.string()})
     cells = [{"path": image} if isinstance(image, str) else {"bytes": image} for image in images]
     table = arrow.table({"image": arrow.array(cells, kind)})
@@ -99,7 +99,7 @@ def repeated(value: Any, rows: int, kind: Any) -> Any:
 
 
 def test_a_small_file_does_not_become_a_large_one(tmp_path, monkeypatch):
-    """A dictionary holds what all rows share once: half a megabyte on the disk may be gigabytes of images, or of labels."""
+    """What all rows share is stored once: half a megabyte on the disk may be gigabytes of images or labels."""
     monkeypatch.setattr("detailflow.data.parquet._EXPANDED", 2**24)  # a sixteenth, to write less
     file, big = tmp_path / "a.parquet", np.random.default_rng(0).bytes(2**19)
     parquet.write_table(arrow.table({"image": repeated(big, 200, arrow.binary())}), file, store_schema=False)

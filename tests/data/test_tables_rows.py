@@ -1,4 +1,4 @@
-"""What a row of a table may name: nothing but files of its own set and of the public web."""
+"""What a row of a table may name: only files of its own set and of the public web."""
 
 import io
 import os

@@ -179,7 +179,7 @@ def test_keys_with_dots(content, tmp_path):
     assert len(open_images(write_tar(tmp_path / "b.tar", [("caf\udce9.png", content)]))) == 1
 
 
-# ------------------------------------------------------------------------------------------------- hostile and odd shards
+# ------------------------------------------------------------------------------------------------- hostile shards
 
 
 def base256(size: int) -> bytes:
