@@ -21,14 +21,14 @@ def test_compiled_generation(pipeline: DetailFlowPipeline, model: Path, monkeypa
     compiled = DetailFlowPipeline.from_pretrained(model, device="cpu")
     compiled.compile(batch_size=2)
     gpt, classes = compiled.gpt, torch.tensor([1, 4])
-    program, seen = gpt.compiled_logits, []
+    program, seen = gpt.program, []
     assert program is not None
 
     def spy(x: torch.Tensor, *rest: object) -> torch.Tensor:
         seen.append(program(x, *rest))
         return seen[-1]
 
-    gpt.compiled_logits = spy
+    gpt.program = spy
     greedy = gpt.generate(classes, temperature=0.0, guidance_scale=2.0)
     assert torch.equal(greedy, pipeline.gpt.generate(classes, temperature=0.0, guidance_scale=2.0))
     assert [logits.shape[:2] for logits in seen] == [(4, 1)] * 4 + [(4, 4)] * 3  # both classes twice, for guidance
@@ -49,14 +49,14 @@ def test_compiled_generation_of_one_image(pipeline: DetailFlowPipeline, model: P
     """Its single tokens are computed twice over, as the library takes longer for two rows than for four."""
     gpt, classes = DetailFlowPipeline.from_pretrained(model, device="cpu").gpt, torch.tensor([3])
     gpt.compile_generation(1)
-    program, shapes = gpt.compiled_logits, []
+    program, shapes = gpt.program, []
     assert program is not None
 
     def spy(x: torch.Tensor, *rest: object) -> torch.Tensor:
         shapes.append(tuple(x.shape[:2]))
         return program(x, *rest)
 
-    gpt.compiled_logits = spy
+    gpt.program = spy
     greedy = gpt.generate(classes, temperature=0.0, guidance_scale=2.0)
     assert torch.equal(greedy, pipeline.gpt.generate(classes, temperature=0.0, guidance_scale=2.0))
     assert shapes == [(2, 2)] * 4 + [(2, 4)] * 3

@@ -29,7 +29,7 @@ def make(n: int, g: int, c: int, **settings: object) -> DetailFlowGPT:
 
 
 def naive(model: DetailFlowGPT, classes: torch.Tensor, sampling: SamplingConfig, noise: torch.Tensor) -> torch.Tensor:
-    """Method §6 and §7 without a cache: the whole sequence through `forward` for every step, on a double batch if guided."""
+    """Sec. 3.4 without a cache: the whole sequence through `forward` for every step, on a double batch if guided."""
     n, g, c = model.config.num_tokens, model.config.group_size, model.schedule.prefix
     ids = torch.zeros(len(classes), n, dtype=torch.int64)
     start = 0

@@ -167,7 +167,7 @@ def test_imagenet_extraction():
 
 
 def test_sizes_of_the_paper_s_models():
-    """Method §3 and §6, on the meta device."""
+    """The published sizes, on the meta device."""
     config = read("imagenet/tokenizer")
     last = read("imagenet/gpt")
     with torch.device("meta"):

@@ -186,7 +186,7 @@ class CacheableModel(Protocol):
     config: Any
     schedule: TokenSchedule
     compiled_for: int | None
-    compiled_logits: Callable[..., Tensor] | None
+    program: Callable[..., Tensor] | None
 
     @property
     def head(self) -> Any:
@@ -210,7 +210,7 @@ class CachedModel:
     @torch.inference_mode()  # here as well, or a compiled program would meet two kinds of tensors
     def __init__(self, model: CacheableModel, class_ids: Tensor, guided: bool) -> None:
         config, weight = model.config, model.head.weight
-        self.compiled = model.compiled_logits if len(class_ids) == model.compiled_for else None
+        self.compiled = model.program if len(class_ids) == model.compiled_for else None
         if guided:
             class_ids = with_null_class(class_ids, config.num_classes)
         self.model, self.guided, self.class_ids = model, guided, class_ids

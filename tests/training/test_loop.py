@@ -32,7 +32,7 @@ def test_the_learning_rate():
 
 
 def test_a_warm_up_from_a_share_of_the_peak():
-    """Method §6: from 0.005 over 5% of the steps, to 0.01 of the peak."""
+    """docs/method.md#ar-model: from 0.005 over 5% of the steps, to 0.01 of the peak."""
     loop = LoopConfig(steps=1000, batch_size=1, learning_rate=2.0, warmup=0.05, initial_rate=0.005, final_rate=0.01)
     rates = [loop.rate_at(step) for step in range(1000)]
     for step in range(50):

@@ -117,7 +117,7 @@ def find_seed(made: TokenizerStage, t: int, position: int | None) -> int:
 def test_a_step_is_what_the_public_contract_says(
     t: int, position: int | None, cifar: Path, images: torch.Tensor, tmp_path: Path
 ):
-    """Method §4.1 to §4.4 for the pixel and quantization terms: clean and corrected, both decoded from t tokens."""
+    """docs/method.md#losses, the pixel and quantization terms: clean and corrected, both decoded from t tokens."""
     made = stage(cifar, tmp_path, coarse_probability=0.9)
     model, schedule = made.model, made.model.schedule
     seed = find_seed(made, t, position)

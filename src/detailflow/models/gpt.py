@@ -1,23 +1,22 @@
 """The autoregressive model: LlamaGen's transformer over grouped tokens (docs/method.md#ar-model)."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Literal, Unpack
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detailflow import generation, hub
-from detailflow.device import choose_device, choose_dtype, compiled
+from detailflow import generation
 from detailflow.errors import DetailFlowError
 from detailflow.generation import Cache, Generators
 from detailflow.models.layers import attend
-from detailflow.models.loading import build, check_ids
+from detailflow.models.loading import check_ids
+from detailflow.models.pretrained import Pretrained
 from detailflow.sampling import GuidanceSchedule, SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule
-from detailflow.settings import BatchSize, Depth, Must, PositiveInt, Settings, ShareBelowOne, require
+from detailflow.settings import Depth, Must, PositiveInt, Settings, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-class DetailFlowGPT(nn.Module):
+class DetailFlowGPT(Pretrained):
     """Class labels to token sequences; see `forward` and `generate`.
 
     >>> gpt = DetailFlowGPT.from_pretrained(device="cpu")  # the model in the package
@@ -183,9 +182,11 @@ class DetailFlowGPT(nn.Module):
     torch.Size([2, 8])
     """
 
+    kind, config_type = "gpt", GPTConfig
+    config: GPTConfig
+
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.schedule = config.schedule
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
         self.token_embedding = nn.Embedding(config.codebook_size, config.width)
@@ -194,40 +195,6 @@ class DetailFlowGPT(nn.Module):
         self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.apply(_initialise)
-        self.compiled_logits: Callable[..., Tensor] | None = None
-        self.compiled_for: int | None = None  # images at a time
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_id: str | Path | None = None,
-        *,
-        variant: Literal["ema", "model"] = "ema",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        revision: str | None = None,
-    ) -> "DetailFlowGPT":
-        """Load an AR model from a local folder or a hub id, in our layout or the published one, in evaluation mode.
-
-        Args:
-            path_or_id: see `hub.resolve`; `None` is the model in the package.
-            variant: "ema" (the averaged weights, to sample from) or "model".
-            device: `None` is the GPU if there is one, else the CPU.
-            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
-            revision: a branch, tag or commit of a model on the hub; `None` is the newest.
-        """
-        device, dtype = choose_device(device), choose_dtype(dtype)
-        config, tensors = hub.load(path_or_id, "gpt", variant=variant, dtype=dtype, revision=revision)
-        return build(cls, GPTConfig, config, tensors, path_or_id, dtype).to(device)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors to `folder`."""
-        hub.save(folder, "gpt", asdict(self.config), self.state_dict())
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.head.weight.device
 
     def forward(self, class_ids: Tensor, ids: Tensor) -> Tensor:
         """Teacher forcing: (B,) class ids and (B, N) codes → (B, N, K) logits, those at position i predicting token i.
@@ -249,12 +216,7 @@ class DetailFlowGPT(nn.Module):
         The first images then take minutes on a CPU. Later changes of the weights are not seen, and each program (single
         tokens or groups, guided or not) keeps a copy of them.
         """
-        require(BatchSize, batch_size=batch_size)
-        self.compiled_logits, self.compiled_for = compiled(self.logits, self.device), batch_size
-
-    def forget_compiled(self) -> None:
-        """Drop the compiled programs, as after a change of the weights or their device."""
-        self.compiled_logits = self.compiled_for = None
+        self.compile_for(batch_size, self.logits)
 
     def logits(
         self,

@@ -1,16 +1,12 @@
 """The 1-D tokenizer (Sec. 3.1 and 3.3): an image to an ordered token sequence, and its first n tokens back."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detailflow import hub
-from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.errors import DetailFlowError
 from detailflow.models.layers import (
     Block,
@@ -25,9 +21,10 @@ from detailflow.models.layers import (
     resize_positions,
     unpatchify,
 )
-from detailflow.models.loading import build, check_ids
+from detailflow.models.loading import check_ids
+from detailflow.models.pretrained import Pretrained
 from detailflow.schedule import TokenSchedule
-from detailflow.settings import BatchSize, Must, PositiveInt, Settings, require
+from detailflow.settings import Must, PositiveInt, Settings
 
 POSITION_SCALE = (
     0.5  # std of query tokens and positions at the start: as large as what is added to them, or they go unseen
@@ -257,7 +254,7 @@ class Decoder(nn.Module):
         return torch.cat((latents, absent.expand(len(latents), missing, -1)), 1), projected
 
 
-class DetailFlowTokenizer(nn.Module):
+class DetailFlowTokenizer(Pretrained):
     """Images to token sequences and back; see `encode`, `decode` and `encode_correction`.
 
     >>> tokenizer = DetailFlowTokenizer.from_pretrained(device="cpu")  # the model in the package
@@ -267,46 +264,16 @@ class DetailFlowTokenizer(nn.Module):
     (torch.Size([2, 48]), torch.Size([2, 3, 8, 8]))
     """
 
+    kind, config_type = "tokenizer", TokenizerConfig
+    config: TokenizerConfig
+
     def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.schedule = config.schedule
         self.encoder = Encoder(config)
         self.quantizer = VectorQuantizer(config.encoder.width, config.codebook_size, config.codebook_dim)
         self.decoder = Decoder(config)
         self.apply(_initialise)
-        self._compiled: Callable[..., Tensor] | None = None
-        self.compiled_for: int | None = None  # images at a time
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_id: str | Path | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        revision: str | None = None,
-    ) -> "DetailFlowTokenizer":
-        """Load a tokenizer from a local folder or a hub id, in our layout or the published one, in evaluation mode.
-
-        Args:
-            path_or_id: see `hub.resolve`; `None` is the model in the package.
-            device: `None` is the GPU if there is one, else the CPU.
-            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
-            revision: a branch, tag or commit of a model on the hub; `None` is the newest.
-        """
-        device, dtype = choose_device(device), choose_dtype(dtype)
-        config, tensors = hub.load(path_or_id, "tokenizer", dtype=dtype, revision=revision)
-        return build(cls, TokenizerConfig, config, tensors, path_or_id, dtype).to(device)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors to `folder`."""
-        hub.save(folder, "tokenizer", asdict(self.config), self.state_dict())
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.decoder.mask_token.device
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, num_tokens: int | None = None) -> Tensor:
@@ -427,18 +394,13 @@ class DetailFlowTokenizer(nn.Module):
         """(B, n, d) unit vectors → (B, 3, size, size) pixels, or (B, 3, height, width); see `Decoder` for `present`."""
         height, width = size if isinstance(size, tuple) else (size, size)
         full = (self.compiled_for, self.config.num_tokens, self.config.image_size, self.config.image_size)
-        if self._compiled is not None and present is None and (*quantized.shape[:2], height, width) == full:
-            return self._compiled(quantized, height, width)
+        if self.program is not None and present is None and (*quantized.shape[:2], height, width) == full:
+            return self.program(quantized, height, width)
         return self.decoder(quantized, height, width, present)
 
     def compile_decoding(self, batch_size: int) -> None:
         """Compile the decoding of `batch_size` images at a time, from all tokens at side R; see `DetailFlowGPT`."""
-        require(BatchSize, batch_size=batch_size)
-        self._compiled, self.compiled_for = compiled(self.decoder, self.device), batch_size
-
-    def forget_compiled(self) -> None:
-        """Drop the compiled program, as after a change of the weights or their device."""
-        self._compiled = self.compiled_for = None
+        self.compile_for(batch_size, self.decoder)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,0 +1,69 @@
+"""What both models share: loading, saving and compiling."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from detailflow import hub
+from detailflow.device import choose_device, choose_dtype, compiled
+from detailflow.models.loading import build
+from detailflow.published import Kind, Variant
+from detailflow.settings import BatchSize, require
+
+
+class Pretrained(nn.Module):
+    """A network that is made from a config, and loaded from and saved to model folders."""
+
+    kind: ClassVar[Kind]
+    config_type: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.program: Callable[..., Tensor] | None = None  # compiled, for batches of `compiled_for` images
+        self.compiled_for: int | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path | None = None,
+        *,
+        variant: Variant = "ema",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Load a model from a local folder or a hub id, in our layout or the published one, in evaluation mode.
+
+        Args:
+            path_or_id: see `hub.resolve`; `None` is the model in the package.
+            variant: of an AR model, "ema" (the averaged weights, to sample from) or "model".
+            device: `None` is the GPU if there is one, else the CPU.
+            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
+            revision: a branch, tag or commit of a model on the hub; `None` is the newest.
+        """
+        device, dtype = choose_device(device), choose_dtype(dtype)
+        config, tensors = hub.load(path_or_id, cls.kind, variant, dtype, revision)
+        return build(cls, cls.config_type, config, tensors, path_or_id, dtype).to(device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors to `folder`."""
+        hub.save(folder, self.kind, asdict(self.config), self.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
+    def compile_for(self, batch_size: int, function: Callable[..., Tensor]) -> None:
+        """Compile `function` for batches of that many images; `forget_compiled` undoes it."""
+        require(BatchSize, batch_size=batch_size)
+        self.program, self.compiled_for = compiled(function, self.device), batch_size
+
+    def forget_compiled(self) -> None:
+        """Drop the compiled program, as after a change of the weights or their device."""
+        self.program = self.compiled_for = None
