@@ -17,6 +17,8 @@ from detailflow.data.decode import PLUGINS, explained, image_size, load_rgb
 from detailflow.errors import DetailFlowError, printable
 
 _CLASSES_SHOWN, _NAMES_SHOWN, _KINDS_SHOWN = 10, 3, 6  # more are only counted
+_SIZES_READ = 256  # images whose headers are read for a summary
+_MOST_CLASSES = 10**6
 
 
 @dataclass
@@ -102,10 +104,6 @@ def size_range(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def describe_sizes(sizes: Sequence[tuple[int, int]]) -> str:
     """Return the smallest and the largest of (width, height) as "32×32 to 400×300"; "" of none."""
     return " to ".join(f"{width}×{height}" for width, height in size_range(sizes))
-
-
-_SIZES_READ = 256  # images whose headers are read for a summary
-_MOST_CLASSES = 10**6
 
 
 class Rows(Protocol):

@@ -26,6 +26,11 @@ from detailflow.data.source import ImageSource, labelled
 from detailflow.errors import DetailFlowError, missing_package, printable
 from detailflow.files import read_text
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=/)|[a-z]+::", re.IGNORECASE)
+_HUB_URL = re.compile(r"(?:zip://[^:]+::)?hf://[^:]+(?::[^:]+)?")  # a file on the hub, or one in an archive there
+_LARGEST = 512 * 2**20  # bytes that are fetched as one image
+_TIMEOUT = 60  # seconds
+
 
 class TableRows:
     """Rows of Arrow tables that are mapped into memory.
@@ -243,12 +248,6 @@ def check_columns(where: str, features: Any, image_column: str, label_column: st
     if type(kind).__name__ not in ("ClassLabel", "Value"):  # others may name files that are opened
         raise DetailFlowError(f"{where} has no labels in its column {label_column!r}: that column holds {kind}")
     return check_names(where, getattr(kind, "names", None))
-
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=/)|[a-z]+::", re.IGNORECASE)
-_HUB_URL = re.compile(r"(?:zip://[^:]+::)?hf://[^:]+(?::[^:]+)?")  # a file on the hub, or one in an archive there
-_LARGEST = 512 * 2**20  # bytes that are fetched as one image
-_TIMEOUT = 60  # seconds
 
 
 def stored_image(value: Any, name: str, folders: Sequence[str], urls: bool) -> str | bytes:
