@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from detailflow.training.adversary import DRAWS, diff_augment
+from detailflow.training.augment import DRAWS, diff_augment
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -216,7 +216,7 @@ def test_networks_of_a_package(cifar: Path, monkeypatch: pytest.MonkeyPatch):
     networks = {network.name: network for network in plan.networks}
     frozen = networks["EfficientNet-Lite0"]
     assert frozen.role == FROZEN and frozen.parameters == pytest.approx(4.65e6, rel=0.01)
-    assert networks["heads of the discriminator"].fate == AUXILIARY
+    assert networks["heads of the discriminator"].role == AUXILIARY
 
 
 def test_a_teacher_has_its_own_size(tower: Path):

@@ -13,8 +13,8 @@ from detailflow.errors import DetailFlowError
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import TokenizerConfig
+from detailflow.training.classifier import FeatureNetwork, train_classifier
 from detailflow.training.config import PROJECTED, LoopConfig, TokenizerTraining
-from detailflow.training.teachers import FeatureNetwork, train_classifier
 from detailflow.training.tokenizer import TokenizerStage
 
 needs_weights = pytest.mark.skipif(

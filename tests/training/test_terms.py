@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from detailflow.training.classifier import FEATURE_WIDTHS, FeatureNetwork
 from detailflow.training.losses import alignment_loss, consistency_loss, discriminator_loss, generator_loss, lecam_loss
 from detailflow.training.passes import AlignmentHead
-from detailflow.training.teachers import FEATURE_WIDTHS, FeatureNetwork
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The adversarial loss: a discriminator, how it learns, and what it asks of the tokenizer (docs/method.md#losses)."""
+"""The adversarial loss: the discriminators and how they learn (Sec. 3.4, docs/method.md#losses)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,19 +18,20 @@ from detailflow.errors import DetailFlowError, missing_package
 from detailflow.models.efficientnet import CHANNELS, EfficientNetLite0
 from detailflow.models.loading import load_weights
 from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
+from detailflow.training.augment import DRAWS, diff_augment
 from detailflow.training.config import PATCH, PRECISIONS, PROJECTED, LoopConfig
 from detailflow.training.losses import consistency_loss, discriminator_loss, generator_loss, lecam_loss
 from detailflow.training.optimizer import Updater, gradients_stay
 
 BACKBONE = "vit_small_patch16_224.dino"  # timm's name, and on the hub timm/…
 SIDE = 224  # of the images that DINO was trained on
-BLOCKS = (2, 5, 8, 11)  # after which features are taken, besides those after the patch embedding
-CROP_DRAWS = 3  # of one call: whether larger images are cropped, and where
+BLOCKS = (2, 5, 8, 11)  # after which features are taken, and after the patch embedding
+CROP_DRAWS = 3  # for one call: whether larger images are cropped, and where
 _INSTEAD = "or train with adversarial_network: patch"
 
 
 class PatchDiscriminator(nn.Module):
-    """Spectral-norm convolutions that judge overlapping patches of an image; trained from scratch (for docs/method.md#losses)."""
+    """Spectral-norm convolutions that judge overlapping patches of an image; trained from scratch."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -50,9 +51,9 @@ class PatchDiscriminator(nn.Module):
 
 
 class ProjectedDiscriminator(nn.Module):
-    """Judges images by the features of EfficientNet-Lite0 at four depths, unmixed (Sauer et al. 2021, arXiv 2111.01007).
+    """Judges images by features of EfficientNet-Lite0 at four depths, unmixed (Sauer et al. 2021, arXiv 2111.01007).
 
-    As in `DINODiscriminator`, the frozen backbone is no registered submodule.
+    The frozen backbone is no registered submodule, as in `DINODiscriminator`.
     """
 
     backbone_name = "EfficientNet-Lite0"
@@ -61,10 +62,9 @@ class ProjectedDiscriminator(nn.Module):
         super().__init__()
         what = "the adversarial loss (projected discriminator)"
         self._unregistered = (EfficientNetLite0.from_package(what, _INSTEAD, load=load),)
-        halvings = (2, 1, 0, 0)  # so that no depth outweighs the others by the number of its logits
-        self.heads = nn.ModuleList(
-            _projected_head(channels, width, n) for channels, n in zip(CHANNELS[1:], halvings, strict=True)
-        )
+        halvings = (2, 1, 0, 0)  # so that all depths have about as many logits
+        heads = (_projected_head(inputs, width, n) for inputs, n in zip(CHANNELS[1:], halvings, strict=True))
+        self.heads = nn.ModuleList(heads)
 
     @property
     def backbone(self) -> EfficientNetLite0:
@@ -74,8 +74,8 @@ class ProjectedDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) pixels in [-1, 1] → (B, L) logits, high for real, depth by depth."""
         maps = self.backbone.to(images.device).features(images)[1:]
-        scaled = [x / scale for x, scale in zip(maps, _FEATURE_SCALES, strict=True)]
-        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, scaled, strict=True)], 1)
+        parts = zip(self.heads, maps, _FEATURE_SCALES, strict=True)
+        return torch.cat([head(x / scale).flatten(1) for head, x, scale in parts], 1)
 
 
 _FEATURE_SCALES = (8.1, 7.1, 6.3, 2.9)  # root mean squares of the maps' values on photographs
@@ -94,16 +94,13 @@ def _projected_head(channels: int, width: int, halvings: int) -> nn.Sequential:
 class DINODiscriminator(nn.Module):
     """Judges every patch of an image at five depths of DINO ViT-S/16.
 
-    The backbone is no registered submodule: optimisers, checkpoints, DistributedDataParallel, `train` and `requires_grad_` know
-    of the heads alone, and it follows the images to their device.
+    The backbone is no registered submodule, so that optimisers, checkpoints, DistributedDataParallel, `train` and
+    `requires_grad_` see the heads alone; it follows the images to their device.
 
     Args:
-        weights: a local file of the backbone's weights, as on the hub (.safetensors, or a folder with it) or DINO's own (.pth);
-            `None` downloads them, once, to the hub's cache.
+        weights: a local file of the backbone's weights, as on the hub (.safetensors, or a folder with it) or DINO's own
+            (.pth); `None` downloads them, once, to the hub's cache.
         load: whether to read weights at all; the network of a plan has random ones.
-
-    Raises:
-        DetailFlowError: if those weights cannot be had or read, or a package is missing.
     """
 
     backbone_name = "DINO ViT-S/16"
@@ -141,9 +138,8 @@ class DINODiscriminator(nn.Module):
         """(B, 3, H, W) pixels in [-1, 1] → (B, 5·196) logits, high for real, head by head.
 
         Args:
-            images: of any side; gradients flow back to them.
-            draws: (CROP_DRAWS,) uniform in [0, 1), on the CPU, which decide for the whole call whether larger images are cropped
-                instead of resized, and where; `None` never crops. Processes that share a batch pass the same.
+            draws: (CROP_DRAWS,) uniform in [0, 1), on the CPU: whether larger images are all cropped instead of
+                resized, and where; `None` never crops. Ranks that share a batch pass the same.
         """
         features = self._features((_to_side(images, draws) - self.mean) / self.deviation)
         return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, features, strict=True)], 1)
@@ -168,7 +164,7 @@ def _read(weights: str | None) -> dict[str, Tensor]:
 
 
 def _to_side(images: Tensor, draws: Tensor | None) -> Tensor:
-    """(B, 3, H, W) → (B, 3, 224, 224): half of the larger images are cropped, where there are draws, all others resized."""
+    """(B, 3, H, W) → (B, 3, 224, 224): crop half of the larger images, if there are draws, and resize all others."""
     height, width = images.shape[-2:]
     if min(height, width) > SIDE and draws is not None and float(draws[0]) < 0.5:
         top, left = (int(u * (size - SIDE + 1)) for u, size in zip(draws[1:].tolist(), (height, width), strict=True))
@@ -203,9 +199,9 @@ class _Residual(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm of (B, C, L) with the statistics of all processes' batches, which must be of one size.
+    """Batch norm of (B, C, L) with the statistics of all ranks' batches, which must have one size.
 
-    Each process's gradient is that of the sum of all losses, as in `nn.SyncBatchNorm`, which works on GPUs alone.
+    Each rank's gradient is that of the sum of all losses, as in `nn.SyncBatchNorm`, which works only on GPUs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,7 +223,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; the gradient is that of all processes' uses of it."""
+    """The sum over all ranks; the gradient is that of all ranks' uses of it."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -242,110 +238,44 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-DRAWS = 10  # for an image: which of the three policies it gets; brightness, saturation, contrast; translation; cutout
-_TRANSLATION = 1 / 8  # of the side, at most
-
-
-def diff_augment(images: Tensor, draws: Tensor, cutout: float = 0.2, probability: float = 0.5) -> Tensor:
-    """Images with changed colours, moved, and with a square of zeros, each image in its own way.
-
-    Args:
-        images: (B, 3, H, W) in [-1, 1], where 0 is grey.
-        draws: (B, DRAWS) uniform in [0, 1), on any device; an image's result depends on its own row alone.
-        cutout: side of the square, as a share of the image's. Its centre lies anywhere, so part of it may lie outside.
-        probability: with which an image gets each of colour, translation and cutout.
-
-    Returns:
-        Images of the same shape, on which gradients flow back to `images`.
-    """
-    draws = draws.to(images.device)
-    chosen, u = draws[:, :3] < probability, draws[:, 3:]
-    images = _colour(images, chosen[:, 0], u[:, :3])
-    images = _translate(images, chosen[:, 1], u[:, 3:5])
-    return _cut(images, chosen[:, 2], u[:, 5:7], cutout)
-
-
-def _colour(images: Tensor, chosen: Tensor, u: Tensor) -> Tensor:
-    """Brightness + [-0.5, 0.5), saturation × [0, 2), contrast × [0.5, 1.5)."""
-    change = torch.where(chosen[:, None], u - 0.5, 0).to(images.dtype)
-    brightness, saturation, contrast = change[..., None, None, None].unbind(1)
-    images = images + brightness
-    grey = images.mean(1, keepdim=True)
-    images = images + (images - grey) * (2 * saturation)  # written so that no change is none to the bit
-    level = images.mean((1, 2, 3), keepdim=True)
-    return images + (images - level) * contrast
-
-
-def _translate(images: Tensor, chosen: Tensor, u: Tensor) -> Tensor:
-    """Moved by up to 1/8 of each side, with zeros where nothing was."""
-    for dim in (2, 3):
-        size = images.shape[dim]
-        most = int(size * _TRANSLATION + 0.5)
-        shift = torch.where(chosen, _integers(u[:, dim - 2], 2 * most + 1) - most, 0)
-        source = torch.arange(size, device=images.device) + shift[:, None]  # (B, size)
-        shape = (-1, 1, size, 1) if dim == 2 else (-1, 1, 1, size)
-        inside = ((source >= 0) & (source < size)).view(shape)
-        index = source.clamp(0, size - 1).view(shape).expand_as(images)
-        images = images.gather(dim, index) * inside
-    return images
-
-
-def _cut(images: Tensor, chosen: Tensor, u: Tensor, share: float) -> Tensor:
-    """Zeros in a square, or as much of it as lies inside."""
-    hidden = chosen[:, None, None, None]
-    for dim in (2, 3):
-        size = images.shape[dim]
-        length = int(size * share + 0.5)
-        start = _integers(u[:, dim - 2], size + 1 - length % 2) - length // 2
-        place = torch.arange(size, device=images.device) - start[:, None]
-        shape = (-1, 1, size, 1) if dim == 2 else (-1, 1, 1, size)
-        hidden = hidden & ((place >= 0) & (place < length)).view(shape)
-    return images * ~hidden
-
-
-def _integers(u: Tensor, count: int) -> Tensor:
-    """Uniform draws in [0, 1) → 0 to count − 1; a float below 1 times a small integer never rounds up to that integer."""
-    return (u * count).long()
-
-
-# Of each image in a step. What is made of it is two pictures, clean and corrected, whose views are neighbours.
+# Views of each image in a step; those of its clean and its corrected reconstruction are neighbours.
 TOKENIZERS, REAL, FAKE, STRONG_REAL, STRONG_FAKE, VIEWS = 0, 2, 3, 5, 6, 8
 PLAIN_CUTOUT, STRONG_CUTOUT = 0.2, 0.5  # the latter for the consistency loss
 ANCHOR_DECAY = 0.999  # of LeCAM's moving averages
 
 
 class Draws(NamedTuple):
-    """What is random in one step: (B, VIEWS, DRAWS) to augment each image, and (VIEWS, CROP_DRAWS) for the crops of all."""
+    """The random numbers of a step: (B, VIEWS, DRAWS) to augment each image, (VIEWS, CROP_DRAWS) for the crops of all."""
 
     views: Tensor
     crops: Tensor
 
     @classmethod
     def make(cls, count: int) -> "Draws":
-        """For `count` images, from torch's generator."""
+        """Draw for `count` images from torch's generator."""
         return cls(torch.rand(count, VIEWS, DRAWS), torch.rand(VIEWS, CROP_DRAWS))
 
     def of(self, images: slice) -> "Draws":
-        """For some of them."""
+        """Return those of some images."""
         return Draws(self.views[images], self.crops)
 
 
 class _Judgement(nn.Module):
-    """All that the discriminator says in one of its steps, as one call, which is what DistributedDataParallel asks for."""
+    """All logits of a discriminator's step in one call, as DistributedDataParallel needs it."""
 
     def __init__(self, network: nn.Module, augment: bool, consistency: bool) -> None:
         super().__init__()
         self.network, self.augment, self.consistency = network, augment, consistency
 
     def forward(self, real: Tensor, fake: Tensor, draws: Draws) -> tuple[Tensor, ...]:
-        """Logits of real and fake, and, for the consistency loss, of both under strong augmentation."""
+        """Return the logits of real and fake images and, for the consistency loss, of both under strong augmentation."""
         plain = (self.judge(real, draws, REAL), self.judge(fake, draws, FAKE))
         if not self.consistency:
             return plain
         return (*plain, self.judge(real, draws, STRONG_REAL, True), self.judge(fake, draws, STRONG_FAKE, True))
 
     def judge(self, images: Tensor, draws: Draws, view: int, strong: bool = False) -> Tensor:
-        """(B, 3, H, W) → logits; or (B + b, …), where those after the first B are made of the first b images again."""
+        """(B, 3, H, W) → logits; or (B + b, …), if the last b are corrected reconstructions of the first b images."""
         more = len(images) - len(draws.views)
         views = torch.cat((draws.views[:, view], draws.views[:more, view + 1])) if more else draws.views[:, view]
         if strong:
@@ -373,7 +303,7 @@ class Adversary:
         network: "patch", "projected", "dino", or a file of DINO's weights.
         augment: whether it sees images through DiffAugment.
         lecam, consistency: weights of its regularisers.
-        load: whether to read DINO's weights; those of a plan are random.
+        load: whether to read pretrained weights; those of a plan are random.
     """
 
     def __init__(
@@ -401,7 +331,7 @@ class Adversary:
         self.anchors = torch.zeros(2, device=device)  # moving averages of the logits of real and fake
 
     def generator_loss(self, pixels: Tensor, draws: Draws) -> Tensor:
-        """What the tokenizer is to make smaller, of (B + b, 3, s, s) pixels: clean, and corrected for the first b images."""
+        """Return the tokenizer's loss on (B + b, 3, s, s) pixels: clean, and corrected for the first b images."""
         self.network.requires_grad_(False)
         with autocast(self.device, self.precision):
             logits = self.judge(pixels, draws, TOKENIZERS)
@@ -409,7 +339,7 @@ class Adversary:
         return generator_loss(logits.float())
 
     def step(self, parts: Sequence[tuple[Tensor, Tensor, Draws]], rate: float) -> dict[str, Tensor | float]:
-        """One step on (B real, B + b fake, draws) in several parts; its loss terms, to log."""
+        """Take one step on micro-batches of (B real, B + b fake, draws), and return its loss terms to log."""
         logged: dict[str, Tensor] = {}
         means = torch.zeros(2, device=self.device)
         for i, (real, fake, draws) in enumerate(parts):
@@ -420,9 +350,9 @@ class Adversary:
                 if self.lecam:
                     losses["lecam"] = lecam_loss(*logits[:2], *self.anchors.unbind())
                 if self.consistency:
-                    losses["consistency"] = sum(
-                        (consistency_loss(a, b) for a, b in zip(logits[:2], logits[2:], strict=True))
-                    )  # type: ignore[assignment]
+                    real_logits, fake_logits, strong_real, strong_fake = logits
+                    of_fake = consistency_loss(fake_logits, strong_fake)
+                    losses["consistency"] = consistency_loss(real_logits, strong_real) + of_fake
                 weights = {"discriminator": 1.0, "lecam": self.lecam, "consistency": self.consistency}
                 total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum() / len(parts)
                 self.updater.backward(total)
@@ -435,11 +365,11 @@ class Adversary:
         return {**logged, "discriminator_gradient_norm": norm}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return what a checkpoint needs."""
         return {"network": self.network.state_dict(), "anchors": self.anchors, "updater": self.updater.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
         self.network.load_state_dict(state["network"])
         self.anchors.copy_(state["anchors"])
         self.updater.restore(state["updater"])

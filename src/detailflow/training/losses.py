@@ -30,7 +30,7 @@ def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss of the discriminator's logits; the caller detaches the fake images, not their logits."""
+    """The discriminator's hinge loss, of its logits."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
@@ -40,42 +40,34 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def lecam_loss(real: Tensor, fake: Tensor, ema_real: Tensor, ema_fake: Tensor) -> Tensor:
-    """LeCAM's regulariser of the discriminator's logits (Tseng et al. 2021, arXiv 2104.03310, equation 3).
-
-    Args:
-        real, fake: logits, with gradients.
-        ema_real, ema_fake: moving averages of their means: scalars without gradients, which the caller keeps.
-    """
+    """LeCAM's regulariser (Tseng et al. 2021, arXiv 2104.03310, Eq. 3) of logits and moving averages of their means."""
     return (real - ema_fake).square().mean() + (fake - ema_real).square().mean()
 
 
 def consistency_loss(logits: Tensor, other: Tensor) -> Tensor:
-    """Mean squared difference of the discriminator's logits on two views of the same images; both get gradients."""
+    """Mean squared difference of the discriminator's logits on two views of the same images."""
     return F.mse_loss(logits, other)
 
 
 def alignment_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """−cos of (B, width) predictions and a frozen teacher's features, which the caller gives without gradients; batch mean."""
+    """−cos of (B, width) predictions and a frozen teacher's features."""
     return -F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
 
 
-SMALLEST_SIDE = 16  # which the last map of features halves to one pixel
+SMALLEST_SIDE = 16  # whose last VGG map is one pixel
 VGG16_FILE = "https://download.pytorch.org/models/vgg16-397923af.pth"
 MAPS = (3, 8, 15, 22, 29)  # VGG-16's layers, the last ReLU before each pooling
 MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's, for pixels in [-1, 1]
 _INSTEAD = "or train with perceptual_network: classifier, or perceptual: 0"
+_NEEDS = "the perceptual loss (LPIPS) needs"
 
 
 class LPIPS(nn.Module):
-    """The mean distance of images to their targets; frozen, so that gradients reach only the images.
+    """The mean distance of images to their targets (Zhang et al. 2018, arXiv 1801.03924); frozen.
 
     Args:
-        weights: a local file with torchvision's weights of VGG-16, of which only those of the features are read; `None`
-            downloads it, once, to torch.hub's cache.
+        weights: a local file with torchvision's weights of VGG-16; `None` downloads it, once, to torch.hub's cache.
         load: whether to read weights at all; the network of a plan has random ones.
-
-    Raises:
-        DetailFlowError: if those weights cannot be had or read, or a package is missing.
     """
 
     mean: Tensor
@@ -86,7 +78,7 @@ class LPIPS(nn.Module):
         try:
             from torchvision.models import vgg16
         except ImportError as error:
-            raise _missing("torchvision") from error
+            raise missing_package("the perceptual loss (LPIPS)", "torchvision", _INSTEAD) from error
         with torch.device("meta"):  # VGG-16's classifier, most of its 138M weights, takes no memory there
             self.layers = vgg16(weights=None, init_weights=False).features[: MAPS[-1] + 1]
         wanted = self.layers.state_dict()
@@ -98,27 +90,25 @@ class LPIPS(nn.Module):
             self.layers.load_state_dict({name: stored[f"features.{name}"] for name in wanted}, assign=True)
         except (KeyError, TypeError, RuntimeError):  # torch's error for another shape is the last
             raise DetailFlowError(
-                f"the perceptual loss (LPIPS) needs VGG-16's weights, which {weights or VGG16_FILE} does not hold: "
+                f"{_NEEDS} VGG-16's weights, which {weights or VGG16_FILE} does not hold: "
                 f"give torchvision's file, {VGG16_FILE}, {_INSTEAD}"
             ) from None
-        self.heads = nn.ParameterList(
-            _heads() if load else [torch.ones(wanted[f"{i - 1}.bias"].shape[0], 1, 1) for i in MAPS]
-        )
-        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
-        self.register_buffer("deviation", torch.tensor(DEVIATION)[:, None, None], persistent=False)
+        heads = _heads() if load else [torch.ones(len(wanted[f"{i - 1}.bias"]), 1, 1) for i in MAPS]
+        self.heads = nn.ParameterList(heads)
+        for name, values in (("mean", MEAN), ("deviation", DEVIATION)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.float().eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor, target: Tensor) -> Tensor:
-        """→ the mean of `distances`, a scalar."""
+        """Return the mean of `distances`."""
         return self.distances(pixels, target).mean()
 
     def distances(self, pixels: Tensor, target: Tensor) -> Tensor:
-        """→ (M,) each image's distance, computed in float32 from features of autocast's precision.
+        """Return each image's distance (M,), in float32 of features of autocast's precision.
 
         Args:
             pixels: (M, 3, R, R) in [-1, 1] or a little beyond, R at least `SMALLEST_SIDE`.
-            target: (B, 3, R, R), B ≤ M ≤ 2B: image B + i has the target of image i, as the corrected reconstructions of the
-                first images follow the clean ones of all.
+            target: (B, 3, R, R), B ≤ M ≤ 2B: image B + i has the target of image i.
         """
         with torch.no_grad():
             wanted = self._features(target)
@@ -141,41 +131,32 @@ class LPIPS(nn.Module):
 
 
 def _normalized(features: Tensor) -> Tensor:
-    """Unit length over the channels, with a gradient where all are zero."""
+    """Scale to unit length over the channels, with a gradient if all are zero."""
     features = features.float()
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-8)
 
 
 def _vgg16_weights(path: str | None) -> dict[str, Tensor]:
-    """A state dict; of a local file, only what is used of it is read from the disk."""
+    """Read a state dict, of a local file only what is used of it."""
     try:
-        if path is None:
-            return torch.hub.load_state_dict_from_url(
-                VGG16_FILE, map_location="cpu", check_hash=True, weights_only=True
-            )
-        return load_torch(Path(path).expanduser(), mmap=True)
+        if path is not None:
+            return load_torch(Path(path).expanduser(), mmap=True)
+        return torch.hub.load_state_dict_from_url(VGG16_FILE, map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # downloads and damaged files have many kinds
-        what = f"{path} cannot be read" if path else "cannot be downloaded"
+        what = f"and {path} cannot be read" if path else "which cannot be downloaded"
         raise DetailFlowError(
-            f"the perceptual loss (LPIPS) needs VGG-16's weights, {'and ' if path else 'which '}{what}: "
-            f"get {VGG16_FILE} and give its path as perceptual_network, {_INSTEAD}"
+            f"{_NEEDS} VGG-16's weights, {what}: get {VGG16_FILE} and give its path as perceptual_network, {_INSTEAD}"
         ) from error
 
 
 def _heads() -> list[Tensor]:
-    """LPIPS's five linear heads (C, 1, 1), as torchmetrics ships them."""
+    """Read LPIPS's five linear heads (C, 1, 1), which torchmetrics ships."""
     package = find_spec("torchmetrics")
     if package is None or package.origin is None:
-        raise _missing("torchmetrics")
+        raise missing_package("the perceptual loss (LPIPS)", "torchmetrics", _INSTEAD)
     path = Path(package.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = load_torch(path)
         return [stored[f"lin{i}.model.1.weight"][0] for i in range(len(MAPS))]
-    except (OSError, KeyError) as error:
-        raise DetailFlowError(
-            f"the perceptual loss (LPIPS) needs {path}, which this torchmetrics lacks: install another version, {_INSTEAD}"
-        ) from error
-
-
-def _missing(package: str) -> DetailFlowError:
-    return missing_package("the perceptual loss (LPIPS)", package, _INSTEAD)
+    except (DetailFlowError, KeyError) as error:
+        raise DetailFlowError(f"{_NEEDS} {path}, which this torchmetrics lacks: install another, {_INSTEAD}") from error

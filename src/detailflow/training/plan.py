@@ -20,11 +20,12 @@ from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.settings import parse_settings
 from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
+from detailflow.training.classifier import FeatureNetwork
 from detailflow.training.config import PRECISIONS, GPTTraining, LoopConfig, TokenizerTraining
 from detailflow.training.counting import StepCosts, count_steps, of_one_rank
 from detailflow.training.gpt import GPTStage, model_config
 from detailflow.training.losses import LPIPS
-from detailflow.training.teachers import FeatureNetwork, image_count, open_source
+from detailflow.training.teachers import image_count, open_source
 from detailflow.training.tokenizer import TokenizerStage, count_of_steps
 
 UTILIZATION = {"cpu": 0.5, "gpu": 0.4}  # of the measured ceiling that training is assumed to reach
