@@ -15,6 +15,7 @@ from detailflow.files import os_errors, read_json, replacing
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.loading import build
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
+from detailflow.progress import progress_bar
 from detailflow.published import (
     CONFIG_FILE,
     Kind,
@@ -62,8 +63,6 @@ def convert(
     Returns:
         The folder of each model that was written.
     """
-    from tqdm import tqdm
-
     if to not in LAYOUTS:
         raise DetailFlowError(f"the layout must be {' or '.join(LAYOUTS)}, not {to!r}")
     shard_bytes(shard_size)  # raises
@@ -76,7 +75,7 @@ def convert(
     for kind, target in targets.items():
         _check_target(target, kind, to)
     configs: dict[Kind, dict[str, Any]] = {}
-    for kind, path in tqdm(found.items(), "converting", unit="model", delay=2, leave=False, disable=None):
+    for kind, path in progress_bar(found.items(), desc="converting", unit="model", total=len(found)):
         network, config_type = NETWORKS[kind]
         config, tensors = hub.load(path, kind, variant, dtype)
         model: Any = build(network, config_type, config, tensors, path)  # checks that all is there and fits

@@ -29,6 +29,7 @@ from detailflow.hub import fingerprint
 from detailflow.labels import ClassId
 from detailflow.pictures import generated, write_png
 from detailflow.pipeline import DetailFlowPipeline
+from detailflow.progress import progress_bar
 from detailflow.settings import Seed, require
 
 SETTINGS_FILE = "samples.json"
@@ -183,8 +184,6 @@ def generate_many(
         world: the ranks that share the work.
         sampling: guidance_scale and so on, as for a pipeline's call.
     """
-    from tqdm import tqdm
-
     require(Seed, seeds=samples.seed)
     world = world or World()
     if samples.form not in WRITERS:
@@ -196,7 +195,7 @@ def generate_many(
                 _reserve(folder, samples, _settings(pipeline, samples, sampling), writer)
         with world.raise_together(), _errors(folder, reading=True):
             own = [(part, writer.is_done(part)) for part in writer.parts[world.rank :: world.size]]
-        bar = tqdm(total=total, desc="generating", unit="image", disable=True if world.rank else None)
+        bar = progress_bar(desc="generating", total=total, unit="image", main=world.is_main)
         with world.raise_together(), bar, _errors(folder):
             for part, done in own:
                 if not done:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from detailflow.cli.common import DTYPES, Dtype, Parser, add_model_options, check_output
 from detailflow.errors import DetailFlowError
+from detailflow.progress import progress_bar
 from detailflow.settings import BatchSize, Location, PositiveInt
 
 
@@ -36,12 +37,10 @@ def main(argv: Sequence[str]) -> int:
 
     from dataclasses import asdict
 
-    from tqdm import tqdm
-
     from detailflow.benchmark import BenchmarkConfig, benchmark
     from detailflow.files import write_json
 
-    with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as bar:
+    with progress_bar(desc="", bar_format="{desc} ({elapsed})", delay=0) as bar:
         report = benchmark(BenchmarkConfig(**options), bar.set_description_str)
     print(report)
     if file:

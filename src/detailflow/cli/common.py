@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -152,21 +153,14 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_output(folder: Path) -> None:
     """Prove that `folder` exists or can be made, and can be written to; leaves nothing behind."""
-    existing = folder.absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    if not existing.is_dir():
-        raise DetailFlowError(f"cannot write to {folder}: {existing} is not a folder")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
+    from detailflow.files import os_errors
 
-
-def make_output(folder: Path) -> None:
-    """Make `folder` and those above it if they are missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DetailFlowError(f"cannot write to {folder}: {error.strerror or error}") from error
+    with os_errors(f"cannot write to {folder}"):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # raises for a name that cannot be
+        existing = folder.absolute()
+        while not os.path.lexists(existing):
+            existing = existing.parent
+        if not existing.is_dir():
+            raise DetailFlowError(f"cannot write to {folder}: {existing} is not a folder")
+        tempfile.TemporaryFile(dir=existing).close()

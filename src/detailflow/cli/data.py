@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from detailflow.cli.common import SETS, Parser
 from detailflow.errors import DetailFlowError, printable
+from detailflow.progress import progress_bar
 from detailflow.settings import Location
 
 if TYPE_CHECKING:
@@ -94,8 +95,6 @@ def _count_splits(source: "ImageSource", args: argparse.Namespace) -> Iterator[t
 
 def _read_all(source: "ImageSource") -> tuple[Counter[tuple[int, int]], dict[str, str], list[list[str]]]:
     """Read every image; return how many have each size, what cannot be read and why, and groups of equal files."""
-    from tqdm import tqdm
-
     from detailflow.data.decode import image_size, load_rgb
 
     sizes: Counter[tuple[int, int]] = Counter()
@@ -110,7 +109,7 @@ def _read_all(source: "ImageSource") -> tuple[Counter[tuple[int, int]], dict[str
         except DetailFlowError as error:
             return str(error)
 
-    bar = tqdm(desc="reading", total=len(source), delay=2, leave=False, unit="img", dynamic_ncols=True)
+    bar = progress_bar(desc="reading", total=len(source), unit="img")
     with bar, ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(source), _CHUNK):
             indices = range(start, min(start + _CHUNK, len(source)))

@@ -10,10 +10,10 @@ from detailflow.cli.common import (
     add_output_option,
     add_sampling_options,
     check_output,
-    make_output,
     sampling_options,
 )
 from detailflow.errors import DetailFlowError
+from detailflow.progress import progress_bar
 from detailflow.settings import BatchSize, PositiveInt, Seed, listed
 
 if TYPE_CHECKING:
@@ -111,8 +111,6 @@ def _few(
     args: argparse.Namespace, pipeline: "DetailFlowPipeline", classes: "Sequence[ClassId]", sampling: Mapping[str, Any]
 ) -> None:
     """Write `--num` images of each class and the pictures of them, in place of those of an earlier call."""
-    from tqdm import tqdm
-
     from detailflow.pictures import check_ours, grid, strip, write_png
     from detailflow.pipeline import BATCH_SIZE, stage_counts
     from detailflow.samples import check_no_set, file_label, remove_earlier
@@ -134,24 +132,11 @@ def _few(
 
     shown = []
     # A bar in percent: it counts decoding steps of images, which say nothing to the user.
-    bar = tqdm(
-        total=len(labels) * (schedule.valid_counts.index(num_tokens) + 1), desc="generating", delay=2, leave=False,
-        disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-    )  # fmt: skip
-    with bar:
+    form, steps = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", schedule.valid_counts.index(num_tokens) + 1
+    with progress_bar(desc="generating", total=len(labels) * steps, bar_format=form) as bar:
+        options = {"seed": args.seed, "num_tokens": num_tokens, "counts": counts, "progress": bar.update, **sampling}
         for first in range(0, len(labels), BATCH_SIZE):
-            batch = labels[first : first + BATCH_SIZE]
-            made = pipeline.stream(
-                batch,
-                first_image=first,
-                seed=args.seed,
-                num_tokens=num_tokens,
-                counts=counts,
-                progress=bar.update,
-                **sampling,
-            )
-            stages = list(made)
-            make_output(args.output)
+            stages = list(pipeline.stream(labels[first : first + BATCH_SIZE], first_image=first, **options))
             for i, image in enumerate(stages[-1].images):
                 write_png(image, args.output / samples[first + i], "sample")
                 if strips:

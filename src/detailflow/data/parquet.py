@@ -19,12 +19,12 @@ from detailflow.data.source import ImageSource, labelled
 from detailflow.data.tables import TableRows, check_names, import_datasets, mapped_column, require_columns
 from detailflow.errors import DetailFlowError, some_names
 from detailflow.files import writing
+from detailflow.progress import progress_bar
 
 _EXPANDED = 256 * 2**20  # bytes that a row group or a file's images may always have
 _MOST_EXPANSION = 20  # and how many times its compressed size if it is larger
 _ROWS = 2**20  # that a file of any size may have
 _BATCH_ROWS = 256  # images that are copied at once
-_SHOW_PROGRESS_ABOVE = 256 * 2**20  # bytes of parquet; less is ready in seconds
 
 
 class ParquetFile(NamedTuple):
@@ -152,13 +152,10 @@ def _check_expansion(file: str, metadata: Any, image_column: str) -> int:
 
 def open_parquet(found: DataFiles, image_column: str, label_column: str) -> ImageSource:
     """Open parquet files as one set, in their order."""
-    from tqdm import tqdm
-
     files = found.files
     footers = read_footers(found, image_column, label_column)
     labels = _read_labels(footers, label_column)
-    hidden = None if sum(map(os.path.getsize, files)) > _SHOW_PROGRESS_ABOVE else True
-    copies = [_copy(f, image_column) for f in tqdm(footers, "copying", unit="file", leave=False, disable=hidden)]
+    copies = [_copy(f, image_column) for f in progress_bar(footers, desc="copying", unit="file")]
     rows = TableRows(files, [footer.rows for footer in footers], partial(mapped_column, copies, image_column))
     folders = {os.path.basename(os.path.dirname(file)) for file in files}
     if labels is None and len(folders) > 1:

@@ -31,6 +31,7 @@ from detailflow.data.batches import BatchOrder
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import check_regular, open_own, read_json, replacing
+from detailflow.progress import progress_bar
 from detailflow.runs import RunFolder, as_plain
 
 CLEAN, INPUT, LABEL = range(3)  # the rows of one crop
@@ -323,10 +324,8 @@ class TokenWriter:
 
 def _checksums(file: Path, size: int, pieces: Collection[int]) -> Iterator[tuple[int, int]]:
     """Yield (piece, checksum) of those pieces of a file, `size` bytes each."""
-    from tqdm import tqdm
-
-    progress: dict[str, Any] = dict(desc=f"check {file.name}", unit="B", unit_scale=True, delay=2, dynamic_ncols=True)
-    with open(file, "rb") as opened, tqdm(total=len(pieces) * size, **progress) as bar:
+    bar = progress_bar(desc=f"check {file.name}", total=len(pieces) * size, unit="B", unit_scale=True)
+    with open(file, "rb") as opened, bar:
         for piece in pieces:
             opened.seek(piece * size)
             yield piece, zlib.crc32(opened.read(size))

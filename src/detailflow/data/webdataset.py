@@ -19,9 +19,9 @@ from detailflow.data.decode import PLUGINS, explained, image_suffixes
 from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.source import ImageSource, Notes, labelled
 from detailflow.errors import DetailFlowError
+from detailflow.progress import progress_bar
 
 _READERS = 8  # shards whose headers are read at once, for storage that answers slowly
-_SHOW_PROGRESS_ABOVE = 50  # shards
 _LONGEST_NAME = 1024  # characters of a member's name, since every key takes the memory of the longest
 _LARGEST_TEXT = 16 * 2**20  # bytes of a header or a label
 
@@ -66,13 +66,10 @@ def open_shards(found: DataFiles, image_column: str, label_column: str) -> Image
     to take ("jpg"); "image" is the first. A key ends at the first dot of a name, except for images without another of
     that key ("b.1.jpg" without "b.jpg"): they are images of their own.
     """
-    from tqdm import tqdm
-
     files, notes = found.files, found.notes
     with ThreadPoolExecutor(_READERS) as pool:
         read = pool.map(lambda file: _read_headers(file, image_column, label_column), files)
-        hidden = True if len(files) < _SHOW_PROGRESS_ABOVE else None
-        shards = list(tqdm(read, desc="reading headers", total=len(files), unit="shard", disable=hidden))
+        shards = list(progress_bar(read, desc="reading headers", total=len(files), unit="shard"))
     where, rows = found.name, _ShardRows(files, shards)
     if not len(rows):
         wanted = "images" if image_column == "image" else f".{image_column} images"

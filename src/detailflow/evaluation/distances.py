@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from detailflow.data.images import spread
 from detailflow.distributed import World
@@ -29,6 +28,7 @@ from detailflow.evaluation.metrics import (
 )
 from detailflow.evaluation.report import Figure
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
+from detailflow.progress import progress_bar
 
 SAMPLES_KEPT, REFERENCE_KEPT = 50_000, 10_000  # images whose features ADM's evaluation takes precision and recall of
 
@@ -151,7 +151,7 @@ def measure(
         return Statistics(extractor.name, extractor.fingerprint, stored.pool, stored.spatial, kept if keep else None)
     check_total(total, world)
     statistics, checksum = FeatureStatistics(extractor, total, world, keep, labels), Checksum(total, world)
-    with tqdm(total=total, desc="features", unit="image", leave=False, disable=True if world.rank else None) as bar:
+    with progress_bar(desc="features", total=total, unit="image", main=world.is_main) as bar:
         for batch in images:
             checksum.update(batch)
             statistics.update(extractor(batch))

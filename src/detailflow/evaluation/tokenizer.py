@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from detailflow import hub
 from detailflow.data.transforms import to_tensor, to_uint8
@@ -32,6 +31,7 @@ from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.pictures import grid
 from detailflow.pipeline import image_generator, stage_counts
+from detailflow.progress import progress_bar
 from detailflow.psnr import psnr
 from detailflow.schedule import TokenSchedule
 from detailflow.settings import Seed, require
@@ -222,8 +222,8 @@ class _Reconstruction:
     def rebuild_all(self) -> None:
         """Rebuild and measure this rank's images."""
         shard = shard_range(len(self.images), self.context.world)
-        first, hidden = shard.start, None if self.context.world.is_main else True
-        with tqdm(desc="rebuilding", total=len(shard), unit="image", delay=2, leave=False, disable=hidden) as bar:
+        first, main = shard.start, self.context.world.is_main
+        with progress_bar(desc="rebuilding", total=len(shard), unit="image", main=main) as bar:
             for read in self.images:
                 self._rebuild(read.to(self.context.device), first)
                 first += len(read)
