@@ -4,7 +4,7 @@ Every image has a noise stream of its own: one uniform number per token, drawn i
 the cumulative probability passes its number, so an image never depends on what else is in its batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -180,35 +180,14 @@ def with_null_class(class_ids: Tensor, null_class: int) -> Tensor:
     return torch.cat((class_ids, torch.full_like(class_ids, null_class)))
 
 
-class CacheableModel(Protocol):
-    """An AR model as the cache uses it; see `DetailFlowGPT`."""
-
-    config: Any
-    schedule: TokenSchedule
-    compiled_for: int | None
-    program: Callable[..., Tensor] | None
-
-    @property
-    def head(self) -> Any:
-        """The last layer."""
-
-    def rotary_table(self) -> Tensor:
-        """Return the rotation of each position, (N, head_dim/2, 2)."""
-
-    def inputs(self, class_ids: Tensor, ids: Tensor, start: int, end: int) -> Tensor:
-        """Embed positions: (B,), (B, N) → (B, end − start, width)."""
-
-    def logits(
-        self, x: Tensor, rotation: Tensor, mask: Tensor | None, caches: Sequence[Cache] | None, start: int | Tensor
-    ) -> Tensor:
-        """(B, T, width) embeddings → (B, T, K) logits."""
-
-
 class CachedModel:
-    """The state of one generation: the classes, doubled with the null class if guided, and the cache of every layer."""
+    """The state of one generation: the classes, doubled with the null class if guided, and the cache of every layer.
+
+    `model` is a `DetailFlowGPT`, which this module, below it, cannot import.
+    """
 
     @torch.inference_mode()  # here as well, or a compiled program would meet two kinds of tensors
-    def __init__(self, model: CacheableModel, class_ids: Tensor, guided: bool) -> None:
+    def __init__(self, model: Any, class_ids: Tensor, guided: bool) -> None:
         config, weight = model.config, model.head.weight
         self.compiled = model.program if len(class_ids) == model.compiled_for else None
         if guided:
@@ -226,13 +205,14 @@ class CachedModel:
         x = self.model.inputs(self.class_ids, tokens, start, end)
         rotation = self.rotation[start:end]
         if self.compiled is None:  # no mask: every new position may attend to all that is cached
-            return self.model.logits(x, rotation, None, self.caches, start)
+            return self._logits(x, rotation, None, start)
         mask = torch.arange(self.model.config.num_tokens, device=x.device) < end
         positions = torch.arange(start, end, device=x.device)
         if end - start == 1 and x.device.type == "cpu":  # the same position several times
             copies = -(-FEWEST_ROWS // len(x))
             x, rotation, positions = x.expand(-1, copies, -1), rotation.expand(copies, -1, -1), positions.expand(copies)
-        return self.compiled(x, rotation, mask.expand(len(positions), -1), self.caches, positions)[:, : end - start]
+        logits: Tensor = self.compiled(x, rotation, mask.expand(len(positions), -1), self.caches, positions)
+        return logits[:, : end - start]
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, end: int) -> Tensor:
@@ -242,7 +222,11 @@ class CachedModel:
         x = self.model.inputs(self.class_ids, tokens, 0, end)
         mask = self.model.schedule.attention_mask(end, x.device)
         if self.compiled is None:
-            return self.model.logits(x, self.rotation[:end], mask, self.caches, 0)
+            return self._logits(x, self.rotation[:end], mask, 0)
         mask = torch.nn.functional.pad(mask, (0, self.model.config.num_tokens - end))  # not compiled: any length
         positions = torch.arange(end, device=x.device)
-        return self.model.logits(x, self.rotation[:end], mask, self.caches, positions)
+        return self._logits(x, self.rotation[:end], mask, positions)
+
+    def _logits(self, x: Tensor, rotation: Tensor, mask: Tensor | None, start: int | Tensor) -> Tensor:
+        logits: Tensor = self.model.logits(x, rotation, mask, self.caches, start)
+        return logits
