@@ -123,7 +123,7 @@ def test_a_report_of_something_else(cifar: Path, tmp_path: Path):
     command = ["evaluate", "samples", str(cifar), str(cifar), "--output", str(tmp_path / "report"), "--device", "cpu"]
     (first, _, err), (second, _, other) = launch(partial(ranks.command_line, command), tmp_path)
     assert (first, second) == (2, 2), err + other
-    assert "holds a report.json that is no report of ours" in complaints(err)[0] and not complaints(other)
+    assert "has a report.json that is no report of ours" in complaints(err)[0] and not complaints(other)
 
 
 @pytest.mark.parametrize("bug", [False, True])

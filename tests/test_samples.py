@@ -140,7 +140,7 @@ def test_a_set_grows(
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
     assert (tmp_path / "part" / SETTINGS_FILE).read_text() == (tmp_path / "whole" / SETTINGS_FILE).read_text()
     with pytest.raises(
-        DetailFlowError, match="part holds a set of 11 images, more than 6: ask for as many or more, or choose"
+        DetailFlowError, match="part has a set of 11 images, more than 6: ask for as many or more, or choose"
     ):
         generate(pipeline, LABELS[:6], tmp_path / "part", form, seed=2, batch_size=4)
 
@@ -172,13 +172,13 @@ def test_num_images_again_with_more(form: str, model: Path, tmp_path: Path, caps
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     capsys.readouterr()
     assert main(["generate", "--num-images", "3", *options, "--output", str(tmp_path / "a")]) == 2
-    assert "a holds a set of 4 images, more than 3" in capsys.readouterr().err
+    assert "a has a set of 4 images, more than 3" in capsys.readouterr().err
 
 
 def test_another_set_is_not_mixed_in(pipeline: DetailFlowPipeline, tmp_path: Path):
     generate(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
     for options, what in (({"seed": 3}, "seed (2, not 3)"), ({"temperature": 0.5}, "temperature (1.0, not 0.5)")):
-        with pytest.raises(DetailFlowError, match="holds samples with another") as caught:
+        with pytest.raises(DetailFlowError, match="has samples with another") as caught:
             generate(pipeline, LABELS, tmp_path, **{"seed": 2, "batch_size": 4, **options})
         assert what in str(caught.value)
     (tmp_path / SETTINGS_FILE).write_text("no JSON")
@@ -200,7 +200,7 @@ def test_samples_of_unknown_settings_are_not_taken_for_parts(form: str, pipeline
     assert not (tmp_path / SETTINGS_FILE).exists()
     if form == "npz":
         (tmp_path / "samples.npz").rename(tmp_path / "part-000000.npy")
-        with pytest.raises(DetailFlowError, match="holds part-000000.npy and no samples.json"):
+        with pytest.raises(DetailFlowError, match="has part-000000.npy and no samples.json"):
             generate(pipeline, LABELS, tmp_path, form, seed=3, batch_size=4)
 
 

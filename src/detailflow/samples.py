@@ -249,21 +249,21 @@ def _reserve(folder: Path, samples: SampleSet, settings: dict[str, Any], writer:
         theirs = _recorded(path)
     elif stranger := next(iter(chain(writer.found(), generated(folder))), None):
         raise DetailFlowError(
-            f"{folder} holds {stranger.name} and no {SETTINGS_FILE} that says how it was made: choose another folder"
+            f"{folder} has {stranger.name} and no {SETTINGS_FILE} that says how it was made: choose another folder"
         )
     else:
         theirs = mine | {TEMPORARY: samples.temporary}
     before = theirs.get("num_images")
     if isinstance(before, int) and before > count:
         raise DetailFlowError(
-            f"{folder} holds a set of {before:,} images, more than {count:,}: ask for as many or more, "
+            f"{folder} has a set of {before:,} images, more than {count:,}: ask for as many or more, "
             "or choose another folder"
         )
     grows = isinstance(before, int) and theirs.get("labels") == _checksum(samples.labels[:before])
     for key in mine:
         if theirs.get(key) != mine[key] and not (grows and key in ("labels", "num_images")):
             values = "" if key in CHECKSUMS else f" ({theirs.get(key)!r}, not {mine[key]!r})"
-            raise DetailFlowError(f"{folder} holds samples with another {key}{values}: choose another folder")
+            raise DetailFlowError(f"{folder} has samples with another {key}{values}: choose another folder")
     write_json(path, mine | ({TEMPORARY: True} if theirs.get(TEMPORARY) and samples.temporary else {}))
 
 
@@ -296,7 +296,7 @@ def remove_temporary(folder: Path) -> None:
 def check_no_set(folder: Path) -> None:
     """Check that a folder contains no set of samples, whose files others of the same name would replace."""
     if os.path.exists(folder / SETTINGS_FILE):  # which takes an impossible name for a missing one
-        raise DetailFlowError(f"{folder} holds a set of samples ({SETTINGS_FILE}): choose another folder")
+        raise DetailFlowError(f"{folder} has a set of samples ({SETTINGS_FILE}): choose another folder")
 
 
 def remove_earlier(folder: Path, names: Iterable[str]) -> int:

@@ -83,7 +83,7 @@ def test_tokenizer(model: Path, cifar: Path, network: Path, tmp_path: Path, caps
 
     before = (tmp_path / "out" / "report.json").read_bytes()
     assert evaluate(*argv, "--seed", 1) == 2
-    assert "out holds the report of another evaluation (detailflow evaluate tokenizer " in capsys.readouterr().err
+    assert "out has the report of another evaluation (detailflow evaluate tokenizer " in capsys.readouterr().err
     assert (tmp_path / "out" / "report.json").read_bytes() == before
     first = figures(tmp_path / "out")
     assert evaluate(*argv) == 0  # the same again
@@ -188,7 +188,7 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         ("tokenizer --data CIFAR --output OUT --features clip", "features must be inception, dinov2, "),
         ("tokenizer --data CIFAR --output OUT --num-tokens 5", "num_tokens must be 1"),
         ("tokenizer --data CIFAR --output OUT --mistakes-at g9", "mistakes can be planted at token 0 to 15"),
-        ("tokenizer --data CIFAR --output OUT --num-images 500", "holds 200 images, of which 500 cannot be"),
+        ("tokenizer --data CIFAR --output OUT --num-images 500", "has 200 images: 500 cannot be taken"),
         (
             "tokenizer --data CIFAR --output OUT --features none --lpips none --seed -1",
             "--seed must be 0 to 2^64 - 1, not -1",
@@ -201,7 +201,7 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         ("gpt --reference CIFAR --output OUT --num-samples 1 --features NET", "too few images to"),
         ("gpt --reference CIFAR --output OUT --top-k few", "--top-k must be 1 or more or off, not"),
         ("gpt --reference CIFAR --output OUT --top-k -1 --features NET", "--top-k must be 1 or more or off, not -1"),
-        ("gpt --reference NPZ --output OUT", "holds images of 16×8 pixels, where 32×32 are needed"),
+        ("gpt --reference NPZ --output OUT", "has images of 16×8 pixels, and not of 32×32"),
     ],
 )
 def test_bad_input(

@@ -144,12 +144,12 @@ def test_a_set_of_samples_is_left_alone(model: Path, tmp_path: Path, capsys: pyt
     assert generate(model, tmp_path / "few", "cat") == 0
     capsys.readouterr()
     for folder, argv, message in (
-        ("set", ["cat"], "set holds a set of samples (samples.json): choose another folder"),
-        ("few", ["--num-images", "2"], "few holds 0000-cat.png and no samples.json that says how it was"),
+        ("set", ["cat"], "set has a set of samples (samples.json): choose another folder"),
+        ("few", ["--num-images", "2"], "few has 0000-cat.png and no samples.json that says how it was"),
         (
             "few",
             ["--num-images", "2", "--format", "npz"],
-            "few holds 0000-cat.png and no samples.json that says how it was made",
+            "few has 0000-cat.png and no samples.json that says how it was made",
         ),
     ):
         before = files(tmp_path / folder)

@@ -145,11 +145,11 @@ class TestStored:
             fingerprint = "1" * 64
 
         with pytest.raises(
-            DetailFlowError, match="holds statistics of the features projection with other weights and no images"
+            DetailFlowError, match="has statistics of the features projection with other weights and no images"
         ):
             measure(Other(), open_set(tmp_path / "real.npz"))
         np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-        with pytest.raises(DetailFlowError, match="adm.npz holds statistics of the features inception and no images"):
+        with pytest.raises(DetailFlowError, match="adm.npz has statistics of the features inception and no images"):
             measure(Other(), open_set(tmp_path / "adm.npz"))
         with pytest.raises(
             DetailFlowError, match=r"by projection \(00000000\) and the samples by projection \(11111111\)"

@@ -216,7 +216,7 @@ def test_other_names():
 
 
 def test_a_file_has_its_weights(feature_file: Path):
-    with pytest.raises(DetailFlowError, match="holds its own weights: leave out --weights w.pth"):
+    with pytest.raises(DetailFlowError, match="has its own weights: leave out --weights w.pth"):
         load_extractor(str(feature_file), weights="w.pth")
 
 

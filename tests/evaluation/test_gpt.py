@@ -200,7 +200,7 @@ def test_bad_input(options: dict[str, Any], message: str, pipeline: DetailFlowPi
 
 def test_a_folder_with_other_samples_is_left_alone(pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):
     evaluated(pipeline, cifar, tmp_path, keep_samples=True)
-    with pytest.raises(DetailFlowError, match="holds samples with another labels"):
+    with pytest.raises(DetailFlowError, match="has samples with another labels"):
         evaluated(pipeline, cifar, tmp_path, labels="random")
     evaluated(pipeline, cifar, tmp_path)  # the same set, which was there before and is not this evaluation's to remove
     assert len(list((tmp_path / "samples").glob("*/samples.npz"))) == 1

@@ -135,12 +135,12 @@ def test_a_folder_belongs_to_one_evaluation(tmp_path: Path):
     check_folder(tmp_path, COMMAND, models)
     report().write(tmp_path)
     check_folder(tmp_path, COMMAND, models)
-    with pytest.raises(DetailFlowError, match="holds the report of another evaluation .*--data x"):
+    with pytest.raises(DetailFlowError, match="has the report of another evaluation .*--data x"):
         check_folder(tmp_path, f"{COMMAND} --seed 1", models)
     with pytest.raises(DetailFlowError, match="another evaluation"):
         check_folder(tmp_path, COMMAND, {"tokenizer": {"name": "m", "fingerprint": "g"}})
     (tmp_path / "report.json").write_text('{"mine": 1}')
-    with pytest.raises(DetailFlowError, match="holds a report.json that is no report of ours"):
+    with pytest.raises(DetailFlowError, match="has a report.json that is no report of ours"):
         check_folder(tmp_path, COMMAND, models)
 
 
@@ -233,7 +233,7 @@ def test_what_cannot_be_compared(tmp_path: Path):
     report(kind="gpt").write(tmp_path / "b")
     with pytest.raises(DetailFlowError, match="a is a report of tokenizer and .*b one of gpt"):
         compare_reports(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(DetailFlowError, match="nowhere holds no report: give the output folder of an evaluation"):
+    with pytest.raises(DetailFlowError, match="nowhere has no report: give the output folder of an evaluation"):
         compare_reports(tmp_path / "a", tmp_path / "nowhere")
     (tmp_path / "a" / "report.json").write_text("{")
     with pytest.raises(DetailFlowError, match="report.json is not valid JSON"):

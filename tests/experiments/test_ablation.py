@@ -195,4 +195,4 @@ def test_two_variants_from_end_to_end(cifar: Path, feature_file: Path, tmp_path:
     # What is finished is not done again, and what was measured in another way is not taken for this.
     other = run("--variants", "parallel", "--num-samples", "13", "--num-images", "10")
     assert other.stdout.count("finished already") == 3 and "evaluate tokenizer" not in other.stdout
-    assert other.returncode == 2 and "holds the report of another evaluation" in other.stderr
+    assert other.returncode == 2 and "has the report of another evaluation" in other.stderr

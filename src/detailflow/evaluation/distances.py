@@ -172,7 +172,7 @@ def _usable(images: ImageSet, extractor: Extractor) -> Statistics | None:
     if not len(images):
         theirs = stored.features + (" with other weights" if stored.features == extractor.name else "")
         raise DetailFlowError(
-            f"{images.about['data']} holds statistics of the features {theirs} and no images, so it cannot be "
+            f"{images.about['data']} has statistics of the features {theirs} and no images, so it cannot be "
             f"measured by {extractor.name}"
         )
     return None

@@ -64,7 +64,7 @@ def load_extractor(features: str, device: torch.device | str = "cpu", weights: s
         names = ", ".join(NETWORKS)
         raise DetailFlowError(f"features must be {names} or the path of a FILE.safetensors, not {features!r}")
     if weights is not None:
-        raise DetailFlowError(f"{features} holds its own weights: leave out --weights {weights}")
+        raise DetailFlowError(f"{features} has its own weights: leave out --weights {weights}")
     return NormalizedNetwork(Path(features).name, load_network(Path(features).expanduser()), torch.device(device))
 
 

@@ -290,12 +290,10 @@ def check_folder(folder: Path, command: str, models: Mapping[str, Any]) -> None:
     try:
         provenance = load(folder)["provenance"]
     except DetailFlowError:
-        raise DetailFlowError(
-            f"{folder} holds a {JSON_FILE} that is no report of ours: choose another folder"
-        ) from None
+        raise DetailFlowError(f"{folder} has a {JSON_FILE} that is no report of ours: choose another folder") from None
     if provenance.get("command") != command or provenance.get("models") != _finite(dict(models)):
         raise DetailFlowError(
-            f"{folder} holds the report of another evaluation ({provenance.get('command')}): "
+            f"{folder} has the report of another evaluation ({provenance.get('command')}): "
             "choose another folder, or remove it"
         )
 
@@ -304,7 +302,7 @@ def load(path: Path) -> dict[str, Any]:
     """Load a report.json, given by its path or its folder's."""
     file = path / JSON_FILE if path.is_dir() else path
     if not file.exists():
-        raise DetailFlowError(f"{path} holds no report: give the output folder of an evaluation, or its {JSON_FILE}")
+        raise DetailFlowError(f"{path} has no report: give the output folder of an evaluation, or its {JSON_FILE}")
     content = read_json(file)
     kinds = {"sections": list, "provenance": dict, "kind": str, "title": str, "notes": list}
     if content.get("format") != FORMAT or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):

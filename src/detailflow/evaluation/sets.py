@@ -178,12 +178,10 @@ def open_set(
         source, statistics = _open_npz(file)
         if source and size and source.side != (size, size):
             height, width = source.side
-            raise DetailFlowError(f"{path} holds images of {width}×{height} pixels, where {size}×{size} are needed")
+            raise DetailFlowError(f"{path} has images of {width}×{height} pixels, and not of {size}×{size}")
         side = source.side if source else None
     else:
         source = open_images(path, split=split)
-        if not len(source):
-            raise DetailFlowError(f"{path} holds no images")
         if size:
             about["preprocessing"] = f"shorter side to {size} pixels (bicubic with antialiasing), centre crop"
         else:
@@ -191,7 +189,7 @@ def open_set(
         about |= {"split": split} if split else {}
     total = len(source) if source else 0
     if count is not None and not 0 < count <= total:
-        raise DetailFlowError(f"{path} holds {total} images, of which {count} cannot be taken")
+        raise DetailFlowError(f"{path} has {total} images: {count} cannot be taken from it")
     indices: Sequence[int] = range(total)
     if count is not None and count < total:
         indices, statistics = spread(total, count), None  # as they are of all images
@@ -221,19 +219,19 @@ class NpzImages:
         compressed = archive.getinfo(f"{IMAGES}.npy").compress_size
         if kind.hasobject:
             raise DetailFlowError(
-                f"{file} holds pickled objects as {IMAGES}, which are not read: save the images as uint8 numbers"
+                f"{file} has pickled objects as {IMAGES}, which are not read: save the images as uint8 numbers"
             )
         grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
         if kind != np.uint8 or fortran or not (grey or (len(shape) == 4 and shape[3] == 3)):
             raise DetailFlowError(
-                f"{file} holds {kind} {tuple(shape)}{' in Fortran order' if fortran else ''} as {IMAGES}, "
+                f"{file} has {kind} {tuple(shape)}{' in Fortran order' if fortran else ''} as {IMAGES}, "
                 "where images are uint8 (n, height, width, 3), or without the 3 if they are grey"
             )
         if 0 in shape:
-            raise DetailFlowError(f"{file} holds no images: {IMAGES} is empty")
+            raise DetailFlowError(f"{file} has no images: {IMAGES} is empty")
         if shape[0] > max(MANY_IMAGES, compressed // LEAST_BYTES):
             raise DetailFlowError(
-                f"{file} holds {shape[0]:,} images in {compressed:,} bytes: no real images are as small"
+                f"{file} has {shape[0]:,} images in {compressed:,} bytes: no real images are as small"
             )
         self._count, self._image, self.side = shape[0], shape[1:], (shape[1], shape[2])
 
@@ -274,7 +272,7 @@ def _open_npz(file: Path) -> tuple[NpzImages | None, Statistics | None]:
         raise DetailFlowError(f"{file} is damaged, or no .npz file ({first_line(error)})") from error
     if images is None and statistics is None:
         raise DetailFlowError(
-            f"{file} holds neither images ({IMAGES}) nor statistics (mu and sigma), "
+            f"{file} has neither images ({IMAGES}) nor statistics (mu and sigma), "
             f"only {', '.join(sorted(names)) or 'nothing'}"
         )
     return images, statistics
@@ -295,13 +293,13 @@ def _read_statistics(file: Path, names: set[str]) -> Statistics:
                 value: np.ndarray = stored[name]
             except ValueError as error:
                 raise DetailFlowError(
-                    f"{file} holds pickled objects as {name}, which are not read: save numbers"
+                    f"{file} has pickled objects as {name}, which are not read: save numbers"
                 ) from error
             fits = value.ndim == len(shape) and all(w in (-1, n) for w, n in zip(shape, value.shape, strict=True))
             known = np.issubdtype(value.dtype, dtype) and (dtype is not np.floating or np.isfinite(value).all())
             if not fits or not known:
                 raise DetailFlowError(
-                    f"{file} holds {value.dtype} {value.shape} as {name}, where statistics have finite floating-point "
+                    f"{file} has {value.dtype} {value.shape} as {name}, where statistics have finite floating-point "
                     "numbers, a vector and a square matrix of its length"
                 )
             return value
