@@ -162,7 +162,7 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
     argv = ["samples", tmp_path, cifar, "--features", network, "--device", "cpu", "--output", tmp_path / "out"]
     assert evaluate(*argv) == 2
     assert (
-        f"{tmp_path} has images of 40×48 pixels and {cifar} of 32×32: give a size (--size) for both"
+        f"{tmp_path} has images of 40×48 pixels and {cifar} has images of 32×32 pixels: give a size (--size) for both"
         in capsys.readouterr().err
     )
     assert evaluate(*argv, "--size", 32) == 0

@@ -21,7 +21,7 @@ from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import cautions, compare_sets, measure
 from detailflow.evaluation.features import Extractor, Features, load_extractor
-from detailflow.evaluation.metrics import InceptionScore, frechet_distance, precision_recall
+from detailflow.evaluation.metrics import Gaussian, InceptionScore, frechet_distance, precision_recall
 from detailflow.evaluation.report import Figure
 from detailflow.evaluation.sets import Statistics, open_set, save_statistics, shard_range
 
@@ -175,7 +175,8 @@ class TestStored:
         x = Projection()(noise(50, 1))
         assert figures["FID"] == pytest.approx(
             frechet_distance(
-                torch.from_numpy(mu), torch.from_numpy(sigma), x.pool.double().mean(0), x.pool.double().T.cov()
+                Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma)),
+                Gaussian(x.pool.double().mean(0), x.pool.double().T.cov()),
             )
         )
         assert (figures["precision"], figures["recall"]) == precision_recall(Projection()(images).pool, x.pool)

@@ -207,12 +207,11 @@ def _samples(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     args = samples_parser().parse_args(argv)
     context = _start(args, stack)
 
-    from detailflow.evaluation.evaluate import check_sides, evaluate_samples
+    from detailflow.evaluation.evaluate import evaluate_samples
     from detailflow.evaluation.features import load_extractor
 
     models = _check_folder(args, command, context, {})
     samples, reference = context.open(args.samples, args.size, args.num_images), context.open(args.reference, args.size)
-    check_sides(samples, reference)
     extractor = load_extractor(args.features, context.device, args.weights)
     _finish(args, evaluate_samples(samples, reference, extractor, context), command, context, models)
 

@@ -19,7 +19,6 @@ from detailflow.evaluation.features import INCEPTION, Extractor, Features
 from detailflow.evaluation.metrics import (
     IMAGES_PER_SPLIT,
     NEIGHBOURS,
-    Gaussian,
     InceptionScore,
     Moments,
     frechet_deviation,
@@ -206,9 +205,9 @@ def compare_sets(
     name, deviation = _distance_name(samples), None
     if samples.kept is not None and samples.pool.count and len(samples.kept) > len(samples.pool.mean):
         deviation = frechet_deviation(reference.pool, samples.kept.to(device), samples.pool.count)
-    figures = {f"{prefix}{name}": Figure(_distance(reference.pool, samples.pool), deviation)}
+    figures = {f"{prefix}{name}": Figure(frechet_distance(reference.pool, samples.pool), deviation)}
     if reference.spatial and samples.spatial:
-        figures[f"s{name}"] = Figure(_distance(reference.spatial, samples.spatial))
+        figures[f"s{name}"] = Figure(frechet_distance(reference.spatial, samples.spatial))
     if samples.inception_score:
         figures["IS"] = Figure(*samples.inception_score)
     if neighbours and _has_neighbours(reference, samples):
@@ -220,10 +219,6 @@ def compare_sets(
 
 def _distance_name(statistics: Statistics) -> str:
     return "FID" if statistics.features == INCEPTION else "FD"
-
-
-def _distance(a: Gaussian, b: Gaussian) -> float:
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def _has_neighbours(*sets: Statistics) -> bool:

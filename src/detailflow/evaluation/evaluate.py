@@ -46,6 +46,12 @@ class Context:
 
 def evaluate_samples(samples: ImageSet, reference: ImageSet, extractor: Extractor, context: Context) -> Report | None:
     """Compare two sets of images; the report, whose provenance is not complete yet, is for the main process."""
+    if samples.side and reference.side and samples.side != reference.side:
+        ours, theirs = (
+            f"{images.about['data']} has images of {images.side[1]}×{images.side[0]} pixels"  # type: ignore[index]
+            for images in (samples, reference)
+        )
+        raise DetailFlowError(f"{ours} and {theirs}: give a size (--size) for both")
     measured = measure(extractor, samples)
     wanted = measure(extractor, reference, keep=REFERENCE_KEPT)
     if not context.world.is_main:
@@ -63,16 +69,6 @@ def evaluate_samples(samples: ImageSet, reference: ImageSet, extractor: Extracto
         pictures=[Picture("samples", caption, grid(pictures, len(shown)))] if shown else [],
         notes=cautions(wanted, measured),
     )
-
-
-def check_sides(samples: ImageSet, reference: ImageSet) -> None:
-    """Check that two sets have images of one size."""
-    if samples.side and reference.side and samples.side != reference.side:
-        sides = [f"{width}×{height}" for height, width in (samples.side, reference.side)]
-        names = samples.about["data"], reference.about["data"]
-        raise DetailFlowError(
-            f"{names[0]} has images of {sides[0]} pixels and {names[1]} of {sides[1]}: give a size (--size) for both"
-        )
 
 
 def at_side(images: Tensor, side: int) -> Tensor:

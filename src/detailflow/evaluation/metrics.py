@@ -73,22 +73,20 @@ def check_dimensions(a: int, b: int) -> None:
         raise DetailFlowError(f"features of {a} and of {b} dimensions cannot be compared: use one network for both")
 
 
-def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Return ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two Gaussians (Heusel et al. 2017), in float64.
 
     The root's trace is the sum of the singular values of Σ₁^½ Σ₂^½. That stays exact if covariances are singular, as
     those of fewer images than dimensions are; roots of the eigenvalues of Σ₁Σ₂ would turn an error of 1e-16 into 1e-8.
     """
-    dim = len(mean1)
-    check_dimensions(dim, len(mean2))
-    mean1, covariance1, mean2, covariance2 = (x.double() for x in (mean1, covariance1, mean2, covariance2))
-    for mean, covariance in ((mean1, covariance1), (mean2, covariance2)):
-        if covariance.shape != (dim, dim):
-            raise DetailFlowError(f"a mean of {dim} numbers needs a covariance of as many rows and columns")
-        if not (mean.isfinite().all() and covariance.isfinite().all()):
+    check_dimensions(len(a.mean), len(b.mean))
+    for x in (a, b):
+        if x.covariance.shape != (len(a.mean), len(a.mean)):
+            raise DetailFlowError(f"a mean of {len(a.mean)} numbers needs a covariance of as many rows and columns")
+        if not (x.mean.isfinite().all() and x.covariance.isfinite().all()):
             raise DetailFlowError("the features' mean or covariance contains numbers that are not finite")
-    cross = torch.linalg.svdvals(_root(covariance1) @ _root(covariance2)).sum()
-    distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * cross
+    cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(float(distance), 0.0)  # rounding may miss 0 by 1e-13
 
 

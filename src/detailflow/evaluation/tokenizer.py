@@ -133,7 +133,9 @@ def evaluate_tokenizer(
     if published := quotes(options.model, {m: ours[m] for m in measures if m in ours}):
         sections.append(Section("Published figures beside ours", published))
     origin = provenance(data, extractor, side)
-    origin["features"] |= lpips_entry(options.lpips)
+    if options.lpips is not None:
+        fingerprint = hub.fingerprint({}, options.lpips.state_dict())
+        origin["features"]["lpips"] = {"network": "VGG-16 and its five heads", "fingerprint": fingerprint}
     return Report(
         kind="tokenizer",
         title=f"Reconstruction by the tokenizer of {options.model or 'the shipped model'}",
@@ -331,13 +333,6 @@ def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LP
         return None, [
             f"LPIPS is left out, for want of VGG-16's weights: get {VGG16_FILE} and give its path with --lpips."
         ]
-
-
-def lpips_entry(lpips: LPIPS | None) -> dict[str, Any]:
-    """Return the entry of LPIPS in the provenance."""
-    if lpips is None:
-        return {}
-    return {"lpips": {"network": "VGG-16 and its five heads", "fingerprint": hub.fingerprint({}, lpips.state_dict())}}
 
 
 def _note(rows: Sequence[Row], side: int, referenced: bool) -> str:
