@@ -53,7 +53,7 @@ def test_every_recipe_is_whole(name: str):
 
 
 def test_a_recipe_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """--config imagenet/tokenizer is the package's own, unless there is such a file here; no other file of the package is one."""
+    """--config imagenet/tokenizer is the package's, unless there is such a file; no other file of the package is."""
     monkeypatch.chdir(tmp_path)
     known = str((FOLDER / "imagenet" / "tokenizer.yaml").resolve())
     assert recipe_file("imagenet/tokenizer") == recipe_file("imagenet/tokenizer.yaml") == known

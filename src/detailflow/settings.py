@@ -1,6 +1,6 @@
 """Settings: dataclasses whose field types say what is valid, checked here wherever a value comes from.
 
-Python, YAML files, checkpoints and the command line all go through `checked`, so the same mistake gives the same sentence.
+Python, YAML files, checkpoints and the command line all go through `checked`, so a mistake gives the same sentence.
 """
 
 import inspect
@@ -171,7 +171,7 @@ def _convert(value: Any, kind: Any, text: bool) -> Any:
     if origin is Literal:
         valid, what = value in arguments, listed(arguments)
     elif is_dataclass(kind):
-        valid, what = isinstance(value, kind), f"a {getattr(kind, '__name__', kind)}"  # type: ignore[arg-type]
+        valid, what = isinstance(value, kind), getattr(kind, "__name__", str(kind))  # type: ignore[arg-type]
     elif kind in _READERS:
         if isinstance(value, str):
             value = _read(value, kind, text)

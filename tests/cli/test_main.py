@@ -194,7 +194,9 @@ def test_one_option_sets_the_limit_on_pixels(
 
 
 def test_names_that_no_terminal_shows_are_printed():
-    code = "import sys; from detailflow.cli import main; main._run = lambda argv: print('caf\\udce9'); sys.exit(main.main([]))"
+    code = (
+        "from detailflow.cli import main; main._run = lambda argv: print('caf\\udce9'); raise SystemExit(main.main([]))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
     )

@@ -1,4 +1,4 @@
-"""`detailflow train`: tokenizer, gpt and all in a row; what is wrong is said in one sentence, and nothing is left behind."""
+"""`detailflow train`: tokenizer, gpt and all in a row; a mistake gives one sentence and leaves nothing behind."""
 
 import os
 import shutil

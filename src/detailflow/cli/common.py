@@ -125,7 +125,7 @@ def add_output_option(parser: Parser) -> None:
 
 
 def add_sampling_options(parser: Parser, several: bool = False) -> None:
-    """The settings of `SamplingConfig`, each with one value or several; without them a model has its own best values."""
+    """The settings of `SamplingConfig`, each with one value or several; a model has best values of its own."""
     combinations = "all combinations; " if several else ""
     parser.heading(f"sampling ({combinations}default: the model's own best values)")
     for setting in list_settings(SamplingConfig):

@@ -27,8 +27,8 @@ def parser() -> Parser:
     result = Parser(
         "reconstruct",
         "IMAGE …",
-        "Encode images and decode them from their first 1, 2, 4, … tokens: a strip per image, the image from all of its "
-        "tokens, and the PSNR in dB.",
+        "Encode images and decode them from their first 1, 2, 4, … tokens: a strip per image, the image from all "
+        "of its tokens, and the PSNR in dB.",
     )
     images = "image files of any size, folders of them, parquet, WebDataset or a hub name; the centre square is used"
     result.option("images", tuple[Location, ...], help=images, metavar="IMAGE")

@@ -93,7 +93,7 @@ def make_parser(kind: Any, command: str, summary: str, can_plan: bool, page: str
 
 
 def _help(setting: Setting, page: str) -> str:
-    """Return all that is said of a setting on a page about it, its first clause on the first page, or that it is not shown."""
+    """Return a setting's documentation for a page about it, the first clause for the first page, or `SUPPRESS`."""
     if page:
         return setting.documentation if setting.name.startswith(page) else argparse.SUPPRESS
     return argparse.SUPPRESS if "." in setting.name else setting.documentation.partition(";")[0].rstrip(".")
@@ -128,7 +128,7 @@ def read_settings_file(path: str) -> dict[str, Any]:
 
 
 def recipe_file(name: str) -> str:
-    """Return the path of a settings file: the file itself, or the recipe of that name in the package, as imagenet/tokenizer."""
+    """Return the path of a settings file: the file of that name, or the recipe, such as imagenet/tokenizer."""
     recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
     if os.path.exists(name) or not os.path.isfile(recipe):  # os.path, which takes an impossible name for a missing file
         return name

@@ -80,7 +80,7 @@ def preset_parser() -> Parser:
         "train",
         "{tokenizer,gpt} … | --data DATA --output DIR",
         "Train a tokenizer or an AR model (see `detailflow train tokenizer --help`, `detailflow train gpt --help`), "
-        "or, with --data, all in a row: tokenizer, extraction, AR model. The same command goes on with an interrupted run.",
+        f"or, with --data, all in a row: tokenizer, extraction, AR model. {AGAIN}",
     )
     data = "a folder of class subfolders, parquet, or a hub data set"
     parser.option("--data", Location, help=data, required=True)

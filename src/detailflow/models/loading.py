@@ -1,4 +1,4 @@
-"""From a config and tensors, as `hub.load` returns them, to a network."""
+"""Build networks from configs and tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -24,11 +24,7 @@ def build(
     source: object,
     dtype: torch.dtype | None = None,
 ) -> Network:
-    """A network in evaluation mode that holds `tensors` as `dtype`, or as they are; nothing is initialised and copied over later.
-
-    Raises:
-        DetailFlowError: for a bad config, or tensors that are missing, left over or of another shape.
-    """
+    """Return a network of these tensors in evaluation mode, as `dtype` or as they are; without initial weights."""
     source = str(source) if isinstance(source, Path) else source
     sizes: Any = parse_settings(config_type, config, source)
     if (depth := _depth(sizes)) > len(tensors):
@@ -39,9 +35,8 @@ def build(
         with torch.device("meta"), _NoDraws():
             model = network(sizes)
     except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes beyond what a tensor can have
-        raise DetailFlowError(
-            f"{source}: the config asks for impossible sizes: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise DetailFlowError(f"{source}: the config asks for impossible sizes: {reason}") from error
     load_weights(model, {name: tensor.to(dtype) for name, tensor in tensors.items()}, source, assign=True)
     return model.eval()
 
@@ -50,7 +45,7 @@ _DRAWS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, Tensor.no
 
 
 class _NoDraws(TorchFunctionMode):
-    """Skips what only the values of initial weights need: the meta device has none, and would import a compiler for it."""
+    """Skip initial values: the meta device has none, and would import a compiler for them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -60,54 +55,38 @@ class _NoDraws(TorchFunctionMode):
 
 
 def _depth(config: Any) -> int:
-    """The depth that a config asks for, or one nested in it."""
+    """Return the largest depth in a config, nested ones included."""
     values = [getattr(config, f.name) for f in fields(config)]
     return max([getattr(config, "depth", 0), *(_depth(value) for value in values if is_dataclass(value))])
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: object, assign: bool = False) -> None:
-    """Copy `tensors` into a network, or put them in place of its own.
-
-    Raises:
-        DetailFlowError: if tensors are missing, left over or of another shape.
-    """
+    """Copy `tensors` into a network, or with `assign` put them in place of its own."""
     wanted = model.state_dict()
-    for problem, names in (
-        ("lacks", wanted.keys() - tensors.keys()),
-        ("should not have", tensors.keys() - wanted.keys()),
-    ):
-        if names:
-            raise DetailFlowError(f"{source}: the checkpoint does not fit its config: it {problem} {some_names(names)}")
+    misfit = f"{source}: the checkpoint does not fit its config: it"
+    if missing := wanted.keys() - tensors.keys():
+        raise DetailFlowError(f"{misfit} lacks {some_names(missing)}")
+    if extra := tensors.keys() - wanted.keys():
+        raise DetailFlowError(f"{misfit} should not have {some_names(extra)}")
     for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise DetailFlowError(
-                f"{source}: {name} has shape {tuple(tensor.shape)}, where the config asks for {tuple(wanted[name].shape)}"
-            )
+        shape, needed = tuple(tensor.shape), tuple(wanted[name].shape)
+        if shape != needed:
+            raise DetailFlowError(f"{source}: {name} has shape {shape}, where the config asks for {needed}")
     model.load_state_dict(tensors, assign=assign)
 
 
 def require_same(ours: object, theirs: object, keys: Sequence[str], source: object) -> None:
-    """Check that weights made for one config fit a network of another.
-
-    Raises:
-        DetailFlowError: that names the first of `keys` which differs.
-    """
+    """Check that two configs have the same values of `keys`, so that the weights of one fit the other."""
     for key in keys:
-        if getattr(ours, key) != getattr(theirs, key):
-            raise DetailFlowError(
-                f"the weights of {source} do not fit: {key} is {getattr(theirs, key)} there and {getattr(ours, key)} here"
-            )
+        there, here = getattr(theirs, key), getattr(ours, key)
+        if there != here:
+            raise DetailFlowError(f"the weights of {source} do not fit: {key} is {there} there and {here} here")
 
 
 def check_ids(name: str, ids: Tensor, dimensions: int, count: int) -> None:
-    """Check that `ids` are integers below `count` in a tensor of so many dimensions.
-
-    Raises:
-        DetailFlowError: if not.
-    """
+    """Check that `ids` are integers below `count` in a tensor of so many dimensions."""
     if ids.ndim != dimensions or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise DetailFlowError(
-            f"{name} must be integers in {dimensions} dimension(s), not {tuple(ids.shape)} {ids.dtype}"
-        )
+        found = f"{tuple(ids.shape)} {ids.dtype}"
+        raise DetailFlowError(f"{name} must be integers in {dimensions} dimension(s), not {found}")
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
         raise DetailFlowError(f"{name} must lie in 0 to {count - 1}, not {int(ids.min())} to {int(ids.max())}")

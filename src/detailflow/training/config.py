@@ -1,4 +1,4 @@
-"""The settings of training runs: dataclasses that validate themselves. `recipes/` has values for them."""
+"""The settings of training runs; `recipes/` has values for them."""
 
 import math
 from dataclasses import dataclass, field
@@ -92,21 +92,18 @@ class LoopConfig(Settings):
         check_trackers(self.trackers)
 
     def images_at_once(self, world: World) -> int:
-        """Of a step, those that one process works on at a time.
-
-        Raises:
-            DetailFlowError: where the batch cannot be parted evenly.
-        """
-        share = world.shard(self.batch_size)
-        if (share.stop - share.start) % self.accumulate:
+        """Return the size of a micro-batch of one process."""
+        shard = world.shard(self.batch_size)
+        images = shard.stop - shard.start
+        if images % self.accumulate:
             raise DetailFlowError(
                 f"accumulate must divide the images of each process, and {self.accumulate} does not divide "
-                f"{share.stop - share.start} (batch_size {self.batch_size}, {world.size} process(es))"
+                f"{images} (batch_size {self.batch_size}, {world.size} process(es))"
             )
-        return (share.stop - share.start) // self.accumulate
+        return images // self.accumulate
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of `step` (0-based): linear warm-up, then a cosine."""
+        """Return the learning rate of `step` (0-based): linear warm-up, then a cosine."""
         rising = self.warmup * self.steps
         if step < rising:
             low = self.initial_rate
@@ -122,11 +119,11 @@ class TokenizerTraining(Settings):
 
     Attributes:
         data: images; a folder with a subfolder per class, parquet or WebDataset files, or a hub data set.
-        init: tokenizer to start from; a folder, hub name or zoo name. `model` takes its sizes, and may have more tokens.
+        init: tokenizer to start from; a folder, hub name or zoo name. `model` has its sizes or more tokens.
         encoder_init: SigLIP2 vision tower for the encoder; a hub name, folder or file (docs/method.md#tokenizer).
-        freeze: encoder, to train the decoder of `init` alone; by the losses of its pixels, so tokens keep their meaning.
-        tokens: token store of `init` and these images; with `freeze`, its crops and rows replace the random crops and the
-            passes of the encoder.
+        freeze: encoder, to train the decoder of `init` alone; by losses of pixels, so tokens keep their meaning.
+        tokens: token store of `init` and these images; with `freeze`, its crops and rows replace the random crops
+            and the passes of the encoder.
         split: of the data, such as train.
         image_column: of parquet files and hub data sets.
         label_column: of these, and of metadata files.
@@ -143,21 +140,21 @@ class TokenizerTraining(Settings):
         commitment: weight of its commitment term.
         perceptual: weight of the perceptual loss; 0 for none.
         perceptual_network: lpips, a file or another; lpips is the paper's and downloads VGG-16's
-            weights once, a file has those weights, efficientnet-lite0 is in a package of the extra `train`, and classifier
-            is a small network that first learns the classes of the same images.
+            weights once, a file has those weights, efficientnet-lite0 is in a package of the extra `train`, and
+            classifier is a small network that first learns the classes of the same images.
         perceptual_warmup: share or number of steps to full weight; from 1 on it is a number.
         classifier_epochs: epochs of training that classifier.
         adversarial: weight of the adversarial loss; 0 for none.
         adversarial_network: dino, a file, patch or projected; dino is the paper's and downloads DINO ViT-S/16's weights
-            once, a file has those weights, patch is a small convolutional network that learns from scratch, and projected
-            has convolutions on features of EfficientNet-Lite0.
+            once, a file has those weights, patch is a small convolutional network that learns from scratch, and
+            projected has convolutions on features of EfficientNet-Lite0.
         adversarial_from: share or number of steps before it; from 1 on it is a number.
         adversarial_adaptive: scale that weight by gradients; by the ratio of the gradients of the pixel and perceptual
             losses to that of the adversarial loss, as VQGAN does. Not in the paper.
         augment: DiffAugment for the discriminator.
         lecam: weight of LeCAM regularization; 0 for none.
         consistency: weight of its consistency term; 0 for none.
-        alignment: weight of the alignment loss; of the first token with a teacher's view of the whole image. 0 for none.
+        alignment: weight of the alignment loss; of the first token with a teacher's view of the image. 0 for none.
         alignment_network: the teacher; SigLIP2's vision tower by hub name, folder or file, or efficientnet-lite0 or
             classifier.
         muon: Muon's learning rate for the blocks' matrices; 0 for Adam (Jordan et al. 2024). Not in the paper.
@@ -228,8 +225,8 @@ class GPTTraining(Settings):
     Attributes:
         tokens: folder of a token store.
         tokenizer: the tokenizer that made it; gives the groups, and decodes the samples to look at.
-        init: AR model to start from; a folder, hub name or zoo name, of as many tokens or fewer. Its classes are matched by
-            name.
+        init: AR model to start from; a folder, hub name or zoo name, of as many tokens or fewer. Its classes are
+            matched by name.
         width: of the transformer.
         depth: number of blocks.
         heads: number of attention heads.
@@ -289,5 +286,5 @@ class Extraction(Settings):
 
     @property
     def images_per_pass(self) -> int:
-        """How many images' crops go through the tokenizer at once."""
+        """Return how many images' crops go through the tokenizer at once."""
         return max(1, self.batch_size // CROPS[self.crops][1])

@@ -22,7 +22,7 @@ PRESETS = get_args(Preset)  # the default first
 
 
 def load_settings(preset: str, stage: str) -> dict[str, Any]:
-    """The settings of one stage ("tokenizer", "extract" or "gpt") of a recipe in `recipes/`."""
+    """Return the settings of one stage ("tokenizer", "extract" or "gpt") of a recipe in `recipes/`."""
     return yaml.safe_load((files("detailflow") / "recipes" / preset / f"{stage}.yaml").read_text())
 
 
@@ -35,11 +35,7 @@ def train_preset(
     gpt_steps: int | None = None,
     device: str | None = None,
 ) -> None:
-    """Train into output/tokenizer, output/tokens and output/gpt; what is finished there already stays.
-
-    Raises:
-        DetailFlowError: for images that cannot be read, or an output folder that cannot be used.
-    """
+    """Train into output/tokenizer, output/tokens and output/gpt; what is finished there already stays."""
     images = {"data": data, "split": split}
     source = open_images(data, split=split)
     tokenizer, tokens, gpt = (str(output / name) for name in ("tokenizer", "tokens", "gpt"))
@@ -66,7 +62,7 @@ def train_preset(
 
 
 def _without_classes(config: TokenizerTraining) -> TokenizerTraining:
-    """The settings without the losses that a classifier of the images' classes would be learnt for."""
+    """Return the settings without the losses that need a classifier of the images' classes."""
     learnt = [name for name in ("perceptual", "alignment") if getattr(config, f"{name}_network") == CLASSIFIER]
     off: dict[str, Any] = {name: 0.0 for name in learnt if getattr(config, name)}
     for name in off:
