@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 
 from detailflow import DetailFlowPipeline
@@ -18,7 +20,9 @@ from detailflow.serving import server as serving
 from detailflow.serving.app import create_app
 from detailflow.serving.config import ServeConfig
 
-KEY = "a-key-of-the-tests"
+sys.path.append(str(Path(__file__).parent))  # for `answers`, which the tests share
+
+from answers import KEY
 
 
 class Process:
@@ -69,6 +73,20 @@ def server(model: Path) -> Iterator[Process]:
         yield process
         status, errors = process.end()
         assert (status, errors) == (0, ""), "no request of any test may leave a traceback"
+
+
+@pytest.fixture(scope="session")
+def client(server: Process) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of that server."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def http(server: Process) -> Iterator[httpx.Client]:
+    """A plain client of that server."""
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as client:
+        yield client
 
 
 class Here:

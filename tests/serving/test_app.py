@@ -1,7 +1,5 @@
 """The service as clients see it: a process of the command, OpenAI's own client, and plain HTTP."""
 
-import base64
-import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,47 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import openai
 import pytest
-from PIL import Image
+from answers import KEY, same
 
 from detailflow import DetailFlowPipeline
-
-KEY = "a-key-of-the-tests"
-
-
-@pytest.fixture(scope="module")
-def client(server: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(server: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as client:
-        yield client
-
-
-def opened(b64: str | None) -> Image.Image:
-    assert b64
-    image = Image.open(io.BytesIO(base64.b64decode(b64)))
-    assert image.format == "PNG"
-    return image
-
-
-def same(shown: str | None, expected: Image.Image) -> bool:
-    """Whether an answer's image is this one, up to rounding in another batch."""
-    image = opened(shown)
-    difference = np.asarray(image, int) - np.asarray(expected, int)
-    return image.size == expected.size and abs(difference).max() <= 1
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
-
 
 # --- OpenAI's client -------------------------------------------------------------------------------------------
 
@@ -227,82 +189,7 @@ def test_requests_of_many_clients_share_batches(
         assert all(same(shown.b64_json, image) for shown, image in zip(data, expected, strict=True))
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------
-
-
-def test_tokens_there_and_back(http: httpx.Client, pipeline: DetailFlowPipeline):
-    photo = Image.effect_mandelbrot((90, 60), (-3, -2.5, 2, 2.5), 100).convert("RGB")
-    encoded = http.post("/v1/tokens/encode", files={"image": ("../../etc/name.png", png(photo))}).json()
-    expected = pipeline.reconstruct(photo)
-    assert (encoded["height"], encoded["width"], len(encoded["tokens"])) == (32, 32, 16)
-    counts = [stage.num_tokens for stage in expected]
-    decoded = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], "num_tokens": counts}).json()
-    for data, stage in zip(decoded["data"], expected, strict=True):
-        shown = opened(data["b64_json"])
-        assert shown.size == (stage.size, stage.size) and data["size"] == f"{stage.size}x{stage.size}"
-        assert data["tokens"] == encoded["tokens"][: stage.num_tokens]
-        enlarged = np.asarray(shown.resize((32, 32), Image.Resampling.BICUBIC), int)
-        assert abs(enlarged - np.asarray(stage.images[0], int)).max() <= 2
-    (one,) = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"][:8]}).json()["data"]
-    assert one["b64_json"] == next(d["b64_json"] for d in decoded["data"] if len(d["tokens"]) == 8)
-
-
-def test_a_whole_image_in_its_own_shape(http: httpx.Client):
-    photo = Image.new("RGB", (96, 48), "red")
-    form = {"whole": "true", "num_tokens": "8"}
-    encoded = http.post("/v1/tokens/encode", files={"image": png(photo)}, data=form).json()
-    assert len(encoded["tokens"]) == 8 and encoded["width"] > encoded["height"]
-    shape = {"height": encoded["height"], "width": encoded["width"]}
-    (data,) = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], **shape}).json()["data"]
-    assert opened(data["b64_json"]).width > opened(data["b64_json"]).height
-    refused = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], "height": 9_999, "width": 8})
-    assert refused.status_code == 400 and refused.json()["error"]["param"] == "height"
-
-
-def test_generated_tokens_are_those_of_the_image(http: httpx.Client):
-    made = http.post("/v1/images/generations", json={"prompt": 3, "seed": 4}).json()["data"][0]
-    shown = http.post("/v1/tokens/decode", json={"tokens": made["tokens"]}).json()["data"][0]
-    assert shown["b64_json"] == made["b64_json"]
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"tokens": [64] * 4}, "tokens"),
-        ({"tokens": [-1]}, "tokens"),
-        ({"tokens": []}, "tokens"),
-        ({"tokens": [1.5]}, "tokens"),
-        ({"tokens": [1] * 5}, "num_tokens"),
-        ({"tokens": [1] * 4, "num_tokens": 8}, "num_tokens"),
-        ({"tokens": [1] * 4, "num_tokens": []}, "num_tokens"),
-        ({}, "tokens"),
-    ],
-)
-def test_tokens_that_cannot_be(body: dict[str, Any], param: str, http: httpx.Client):
-    refused = http.post("/v1/tokens/decode", json=body)
-    assert refused.status_code == 400 and refused.json()["error"]["param"] == param
-
-
-def bomb() -> bytes:
-    """A small file of 64 million pixels."""
-    return png(Image.new("1", (8000, 8000)))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"no image", "the image is not an image"),
-        (b"", "the image is not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "the image is not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "the image is not an image"),
-        (png(Image.new("RGB", (64, 64)))[:60], "the image"),
-        (bomb(), "the image is too large: it has 8000×8000 pixels, and 25,000,000 are the most"),
-    ],
-)
-def test_uploads_that_are_no_images(content: bytes, message: str, http: httpx.Client):
-    refused = http.post("/v1/tokens/encode", files={"image": ("a.png", content)})
-    assert refused.status_code == 400 and refused.json()["error"]["message"].startswith(message)
-    assert refused.json()["error"]["param"] == "image"
+# --- bodies ----------------------------------------------------------------------------------------------------------
 
 
 def test_bodies_are_bounded(http: httpx.Client):

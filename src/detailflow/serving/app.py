@@ -15,11 +15,12 @@ from detailflow.serving import errors, schemas
 from detailflow.serving.config import ServeConfig
 from detailflow.serving.middleware import Guard
 from detailflow.serving.reference import reference_page
-from detailflow.serving.service import Service
+from detailflow.serving.service import Answer, Service
 from detailflow.serving.uploads import Uploads
 
 T = TypeVar("T")
 CLIENT_GONE = 499  # nginx's number, for the metrics: nobody reads it
+_FORM = "multipart/form-data"
 _REFUSALS = {
     400: "Something in the request is wrong; the message says what would be right.",
     401: "The API key is missing or wrong.",
@@ -79,8 +80,9 @@ def create_app(pipeline: DetailFlowPipeline, config: ServeConfig | None = None) 
     app.service = service
     errors.install(app)
     _add_models(app, service)
-    _add_images(app, service)
-    _add_tokens(app, service)
+    uploads = Uploads(service.config)
+    _add_images(app, service, uploads)
+    _add_tokens(app, service, uploads)
     _add_operations(app, service)
     return app
 
@@ -108,7 +110,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return service.classes(search, limit)
 
 
-def _add_images(app: FastAPI, service: Service) -> None:
+def _add_images(app: FastAPI, service: Service, uploads: Uploads) -> None:
     @app.post("/v1/images/generations", tags=["images"], response_model=schemas.Images, responses=_RESPONSES)
     async def generate_images(body: schemas.Generation, request: Request) -> Any:
         """Generate images of a class.
@@ -116,16 +118,33 @@ def _add_images(app: FastAPI, service: Service) -> None:
         With `stream`, server-sent events: `image_generation.partial_image` and `image_generation.completed`, which also
         have `image_index`, `num_tokens` and `tokens`.
         """
-        answer = service.generate(body)
-        if body.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
-        return await _unless_gone(request, answer.whole())
+        return await _respond(request, service.generate(body), body.stream)
+
+    async def vary(request: Request, body: schemas.Variation) -> Any:
+        if (body.image is None) == (body.tokens is None):
+            raise errors.ApiError(400, "give either image or tokens", "image", "invalid_value")
+
+        async def start() -> Answer:
+            return await service.vary(body, None if body.image is None else await uploads.open(body.image))
+
+        answer = await _unless_gone(request, start())
+        return answer if isinstance(answer, Response) else await _respond(request, answer, body.stream)
+
+    @app.post("/v1/images/variations", tags=["images"], response_model=schemas.Images, responses=_RESPONSES)
+    async def vary_image(body: Annotated[schemas.Variation, Form(media_type=_FORM)], request: Request) -> Any:
+        """Vary an image: its first tokens stay, and the model writes the others.
+
+        With `stream`, the events `image_variation.partial_image`, first the kept tokens, and `image_variation.completed`.
+        """
+        return await vary(request, body)
+
+    @app.post("/v1/images/edits", tags=["images"], response_model=schemas.Images, responses=_RESPONSES)
+    async def edit_image(body: Annotated[schemas.Edit, Form(media_type=_FORM)], request: Request) -> Any:
+        """Vary an image as a class, with the events `image_edit.partial_image` and `image_edit.completed`."""
+        return await vary(request, body)
 
 
-def _add_tokens(app: FastAPI, service: Service) -> None:
-    uploads = Uploads(service.config)
-
+def _add_tokens(app: FastAPI, service: Service, uploads: Uploads) -> None:
     @app.post("/v1/tokens/encode", tags=["tokens"], response_model=schemas.Encoded, responses=_RESPONSES)
     async def encode_image(
         request: Request,
@@ -179,6 +198,13 @@ def _health(status: str) -> JSONResponse:
 
 def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _RESPONSES[status] for status in statuses}
+
+
+async def _respond(request: Request, answer: Answer, stream: bool | None) -> Any:
+    if not stream:
+        return await _unless_gone(request, answer.whole())
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | Response:

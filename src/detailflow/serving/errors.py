@@ -89,5 +89,5 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"unknown parameter {param!r}: {advice}", param, "unknown_parameter")
     if kind == "missing":
         return ApiError(400, f"{param or 'the body'} is missing: see /docs", param, "missing_required_parameter")
-    text = f"{message[0].lower()}{message[1:]}"
+    text = message if message[1:2].isupper() else f"{message[0].lower()}{message[1:]}"
     return ApiError(400, f"{param}: {text}" if param else f"the body: {text}", param, "invalid_value")

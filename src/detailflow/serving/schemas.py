@@ -2,10 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import UploadFile
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
+Label = Annotated[str, Field(max_length=1000)] | int
 Code = Annotated[int, Field(ge=0, le=2**31 - 1)]
+CODES = TypeAdapter(Annotated[list[Code], Field(min_length=1)], config=ConfigDict(strict=True))
 
 
 class Body(BaseModel):
@@ -24,12 +27,10 @@ class Sampling(Body):
     top_p: float | Literal["off"] | None = Field(None, description="Draw from the likeliest codes that sum to P.")
 
 
-class Generation(Sampling):
-    """`POST /v1/images/generations`."""
+class Request(Sampling):
+    """What requests for images have in common."""
 
-    prompt: Annotated[str, Field(max_length=1000)] | int = Field(
-        description="A class by name, number or WordNet id; `/v1/classes` lists them."
-    )
+    prompt: Label | None
     model: str | None = Field(None, description="The name that `/v1/models` gives.")
     n: int | None = Field(1, ge=1, description="Number of images.")
     seed: Seed | None = Field(None, description="The same seed gives the same images; chosen at random if left out.")
@@ -48,6 +49,34 @@ class Generation(Sampling):
     user: str | None = Field(None, description="Ignored.")
 
 
+class Generation(Request):
+    """`POST /v1/images/generations`."""
+
+    prompt: Label = Field(description="A class by name, number or WordNet id; `/v1/classes` lists them.")
+
+
+class Variation(Request):
+    """`POST /v1/images/variations`, a form."""
+
+    model_config = ConfigDict(strict=False)  # everything in a form is text
+    image: UploadFile | None = Field(
+        None, description="A raster image: PNG, JPEG, WebP, …; its centre square is taken."
+    )
+    tokens: str | None = Field(
+        None, max_length=1_000_000, description="An image's codes in place of it, as a JSON list: `[1, 2, 3]`."
+    )
+    keep: int | None = Field(None, description="The first tokens that stay; a quarter of them if left out.")
+    prompt: Label | None = Field(
+        None, description="The class, also another one than the image's; no class if left out."
+    )
+
+
+class Edit(Variation):
+    """`POST /v1/images/edits`, a form."""
+
+    prompt: Label = Field(description="The class that the image shall become.")
+
+
 class Tokens(Body):
     """`POST /v1/tokens/decode`."""
 
@@ -62,7 +91,7 @@ class Tokens(Body):
     model: str | None = None
 
 
-PARAMETERS = sorted({*Generation.model_fields, *Tokens.model_fields, "image", "whole", "search", "limit"})
+PARAMETERS = sorted({*Edit.model_fields, *Tokens.model_fields, "whole", "search", "limit"})
 
 
 class Usage(BaseModel):

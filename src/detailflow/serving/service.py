@@ -10,14 +10,16 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from pydantic import ValidationError
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError
 from detailflow.pipeline import DetailFlowPipeline, fit
+from detailflow.sampling import SamplingConfig
 from detailflow.schedule import TokenSchedule
 from detailflow.serving import engine, schemas
 from detailflow.serving.batcher import Batcher, Job
@@ -27,6 +29,14 @@ from detailflow.serving.metrics import Metrics
 
 SAMPLING = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
 MOST_STAGES = 1024  # images of one `decode`
+
+
+class _Checked(NamedTuple):
+    """What a request for images asks for."""
+
+    class_id: int
+    num_tokens: int
+    sampling: SamplingConfig
 
 
 class Service:
@@ -107,29 +117,73 @@ class Service:
         Raises:
             ApiError: if something in it is wrong.
         """
+        return self._answer(body, self._check(body), "image_generation", [])
+
+    async def vary(self, body: schemas.Variation, image: Image.Image | None) -> "Answer":
+        """Queue variations of an uploaded image, or of tokens.
+
+        Raises:
+            ApiError: if something in the request is wrong.
+        """
+        checked = self._check(body)
+        with _blamed_on("keep"):
+            quarter = max(n for n in self.schedule.valid_counts if n == 1 or 4 * n <= self.schedule.num_tokens)
+            keep = self.schedule.check_count(quarter if body.keep is None else body.keep, "keep")
+        if image is not None:
+            tokens = (await self.encode(image, None, whole=False)).tokens
+        else:
+            try:
+                tokens = self._checked_tokens(schemas.CODES.validate_json(body.tokens or ""))
+            except ValidationError as error:
+                message = "tokens must be a JSON list of whole numbers, such as [1, 2, 3]"
+                raise ApiError(400, message, "tokens", "invalid_value") from error
+        if keep > len(tokens):
+            message = f"keep must be at most the {len(tokens)} tokens given, not {keep}"
+            raise ApiError(400, message, "keep", "invalid_value")
+        if keep > checked.num_tokens:
+            message = f"num_tokens must be at least keep, which is {keep}, not {checked.num_tokens}"
+            raise ApiError(400, message, "num_tokens", "invalid_value")
+        kind = "image_edit" if isinstance(body, schemas.Edit) else "image_variation"
+        return self._answer(body, checked, kind, tokens[:keep])
+
+    def _check(self, body: schemas.Request) -> "_Checked":
         self.check_model(body.model)
-        count = 1 if body.n is None else body.n
-        if not 1 <= count <= self.config.max_images:
-            raise ApiError(400, f"n must be 1 to {self.config.max_images}, not {count}", "n", "invalid_value")
+        if not 1 <= (body.n or 1) <= self.config.max_images:
+            raise ApiError(400, f"n must be 1 to {self.config.max_images}, not {body.n}", "n", "invalid_value")
         if body.size not in (None, "auto", self.size):
             raise ApiError(400, f"size must be auto or {self.size}, not {body.size!r}", "size", "invalid_value")
         with _blamed_on("prompt", code="unknown_class"):
-            class_id = self.pipeline.labels.index(body.prompt)
+            null_class = self.pipeline.gpt.config.num_classes
+            class_id = null_class if body.prompt is None else self.pipeline.labels.index(body.prompt)
         with _blamed_on("num_tokens"):
             num_tokens = self.schedule.check_count(body.num_tokens)
         with _blamed_on(*SAMPLING):
             sampling = self.pipeline.gpt.sampling(**{name: getattr(body, name) for name in SAMPLING})
-        seed = secrets.randbits(32) if body.seed is None else body.seed
-        stages = self.stages(num_tokens, body.partial_images or 0) if body.stream else frozenset()
-        items = [engine.ImageItem(class_id, seed, i, num_tokens, stages) for i in range(count)]
-        return Answer(self, self.submit(engine.Generate(sampling), items), "image_generation", num_tokens, seed)
+        return _Checked(class_id, num_tokens, sampling)
 
-    def stages(self, num_tokens: int, count: int) -> frozenset[int]:
-        """Return `count` numbers of tokens below `num_tokens` for partial images: early first, then evenly in time."""
-        steps = [n for n in self.schedule.valid_counts if n < num_tokens]
+    def _checked_tokens(self, tokens: list[int]) -> list[int]:
+        codes = self.pipeline.tokenizer.config.codebook_size
+        if max(tokens) >= codes:
+            raise ApiError(400, f"tokens must be 0 to {codes - 1}, not {max(tokens)}", "tokens", "invalid_value")
+        return tokens
+
+    def _answer(self, body: schemas.Request, checked: "_Checked", kind: str, prefix: list[int]) -> "Answer":
+        class_id, n, sampling = checked
+        seed = secrets.randbits(32) if body.seed is None else body.seed
+        stages = self.stages(n, body.partial_images or 0, len(prefix)) if body.stream else frozenset()
+        items = [engine.ImageItem(class_id, seed, i, n, stages, prefix) for i in range(body.n or 1)]
+        return Answer(self, self.submit(engine.Generate(sampling, len(prefix)), items), kind, n, seed)
+
+    def stages(self, num_tokens: int, count: int, kept: int = 0) -> frozenset[int]:
+        """Return `count` numbers of tokens below `num_tokens` for partial images: early first, then evenly in time.
+
+        The first is that of the tokens that are kept, or else two.
+        """
+        steps = [n for n in self.schedule.valid_counts if kept <= n < num_tokens]
         if count >= len(steps):
             return frozenset(steps)
-        return frozenset(steps[1 + i * (len(steps) - 1) // count] for i in range(count))
+        first = 0 if kept else 1
+        return frozenset(steps[first + i * (len(steps) - first) // count] for i in range(count))
 
     # --- tokens ------------------------------------------------------------------------------------------------
 
@@ -149,9 +203,7 @@ class Service:
     async def decode(self, body: schemas.Tokens) -> schemas.Images:
         """Return the images that an image's first tokens show."""
         self.check_model(body.model)
-        codes = self.pipeline.tokenizer.config.codebook_size
-        if max(body.tokens) >= codes:
-            raise ApiError(400, f"tokens must be 0 to {codes - 1}, not {max(body.tokens)}", "tokens", "invalid_value")
+        self._checked_tokens(body.tokens)
         counts = body.num_tokens if isinstance(body.num_tokens, list) else [body.num_tokens or len(body.tokens)]
         if not 1 <= len(counts) <= MOST_STAGES:
             raise ApiError(400, f"num_tokens must be 1 to {MOST_STAGES} numbers, not {len(counts)}", "num_tokens")
@@ -160,12 +212,10 @@ class Service:
                 if self.schedule.check_count(n) > len(body.tokens):
                     raise DetailFlowError(f"num_tokens must be at most the {len(body.tokens)} tokens given, not {n}")
         height, width = self._full_size(body)
-        shown = []
-        for n in sorted(set(counts)):
-            with self.submit(engine.Decode(n, *self.schedule.decode_shape(n, height, width)), [body.tokens[:n]]) as job:
-                async for result in job:
-                    shown.append(result.value)
-        by_count = {len(picture.tokens): await asyncio.to_thread(image_data, picture) for picture in shown}
+        by_count = {}
+        with self.submit(engine.Decode(height, width), [engine.StagesItem(body.tokens, frozenset(counts))]) as job:
+            async for _, picture, _ in job:
+                by_count[len(picture.tokens)] = await asyncio.to_thread(image_data, picture)
         data = [by_count[n] for n in counts]
         return self.images(data, data[-1].size, len(body.tokens))
 

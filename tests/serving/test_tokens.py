@@ -1,0 +1,173 @@
+"""Tokens, variations and uploads over HTTP."""
+
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from answers import opened, photograph, png, same
+from PIL import Image
+
+from detailflow import DetailFlowPipeline
+
+# --- tokens ----------------------------------------------------------------------------------------------------
+
+
+def test_tokens_there_and_back(http: httpx.Client, pipeline: DetailFlowPipeline):
+    photo = photograph()
+    encoded = http.post("/v1/tokens/encode", files={"image": ("../../etc/name.png", png(photo))}).json()
+    expected = pipeline.reconstruct(photo)
+    assert (encoded["height"], encoded["width"], len(encoded["tokens"])) == (32, 32, 16)
+    counts = [stage.num_tokens for stage in expected]
+    decoded = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], "num_tokens": counts}).json()
+    for data, stage in zip(decoded["data"], expected, strict=True):
+        shown = opened(data["b64_json"])
+        assert shown.size == (stage.size, stage.size) and data["size"] == f"{stage.size}x{stage.size}"
+        assert data["tokens"] == encoded["tokens"][: stage.num_tokens]
+        enlarged = np.asarray(shown.resize((32, 32), Image.Resampling.BICUBIC), int)
+        assert abs(enlarged - np.asarray(stage.images[0], int)).max() <= 2
+    (one,) = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"][:8]}).json()["data"]
+    assert one["b64_json"] == next(d["b64_json"] for d in decoded["data"] if len(d["tokens"]) == 8)
+
+
+def test_a_whole_image_in_its_own_shape(http: httpx.Client):
+    photo = Image.new("RGB", (96, 48), "red")
+    form = {"whole": "true", "num_tokens": "8"}
+    encoded = http.post("/v1/tokens/encode", files={"image": png(photo)}, data=form).json()
+    assert len(encoded["tokens"]) == 8 and encoded["width"] > encoded["height"]
+    shape = {"height": encoded["height"], "width": encoded["width"]}
+    (data,) = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], **shape}).json()["data"]
+    assert opened(data["b64_json"]).width > opened(data["b64_json"]).height
+    refused = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], "height": 9_999, "width": 8})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "height"
+
+
+def test_generated_tokens_are_those_of_the_image(http: httpx.Client):
+    made = http.post("/v1/images/generations", json={"prompt": 3, "seed": 4}).json()["data"][0]
+    shown = http.post("/v1/tokens/decode", json={"tokens": made["tokens"]}).json()["data"][0]
+    assert shown["b64_json"] == made["b64_json"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tokens": [64] * 4}, "tokens"),
+        ({"tokens": [-1]}, "tokens"),
+        ({"tokens": []}, "tokens"),
+        ({"tokens": [1.5]}, "tokens"),
+        ({"tokens": [1] * 5}, "num_tokens"),
+        ({"tokens": [1] * 4, "num_tokens": 8}, "num_tokens"),
+        ({"tokens": [1] * 4, "num_tokens": []}, "num_tokens"),
+        ({}, "tokens"),
+    ],
+)
+def test_tokens_that_cannot_be(body: dict[str, Any], param: str, http: httpx.Client):
+    refused = http.post("/v1/tokens/decode", json=body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == param
+
+
+# --- variations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:deprecated")  # by OpenAI, whose client still has it
+def test_variations_and_edits_by_openais_client(client: openai.OpenAI, pipeline: DetailFlowPipeline):
+    extra: dict[str, Any] = {"keep": 8, "seed": 3, "temperature": 0.9, "prompt": "cat"}
+    varied = client.images.create_variation(image=png(photograph()), n=2, model="tests/tiny", extra_body=extra)
+    options: dict[str, Any] = dict(keep=8, num_images=2, seed=3)
+    expected = pipeline.vary(photograph(), label="cat", temperature=0.9, **options)
+    assert varied.data is not None and varied.model_extra is not None and varied.model_extra["seed"] == 3
+    assert all(same(data.b64_json, image) for data, image in zip(varied.data, expected, strict=True))
+    edited = client.images.edit(image=png(photograph()), prompt="Hot dog", n=2, extra_body={"keep": 8, "seed": 3})
+    expected = pipeline.vary(photograph(), label="Hot dog", **options)
+    assert edited.data is not None
+    assert all(same(data.b64_json, image) for data, image in zip(edited.data, expected, strict=True))
+
+
+def test_a_variation_of_no_class_keeps_a_quarter(http: httpx.Client, pipeline: DetailFlowPipeline):
+    image = {"image": png(photograph())}
+    (data,) = http.post("/v1/images/variations", files=image, data={"seed": "1"}).json()["data"]
+    assert same(data["b64_json"], pipeline.vary(photograph(), keep=4, seed=1)[0])
+    assert data["tokens"][:4] == pipeline.tokens(photograph())[:4].tolist()
+
+
+def test_variations_of_tokens(http: httpx.Client):
+    """An image that was generated becomes itself again with the same seed and class; all tokens kept are the image."""
+    made = http.post("/v1/images/generations", json={"prompt": "bird", "seed": 7}).json()["data"][0]
+    form = {"tokens": json.dumps(made["tokens"]), "prompt": "bird", "seed": "7"}
+    for keep in (1, 4, 12, 16):
+        again = http.post("/v1/images/variations", data=form | {"keep": str(keep)}, files={"a": ""}).json()
+        assert "error" in again  # a form has no unknown parts
+        again = http.post("/v1/images/variations", data=form | {"keep": str(keep)}).json()["data"][0]
+        assert again["tokens"] == made["tokens"] and same(again["b64_json"], opened(made["b64_json"]))
+
+
+def test_an_edit_as_a_stream(client: openai.OpenAI):
+    extra = {"keep": 4, "seed": 3}
+    with client.images.edit(
+        image=png(photograph()), prompt="cat", stream=True, partial_images=2, extra_body=extra
+    ) as stream:
+        events = list(stream)
+    assert [event.type for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+    counts = [event.num_tokens for event in events]  # type: ignore[union-attr]
+    assert counts[0] == 4 and counts[-1] == 16, "first what the kept tokens show"
+
+
+@pytest.mark.parametrize(
+    ("route", "form", "param", "message"),
+    [
+        ("edits", {"tokens": "[1, 2]"}, "prompt", "prompt is missing"),
+        ("edits", {"tokens": "[1, 2]", "prompt": "kat"}, "prompt", "unknown class 'kat': did you mean cat?"),
+        ("variations", {}, "image", "give either image or tokens"),
+        ("variations", {"tokens": "[1, 2]", "keep": "4"}, "keep", "keep must be at most the 2 tokens given, not 4"),
+        ("variations", {"tokens": "[1, 2]", "keep": "5"}, "keep", "keep must be 1 to 4 or a multiple of 4 up to 16"),
+        ("variations", {"tokens": "[1, 2]", "keep": "x"}, "keep", "keep: input should be a valid integer"),
+        ("variations", {"tokens": "[64]", "keep": "1"}, "tokens", "tokens must be 0 to 63, not 64"),
+        ("variations", {"tokens": "[]"}, "tokens", "tokens must be a JSON list of whole numbers"),
+        ("variations", {"tokens": "[1.5]"}, "tokens", "tokens must be a JSON list of whole numbers"),
+        ("variations", {"tokens": "1, 2"}, "tokens", "tokens must be a JSON list of whole numbers"),
+        ("variations", {"tokens": "[1, 2, 3, 4]", "num_tokens": "2"}, "num_tokens", "num_tokens must be at least keep"),
+        ("variations", {"tokens": "[1]", "keep": "1", "n": "17"}, "n", "n must be 1 to 16, not 17"),
+        ("variations", {"tokens": "[1]", "mask": "x"}, "mask", "unknown parameter 'mask'"),
+    ],
+)
+def test_variations_that_cannot_be(route: str, form: dict[str, str], param: str, message: str, http: httpx.Client):
+    refused = http.post(f"/v1/images/{route}", data=form)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, param) and message in error["message"]
+
+
+@pytest.mark.filterwarnings("ignore:deprecated")
+@pytest.mark.parametrize("route", ["variations", "edits"])
+def test_variations_of_what_is_no_image(route: str, client: openai.OpenAI):
+    with pytest.raises(openai.BadRequestError, match="the image is not an image"):
+        if route == "edits":
+            client.images.edit(image=b"no image", prompt="cat")
+        else:
+            client.images.create_variation(image=b"no image")
+
+
+# --- uploads ---------------------------------------------------------------------------------------------------------
+
+
+def bomb() -> bytes:
+    """A small file of 64 million pixels."""
+    return png(Image.new("1", (8000, 8000)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no image", "the image is not an image"),
+        (b"", "the image is not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "the image is not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "the image is not an image"),
+        (png(Image.new("RGB", (64, 64)))[:60], "the image"),
+        (bomb(), "the image is too large: it has 8000×8000 pixels, and 25,000,000 are the most"),
+    ],
+)
+def test_uploads_that_are_no_images(content: bytes, message: str, http: httpx.Client):
+    refused = http.post("/v1/tokens/encode", files={"image": ("a.png", content)})
+    assert refused.status_code == 400 and refused.json()["error"]["message"].startswith(message)
+    assert refused.json()["error"]["param"] == "image"
