@@ -216,7 +216,7 @@ class CachedModel:
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, end: int) -> Tensor:
-        """(B, N) tokens, known before `end` → logits (B or 2B, end, K), all at once; their keys and values are cached."""
+        """(B, N) tokens, known before `end` → logits (B or 2B, end, K) at once; keys and values are cached."""
         if self.guided:
             tokens = tokens.repeat(2, 1)
         x = self.model.inputs(self.class_ids, tokens, 0, end)

@@ -321,7 +321,7 @@ def save(
     tensors: Mapping[str, Tensor],
     shard_size: str = SHARD_SIZE,
 ) -> None:
-    """Write a model in our layout, in shards if it is larger than `shard_size`; the folder is made if needed.
+    """Write a model in our layout, in shards if it is larger than `shard_size`.
 
     Each file is replaced at once, the config last: an interrupted first save leaves no model, not half of one.
     """

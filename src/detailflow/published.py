@@ -119,13 +119,10 @@ def check_kind(folder: Path, found: Any, wanted: Kind) -> None:
 def load_published(
     path: Path, kind: Kind, variant: Variant = "ema", dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a published model into our config keys and our tensor names, on the CPU.
+    """Read a published model into our config keys and tensor names, on the CPU, as `dtype` or as it is stored.
 
-    Args:
-        path: a folder, whose checkpoint is the one named after N if there are several, or one checkpoint in it.
-        kind: "tokenizer" or "gpt".
-        variant: "ema" if present, or "model". Only these weights are brought into memory.
-        dtype: of the tensors; `None` is as they are stored.
+    `path` is a folder, whose checkpoint is the one named after N if there are several, or one checkpoint in it. Only
+    the weights of `variant` are brought into memory; "ema" is "model" if there is no "ema".
     """
     config, checkpoint, names = _inspect(path, kind, variant)
     mapped = zipfile.is_zipfile(checkpoint)  # files in torch's old format cannot be memory-mapped
@@ -305,12 +302,7 @@ def save_published(
 ) -> None:
     """Write a model, in our keys and names, in the published layout; the config last.
 
-    Args:
-        folder: where to write.
-        kind: "tokenizer" or "gpt".
-        config: in our keys.
-        tensors: under our names.
-        origin: the published "config" and "arguments" if the model had them; else they are made from ours.
+    `origin` is the published "config" and "arguments" of a model that had them; else they are made from ours.
     """
     depths = [config["depth"]] if kind == "gpt" else [config[half]["depth"] for half in ("encoder", "decoder")]
     state: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder, read_text, read_yaml, reading, writing
 from detailflow.published import Kind, check_kind
-from detailflow.tensors import in_pieces
+from detailflow.tensors import in_pieces, is_weights
 from detailflow.torch_files import load_torch
 
 RUN_FILE = "run.yaml"
@@ -255,7 +255,6 @@ def _weights(path: Path, checkpoint: Checkpoint, kind: Kind, variant: str) -> di
     if not isinstance(stored, Mapping) or not stored:
         raise DetailFlowError(f"{path} holds no weights of {kind}")
     for name, tensor in stored.items():
-        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not dense or not tensor.is_floating_point() or tensor.nbytes > tensor.untyped_storage().nbytes():
+        if not is_weights(tensor):
             raise DetailFlowError(f"{name!s} in {path} is no tensor of floating-point weights")
     return {str(name): tensor for name, tensor in stored.items()}

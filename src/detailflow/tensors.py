@@ -40,8 +40,7 @@ def save_torch(path: Path, content: Any) -> None:
 def in_pieces(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
     """Yield the keys in lists of about `PIECE` bytes.
 
-    A memory-mapped file keeps the pages that were read in memory. Code that copies its tensors maps it again for each
-    of these lists, so that no more than one piece is in memory at once.
+    A memory-mapped file keeps the pages that were read in memory, so copying maps it again for each list.
     """
     piece: list[Key] = []
     total = 0

@@ -150,11 +150,7 @@ class Patches(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Image patches and query tokens in one transformer.
-
-    Patches never attend to queries, so their keys and values are computed once per image (`patches`) and serve both
-    passes of queries (`queries`), the clean one and the self-correction pass.
-    """
+    """Image patches, which are computed once per image, and one or two passes of queries, in one transformer."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -223,10 +219,7 @@ class Decoder(nn.Module):
             self.refine_pixels = nn.Sequential(first, nn.GELU(), last)
 
     def forward(self, quantized: Tensor, height: int, width: int, present: Tensor | None = None) -> Tensor:
-        """(B, n, d) unit vectors → (B, 3, height, width) pixels in about [-1, 1].
-
-        `present`, (B, n), is False for tokens to treat as absent, like those after the n; only with an `absent_token`.
-        """
+        """(B, n, d) unit vectors, and which of them are `present` if not all → (B, 3, height, width) pixels."""
         rows, columns = height // self.patch_size, width // self.patch_size
         projected = self.project(quantized)
         latents = projected + self.latent_pos_embed[: quantized.shape[1]]
@@ -346,8 +339,6 @@ class DetailFlowTokenizer(Pretrained):
         multiple = f"a multiple of {self.config.group_size} below {self.config.num_tokens}"
         raise DetailFlowError(f"position must be {single}{multiple}, not {position}")
 
-    # --- the same with gradients, for training ---------------------------------------------------------------------
-
     def encode_patches(self, images: Tensor) -> Patches:
         """(B, 3, H, W) pixels → their patches in every block of the encoder."""
         side, patch = self.config.image_size, self.config.patch_size
@@ -359,7 +350,7 @@ class DetailFlowTokenizer(Pretrained):
         return self.encoder.patches(images)
 
     def encode_latents(self, patches: Patches, n: int) -> Tensor:
-        """Return (B, n, d) unit vectors before quantization."""
+        """Return (B, n, d) unit vectors before quantization, with gradients."""
         needed = n if self.config.causal_encoder else self.config.num_tokens  # else later queries affect the first n
         queries = self.encoder.query_tokens[:needed].expand(patches.images, -1, -1)
         if patches.linear is not None:
