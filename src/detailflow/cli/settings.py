@@ -71,7 +71,7 @@ def make_parser(kind: Any, command: str, summary: str, can_plan: bool, page: str
     add_device_option(parser)
     if can_plan:
         parser.option(DRY_RUN, bool, help="only say the cost: memory, time, disk")
-    about = "this help, or all of that of a setting or group"
+    about = "this help, or that of a setting or group"
     parser.group.add_argument("--help", default=argparse.SUPPRESS, metavar="NAME", help=about)
     settings = list(list_settings(kind))
     groups = {setting.name.partition(".")[0] for setting in settings if "." in setting.name}

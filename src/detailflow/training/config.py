@@ -121,7 +121,7 @@ class TokenizerTraining(Settings):
         data: images; a folder with a subfolder per class, parquet or WebDataset files, or a hub data set.
         init: tokenizer to start from; a folder, hub name or zoo name. `model` has its sizes or more tokens.
         encoder_init: SigLIP2 vision tower for the encoder; a hub name, folder or file (docs/method.md#tokenizer).
-        freeze: encoder, to train the decoder of `init` alone; by losses of pixels, so tokens keep their meaning.
+        freeze: encoder, to train the decoder alone; that of `init`, by losses of pixels, so tokens keep their meaning.
         tokens: token store of `init` and these images; with `freeze`, its crops and rows replace the random crops
             and the passes of the encoder.
         split: of the data, such as train.
@@ -134,7 +134,7 @@ class TokenizerTraining(Settings):
         nested_probability: share of steps with nested dropout; of the other steps. Images are decoded at full size from
             their first 1, 2, 4, … tokens, by the pixel loss alone. Needs `model.absent_token`. Not in the paper.
         correction_share: share of a batch for self-correction.
-        mistakes: planted ones are among that many nearest codes.
+        mistakes: number of codes to plant one of; the nearest ones.
         pixel: weight of the pixel loss.
         quantization: weight of the quantization loss.
         commitment: weight of its commitment term.
@@ -157,7 +157,7 @@ class TokenizerTraining(Settings):
         alignment: weight of the alignment loss; of the first token with a teacher's view of the image. 0 for none.
         alignment_network: the teacher; SigLIP2's vision tower by hub name, folder or file, or efficientnet-lite0 or
             classifier.
-        muon: Muon's learning rate for the blocks' matrices; 0 for Adam (Jordan et al. 2024). Not in the paper.
+        muon: Muon's learning rate; of the blocks' matrices, 0 for Adam (Jordan et al. 2024). Not in the paper.
         revive_every: steps between revivals of unused codes; in the first half of the run. 0 for never.
     """
 
@@ -265,7 +265,7 @@ class Extraction(Settings):
         label_column: of these, and of metadata files.
         crops: ten or two of each image; ten are the corners and the centre at 1.1 times the size, and their flips (the
             paper's), two the centre and its flip, for small images that fill their frame.
-        mistakes: planted ones are among that many nearest codes.
+        mistakes: number of codes to plant one of; the nearest ones.
         batch_size: crops per pass through the tokenizer; in each process.
         precision: bf16, fp16 or fp32.
         workers: processes that decode images; for each process.
