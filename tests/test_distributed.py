@@ -19,7 +19,7 @@ from detailflow.files import lock_folder
 from detailflow.training.checkpoints import save_checkpoint
 
 IMPORTED = [
-    *("accelerate", "jsonargparse", "torch.nn.parallel", "torch._dynamo"),
+    *("accelerate", "torch.nn.parallel", "torch._dynamo"),
     *(
         f"detailflow.{name}"
         for name in ("training.gpt", "evaluation.evaluate", "evaluation.report", "samples", "pipeline")

@@ -75,7 +75,7 @@ def test_sets_that_cannot_be_used(photos: Path, tmp_path: Path, capsys: pytest.C
 def test_what_reads_images_says_first_what_it_reads(
     photos: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    pytest.importorskip("jsonargparse", reason="needs detailflow[train]")
+    pytest.importorskip("tensorboard", reason="needs detailflow[train]")
     line = f"{photos}: 13 images in 3 classes (cat 4, dog 5, fish 4), 16×8 to 18×11; "
     line += "left aside: 1 archive (all.zip), 1 .txt\n"
 

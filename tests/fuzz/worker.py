@@ -43,7 +43,6 @@ def warm_up() -> None:
     """Import what cases need, as that takes seconds, and starts a process once: matplotlib looks for fonts."""
     for name in (
         "datasets",
-        "jsonargparse",
         "matplotlib.font_manager",
         "tensorboard",
         "torchmetrics.image",

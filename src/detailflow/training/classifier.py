@@ -1,5 +1,6 @@
 """A small classifier of the user's own images, whose features stand in for pretrained ones."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from detailflow.files import os_errors
 from detailflow.tensors import save_torch
 from detailflow.torch_files import load_torch
 from detailflow.training.config import PRECISIONS, TokenizerTraining
+
+_log = logging.getLogger(__name__)
 
 FEATURES_FILE = "features.pt"
 FEATURE_WIDTHS = (32, 64, 128, 192)
@@ -128,4 +131,4 @@ def _train(
     with tqdm(heard(images), total=steps, desc="features", unit="step", dynamic_ncols=True) as bar:
         device = next(network.parameters()).device
         accuracy = train_classifier(network, bar, steps, PRECISIONS[config.loop.precision], device)
-    print(f"feature network: {accuracy:.1%} of the last training images recognised")
+    _log.info("feature network: %s of the last training images recognised", f"{accuracy:.1%}")
