@@ -229,15 +229,13 @@ def test_bad_input(
 
 
 def test_a_missing_package_is_named(model: Path, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from detailflow.evaluation import report
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "find_spec", lambda name: None)
+        patch.setitem(sys.modules, "matplotlib", None)
         assert (
             evaluate("tokenizer", "--model", model, "--data", cifar, "--output", tmp_path / "out", "--device", "cpu")
             == 2
         )
-    assert "evaluation needs the package matplotlib: install it with pip install" in capsys.readouterr().err
+    assert "detailflow evaluate needs the package matplotlib: install it with pip install" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -248,11 +248,11 @@ def _start(args: argparse.Namespace, stack: ExitStack) -> "Context":
     """Check what would fail only after long work, join the ranks of this launch and lock the output folder."""
     check_output(args.output)
 
+    import matplotlib  # noqa: F401  # which a report needs at the end
+
     from detailflow.evaluation.evaluate import Context
-    from detailflow.evaluation.report import check_packages
     from detailflow.files import lock_folder
 
-    check_packages("matplotlib")
     context = Context.launch(args.device, args.batch_size)
     stack.enter_context(lock_folder(args.output, "evaluation", context.world))
     return context

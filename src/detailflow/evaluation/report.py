@@ -7,7 +7,6 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from detailflow import hub
-from detailflow.errors import DetailFlowError, missing_package, printable
+from detailflow.errors import DetailFlowError, printable
 from detailflow.files import read_json, replacing
 from detailflow.machine import device_name
 from detailflow.published import Kind
@@ -251,13 +250,6 @@ def draw(plot: Plot, path: Path) -> None:
     for axis in axes[len(measures) :]:
         axis.set_axis_off()
     canvas.savefig(path, format="png", dpi=110)
-
-
-def check_packages(*names: str) -> None:
-    """Check, before long work, that the packages it will need are installed."""
-    for name in names:
-        if find_spec(name) is None:
-            raise missing_package("evaluation", name)
 
 
 def versions() -> dict[str, str]:
