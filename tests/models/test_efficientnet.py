@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 from the ordinary package: the same numbers as other implementations, and what it says of photographs."""
+"""EfficientNet-Lite0 from its package: the same numbers as other implementations, and the classes of photographs."""
 
 import re
 from importlib import metadata

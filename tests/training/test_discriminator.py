@@ -66,7 +66,7 @@ def plain_head(x: Tensor, head: nn.Module) -> Tensor:
 
 
 def test_logits_are_what_the_method_says(made: DINODiscriminator, weights: Path):
-    """Timm's own network gives the features, of which those before the first block are what that block is called with."""
+    """Timm's own network gives the features; those before the first block are the input of that block."""
     import timm
 
     vit = timm.create_model(BACKBONE, num_classes=0).eval()

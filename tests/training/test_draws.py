@@ -1,4 +1,4 @@
-"""What a step draws: the number of tokens and the place of the mistakes (docs/method.md#coarse-targets, #self-correction)."""
+"""What a step draws: the number of tokens and the position of mistakes (docs/method.md#coarse-targets)."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -93,8 +93,8 @@ def images(cifar: Path) -> torch.Tensor:
 def stage(cifar: Path, output: Path, **settings: object) -> TokenizerStage:
     """A step changes nothing that is looked at afterwards: the learning rate is as good as 0."""
     model = TokenizerConfig(
-        ViTConfig(32, 2, 2), ViTConfig(32, 1, 2), image_size=32, patch_size=4, num_tokens=16, group_size=4, causal_tokens=8,
-        codebook_size=64, codebook_dim=4,
+        ViTConfig(32, 2, 2), ViTConfig(32, 1, 2), image_size=32, patch_size=4, num_tokens=16, group_size=4,
+        causal_tokens=8, codebook_size=64, codebook_dim=4,
     )  # fmt: skip
     loop = LoopConfig(steps=10, batch_size=6, learning_rate=1e-30, precision="fp32")
     values: dict = dict(adversarial=0.0, revive_every=0) | settings
@@ -242,7 +242,7 @@ def test_the_other_terms_enter_with_their_weights(cifar: Path, images: torch.Ten
 
 
 def test_the_whole_objective(cifar: Path, images: torch.Tensor, tmp_path: Path):
-    """All terms of docs/method.md#losses with their weights, the perceptual one's while it rises, and the alignment by hand."""
+    """All terms of docs/method.md#losses with their weights, the perceptual one while it rises; alignment by hand."""
     stand_ins = dict(perceptual=0.3, perceptual_warmup=8, classifier_epochs=1, alignment=0.4)
     adversarial = dict(adversarial=0.7, adversarial_from=3, augment=True, lecam=0.1, consistency=2.0)
     made = stage(cifar, tmp_path, coarse_probability=0.0, **stand_ins, **adversarial)

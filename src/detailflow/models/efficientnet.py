@@ -1,6 +1,7 @@
-"""EfficientNet-Lite0, trained on ImageNet: a frozen network of image features whose weights come as an ordinary package.
+"""EfficientNet-Lite0, trained on ImageNet: frozen image features whose weights come in a Python package.
 
-Tan and Le 2019 (arXiv 1905.11946), without squeeze-and-excitation and with ReLU6; docs/method.md#perception-without-a-hub.
+Tan and Le 2019 (arXiv 1905.11946), with ReLU6 and without squeeze-and-excitation
+(docs/method.md#perception-without-a-hub).
 """
 
 from importlib import metadata
@@ -88,7 +89,7 @@ class EfficientNetLite0(nn.Module):
 
     @torch.no_grad()
     def alignment_target(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels in [-1, 1] → (B, `width`) float32, the mean over the deepest map, as `SigLIP2.alignment_target`."""
+        """(B, 3, H, W) pixels in [-1, 1] → (B, `width`) float32, the mean over the deepest map."""
         return self.features(images)[-1].float().mean((2, 3))
 
     def pool(self, images: Tensor) -> Tensor:

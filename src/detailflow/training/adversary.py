@@ -19,7 +19,7 @@ from detailflow.models.efficientnet import CHANNELS, EfficientNetLite0
 from detailflow.models.loading import load_weights
 from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.training.augment import DRAWS, diff_augment
-from detailflow.training.config import PATCH, PRECISIONS, PROJECTED, LoopConfig
+from detailflow.training.config import PATCH, PRECISIONS, PROJECTED, TokenizerTraining
 from detailflow.training.losses import consistency_loss, discriminator_loss, generator_loss, lecam_loss
 from detailflow.training.optimizer import Updater, gradients_stay
 
@@ -121,7 +121,8 @@ class DINODiscriminator(nn.Module):
         except DetailFlowError as error:
             raise DetailFlowError(
                 "the adversarial loss (DINO discriminator) needs DINO ViT-S/16's weights: get model.safetensors of "
-                f"timm/{BACKBONE} on the Hugging Face hub and give its path as adversarial_network, {_INSTEAD} ({error})"
+                f"timm/{BACKBONE} on the Hugging Face hub and give its path as adversarial_network, {_INSTEAD} "
+                f"({error})"
             ) from error
         self._unregistered = (backbone.requires_grad_(False).eval(),)
         self.heads = nn.ModuleList(_head(backbone.embed_dim) for _ in range(1 + len(BLOCKS)))
@@ -245,7 +246,7 @@ ANCHOR_DECAY = 0.999  # of LeCAM's moving averages
 
 
 class Draws(NamedTuple):
-    """The random numbers of a step: (B, VIEWS, DRAWS) to augment each image, (VIEWS, CROP_DRAWS) for the crops of all."""
+    """A step's random numbers: (B, VIEWS, DRAWS) to augment images, (VIEWS, CROP_DRAWS) for the crops of all."""
 
     views: Tensor
     crops: Tensor
@@ -268,7 +269,7 @@ class _Judgement(nn.Module):
         self.network, self.augment, self.consistency = network, augment, consistency
 
     def forward(self, real: Tensor, fake: Tensor, draws: Draws) -> tuple[Tensor, ...]:
-        """Return the logits of real and fake images and, for the consistency loss, of both under strong augmentation."""
+        """Return the logits of real and fake, and of both under strong augmentation for the consistency loss."""
         plain = (self.judge(real, draws, REAL), self.judge(fake, draws, FAKE))
         if not self.consistency:
             return plain
@@ -297,31 +298,15 @@ def make_discriminator(network: str, load: bool) -> nn.Module:
 
 
 class Adversary:
-    """A discriminator and its optimiser.
+    """A discriminator and its optimiser; without `load`, its pretrained weights are random, as those of a plan."""
 
-    Args:
-        network: "patch", "projected", "dino", or a file of DINO's weights.
-        augment: whether it sees images through DiffAugment.
-        lecam, consistency: weights of its regularisers.
-        load: whether to read pretrained weights; those of a plan are random.
-    """
-
-    def __init__(
-        self,
-        network: str,
-        loop: LoopConfig,
-        augment: bool,
-        lecam: float,
-        consistency: float,
-        device: torch.device,
-        world: World,
-        load: bool = True,
-    ) -> None:
+    def __init__(self, config: TokenizerTraining, device: torch.device, world: World, load: bool = True) -> None:
+        loop = config.loop
         self.device, self.precision, self.world = device, PRECISIONS[loop.precision], world
-        self.lecam, self.consistency = lecam, consistency
-        self.network = make_discriminator(network, load).to(device).train()
+        self.lecam, self.consistency = config.lecam, config.consistency
+        self.network = make_discriminator(config.adversarial_network, load).to(device).train()
         self.any_side = isinstance(self.network, DINODiscriminator)  # or the tokenizer's full size alone
-        self.judgement: nn.Module = _Judgement(self.network, augment, consistency > 0)
+        self.judgement: nn.Module = _Judgement(self.network, config.augment, self.consistency > 0)
         self.judge = self.judgement.judge
         if world.size > 1:
             self.judgement = DistributedDataParallel(self.judgement)

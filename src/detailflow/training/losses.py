@@ -22,7 +22,7 @@ def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
 
 
 def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Sum over maps (B, C, h, w) of the mean squared distance of channel-normalised features: LPIPS without its weights."""
+    """Sum over maps (B, C, h, w) of the mean squared distance of channel-normalised features: unweighted LPIPS."""
     total = features[0].new_zeros(())
     for a, b in zip(features, targets, strict=True):
         total = total + (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()

@@ -10,7 +10,7 @@ from detailflow.schedule import TokenSchedule
 from detailflow.training.adversary import Draws
 from detailflow.training.losses import straight_through
 
-# --- what a step draws (docs/method.md#coarse-targets, #self-correction) ------------------------------------------------
+# --- what a step draws (docs/method.md#coarse-targets, #self-correction) ---------------------------------------------
 
 
 def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
@@ -53,7 +53,7 @@ class Draw(NamedTuple):
         return Draw(self.t, present, self.position, choice, self.views and self.views.of(images))
 
 
-# --- the networks and both passes ---------------------------------------------------------------------------------------
+# --- the networks and both passes ------------------------------------------------------------------------------------
 
 
 class AlignmentHead(nn.Sequential):
@@ -101,7 +101,11 @@ class TokenizerNetworks(nn.Module):
         self.decode_full = model.decode_quantized
 
     def forward(self, images: Tensor, draw: Draw, rows: tuple[Tensor, Tensor] | None = None) -> Passes:
-        """Encode (B, 3, R, R) pixels, or take `rows` of codes, clean (B, N) and corrected (b, N); decode the first t tokens."""
+        """Run both passes on (B, 3, R, R) pixels and decode the first t tokens.
+
+        Args:
+            rows: codes from a token store in place of the passes, clean (B, N) and corrected (b, N).
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             if rows is None:
                 encoded = self.encode(images, draw.position, draw.choice)
@@ -118,7 +122,7 @@ class TokenizerNetworks(nn.Module):
         return Passes(pixels.float(), latents, codes, encoded.ids, summary)
 
     def encode(self, images: Tensor, position: int | None, choice: Tensor | None) -> Encoded:
-        """The clean pass, and the self-correction pass of the first `len(choice)` images (docs/method.md#self-correction)."""
+        """Encode images, and the first `len(choice)` again with mistakes (Sec. 3.3, docs/method.md#self-correction)."""
         model = self.model
         patches = model.encode_patches(images)
         z = model.encode_latents(patches, model.config.num_tokens)

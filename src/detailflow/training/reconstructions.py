@@ -29,7 +29,7 @@ def some_images(source: ImageSource | StreamSource, size: int) -> Tensor:
 def draw_reconstructions(model: DetailFlowTokenizer, originals: Tensor, mistakes: int) -> dict[str, Image.Image]:
     """Draw what 1, c/2, c, N/2 and N tokens make of the images, and what planted mistakes do.
 
-    For the latter: all tokens, mistakes at the first token, the tokens after it corrected, the same for the first group.
+    For the latter: all tokens; a mistake at the first token, and later tokens corrected; the same for the first group.
     """
     schedule, images = model.schedule, originals.to(model.device)
     model.eval()

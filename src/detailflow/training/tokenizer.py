@@ -1,4 +1,4 @@
-"""Tokenizer training: the objective and its optimisation (Sec. 3.4, docs/method.md#losses); `passes` has the forward passes."""
+"""Tokenizer training: the objective and its optimisation (Sec. 3.4, docs/method.md#losses)."""
 
 import math
 from collections import defaultdict
@@ -80,8 +80,7 @@ class TokenizerStage:
         self.rows = StoredRows(config, source) if config.tokens and load else None
         self.adversary: Adversary | None = None
         if config.adversarial:
-            regularisers = (config.augment, config.lecam, config.consistency)
-            self.adversary = Adversary(config.adversarial_network, loop, *regularisers, device, world, load)
+            self.adversary = Adversary(config, device, world, load)
         self.teachers = find_teachers(config, source, output, device, world, load)  # last, as it may train one
         torch.manual_seed(loop.seed)
         self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width, self.frozen).to(device)
@@ -105,7 +104,7 @@ class TokenizerStage:
         return [*self.model.encoder.blocks, *self.model.decoder.blocks]
 
     def batches(self, start_step: int) -> Iterator[tuple[Tensor, ...]]:
-        """Return this process's crops, as bytes (B, R, R, 3), their labels and, from a token store, their rows (B, 2, N)."""
+        """Return this rank's crops as bytes (B, R, R, 3), labels and, from a token store, rows (B, 2, N)."""
         config = self.config
         if self.rows is not None:
             return self.rows.batches(config.loop, start_step, self.world)
@@ -247,7 +246,7 @@ class TokenizerStage:
 
     @torch.no_grad()
     def _revive(self, step: int, z: Tensor) -> None:
-        """Move codes that were not used since the last time to latents of this step; reset the counts from time to time."""
+        """Move codes that were not used lately to latents of this step, and reset the counts from time to time."""
         every, loop = self.config.revive_every, self.config.loop
         if (step + 1) % (every or COUNT_STEPS):
             return
