@@ -1,0 +1,219 @@
+"""A decoding step in C++ for CPUs, built on this machine at first use (docs/speed.md#the-native-engine).
+
+It works on the weights where PyTorch keeps them, so nothing is copied, and weights that change are seen.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from detailflow.errors import DetailFlowError
+
+if TYPE_CHECKING:
+    from detailflow.generation import SamplingConfig
+    from detailflow.models.gpt import DetailFlowGPT
+
+log = logging.getLogger(__name__)
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+OPENMP = "-fopenmp"  # several threads; Apple's compiler has none
+BUILD_SECONDS = 300.0
+TYPES = (torch.float32, torch.bfloat16)
+
+
+class Sizes(ctypes.Structure):
+    """`Sizes` of gpt.hpp."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in "width depth heads hidden codebook_size num_tokens group_size prefix null_class".split()
+    ]
+
+
+class Sampling(ctypes.Structure):
+    """`Sampling` of sampling.hpp."""
+
+    _fields_ = [(name, ctypes.c_double) for name in ("scale", "temperature", "top_p")] + [
+        ("top_k", ctypes.c_int64),
+        ("guided", ctypes.c_int32),
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """Load the library, after building it if this machine has none yet; a sentence if there cannot be one."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    if compiler is None:
+        return "no C++ compiler was found: with one (g++ or clang++), generation on this CPU would be much faster"
+    try:
+        folder = _cache_folder()
+        built = folder / f"{_key(compiler)}.so"
+        if not built.exists():
+            _build(compiler, built)
+        result = ctypes.CDLL(str(built))
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"the native engine cannot be built ({' '.join(str(error).split())[:300]})"
+    result.detailflow_instructions.restype = ctypes.c_char_p
+    result.detailflow_begin.restype = ctypes.c_void_p
+    result.detailflow_end.argtypes = [ctypes.c_void_p]
+    return result
+
+
+def _cache_folder() -> Path:
+    """Make the folder for built libraries; nobody else may write to it, as what is in it is run."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "detailflow" / "native"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{folder} can be written by others: make it yours alone, as what is in it is run")
+    return folder
+
+
+def _key(compiler: str) -> str:
+    """Name a build by all that decides it: sources, flags, compiler and processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+    try:
+        processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    sources = [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.glob("*.[hc]pp"))]
+    parts = [*sources, " ".join(FLAGS).encode(), version, platform.machine().encode(), processor.encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+
+
+def _build(compiler: str, to: Path) -> None:
+    """Compile into a temporary file and move it into its place, so that several processes may do it at once."""
+    log.info("building the native engine: once on this machine, some seconds")
+    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+        output = Path(folder) / to.name
+        for flags in ((*FLAGS, OPENMP), FLAGS):
+            command = [compiler, *flags, str(SOURCES / "native.cpp"), "-o", str(output)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+            if done.returncode == 0:
+                os.replace(output, to)
+                return
+        raise OSError(f"{compiler}: {done.stderr.strip()}")
+
+
+def instructions() -> str:
+    """Say which instructions the built library uses, or why there is none."""
+    found = library()
+    return found if isinstance(found, str) else found.detailflow_instructions().decode()
+
+
+def why_not(model: "DetailFlowGPT") -> str | None:
+    """Say why `model` cannot be run by the native engine; None if it can."""
+    config, weights = model.config, list(model.parameters())
+    if model.device.type != "cpu":
+        return "it is for CPUs"
+    dtype = weights[0].dtype
+    if dtype not in TYPES or any(w.dtype != dtype or not w.is_contiguous() for w in weights):
+        return "it needs weights of float32 or bfloat16, all of one type"
+    if any(size % 32 for size in (config.width, config.hidden, config.codebook_size)):
+        return "width, MLP and codebook must be multiples of 32"
+    if config.width // config.heads % 16:
+        return "the width of a head must be a multiple of 16"
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+class NativeGeneration:
+    """One batch on its way through the native engine: its classes and its KV cache."""
+
+    def __init__(self, model: "DetailFlowGPT", class_ids: Tensor, guided: bool) -> None:
+        """Begin sequences of (B,) class ids; with `guided` as many of the null class after them."""
+        config, found = model.config, library()
+        assert not isinstance(found, str)
+        self.library, self.images, self.guided = found, len(class_ids), guided
+        if guided:
+            class_ids = torch.cat((class_ids, torch.full_like(class_ids, config.num_classes)))
+        self.classes = class_ids.to("cpu", torch.int64).contiguous()
+        self.config, self.weights = config, _weights(model)  # kept, as the library has their addresses only
+        self.rotation = model.rotary_table().contiguous()
+        sizes = Sizes(
+            config.width,
+            config.depth,
+            config.heads,
+            config.hidden,
+            config.codebook_size,
+            config.num_tokens,
+            config.group_size,
+            config.schedule.prefix,
+            config.num_classes,
+        )
+        pointers = (ctypes.c_void_p * len(self.weights))(*(weight.data_ptr() for weight in self.weights))
+        self._handle = self.library.detailflow_begin(
+            ctypes.byref(sizes),
+            int(self.weights[0].dtype == torch.bfloat16),
+            pointers,
+            _pointer(self.rotation),
+            _pointer(self.classes),
+            len(self.classes),
+            torch.get_num_threads(),
+        )
+        self._check(bool(self._handle))
+
+    def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        """(B, N) int64 tokens, known before `start` → logits (B or 2B, end − start, K) in float32."""
+        logits = torch.empty(len(self.classes), end - start, self.config.codebook_size)
+        handle = ctypes.c_void_p(self._handle)
+        done = self.library.detailflow_step(handle, _pointer(tokens), self.images, start, end, _pointer(logits))
+        self._check(done)
+        return logits
+
+    def advance(
+        self, tokens: Tensor, noise: Tensor, start: int, end: int, sampling: "SamplingConfig", scale: float
+    ) -> bool:
+        """Draw tokens `start` to `end` into (B, N) `tokens` by (B, N) float64 `noise`; whether all logits were finite."""
+        options = Sampling(
+            scale,
+            sampling.temperature,
+            1.0 if sampling.top_p is None else sampling.top_p,
+            sampling.top_k or 0,
+            self.guided,
+        )
+        done = self.library.detailflow_advance(
+            ctypes.c_void_p(self._handle),
+            _pointer(tokens),
+            _pointer(noise),
+            self.images,
+            start,
+            end,
+            ctypes.byref(options),
+        )
+        self._check(done)
+        return done > 0
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.library.detailflow_end(self._handle)
+
+    def _check(self, done: int) -> None:
+        if not done:
+            raise DetailFlowError(f"there is not enough memory for {self.images} images at once: choose fewer")
+
+
+def _weights(model: "DetailFlowGPT") -> list[Tensor]:
+    """List the weights in the order that `GPT` of gpt.hpp takes them in."""
+    found = [model.class_embedding.weight, model.token_embedding.weight, model.mask_embedding.weight]
+    for block in model.blocks:
+        found += [block.attn_norm.weight, block.attn.qkv.weight, block.attn.proj.weight, block.mlp_norm.weight]
+        found += [block.mlp.gate.weight, block.mlp.up.weight, block.mlp.down.weight]
+    return [weight.detach() for weight in [*found, model.norm.weight, model.head.weight]]
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())

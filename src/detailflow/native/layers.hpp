@@ -1,0 +1,147 @@
+// The layers of a transformer on a CPU: products with weights where PyTorch keeps them, norms, attention.
+//
+// A weight matrix is (out, in), row after row. Every output is one dot product along `in`, added up in one order whatever the
+// number of rows, so an image's numbers do not depend on what else is in its batch.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "amx.hpp"
+#include "vector.hpp"
+
+namespace detailflow {
+
+constexpr int OUTPUTS = 8;                                   // of a product that a thread computes at a time
+constexpr int AHEAD = 16;                                     // outputs between a tile and the weights that it fetches
+constexpr std::size_t FEWEST_FOR_THREADS = std::size_t(1) << 21;  // multiplications of a product that several threads share
+
+// y (M, N) = or += x (M rows of `in`) · w (N rows of `in`)ᵀ; with FETCH the weights of later tiles are fetched meanwhile.
+template <class T, int M, int N, bool FETCH>
+inline void tile(const T* x, const T* w, int in, float* y, std::size_t stride, const float* bias, bool add) {
+    constexpr int COUNT = (M * N + LANES - 1) / LANES * LANES;
+    Vector acc[COUNT] = {};
+    for (int k = 0; k < in; k += Chunk<T>::SIZE) {
+        Chunk<T> weights[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            weights[n] = Chunk<T>::load(w + std::size_t(n) * in + k);
+            in_register(weights[n].numbers);
+            if (FETCH) __builtin_prefetch(w + std::size_t(n + AHEAD) * in + k, 0, 2);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            auto row = Chunk<T>::load(x + std::size_t(m) * in + k);
+            in_register(row.numbers);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) acc[m * N + n] = Chunk<T>::multiply_add(acc[m * N + n], row, weights[n]);
+        }
+    }
+    float total[COUNT];
+    for (int i = 0; i < COUNT; i += LANES) store(total + i, sums(acc + i));
+    typedef float Outputs __attribute__((vector_size(4 * N)));
+    for (int m = 0; m < M; m++) {
+        Outputs value, before;
+        std::memcpy(&value, total + m * N, sizeof value);
+        if (bias) std::memcpy(&before, bias, sizeof before), value += before;
+        if (add) std::memcpy(&before, y + m * stride, sizeof before), value += before;
+        std::memcpy(y + m * stride, &value, sizeof value);
+    }
+}
+
+// A weight matrix (out, in) and perhaps a bias, in PyTorch's memory.
+template <class T> struct Linear {
+    const T* weight;
+    int out, in;
+    const float* bias = nullptr;
+};
+
+// N outputs of all rows from output `n` on.
+template <class T, int M, int N>
+void outputs(const T* x, int rows, const Linear<T>& w, int n, float* y, std::size_t stride, bool add) {
+    const T* weight = w.weight + std::size_t(n) * w.in;
+    const float* bias = w.bias ? w.bias + n : nullptr;
+    tile<T, M, N, true>(x, weight, w.in, y + n, stride, bias, add);
+    int m = M;
+    for (; m + M <= rows; m += M)
+        tile<T, M, N, false>(x + std::size_t(m) * w.in, weight, w.in, y + m * stride + n, stride, bias, add);
+    if constexpr (M > 1)
+        for (; m < rows; m++)
+            tile<T, 1, N, false>(x + std::size_t(m) * w.in, weight, w.in, y + m * stride + n, stride, bias, add);
+}
+
+// y (rows, out) = or += x (rows, in) · Wᵀ + b; `stride` is between rows of y, out if 0.
+template <class T>
+void product(const T* x, int rows, const Linear<T>& w, float* y, bool add, int threads, std::size_t stride = 0) {
+    if (!stride) stride = w.out;
+    const bool several = threads > 1 && std::size_t(rows) * w.out * w.in > FEWEST_FOR_THREADS;
+    if constexpr (sizeof(T) == 2)
+        if (amx::available() && w.out % 16 == 0 && w.in % 32 == 0) {
+            amx::product(reinterpret_cast<const uint16_t*>(x), rows, reinterpret_cast<const uint16_t*>(w.weight), w.out,
+                         w.in, w.bias, y, stride, add, several ? threads : 1);
+            return;
+        }
+#pragma omp parallel for schedule(static) num_threads(threads) if (several)
+    for (int n = 0; n < w.out; n += OUTPUTS) {
+        if (rows >= 4 && LANES == 4)
+            for (int i = 0; i < OUTPUTS; i += 4) outputs<T, 4, 4>(x, rows, w, n + i, y, stride, add);
+        else if (rows >= 2 && LANES == 16) outputs<T, 2, OUTPUTS>(x, rows, w, n, y, stride, add);
+        else if (rows >= 2)
+            for (int i = 0; i < OUTPUTS; i += 4) outputs<T, 2, 4>(x, rows, w, n + i, y, stride, add);
+        else outputs<T, 1, OUTPUTS>(x, rows, w, n, y, stride, add);
+    }
+}
+
+// x / sqrt(mean(x²) + 1e-5) · weight, row by row.
+template <class T> void rms_norm(const float* x, const T* weight, int rows, int width, T* y) {
+    for (int m = 0; m < rows; m++, x += width, y += width) {
+        Vector squares = {};
+        for (int i = 0; i < width; i += LANES) squares += load(x + i) * load(x + i);
+        float scale = 1 / std::sqrt(sum(squares) / width + 1e-5f);
+        for (int i = 0; i < width; i++) y[i] = from_float<T>(x[i] * scale * to_float(weight[i]));
+    }
+}
+
+// out[q] = softmax(query q · keysᵀ / √size) · values for Q queries of one head.
+//   keys (size, length): positions side by side, so that a register holds the scores of many; values (length, size)
+template <int Q, class T>
+void attend(const float* queries, std::size_t query_stride, const float* keys, const float* values, int length, int size,
+            int visible, T* out, std::size_t out_stride, float* scores) {
+    const int padded = (visible + LANES - 1) / LANES * LANES;
+    const float scale = 1 / std::sqrt(float(size));
+    for (int j = 0; j < padded; j += LANES) {
+        Vector acc[Q] = {};
+        for (int d = 0; d < size; d++) {
+            Vector key = load(keys + std::size_t(d) * length + j);
+#pragma GCC unroll 8
+            for (int q = 0; q < Q; q++) acc[q] += queries[q * query_stride + d] * key;
+        }
+        for (int q = 0; q < Q; q++) store(scores + q * padded + j, acc[q] * scale);
+    }
+    float norm[Q];
+    for (int q = 0; q < Q; q++) {
+        float* row = scores + q * padded;
+        for (int j = visible; j < padded; j++) row[j] = -INFINITY;
+        Vector top = splat(-INFINITY), total = {};
+        for (int j = 0; j < padded; j += LANES) top = max(top, load(row + j));
+        const float most = largest(top);
+        for (int j = 0; j < padded; j += LANES) {
+            Vector p = exp(load(row + j) - most);
+            store(row + j, p);
+            total += p;
+        }
+        norm[q] = 1 / sum(total);
+    }
+    for (int d = 0; d < size; d += LANES) {
+        Vector acc[Q] = {};
+        for (int j = 0; j < visible; j++) {
+            Vector value = load(values + std::size_t(j) * size + d);
+#pragma GCC unroll 8
+            for (int q = 0; q < Q; q++) acc[q] += scores[q * padded + j] * value;
+        }
+        for (int q = 0; q < Q; q++)
+            for (int i = 0; i < LANES; i++) out[q * out_stride + d + i] = from_float<T>(acc[q][i] * norm[q]);
+    }
+}
+
+}  // namespace detailflow

@@ -1,0 +1,143 @@
+// Vectors of float as GCC and Clang have them on every processor, and bfloat16 numbers in memory.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace detailflow {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;  // floats in a register
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;  // SSE, NEON
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+struct BFloat16 { uint16_t bits; };
+
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) {
+    uint32_t bits = uint32_t(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+template <class T> inline T from_float(float value);
+template <> inline float from_float<float>(float value) { return value; }
+template <> inline BFloat16 from_float<BFloat16>(float value) {  // to the nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return {uint16_t(bits >> 16 | 64)};
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// Keep a vector in a register: compilers would rather load it again in each multiplication that it takes part in.
+template <class V> inline void in_register(V& vector) {
+#if defined(__x86_64__)
+    asm("" : "+v"(vector));
+#elif defined(__aarch64__)
+    asm("" : "+w"(vector));
+#endif
+}
+
+inline Vector splat(float value) { return Vector{} + value; }
+
+inline Vector load(const float* from) {
+    Vector result;
+    std::memcpy(&result, from, sizeof result);
+    return result;
+}
+
+inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
+
+// What one multiplication takes of a row: LANES floats, or twice as many bfloat16 numbers.
+template <class T> struct Chunk;
+
+template <> struct Chunk<float> {
+    static constexpr int SIZE = LANES;
+    Vector numbers;
+    static Chunk load(const float* from) { return {detailflow::load(from)}; }
+    static Vector multiply_add(Vector sum, Chunk a, Chunk b) { return sum + a.numbers * b.numbers; }
+};
+
+template <> struct Chunk<BFloat16> {
+    static constexpr int SIZE = 2 * LANES;
+    Integers numbers;  // in pairs
+    static Chunk load(const BFloat16* from) {
+        Chunk result;
+        std::memcpy(&result.numbers, from, sizeof result.numbers);
+        return result;
+    }
+    static Vector multiply_add(Vector sum, Chunk a, Chunk b) {
+#if defined(__AVX512BF16__)
+        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a.numbers, (__m512bh)b.numbers);
+#else
+        const Integers upper = Integers{} + int32_t(0xffff0000);
+        sum += (Vector)(a.numbers << 16) * (Vector)(b.numbers << 16);
+        return sum + (Vector)(a.numbers & upper) * (Vector)(b.numbers & upper);
+#endif
+    }
+};
+
+// Halves of two vectors of sums: each block of 2·WIDTH lanes becomes one of WIDTH, `a`'s blocks first, then `b`'s.
+template <int WIDTH, std::size_t... I> inline Vector fold(Vector a, Vector b, std::index_sequence<I...>) {
+    constexpr auto lane = [](int i) {
+        int block = i / WIDTH, half = LANES / (2 * WIDTH);
+        return (block < half ? 2 * block * WIDTH : LANES + 2 * (block - half) * WIDTH) + i % WIDTH;
+    };
+    return __builtin_shufflevector(a, b, lane(I)...) + __builtin_shufflevector(a, b, (lane(I) + WIDTH)...);
+}
+
+// LANES vectors → one whose lane i is the sum of vector i's lanes.
+template <int COUNT = LANES> inline Vector sums(const Vector* vectors) {
+    if constexpr (COUNT == 1) {
+        return vectors[0];
+    } else {
+        Vector folded[COUNT / 2];
+        for (int i = 0; i < COUNT / 2; i++)
+            folded[i] = fold<COUNT / 2>(vectors[2 * i], vectors[2 * i + 1], std::make_index_sequence<LANES>());
+        return sums<COUNT / 2>(folded);
+    }
+}
+
+inline float sum(Vector v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+inline float largest(Vector v) {
+    float result = v[0];
+    for (int i = 1; i < LANES; i++) result = v[i] > result ? v[i] : result;
+    return result;
+}
+
+inline Vector max(Vector a, Vector b) { return a > b ? a : b; }
+
+// eˣ within 2 units in the last place: 2ⁿ·eʳ with |r| ≤ ln 2 / 2 and a polynomial for eʳ; 0 below −87, e⁸⁸ above 88.
+inline Vector exp(Vector x) {
+    Vector limited = x < splat(-87.0f) ? splat(-87.0f) : (x > splat(88.0f) ? splat(88.0f) : x);
+    Vector shifted = limited * 1.44269504f + 12582912.0f;  // 1.5·2²³: adding it rounds to a whole number
+    Integers n = (Integers)shifted - 0x4b400000;
+    Vector whole = shifted - 12582912.0f;
+    Vector r = limited - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln 2 in two parts
+    Vector p = splat(1.9875691e-4f);
+    p = p * r + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665796e-2f;
+    p = p * r + 1.6666665e-1f;
+    p = p * r + 5.0000001e-1f;
+    p = p * r * r + r + 1.0f;
+    Vector result = p * (Vector)((n + 127) << 23);
+    return x < splat(-87.0f) ? splat(0.0f) : result;
+}
+
+}  // namespace detailflow
