@@ -37,7 +37,17 @@ class Sizes(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in "width depth heads hidden codebook_size num_tokens group_size prefix null_class".split()
+        for name in [
+            "width",
+            "depth",
+            "heads",
+            "hidden",
+            "codebook_size",
+            "num_tokens",
+            "group_size",
+            "prefix",
+            "null_class",
+        ]
     ]
 
 
@@ -61,9 +71,14 @@ def library() -> ctypes.CDLL | str:
         built = folder / f"{_key(compiler)}.so"
         if not built.exists():
             _build(compiler, built)
-        result = ctypes.CDLL(str(built))
+        return opened(built)
     except (OSError, subprocess.SubprocessError) as error:
         return f"the native engine cannot be built ({' '.join(str(error).split())[:300]})"
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    """Load a library that was built."""
+    result = ctypes.CDLL(str(path))
     result.detailflow_instructions.restype = ctypes.c_char_p
     result.detailflow_begin.restype = ctypes.c_void_p
     result.detailflow_end.argtypes = [ctypes.c_void_p]

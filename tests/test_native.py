@@ -1,0 +1,223 @@
+"""The decoding step in C++ gives PyTorch's tokens, whatever the batch; where it cannot be built or used, PyTorch is."""
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from detailflow import DetailFlowGPT, DetailFlowPipeline, GPTConfig, native
+from detailflow.generation import CachedModel, SamplingConfig, guidance_at, image_noise, sample
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+
+SMALL = dict(num_classes=5, width=64, depth=2, heads=4, codebook_size=96, num_tokens=24, group_size=4, dropout=0.0)
+SIZES = {
+    "groups of 4": SMALL,
+    "token by token": SMALL | {"causal_tokens": 24},
+    "only groups": SMALL | {"causal_tokens": 0},
+    "one group": SMALL | {"num_tokens": 4},
+    "many positions": SMALL | {"num_tokens": 1040, "group_size": 8, "depth": 1},
+    "wide": SMALL | {"width": 96, "heads": 2, "mlp": 160, "codebook_size": 32},
+}
+SAMPLINGS = {
+    "greedy": SamplingConfig(3.0, temperature=0.0),
+    "guided": SamplingConfig(4.0),
+    "linear": SamplingConfig(3.0, "linear", 0.9),
+    "top-k": SamplingConfig(1.0, top_k=7),
+    "top-p": SamplingConfig(2.0, top_p=0.8),
+    "hot": SamplingConfig(1.0, temperature=1e30),
+    "cold": SamplingConfig(1.0, temperature=1e-30),
+}
+
+
+@pytest.fixture(scope="module")
+def shipped() -> DetailFlowGPT:
+    return DetailFlowPipeline.from_pretrained(device="cpu").gpt
+
+
+def random_gpt(**sizes: object) -> DetailFlowGPT:
+    torch.manual_seed(0)
+    gpt = DetailFlowGPT(GPTConfig(**sizes)).eval()
+    for weight in gpt.parameters():
+        torch.nn.init.normal_(weight, std=0.1 if weight.ndim > 1 else 1.0)  # far from uniform logits
+    return gpt
+
+
+def steps_of(gpt: DetailFlowGPT, sampling: SamplingConfig, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw the tokens of each step by the native engine and by PyTorch, after the same earlier ones."""
+    classes = torch.arange(images) % gpt.config.num_classes
+    noise = image_noise([torch.Generator().manual_seed(i) for i in range(images)], gpt.config.num_tokens)
+    ours, theirs = native.NativeGeneration(gpt, classes, sampling.guided), CachedModel(gpt, classes, sampling.guided)
+    ids = torch.zeros(noise.shape, dtype=torch.int64)
+    for start, end in gpt.schedule.steps:
+        scale = guidance_at(sampling, gpt.schedule, start)
+        assert ours.advance(ids, noise, start, end, sampling, scale)
+        drawn, logits = ids[:, start:end].clone(), theirs.step(ids, start, end)
+        if sampling.guided:
+            logits = logits[images:] + scale * (logits[:images] - logits[images:])
+        ids[:, start:end] = sample(logits, noise[:, start:end], sampling)
+        yield drawn, ids[:, start:end].clone()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_tokens_of_the_shipped_model(sampling: SamplingConfig, shipped: DetailFlowGPT):
+    """But for one draw in a thousand, whose number is as near to the border of two codes as logits are rounded."""
+    with torch.inference_mode():
+        pairs = [(ours == theirs).flatten() for ours, theirs in steps_of(shipped, sampling, 30)]
+    same = torch.cat(pairs)
+    assert (~same).sum() <= (0 if sampling.temperature == 0 else 1), f"{int((~same).sum())} of {len(same)}"
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_logits_of_other_sizes(sizes: dict[str, object]):
+    gpt = random_gpt(**sizes)
+    classes, ids = torch.tensor([0, 4, 5]), torch.randint(32, (3, gpt.config.num_tokens))
+    ours, theirs = native.NativeGeneration(gpt, classes, True), CachedModel(gpt, classes, True)
+    with torch.inference_mode():
+        for step in gpt.schedule.steps[:40]:
+            torch.testing.assert_close(ours.step(ids, *step), theirs.step(ids, *step), atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_errs_no_more_than_pytorch(shipped: DetailFlowGPT):
+    """Root mean square of the difference to float32's logits, over all steps."""
+    ids = torch.randint(2048, (10, 48), generator=torch.Generator().manual_seed(0))
+    classes, errors = torch.arange(10), {"native": 0.0, "torch": 0.0}
+    half = DetailFlowPipeline.from_pretrained(device="cpu", dtype="bfloat16").gpt
+    with torch.inference_mode():
+        exact = CachedModel(shipped, classes, False)
+        models = {"native": native.NativeGeneration(half, classes, False), "torch": CachedModel(half, classes, False)}
+        for step in shipped.schedule.steps:
+            wanted = exact.step(ids, *step)
+            for name, model in models.items():
+                errors[name] += (model.step(ids, *step).float() - wanted).square().mean().item()
+    assert errors["native"] <= errors["torch"], errors
+
+
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
+def test_logits_do_not_depend_on_the_batch(dtype: torch.dtype):
+    """Bit for bit."""
+    gpt = random_gpt(**SMALL).to(dtype)
+    classes, ids = torch.arange(5), torch.randint(96, (5, 24))
+    together = native.NativeGeneration(gpt, classes, True)
+    alone = [native.NativeGeneration(gpt, classes[i : i + 1], True) for i in range(5)]
+    for step in gpt.schedule.steps:
+        logits = together.step(ids, *step)
+        for i, one in enumerate(alone):
+            assert torch.equal(one.step(ids[i : i + 1], *step), logits[[i, i + 5]])
+
+
+def test_threads_change_nothing():
+    gpt = random_gpt(**SMALL | {"width": 512, "mlp": 1024, "heads": 8, "codebook_size": 1024})
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                found.append(torch.cat([ours for ours, _ in steps_of(gpt, SAMPLINGS["guided"], 4)], 1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_logits_that_are_not_finite():
+    gpt = random_gpt(**SMALL)
+    gpt.head.weight.data[3, 5] = torch.nan
+    noise, ids = torch.rand(1, 24, dtype=torch.float64), torch.zeros(1, 24, dtype=int)
+    generation = native.NativeGeneration(gpt, torch.tensor([0]), False)
+    assert not generation.advance(ids, noise, 0, 1, SAMPLINGS["greedy"], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "sentence"),
+    [
+        ({"width": 48}, torch.float32, "multiples of 32"),
+        ({"codebook_size": 100}, torch.float32, "multiples of 32"),
+        ({"heads": 8}, torch.float32, "a multiple of 16"),
+        ({}, torch.float64, "float32 or bfloat16"),
+    ],
+)
+def test_what_it_is_not_for(sizes: dict[str, int], dtype: torch.dtype, sentence: str):
+    assert sentence in str(native.why_not(random_gpt(**SMALL | sizes).to(dtype)))
+
+
+PRINT = "from detailflow import native; print(native.instructions())"
+
+
+def instructions(**environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_several_processes_build_it_at_once(tmp_path: Path):
+    command, environment = [sys.executable, "-c", PRINT], os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert {process.communicate()[0].strip() for process in processes} == {native.instructions()}
+    (built,) = (tmp_path / "detailflow" / "native").iterdir()  # and nothing temporary
+    written = built.stat().st_mtime_ns
+    assert instructions(XDG_CACHE_HOME=str(tmp_path)) == native.instructions()
+    assert built.stat().st_mtime_ns == written
+
+
+def test_without_a_compiler(tmp_path: Path):
+    assert "no C++ compiler was found" in instructions(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
+    (tmp_path / "c++").write_text("#!/bin/sh\necho wrong >&2\nexit 1\n")
+    (tmp_path / "c++").chmod(0o755)
+    assert "cannot be built" in instructions(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
+
+
+def test_a_cache_that_others_can_write_to(tmp_path: Path):
+    folder = tmp_path / "detailflow" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert "can be written by others" in instructions(XDG_CACHE_HOME=str(tmp_path))
+
+
+def test_loading_leaves_denormal_numbers_alone():
+    assert isinstance(native.library(), ctypes.CDLL)
+    assert float(torch.tensor(1e-39) * 0.5) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=x86-64-v3"], ["-fsanitize=address,undefined"]], ids=str)
+def test_other_builds(flags: list[str], tmp_path: Path):
+    """Other instructions give the same tokens; with the sanitizers nothing is read or written that is not ours."""
+    if "march" in flags[0] and platform.machine() != "x86_64":
+        pytest.skip("instructions of another processor")
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
+    preload = ""
+    if "sanitize" in flags[0]:
+        flags = [*flags, "-fno-sanitize-recover=all", "-march=native"]
+        found = [
+            subprocess.check_output([compiler, f"-print-file-name={n}"], text=True)
+            for n in ("libasan.so", "libubsan.so")
+        ]
+        preload = " ".join(name.strip() for name in found)
+    library = tmp_path / "other.so"
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", *flags, str(native.SOURCES / "native.cpp")]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    environment = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OTHER": str(library)}
+    tests = ["-k", "tokens or other_sizes or batch or not_finite", "--no-header", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *tests, __file__], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def other_build() -> Iterator[None]:
+    """With OTHER in the environment, the library that it names: for `test_other_builds`, which runs these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        if path := os.environ.get("OTHER"):
+            library = native.opened(Path(path))
+            patch.setattr(native, "library", lambda: library)
+        yield
