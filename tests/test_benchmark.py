@@ -141,7 +141,12 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([*argv, "--other", f"{other}:images", "--json", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(file.read_text())
-    assert [r["what"] for r in report["rows"]] == ["naive", "generate", "other", "stream", "decode", "encode"] * 4
+    assert [r["what"] for r in report["rows"]] == [
+        "naive",
+        "generate",
+        "generate, native",
+        *("other", "stream", "decode", "encode"),
+    ] * 4
     ours = [r for r in report["rows"] if r["what"] != "other"]
     assert {(r["dtype"], r["images"]) for r in ours} == {(d, b) for d in ("float32", "bfloat16") for b in (1, 2)}
     assert set(report["ceilings"]) == {"float32", "bfloat16"}

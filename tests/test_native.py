@@ -86,6 +86,17 @@ def test_logits_of_other_sizes(sizes: dict[str, object]):
             torch.testing.assert_close(ours.step(ids, *step), theirs.step(ids, *step), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [SIZES["groups of 4"], SIZES["only groups"]], ids=str)
+def test_known_tokens_in_one_pass(sizes: dict[str, object]):
+    """Bit for bit as step after step, and so are the steps that follow."""
+    gpt = random_gpt(**sizes)
+    ids, known = torch.randint(96, (2, 24)), 8
+    slow, fast = (native.NativeGeneration(gpt, torch.tensor([1, 2]), True) for _ in range(2))
+    *before, after = [slow.step(ids, *step) for step in gpt.schedule.steps if step[1] <= known + 4]
+    assert torch.equal(fast.prefill(ids, known), torch.cat(before, 1))
+    assert torch.equal(fast.step(ids, known, known + 4), after)
+
+
 def test_bfloat16_errs_no_more_than_pytorch(shipped: DetailFlowGPT):
     """Root mean square of the difference to float32's logits, over all steps."""
     ids = torch.randint(2048, (10, 48), generator=torch.Generator().manual_seed(0))

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detailflow import native
 from detailflow.device import choose_device, within_memory
 from detailflow.errors import DetailFlowError
-from detailflow.generation import CachedModel, generate, image_noise, with_null_class
+from detailflow.generation import CachedModel, Engine, generate, image_noise, with_null_class
 from detailflow.hub import ZOO
 from detailflow.machine import Ceilings, Work, count_work, device_name, measure_ceilings, seconds_and_peak
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
@@ -42,7 +43,7 @@ class BenchmarkConfig:
     other: str | None = None
 
 
-class RecomputingGPT:
+class RecomputingGPT(Engine):
     """Generation without a KV cache: every step computes all positions so far again, and the logits of the new ones."""
 
     def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
@@ -121,6 +122,8 @@ def make_cases(
     whole = [*generation_work(gpt, batch), decoding]
     cases = {"naive": Case(lambda: images_of(RecomputingGPT), whole, generates=True)} if naive else {}
     cases["generate"] = Case(lambda: images_of(CachedModel), whole, generates=True)
+    if gpt.engine != "torch" and not native.why_not(gpt):
+        cases["generate, native"] = Case(lambda: images_of(native.NativeGeneration), whole, generates=True)
     if other:
         cases["other"] = Case(lambda: other(class_ids), generates=True)
     cases["stream"] = Case(lambda: [tokenizer.decode(tokens) for tokens in stream(gpt, class_ids)], whole + previews)

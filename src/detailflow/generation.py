@@ -5,7 +5,7 @@ the cumulative probability passes its number, so an image never depends on what 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +20,38 @@ SMALLEST = torch.finfo(torch.float32).tiny
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
-class Stepper(Protocol):
-    """A model that keeps its own cache, as the decoding loop uses it."""
+class Engine:
+    """One batch of images on its way: classes and KV cache of an AR model, as the decoding loop uses them."""
 
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
-        """Given all tokens (B, N), known before `start` → logits (B, end − start, K) of the next ones."""
+        """Given all tokens (B, N), known before `start` → logits (B, end − start, K) of the next ones.
+
+        With guidance there are twice as many rows: first with the class, then with the null class.
+        """
+        raise NotImplementedError
 
     def prefill(self, tokens: Tensor, end: int) -> Tensor:
         """Given all tokens (B, N), known before `end` → their logits (B, end, K), as if step after step."""
+        raise NotImplementedError
+
+    def advance(
+        self, tokens: Tensor, noise: Tensor, start: int, end: int, sampling: SamplingConfig, scale: float
+    ) -> Tensor | bool:
+        """Draw the tokens from `start` to `end` into (B, N) `tokens` with guidance `scale`.
+
+        Returns:
+            Whether all logits were finite, without waiting for a GPU.
+        """
+        logits = self.step(tokens, start, end).float()
+        if sampling.guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + scale * (conditional - unconditional)
+        tokens[:, start:end] = sample(logits, noise[:, start:end], sampling)
+        return logits.amax(-1).isfinite().all()
 
 
 def generate(
-    model: Stepper,
+    engine: Engine,
     schedule: TokenSchedule,
     sampling: SamplingConfig,
     noise: Tensor,
@@ -41,34 +61,28 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield the tokens so far, (B, n) int64, after every decoding step up to n = `num_tokens`.
 
-    With guidance the model's logits have twice the batch: first with the class, then with the null class. A `prefix` of
-    known tokens, (B, k) for a valid count k, is yielded first and enters the cache in one pass.
+    A `prefix` of known tokens, (B, k) for a valid count k, is yielded first and enters the cache in one pass.
     """
     noise = noise.to(device, torch.float64 if device.type != "mps" else torch.float32)
     tokens = torch.zeros(len(noise), schedule.num_tokens, dtype=torch.int64, device=device)
-    finite = torch.ones((), dtype=torch.bool, device=device)  # looked at once, as each look waits for a GPU
+    finite: Tensor | bool = True
     known = 0 if prefix is None else prefix.shape[1]
     if prefix is not None:
         tokens[:, :known] = prefix
         yield tokens[:, :known].clone()
         if known < num_tokens:
-            model.prefill(tokens, known)
+            engine.prefill(tokens, known)
     for start, end in schedule.steps:
         if start < known:
             continue
         if start >= num_tokens:
             return
-        logits = model.step(tokens, start, end).float()
-        if sampling.guided:
-            conditional, unconditional = logits.chunk(2)
-            scale = guidance_at(sampling, schedule, start)
-            logits = unconditional + scale * (conditional - unconditional)
-        finite &= logits.amax(-1).isfinite().all()
-        if end == num_tokens and not finite:
+        scale = guidance_at(sampling, schedule, start)
+        finite = engine.advance(tokens, noise, start, end, sampling, scale) & finite
+        if end == num_tokens and not finite:  # looked at once, as each look waits for a GPU
             raise DetailFlowError(
                 "the AR model's logits are not finite: its weights are damaged, or too large for its dtype"
             )
-        tokens[:, start:end] = sample(logits, noise[:, start:end], sampling)
         yield tokens[:, :end].clone()
 
 
@@ -180,8 +194,8 @@ def with_null_class(class_ids: Tensor, null_class: int) -> Tensor:
     return torch.cat((class_ids, torch.full_like(class_ids, null_class)))
 
 
-class CachedModel:
-    """The state of one generation: the classes, doubled with the null class if guided, and the cache of every layer.
+class CachedModel(Engine):
+    """The PyTorch engine: the classes, doubled with the null class if guided, and the cache of every layer.
 
     `model` is a `DetailFlowGPT`, which this module, below it, cannot import.
     """

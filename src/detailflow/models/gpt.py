@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Unpack
+from typing import Annotated, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detailflow import generation
+from detailflow import generation, native
 from detailflow.errors import DetailFlowError
 from detailflow.generation import Cache, Generators
 from detailflow.models.layers import attend
@@ -195,6 +195,7 @@ class DetailFlowGPT(Pretrained):
         self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.apply(_initialise)
+        self.engine: Literal["auto", "native", "torch"] = "auto"  # that takes the decoding steps
 
     def forward(self, class_ids: Tensor, ids: Tensor) -> Tensor:
         """Teacher forcing: (B,) class ids and (B, N) codes → (B, N, K) logits, those at position i predicting token i.
@@ -274,8 +275,8 @@ class DetailFlowGPT(Pretrained):
         if prefix is not None:
             prefix = self._checked_prefix(prefix, len(class_ids), n)
         noise = generation.image_noise(generation.image_generators(generator, len(class_ids)), self.config.num_tokens)
-        model = generation.CachedModel(self, class_ids, sampling.guided)
-        return generation.generate(model, self.schedule, sampling, noise, n, self.device, prefix)
+        engine = self.begin(class_ids, sampling.guided)
+        return generation.generate(engine, self.schedule, sampling, noise, n, self.device, prefix)
 
     def _checked_prefix(self, prefix: Tensor, images: int, num_tokens: int) -> Tensor:
         check_ids("prefix", prefix, 2, self.config.codebook_size)
@@ -285,6 +286,16 @@ class DetailFlowGPT(Pretrained):
         if kept > num_tokens:
             raise DetailFlowError(f"num_tokens must be at least the {kept} tokens of prefix, not {num_tokens}")
         return prefix.to(self.device)
+
+    def begin(self, class_ids: Tensor, guided: bool) -> generation.Engine:
+        """Begin a batch with the engine asked for; "auto" is the native one if this model and machine allow it."""
+        problem = native.why_not(self) if self.engine != "torch" else None
+        if self.engine == "native" and problem:
+            raise DetailFlowError(f"the native engine cannot run this model: {problem}")
+        compiled = len(class_ids) == self.compiled_for
+        if self.engine == "torch" or problem or compiled:
+            return generation.CachedModel(self, class_ids, guided)
+        return native.NativeGeneration(self, class_ids, guided)
 
     def rotary_table(self) -> Tensor:
         """Return `rotary_table` of this model's config."""

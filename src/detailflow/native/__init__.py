@@ -13,17 +13,15 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
+from detailflow.generation import Engine, SamplingConfig, with_null_class
 
-if TYPE_CHECKING:
-    from detailflow.generation import SamplingConfig
-    from detailflow.models.gpt import DetailFlowGPT
-
+GPT = Any  # DetailFlowGPT, which imports this module
 log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
@@ -128,14 +126,17 @@ def instructions() -> str:
     return found if isinstance(found, str) else found.detailflow_instructions().decode()
 
 
-def why_not(model: "DetailFlowGPT") -> str | None:
+def why_not(model: GPT) -> str | None:
     """Say why `model` cannot be run by the native engine; None if it can."""
     config, weights = model.config, list(model.parameters())
     if model.device.type != "cpu":
         return "it is for CPUs"
     dtype = weights[0].dtype
-    if dtype not in TYPES or any(w.dtype != dtype or not w.is_contiguous() for w in weights):
-        return "it needs weights of float32 or bfloat16, all of one type"
+    own = (torch.nn.Linear, torch.nn.Embedding, torch.nn.ModuleList)
+    if any(type(m) not in own and type(m).__module__ != type(model).__module__ for m in model.modules()):
+        return "some of its layers were replaced"
+    if dtype not in TYPES or any(type(w) is not torch.nn.Parameter or w.dtype != dtype for w in weights):
+        return "it needs plain weights of float32 or bfloat16, all of one type"
     if any(size % 32 for size in (config.width, config.hidden, config.codebook_size)):
         return "width, MLP and codebook must be multiples of 32"
     if config.width // config.heads % 16:
@@ -144,16 +145,16 @@ def why_not(model: "DetailFlowGPT") -> str | None:
     return found if isinstance(found, str) else None
 
 
-class NativeGeneration:
+class NativeGeneration(Engine):
     """One batch on its way through the native engine: its classes and its KV cache."""
 
-    def __init__(self, model: "DetailFlowGPT", class_ids: Tensor, guided: bool) -> None:
+    def __init__(self, model: GPT, class_ids: Tensor, guided: bool) -> None:
         """Begin sequences of (B,) class ids; with `guided` as many of the null class after them."""
         config, found = model.config, library()
         assert not isinstance(found, str)
         self.library, self.images, self.guided = found, len(class_ids), guided
         if guided:
-            class_ids = torch.cat((class_ids, torch.full_like(class_ids, config.num_classes)))
+            class_ids = with_null_class(class_ids, config.num_classes)
         self.classes = class_ids.to("cpu", torch.int64).contiguous()
         self.config, self.weights = config, _weights(model)  # kept, as the library has their addresses only
         self.rotation = model.rotary_table().contiguous()
@@ -188,8 +189,12 @@ class NativeGeneration:
         self._check(done)
         return logits
 
+    def prefill(self, tokens: Tensor, end: int) -> Tensor:
+        """Given all tokens (B, N), known before `end` → their logits (B or 2B, end, K), as if step after step."""
+        return self.step(tokens, 0, end)
+
     def advance(
-        self, tokens: Tensor, noise: Tensor, start: int, end: int, sampling: "SamplingConfig", scale: float
+        self, tokens: Tensor, noise: Tensor, start: int, end: int, sampling: SamplingConfig, scale: float
     ) -> bool:
         """Draw tokens `start` to `end` into (B, N) `tokens` by (B, N) float64 `noise`; whether all logits were finite."""
         options = Sampling(
@@ -220,13 +225,14 @@ class NativeGeneration:
             raise DetailFlowError(f"there is not enough memory for {self.images} images at once: choose fewer")
 
 
-def _weights(model: "DetailFlowGPT") -> list[Tensor]:
+def _weights(model: GPT) -> list[Tensor]:
     """List the weights in the order that `GPT` of gpt.hpp takes them in."""
     found = [model.class_embedding.weight, model.token_embedding.weight, model.mask_embedding.weight]
+    block: Any
     for block in model.blocks:
         found += [block.attn_norm.weight, block.attn.qkv.weight, block.attn.proj.weight, block.mlp_norm.weight]
         found += [block.mlp.gate.weight, block.mlp.up.weight, block.mlp.down.weight]
-    return [weight.detach() for weight in [*found, model.norm.weight, model.head.weight]]
+    return [weight.detach().contiguous() for weight in [*found, model.norm.weight, model.head.weight]]
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -38,7 +38,8 @@ public:
         norm = next(), head = linear(sizes.codebook_size, width);
     }
 
-    // tokens (rows, num_tokens): those before `start` are known → logits (rows, end − start, codebook_size).
+    // tokens (rows, num_tokens), as far as the positions from `start` to `end` need them → logits (rows, end − start, codes).
+    // One decoding step, or many at once for tokens that are known: each position attends to its own and earlier steps.
     void step(const int64_t* tokens, int start, int end, float* logits) {
         const int steps = end - start, count = rows * steps, width = sizes.width, hidden = sizes.hidden;
         x.resize(std::size_t(count) * width), normed.resize(x.size()), attended.resize(x.size());
@@ -102,18 +103,28 @@ private:
             static thread_local std::vector<float> scores;
             scores.resize(std::size_t(8) * length);
             T* out = &attended[std::size_t(row) * steps * width + offset];
-            for (int i = 0; i < steps;) {
-                auto some = [&](auto queries) {
-                    constexpr int Q = decltype(queries)::value;
-                    attend<Q, T>(first + std::size_t(i) * 3 * width, 3 * std::size_t(width), key_cache, value_cache, length,
-                                 head_size, end, out + std::size_t(i) * width, width, scores.data());
-                    i += Q;
-                };
-                if (steps - i >= 8) some(std::integral_constant<int, 8>());
-                else if (steps - i >= 4) some(std::integral_constant<int, 4>());
-                else some(std::integral_constant<int, 1>());
+            for (int from = start, until; from < end; from = until) {
+                until = std::min(end, step_end(from));
+                for (int i = from; i < until;) {
+                    auto some = [&](auto queries) {
+                        constexpr int Q = decltype(queries)::value;
+                        attend<Q, T>(first + std::size_t(i - start) * 3 * width, 3 * std::size_t(width), key_cache,
+                                     value_cache, length, head_size, until, out + std::size_t(i - start) * width, width,
+                                     scores.data());
+                        i += Q;
+                    };
+                    if (until - i >= 8) some(std::integral_constant<int, 8>());
+                    else if (until - i >= 4) some(std::integral_constant<int, 4>());
+                    else some(std::integral_constant<int, 1>());
+                }
             }
         }
+    }
+
+    // The first position after the decoding step that `position` belongs to: single tokens first, then groups.
+    int step_end(int position) const {
+        const int c = sizes.prefix, g = sizes.group_size;
+        return position < c ? position + 1 : c + ((position - c) / g + 1) * g;
     }
 
     const Sizes sizes;
