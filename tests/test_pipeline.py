@@ -13,7 +13,7 @@ from PIL import Image
 from detailflow import DetailFlowError, DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, TokenSchedule
 from detailflow.data.transforms import center_crop
 from detailflow.device import choose_device, within_memory
-from detailflow.generation import CachedModel
+from detailflow.generation import Engine
 from detailflow.pipeline import image_generator, stage_counts
 
 NOISE = {(0, 0): [0.3904639972043583, 0.30718335883949344], (2**40, 7): [0.5825745527585999, 0.6969457588092554]}
@@ -91,7 +91,7 @@ def test_a_stream_holds_the_caches_of_one_batch(pipeline: DetailFlowPipeline, ba
     held: list[int] = []
 
     def look(_: int) -> None:
-        held.append(sum(type(thing) is CachedModel for thing in gc.get_objects()))
+        held.append(sum(isinstance(thing, Engine) for thing in gc.get_objects()))
 
     gc.collect()
     stages = pipeline.stream([0, 1, 2, 3, 4], num_tokens=2, batch_size=batch_size, progress=look)

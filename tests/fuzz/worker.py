@@ -15,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from detailflow import native
+
 from .cases import kind_of, make
 from .guard import MEMORY, Captured, Guard, forget_peak, limited_memory, peak_memory
 from .stock import encoded, make_stock, photo
@@ -31,6 +33,7 @@ def serve(folder: Path, stock: Path) -> None:
     (folder / "secret.png").write_bytes(encoded(photo(0)))
     make_stock(stock)
     warm_up()
+    native.library()  # is built, if it is not there yet: no case may start a compiler
     guard = Guard(folder / "home", folder / "secret.png")
     hang = open(folder / "hang.txt", "w")  # noqa: SIM115  # where the parent finds what a case was at when it asks
     faulthandler.register(signal.SIGUSR1, file=hang)
