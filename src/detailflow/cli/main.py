@@ -51,33 +51,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a closed pipe can still be caught
-        _leave_process_group(status)
-        return status
-    except DetailFlowError as error:
-        if not isinstance(error, ReportedElsewhereError):
-            _report(error)
-        _leave_process_group(2)
-        return 2
-    except KeyboardInterrupt as stop:  # training says at which step
-        print(f"detailflow: {str(stop) or 'interrupted'}", file=sys.stderr)
-        _leave_process_group(130)
-        return 130
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except KeyboardInterrupt as stop:  # training says at which step
+        print(f"detailflow: {str(stop) or 'interrupted'}", file=sys.stderr)
+        status = 130
+    except DetailFlowError as error:
+        if not isinstance(error, ReportedElsewhereError):
+            _report(error)
+        status = 2
     except Exception as error:
         if not _out_of_memory(error):
             _leave_process_group(1, error)
             raise
         _report("there is not enough memory for this: choose smaller batches, images or models")
-        _leave_process_group(2)
-        return 2
+        status = 2
     finally:
         warnings.formatwarning = usual
+    _leave_process_group(status)
+    return status
 
 
 def _warning_line(message: object, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    """Our own warnings as sentences, those of libraries with the place they come from."""
+    """Return our own warnings as sentences, those of libraries with the place they come from."""
     if issubclass(category, DetailFlowWarning):
         return f"detailflow: warning: {' '.join(str(message).split())}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
@@ -102,10 +99,8 @@ def _take_max_pixels(argv: list[str]) -> None:
 
 def _out_of_memory(error: Exception) -> bool:
     """Return whether it is Python's or one of torch's: on a CPU torch has no exception of its own for it."""
-    text = str(error)
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "allocate" in text and "memory" in text
-    )
+    of_torch = isinstance(error, RuntimeError) and "allocate" in str(error) and "memory" in str(error)
+    return isinstance(error, MemoryError) or of_torch
 
 
 def _report(error: object) -> None:
