@@ -28,6 +28,7 @@ from detailflow.torch_files import load_torch
 RUN_FILE = "run.yaml"
 CHECKPOINTS = "resume"  # not "checkpoints", by which the published layout is known
 MILESTONES = "milestones"
+BEST = "best"  # by validation
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.training.config import LoopConfig
-from detailflow.training.loop import run
+from detailflow.training.loop import Run
+from detailflow.training.loop import train as train_stage
 from detailflow.training.optimizer import Updater, recompute_activations
 
 
@@ -25,6 +26,8 @@ class Settings:
 class Line:
     """A stage that fits one number to 3; its loss is not finite in the steps `bad`."""
 
+    comparable_from = 0.0
+
     def __init__(self, loop: LoopConfig, bad: tuple[int, ...] = ()) -> None:
         self.weight, self.bad, self.values = torch.zeros((), requires_grad=True), bad, []
         self.updater = Updater(torch.optim.Adam([self.weight], lr=1.0), loop, torch.device("cpu"))
@@ -32,7 +35,7 @@ class Line:
     def batches(self, start_step: int) -> Iterator[int]:
         yield from range(start_step, 1000)
 
-    def step(self, step: int, batch: int, rate: float) -> dict[str, Any]:
+    def step(self, step: int, batch: int, rate: float, log: bool = True) -> dict[str, Any]:
         loss = (self.weight - 3).square() * (math.nan if batch in self.bad else 1.0)
         self.updater.backward(loss)
         norm = self.updater.step(rate)
@@ -45,6 +48,9 @@ class Line:
     def restore(self, state: dict[str, Any]) -> None:
         self.weight.data.copy_(state["weight"])
         self.updater.restore(state["updater"])
+
+    def validate(self) -> dict[str, float]:
+        return {}
 
     def model_config(self) -> dict[str, Any]:
         return {}
@@ -62,7 +68,7 @@ def loop(**settings: Any) -> LoopConfig:
 
 def train(config: LoopConfig, output: Path, bad: tuple[int, ...] = ()) -> Line:
     stage = Line(config, bad)
-    run(lambda _: stage, "line", Settings(config), output, World())
+    train_stage(lambda _: stage, Run("line", Settings(config), output, World(), torch.device("cpu")))
     return stage
 
 
@@ -97,7 +103,7 @@ def test_float16_looks_for_its_loss_scale(tmp_path: Path):
     stage = Line(config)
     weight = torch.full((), 60000.0, dtype=torch.float16)
 
-    def step(step: int, batch: int, rate: float) -> dict[str, Any]:
+    def step(step: int, batch: int, rate: float, log: bool = True) -> dict[str, Any]:
         half = stage.weight.half()  # the gradient of the product below is ten times the scale
         stage.updater.backward((half * weight).float() / 6000 + (stage.weight - 3).square())
         norm = stage.updater.step(rate)
@@ -105,7 +111,7 @@ def test_float16_looks_for_its_loss_scale(tmp_path: Path):
         return {"loss": stage.weight.detach(), "gradient_norm": norm}
 
     stage.step = step  # type: ignore[method-assign]
-    run(lambda _: stage, "line", Settings(config), tmp_path / "run", World())
+    train_stage(lambda _: stage, Run("line", Settings(config), tmp_path / "run", World(), torch.device("cpu")))
     assert stage.updater.scaler.get_scale() < 65536
     assert stage.values[0] == 0 and stage.values[-1] == pytest.approx(-2, abs=0.2)  # the minimum of 10 w + (w − 3)²
 

@@ -66,7 +66,7 @@ def run(command: list[str], processes: int) -> None:
 def curves(output: Path) -> dict[str, np.ndarray]:
     events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    names = set(events.Tags()["scalars"]) - {"images_per_second"}
+    names = set(events.Tags()["scalars"]) - {"images_per_second", "peak_memory_gib"}
     return {name: np.array([(e.step, e.value) for e in events.Scalars(name)]) for name in names}
 
 

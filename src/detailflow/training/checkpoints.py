@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.files import replacing
 from detailflow.published import CONFIG_FILE
 from detailflow.runs import (
+    BEST,
     CHECKPOINTS,
     MILESTONES,
     RUN_FILE,
@@ -31,7 +32,7 @@ KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name
 # Settings of the loop that may change when a run goes on: they change how it is done, not what comes out.
 FREE = {
     *("workers", "log_every", "pictures_every", "trackers", "checkpoint_minutes", "keep", "milestone_every"),
-    *("accumulate", "checkpoint_activations", "shard", "compile"),
+    *("accumulate", "checkpoint_activations", "shard", "compile", "val_every", "val_images"),
 }
 
 
@@ -51,9 +52,10 @@ def claim(output: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[st
     known = dict(recorded.get(KNOWN_BY) or {})
     settings[KNOWN_BY] = content = _read_inputs(output, inputs or {}, recorded, settings)
     finished = os.path.isfile(output / CONFIG_FILE)  # which `export` writes last
+    longer = _steps(recorded) < _steps(settings)
     if recorded:
         both = content.keys() & known.keys()
-        folder.check(recorded, _identity(settings, ignored={KNOWN_BY, *both}))
+        folder.check(recorded, _identity(settings, {KNOWN_BY, *both}, {*FREE, *(["steps"] if longer else [])}))
         for name in both:
             if changed := difference(name, known[name], content[name]):
                 raise DetailFlowError(
@@ -62,8 +64,10 @@ def claim(output: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[st
                 )
     elif finished:
         raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")
-    if finished:
+    if finished and not longer:
         return False
+    if finished:
+        (output / CONFIG_FILE).unlink()  # first, as the run is not finished any more
     if recorded != settings:
         folder.write(settings)
     (output / CHECKPOINTS).mkdir(exist_ok=True)
@@ -82,10 +86,16 @@ def _read_inputs(
     return content
 
 
-def _identity(settings: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
-    """Return the settings that must be those of the record."""
+def _steps(settings: Mapping[str, Any]) -> int:
+    loop = settings.get("loop")
+    steps = loop.get("steps") if isinstance(loop, dict) else None
+    return steps if isinstance(steps, int) else 0
+
+
+def _identity(settings: Mapping[str, Any], ignored: Container[str], free: Container[str]) -> dict[str, Any]:
+    """Return the settings that must be those of the record: without some, and without some of the loop's."""
     identity = {name: value for name, value in settings.items() if name not in ignored}
-    return identity | {"loop": {name: value for name, value in identity["loop"].items() if name not in FREE}}
+    return identity | {"loop": {name: value for name, value in identity["loop"].items() if name not in free}}
 
 
 def save_checkpoint(
@@ -95,21 +105,26 @@ def save_checkpoint(
     keep: int = 2,
     milestone: bool = False,
     model: Mapping[str, Any] | None = None,
+    best: float | None = None,
 ) -> Path:
-    """Write resume/step-….pt whole or not at all; a milestone is copied to milestones/, where all stay.
+    """Write resume/step-….pt whole or not at all, and copies of milestones and of the best one so far.
 
-    Of this checkpoint and those before it, the last `keep` that can be read stay.
+    Of this checkpoint and those before it, the last `keep` that can be read stay, all milestones and one best.
 
     Args:
         model: the "kind" and "config" of the model in it.
+        best: the validation loss, if it is the lowest so far.
     """
     path = output / CHECKPOINTS / f"step-{step:08d}.pt"
     try:
-        save_torch(path, {**(model or {}), "step": step, "state": state})
-        if milestone:
-            (output / MILESTONES).mkdir(exist_ok=True)
-            with replacing(output / MILESTONES / path.name) as temporary:
+        save_torch(path, {**(model or {}), "step": step, "validation": best, "state": state})
+        for folder in [*([MILESTONES] if milestone else []), *([BEST] if best is not None else [])]:
+            (output / folder).mkdir(exist_ok=True)
+            with replacing(output / folder / path.name) as temporary:
                 shutil.copyfile(path, temporary)
+        for older in checkpoints(output, BEST) if best is not None else []:
+            if older.name != path.name:
+                older.unlink(missing_ok=True)
     except OSError as error:
         raise DetailFlowError(f"{path}: the checkpoint cannot be written ({error.strerror or error})") from error
     left = keep - 1

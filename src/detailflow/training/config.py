@@ -60,6 +60,8 @@ class LoopConfig(Settings):
         workers: processes that decode images; for each training process.
         log_every: steps between log lines.
         pictures_every: steps between pictures.
+        val_every: steps between validations; if images are held out. 0 for none.
+        val_images: size of the fixed sample for validation.
         trackers: where the log goes; a list of tensorboard and wandb.
         checkpoint_minutes: minutes between checkpoints.
         keep: number of last checkpoints that stay.
@@ -82,6 +84,8 @@ class LoopConfig(Settings):
     workers: Workers = 0
     log_every: PositiveInt = 20
     pictures_every: PositiveInt = 500
+    val_every: NotNegativeInt = 500
+    val_images: PositiveInt = 256
     trackers: tuple[str, ...] = ("tensorboard",)
     checkpoint_minutes: NotNegative = 3.0
     keep: PositiveInt = 2
@@ -127,6 +131,8 @@ class TokenizerTraining(Settings):
         split: of the data, such as train.
         image_column: of parquet files and hub data sets.
         label_column: of these, and of metadata files.
+        val_data: images to validate on; like `data`, with the same classes. Never trained on.
+        val_share: share of `data` held out for validation instead; chosen by the content of each image.
         streaming: read a hub data set or shards as a stream; without a copy on this machine.
         flip: mirror half of the training crops.
         max_scale: crops are from images enlarged up to this.
@@ -171,6 +177,8 @@ class TokenizerTraining(Settings):
     split: str | None = None
     image_column: str = "image"
     label_column: str = "label"
+    val_data: Location | None = None
+    val_share: Share = 0.0
     streaming: bool = False
     flip: bool = True
     max_scale: Annotated[float, Must("1 (no zoom) or more", lambda scale: 1 <= scale < float("inf"))] = 1.25
@@ -263,6 +271,8 @@ class Extraction(Settings):
         split: of the data, such as train.
         image_column: of parquet files and hub data sets.
         label_column: of these, and of metadata files.
+        val_data: images to validate on; as in tokenizer training. Their tokens are for validation alone.
+        val_share: share of `data` held out for validation instead; as in tokenizer training.
         crops: ten or two of each image; ten are the corners and the centre at 1.1 times the size, and their flips (the
             paper's), two the centre and its flip, for small images that fill their frame.
         mistakes: number of codes to plant one of; the nearest ones.
@@ -277,6 +287,8 @@ class Extraction(Settings):
     split: str | None = None
     image_column: str = "image"
     label_column: str = "label"
+    val_data: Location | None = None
+    val_share: Share = 0.0
     crops: Literal["ten", "two"] = "ten"
     mistakes: PositiveInt = WRONG_CANDIDATES
     batch_size: BatchSize = 250

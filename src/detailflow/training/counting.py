@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -19,6 +19,8 @@ from detailflow.distributed import World
 from detailflow.models import layers
 from detailflow.training.config import LoopConfig
 from detailflow.training.optimizer import recompute_activations
+
+Stage = TypeVar("Stage")
 
 
 class StepCosts(NamedTuple):
@@ -95,15 +97,18 @@ def counting() -> Iterator[Counter]:
         yield counter
 
 
-def count_steps(make_stage: Callable[[], Any], make_batch: Callable[[], Any], device: torch.device) -> StepCosts:
+def count_steps(
+    make_stage: Callable[[], Stage], make_batch: Callable[[], Any], device: torch.device
+) -> tuple[StepCosts, Stage]:
     """Count a run's first and last step, and the last again with `checkpoint_activations`.
 
     Args:
-        make_stage: called once, for a stage without `checkpoint_activations`.
+        make_stage: called once, for a stage without `checkpoint_activations`, which is returned, too.
     """
     with counting() as counter:
         with torch.device(device):
-            stage, batch = make_stage(), make_batch()
+            made, batch = make_stage(), make_batch()
+        stage: Any = made
         last_step = stage.config.loop.steps - 1
         adversary = getattr(stage, "adversary", None)
         for updater in (stage.updater, *([adversary.updater] if adversary else [])):  # so that their state is there
@@ -116,7 +121,7 @@ def count_steps(make_stage: Callable[[], Any], make_batch: Callable[[], Any], de
         last, peak = counter.of(lambda: stage.step(last_step, batch, 0.0))
         recompute_activations(stage.blocks)
         recomputed, peak_recomputed = counter.of(lambda: stage.step(last_step, batch, 0.0))
-        return StepCosts(first, last, peak, recomputed - last, peak_recomputed)
+        return StepCosts(first, last, peak, recomputed - last, peak_recomputed), made
 
 
 def of_one_rank(loop: LoopConfig, world: World) -> LoopConfig:

@@ -1,10 +1,11 @@
 """Token extraction: every training image's crops as three rows of codes in a token store (docs/method.md#extraction).
 
-Any number of processes share the work by chunks of images, each of which is on disk as a whole or not at all. So the same
-command goes on after it was killed. What is random depends on (seed, chunk), and no pass through the tokenizer reaches over a
-chunk's end, so that the store's bytes depend neither on the number of processes nor on when they were killed.
+The work is split by chunks of images, each on disk as a whole or not at all, so the same command goes on after it was
+killed. What is random depends on (seed, chunk), and no pass through the tokenizer crosses a chunk's end, so the store's
+bytes depend neither on the number of processes nor on when they were killed.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detailflow import hub
 from detailflow.data.images import ImageSource, open_images, tolerated
-from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
+from detailflow.data.tokens import VALIDATION, TokenStore, TokenStoreInfo, TokenWriter
 from detailflow.data.transforms import to_tensor
 from detailflow.device import autocast
 from detailflow.distributed import World, launched
@@ -26,12 +27,14 @@ from detailflow.files import lock_folder
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
 from detailflow.training.config import CROPS, PRECISIONS, Extraction
 from detailflow.training.passes import draw_position
+from detailflow.training.validation import split
 
+_log = logging.getLogger(__name__)
 CHUNK_IMAGES = 512  # what a killed process loses at most; seconds of work on a GPU, so that writing them takes no time
 
 
 class _ImageCrops(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
-    """Crops (n, C, R, R, 3) in bytes of a pass's images that can be read, their slots (n,), and what is wrong with the others."""
+    """Load the images of a pass: crops (n, C, R, R, 3) in bytes, slots (n,), and what is wrong with unreadable images."""
 
     def __init__(self, source: ImageSource, size: int, crops: str, passes: list[range]) -> None:
         self.source, self.size, self.passes = source, size, passes
@@ -92,54 +95,54 @@ def code_rows(
 def extract(config: Extraction, output: Path, device: str | None = None) -> TokenStore:
     """Write the token store at `output`, or what is missing of it, and return it.
 
-    `batch_size` and `workers` may differ from an earlier run's. The codes are the same for any `batch_size`, but for two codes
-    that are equally near within rounding.
-
-    Raises:
-        DetailFlowError: for images or a tokenizer that cannot be read, or an output folder that cannot be used or holds
-            the tokens of something else.
+    Images that are held out for validation get a store of their own inside. `batch_size` and `workers` may differ from an
+    earlier run's. The codes are the same for any `batch_size`, but for two codes that are equally near within rounding.
     """
-    world, place = launched(device)
+    world, chosen = launched(device)
     with world.raise_together():
-        model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
-        source = open_images(
-            config.data, split=config.split, image_column=config.image_column, label_column=config.label_column
-        )
+        model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen)
+        columns = dict(image_column=config.image_column, label_column=config.label_column)
+        everything = open_images(config.data, split=config.split, **columns)
         info = TokenStoreInfo(
             num_tokens=model.config.num_tokens,
             codebook_size=model.config.codebook_size,
             crops=CROPS[config.crops][1],
-            class_names=source.class_names,
+            class_names=everything.class_names,
             tokenizer_fingerprint=tokenizer_fingerprint(config.tokenizer),
         )
-        writer = TokenWriter(output, info, source.labels, CHUNK_IMAGES)
+    source, validation = split(config, everything, world)
+    with world.raise_together():
+        sources = {output: source} if validation is None else {output / VALIDATION: validation, output: source}
+        writers = {path: TokenWriter(path, info, one.labels, CHUNK_IMAGES) for path, one in sources.items()}
     with ExitStack() as stack:
-        if not world.from_main(lambda: writer.finished):  # a finished one may be on a disk that is not ours to write to
-            stack.enter_context(lock_folder(output, "extraction", world))
-        return _extract(config, model, source, writer, world)
+        if not world.from_main(lambda: all(writer.finished for writer in writers.values())):
+            stack.enter_context(lock_folder(output, "extraction", world))  # a finished one may be on a read-only disk
+        for path, one in sources.items():  # the whole store last, as it is what says that all is finished
+            _extract(config, model, one, writers[path], world)
+    return TokenStore.open(output)
 
 
 def _extract(
     config: Extraction, model: DetailFlowTokenizer, source: ImageSource, writer: TokenWriter, world: World
-) -> TokenStore:
-    output = writer.directory
+) -> None:
     with world.raise_together():
         if world.is_main:
-            same = {k: v for k, v in asdict(config).items() if k not in ("data", "tokenizer", "batch_size", "workers")}
-            writer.begin(image_names(source, config.data), same)
+            free = ("data", "tokenizer", "batch_size", "workers", "val_data", "val_share")  # or known by content
+            settings = {name: value for name, value in asdict(config).items() if name not in free}
+            validates = writer.directory.name == VALIDATION and config.val_data
+            writer.begin(image_names(source, validates or config.data), settings)
     if world.from_main(lambda: writer.finished):
         if world.is_main:
-            print(f"{output}: these tokens are finished already")
-        return TokenStore.open(output)
+            _log.info("%s: these tokens are finished already", writer.directory)
+        return
     _Extractor(config, model, source, writer, world).run()
     with world.raise_together():
         if world.is_main:
             writer.finish()
-    return TokenStore.open(output)
 
 
 def image_names(source: ImageSource, data: str) -> Iterator[str]:
-    """The images' names, within the folder that they were found in, if it is on this machine."""
+    """Yield the images' names, relative to the folder that they are in, if it is on this machine."""
     path = Path(data).expanduser()
     if not path.is_dir():  # a file, or a pattern of files
         path = next((parent for parent in path.parents if not set("*?[{") & set(str(parent))), path.parent)
@@ -148,7 +151,7 @@ def image_names(source: ImageSource, data: str) -> Iterator[str]:
 
 
 class _Extractor:
-    """This process's part of the chunks that are not on disk."""
+    """Extract this rank's part of the chunks that are not on disk."""
 
     def __init__(
         self,
@@ -169,7 +172,7 @@ class _Extractor:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Extract them, the n-th of each process at about the same time."""
+        """Extract them, the n-th of each rank at about the same time."""
         from tqdm import tqdm
 
         count, total = self.world.size, len(self.source)
@@ -180,7 +183,7 @@ class _Extractor:
         self.batches = iter(DataLoader(data, batch_size=None, num_workers=self.config.workers, pin_memory=cuda))
         done = total - sum(len(self.writer.slots(chunk)) for chunk in self.todo)
         if done and self.world.is_main:
-            print(f"{self.writer.directory}: going on after {done} of {total} images")
+            _log.info("%s: going on after %d of %d images", self.writer.directory, done, total)
         hidden = not self.world.is_main
         with tqdm(
             total=total, initial=done, desc="extract", unit="img", dynamic_ncols=True, disable=hidden
@@ -229,7 +232,7 @@ class _Extractor:
         self.unreadable |= unreadable
 
     def _stop_at_too_many(self, chunks: list[int]) -> None:
-        """Raises DetailFlowError in all processes where more than 1% (and more than one) of the images cannot be read."""
+        """Raise an error on all ranks if more than 1% (and more than one) of the images cannot be read."""
         own = torch.tensor([len(self.unreadable)], device=self.world.device)
         count = int(self.world.all_gather(own).sum())
         if count <= tolerated(len(self.source)):
@@ -244,5 +247,5 @@ class _Extractor:
 
 
 def tokenizer_fingerprint(path_or_id: str | Path) -> str:
-    """What ties a token store to the tokenizer that made it."""
+    """Return what ties a token store to the tokenizer that made it."""
     return hub.fingerprint(*hub.load(path_or_id, "tokenizer"))

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -20,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from detailflow import hub
-from detailflow.data.tokens import TokenBatches, TokenStore
+from detailflow.data.source import spread
+from detailflow.data.tokens import CLEAN, TokenBatches, TokenStore
 from detailflow.data.transforms import to_uint8
 from detailflow.device import autocast
 from detailflow.distributed import World, launched
@@ -34,17 +37,19 @@ from detailflow.pictures import grid
 from detailflow.seeds import mixed_seed
 from detailflow.settings import parse_settings
 from detailflow.training.config import PRECISIONS, GPTTraining
+from detailflow.training.counting import StepCosts, count_steps, of_one_rank
 from detailflow.training.extract import tokenizer_fingerprint
 from detailflow.training.inputs import Input, model_input, tokens_input
-from detailflow.training.loop import run
+from detailflow.training.loop import Run, train
 from detailflow.training.optimizer import Updater, gradients_stay, recompute_activations
+from detailflow.training.validation import mean_figures
 
 PICTURE_CLASSES, PICTURE_SAMPLES = 10, 4
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class GPTStage:
-    """The network, its EMA, the optimiser and one step; a `Stage` of the loop."""
+    """The network, its EMA, the optimizer and one step; a `Stage` of the loop."""
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class GPTStage:
         world: World | None = None,
     ) -> None:
         self.config, self.store, self.tokenizer, self.device = config, store, tokenizer, device
+        self.validation = store.validation if store else None
         self.world = world = world or World()
         loop = config.loop
         self.precision, self.sizes = PRECISIONS[loop.precision], sizes
@@ -88,17 +94,19 @@ class GPTStage:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The layers that `checkpoint_activations` is about."""
+        """The layers for `checkpoint_activations`."""
         return self.model.blocks
 
     def batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This process's labels, input rows and target rows."""
+        """Yield this rank's labels, input rows and target rows."""
         loop = self.config.loop
         share = self.config.planted_share
         return iter(TokenBatches(self.store, loop.batch_size, loop.seed, share, start_step, self.world))
 
-    def step(self, step: int, batch: tuple[Tensor, Tensor, Tensor], rate: float) -> dict[str, Tensor | float]:
-        """One step (docs/method.md#ar-model)."""
+    def step(
+        self, step: int, batch: tuple[Tensor, Tensor, Tensor], rate: float, log: bool = True
+    ) -> dict[str, Tensor | float]:
+        """Take one step (docs/method.md#ar-model)."""
         loop, world = self.config.loop, self.world
         dropped = torch.rand(loop.batch_size)[world.shard(loop.batch_size)] < self.config.label_dropout
         if world.size > 1:  # what a process drops out of its own images is its own
@@ -106,7 +114,7 @@ class GPTStage:
         labels, given, wanted = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         labels = torch.where(dropped.to(self.device), self.sizes.num_classes, labels)
         size = loop.images_at_once(world)
-        logged: dict[str, Tensor | float] = {"loss": 0.0, "accuracy": 0.0}
+        logged: dict[str, Tensor | float] = {"loss": 0.0, "accuracy": 0.0} if log else {}
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
             with gradients_stay(self.parallel, start + size < len(labels)):
@@ -114,9 +122,10 @@ class GPTStage:
                     logits = self.forward(labels[part], given[part])
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted[part].flatten())
                 self.updater.backward(loss * (size / len(labels)))
-            accuracy = (logits.detach().argmax(-1) == wanted[part]).float().mean()
-            logged["loss"] += loss.detach() * (size / len(labels))
-            logged["accuracy"] += accuracy * (size / len(labels))
+            if log:
+                accuracy = (logits.detach().argmax(-1) == wanted[part]).float().mean()
+                logged["loss"] += loss.detach() * (size / len(labels))
+                logged["accuracy"] += accuracy * (size / len(labels))
         logged["gradient_norm"] = self.updater.step(rate)
         self._average(step)
         return logged
@@ -127,18 +136,38 @@ class GPTStage:
         for average, weight in zip(self.ema.parameters(), self.model.parameters(), strict=True):
             average.lerp_(weight, 1 - decay)
 
+    comparable_from = 0.0
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Return the averaged weights' loss and accuracy on clean tokens of a fixed sample of the images held out."""
+        if self.validation is None:
+            return {}
+        images = np.array(spread(len(self.validation), min(self.config.loop.val_images, len(self.validation))))
+        rows = self.validation.read(images, np.zeros_like(images), np.full_like(images, CLEAN))
+        ids, labels = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(self.validation.labels[images])
+
+        def measure(part: slice) -> dict[str, Tensor]:
+            wanted = ids[part].to(self.device)
+            with autocast(self.device, self.precision):
+                logits = self.ema(labels[part].to(self.device), wanted).float()
+            loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+            return {"val_loss": loss, "val_accuracy": (logits.argmax(-1) == wanted).float().mean()}
+
+        return mean_figures(len(images), measure, self.world, together=self.sharded)
+
     def state(self) -> dict[str, Any]:
-        """Weights, their average and the optimiser, whole and by name, so that a run can go on parted otherwise."""
+        """Return weights, their average and the optimizer, unsharded, so that a run can go on with another world size."""
         model, optimizer = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
         ema = get_model_state_dict(self.ema, options=WHOLE)
         return {"model": model, "ema": ema, "optimizer": optimizer, "scaler": self.updater.scaler.state_dict()}
 
     def model_config(self) -> dict[str, Any]:
-        """The AR model's config."""
+        """Return the AR model's config."""
         return asdict(self.sizes)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
         _, own = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
         optimizer = {
             "state": state["optimizer"]["state"],
@@ -151,7 +180,7 @@ class GPTStage:
         self.updater.scaler.load_state_dict(state["scaler"])
 
     def _averaged(self) -> DetailFlowGPT | None:
-        """The averaged weights in one piece, for the main process alone."""
+        """Return the averaged weights unsharded, on rank 0; `None` on the others."""
         if not self.sharded:
             return self.ema if self.world.is_main else None
         weights = get_model_state_dict(self.ema, options=WHOLE)
@@ -162,13 +191,13 @@ class GPTStage:
         return whole
 
     def pictures(self) -> dict[str, Image.Image]:
-        """Samples of the first classes by the averaged weights."""
+        """Draw samples of classes spread over all, by the averaged weights."""
         averaged = self._averaged()
         if averaged is None:
             return {}
         averaged.to(self.device)
-        classes = min(PICTURE_CLASSES, self.sizes.num_classes)
-        labels = torch.arange(classes).repeat_interleave(PICTURE_SAMPLES)
+        classes = spread(self.sizes.num_classes, min(PICTURE_CLASSES, self.sizes.num_classes))
+        labels = torch.tensor(classes).repeat_interleave(PICTURE_SAMPLES)
         ids = averaged.generate(labels, generator=torch.Generator().manual_seed(self.config.loop.seed))
         pixels = to_uint8(self.tokenizer.decode(ids)).cpu().numpy()
         return {"samples": grid([Image.fromarray(p) for p in pixels], columns=PICTURE_SAMPLES)}
@@ -181,7 +210,7 @@ class GPTStage:
 
 
 def _shard(network: DetailFlowGPT, device: torch.device) -> None:
-    """Part the weights among all processes, block by block (FSDP2); each goes to its device only then, and stays float32."""
+    """Shard the weights, block by block (FSDP2); each goes to its device only then, and stays float32."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
@@ -191,13 +220,10 @@ def _shard(network: DetailFlowGPT, device: torch.device) -> None:
 
 
 def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
-    """The weights of another AR model for a network of these sizes.
+    """Return the weights of another AR model for a network of these sizes.
 
-    The class table is made anew: a class that the other model knows by name keeps its row, any other starts from the null
-    class. Where the other model has the same names, or none and as many classes, its table stays.
-
-    Raises:
-        DetailFlowError: if the model cannot be had or its sizes differ.
+    A class that the other model knows by name keeps its row of the class table, any other starts from the null class. If
+    the other model has the same names, or none and as many classes, its table stays.
     """
     settings, tensors = hub.load(source, "gpt", dtype=torch.float32)
     theirs = parse_settings(GPTConfig, settings, source)
@@ -211,11 +237,7 @@ def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
 
 
 def model_config(config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTokenizer) -> GPTConfig:
-    """The AR model that `config` asks for on these tokens.
-
-    Raises:
-        DetailFlowError: where its sizes contradict each other, or the model that it starts from cannot be read.
-    """
+    """Return the config of the AR model that `config` asks for on these tokens."""
     start = parse_settings(GPTConfig, hub.load_config(config.init, "gpt"), config.init) if config.init else None
     return GPTConfig(
         mlp=start.mlp if start else None,
@@ -234,14 +256,28 @@ def model_config(config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTo
     )
 
 
-def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> None:
-    """Train an AR model into `output`: config.json, model.safetensors, checkpoints, pictures, TensorBoard scalars.
+def count_gpt(
+    config: GPTTraining,
+    sizes: GPTConfig,
+    store: TokenStore,
+    tokenizer: DetailFlowTokenizer,
+    *,
+    world: World,
+    device: torch.device,
+) -> tuple[StepCosts, GPTStage]:
+    """Count the steps of one rank; the stage has no data."""
+    alone = replace(config, loop=of_one_rank(config.loop, world))
+    rows, n = alone.loop.batch_size, sizes.num_tokens
+    return count_steps(
+        lambda: GPTStage(alone, sizes, store, tokenizer, device, resuming=True),  # so no weights are read
+        lambda: [torch.zeros(shape, dtype=torch.long) for shape in ((rows,), (rows, n), (rows, n))],
+        device,
+    )
 
-    Raises:
-        DetailFlowError: for a store that the tokenizer did not make or that is damaged, sizes that contradict each other, or an
-            output folder that cannot be used.
-    """
-    world, place = launched(device)
+
+def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> None:
+    """Train an AR model into `output`: the model, checkpoints, pictures, log and report."""
+    world, chosen = launched(device)
     with world.raise_together():
         store = TokenStore.open(config.tokens)
         if store.info.tokenizer_fingerprint != tokenizer_fingerprint(config.tokenizer):
@@ -250,11 +286,15 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
             )
         if world.is_main:
             store.verify()
-        tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=place)
+        tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen)
         sizes = model_config(config, store, tokenizer)
 
     def make(resuming: bool) -> GPTStage:
-        return GPTStage(config, sizes, store, tokenizer, place, resuming, world)
+        return GPTStage(config, sizes, store, tokenizer, chosen, resuming, world)
+
+    @cache
+    def costs() -> StepCosts:
+        return count_gpt(config, sizes, store, tokenizer, world=world, device=chosen)[0]
 
     inputs = {
         "tokens": tokens_input(store),
@@ -262,4 +302,4 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
     }
     if config.init:
         inputs["init"] = model_input(config.init, "gpt")
-    run(make, "gpt", config, output, world, inputs)
+    train(make, Run("gpt", config, output, world, chosen, inputs, lambda step: costs().last))

@@ -1,17 +1,17 @@
-"""The loop that both training stages run in: progress, logs, pictures, checkpoints, exact resume.
+"""The loop that both training stages run in: progress, logs, validation, checkpoints, exact resume.
 
 Everything random is a function of (seed, step): the data order, the augmentation and, by reseeding torch before every
-step, the rest. So a run that was killed and goes on from a checkpoint ends with the weights of one that was not. It is drawn for
-the whole batch, of which each process takes its part, so that several processes do what one would.
+step, the rest. So a run that was killed and goes on from a checkpoint ends with the weights of one that was not. It is
+drawn for the whole batch, and each rank takes its part, so that several processes do what one would.
 """
 
 import logging
-import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,226 +21,322 @@ from torch import Tensor
 
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.files import lock_folder
+from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
-from detailflow.runs import CHECKPOINTS, RUN_FILE, checkpoints
+from detailflow.runs import BEST, RUN_FILE, checkpoints, read_checkpoint
 from detailflow.seeds import mixed_seed
-from detailflow.training.checkpoints import claim, load_checkpoint, save_checkpoint
-from detailflow.training.config import LoopConfig
+from detailflow.training.checkpoints import claim, load_checkpoint, run_folder, save_checkpoint
+from detailflow.training.config import PRECISIONS, LoopConfig
 from detailflow.training.inputs import Input
+from detailflow.training.report import read_history, write_report
 from detailflow.training.tracking import Trackers
 
 _log = logging.getLogger(__name__)
 AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish
 BAD_STEPS = {"bf16": 5, "fp32": 5, "fp16": 25}  # in a row that stop a run; float16 may need 16 to find its loss scale
+UTILIZATION_SECONDS = 60.0  # before model FLOP utilization is logged, as the machine's ceiling takes seconds to measure
 
 
 class Stage(Protocol):
-    """One kind of training: what the loop needs to know of it. All processes call every method."""
+    """One kind of training: what the loop needs to know of it. All ranks call every method."""
+
+    @property
+    def comparable_from(self) -> float:
+        """The step from which on validation losses can be compared, as all losses are trained."""
 
     def batches(self, start_step: int) -> Iterator[Any]:
-        """The data of this process from step `start_step` on."""
+        """Yield this rank's data from step `start_step` on."""
 
-    def step(self, step: int, batch: Any, rate: float) -> dict[str, Tensor | float]:
-        """One optimiser step; scalars to log. Those whose name ends in gradient_norm tell whether it was a good one."""
+    def step(self, step: int, batch: Any, rate: float, log: bool = True) -> dict[str, Tensor | float]:
+        """Take one optimizer step; return every …gradient_norm and, with `log`, all other scalars."""
+
+    def validate(self) -> dict[str, float]:
+        """Return figures of the images that are held out, "val_loss" among them; {} if there are none."""
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint must hold: nothing but tensors and plain containers. Only the main process's is written."""
+        """Return what a checkpoint needs: tensors and plain containers. Only rank 0's is written."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
 
     def model_config(self) -> dict[str, Any]:
-        """The config of the model that `export` writes."""
+        """Return the config of the model that `export` writes."""
 
     def pictures(self) -> Mapping[str, Image.Image]:
-        """Pictures of what has been learnt so far. Only the main process's are kept."""
+        """Draw what has been learnt so far. Only rank 0's pictures are kept."""
 
     def export(self, directory: Path) -> None:
-        """Let the main process write the model in our layout."""
+        """Let rank 0 write the model in our layout."""
 
 
-def run(
-    make_stage: Callable[[bool], Stage],
-    kind: str,
-    config: Any,
-    output: Path,
-    world: World,
-    inputs: Mapping[str, Input] | None = None,
-) -> None:
-    """Train from the last checkpoint in `output`, or from the start, and export the model to `output`.
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and where to.
+
+    Attributes:
+        kind: "tokenizer" or "gpt".
+        config: the stage's dataclass, with a `LoopConfig` as its field `loop`.
+        inputs: the settings that are known by the content of what they name.
+        operations: step → the operations that it takes on this rank, for model FLOP utilization.
+    """
+
+    kind: str
+    config: Any
+    output: Path
+    world: World
+    device: torch.device
+    inputs: Mapping[str, Input] | None = None
+    operations: Callable[[int], float] | None = None
+
+
+def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
+    """Train from the last checkpoint in the output folder, or from the start, and export the model there.
 
     Args:
-        make_stage: builds the stage; called after the folder is known to be usable, with whether a checkpoint will be restored.
-        config: the stage's dataclass, a `LoopConfig` in its field `loop`.
-        inputs: what the settings of these names are known by.
-
-    Raises:
-        DetailFlowError: if `output` holds a run with another config or other inputs, is at work in another process, or cannot be
-            written; or if steps go wrong.
+        make_stage: builds the stage; called once the folder is known to be usable, with whether a checkpoint follows.
     """
-    loop: LoopConfig = config.loop
+    output, world, loop = run.output, run.world, run.config.loop
     loop.images_at_once(world)
-    with lock_folder(output, "training run", world):
+    with run_folder(output).lock("training run", world):
         fresh = not os.path.exists(output / RUN_FILE)
-        if not world.from_main(lambda: claim(output, kind, asdict(config), inputs)):
+        if not world.from_main(lambda: claim(output, run.kind, asdict(run.config), run.inputs)):
             if world.is_main:
-                _log.info("%s: this %s is finished already", output, "AR model" if kind == "gpt" else kind)
+                _log.info("%s: this %s is finished already", output, "AR model" if run.kind == "gpt" else run.kind)
             return
         try:
             checkpoint = load_checkpoint(output, world)
-            start = checkpoint.step if checkpoint else 0
             torch.manual_seed(loop.seed)
-            stage = make_stage(bool(start))
+            stage = make_stage(checkpoint is not None)
         except DetailFlowError:
             if fresh and world.is_main:  # nothing has happened yet that other settings could contradict
                 (output / RUN_FILE).unlink()
             raise
+        start = checkpoint.step if checkpoint else 0
         if checkpoint:
-            _restore(stage, checkpoint.state, output / CHECKPOINTS, start)
+            _restore(stage, checkpoint.state, output, start)
         del checkpoint
-        _Run(stage, kind, config, output, world).train(start)
-        with world.raise_together():
-            stage.export(output)
+        training = _Training(stage, run)
+        training.train(start)
+        training.finish()
 
 
-def _restore(stage: Stage, state: dict[str, Any], folder: Path, step: int) -> None:
-    """Have a stage go on from what a checkpoint holds.
-
-    Raises:
-        DetailFlowError: if that is not what a run of these settings writes.
-    """
+def _restore(stage: Stage, state: dict[str, Any], output: Path, step: int) -> None:
+    """Restore a checkpoint's state, which may be that of other settings."""
     try:
         stage.restore(state)
     except torch.OutOfMemoryError:
         raise
-    except (
-        RuntimeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:  # torch has one for each difference
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # torch has one for each case
         raise DetailFlowError(
-            f"{folder}: the checkpoint of step {step} does not fit this run; remove it to go on from the one before"
+            f"{output}: the checkpoint of step {step} does not fit this run; remove it to go on from the one before"
         ) from error
 
 
-class _Run:
+class _Training:
     """The steps of a run, and what is kept of them."""
 
-    def __init__(self, stage: Stage, kind: str, config: Any, output: Path, world: World) -> None:
-        self.stage, self.kind, self.config, self.output, self.world = stage, kind, config, output, world
-        self.loop: LoopConfig = config.loop
-        self.health = _Health(self.loop, output)
+    def __init__(self, stage: Stage, run: Run) -> None:
+        self.stage, self.run, self.output, self.world = stage, run, run.output, run.world
+        self.loop: LoopConfig = run.config.loop
+        self.health = _Health(self.loop, run.output)
+        self.speed = _Speed(run)
         self.saved, self.saved_at = 0, time.monotonic()  # the step of the last checkpoint, and when it was written
+        self.best = self.world.from_main(lambda: _best(self.output))  # its step and validation loss
 
     def train(self, start: int) -> None:
         """Take all steps from `start` on; after the last one there is a checkpoint."""
         from tqdm import tqdm
 
-        loop, world, self.saved = self.loop, self.world, start
+        loop, run, world, self.saved = self.loop, self.run, self.world, start
         if world.is_main and start:
             _log.info("%s: going on from step %d", self.output, start)
         batches = self.stage.batches(start)
-        names, hidden = loop.trackers if world.is_main else (), not world.is_main
+        progress: dict[str, Any] = dict(desc=run.kind, unit="step", dynamic_ncols=True, disable=not world.is_main)
         with (
             _StopOnSignal() as stopping,
-            Trackers(names, self.output, self.kind, asdict(self.config), start, world) as trackers,
-            tqdm(
-                total=loop.steps, initial=start, desc=self.kind, unit="step", dynamic_ncols=True, disable=hidden
-            ) as bar,
+            Trackers(loop.trackers, self.output, run.kind, asdict(run.config), start, world) as trackers,
+            tqdm(total=loop.steps, initial=start, **progress) as bar,
         ):
             for step in range(start, loop.steps):
                 batch = next(batches)  # before the seed: a data loader draws from torch's generator when it starts
-                torch.manual_seed(mixed_seed(loop.seed, step))
-                scalars = self.stage.step(step, batch, loop.rate_at(step))
-                self.health.check(step, scalars)
-                bar.update()
                 done = step + 1
-                stop = world.any(stopping.asked)
-                if self._checkpoint_is_due(done) or stop:
+                logs, shows, validates = (
+                    self._is_due(done, every) for every in (loop.log_every, loop.pictures_every, loop.val_every)
+                )
+                torch.manual_seed(mixed_seed(loop.seed, step))
+                scalars = self.stage.step(step, batch, loop.rate_at(step), logs)
+                self.health.update(scalars)
+                bar.update()
+                late = world.is_main and time.monotonic() - self.saved_at > loop.checkpoint_minutes * 60
+                stop, late = self._on_any_rank(stopping.asked, late)
+                keeps = late or stop or self._is_milestone(done) or done == loop.steps
+                if logs or keeps or self.health.on_cpu:
+                    self.health.check(done)
+                figures = self._validate(done) if validates else {}
+                if keeps and self.saved < done:
                     self._save(done)
-                self._log(done, scalars, trackers, bar)
+                if logs or shows or figures:
+                    self._log(done, scalars if logs else {}, figures, shows, trackers, bar)
                 if stop:
                     world.barrier()  # or the launcher, seeing one gone, would end the one that still writes
                     at = f"interrupted at step {done} of {loop.steps}: the same command goes on from there"
                     raise KeyboardInterrupt(*([at] if world.is_main else []))
 
-    def _checkpoint_is_due(self, done: int) -> bool:
-        late = self.world.is_main and time.monotonic() - self.saved_at > self.loop.checkpoint_minutes * 60
-        return self.world.any(late) or self._is_milestone(done) or done == self.loop.steps
+    def finish(self) -> None:
+        """Export the model, the best by validation if there is one, and write the report."""
+        facts = [f"{self.loop.steps:,} steps of {self.loop.batch_size:,} images"]
+        if self.best is not None:
+            step, loss = self.best
+            which = f"the exported model is that of step {step}, the best by validation (val_loss {loss:.4g})"
+            if step != self.loop.steps:
+                with self.world.raise_together():
+                    state = read_checkpoint(self.output / BEST / f"step-{step:08d}.pt").state
+                _restore(self.stage, state, self.output, step)
+            if self.world.is_main:
+                _log.info("%s: %s", self.output, which)
+            facts.append(which)
+        with self.world.raise_together():
+            pictures = self.stage.pictures()
+            if self.world.is_main:
+                write_report(self.output, self.run.kind, facts, read_history(self.output), pictures)
+        with self.world.raise_together():
+            self.stage.export(self.output)
+
+    def _is_due(self, done: int, every: int) -> bool:
+        return bool(every) and (done % every == 0 or done == self.loop.steps)
 
     def _is_milestone(self, done: int) -> bool:
         return bool(self.loop.milestone_every) and done % self.loop.milestone_every == 0
 
-    def _save(self, done: int) -> None:
+    def _on_any_rank(self, *flags: bool) -> list[bool]:
+        if self.world.size == 1:
+            return list(flags)
+        return (self.world.all_reduce(torch.tensor(flags, dtype=torch.float32, device=self.world.device)) > 0).tolist()
+
+    def _validate(self, done: int) -> dict[str, float]:
+        """Measure the images that are held out; keep a checkpoint of the best step so far."""
+        figures = self.stage.validate()
+        comparable = done > min(self.stage.comparable_from, self.loop.steps - 1)
+        if figures and comparable and (self.best is None or figures["val_loss"] < self.best[1]):
+            self.best = done, figures["val_loss"]
+            self._save(done, figures["val_loss"])
+        return figures
+
+    def _save(self, done: int, best: float | None = None) -> None:
         state = self.stage.state()
         with self.world.raise_together():
             if self.world.is_main:
-                model = {"kind": self.kind, "config": self.stage.model_config()}
+                model = {"kind": self.run.kind, "config": self.stage.model_config()}
                 self.health.good = save_checkpoint(
-                    self.output, done, state, self.loop.keep, self._is_milestone(done), model
+                    self.output, done, state, self.loop.keep, self._is_milestone(done), model, best
                 )
         self.saved, self.saved_at = done, time.monotonic()
 
-    def _log(self, done: int, scalars: Mapping[str, Tensor | float], trackers: Trackers, bar: Any) -> None:
-        """Log a step and keep its pictures, if it is time; if they cannot be written, there is a checkpoint of it at least."""
-        loop, last = self.loop, done == self.loop.steps
-        logs, shows = (done % every == 0 or last for every in (loop.log_every, loop.pictures_every))
-        if not logs and not shows:
-            return
+    def _log(
+        self,
+        done: int,
+        scalars: Mapping[str, Tensor | float],
+        figures: Mapping[str, float],
+        shows: bool,
+        trackers: Trackers,
+        bar: Any,
+    ) -> None:
+        """Log a step and keep its pictures; if they cannot be written, there is at least a checkpoint of it."""
         values: dict[str, float] = {}
-        if logs:
-            values = {**_means(scalars, self.world), "skipped_steps": float(self.health.skipped)}
-            values["learning_rate"] = loop.rate_at(done - 1)
+        if scalars:
+            values = {**_means(scalars, self.world), "skipped_steps": self.health.skipped}
+            values["learning_rate"] = self.loop.rate_at(done - 1)
         try:
             with self.world.raise_together():
                 pictures = self.stage.pictures() if shows else {}
                 if self.world.is_main:
                     if values:
-                        speed = (bar.format_dict["rate"] or 0) * loop.batch_size
                         shown = {name: f"{value:.4g}" for name, value in list(values.items())[:3]}
-                        bar.set_postfix({**shown, "img/s": f"{speed:.0f}"}, refresh=False)
-                        values["images_per_second"] = speed
+                        values |= self.speed.measure(done, bar.format_dict["rate"] or 0)
+                        bar.set_postfix({**shown, "img/s": f"{values['images_per_second']:.0f}"}, refresh=False)
                     for name, picture in pictures.items():
                         write_png(picture, self.output / "pictures" / f"{name}-{done:08d}.png")
-                    trackers.log(done, values, pictures)
+                    trackers.log(done, {**values, **figures}, pictures)
         except DetailFlowError:
             if self.saved < done:
                 self._save(done)
             raise
 
 
+def _best(output: Path) -> tuple[int, float] | None:
+    """Return the step and the validation loss of a run's best checkpoint so far."""
+    for path in checkpoints(output, BEST):
+        try:
+            checkpoint = read_checkpoint(path)
+        except DetailFlowError:
+            continue
+        if checkpoint.validation is not None:
+            return checkpoint.step, checkpoint.validation
+    return None
+
+
 def _means(scalars: Mapping[str, Tensor | float], world: World) -> dict[str, float]:
-    """Over the processes."""
-    values = torch.tensor([float(value) for value in scalars.values()], device=world.device)
-    return dict(zip(scalars, world.mean(values).tolist(), strict=True))
+    """Return the means over the ranks; the device is read once."""
+    values = [torch.as_tensor(value, dtype=torch.float32, device=world.device) for value in scalars.values()]
+    return dict(zip(scalars, world.mean(torch.stack(values)).tolist(), strict=True))
+
+
+class _Speed:
+    """Measure images per second, peak memory and, after a minute, model FLOP utilization; on rank 0."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.began, self.ceiling = run, time.monotonic(), 0.0
+        self.device = run.device
+
+    def measure(self, done: int, steps_per_second: float) -> dict[str, float]:
+        """Return what is known by now."""
+        loop, values = self.run.config.loop, {"images_per_second": steps_per_second * self.run.config.loop.batch_size}
+        if self.device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        elif sys.platform == "linux":
+            import resource
+
+            values["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if self.run.operations and time.monotonic() - self.began >= UTILIZATION_SECONDS:
+            if not self.ceiling:
+                self.ceiling = measure_ceilings(self.device, PRECISIONS[loop.precision], repeats=2).flops
+            values["flop_utilization"] = self.run.operations(done - 1) * steps_per_second / self.ceiling
+        return values
 
 
 class _Health:
-    """Counts the steps that changed nothing because their gradients were not finite."""
+    """Count the steps that changed nothing because their gradients were not finite, on the device that has these."""
 
     def __init__(self, loop: LoopConfig, output: Path) -> None:
         self.loop, self.good = loop, next(iter(checkpoints(output)), None)
-        self.limit, self.in_a_row, self.skipped = BAD_STEPS[loop.precision], 0, 0
+        self.limit, self.on_cpu = BAD_STEPS[loop.precision], True
+        self._in_a_row, self._skipped = torch.zeros(()), torch.zeros(())
 
-    def check(self, step: int, scalars: Mapping[str, Tensor | float]) -> None:
-        """Raises DetailFlowError after too many bad steps in a row."""
-        norms = [float(value) for name, value in scalars.items() if name.endswith("gradient_norm")]
-        bad = not all(map(math.isfinite, norms))
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        self.skipped += bad
-        if self.in_a_row >= self.limit:
+    @property
+    def skipped(self) -> float:
+        """How many there were since this process started."""
+        return float(self._skipped)
+
+    def update(self, scalars: Mapping[str, Tensor | float]) -> None:
+        """Count a step, without waiting for it."""
+        norms = [torch.as_tensor(value) for name, value in scalars.items() if name.endswith("gradient_norm")]
+        bad = ~torch.stack([norm.isfinite() for norm in norms]).all()
+        self.on_cpu = bad.device.type == "cpu"
+        self._in_a_row = (self._in_a_row.to(bad.device) + 1) * bad
+        self._skipped = self._skipped.to(bad.device) + bad
+
+    def check(self, done: int) -> None:
+        """Raise an error after too many of them in a row."""
+        if float(self._in_a_row) >= self.limit:
             good = f"the last good checkpoint is {self.good}" if self.good else "there is no checkpoint yet"
             raise DetailFlowError(
-                f"gradients were not finite in {self.limit} steps in a row, up to step {step + 1}: lower learning_rate "
-                f"(now {self.loop.learning_rate}) and start again in another folder; {good}"
+                f"gradients were not finite in {int(self._in_a_row)} steps in a row, up to step {done}: lower "
+                f"learning_rate (now {self.loop.learning_rate}) and start again in another folder; {good}"
             )
 
 
 class _StopOnSignal:
-    """Turns SIGTERM and Ctrl-C into a request to save a checkpoint and stop after this step; a later Ctrl-C stops at once.
+    """Let SIGTERM and Ctrl-C ask for a checkpoint and a stop after this step; a later Ctrl-C stops at once.
 
     Launchers send the same signal more than once: SIGTERM again, or Ctrl-C within a moment, changes nothing.
     """

@@ -1,4 +1,4 @@
-"""What stands between a loss and new weights: loss scaling, clipping, and the refusal of gradients that are not finite."""
+"""From a loss to new weights: loss scaling, gradient clipping, and no step for gradients that are not finite."""
 
 import functools
 import math
@@ -37,38 +37,46 @@ class Updater:
         """Add this loss's gradients."""
         self.scaler.scale(loss).backward()
 
-    def step(self, rate: float) -> float:
-        """Change the weights, at this learning rate, and forget the gradients; nothing changes where they are not finite.
+    def step(self, rate: float) -> Tensor:
+        """Change the weights, at this learning rate, and reset the gradients; gradients that are not finite change nothing.
+
+        The device decides that itself if the optimizer is fused, so that nobody waits for it.
 
         Returns:
-            the norm of all gradients before clipping.
+            The norm of all gradients before clipping.
         """
         for optimizer, ratio in zip(self.optimizers, self.ratios, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * ratio
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
-        if isinstance(norm, torch.distributed.tensor.DTensor):
+        if sharded := isinstance(norm, torch.distributed.tensor.DTensor):
             norm = norm.full_tensor()
-        size = float(norm)
-        if math.isfinite(size):
-            for optimizer in self.optimizers:
+        for optimizer in self.optimizers:
+            if not optimizer.defaults.get("fused") or sharded:
+                if math.isfinite(float(norm)):
+                    self.scaler.step(optimizer)
+            elif self.scaler.is_enabled():  # which knows itself
                 self.scaler.step(optimizer)
+            else:
+                optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+                optimizer.step()
+                del optimizer.found_inf  # type: ignore[attr-defined]
         if self.scaler.is_enabled():
             self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        return size
+        return norm
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return what a checkpoint needs."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             own = optimizer.state_dict()["param_groups"]  # the settings, which are this run's
             optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
@@ -76,23 +84,14 @@ class Updater:
         self.scaler.load_state_dict(state["scaler"])
 
     def check(self) -> None:
-        """Check that what the optimisers remember of each parameter is all there and has its shape, as torch would find out late.
-
-        Raises:
-            ValueError, KeyError, AttributeError: if not.
-        """
-        pairs = [
-            (optimizer, parameter, known)
-            for optimizer in self.optimizers
-            for parameter, known in optimizer.state.items()
-        ]
-        for optimizer, parameter, known in pairs:
-            for name in (
-                ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
-            ):
-                shape = known[name].shape
-                if shape != (torch.Size() if name == "step" else parameter.shape):
-                    raise ValueError(f"{name} has shape {shape}, not {tuple(parameter.shape)}")
+        """Check that the optimizers' state is whole and has the parameters' shapes, which torch would find out late."""
+        for optimizer in self.optimizers:
+            muon = isinstance(optimizer, torch.optim.Muon)
+            for parameter, state in optimizer.state.items():
+                for name in ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq"):
+                    expected = torch.Size() if name == "step" else parameter.shape
+                    if state[name].shape != expected:
+                        raise ValueError(f"{name} has shape {state[name].shape}, not {tuple(expected)}")
 
     def parameters(self) -> Iterable[Tensor]:
         """Return the weights of all optimisers."""
@@ -105,13 +104,13 @@ class Updater:
 
 
 def gradients_stay(network: nn.Module, stay: bool) -> AbstractContextManager[None]:
-    """The context of a backward pass after which gradients stay with each process, as more of them will come; or don't."""
+    """Skip the gradient all-reduce of a backward pass if more micro-batches follow (`stay`)."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(not stay)
     return network.no_sync() if stay and isinstance(network, DistributedDataParallel) else nullcontext()
 
 
 def recompute_activations(blocks: Iterable[nn.Module]) -> None:
-    """Let each block keep its inputs alone, and compute the rest again on the way back (Chen et al., arXiv 1604.06174)."""
+    """Let each block keep only its inputs and compute the rest again in the backward pass (arXiv 1604.06174)."""
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

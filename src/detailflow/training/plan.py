@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +22,11 @@ from detailflow.settings import parse_settings
 from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
 from detailflow.training.classifier import FeatureNetwork
 from detailflow.training.config import PRECISIONS, GPTTraining, LoopConfig, TokenizerTraining
-from detailflow.training.counting import StepCosts, count_steps, of_one_rank
-from detailflow.training.gpt import GPTStage, model_config
+from detailflow.training.counting import StepCosts
+from detailflow.training.gpt import GPTStage, count_gpt, model_config
 from detailflow.training.losses import LPIPS
 from detailflow.training.teachers import image_count, open_source
-from detailflow.training.tokenizer import TokenizerStage, count_of_steps
+from detailflow.training.tokenizer import TokenizerStage, count_of_steps, count_tokenizer
 
 UTILIZATION = {"cpu": 0.5, "gpu": 0.4}  # of the measured ceiling that training is assumed to reach
 TRAINED, AUXILIARY, FROZEN = "trained", "trained, not kept", "frozen"
@@ -192,24 +192,15 @@ def describe_plan(config: TokenizerTraining | GPTTraining, device: str | None = 
 
 def plan_tokenizer(config: TokenizerTraining, world: World, device: torch.device = CPU) -> Plan:
     """Plan a tokenizer's run; every step is counted as one that trains all N tokens."""
-    source, loop, side = open_source(config), config.loop, config.model.image_size
-    count, alone = image_count(source), replace(config, loop=of_one_rank(loop, world), revive_every=0)
-    stages: list[TokenizerStage] = []
-
-    def make_stage() -> TokenizerStage:
-        stages.append(TokenizerStage(alone, source, Path(), device, resuming=True, load=False))
-        return stages[0]
-
-    def make_batch() -> tuple[torch.Tensor, None]:
-        return torch.zeros(alone.loop.batch_size, side, side, 3, dtype=torch.uint8), None
-
-    costs = count_steps(make_stage, make_batch, device)
+    source, loop = open_source(config), config.loop
+    costs, stage = count_tokenizer(config, source, world=world, device=device)
+    count = image_count(source)
     start = count_of_steps(config.adversarial_from, loop.steps) / loop.steps if config.adversarial else 0.0
     epochs = loop.steps / BatchOrder(count, loop.batch_size, loop.seed).steps_per_epoch if count else None
     images = _several(count, "image") if count else "a stream of images"
     of = f"a tokenizer, on {images} of {_several(len(source.class_names), 'class')}"
     tokens = config.model.num_tokens
-    return Plan(of, loop, epochs, tokens, networks_of(stages[0]), world.size, costs, 1 - min(1.0, start))
+    return Plan(of, loop, epochs, tokens, networks_of(stage), world.size, costs, 1 - min(1.0, start))
 
 
 def plan_gpt(config: GPTTraining, world: World, device: torch.device = CPU) -> Plan:
@@ -218,23 +209,13 @@ def plan_gpt(config: GPTTraining, world: World, device: torch.device = CPU) -> P
     known = parse_settings(TokenizerConfig, hub.load_config(config.tokenizer, "tokenizer"), config.tokenizer)
     with torch.device("meta"):
         tokenizer = DetailFlowTokenizer(known)
-    sizes, alone = model_config(config, store, tokenizer), replace(config, loop=of_one_rank(loop, world))
-    rows, n = alone.loop.batch_size, sizes.num_tokens
-    stages: list[GPTStage] = []
-
-    def make_stage() -> GPTStage:
-        stages.append(GPTStage(alone, sizes, store, tokenizer, device, resuming=True))  # so no weights are read
-        return stages[0]
-
-    def make_batch() -> list[torch.Tensor]:
-        return [torch.zeros(shape, dtype=torch.long) for shape in ((rows,), (rows, n), (rows, n))]
-
-    costs = count_steps(make_stage, make_batch, device)
+    sizes = model_config(config, store, tokenizer)
+    costs, stage = count_gpt(config, sizes, store, tokenizer, world=world, device=device)
     epochs = loop.steps / BatchOrder(len(store), loop.batch_size, loop.seed).steps_per_epoch
     size = sum(path.stat().st_size for path in Path(config.tokens).rglob("*") if path.is_file())
     crops = _several(store.info.crops, "crop")
     of = f"an AR model, on {_several(len(store), 'image')} of {_several(sizes.num_classes, 'class')}, {crops} of each"
-    return Plan(of, loop, epochs, n, networks_of(stages[0]), world.size, costs, ema=True, store_bytes=size)
+    return Plan(of, loop, epochs, sizes.num_tokens, networks_of(stage), world.size, costs, ema=True, store_bytes=size)
 
 
 def _several(number: int, word: str) -> str:

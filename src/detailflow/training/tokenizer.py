@@ -1,9 +1,9 @@
 """Tokenizer training: the objective and its optimisation (Sec. 3.4, docs/method.md#losses)."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,14 +27,16 @@ from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexit
 from detailflow.psnr import psnr
 from detailflow.training.adversary import Adversary, Draws
 from detailflow.training.config import CLASSIFIER, NETWORKS, PRECISIONS, TokenizerTraining
+from detailflow.training.counting import StepCosts, count_steps, of_one_rank
 from detailflow.training.inputs import Input, files_input, images_input, model_input, tokens_input
-from detailflow.training.loop import run
+from detailflow.training.loop import Run, train
 from detailflow.training.losses import alignment_loss, quantization_loss
 from detailflow.training.optimizer import Updater, gradients_stay, recompute_activations
 from detailflow.training.passes import Draw, Passes, TokenizerNetworks, draw_count, draw_position, draw_present
 from detailflow.training.reconstructions import draw_reconstructions, some_images
 from detailflow.training.stored_rows import StoredRows
 from detailflow.training.teachers import crops, find_teachers, open_source
+from detailflow.training.validation import sample_crops, split, tokenizer_figures
 
 COUNT_STEPS = 100  # after which the uses of codes are counted from 0 again, if no codes are replaced
 LARGEST_RATIO = 1e4  # of gradients' norms
@@ -69,9 +71,12 @@ class TokenizerStage:
         resuming: bool = False,
         world: World | None = None,
         load: bool = True,
+        validation: ImageSource | None = None,
     ) -> None:
         loop, world = config.loop, world or World()
         self.config, self.source, self.device, self.world = config, source, device, world
+        self.validation = validation
+        self.validation_crops: Tensor | None = None
         self.precision, self.frozen = PRECISIONS[loop.precision], config.freeze is not None
         torch.manual_seed(loop.seed)
         self.model = initial_tokenizer(config, resuming).to(device).train()
@@ -127,7 +132,7 @@ class TokenizerStage:
             views = Draws.make(size).of(shard)
         return Draw(t, present, position, choice, views)
 
-    def step(self, step: int, batch: Sequence[Tensor], rate: float) -> dict[str, Tensor | float]:
+    def step(self, step: int, batch: Sequence[Tensor], rate: float, log: bool = True) -> dict[str, Tensor | float]:
         """Take one step, in micro-batches (docs/method.md#coarse-targets)."""
         config, world = self.config, self.world
         draw, size = self.draw(step), config.loop.images_at_once(world)
@@ -144,7 +149,7 @@ class TokenizerStage:
             with gradients_stay(self.passes, start + size < len(images)):
                 objective = self.objective(step, images[some], part, rows)
                 self.updater.backward(objective.total * (size / len(images)))
-            for name, value in self.scalars(objective, draw).items():
+            for name, value in self.scalars(objective, draw).items() if log else ():
                 logged[name] = logged[name] + value.detach() * (size / len(images))
             latents += objective.passes.latents[:1]
             self._count(objective.passes.ids)
@@ -153,8 +158,9 @@ class TokenizerStage:
         logged["gradient_norm"] = norm = self.updater.step(rate)
         if self.adversary and judged:
             logged |= self.adversary.step(judged, rate)
-        logged["codebook_usage"], logged["codebook_perplexity"] = usage_and_perplexity(self.counts)
-        if math.isfinite(norm) and latents:
+        if log:
+            logged["codebook_usage"], logged["codebook_perplexity"] = usage_and_perplexity(self.counts)
+        if latents and self._counts_end(step) and norm.isfinite():
             self._revive(step, torch.cat(latents))
         return dict(logged)
 
@@ -244,11 +250,14 @@ class TokenizerStage:
         used.index_add_(0, ids.flatten(), torch.ones(ids.numel(), device=used.device))
         self.counts += self.world.all_reduce(used)
 
+    def _counts_end(self, step: int) -> bool:
+        return (step + 1) % (self.config.revive_every or COUNT_STEPS) == 0
+
     @torch.no_grad()
     def _revive(self, step: int, z: Tensor) -> None:
         """Move codes that were not used lately to latents of this step, and reset the counts from time to time."""
         every, loop = self.config.revive_every, self.config.loop
-        if (step + 1) % (every or COUNT_STEPS):
+        if not self._counts_end(step):
             return
         if every and step < loop.steps // 2:
             dead = (self.counts == 0).nonzero()[:, 0]
@@ -256,6 +265,32 @@ class TokenizerStage:
             chosen = torch.randint(len(pool), (len(dead),)).to(pool.device)
             self.model.quantizer.codebook[dead] = pool[chosen]
         self.counts.zero_()
+
+    @property
+    def comparable_from(self) -> float:
+        """The step from which on all losses are trained; the discriminator makes the others worse at first."""
+        config, steps = self.config, self.config.loop.steps
+        return max(
+            count_of_steps(config.adversarial_from, steps) if config.adversarial else 0.0,
+            count_of_steps(config.perceptual_warmup, steps) if config.perceptual else 0.0,
+        )
+
+    def validate(self) -> dict[str, float]:
+        """Return the loss and PSNR of the images that are held out, from all tokens."""
+        if self.validation is None:
+            return {}
+        if self.validation_crops is None:
+            count, side = self.config.loop.val_images, self.config.model.image_size
+            self.validation_crops = sample_crops(self.validation, count, side)
+
+        def loss(pixels: Tensor, target: Tensor) -> Tensor:
+            total = self.config.pixel * F.mse_loss(pixels, target)
+            if self.config.perceptual:
+                with autocast(self.device, self.precision):
+                    total = total + self.config.perceptual * self.teachers.distance(pixels, target, 0)
+            return total
+
+        return tokenizer_figures(self.model, self.validation_crops, loss, self.world)
 
     def state(self) -> dict[str, Any]:
         """Return weights, optimisers and the codebook's usage."""
@@ -335,20 +370,44 @@ def _inputs(config: TokenizerTraining, source: ImageSource | StreamSource) -> di
     return inputs
 
 
+def count_tokenizer(
+    config: TokenizerTraining, source: ImageSource | StreamSource, *, world: World, device: torch.device
+) -> tuple[StepCosts, TokenizerStage]:
+    """Count the steps of one rank, each as one that trains all N tokens; the stage has no data."""
+    alone = replace(config, loop=of_one_rank(config.loop, world), revive_every=0)
+    rows, side = alone.loop.batch_size, config.model.image_size
+    return count_steps(
+        lambda: TokenizerStage(alone, source, Path(), device, resuming=True, load=False),
+        lambda: (torch.zeros(rows, side, side, 3, dtype=torch.uint8), None),
+        device,
+    )
+
+
 def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None = None) -> None:
     """Train a tokenizer into `output`: config.json, model.safetensors, checkpoints, pictures, TensorBoard scalars."""
-    world, place = launched(device)
+    world, chosen = launched(device)
     with world.raise_together():
-        source = open_source(config)
+        everything = open_source(config)
         for name in ("perceptual", "alignment"):
             learns = getattr(config, name) and getattr(config, f"{name}_network") == CLASSIFIER
-            if learns and len(source.class_names) < 2:
+            if learns and len(everything.class_names) < 2:
                 raise DetailFlowError(
                     f"the {name} loss learns its features from class labels, and these images have one class only: "
                     f"set {name} to 0 or {name}_network to another"
                 )
+    source, validation = split(config, everything, world)
 
     def make(resuming: bool) -> TokenizerStage:
-        return TokenizerStage(config, source, output, place, resuming, world)
+        return TokenizerStage(config, source, output, chosen, resuming, world, validation=validation)
 
-    run(make, "tokenizer", config, output, world, _inputs(config, source))
+    @cache
+    def costs() -> StepCosts:
+        return count_tokenizer(config, source, world=world, device=chosen)[0]
+
+    def operations(step: int) -> float:
+        return costs().last if step >= count_of_steps(config.adversarial_from, config.loop.steps) else costs().first
+
+    inputs = _inputs(config, everything)
+    if validation is not None and config.val_data:
+        inputs["val_data"] = images_input(validation)
+    train(make, Run("tokenizer", config, output, world, chosen, inputs, operations))

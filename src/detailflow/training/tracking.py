@@ -1,5 +1,7 @@
-"""Where a run's curves and pictures go: TensorBoard, and Weights & Biases where it is asked for."""
+"""Where a run's curves and pictures go: log.jsonl always, TensorBoard and Weights & Biases if they are asked for."""
 
+import json
+import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,18 +15,15 @@ from PIL import Image
 
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, missing_package
-from detailflow.files import read_text, writing
+from detailflow.files import open_own, read_text, reading, writing
+from detailflow.training.report import HISTORY_FILE, read_history
 
 TRACKERS = ("tensorboard", "wandb")  # each is named as the package that it needs
 WANDB_ID_FILE = "wandb-id.txt"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that these trackers exist and their packages are installed.
-
-    Raises:
-        DetailFlowError: if not.
-    """
+    """Check that these trackers exist and their packages are installed."""
     for name in names:
         if name not in TRACKERS:
             raise DetailFlowError(f"trackers must be among {', '.join(TRACKERS)}, not {name!r}")
@@ -38,10 +37,7 @@ class Trackers:
     """All of a run's trackers, from `start_step` on; what was logged beyond it before is dropped.
 
     Args:
-        names: none but in the main process.
-
-    Raises:
-        DetailFlowError: if they cannot write, in all processes; so in `log`, and at the end of the context.
+        names: of trackers, besides log.jsonl; only rank 0 logs.
     """
 
     def __init__(
@@ -59,57 +55,56 @@ class Trackers:
         self._hook, threading.excepthook = threading.excepthook, _without_tensorboard(threading.excepthook)
         try:
             with self.world.raise_together():
-                if "tensorboard" in names:
-                    with _writing("TensorBoard's log", output):
-                        self._open_board(start_step)
-                if "wandb" in names:
-                    with _writing("Weights & Biases' log", output):
-                        self._open_wandb(kind, config)
+                if self.world.is_main:
+                    self._open(names, kind, config, start_step)
         except DetailFlowError:
             threading.excepthook = self._hook
             raise
 
-    def _open_board(self, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def _open(self, names: Sequence[str], kind: str, config: Mapping[str, Any], start_step: int) -> None:
+        kept = [json.dumps(record) + "\n" for record in read_history(self.output) if record["step"] <= start_step]
+        with writing(self.output / HISTORY_FILE) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+        if "tensorboard" in names:
+            from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(self.output / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-        self.board.flush()
+            with _writing("TensorBoard's log", self.output):
+                purge = start_step + 1 if start_step else None
+                self.board = SummaryWriter(str(self.output / "tensorboard"), purge_step=purge)
+                self.board.flush()
+        if "wandb" in names:
+            import wandb  # type: ignore[import-not-found, unused-ignore]
 
-    def _open_wandb(self, kind: str, config: Mapping[str, Any]) -> None:
-        import wandb  # type: ignore[import-not-found, unused-ignore]
-
-        self.wandb = wandb.init(
-            project=f"detailflow-{kind}",
-            name=self.output.resolve().name,
-            dir=str(self.output),
-            id=run_id(self.output),
-            resume="allow",
-            config=dict(config),
-        )
+            with _writing("Weights & Biases' log", self.output):
+                self.wandb = wandb.init(
+                    project=f"detailflow-{kind}",
+                    name=self.output.resolve().name,
+                    dir=str(self.output),
+                    id=run_id(self.output),
+                    resume="allow",
+                    config=dict(config),
+                )
 
     def log(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image] | None = None) -> None:
-        """Log the numbers and pictures of a step, if there are any; they are on the disk afterwards.
-
-        Raises:
-            DetailFlowError: if they cannot be written.
-        """
+        """Log the numbers and pictures of a step, if there are any; they are on the disk afterwards."""
         pictures = pictures or {}
-        if not values and not pictures:
-            return
-        if self.board:
+        if values:
+            with _writing("the log", self.output), open_own(self.output / HISTORY_FILE, os.O_RDWR) as file:
+                file.seek(0, os.SEEK_END)
+                file.write(f"{json.dumps({'step': step, **values})}\n".encode())
+        if self.board and (values or pictures):
             with _writing("TensorBoard's log", self.output):
                 for name, value in values.items():
                     self.board.add_scalar(name, value, step)
                 for name, picture in pictures.items():
                     self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
-                self.board.flush()  # now, when what goes wrong can be said
-        if self.wandb:
+                self.board.flush()  # now, when an error can be reported
+        if self.wandb and (values or pictures):
             import wandb
 
             with _writing("Weights & Biases' log", self.output):
-                self.wandb.log(
-                    {**values, **{name: wandb.Image(picture) for name, picture in pictures.items()}}, step=step
-                )
+                images = {name: wandb.Image(picture) for name, picture in pictures.items()}
+                self.wandb.log({**values, **images}, step=step)
 
     def __enter__(self) -> "Trackers":
         return self
@@ -123,25 +118,22 @@ class Trackers:
                 with _writing("Weights & Biases' log", self.output):
                     self.wandb.finish()
         except DetailFlowError:
-            if kind is None:  # else what went wrong first is the news
+            if kind is None:  # else the first error is the news
                 raise
         finally:
             threading.excepthook = self._hook
 
 
 def run_id(output: Path) -> str:
-    """Return the name by which Weights & Biases knows the run in `output`: drawn once and kept in its folder.
-
-    Raises:
-        DetailFlowError: if it cannot be written or read.
-    """
+    """Return the name by which Weights & Biases knows the run in `output`: drawn once and kept in its folder."""
     path = output / WANDB_ID_FILE
     if not path.exists():
         with writing(path) as temporary:
             temporary.write_text(f"{secrets.token_hex(8)}\n", encoding="ascii")
     try:
-        return read_text(path).strip()
-    except (OSError, UnicodeDecodeError) as error:
+        with reading(path):
+            return read_text(path).strip()
+    except UnicodeDecodeError as error:
         raise DetailFlowError(f"could not read {path}: remove it to begin another run there ({error})") from error
 
 

@@ -1,0 +1,152 @@
+"""Images that are held out for validation, as a set of their own or as a share by content: they are never trained on."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detailflow.data.images import ImageSource, open_images
+from detailflow.data.streams import StreamSource
+from detailflow.data.transforms import center_crop
+from detailflow.distributed import World
+from detailflow.errors import DetailFlowError
+
+BATCH = 32  # images at once, whatever the number of ranks: rounding depends on it
+
+
+Source = TypeVar("Source", ImageSource, ImageSource | StreamSource)
+
+
+class _Settings(Protocol):
+    @property
+    def val_data(self) -> str | None: ...
+    @property
+    def val_share(self) -> float: ...
+    @property
+    def image_column(self) -> str: ...
+    @property
+    def label_column(self) -> str: ...
+
+
+class _Subset:
+    """Some images of a set, as rows of another."""
+
+    def __init__(self, source: ImageSource, indices: list[int]) -> None:
+        self.rows, self.indices = source._rows, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.rows.name(self.indices[index])
+
+    def stored(self, index: int) -> str | bytes:
+        return self.rows.stored(self.indices[index])
+
+    def listing(self) -> Iterable[tuple[str | int, ...]]:
+        return [*self.rows.listing(), tuple(self.indices)]
+
+
+def subset(source: ImageSource, indices: list[int]) -> ImageSource:
+    """Return a set of some of the images, with all the classes."""
+    return ImageSource(_Subset(source, indices), source.labels[indices], source.class_names)
+
+
+def held_out(source: ImageSource, share: float) -> list[int]:
+    """Return the indices of a share of the images, chosen by their stored bytes, so that copies are on the same side.
+
+    It is one image at least, and every class keeps one.
+    """
+    from tqdm import tqdm
+
+    draws = []
+    for index in tqdm(range(len(source)), desc="hold out", unit="img", delay=2, dynamic_ncols=True):
+        try:
+            digest = hashlib.sha256(source.stored_bytes(index)).digest()
+            draws.append(int.from_bytes(digest[:8], "big") / 2**64)
+        except DetailFlowError:  # training will say so
+            draws.append(1.0)
+    limit = max(share, np.nextafter(min(draws), 1.0))
+    chosen = np.array(draws) < limit
+    for label in np.unique(source.labels[chosen]):
+        members = np.flatnonzero(source.labels == label)
+        if chosen[members].all():
+            chosen[members[np.argmax(np.array(draws)[members])]] = False
+    return np.flatnonzero(chosen).tolist()
+
+
+def split(config: _Settings, source: Source, world: World) -> tuple[Source, ImageSource | None]:
+    """Return the images to train on and those to validate on, `None` if there are none."""
+    with world.raise_together():
+        if config.val_data:
+            columns = dict(image_column=config.image_column, label_column=config.label_column)
+            validation = open_images(config.val_data, **columns)
+            if validation.class_names != source.class_names:
+                raise DetailFlowError(f"{config.val_data} must have the same classes as the images to train on")
+            return source, validation
+        if not config.val_share:
+            return source, None
+        if isinstance(source, StreamSource):
+            raise DetailFlowError("val_share needs images that are not streamed: give val_data, or set val_share to 0")
+    chosen = set(world.from_main(lambda: held_out(source, config.val_share)))
+    if not chosen:
+        return source, None
+    rest = [index for index in range(len(source)) if index not in chosen]
+    return subset(source, rest), subset(source, sorted(chosen))
+
+
+def sample_crops(source: ImageSource, count: int, size: int) -> Tensor:
+    """Return (≤ count, size, size, 3) bytes: the centres of images spread over the set."""
+    return torch.from_numpy(np.stack([center_crop(image, size) for image in source.some(count)]))
+
+
+@torch.no_grad()
+def mean_figures(
+    count: int, measure: Callable[[slice], dict[str, Any]], world: World, together: bool
+) -> dict[str, float]:
+    """Return the means of figures over a sample, the same for any number of ranks.
+
+    Args:
+        measure: returns the means over a part of the sample; each rank measures its own parts.
+        together: let every rank measure every part, for networks whose ranks must call each other.
+    """
+    parts = [slice(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+    names: list[str] = []
+    table = torch.zeros(len(parts), 8, dtype=torch.float64, device=world.device)
+    for index, part in enumerate(parts):
+        if together or index % world.size == world.rank:
+            figures = measure(part)
+            names = list(figures)
+            for column, value in enumerate(figures.values()):
+                table[index, column] = float(value) * (part.stop - part.start) / count
+    if not together:
+        table = world.all_reduce(table)
+    names = world.from_main(lambda: names)
+    return {name: float(table[:, column].sum()) for column, name in enumerate(names)}
+
+
+def tokenizer_figures(
+    model: Any, crops: Tensor, loss: Callable[[Tensor, Tensor], Tensor], world: World
+) -> dict[str, float]:
+    """Return the loss and PSNR of a tokenizer's reconstructions from all tokens.
+
+    Args:
+        crops: (n, R, R, 3) bytes.
+        loss: of (B, 3, R, R) pixels and their targets.
+    """
+    from detailflow.data.transforms import to_tensor
+    from detailflow.psnr import psnr
+
+    def measure(part: slice) -> dict[str, Tensor]:
+        images = to_tensor(crops[part].to(model.device))
+        pixels = model.decode(model.encode(images)).float()
+        return {"val_loss": loss(pixels, images), "val_psnr": psnr(pixels.clamp(-1, 1), images, peak=2).mean()}
+
+    training = model.training
+    model.eval()
+    figures = mean_figures(len(crops), measure, world, together=False)
+    model.train(training)
+    return figures

@@ -1,0 +1,46 @@
+"""What a run leaves for its reader: its log, its report, and how well it used the machine."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from detailflow.cli.main import main
+from detailflow.training import loop
+from detailflow.training.report import command_line, read_history, write_report
+
+
+def test_a_log_that_was_cut_short(tmp_path: Path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n[1]\n{"loss": 1.0}\n{"step": 2, "lo')
+    assert read_history(tmp_path) == [{"step": 1, "loss": 2.0}]
+    assert read_history(tmp_path / "nowhere") == []
+
+
+def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "val_loss": 3.0, "psnr": float("nan")}]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/detailflow", "train", "--data", "my photos"])
+    write_report(tmp_path, "gpt", ["it is a test"], history, {"samples": Image.new("RGB", (4, 4))})
+    page = (tmp_path / "report.md").read_text()
+    for line in ("# Training report: AR model", "- it is a test", "| loss | 1 | 1 | 2 |", "![samples](samples.png)"):
+        assert line in page.splitlines()
+    assert "detailflow train --data 'my photos'" in page
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "curves.png", "samples.png"}
+    assert Image.open(tmp_path / "curves.png").width > 300
+    monkeypatch.setattr("sys.argv", ["mine.py"])
+    assert command_line() is None
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
+def test_utilization(
+    stage: str, stage_commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Counted steps against what this machine's products reach."""
+    network = {"width": 32, "depth": 1, "heads": 2}
+    sizes = dict(image_size=32, patch_size=8, num_tokens=16, group_size=4, codebook_size=64, codebook_dim=4)
+    steps = {"steps": 6, "batch_size": 16, "learning_rate": 1e-3, "precision": "fp32", "trackers": [], "log_every": 2}
+    tokenizer = {"model": {**sizes, "encoder": network, "decoder": network}, "adversarial_from": 0.5, "loop": steps}
+    command = stage_commands(tokenizer, {**network, "loop": steps})[stage]
+    monkeypatch.setattr(loop, "UTILIZATION_SECONDS", 0.0)
+    assert main([*command, "--output", str(tmp_path / "run")]) == 0
+    values = [record["flop_utilization"] for record in read_history(tmp_path / "run")]
+    assert len(values) == 3 and all(0 < value < 1 for value in values)
