@@ -32,11 +32,7 @@ class World:
 
     @classmethod
     def from_launch(cls, cpu: bool = False) -> "World":
-        """Join the processes that `torchrun` or `accelerate launch` started; a world of one without a launcher.
-
-        Raises:
-            DetailFlowError: if Accelerate is not installed.
-        """
+        """Join the processes that `torchrun` or `accelerate launch` started; a world of one without a launcher."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         try:
@@ -56,11 +52,7 @@ class World:
         return self.rank == 0
 
     def shard(self, total: int) -> slice:
-        """Return this rank's part of a batch of `total`; the parts of all ranks make it up in order.
-
-        Raises:
-            DetailFlowError: if the batch cannot be divided evenly.
-        """
+        """Return this rank's part of a batch of `total`; the parts of all ranks make it up in order."""
         if total % self.size:
             raise DetailFlowError(
                 f"a batch of {total} cannot be divided evenly among {self.size} processes: choose a multiple"
@@ -102,9 +94,6 @@ class World:
 
         Args:
             work: returns a value that can be sent as an object.
-
-        Raises:
-            DetailFlowError: on all ranks, if it does on rank 0.
         """
         values: list[Any] = [None]
         with self.raise_together():
@@ -174,11 +163,7 @@ class World:
 
 
 def launched(device: str | None) -> tuple[World, torch.device]:
-    """Join this launch's processes and choose this rank's device: its own if there are several, else `device`.
-
-    Raises:
-        DetailFlowError: if Accelerate is not installed, or for a device that cannot be used.
-    """
+    """Join this launch's processes and choose this rank's device: its own if there are several, else `device`."""
     world = World.from_launch(cpu=device == "cpu")
     return world, world.device or choose_device(device)
 

@@ -1,4 +1,4 @@
-"""What a run was begun with: images, tokens and models are known by their content, wherever they are."""
+"""The inputs of a run: images, tokens and models are known by their content, wherever they are."""
 
 import hashlib
 import os
@@ -24,9 +24,9 @@ class Input:
     """What a setting names.
 
     Attributes:
-        read: returns what it is known by: its "fingerprint"; of images also their number as "images", and that of each class as
-            "classes" if these are not too many.
-        at_start: whether it is used at the start of a run alone, so that a run can go on without it.
+        read: returns its "fingerprint"; for images also their number as "images" and, if there are not too many classes,
+            the number of each class as "classes".
+        at_start: whether only the start of a run needs it, so that a run can go on without it.
     """
 
     read: Callable[[], dict[str, Any]]
@@ -34,12 +34,12 @@ class Input:
 
 
 def images_input(source: ImageSource | StreamSource) -> Input:
-    """Return what a set of images is known by: the listing of its files."""
+    """Return the identity of a set of images: the listing of its files."""
     return Input(lambda: _counted_input(source.fingerprint, source.counts))
 
 
 def tokens_input(store: TokenStore) -> Input:
-    """Return what a token store is known by."""
+    """Return the identity of a token store."""
     return Input(lambda: _counted_input(store.fingerprint, store.counts))
 
 
@@ -49,12 +49,12 @@ def _counted_input(fingerprint: str, counts: Mapping[str, int]) -> dict[str, Any
 
 
 def model_input(path_or_id: str, kind: Kind) -> Input:
-    """Return what a model to start from is known by: its config and weights."""
+    """Return the identity of a model to start from: its config and weights."""
     return Input(lambda: {"fingerprint": hub.fingerprint(*hub.load(path_or_id, kind))}, at_start=True)
 
 
 def files_input(path_or_name: str | None, at_start: bool = False) -> Input | None:
-    """Return what weights in a file, or in a folder of files, are known by; `None` if it is neither, as a name on the hub."""
+    """Return the identity of weights in a file or a folder of files; `None` if it is neither, as a name on the hub."""
     path = Path(path_or_name or "").expanduser()
     if not path_or_name or not path.exists():
         return None
