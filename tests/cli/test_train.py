@@ -75,8 +75,13 @@ def test_a_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]):
     pictures = "pictures", *(f"pictures/{name}-00000002.png" for name in ("mistakes", "reconstructions"))
     assert made == [
         "config.json",
+        "curves.png",
+        "log.jsonl",
+        "mistakes.png",
         "model.safetensors",
         *pictures,
+        "reconstructions.png",
+        "report.md",
         "resume",
         "resume/step-00000002.pt",
         "run.yaml",
@@ -520,7 +525,7 @@ def test_all_in_a_row(folder: Path, cifar: Path, capsys: pytest.CaptureFixture[s
         "run/gpt: this AR model is finished already",
     ]
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
-    assert main(everything(str(cifar), "--gpt-steps", "4")) == 2
-    assert "run/gpt holds a run with another loop.steps (3, not 4)" in capsys.readouterr().err
+    assert main(everything(str(cifar), "--gpt-steps", "2")) == 2
+    assert "run/gpt holds a run with another loop.steps (3, not 2)" in capsys.readouterr().err
     assert main(["generate", "--model", "run", "--output", "pictures"]) == 0
     assert len(files(folder / "pictures")) == 11
