@@ -23,7 +23,7 @@ from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
-from detailflow.runs import BEST, RUN_FILE, checkpoints, read_checkpoint
+from detailflow.runs import BEST, CHECKPOINTS, RUN_FILE, checkpoints, read_checkpoint
 from detailflow.seeds import mixed_seed
 from detailflow.training.checkpoints import claim, load_checkpoint, run_folder, save_checkpoint
 from detailflow.training.config import PRECISIONS, LoopConfig
@@ -113,14 +113,14 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
             raise
         start = checkpoint.step if checkpoint else 0
         if checkpoint:
-            _restore(stage, checkpoint.state, output, start)
+            _restore(stage, checkpoint.state, output / CHECKPOINTS, start)
         del checkpoint
         training = _Training(stage, run)
         training.train(start)
         training.finish()
 
 
-def _restore(stage: Stage, state: dict[str, Any], output: Path, step: int) -> None:
+def _restore(stage: Stage, state: dict[str, Any], folder: Path, step: int) -> None:
     """Restore a checkpoint's state, which may be that of other settings."""
     try:
         stage.restore(state)
@@ -128,7 +128,7 @@ def _restore(stage: Stage, state: dict[str, Any], output: Path, step: int) -> No
         raise
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # torch has one for each case
         raise DetailFlowError(
-            f"{output}: the checkpoint of step {step} does not fit this run; remove it to go on from the one before"
+            f"{folder}: the checkpoint of step {step} does not fit this run; remove it to go on from the one before"
         ) from error
 
 
@@ -191,7 +191,7 @@ class _Training:
             if step != self.loop.steps:
                 with self.world.raise_together():
                     state = read_checkpoint(self.output / BEST / f"step-{step:08d}.pt").state
-                _restore(self.stage, state, self.output, step)
+                _restore(self.stage, state, self.output / BEST, step)
             if self.world.is_main:
                 _log.info("%s: %s", self.output, which)
             facts.append(which)
