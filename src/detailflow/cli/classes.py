@@ -10,9 +10,9 @@ from detailflow.settings import Location, parse_settings
 
 
 def parser() -> Parser:
-    """The command's options."""
+    """Return the command's parser."""
     result = Parser(
-        "classes", "[--search WORD]", "List a model's classes: number, WordNet id where there is one, and names."
+        "classes", "[--search WORD]", "List a model's classes: number, WordNet id if there is one, and names."
     )
     result.option("--search", help="only the classes with WORD in a name", metavar="WORD")
     result.option("--model", Location, help=f"{MODEL} (default: the shipped one)")
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _labels(model: str | None) -> ClassLabels:
-    """The classes of a model by its config alone, as its weights may be large."""
+    """Return the classes of a model by its config alone, as its weights may be large."""
     from detailflow import hub
     from detailflow.models.gpt import GPTConfig
 

@@ -104,12 +104,12 @@ def reader(name: str, kind: Any) -> Callable[[str], Any]:
 
 
 def add_device_option(parser: Parser) -> None:
-    """--device."""
+    """Add --device."""
     parser.option("--device", help="cpu, cuda, cuda:1, … (default: the GPU, if any)")
 
 
 def add_model_options(parser: Parser, tokenizer: bool = False, dtype: bool = True) -> None:
-    """--model and --device, and if asked for --tokenizer and --dtype."""
+    """Add --model and --device, and if asked for --tokenizer and --dtype."""
     parser.heading("model")
     parser.option("--model", Location, help=f"{MODEL} (default: the shipped one)")
     if tokenizer:
@@ -120,12 +120,12 @@ def add_model_options(parser: Parser, tokenizer: bool = False, dtype: bool = Tru
 
 
 def add_output_option(parser: Parser) -> None:
-    """--output."""
+    """Add --output."""
     parser.option("--output", Path, Path("outputs"), "where to write", "DIR")
 
 
 def add_sampling_options(parser: Parser, several: bool = False) -> None:
-    """The settings of `SamplingConfig`, each with one value or several; a model has best values of its own."""
+    """Add the settings of `SamplingConfig`, each with one value or several; a model has best values of its own."""
     combinations = "all combinations; " if several else ""
     parser.heading(f"sampling ({combinations}default: the model's own best values)")
     for setting in list_settings(SamplingConfig):

@@ -8,7 +8,7 @@ from detailflow.settings import Location
 
 
 def parser() -> Parser:
-    """The command's options."""
+    """Return the command's parser."""
     result = Parser(
         "convert",
         "SOURCE",

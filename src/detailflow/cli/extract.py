@@ -10,7 +10,7 @@ SUMMARY = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; the exit status."""
+    """Run the command and return the exit status."""
     from detailflow.distributed import World
     from detailflow.training.config import Extraction
     from detailflow.training.extract import extract

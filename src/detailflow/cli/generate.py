@@ -28,7 +28,7 @@ LARGEST_SET = 10_000_000  # images of one call
 
 
 def parser() -> Parser:
-    """The command's options."""
+    """Return the command's parser."""
     result = Parser("generate", "[CLASS …]", "Make images of classes with an AR model and its tokenizer.")
     classes = "as `detailflow classes` lists them (default: all)"
     result.option("classes", tuple[str, ...], (), classes, "CLASS")

@@ -23,7 +23,7 @@ OF_A_SET = 16  # images that are taken of a folder unless --num says otherwise
 
 
 def parser() -> Parser:
-    """The command's options."""
+    """Return the command's parser."""
     result = Parser(
         "reconstruct",
         "IMAGE …",

@@ -15,7 +15,7 @@ SHIPPED_NAME = "detailflow-cifar10"
 
 
 def parser() -> Parser:
-    """The command's options."""
+    """Return the command's parser."""
     result = Parser(
         "serve", "[--model MODEL]", "Serve a model over HTTP, as OpenAI's images API has it (see /docs there)."
     )

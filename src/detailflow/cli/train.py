@@ -16,7 +16,7 @@ GPT = f"Train an AR model on the tokens that `detailflow extract` wrote. {AGAIN}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; the exit status."""
+    """Run the command and return the exit status."""
     stage = argv[0] if argv else ""
     if stage == "tokenizer":
         _tokenizer(argv[1:])
