@@ -320,7 +320,7 @@ def test_one_default_device(model: Path, monkeypatch: pytest.MonkeyPatch):
         asked.append(device)
         return torch.device("cpu")
 
-    for name in ("pipeline", "models.gpt", "models.tokenizer"):
+    for name in ("pipeline", "models.pretrained"):
         monkeypatch.setattr(f"detailflow.{name}.choose_device", choose)
     for loader in (DetailFlowGPT, DetailFlowTokenizer, DetailFlowPipeline):
         loader.from_pretrained(model)

@@ -177,7 +177,10 @@ def _convert(value: Any, kind: Any, text: bool) -> Any:
             value = _read(value, kind, text)
         types, what = _READERS[kind]
         valid = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
-        value = kind(value) if valid else value
+        try:
+            value = kind(value) if valid else value
+        except OverflowError:  # an integer beyond float
+            raise _InvalidError("a number below 1e308", value) from None
     else:
         return value
     if not valid:
