@@ -1,6 +1,7 @@
 """Uploaded images: raster formats only, decoded off the event loop, bounded in bytes and pixels."""
 
 import asyncio
+import logging
 
 from fastapi import UploadFile
 from PIL import Image
@@ -10,6 +11,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.serving.config import ServeConfig
 from detailflow.serving.errors import ApiError
 
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # malformed forms are answered, and fill no log
 NAME = "the image"  # in messages
 AT_ONCE = 2  # images that are decoded, each of which may take eight bytes a pixel
 
