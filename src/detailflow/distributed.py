@@ -152,7 +152,7 @@ class World:
         return torch.cat(parts)
 
     def all_gather_uneven(self, value: Tensor) -> Tensor:
-        """Return the rows of all ranks, which may have different numbers, in rank order; on the CPU if there are several."""
+        """Return the rows of all ranks, which may have different numbers, in rank order; on the CPU if size > 1."""
         if self.size == 1:
             return value.detach()
         counts = self.all_gather(torch.tensor([len(value)], device=self.device)).tolist()

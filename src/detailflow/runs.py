@@ -1,8 +1,8 @@
 """Folders that belong to one run, and the checkpoints of training runs with the model in each. Knows no training.
 
 A training run's folder has `run.yaml`, `resume/step-….pt` to go on from, perhaps `milestones/step-….pt` and
-`best/step-….pt`, and, once the run is finished, a model in our layout. A checkpoint has the step, the state to go on from,
-and the config of its model.
+`best/step-….pt`, and, once the run is finished, a model in our layout. A checkpoint has the step, the state to go on
+from, and the config of its model.
 """
 
 import json

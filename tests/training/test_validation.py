@@ -1,4 +1,4 @@
-"""Images that are held out: never trained on, measured at intervals, the same for any number of ranks, and what follows."""
+"""Images that are held out: never trained on, measured at intervals, the same for any number of ranks; longer runs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The token store: what `detailflow extract` writes and training the AR model reads (docs/method.md#extraction, #ar-model).
+"""The token store: what `detailflow extract` writes and AR training reads (docs/method.md#extraction, #ar-model).
 
 A folder of four files, whatever the number of images. Every image of the source has a slot, at its place there:
 
@@ -7,9 +7,9 @@ A folder of four files, whatever the number of images. Every image of the source
 - ids.jsonl: each slot's image by its name in the source, as a JSON string on a line of its own;
 - manifest.json: format, version, counts, checksums, what could not be read, and what the codes came from.
 
-The manifest is written last. Until then the folder `unfinished` has the settings and a small record of each chunk of images
-that is on disk: all that a killed extraction needs to go on. Images that were held out for validation have a store of their
-own, in the folder `validation`.
+The manifest is written last. Until then the folder `unfinished` has the settings and a small record of each chunk of
+images that is on disk: all that a killed extraction needs to go on. Images that are held out for validation have their
+own store, in the folder `validation`.
 """
 
 import hashlib

@@ -34,7 +34,7 @@ CHUNK_IMAGES = 512  # what a killed process loses at most; seconds of work on a 
 
 
 class _ImageCrops(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
-    """Load the images of a pass: crops (n, C, R, R, 3) in bytes, slots (n,), and what is wrong with unreadable images."""
+    """Load a pass's images: crops (n, C, R, R, 3) in bytes, slots (n,), and what is wrong with unreadable ones."""
 
     def __init__(self, source: ImageSource, size: int, crops: str, passes: list[range]) -> None:
         self.source, self.size, self.passes = source, size, passes
@@ -64,7 +64,7 @@ def code_rows(
     generator: torch.Generator,
     mistakes: int = WRONG_CANDIDATES,
 ) -> Tensor:
-    """Return three rows of codes of each image: clean, input (planted mistakes, corrected), label (docs/method.md#extraction).
+    """Return three rows of codes of each image: clean, input (mistakes, corrected), label (docs/method.md#extraction).
 
     Args:
         images: (B, 3, R, R) pixels in [-1, 1].
@@ -95,8 +95,8 @@ def code_rows(
 def extract(config: Extraction, output: Path, device: str | None = None) -> TokenStore:
     """Write the token store at `output`, or what is missing of it, and return it.
 
-    Images that are held out for validation get a store of their own inside. `batch_size` and `workers` may differ from an
-    earlier run's. The codes are the same for any `batch_size`, but for two codes that are equally near within rounding.
+    Images that are held out for validation get a store of their own inside. `batch_size` and `workers` may differ from
+    an earlier run's. The codes are the same for any `batch_size`, unless two are equally near within rounding.
     """
     world, chosen = launched(device)
     with world.raise_together():
@@ -218,7 +218,7 @@ class _Extractor:
             for problem in problems.values():
                 self.bar.write(f"skipped: {problem}")
             if len(found):
-                # The device makes floats of the bytes, and its codes stay there until the chunk's end: it need not wait for us.
+                # The device makes floats of the bytes, and keeps the codes until the chunk's end, so it need not wait.
                 images = to_tensor(crops.to(model.device, non_blocking=True).flatten(0, 1))
                 p = positions[found - slots.start].repeat_interleave(info.crops)
                 with autocast(model.device, PRECISIONS[config.precision]):

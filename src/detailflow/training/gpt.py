@@ -1,4 +1,4 @@
-"""Train the AR model on extracted tokens: teacher forcing with planted mistakes, label dropout, EMA (docs/method.md#ar-model)."""
+"""Train the AR model on extracted tokens: planted mistakes, label dropout, EMA (docs/method.md#ar-model)."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -157,7 +157,7 @@ class GPTStage:
         return mean_figures(len(images), measure, self.world, together=self.sharded)
 
     def state(self) -> dict[str, Any]:
-        """Return weights, their average and the optimizer, unsharded, so that a run can go on with another world size."""
+        """Return weights, their average and the optimizer, unsharded, for any world size to go on with."""
         model, optimizer = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
         ema = get_model_state_dict(self.ema, options=WHOLE)
         return {"model": model, "ema": ema, "optimizer": optimizer, "scaler": self.updater.scaler.state_dict()}
@@ -222,8 +222,8 @@ def _shard(network: DetailFlowGPT, device: torch.device) -> None:
 def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
     """Return the weights of another AR model for a network of these sizes.
 
-    A class that the other model knows by name keeps its row of the class table, any other starts from the null class. If
-    the other model has the same names, or none and as many classes, its table stays.
+    A class that the other model knows by name keeps its row of the class table, any other starts from the null class.
+    If the other model has the same names, or none and as many classes, its table stays.
     """
     settings, tensors = hub.load(source, "gpt", dtype=torch.float32)
     theirs = parse_settings(GPTConfig, settings, source)
@@ -282,7 +282,8 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
         store = TokenStore.open(config.tokens)
         if store.info.tokenizer_fingerprint != tokenizer_fingerprint(config.tokenizer):
             raise DetailFlowError(
-                f"{config.tokens}: these tokens were made by another tokenizer than {config.tokenizer}; extract them again"
+                f"{config.tokens}: these tokens were made by another tokenizer than {config.tokenizer}; "
+                "extract them again"
             )
         if world.is_main:
             store.verify()

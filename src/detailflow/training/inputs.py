@@ -24,8 +24,8 @@ class Input:
     """What a setting names.
 
     Attributes:
-        read: returns its "fingerprint"; for images also their number as "images" and, if there are not too many classes,
-            the number of each class as "classes".
+        read: returns its "fingerprint"; for images also their number as "images" and, if there are not too many
+            classes, the number of each class as "classes".
         at_start: whether only the start of a run needs it, so that a run can go on without it.
     """
 
@@ -80,7 +80,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
 
 
 def difference(name: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
-    """Return what is different of an input: "other images: 40 images in 2 classes (…) then, …"; `None` if nothing is."""
+    """Return how an input differs, as "other images (40 images in 2 classes then, …"; `None` if it does not."""
     if theirs.get("fingerprint") == mine.get("fingerprint"):
         return None
     prints = " and now ".join(str(one.get("fingerprint"))[:SHOWN] for one in (theirs, mine))

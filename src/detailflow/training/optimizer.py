@@ -38,7 +38,7 @@ class Updater:
         self.scaler.scale(loss).backward()
 
     def step(self, rate: float) -> Tensor:
-        """Change the weights, at this learning rate, and reset the gradients; gradients that are not finite change nothing.
+        """Change the weights at this learning rate and reset the gradients; if these are not finite, change nothing.
 
         The device decides that itself if the optimizer is fused, so that nobody waits for it.
 

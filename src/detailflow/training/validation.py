@@ -1,4 +1,4 @@
-"""Images that are held out for validation, as a set of their own or as a share by content: they are never trained on."""
+"""Images that are held out for validation, as a set of their own or as a share by content; never trained on."""
 
 import hashlib
 from collections.abc import Callable, Iterable
