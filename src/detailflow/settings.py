@@ -79,7 +79,9 @@ def parse_settings(kind: type[Config], values: Mapping[str, Any], source: object
             if any(key.startswith(f"{name}.") for key in known):
                 raise DetailFlowError(f"{name} must be settings, each as KEY: VALUE, not {_shown(value)}")
             if name not in known:
-                raise DetailFlowError(unknown("setting", name, known, f"the settings are {', '.join(known)}"))
+                more = ", …" if len(known) > 12 else ""
+                some = f"the settings are {', '.join(list(known)[:12])}{more}"
+                raise DetailFlowError(unknown("setting", name, known, some))
         missing = [name for name, setting in known.items() if setting.default is MISSING and name not in given]
         if missing:
             raise DetailFlowError(f"settings are missing: {', '.join(missing)}{advice}")
