@@ -104,7 +104,7 @@ def test_no_sampling_starves_another():
 def test_a_window_waits_for_the_clients_of_the_last_batch():
     async def scene(batcher: Batcher, machine: Machine) -> None:
         machine.release()
-        lonely = batcher.submit("a", ["lonely"], 9)  # would wait ten seconds if a single client waited
+        lonely = batcher.submit("a", ["lonely"], 9)  # a single client does not wait for others
         await finals(lonely)
         both = [batcher.submit("a", [i, i], 9) for i in range(2)]
         for job in both:
@@ -116,7 +116,7 @@ def test_a_window_waits_for_the_clients_of_the_last_batch():
             await finals(job)
         assert len(machine.batches[-1][1]) == sizes[-1]
 
-    play(scene, window=10)
+    play(scene, window=2)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back():

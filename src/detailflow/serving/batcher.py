@@ -123,7 +123,7 @@ class Batcher:
         run: computes a batch: yields what there is after each step (perhaps nothing), so that between steps a batch
             that nobody waits for can be given up.
         max_batch: images of a batch.
-        window: seconds to wait for as many images as the last batch had.
+        window: seconds to wait for as many more images as the last batch had.
         max_queue: images that may wait.
     """
 
@@ -219,6 +219,8 @@ class Batcher:
         """Wait for a batch and take it from the queue; `None` if there will be no more."""
         with self._changed:
             free = time.monotonic()
+            # Those who wait, and the clients of the last batch, who are about to ask again; of a single client nobody else.
+            expected = min(len(self._waiting) + self._last_size, self.max_batch)
             while True:
                 if not self._waiting:
                     if self._closing:
@@ -227,9 +229,8 @@ class Batcher:
                     continue
                 key = self._waiting[0].job.key
                 batch = [task for task in self._waiting if task.job.key == key][: self.max_batch]
-                # Wait only if several came together lately: then the clients of the last batch are about to ask again.
                 rest = max(free, batch[0].arrived) + self.window - time.monotonic()
-                if len(batch) >= min(self._last_size, self.max_batch) or rest <= 0 or self._closing:
+                if len(batch) >= expected or rest <= 0 or self._closing:
                     break
                 self._changed.wait(rest)
             taken = set(batch)

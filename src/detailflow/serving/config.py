@@ -18,7 +18,7 @@ class ServeConfig(Settings):
         model_name: what requests and answers call the model; never a path.
         api_key: what clients must send as a bearer token; `None` asks for none.
         max_batch: images that are computed at once.
-        batch_window: milliseconds to wait for a fuller batch while several clients ask; a single client never waits.
+        batch_window: milliseconds to wait for a fuller batch while several clients ask.
         max_queue: images that may wait; more are refused with status 429.
         max_images: images of one request.
         max_upload: bytes of an uploaded image.
