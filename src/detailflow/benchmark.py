@@ -22,6 +22,7 @@ from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.pipeline import DetailFlowPipeline, image_generator
+from detailflow.sampling import Engine as EngineName
 
 FIRST = next(iter(ZOO))
 Progress = Callable[[str], object]  # called with the name of what comes next
@@ -41,6 +42,7 @@ class BenchmarkConfig:
     naive: bool = True
     repeats: int = 3
     other: str | None = None
+    engine: EngineName = "auto"
 
 
 class RecomputingGPT(Engine):
@@ -122,7 +124,7 @@ def make_cases(
     whole = [*generation_work(gpt, batch), decoding]
     cases = {"naive": Case(lambda: images_of(RecomputingGPT), whole, generates=True)} if naive else {}
     cases["generate"] = Case(lambda: images_of(CachedModel), whole, generates=True)
-    if gpt.engine != "torch" and not native.why_not(gpt):
+    if gpt.uses_native(batch):
         cases["generate, native"] = Case(lambda: images_of(native.NativeGeneration), whole, generates=True)
     if other:
         cases["other"] = Case(lambda: other(class_ids), generates=True)
@@ -238,6 +240,7 @@ def benchmark(config: BenchmarkConfig, progress: Progress = lambda what: None) -
             pipeline = DetailFlowPipeline.from_pretrained(
                 config.model, device=device, dtype=dtype, tokenizer=config.tokenizer
             )
+        pipeline.gpt.engine = config.engine
         model = describe(pipeline, config)
         progress(f"ceilings, {dtype}")
         ceilings[dtype] = measure_ceilings(device, getattr(torch, dtype))

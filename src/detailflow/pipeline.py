@@ -21,9 +21,9 @@ from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.loading import check_ids
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.psnr import psnr
-from detailflow.sampling import SamplingOptions
+from detailflow.sampling import Engine, SamplingOptions
 from detailflow.schedule import TokenSchedule
-from detailflow.settings import BatchSize, NotNegativeInt, PositiveInt, Seed, Settings
+from detailflow.settings import BatchSize, NotNegativeInt, PositiveInt, Seed, Settings, require
 
 BATCH_SIZE = 32
 LARGEST_CALL = 100_000  # images, which are all in memory in the end
@@ -107,6 +107,7 @@ class DetailFlowPipeline:
         dtype: torch.dtype | str | None = None,
         tokenizer: str | Path | None = None,
         revision: str | None = None,
+        engine: Engine = "auto",
     ) -> "DetailFlowPipeline":
         """Load both models, ready to generate.
 
@@ -118,12 +119,15 @@ class DetailFlowPipeline:
             dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
             tokenizer: the tokenizer's folder or hub id, if it is not with the AR model.
             revision: a branch, tag or commit of a model on the hub; a separate `tokenizer` is the newest.
+            engine: what takes the decoding steps: "native" (C++, for CPUs), "torch", or the first of them that can.
         """
+        require(Engine, engine=engine)
         device, dtype = choose_device(device), choose_dtype(dtype)
         codec = DetailFlowTokenizer.from_pretrained(
             tokenizer or path_or_id, device=device, dtype=dtype, revision=None if tokenizer else revision
         )
         gpt = DetailFlowGPT.from_pretrained(path_or_id, device=device, dtype=dtype, revision=revision)
+        gpt.engine = engine
         return cls(codec, gpt)
 
     @property

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -243,3 +244,16 @@ def test_a_folder_in_the_place_of_a_file(model: Path, tmp_path: Path, capsys: py
     assert generate(model, tmp_path, "cat") == 2
     assert "0000-cat.png: Is a directory" in capsys.readouterr().err
     assert files(tmp_path) == ["0000-cat.png"]
+
+
+def test_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Both give the same images, the one in C++ only of types that it knows."""
+    for engine in ("native", "torch"):
+        assert main(["generate", "cat", "--device", "cpu", "--engine", engine, "--output", str(tmp_path / engine)]) == 0
+    images = [np.asarray(Image.open(next((tmp_path / engine).glob("cat*.png")))) for engine in ("native", "torch")]
+    np.testing.assert_array_equal(*images)
+    capsys.readouterr()
+    assert main(["generate", "cat", "--device", "cpu", "--engine", "native", "--dtype", "float16"]) == 2
+    assert "the native engine cannot run this model: it needs plain weights" in capsys.readouterr().err
+    assert main(["generate", "cat", "--engine", "nativ"]) == 2
+    assert "--engine must be" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def _gpt(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     from detailflow.pipeline import DetailFlowPipeline
 
     pipeline = DetailFlowPipeline.from_pretrained(
-        args.model, device=context.device, dtype=args.dtype, tokenizer=args.tokenizer
+        args.model, device=context.device, dtype=args.dtype, tokenizer=args.tokenizer, engine=args.engine
     )
     names = (*SamplingConfig.__dataclass_fields__, "num_tokens")
     settings = sweep(pipeline, **{name: getattr(args, name) for name in names})  # raises before any download

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     world = World.from_launch(cpu=args.device == "cpu") if args.num_images else World()
     sampling = sampling_options(args)
     pipeline = DetailFlowPipeline.from_pretrained(
-        args.model, device=world.device or args.device, dtype=args.dtype, tokenizer=args.tokenizer
+        args.model, device=world.device or args.device, dtype=args.dtype, tokenizer=args.tokenizer, engine=args.engine
     )
     classes = pipeline.class_ids(args.classes or [ClassId(i) for i in range(pipeline.gpt.config.num_classes)])
     if args.num_images:

@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
                 "or say --no-auth if anybody may use this server"
             )
         pipeline = DetailFlowPipeline.from_pretrained(
-            args.model, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer
+            args.model, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, engine=args.engine
         )
         app = create_app(pipeline, config)
         print(f"serving {config.model_name} at {url(listener)} (what to ask: {url(listener)}/docs)", flush=True)
