@@ -1,4 +1,7 @@
-"""Run by tests: load an AR model in bfloat16; print its size, and how much more memory was held at once than before, in bytes."""
+"""Run by tests: load an AR model in bfloat16.
+
+Print its size, and how much more memory was held at once than before, in bytes.
+"""
 
 import sys
 from pathlib import Path

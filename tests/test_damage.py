@@ -1,4 +1,7 @@
-"""A thousand damaged or malicious models: each is loaded or refused in one sentence, and nothing in them is ever executed."""
+"""A thousand damaged or malicious models.
+
+Each is loaded or refused in one sentence, and nothing in them is ever executed.
+"""
 
 import io
 import json

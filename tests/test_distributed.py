@@ -31,8 +31,8 @@ SECONDS = 60  # for a machine that is busy with other things; in vain they would
 def launch(work: Callable[[int], int], folder: Path) -> list[tuple[int | None, str, str]]:
     """Call work(rank) in two processes as torchrun starts them: the exit status of each, and what it printed.
 
-    They are forks of a server that has imported everything already, but has never trained: torch refuses to train in the
-    fork of a process that has used threads for that, as this one may have in another test.
+    They are forks of a server that has imported everything already, but has never trained: torch refuses to train in
+    the fork of a process that has used threads for that, as this one may have in another test.
 
     Args:
         work: a function of a module, or a `partial` of one.

@@ -1,4 +1,5 @@
-"""DetailFlow-16 and GPT-L at their real size, with random weights, in the published layout (about 7 GB of disk, some minutes)."""
+"""DetailFlow-16 and GPT-L at their real size, with random weights, in the published layout (about 7 GB of
+disk, some minutes)."""
 
 import argparse
 import json
@@ -143,7 +144,8 @@ def run(*argv: object) -> None:
     script = (
         "import sys, time; from pathlib import Path; from detailflow.cli.main import main; start = time.monotonic();"
         "status = main(sys.argv[1:]); seconds = time.monotonic() - start;"
-        "print('MEASURED', seconds, Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]); sys.exit(status)"
+        "print('MEASURED', seconds, Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]); "
+        "sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", script, *map(str, argv)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

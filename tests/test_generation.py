@@ -19,7 +19,8 @@ CLASSES = torch.tensor([0, 2, 1])
 def make(n: int, g: int, c: int, **settings: object) -> DetailFlowGPT:
     torch.manual_seed(0)
     config = GPTConfig(
-        num_classes=3, width=32, depth=2, heads=2, mlp=64, num_tokens=n, group_size=g, causal_tokens=c, codebook_size=32,
+        num_classes=3, width=32, depth=2, heads=2, mlp=64, num_tokens=n, group_size=g, causal_tokens=c,
+        codebook_size=32,
         **settings,  # type: ignore[arg-type]
     )  # fmt: skip
     model = DetailFlowGPT(config).eval()

@@ -1,4 +1,5 @@
-"""The published implementation's recorded outputs, through the public contract, from the published layout as it lies there."""
+"""The published implementation's recorded outputs, through the public contract, from the published layout
+as it lies there."""
 
 import json
 import re

@@ -66,7 +66,8 @@ def test_more_tokens_come_closer_to_real_photographs(shipped: DetailFlowPipeline
 
 
 def test_later_tokens_correct_planted_mistakes(shipped: DetailFlowPipeline, cifar_table: Path) -> None:
-    """With wrong tokens in a group, the tokens that the correction pass writes after it beat the clean ones (paper figure 4a)."""
+    """With wrong tokens in a group, the tokens that the correction pass writes after it beat the clean
+    ones (paper figure 4a)."""
     tokenizer = shipped.tokenizer
     source = open_images(str(cifar_table))
     images = to_tensor(np.stack([np.asarray(source.image(i)) for i in range(64)]))

@@ -61,7 +61,8 @@ def show(result: dict) -> None:
     """All of one case."""
     print(f"case {result['number']} ({result['kind']}): {result['argv']!a}")
     print(
-        f"status {result['status']}, {result['seconds']:.1f} s, {result['peak'] / 2**20:.0f} MiB; faults: {result['faults']}"
+        f"status {result['status']}, {result['seconds']:.1f} s, {result['peak'] / 2**20:.0f} MiB; "
+        f"faults: {result['faults']}"
     )
     print(result.get("out", ""), result.get("err", ""), sep="\n")
 

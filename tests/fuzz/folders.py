@@ -118,7 +118,7 @@ def _command(path: str, kind: str, rng: Random) -> list[str]:
     return rng.choice(commands)
 
 
-# --- kinds of data sets --------------------------------------------------------------------------------------------------
+# --- kinds of data sets ----------------------------------------------------------------------------------------------
 
 
 def _folder(rng: Random) -> str:

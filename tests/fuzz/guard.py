@@ -53,7 +53,10 @@ class Guard:
 
     @contextmanager
     def watching(self, folder: Path, inputs: Path, outputs: Sequence[str]) -> Iterator[list[str]]:
-        """Collect what must not be done by a case in `folder`: its inputs stay as they are, but for `outputs` among them."""
+        """Collect what must not be done by a case in `folder`.
+
+        Its inputs stay as they are, but for `outputs` among them.
+        """
         free = any(f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(inputs)}/") for path in outputs)
         before = _listing(inputs)
         self.found = []

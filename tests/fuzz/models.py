@@ -235,7 +235,8 @@ METADATA = {
 
 
 def network(rng: Random) -> list[str]:
-    """A feature network that something was done to, or weights of a known one that are others, and what computes with it."""
+    """A feature network that something was done to, or weights of a known one that are others, and what
+    computes with it."""
     path = Path("in/features.safetensors")
     rest = ["--device", "cpu", "--output", "out"]
     if rng.random() < 0.3:
@@ -339,7 +340,10 @@ def _damage_yaml(path: Path, rng: Random) -> None:
 
 
 def tokens(rng: Random) -> list[str]:
-    """A token store that something was done to, and the training of an AR model on it; or an extraction that goes on."""
+    """A token store that something was done to, and the training of an AR model on it.
+
+    Or an extraction that goes on.
+    """
     if rng.random() < 0.3:
         folder = Path(shutil.copytree("in/tokens", "out"))
         if rng.random() < 0.5:

@@ -87,7 +87,7 @@ def attack(rng: Random, mark: Path) -> Attack:
     )
 
 
-# --- bytes ---------------------------------------------------------------------------------------------------------------
+# --- bytes -----------------------------------------------------------------------------------------------------------
 
 
 def mutate_bytes(content: bytes, rng: Random, near: int | None = None) -> bytes:
@@ -126,7 +126,7 @@ def mutate_file(path: Path, rng: Random, near: int | None = None) -> None:
     path.write_bytes(mutate_bytes(path.read_bytes(), rng, near))
 
 
-# --- nested values -------------------------------------------------------------------------------------------------------
+# --- nested values ---------------------------------------------------------------------------------------------------
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
@@ -190,7 +190,7 @@ def mutate_json(text: str, rng: Random) -> bytes:
     )
 
 
-# --- archives ------------------------------------------------------------------------------------------------------------
+# --- archives --------------------------------------------------------------------------------------------------------
 
 
 def mutate_zip(content: bytes, rng: Random) -> bytes:
@@ -263,7 +263,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], rng: Random | None =
             archive.addfile(entry, io.BytesIO(b"123"))
 
 
-# --- places --------------------------------------------------------------------------------------------------------------
+# --- places ----------------------------------------------------------------------------------------------------------
 
 
 def misplace(path: Path, rng: Random) -> None:

@@ -1,4 +1,7 @@
-"""Workers, one or several: each gets number after number; one that hangs or dies is replaced, and its case has failed."""
+"""Workers, one or several: each gets number after number.
+
+One that hangs or dies is replaced, and its case has failed.
+"""
 
 import json
 import os
@@ -84,7 +87,8 @@ class Worker:
         return self._process.stdout.readline() if select.select([self._process.stdout], [], [], seconds)[0] else None
 
     def _line_of_case(self, process: subprocess.Popen) -> str | None:
-        """Its answer, for which it may take longer by the clock where others keep the processors busy, but not sleep."""
+        """Its answer, for which it may take longer by the clock where others keep the processors busy, but
+        not sleep."""
         line, before = self._line(SECONDS), 0.0
         started = processor_seconds(process.pid)
         while line is None and processor_seconds(process.pid) - before > 0.2:

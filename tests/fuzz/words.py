@@ -292,7 +292,7 @@ def _changed(tree: Any, rng: Random) -> Any:
     return mutate_tree(tree, rng, SAFE)
 
 
-# --- command lines -------------------------------------------------------------------------------------------------------
+# --- command lines ---------------------------------------------------------------------------------------------------
 
 OUTPUTS = (
     *("out", "out/", "a/b/c", "x" * 300, "in/photos/cat/0.png", "in/photos/cat/0.png/x", "/dev/null", "/dev/null/x"),
@@ -312,7 +312,8 @@ VALUES = {  # of the options that take time or write; others get any of `WORDS`
 }
 FLAGS = ("--grid", "--no-grid", "--progressive", "--whole", "--json", "--dry-run", "--keep-samples")
 SAMPLING = "--guidance-scale --guidance-schedule --temperature --top-k --top-p --num-tokens"
-# Each command: words that are sound, and options to add. `bench` is only given what cannot be right, as it would take minutes.
+# Each command: words that are sound, and options to add. `bench` is only given what cannot be right, as it would take
+# minutes.
 COMMANDS = {
     "generate": (
         "--model in/model --num-tokens 1 --device cpu --output out",
@@ -353,7 +354,8 @@ COMMANDS = {
         "--reference --lpips --batch-size",
     ),
     "evaluate gpt": (
-        "--reference in/photos --model in/model --num-samples 3 --features in/features.safetensors --device cpu --output out",
+        "--reference in/photos --model in/model --num-samples 3 --features in/features.safetensors --device cpu "
+        "--output out",
         "--model --device --dtype --output --features --weights --reference --num-samples --labels --seeds "
         "--keep-samples " + SAMPLING,
     ),

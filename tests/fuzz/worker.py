@@ -1,4 +1,7 @@
-"""Run cases one after another in this process: `python -m fuzz.worker FOLDER STOCK`, numbers in, a line of JSON out for each."""
+"""Run cases one after another in this process.
+
+`python -m fuzz.worker FOLDER STOCK`, numbers in, a line of JSON out for each.
+"""
 
 import faulthandler
 import json

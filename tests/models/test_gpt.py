@@ -1,4 +1,7 @@
-"""The AR model's own properties; the published model's outputs are in test_parity.py, generation in test_generation.py."""
+"""The AR model's own properties.
+
+The published model's outputs are in test_parity.py, generation in test_generation.py.
+"""
 
 from dataclasses import replace
 from pathlib import Path

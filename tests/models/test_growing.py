@@ -79,7 +79,10 @@ def test_what_can_not_grow(sizes: dict, message: str, small: DetailFlowTokenizer
 
 
 def test_an_ar_model_grows():
-    """With more tokens the logits of the first positions stay: a position's input, rotation and mask do not depend on N."""
+    """With more tokens the logits of the first positions stay.
+
+    A position's input, rotation and mask do not depend on N.
+    """
     torch.manual_seed(0)
     sizes = GPTConfig(num_classes=3, width=32, depth=2, heads=2, mlp=64, num_tokens=16, group_size=4, codebook_size=64)
     small, large = DetailFlowGPT(sizes).eval(), DetailFlowGPT(replace(sizes, num_tokens=24)).eval()

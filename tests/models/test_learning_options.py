@@ -1,4 +1,7 @@
-"""What a tokenizer of our own layout may have beyond the paper: a linear path, convolutions at the end, an absent token."""
+"""What a tokenizer of our own layout may have beyond the paper.
+
+A linear path, convolutions at the end, an absent token.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +62,8 @@ def test_what_is_smooth_passes_the_linear_path_of_another_grid():
 
 @pytest.mark.parametrize("option", [{"linear_path": True}, {"pixel_channels": 8}, {"absent_token": True}, {}])
 def test_the_contract_holds(option: dict, images: torch.Tensor, tmp_path: Path):
-    """The first tokens do not depend on later ones, corrections keep what is written, any shape goes, and files bring it back."""
+    """The first tokens do not depend on later ones, corrections keep what is written, any shape goes, and
+    files bring it back."""
     tokenizer = made(replace(PLAIN, **option) if option else ALL)
     ids = tokenizer.encode(images)
     for n in tokenizer.schedule.valid_counts:

@@ -39,7 +39,10 @@ def reference(width: int = WIDTH, heads: int = 2, depth: int = DEPTH):
 
 
 def hidden_state(model, images: Tensor) -> Tensor:
-    """transformers' last hidden state; it takes patches, a mask of those that are no padding, and the grids' rows and columns."""
+    """transformers' last hidden state.
+
+    It takes patches, a mask of those that are no padding, and the grids' rows and columns.
+    """
     batch, _, height, width = images.shape
     rows, columns = height // PATCH, width // PATCH
     patches = (

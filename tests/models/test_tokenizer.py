@@ -82,7 +82,8 @@ def test_correction_does_not_look_at_what_comes_later(tokenizer: DetailFlowToken
 
 
 def test_patches_do_not_depend_on_queries(images: torch.Tensor):
-    """Keys and values of the patches are those of the same blocks with the queries left out (docs/method.md#tokenizer)."""
+    """Keys and values of the patches are those of the same blocks with the queries left out
+    (docs/method.md#tokenizer)."""
     torch.manual_seed(0)
     first = DetailFlowTokenizer(CONFIG).eval()
     second = DetailFlowTokenizer(CONFIG).eval()

@@ -35,7 +35,8 @@ def written():
     return len(list(output.glob("unfinished/chunk-*.json")))
 
 def run(workers):
-    sys.exit(main([*argv, "--output", str(output), "--workers", str(workers), "--batch_size", str(rng.choice((2, 4, 250)))]))
+    options = ["--workers", str(workers), "--batch_size", str(rng.choice((2, 4, 250)))]
+    sys.exit(main([*argv, "--output", str(output), *options]))
 
 for attempt in range(kills + 1):
     process = multiprocessing.get_context("fork").Process(target=run, args=(attempt % 2,))
@@ -92,7 +93,8 @@ def test_killed_at_random_moments(kills: int, argv: list[str], whole: dict[str, 
 
 @pytest.mark.slow
 def test_two_processes(cifar: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """They stop together where images cannot be read, go on once these are put right, and make the store that one makes."""
+    """They stop together where images cannot be read, go on once these are put right, and make the store
+    that one makes."""
     images = Path(shutil.copytree(cifar, tmp_path / "images"))
     monkeypatch.setattr(extraction, "CHUNK_IMAGES", CHUNK)
     extract(Extraction(str(images), str(model), crops="two"), tmp_path / "whole", "cpu")

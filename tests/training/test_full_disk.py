@@ -1,4 +1,7 @@
-"""A file system that fills up while a run writes to it: one sentence, and a checkpoint to go on from if there is room for one."""
+"""A file system that fills up while a run writes to it.
+
+One sentence, and a checkpoint to go on from if there is room for one.
+"""
 
 import os
 import shlex

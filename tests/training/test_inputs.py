@@ -74,7 +74,8 @@ def test_images_are_known_by_their_listing(here: Path, capsys: pytest.CaptureFix
         "changed: fox 0 → 3; the fingerprint of their listing was "
     )
     assert said.endswith(
-        "give it the same again, or choose another folder (`detailflow train tokenizer … --init run` starts from its weights)"
+        "give it the same again, or choose another folder (`detailflow train tokenizer … --init run` starts from its "
+        "weights)"
     )
     shutil.rmtree("moved/fox")
     Image.new("RGB", (40, 40), "red").save("moved/cat/0.png")
@@ -125,7 +126,10 @@ def test_models_and_tokens_are_known_by_their_content(here: Path, capsys: pytest
 
 
 def test_a_run_of_an_earlier_version(here: Path):
-    """It did not note what its images are known by: they are known by their path once more, and by content from then on."""
+    """It did not note what its images are known by.
+
+    They are known by their path once more, and by content from then on.
+    """
     config = {"data": "photos", "loop": {}}
     assert claim(here / "run", "tokenizer", config)
     inputs = {"data": images_input(open_images("photos"))}

@@ -105,7 +105,10 @@ def test_what_is_held():
 
 
 def test_an_ar_model_costs_what_is_known_of_it():
-    """Six operations a weight and token, and the pairs that attend; memory falls with depth times what a block keeps."""
+    """Six operations a weight and token, and the pairs that attend.
+
+    Memory falls with depth times what a block keeps.
+    """
     sizes = GPTConfig(num_classes=4, width=256, depth=4, heads=4, num_tokens=64, codebook_size=1024)
     costs, stage = count_steps(lambda: gpt_stage(sizes=sizes), lambda: gpt_batch(sizes), CPU)
     with torch.device("meta"):

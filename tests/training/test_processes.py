@@ -92,7 +92,10 @@ def assert_same(first: Path, second: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
 def test_two_processes_do_what_one_does(stage: str, commands: dict[str, list[str]], tmp_path: Path):
-    """The same global batch: every curve within 1e-5 over 50 steps, and so the work in parts of one process's memory."""
+    """The same global batch.
+
+    Every curve within 1e-5 over 50 steps, and so the work in parts of one process's memory.
+    """
     run([*commands[stage], "--output", str(tmp_path / "one")], 1)
     run([*commands[stage], "--output", str(tmp_path / "two")], 2)
     assert_same(tmp_path / "one", tmp_path / "two", 1e-5)
@@ -100,7 +103,8 @@ def test_two_processes_do_what_one_does(stage: str, commands: dict[str, list[str
 
 @pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
 def test_accumulation_changes_nothing(stage: str, commands: dict[str, list[str]], tmp_path: Path):
-    """But for the discriminator, whose batch norms see fewer images and whose spectral norms are estimated more often."""
+    """But for the discriminator, whose batch norms see fewer images and whose spectral norms are estimated
+    more often."""
     command = [*commands[stage], *(["--adversarial", "0"] if stage == "tokenizer" else [])]
     run([*command, "--output", str(tmp_path / "one")], 1)
     more = ["--loop.accumulate", "2", "--loop.checkpoint_activations", "true"]

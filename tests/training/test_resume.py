@@ -1,4 +1,7 @@
-"""Runs that are killed, stopped, repeated and damaged, as a user meets them: another process, real images, every file real."""
+"""Runs that are killed, stopped, repeated and damaged, as a user meets them.
+
+Another process, real images, every file real.
+"""
 
 import os
 import random
@@ -163,7 +166,10 @@ def test_sigterm_saves_and_exits(stage: str, commands: dict[str, list[str]], tmp
 
 
 def test_a_full_disk(commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):
-    """A checkpoint that doesn't fit ends the run with a sentence and leaves those before it; with room again it goes on."""
+    """A checkpoint that doesn't fit ends the run with a sentence and leaves those before it.
+
+    With room again it goes on.
+    """
     import resource
 
     output = tmp_path / "run"

@@ -29,7 +29,8 @@ def parser() -> Parser:
         "data",
         "DATA",
         "Say what training, extraction and evaluation would read: images, classes, splits and sizes, what is "
-        "left aside and why, unreadable files and duplicates. Reads every image. The exit status is 2 if they cannot be "
+        "left aside and why, unreadable files and duplicates. Reads every image. The exit status is 2 if they "
+        "cannot be "
         "used.",
     )
     result.option("data", Location, help=SETS, metavar="DATA")

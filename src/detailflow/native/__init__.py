@@ -196,7 +196,7 @@ class NativeGeneration(Engine):
     def advance(
         self, tokens: Tensor, noise: Tensor, start: int, end: int, sampling: SamplingConfig, scale: float
     ) -> bool:
-        """Draw tokens `start` to `end` into (B, N) `tokens` by (B, N) float64 `noise`; whether all logits were finite."""
+        """Draw tokens `start` to `end` into (B, N) `tokens` by (B, N) float64 `noise`; see `Engine.advance`."""
         options = Sampling(
             scale,
             sampling.temperature,

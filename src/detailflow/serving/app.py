@@ -134,7 +134,7 @@ def _add_images(app: FastAPI, service: Service, uploads: Uploads) -> None:
     async def vary_image(body: Annotated[schemas.Variation, Form(media_type=_FORM)], request: Request) -> Any:
         """Vary an image: its first tokens stay, and the model writes the others.
 
-        With `stream`, the events `image_variation.partial_image`, first the kept tokens, and `image_variation.completed`.
+        With `stream`, the events are `image_variation.partial_image` (first of the kept tokens) and `….completed`.
         """
         return await vary(request, body)
 

@@ -219,7 +219,8 @@ class Batcher:
         """Wait for a batch and take it from the queue; `None` if there will be no more."""
         with self._changed:
             free = time.monotonic()
-            # Those who wait, and the clients of the last batch, who are about to ask again; of a single client nobody else.
+            # Those who wait, and the clients of the last batch, who are about to ask again; of a single client nobody
+            # else.
             expected = min(len(self._waiting) + self._last_size, self.max_batch)
             while True:
                 if not self._waiting:
