@@ -218,12 +218,12 @@ def check_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
-def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT) -> str:
+def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT, errors: str = "strict") -> str:
     """Return the UTF-8 text of a regular file of at most `most` bytes.
 
     Raises:
         OSError: if it cannot be read, with the reason as its `strerror`.
-        UnicodeDecodeError: if it is not UTF-8.
+        UnicodeDecodeError: if it is not UTF-8 and `errors` is "strict".
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
@@ -232,7 +232,7 @@ def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT) -> str:
         content = file.read(min(most, found.st_size) + 1)  # Python takes as much memory as it is asked to read
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
-    return content.decode("utf-8")
+    return content.decode("utf-8", errors)
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:

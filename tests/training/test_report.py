@@ -13,6 +13,15 @@ from detailflow.training.report import command_line, read_history, write_report
 def test_a_log_that_was_cut_short(tmp_path: Path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n[1]\n{"loss": 1.0}\n{"step": 2, "lo')
     assert read_history(tmp_path) == [{"step": 1, "loss": 2.0}]
+    damaged = [
+        b'{"step": 1, "loss": 2.0}',
+        b'{"step": 2, "\xcb": 1.0',
+        b"[" * 100_000,
+        b'{"step": 3, "loss": "low"}',
+        b"",
+    ]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(damaged))
+    assert read_history(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 3}]
     assert read_history(tmp_path / "nowhere") == []
 
 
@@ -43,4 +52,7 @@ def test_utilization(
     monkeypatch.setattr(loop, "UTILIZATION_SECONDS", 0.0)
     assert main([*command, "--output", str(tmp_path / "run")]) == 0
     values = [record["flop_utilization"] for record in read_history(tmp_path / "run")]
-    assert len(values) == 3 and all(0 < value < 1 for value in values)
+    most = (
+        2.25 if stage == "tokenizer" else 1
+    )  # Winograd's convolutions take so many times fewer operations than counted
+    assert len(values) == 3 and all(0 < value < most for value in values)

@@ -140,8 +140,8 @@ def test_a_damaged_checkpoint(
     newest = sorted((output / "resume").glob("step-*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     assert main([*commands[stage], str(output)]) == 0
-    out = capsys.readouterr().out
-    assert f"{newest}: this checkpoint cannot be read" in out
+    out, err = capsys.readouterr()
+    assert f"{newest}: this checkpoint cannot be read" in err
     assert f"going on from step {int(newest.stem[-8:]) - 1}" in out
     assert weights(output) == weights(finished[stage])
 

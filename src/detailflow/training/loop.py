@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -139,7 +140,7 @@ class _Training:
         self.stage, self.run, self.output, self.world = stage, run, run.output, run.world
         self.loop: LoopConfig = run.config.loop
         self.health = _Health(self.loop, run.output)
-        self.speed = _Speed(run)
+        self.speed = _Speed(run, 0)
         self.saved, self.saved_at = 0, time.monotonic()  # the step of the last checkpoint, and when it was written
         self.best = self.world.from_main(lambda: _best(self.output))  # its step and validation loss
 
@@ -148,6 +149,7 @@ class _Training:
         from tqdm import tqdm
 
         loop, run, world, self.saved = self.loop, self.run, self.world, start
+        self.speed = _Speed(run, start)
         if world.is_main and start:
             _log.info("%s: going on from step %d", self.output, start)
         batches = self.stage.batches(start)
@@ -172,9 +174,10 @@ class _Training:
                 keeps = late or stop or self._is_milestone(done) or done == loop.steps
                 if logs or keeps or self.health.on_cpu:
                     self.health.check(done)
-                figures = self._validate(done) if validates else {}
-                if keeps and self.saved < done:
-                    self._save(done)
+                with self.speed.paused():
+                    figures = self._validate(done) if validates else {}
+                    if keeps and self.saved < done:
+                        self._save(done)
                 if logs or shows or figures:
                     self._log(done, scalars if logs else {}, figures, shows, trackers, bar)
                 if stop:
@@ -248,11 +251,12 @@ class _Training:
             values["learning_rate"] = self.loop.rate_at(done - 1)
         try:
             with self.world.raise_together():
-                pictures = self.stage.pictures() if shows else {}
+                with self.speed.paused():
+                    pictures = self.stage.pictures() if shows else {}
                 if self.world.is_main:
                     if values:
                         shown = {name: f"{value:.4g}" for name, value in list(values.items())[:3]}
-                        values |= self.speed.measure(done, bar.format_dict["rate"] or 0)
+                        values |= self.speed.measure(done)
                         bar.set_postfix({**shown, "img/s": f"{values['images_per_second']:.0f}"}, refresh=False)
                     for name, picture in pictures.items():
                         write_png(picture, self.output / "pictures" / f"{name}-{done:08d}.png")
@@ -284,23 +288,33 @@ def _means(scalars: Mapping[str, Tensor | float], world: World) -> dict[str, flo
 class _Speed:
     """Measure images per second, peak memory and, after a minute, model FLOP utilization; on rank 0."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.began, self.ceiling = run, time.monotonic(), 0.0
-        self.device = run.device
+    def __init__(self, run: Run, start: int) -> None:
+        self.run, self.ceiling, self.done = run, 0.0, start
+        self.began = self.since = time.monotonic()
 
-    def measure(self, done: int, steps_per_second: float) -> dict[str, float]:
-        """Return what is known by now."""
-        loop, values = self.run.config.loop, {"images_per_second": steps_per_second * self.run.config.loop.batch_size}
-        if self.device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time in the block out of the next measure."""
+        start = time.monotonic()
+        yield
+        self.since += time.monotonic() - start
+
+    def measure(self, done: int) -> dict[str, float]:
+        """Return the figures of the steps since the last measure."""
+        now, device, loop = time.monotonic(), self.run.device, self.run.config.loop
+        steps_per_second = (done - self.done) / max(now - self.since, 1e-9)
+        self.done, self.since = done, now
+        values = {"images_per_second": steps_per_second * loop.batch_size}
+        if device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         elif sys.platform == "linux":
             import resource
 
             values["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if self.run.operations and time.monotonic() - self.began >= UTILIZATION_SECONDS:
-            if not self.ceiling:
-                self.ceiling = measure_ceilings(self.device, PRECISIONS[loop.precision], repeats=2).flops
-            values["flop_utilization"] = self.run.operations(done - 1) * steps_per_second / self.ceiling
+        if self.run.operations and now - self.began >= UTILIZATION_SECONDS:
+            with self.paused():
+                self.ceiling = self.ceiling or measure_ceilings(device, PRECISIONS[loop.precision], repeats=2).flops
+                values["flop_utilization"] = self.run.operations(done - 1) * steps_per_second / self.ceiling
         return values
 
 

@@ -23,6 +23,7 @@ CAPTIONS = {
     "samples": "Samples, a row for each of some classes spread over all",
 }
 
+LARGEST_HISTORY = 2**30  # bytes: a line each 20 steps is some hundred bytes
 Record = Mapping[str, float]
 
 
@@ -31,14 +32,14 @@ def read_history(output: Path) -> list[dict[str, float]]:
     path, records = output / HISTORY_FILE, []
     if path.is_file():
         with reading(path):
-            lines = read_text(path).splitlines()
+            lines = read_text(path, LARGEST_HISTORY, errors="replace").split("\n")
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:  # the last line of a run that was killed while it wrote
+            except (ValueError, RecursionError):  # the last line of a run that was killed while it wrote, or damage
                 continue
             if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
+                records.append({name: value for name, value in record.items() if isinstance(value, int | float)})
     return records
 
 
