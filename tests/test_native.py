@@ -159,6 +159,17 @@ def test_what_it_is_not_for(sizes: dict[str, int], dtype: torch.dtype, sentence:
     assert sentence in str(native.why_not(random_gpt(**SMALL | sizes).to(dtype)))
 
 
+def test_replaced_layers():
+    """Plain layers in the place of others: with a bias, or of another size."""
+    gpt = random_gpt(**SMALL)
+    gpt.head = torch.nn.Linear(64, 96)
+    assert native.why_not(gpt) == "some of its layers were replaced"
+    gpt.head = torch.nn.Linear(64, 64, bias=False)
+    assert native.why_not(gpt) == "some of its layers were replaced"
+    gpt.head = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False))
+    assert native.why_not(gpt) == "some of its layers were replaced"
+
+
 PRINT = "from detailflow import native; print(native.instructions())"
 
 
@@ -184,6 +195,19 @@ def test_without_a_compiler(tmp_path: Path):
     (tmp_path / "c++").write_text("#!/bin/sh\necho wrong >&2\nexit 1\n")
     (tmp_path / "c++").chmod(0o755)
     assert "cannot be built" in instructions(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
+
+
+def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch):
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    native.library.cache_clear()
+    try:
+        assert "cannot be built (Could not determine home directory.)" in native.instructions()
+    finally:
+        native.library.cache_clear()
 
 
 def test_a_cache_that_others_can_write_to(tmp_path: Path):

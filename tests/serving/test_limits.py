@@ -1,5 +1,6 @@
 """Limits under load: the queue, time, clients that leave or do not read, and an end in order."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -10,6 +11,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
+from detailflow import DetailFlowPipeline
+from detailflow.serving.app import create_app
+from detailflow.serving.config import ServeConfig
 
 LONG = {"prompt": "cat", "n": 16, "seed": 1}
 MANY = 3000
@@ -117,3 +122,21 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(running: Callable[...
         assert answers["waiting"].status_code == 503 and answers["waiting"].headers["Retry-After"]
         with pytest.raises(httpx.ConnectError):
             ask(server.url)
+
+
+def test_below_another_path_the_key_is_needed_as_well(shipped: DetailFlowPipeline):
+    """As behind a proxy that leaves a prefix in front; and methods that somebody makes up are counted as one."""
+    app = create_app(shipped, ServeConfig(api_key="secret"))
+
+    async def statuses() -> list[int]:
+        transport = httpx.ASGITransport(app, root_path="/api")
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            paths = ("/api/v1/models", "/api/metrics", "/api/v1/images/generations", "/v1/models", "/api/healthz")
+            found = [(await client.get(path)).status_code for path in paths]
+            for i in range(3):
+                await client.request(f"BREW{i}", "/api/healthz")
+            metrics = await client.get("/api/metrics", headers={"Authorization": "Bearer secret"})
+            assert "BREW" not in metrics.text and 'method="other"' in metrics.text
+            return found
+
+    assert asyncio.run(statuses()) == [401, 401, 401, 401, 503]  # the last is open, and not ready yet

@@ -25,6 +25,7 @@ GPT = Any  # DetailFlowGPT, which imports this module
 log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+PROCESSOR = ("flags", "model name", "Features", "CPU implementer", "CPU part")  # lines of /proc/cpuinfo, also of ARM's
 OPENMP = "-fopenmp"  # several threads; Apple's compiler has none
 BUILD_SECONDS = 300.0
 TYPES = (torch.float32, torch.bfloat16)
@@ -61,6 +62,8 @@ class Sampling(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | str:
     """Load the library, after building it if this machine has none yet; a sentence if there cannot be one."""
+    if not hasattr(os, "getuid"):
+        return "the native engine is for Linux and macOS"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     if compiler is None:
         return "no C++ compiler was found: with one (g++ or clang++), generation on this CPU would be much faster"
@@ -70,7 +73,7 @@ def library() -> ctypes.CDLL | str:
         if not built.exists():
             _build(compiler, built)
         return opened(built)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         return f"the native engine cannot be built ({' '.join(str(error).split())[:300]})"
 
 
@@ -88,9 +91,10 @@ def _cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "detailflow" / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OSError(f"{folder} can be written by others: make it yours alone, as what is in it is run")
+    for path in (folder, folder.parent):
+        status = path.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise OSError(f"{path} can be written by others: make it yours alone, as what is in it is run")
     return folder
 
 
@@ -98,9 +102,10 @@ def _key(compiler: str) -> str:
     """Name a build by all that decides it: sources, flags, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
     try:
-        processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        processor = platform.processor()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    processor = "\n".join(sorted({line for line in lines if line.startswith(PROCESSOR)} or lines))
     sources = [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.glob("*.[hc]pp"))]
     parts = [*sources, " ".join(FLAGS).encode(), version, platform.machine().encode(), processor.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
@@ -141,6 +146,9 @@ def why_not(model: GPT) -> str | None:
         return "width, MLP and codebook must be multiples of 32"
     if config.width // config.heads % 16:
         return "the width of a head must be a multiple of 16"
+    shapes = [tuple(weight.shape) for weight in _weights(model)]
+    if shapes != _shapes(config) or len(weights) != len(shapes):
+        return "some of its layers were replaced"
     found = library()
     return found if isinstance(found, str) else None
 
@@ -233,6 +241,14 @@ def _weights(model: GPT) -> list[Tensor]:
         found += [block.attn_norm.weight, block.attn.qkv.weight, block.attn.proj.weight, block.mlp_norm.weight]
         found += [block.mlp.gate.weight, block.mlp.up.weight, block.mlp.down.weight]
     return [weight.detach().contiguous() for weight in [*found, model.norm.weight, model.head.weight]]
+
+
+def _shapes(config: Any) -> list[tuple[int, ...]]:
+    """Return the shapes of `_weights`."""
+    width, hidden, codes = config.width, config.hidden, config.codebook_size
+    block = [(width,), (3 * width, width), (width, width), (width,), (hidden, width), (hidden, width), (width, hidden)]
+    embeddings = [(config.num_classes + 1, width), (codes, width), (config.group_size - 1, width)]
+    return [*embeddings, *block * config.depth, (width,), (codes, width)]
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

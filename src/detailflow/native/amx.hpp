@@ -37,14 +37,12 @@ inline void product(const uint16_t* x, int rows, const uint16_t* weight, int out
         for (int k = 0; k < in; k += 2)
             std::memcpy(&pairs[((std::size_t(m / 16) * depth + k / 32) * 16 + k % 32 / 2) * 16 + m % 16],
                         x + std::size_t(m) * in + k, 4);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+    Shapes shapes;
+    _tile_loadconfig(&shapes);  // in each product, as other libraries leave shapes of their own
+#pragma omp for schedule(static)
     for (int n = 0; n < out; n += 16) {
-        static thread_local bool shaped = false;
-        if (!shaped) {
-            Shapes shapes;
-            _tile_loadconfig(&shapes);
-            shaped = true;
-        }
         const uint16_t* w = weight + std::size_t(n) * in;
         alignas(64) float sums[16][16];
         for (int block = 0; block < blocks; block++) {
@@ -61,6 +59,8 @@ inline void product(const uint16_t* x, int rows, const uint16_t* weight, int out
                     y[m * stride + n + i] = add ? y[m * stride + n + i] + value : value;
                 }
         }
+    }
+    _tile_release();
     }
 }
 

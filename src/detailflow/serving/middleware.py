@@ -15,7 +15,8 @@ from detailflow.serving.metrics import Metrics
 _log = logging.getLogger(__name__)
 MULTIPART_EXTRA = 64 * 1024  # bytes of a form beside its file
 LARGEST_JSON = 2**20  # bytes
-_PROTECTED = ("/v1/", "/metrics")
+_OPEN = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")  # without the key; all else needs it
+_METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"}  # anybody may make up others
 
 
 class Guard:
@@ -55,11 +56,12 @@ class Guard:
         finally:
             self.metrics.in_progress.dec()
             path = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(scope["method"], path, status).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.metrics.requests.labels(method, path, status).inc()
             self.metrics.latency.labels(path).observe(time.perf_counter() - started)
 
     def _authorize(self, scope: Scope) -> None:
-        if self.config.api_key is None or not scope["path"].startswith(_PROTECTED):
+        if self.config.api_key is None or scope["path"].removeprefix(scope.get("root_path", "")) in _OPEN:
             return
         given = _header(scope, b"authorization").partition(b" ")
         right = given[0].lower() == b"bearer" and hmac.compare_digest(given[2].strip(), self.config.api_key.encode())
