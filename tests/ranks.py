@@ -44,6 +44,13 @@ def training_that_fails(command: list[str], bug: bool, wrong: int, rank: int) ->
     return main(command)
 
 
+def training_with_other_losses(command: list[str], rank: int) -> int:
+    """Train; the validation losses fall on rank 0 and rise on the other."""
+    losses = iter((1.0, 2.0, 3.0) if rank else (3.0, 2.0, 1.0))
+    GPTStage.validate = lambda self: {"val_loss": next(losses)}
+    return main(command)
+
+
 def main_process_works(rank: int) -> int:
     """Let rank 0 work while the other waits, first with success and then in vain."""
     distributed.HEARTBEAT_SECONDS = 0.0

@@ -138,6 +138,15 @@ def test_a_step_of_one_process(bug: bool, wrong: int, command: list[str], tmp_pa
     ]
 
 
+def test_the_main_process_decides_which_step_is_the_best(command: list[str], tmp_path: Path):
+    """Rounding may differ between ranks, and all of them must take part in a checkpoint."""
+    output = tmp_path / "run"
+    more = ["--loop.steps=3", "--loop.val_every=1", f"--output={output}"]
+    (first, _, err), (second, _, other) = launch(partial(ranks.training_with_other_losses, [*command, *more]), tmp_path)
+    assert (first, second) == (0, 0), err + other
+    assert [path.name for path in (output / "best").iterdir()] == ["step-00000003.pt"]
+
+
 def test_the_main_process_at_work(tmp_path: Path):
     """The other one waits for as long as it says that it works, and ends with it."""
     (first, out, err), (second, other, _) = launch(ranks.main_process_works, tmp_path)

@@ -141,6 +141,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         validation: the loss that it was chosen for as the best, if it was.
+        comparable: the settings that such a loss depends on.
     """
 
     step: int
@@ -148,6 +149,7 @@ class Checkpoint(NamedTuple):
     kind: str | None
     config: dict[str, Any] | None
     validation: float | None = None
+    comparable: dict[str, Any] | None = None
 
 
 def is_run(folder: Path) -> bool:
@@ -187,6 +189,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             content.get("kind"),
             None if config is None else as_plain(config),
             None if content.get("validation") is None else float(content["validation"]),
+            None if content.get("comparable") is None else dict(content["comparable"]),
         )
     except Exception as error:  # what stands there may be of any type
         raise DetailFlowError(f"could not read {path}: it is no checkpoint of a training run") from error

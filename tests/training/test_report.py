@@ -1,5 +1,7 @@
 """What a run leaves for its reader: its log, its report, and how well it used the machine."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -35,8 +37,24 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "detailflow train --data 'my photos'" in page
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "curves.png", "samples.png"}
     assert Image.open(tmp_path / "curves.png").width > 300
-    monkeypatch.setattr("sys.argv", ["mine.py"])
-    assert command_line() is None
+    for program in ("mine.py", "mine/__main__.py"):
+        monkeypatch.setattr("sys.argv", [program])
+        assert command_line() is None
+    monkeypatch.setattr("sys.argv", ["/lib/detailflow/__main__.py", "train"])
+    assert command_line() == "detailflow train"
+
+
+def test_the_report_of_a_damaged_log(tmp_path: Path):
+    """Steps without figures, numbers that cannot be drawn, names that cannot be written."""
+    for record, kept in (
+        ({"step": 1}, {"step": 1}),
+        ({"step": 1, "loss": 10**400, "psnr": 1e308}, {"step": 1}),
+        ({"step": 1, "\ud800": 1.0, "$\\frac": 2.0}, {"step": 1, "$\\frac": 2.0}),
+        ({"step": 1, "loss": math.inf}, {"step": 1, "loss": math.inf}),
+    ):
+        (tmp_path / "log.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps({'step': 10**400, 'loss': 1.0})}\n")
+        assert read_history(tmp_path) == [kept]
+        write_report(tmp_path, "gpt", [], read_history(tmp_path), {})
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "gpt"])

@@ -105,7 +105,7 @@ def save_checkpoint(
     keep: int = 2,
     milestone: bool = False,
     model: Mapping[str, Any] | None = None,
-    best: float | None = None,
+    best: tuple[float, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write resume/step-….pt whole or not at all, and copies of milestones and of the best one so far.
 
@@ -113,11 +113,13 @@ def save_checkpoint(
 
     Args:
         model: the "kind" and "config" of the model in it.
-        best: the validation loss, if it is the lowest so far.
+        best: the validation loss, if it is the lowest so far, and the settings that it depends on.
     """
     path = output / CHECKPOINTS / f"step-{step:08d}.pt"
     try:
-        save_torch(path, {**(model or {}), "step": step, "validation": best, "state": state})
+        validation, comparable = best or (None, None)
+        content = {"step": step, "validation": validation, "comparable": comparable, "state": state}
+        save_torch(path, {**(model or {}), **content})
         for folder in [*([MILESTONES] if milestone else []), *([BEST] if best is not None else [])]:
             (output / folder).mkdir(exist_ok=True)
             with replacing(output / folder / path.name) as temporary:

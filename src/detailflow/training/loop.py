@@ -6,6 +6,7 @@ drawn for the whole batch, and each rank takes its part, so that several process
 """
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -142,7 +143,9 @@ class _Training:
         self.health = _Health(self.loop, run.output)
         self.speed = _Speed(run, 0)
         self.saved, self.saved_at = 0, time.monotonic()  # the step of the last checkpoint, and when it was written
-        self.best = self.world.from_main(lambda: _best(self.output))  # its step and validation loss
+        # The settings that make validation losses comparable, and the best step so far with its loss.
+        self.comparable = {"comparable_from": stage.comparable_from, "val_images": self.loop.val_images}
+        self.best = self.world.from_main(self._find_best) if self.loop.val_every else None
 
     def train(self, start: int) -> None:
         """Take all steps from `start` on; after the last one there is a checkpoint."""
@@ -199,11 +202,11 @@ class _Training:
                 _log.info("%s: %s", self.output, which)
             facts.append(which)
         with self.world.raise_together():
+            self.stage.export(self.output)
+        with self.world.raise_together():
             pictures = self.stage.pictures()
             if self.world.is_main:
                 write_report(self.output, self.run.kind, facts, read_history(self.output), pictures)
-        with self.world.raise_together():
-            self.stage.export(self.output)
 
     def _is_due(self, done: int, every: int) -> bool:
         return bool(every) and (done % every == 0 or done == self.loop.steps)
@@ -219,17 +222,37 @@ class _Training:
     def _validate(self, done: int) -> dict[str, float]:
         """Measure the images that are held out; keep a checkpoint of the best step so far."""
         figures = self.stage.validate()
-        comparable = done > min(self.stage.comparable_from, self.loop.steps - 1)
-        if figures and comparable and (self.best is None or figures["val_loss"] < self.best[1]):
-            self.best = done, figures["val_loss"]
-            self._save(done, figures["val_loss"])
+        if figures and self._is_comparable(done):
+            loss = self.world.from_main(lambda: figures["val_loss"])  # so that all ranks decide alike
+            if math.isfinite(loss) and (self.best is None or loss < self.best[1]):
+                self.best = done, loss
+                self._save(done, loss)
         return figures
 
-    def _save(self, done: int, best: float | None = None) -> None:
+    def _is_comparable(self, done: int) -> bool:
+        """Return whether all losses are trained at a step; the last one counts in any case."""
+        return done > min(self.stage.comparable_from, self.loop.steps - 1)
+
+    def _find_best(self) -> tuple[int, float] | None:
+        """Return the step and loss of the best checkpoint so far, if losses from now on can be compared with it."""
+        for path in checkpoints(self.output, BEST):
+            try:
+                checkpoint = read_checkpoint(path)
+            except DetailFlowError:
+                continue
+            step, loss = checkpoint.step, checkpoint.validation
+            same = checkpoint.comparable == self.comparable and self._is_comparable(step)
+            if same and loss is not None and math.isfinite(loss):
+                return step, loss
+        return None
+
+    def _save(self, done: int, loss: float | None = None) -> None:
+        """Write a checkpoint; with `loss` it is the best by validation so far."""
         state = self.stage.state()
         with self.world.raise_together():
             if self.world.is_main:
                 model = {"kind": self.run.kind, "config": self.stage.model_config()}
+                best = None if loss is None else (loss, self.comparable)
                 self.health.good = save_checkpoint(
                     self.output, done, state, self.loop.keep, self._is_milestone(done), model, best
                 )
@@ -265,18 +288,6 @@ class _Training:
             if self.saved < done:
                 self._save(done)
             raise
-
-
-def _best(output: Path) -> tuple[int, float] | None:
-    """Return the step and the validation loss of a run's best checkpoint so far."""
-    for path in checkpoints(output, BEST):
-        try:
-            checkpoint = read_checkpoint(path)
-        except DetailFlowError:
-            continue
-        if checkpoint.validation is not None:
-            return checkpoint.step, checkpoint.validation
-    return None
 
 
 def _means(scalars: Mapping[str, Tensor | float], world: World) -> dict[str, float]:

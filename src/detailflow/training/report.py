@@ -38,14 +38,22 @@ def read_history(output: Path) -> list[dict[str, float]]:
                 record = json.loads(line)
             except (ValueError, RecursionError):  # the last line of a run that was killed while it wrote, or damage
                 continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append({name: value for name, value in record.items() if isinstance(value, int | float)})
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and _is_number(record["step"]):
+                records.append(
+                    {name: value for name, value in record.items() if name.isprintable() and _is_number(value)}
+                )
     return records
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a logged value is a number; those that no float32 can be are damage, and too large to draw."""
+    return isinstance(value, int | float) and not 1e38 <= abs(value) < math.inf
 
 
 def command_line() -> str | None:
     """Return the command that started this process; `None` if that was a program of somebody's own."""
-    if Path(sys.argv[0]).name not in ("detailflow", "__main__.py"):
+    program = Path(sys.argv[0])
+    if program.name != "detailflow" and program.parts[-2:] != ("detailflow", "__main__.py"):
         return None
     return shlex.join(["detailflow", *sys.argv[1:]])
 
@@ -59,7 +67,7 @@ def write_report(
         facts: sentences on the run, such as which step was exported.
     """
     lines = [f"# Training report: {TITLES.get(kind, kind)}", "", *(f"- {fact}" for fact in facts), ""]
-    if history:
+    if _names(history):
         lines += ["## Figures", "", *_table(history), ""]
         if find_spec("matplotlib") is not None:
             draw_curves(history, output / CURVES_FILE)
@@ -109,6 +117,6 @@ def draw_curves(history: Sequence[Record], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), **style)
         if any(f"val_{name}" in record for record in history):
             axes.legend()
-        axes.set_title(name, fontsize=10)
+        axes.set_title(name, fontsize=10, parse_math=False)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

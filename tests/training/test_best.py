@@ -1,0 +1,98 @@
+"""The best step by validation: which steps can be compared, also when a run goes on with other settings."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from detailflow.distributed import World
+from detailflow.errors import DetailFlowError
+from detailflow.training import loop
+from detailflow.training.config import LoopConfig
+from detailflow.training.loop import Run
+
+
+@dataclass(frozen=True)
+class Settings:
+    loop: LoopConfig
+
+
+class Counter:
+    """A stage whose weight is the number of its steps, and whose validation loss is given for each of them."""
+
+    def __init__(self, losses: list[float], comparable_from: float = 0.0) -> None:
+        self.losses, self.comparable_from, self.done = losses, comparable_from, 0
+
+    def batches(self, start_step: int) -> Iterator[int]:
+        yield from range(start_step, 1000)
+
+    def step(self, step: int, batch: int, rate: float, log: bool = True) -> dict[str, Any]:
+        self.done = step + 1
+        return {"gradient_norm": 1.0}
+
+    def state(self) -> dict[str, Any]:
+        return {"done": torch.tensor(self.done)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.done = int(state["done"])
+
+    def validate(self) -> dict[str, float]:
+        return {"val_loss": self.losses[self.done - 1]}
+
+    def model_config(self) -> dict[str, Any]:
+        return {}
+
+    def pictures(self) -> dict[str, Image.Image]:
+        return {}
+
+    def export(self, directory: Path) -> None:
+        (directory / "config.json").write_text(str(self.done))
+
+
+def train(output: Path, losses: list[float], comparable_from: float = 0.0, **settings: Any) -> int:
+    """Train and return the step that was exported."""
+    config = LoopConfig(
+        **{"steps": len(losses), "batch_size": 1, "learning_rate": 0.1, "trackers": (), "val_every": 1, **settings}
+    )
+    run = Run("line", Settings(config), output, World(), torch.device("cpu"))
+    loop.train(lambda _: Counter(losses, comparable_from), run)
+    return int((output / "config.json").read_text())
+
+
+def test_a_short_run_that_goes_on(tmp_path: Path):
+    """Its last step counted although not all losses were trained; with more steps it does not."""
+    assert train(tmp_path, [3.0, 1.0], comparable_from=2) == 2
+    assert train(tmp_path, [3.0, 1.0, 4.0, 5.0], comparable_from=2) == 3
+
+
+def test_a_run_that_goes_on_with_the_same_images(tmp_path: Path):
+    assert train(tmp_path, [3.0, 1.0]) == 2
+    assert train(tmp_path, [3.0, 1.0, 2.0]) == 2
+
+
+@pytest.mark.parametrize(("settings", "exported"), [({"val_images": 7}, 3), ({"val_every": 0}, 4)])
+def test_a_run_that_goes_on_with_other_validation(settings: dict[str, Any], exported: int, tmp_path: Path):
+    assert train(tmp_path, [3.0, 1.0]) == 2
+    assert train(tmp_path, [3.0, 1.0, 4.0, 5.0], **settings) == exported
+
+
+def test_a_run_that_goes_on_with_other_steps_to_compare(tmp_path: Path):
+    assert train(tmp_path, [3.0, 1.0], comparable_from=1) == 2
+    assert train(tmp_path, [3.0, 1.0, 4.0], comparable_from=1.5) == 3
+
+
+def test_a_loss_that_is_not_finite_is_not_the_best(tmp_path: Path):
+    assert train(tmp_path / "first", [math.nan, 2.0, -math.inf, 3.0]) == 2
+    assert train(tmp_path / "all", [math.nan, math.nan]) == 2 and not (tmp_path / "all" / "best").exists()
+
+
+def test_the_model_is_there_before_the_report(tmp_path: Path):
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(DetailFlowError, match="report.md"):
+        train(tmp_path, [2.0, 1.0])
+    assert (tmp_path / "config.json").read_text() == "2"
