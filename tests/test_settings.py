@@ -101,6 +101,11 @@ def test_values_become_what_their_types_say(monkeypatch: pytest.MonkeyPatch):
     assert type(found.rate) is float and type(found.inner.depth) is int
 
 
+@pytest.mark.parametrize("text", ["1e4", "1.5e4", "-1.e+4", ".5E-4"])
+def test_numbers_that_are_text_in_yaml(text: str):
+    assert checked("x", text, float) == float(text)
+
+
 def test_what_is_missing():
     with pytest.raises(DetailFlowError, match=r"^settings are missing: data, inner\.depth \(here\)$"):
         parse_settings(Outer, {"rate": 0.1}, advice=" (here)")

@@ -190,6 +190,9 @@ def _convert(value: Any, kind: Any, text: bool) -> Any:
     return value
 
 
+_EXPONENTIAL = re.compile(
+    r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE | re.ASCII
+)  # 1e-4 and 1.5e4 are text in YAML
 _READERS: dict[Any, tuple[Any, str]] = {  # the types that are taken, and their name in a sentence
     bool: (bool, "true or false"),
     int: (Integral, "an integer"),
@@ -205,8 +208,8 @@ def _read(value: str, kind: Any, text: bool) -> Any:
         return os.path.expanduser(value)
     if text and kind is bool:
         return {"true": True, "false": False}.get(value.lower(), value)
-    if (text and kind in (int, float)) or (kind is float and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE)):
-        try:  # YAML takes 1e-4 for text
+    if (text and kind in (int, float)) or (kind is float and _EXPONENTIAL.fullmatch(value)):
+        try:
             return kind(value)
         except ValueError:
             return value

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from detailflow.cli.main import main
@@ -100,6 +101,19 @@ def test_one_at_least_and_never_all_of_a_class(cifar: Path, tmp_path: Path):
     assert len(source) - len(validation) == len(source.class_names)
     assert train.class_names == source.class_names and train.name(2) == source.name(2)
     assert len({source.fingerprint, train.fingerprint, subset(source, [0, 1, 3]).fingerprint}) == 3
+
+
+def test_copies_stay_on_one_side_if_a_class_gets_one_back(tmp_path: Path):
+    for name, colours in (("a", ("red", "red", "blue", "blue")), ("b", ("red", "green", "blue"))):
+        (tmp_path / name).mkdir()
+        for number, colour in enumerate(colours):
+            Image.new("RGB", (8, 8), colour).save(tmp_path / name / f"{number}.png")
+    source = open_images(tmp_path)
+    chosen = held_out(source, 1.0)
+    out, kept = (
+        {source.stored_bytes(i) for i in range(len(source)) if (i in chosen) == side} for side in (True, False)
+    )
+    assert not out & kept and set(source.labels[sorted(set(range(len(source))) - set(chosen))]) == {0, 1}
 
 
 def test_another_set(cifar: Path, tmp_path: Path):

@@ -70,11 +70,12 @@ def held_out(source: ImageSource, share: float) -> list[int]:
         except DetailFlowError:  # training will say so
             draws.append(1.0)
     limit = max(share, np.nextafter(min(draws), 1.0))
-    chosen = np.array(draws) < limit
+    drawn = np.array(draws)
+    chosen = drawn < limit
     for label in np.unique(source.labels[chosen]):
         members = np.flatnonzero(source.labels == label)
         if chosen[members].all():
-            chosen[members[np.argmax(np.array(draws)[members])]] = False
+            chosen[drawn == drawn[members].max()] = False  # with its copies
     return np.flatnonzero(chosen).tolist()
 
 
