@@ -85,6 +85,11 @@ def test_a_stream_ends_with_the_images_of_the_plain_call(pipeline: DetailFlowPip
     assert as_bytes(stages[-1].images) == as_bytes(pipeline(["cat", "bird"], **options))
 
 
+def test_a_keyword_that_is_none(pipeline: DetailFlowPipeline):
+    with pytest.raises(TypeError, match="unknown argument 'num_images': did you mean num_images_per_class"):
+        pipeline("cat", num_images=2)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_a_stream_holds_the_caches_of_one_batch(pipeline: DetailFlowPipeline, batch_size: int):
     """Those of 1,000 labels of GPT-L would take 25 GB at once."""
@@ -227,7 +232,7 @@ def test_generators_in_place_of_a_seed(pipeline: DetailFlowPipeline):
     assert one[0] == one[1] != one[2]
     with pytest.raises(DetailFlowError, match="generator must be one or a list of 2, one per image, not a list of 4"):
         pipeline([1, 2], generator=own)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'sed'"):
+    with pytest.raises(TypeError, match="unknown argument 'sed': did you mean seed"):
         pipeline("cat", sed=1)
 
 

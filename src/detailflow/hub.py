@@ -200,7 +200,7 @@ def fetch(repository: str, patterns: Sequence[str], revision: str | None = None)
     except Exception as error:  # connection, name, permission, disk: the hub's client has an exception type for each
         raise DetailFlowError(
             f"could not download {repository!r} from the Hugging Face hub ({_first_line(error)}): "
-            "check the name and the connection, or give a local folder instead"
+            "there is no local folder of that name; check it and the connection"
         ) from error
     if not folder.is_dir():  # what the hub's client returns if no file matches
         raise DetailFlowError(f"{repository!r} on the Hugging Face hub holds no such model")

@@ -1,7 +1,7 @@
 """From class labels, or an image, to PIL images at any stage of detail: the tokenizer and the AR model together."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -23,7 +23,7 @@ from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.psnr import psnr
 from detailflow.sampling import Engine, SamplingOptions
 from detailflow.schedule import TokenSchedule
-from detailflow.settings import BatchSize, NotNegativeInt, PositiveInt, Seed, Settings, require
+from detailflow.settings import BatchSize, NotNegativeInt, PositiveInt, Seed, Settings, require, unknown
 
 BATCH_SIZE = 32
 LARGEST_CALL = 100_000  # images, which are all in memory in the end
@@ -271,6 +271,9 @@ class DetailFlowPipeline:
         """Check everything now; then, batch by batch, yield the codes so far, (B, n), after each decoding step."""
         given = cast(dict[str, Any], options)
         sampling = self.gpt.sampling(**{k: given.pop(k) for k in SamplingOptions.__annotations__ if k in given})
+        for name in given.keys() - {field.name for field in fields(_Options)}:
+            known = GenerationOptions.__annotations__
+            raise TypeError(unknown("argument", name, known, f"the arguments are {', '.join(known)}"))
         call = _Options(**given)
         n = self.tokenizer.schedule.check_count(call.num_tokens)
         prefix = None if call.prefix is None else self.tokens(call.prefix)

@@ -85,6 +85,7 @@ def test_more_than_one_in_a_hundred(folder: Path, model: Path, tmp_path: Path, c
         (["--device", "quantum"], "device 'quantum' cannot be used here"),
         (["--split", "test"], " has no split 'test'"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: this file cannot be read"),
+        (["--config", "own-32/tokenizer"], "no such file, and unknown recipe 'own-32/tokenizer': did you mean own-"),
     ],
 )
 def test_bad_input(

@@ -196,7 +196,7 @@ CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ("data: [a\nmodel: }", "--config b.yaml: this file is not valid YAML (line 2)"),
     ("- a\n- b\n", "--config b.yaml: this file must have settings, each as KEY: VALUE"),
     ("", "--config b.yaml: this file must have settings, each as KEY: VALUE"),
-    (None, "--config b.yaml: this file cannot be read (No such file or directory)"),
+    (None, "--config b.yaml: this file cannot be read: no such file, and unknown recipe 'b': the recipes are "),
 ]
 
 

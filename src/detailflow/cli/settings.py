@@ -117,7 +117,10 @@ def read_settings_file(path: str) -> dict[str, Any]:
     try:
         content = read_yaml(path)
     except OSError as error:
-        raise DetailFlowError(f"--config {path}: this file cannot be read ({error.strerror})") from error
+        names = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.glob("*/*.yaml"))
+        hint = unknown("recipe", path.removesuffix(".yaml"), names, f"the recipes are {', '.join(names)}")
+        missing = f": no such file, and {hint}" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
+        raise DetailFlowError(f"--config {path}: this file cannot be read{missing}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
