@@ -11,11 +11,12 @@ import yaml
 
 from detailflow import DetailFlowGPT, DetailFlowTokenizer
 from detailflow.cli.settings import read_request, recipe_file
+from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.growing import grow_tokenizer
 from detailflow.settings import parse_settings
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
-from detailflow.training.presets import PRESETS, load_settings
+from detailflow.training.presets import PRESETS, load_settings, train_preset
 from detailflow.training.tokenizer import count_of_steps
 
 FOLDER = Path(str(files("detailflow") / "recipes"))
@@ -80,6 +81,18 @@ def test_presets_fit_together(preset: str):
     last = parse_settings(GPTTraining, {"tokens": "x", "tokenizer": "y", **load_settings(preset, "gpt")}, preset)
     assert str(first.model.image_size) in preset and first.loop.steps > last.loop.batch_size
     assert max(first.model.schedule.valid_counts) == first.model.num_tokens
+
+
+def test_a_preset_keeps_the_tokenizer_of_its_tokens(cifar: Path, tmp_path: Path):
+    """More steps would make another one, and its tokens would have to be made again."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "run.yaml").write_text("kind: tokenizer\nloop: {steps: 10}\n")
+    (tmp_path / "tokens").mkdir()
+    with pytest.raises(
+        DetailFlowError, match="is of a tokenizer that was trained for 10 steps, not 20: choose another"
+    ):
+        train_preset(PRESETS[0], str(cifar), tmp_path, tokenizer_steps=20, device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "tokens"]
 
 
 # ------------------------------------------------------------------------------------------------- the paper's scale

@@ -86,6 +86,21 @@ def test_a_run_that_goes_on_with_other_steps_to_compare(tmp_path: Path):
     assert train(tmp_path, [3.0, 1.0, 4.0], comparable_from=1.5) == 3
 
 
+@pytest.mark.parametrize("error", [DetailFlowError("no room"), KeyboardInterrupt()])
+def test_a_finished_run_whose_longer_one_never_starts(error: BaseException, tmp_path: Path):
+    assert train(tmp_path, [3.0, 1.0]) == 2
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def fail(resuming: bool) -> Counter:
+        raise error
+
+    config = LoopConfig(steps=5, batch_size=1, learning_rate=0.1, trackers=(), val_every=1)
+    with pytest.raises(type(error)):
+        loop.train(fail, Run("line", Settings(config), tmp_path, World(), torch.device("cpu")))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert train(tmp_path, [3.0, 1.0]) == 2
+
+
 def test_a_loss_that_is_not_finite_is_not_the_best(tmp_path: Path):
     assert train(tmp_path / "first", [math.nan, 2.0, -math.inf, 3.0]) == 2
     assert train(tmp_path / "all", [math.nan, math.nan]) == 2 and not (tmp_path / "all" / "best").exists()

@@ -10,7 +10,7 @@ from PIL import Image
 from detailflow.cli.main import main
 from detailflow.data.images import open_images
 from detailflow.errors import DetailFlowError
-from detailflow.training.checkpoints import claim
+from detailflow.training.checkpoints import claim, go_on
 from detailflow.training.inputs import difference, files_input, images_input
 
 NETWORK = {"width": 16, "depth": 1, "heads": 2}
@@ -135,7 +135,9 @@ def test_a_run_of_an_earlier_version(here: Path):
     inputs = {"data": images_input(open_images("photos"))}
     with pytest.raises(DetailFlowError, match="another data"):
         claim(here / "run", "tokenizer", config | {"data": "photos/"}, inputs)
-    assert claim(here / "run", "tokenizer", config, inputs)
+    settings = claim(here / "run", "tokenizer", config, inputs)
+    assert settings
+    go_on(here / "run", settings)
     assert claim(here / "run", "tokenizer", config | {"data": "photos/"}, inputs)
 
 

@@ -13,7 +13,7 @@ import yaml
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.runs import RUN_FILE
-from detailflow.training.checkpoints import claim, load_checkpoint, save_checkpoint
+from detailflow.training.checkpoints import claim, go_on, load_checkpoint, save_checkpoint
 from detailflow.training.config import LoopConfig
 
 
@@ -194,10 +194,25 @@ def test_a_checkpoint_is_on_the_disk_before_those_before_it_go(tmp_path: Path, m
 def test_settings_that_may_change_when_a_run_goes_on(tmp_path: Path):
     claim(tmp_path, "gpt", asdict(Settings(LOOP)))
     more = replace(LOOP, workers=3, log_every=1, keep=5, trackers=(), accumulate=4, checkpoint_minutes=9)
-    assert claim(tmp_path, "gpt", asdict(Settings(more)))
+    settings = claim(tmp_path, "gpt", asdict(Settings(more)))
+    assert settings and yaml.safe_load((tmp_path / RUN_FILE).read_text())["loop"]["workers"] != 3
+    go_on(tmp_path, settings)
     assert yaml.safe_load((tmp_path / RUN_FILE).read_text())["loop"]["workers"] == 3
     with pytest.raises(DetailFlowError, match=r"another loop.learning_rate \(0.1, not 0.2\)"):
         claim(tmp_path, "gpt", asdict(Settings(replace(more, learning_rate=0.2))))
+
+
+def test_fewer_steps_than_recorded(tmp_path: Path):
+    """If as many are not done yet; a finished run stays as it is."""
+    claim(tmp_path, "gpt", asdict(Settings(LOOP)))
+    save_checkpoint(tmp_path, 3, {})
+    with pytest.raises(DetailFlowError, match=r"another loop.steps \(5, not 2\)"):
+        claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=2))))
+    fewer = claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=3))))
+    assert fewer and fewer["loop"]["steps"] == 3
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DetailFlowError, match=r"another loop.steps \(5, not 3\)"):
+        claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=3))))
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, -1])

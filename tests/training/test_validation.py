@@ -168,6 +168,15 @@ def test_the_token_store_has_two_parts(validated_tokens: Path, cifar: Path, mode
         extract(Extraction(str(cifar), str(model), crops="two"), copy, "cpu")
 
 
+def test_what_was_held_out_is_not_trained_on(validated_tokens: Path, cifar: Path, model: Path, tmp_path: Path):
+    """The validation store of an extraction that was killed, and the command without its val_share."""
+    (tmp_path / "store").mkdir()
+    shutil.copytree(validated_tokens / "validation", tmp_path / "store" / "validation")
+    with pytest.raises(DetailFlowError, match="is left from an extraction that held out images"):
+        extract(Extraction(str(cifar), str(model), crops="two"), tmp_path / "store", "cpu")
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["validation"]
+
+
 # ------------------------------------------------------------------------------------------------- runs
 
 

@@ -41,21 +41,29 @@ def run_folder(output: Path) -> RunFolder:
     return RunFolder(output, "a run", RUN_FILE)
 
 
-def claim(output: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Input] | None = None) -> bool:
-    """Make `output` this run's folder, or check that it already is; return False if the run is finished.
+def claim(
+    output: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Input] | None = None
+) -> dict[str, Any] | None:
+    """Make `output` this run's folder, or check that it already is; return `None` if the run is finished.
 
     Args:
         inputs: the settings that are known by the content of what they name, which may move.
+
+    Returns:
+        What `go_on` records once the run is about to go on; a run that starts is recorded already.
     """
     folder = run_folder(output)
     recorded, settings = folder.read(), {"kind": kind, **as_plain(config)}
     known = dict(recorded.get(KNOWN_BY) or {})
     settings[KNOWN_BY] = content = _read_inputs(output, inputs or {}, recorded, settings)
     finished = os.path.isfile(output / CONFIG_FILE)  # which `export` writes last
-    longer = _steps(recorded) < _steps(settings)
+    steps = _steps(settings)
+    longer = _steps(recorded) < steps
     if recorded:
         both = content.keys() & known.keys()
-        folder.check(recorded, _identity(settings, {KNOWN_BY, *both}, {*FREE, *(["steps"] if longer else [])}))
+        done = max(map(step_of, checkpoints(output)), default=0)
+        other_steps = longer or (not finished and steps >= done)
+        folder.check(recorded, _identity(settings, {KNOWN_BY, *both}, {*FREE, *(["steps"] if other_steps else [])}))
         for name in both:
             if changed := difference(name, known[name], content[name]):
                 raise DetailFlowError(
@@ -65,13 +73,19 @@ def claim(output: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[st
     elif finished:
         raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")
     if finished and not longer:
-        return False
-    if finished:
-        (output / CONFIG_FILE).unlink()  # first, as the run is not finished any more
-    if recorded != settings:
+        return None
+    if not recorded:
         folder.write(settings)
     (output / CHECKPOINTS).mkdir(exist_ok=True)
-    return True
+    return settings
+
+
+def go_on(output: Path, settings: Mapping[str, Any]) -> None:
+    """Record that a run goes on with the settings that `claim` returned."""
+    (output / CONFIG_FILE).unlink(missing_ok=True)  # first, as the run is not finished any more
+    folder = run_folder(output)
+    if folder.read() != settings:
+        folder.write(settings)
 
 
 def _read_inputs(

@@ -114,6 +114,11 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     with world.raise_together():
         sources = {output: source} if validation is None else {output / VALIDATION: validation, output: source}
         writers = {path: TokenWriter(path, info, one.labels, CHUNK_IMAGES) for path, one in sources.items()}
+        if validation is None and (output / VALIDATION).exists() and not writers[output].finished:
+            raise DetailFlowError(
+                f"{output / VALIDATION} is left from an extraction that held out images, and this one would train on "
+                "them: repeat its val_share or val_data, remove that folder, or choose another output"
+            )
     with ExitStack() as stack:
         if not world.from_main(lambda: all(writer.finished for writer in writers.values())):
             stack.enter_context(lock_folder(output, "extraction", world))  # a finished one may be on a read-only disk

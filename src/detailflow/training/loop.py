@@ -27,7 +27,7 @@ from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
 from detailflow.runs import BEST, CHECKPOINTS, RUN_FILE, checkpoints, read_checkpoint
 from detailflow.seeds import mixed_seed
-from detailflow.training.checkpoints import claim, load_checkpoint, run_folder, save_checkpoint
+from detailflow.training.checkpoints import claim, go_on, load_checkpoint, run_folder, save_checkpoint
 from detailflow.training.config import PRECISIONS, LoopConfig
 from detailflow.training.inputs import Input
 from detailflow.training.report import read_history, write_report
@@ -101,7 +101,8 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
     loop.images_at_once(world)
     with run_folder(output).lock("training run", world):
         fresh = not os.path.exists(output / RUN_FILE)
-        if not world.from_main(lambda: claim(output, run.kind, asdict(run.config), run.inputs)):
+        settings = world.from_main(lambda: claim(output, run.kind, asdict(run.config), run.inputs))
+        if settings is None:
             if world.is_main:
                 _log.info("%s: this %s is finished already", output, "AR model" if run.kind == "gpt" else run.kind)
             return
@@ -117,6 +118,9 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
         if checkpoint:
             _restore(stage, checkpoint.state, output / CHECKPOINTS, start)
         del checkpoint
+        with world.raise_together():
+            if world.is_main:
+                go_on(output, settings)  # only now, so that what fails before leaves a finished run as it is
         training = _Training(stage, run)
         training.train(start)
         training.finish()

@@ -10,7 +10,9 @@ import yaml
 
 from detailflow.data.images import open_images
 from detailflow.distributed import World
+from detailflow.errors import DetailFlowError
 from detailflow.settings import parse_settings
+from detailflow.training.checkpoints import run_folder
 from detailflow.training.config import CLASSIFIER, Extraction, GPTTraining, TokenizerTraining
 from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
@@ -45,6 +47,7 @@ def train_preset(
         first = _without_classes(first)
     if tokenizer_steps is not None:
         first = replace(first, loop=replace(first.loop, steps=tokenizer_steps))
+    _check_steps(output, first.loop.steps)
     train_tokenizer(first, Path(tokenizer), device)
 
     if not (Path(tokens) / "manifest.json").exists():
@@ -59,6 +62,17 @@ def train_preset(
     if gpt_steps is not None:
         last = replace(last, loop=replace(last.loop, steps=gpt_steps))
     train_gpt(last, Path(gpt), device)
+
+
+def _check_steps(output: Path, steps: int) -> None:
+    """Check that the tokenizer stays the one that made the tokens, if there are any."""
+    loop = run_folder(output / "tokenizer").read().get("loop")
+    recorded = loop.get("steps") if isinstance(loop, dict) else None
+    if isinstance(recorded, int) and recorded < steps and (output / "tokens").exists():
+        raise DetailFlowError(
+            f"{output / 'tokens'} is of a tokenizer that was trained for {recorded:,} steps, not {steps:,}: choose "
+            f"another folder, repeat --tokenizer-steps {recorded}, or remove {output / 'tokens'} and {output / 'gpt'}"
+        )
 
 
 def _without_classes(config: TokenizerTraining) -> TokenizerTraining:
