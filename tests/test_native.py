@@ -223,11 +223,15 @@ def test_loading_leaves_denormal_numbers_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=x86-64-v3"], ["-fsanitize=address,undefined"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [["-march=x86-64"], ["-march=x86-64-v3"], ["-march=x86-64-v4"], ["-fsanitize=address,undefined"]], ids=str
+)
 def test_other_builds(flags: list[str], tmp_path: Path):
     """Other instructions give the same tokens; with the sanitizers nothing is read or written that is not ours."""
     if "march" in flags[0] and platform.machine() != "x86_64":
         pytest.skip("instructions of another processor")
+    if "v4" in flags[0] and "avx512vl" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX-512")
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     preload = ""
     if "sanitize" in flags[0]:

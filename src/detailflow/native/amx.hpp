@@ -5,6 +5,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 #if defined(__AMX_BF16__) && defined(__linux__)
@@ -17,9 +18,10 @@ namespace detailflow::amx {
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 
-inline bool available() {
+inline bool available() {  // only if asked for: nobody has seen it at work yet
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl(2)
-    static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    static const bool granted =
+        std::getenv("DETAILFLOW_AMX") && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
     return granted;
 }
 
