@@ -80,7 +80,7 @@ class Guard:
             self.found.append(f"{event} {arguments[:2]!r}"[:300])
         elif event in _CHANGES:
             for path in arguments[: _CHANGES[event]]:
-                self._written(path, event)
+                self._written(path, event, follow=event in ("os.truncate", "os.chmod", "os.utime"))
         elif event in ("os.symlink", "os.link"):
             self._written(arguments[1], event)
         elif event in _CALLS:
@@ -94,10 +94,12 @@ class Guard:
         elif os.fsdecode(path).endswith(os.path.basename(self._secret)) and os.path.realpath(path) == self._secret:
             self.found.append(f"read {os.fsdecode(path)}, which nobody named")
 
-    def _written(self, path: Any, how: str) -> None:
+    def _written(self, path: Any, how: str, follow: bool = True) -> None:
+        """Note a change of `path`; of what it leads to if `follow`, else of a link itself."""
         if isinstance(path, int):
             return
-        real = os.path.realpath(os.fsdecode(path))
+        folder, name = os.path.split(os.fsdecode(path))
+        real = os.path.realpath(os.fsdecode(path)) if follow or not name else f"{os.path.realpath(folder)}/{name}"
         if real.startswith(self._forbidden) or (not f"{real}/".startswith(self._allowed) and real not in DEVICES):
             self.found.append(f"{how}: {real!r}"[:300])
 
