@@ -22,7 +22,7 @@ from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.pipeline import DetailFlowPipeline, image_generator
-from detailflow.sampling import Engine as EngineName
+from detailflow.sampling import EngineName
 
 FIRST = next(iter(ZOO))
 Progress = Callable[[str], object]  # called with the name of what comes next

@@ -21,7 +21,7 @@ from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.loading import check_ids
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.psnr import psnr
-from detailflow.sampling import Engine, SamplingOptions
+from detailflow.sampling import EngineName, SamplingOptions
 from detailflow.schedule import TokenSchedule
 from detailflow.settings import BatchSize, NotNegativeInt, PositiveInt, Seed, Settings, require, unknown
 
@@ -107,7 +107,7 @@ class DetailFlowPipeline:
         dtype: torch.dtype | str | None = None,
         tokenizer: str | Path | None = None,
         revision: str | None = None,
-        engine: Engine = "auto",
+        engine: EngineName = "auto",
     ) -> "DetailFlowPipeline":
         """Load both models, ready to generate.
 
@@ -121,7 +121,7 @@ class DetailFlowPipeline:
             revision: a branch, tag or commit of a model on the hub; a separate `tokenizer` is the newest.
             engine: what takes the decoding steps: "native" (C++, for CPUs), "torch", or the first of them that can.
         """
-        require(Engine, engine=engine)
+        require(EngineName, engine=engine)
         device, dtype = choose_device(device), choose_dtype(dtype)
         codec = DetailFlowTokenizer.from_pretrained(
             tokenizer or path_or_id, device=device, dtype=dtype, revision=None if tokenizer else revision

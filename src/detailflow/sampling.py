@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypedDict, Unpack
 
 from detailflow.settings import Must, Settings
 
-Engine = Literal["auto", "native", "torch"]  # that takes the decoding steps; "auto" is the first of them that can
+EngineName = Literal["auto", "native", "torch"]  # that takes the decoding steps; "auto" is the first of them that can
 GuidanceSchedule = Literal["constant", "linear"]
 OFF: Literal["off"] = "off"  # a top-k or top-p that keeps all codes, whatever the model's own best is
 

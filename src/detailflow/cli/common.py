@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from detailflow.errors import DetailFlowError
-from detailflow.sampling import OFF, Engine, SamplingConfig
+from detailflow.sampling import OFF, EngineName, SamplingConfig
 from detailflow.settings import Location, checked, list_settings, unknown
 
 Dtype = Literal["float32", "bfloat16", "float16"]  # names in torch, the default first
@@ -114,7 +114,7 @@ def add_model_options(parser: Parser, tokenizer: bool = False, dtype: bool = Tru
     parser.option("--model", Location, help=f"{MODEL} (default: the shipped one)")
     if tokenizer:
         parser.option("--tokenizer", Location, metavar="MODEL", help="where the tokenizer is, if not with the model")
-        parser.option("--engine", Engine, "auto", "native (C++, for CPUs), torch or auto", metavar="NAME")
+        parser.option("--engine", EngineName, "auto", "native (C++, for CPUs), torch or auto", metavar="NAME")
     add_device_option(parser)
     if dtype:
         parser.option("--dtype", Dtype, DTYPES[0], f"{', '.join(DTYPES)} (default: the first)", metavar="TYPE")

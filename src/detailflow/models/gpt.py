@@ -14,7 +14,7 @@ from detailflow.generation import Cache, Generators
 from detailflow.models.layers import attend
 from detailflow.models.loading import check_ids
 from detailflow.models.pretrained import Pretrained
-from detailflow.sampling import Engine, GuidanceSchedule, SamplingConfig, SamplingOptions
+from detailflow.sampling import EngineName, GuidanceSchedule, SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule
 from detailflow.settings import Depth, Must, PositiveInt, Settings, ShareBelowOne
 
@@ -195,7 +195,7 @@ class DetailFlowGPT(Pretrained):
         self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.apply(_initialise)
-        self.engine: Engine = "auto"  # that takes the decoding steps
+        self.engine: EngineName = "auto"  # that takes the decoding steps
 
     def forward(self, class_ids: Tensor, ids: Tensor) -> Tensor:
         """Teacher forcing: (B,) class ids and (B, N) codes → (B, N, K) logits, those at position i predicting token i.

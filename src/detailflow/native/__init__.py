@@ -1,4 +1,4 @@
-"""A decoding step in C++ for CPUs, built on this machine at first use (docs/speed.md#the-native-engine).
+"""A decoding step in C++ for CPUs, built on this machine at first use (docs/speed.md#engines).
 
 It works on the weights where PyTorch keeps them, so nothing is copied, and weights that change are seen.
 """

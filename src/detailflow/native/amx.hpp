@@ -31,8 +31,8 @@ struct alignas(64) Shapes {  // of the eight tiles: 16 rows of 64 bytes each
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-inline void product(const uint16_t* x, int rows, const uint16_t* weight, int out, int in, const float* bias, float* y,
-                    std::size_t stride, bool add, int threads) {
+inline void product(const uint16_t* x, int rows, const uint16_t* weight, int out, int in, float* y, bool add,
+                    int threads) {
     const int blocks = (rows + 15) / 16, depth = in / 32;
     std::vector<uint32_t> pairs(std::size_t(blocks) * depth * 256);  // (blocks, depth, 16 pairs, 16 rows)
     for (int m = 0; m < rows; m++)
@@ -57,8 +57,8 @@ inline void product(const uint16_t* x, int rows, const uint16_t* weight, int out
             _tile_stored(0, sums, 64);
             for (int m = block * 16; m < rows && m < block * 16 + 16; m++)
                 for (int i = 0; i < 16; i++) {
-                    float value = sums[i][m % 16] + (bias ? bias[n + i] : 0);
-                    y[m * stride + n + i] = add ? y[m * stride + n + i] + value : value;
+                    float& value = y[std::size_t(m) * out + n + i];
+                    value = add ? value + sums[i][m % 16] : sums[i][m % 16];
                 }
         }
     }
@@ -69,7 +69,7 @@ inline void product(const uint16_t* x, int rows, const uint16_t* weight, int out
 #else
 
 inline bool available() { return false; }
-inline void product(const uint16_t*, int, const uint16_t*, int, int, const float*, float*, std::size_t, bool, int) {}
+inline void product(const uint16_t*, int, const uint16_t*, int, int, float*, bool, int) {}
 
 #endif
 

@@ -18,7 +18,7 @@ constexpr std::size_t FEWEST_FOR_THREADS = std::size_t(1) << 21;  // multiplicat
 
 // y (M, N) = or += x (M rows of `in`) · w (N rows of `in`)ᵀ; with FETCH the weights of later tiles are fetched meanwhile.
 template <class T, int M, int N, bool FETCH>
-inline void tile(const T* x, const T* w, int in, float* y, std::size_t stride, const float* bias, bool add) {
+inline void tile(const T* x, const T* w, int in, float* y, std::size_t stride, bool add) {
     constexpr int COUNT = (M * N + LANES - 1) / LANES * LANES;
     Vector acc[COUNT] = {};
     for (int k = 0; k < in; k += Chunk<T>::SIZE) {
@@ -43,52 +43,49 @@ inline void tile(const T* x, const T* w, int in, float* y, std::size_t stride, c
     for (int m = 0; m < M; m++) {
         Outputs value, before;
         std::memcpy(&value, total + m * N, sizeof value);
-        if (bias) std::memcpy(&before, bias, sizeof before), value += before;
         if (add) std::memcpy(&before, y + m * stride, sizeof before), value += before;
         std::memcpy(y + m * stride, &value, sizeof value);
     }
 }
 
-// A weight matrix (out, in) and perhaps a bias, in PyTorch's memory.
+// A weight matrix (out, in) in PyTorch's memory.
 template <class T> struct Linear {
     const T* weight;
     int out, in;
-    const float* bias = nullptr;
 };
 
 // N outputs of all rows from output `n` on.
 template <class T, int M, int N>
-void outputs(const T* x, int rows, const Linear<T>& w, int n, float* y, std::size_t stride, bool add) {
+void outputs(const T* x, int rows, const Linear<T>& w, int n, float* y, bool add) {
+    const std::size_t stride = w.out;
     const T* weight = w.weight + std::size_t(n) * w.in;
-    const float* bias = w.bias ? w.bias + n : nullptr;
-    tile<T, M, N, true>(x, weight, w.in, y + n, stride, bias, add);
+    tile<T, M, N, true>(x, weight, w.in, y + n, stride, add);
     int m = M;
     for (; m + M <= rows; m += M)
-        tile<T, M, N, false>(x + std::size_t(m) * w.in, weight, w.in, y + m * stride + n, stride, bias, add);
+        tile<T, M, N, false>(x + std::size_t(m) * w.in, weight, w.in, y + m * stride + n, stride, add);
     if constexpr (M > 1)
         for (; m < rows; m++)
-            tile<T, 1, N, false>(x + std::size_t(m) * w.in, weight, w.in, y + m * stride + n, stride, bias, add);
+            tile<T, 1, N, false>(x + std::size_t(m) * w.in, weight, w.in, y + m * stride + n, stride, add);
 }
 
-// y (rows, out) = or += x (rows, in) · Wᵀ + b; `stride` is between rows of y, out if 0.
+// y (rows, out) = or += x (rows, in) · Wᵀ.
 template <class T>
-void product(const T* x, int rows, const Linear<T>& w, float* y, bool add, int threads, std::size_t stride = 0) {
-    if (!stride) stride = w.out;
+void product(const T* x, int rows, const Linear<T>& w, float* y, bool add, int threads) {
     const bool several = threads > 1 && std::size_t(rows) * w.out * w.in > FEWEST_FOR_THREADS;
     if constexpr (sizeof(T) == 2)
         if (amx::available() && w.out % 16 == 0 && w.in % 32 == 0) {
             amx::product(reinterpret_cast<const uint16_t*>(x), rows, reinterpret_cast<const uint16_t*>(w.weight), w.out,
-                         w.in, w.bias, y, stride, add, several ? threads : 1);
+                         w.in, y, add, several ? threads : 1);
             return;
         }
 #pragma omp parallel for schedule(static) num_threads(threads) if (several)
     for (int n = 0; n < w.out; n += OUTPUTS) {
         if (rows >= 4 && LANES == 4)
-            for (int i = 0; i < OUTPUTS; i += 4) outputs<T, 4, 4>(x, rows, w, n + i, y, stride, add);
-        else if (rows >= 2 && LANES == 16) outputs<T, 2, OUTPUTS>(x, rows, w, n, y, stride, add);
+            for (int i = 0; i < OUTPUTS; i += 4) outputs<T, 4, 4>(x, rows, w, n + i, y, add);
+        else if (rows >= 2 && LANES == 16) outputs<T, 2, OUTPUTS>(x, rows, w, n, y, add);
         else if (rows >= 2)
-            for (int i = 0; i < OUTPUTS; i += 4) outputs<T, 2, 4>(x, rows, w, n + i, y, stride, add);
-        else outputs<T, 1, OUTPUTS>(x, rows, w, n, y, stride, add);
+            for (int i = 0; i < OUTPUTS; i += 4) outputs<T, 2, 4>(x, rows, w, n + i, y, add);
+        else outputs<T, 1, OUTPUTS>(x, rows, w, n, y, add);
     }
 }
 
