@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ torch.set_num_threads(1)
 
 IMAGES = Path(__file__).parent / "data" / "images"  # see the README there
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "Hot dog")
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> list[str]:
+    """The start of a command that two processes run, as users launch them; a file or `-m` and a module follow."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -224,24 +223,14 @@ def test_a_bad_seed_claims_no_folder(pipeline: DetailFlowPipeline, tmp_path: Pat
     assert not (tmp_path / "x").exists()
 
 
-def test_one_process_and_several(model: Path, tmp_path: Path):
+def test_one_process_and_several(model: Path, torchrun: list[str], tmp_path: Path):
     """Two processes as torchrun starts them write the files of one."""
     options = ["--num-images", "11", "--batch-size", "2", "--model", str(model)]
     if torch.accelerator.is_available():  # else it need not be said
         options += ["--device", "cpu"]
     assert main(["generate", "cat", "1", *options, "--output", str(tmp_path / "one")]) == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "detailflow",
-    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launch, "generate", "cat", "1", *options, "--output", str(tmp_path / "two")]
+    command = [*torchrun, "-m", "detailflow", "generate", "cat", "1", *options, "--output", str(tmp_path / "two")]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("wrote 11 images") == 1

@@ -240,25 +240,17 @@ def test_a_missing_package_is_named(model: Path, cifar: Path, tmp_path: Path, ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["tokenizer", "gpt"])
-def test_two_processes_measure_what_one_does(what: str, model: Path, cifar: Path, network: Path, tmp_path: Path):
+def test_two_processes_measure_what_one_does(
+    what: str, model: Path, cifar: Path, network: Path, torchrun: list[str], tmp_path: Path
+):
     if what == "tokenizer":
         argv = ["--data", cifar, "--num-images", 31, "--num-tokens", 4, 16, "--mistakes-at", "g1", "--lpips", "none"]
     else:
         argv = ["--reference", cifar, "--num-samples", 31, "--seeds", 0, 1, "--labels", "random"]
     command = ["evaluate", what, "--model", model, *argv, "--features", network, "--batch-size", 8, "--device", "cpu"]
     assert main([*map(str, command), "--output", str(tmp_path / "one")]) == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "detailflow",
-    ]
     done = subprocess.run(
-        [*launch, *map(str, command), "--output", str(tmp_path / "two")],
+        [*torchrun, "-m", "detailflow", *map(str, command), "--output", str(tmp_path / "two")],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -100,19 +100,11 @@ def work(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_as_one(tmp_path: Path):
+def test_two_processes_as_one(torchrun: list[str], tmp_path: Path):
     """Sets of uneven shares, through the statistics' file."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        str(tmp_path),
-    ]
-    done = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [*torchrun, __file__, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     alone = [measure(Projection(), batches(noise(n, level=m), 20), keep=k, total=n) for n, m, k in SETS]
     for rank in range(2):

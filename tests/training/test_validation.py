@@ -25,7 +25,7 @@ from detailflow.training.config import Extraction, LoopConfig, TokenizerTraining
 from detailflow.training.extract import extract
 from detailflow.training.report import read_history
 from detailflow.training.tokenizer import TokenizerStage
-from detailflow.training.validation import held_out, split, subset
+from detailflow.training.validation import held_out, split
 
 NETWORK = {"width": 16, "depth": 1, "heads": 2}
 SIZES = dict(image_size=32, patch_size=16, num_tokens=8, group_size=4, codebook_size=32, codebook_dim=4)
@@ -97,10 +97,10 @@ def test_a_share_by_content(cifar: Path, tmp_path: Path):
 def test_one_at_least_and_never_all_of_a_class(cifar: Path, tmp_path: Path):
     assert len(held_out(open_images(cifar), 1e-9)) == 1
     source = open_images(cifar)
-    train, validation = subset(source, [0, 1, 2]), held_out(source, 1.0)
+    train, validation = source.subset([0, 1, 2]), held_out(source, 1.0)
     assert len(source) - len(validation) == len(source.class_names)
     assert train.class_names == source.class_names and train.name(2) == source.name(2)
-    assert len({source.fingerprint, train.fingerprint, subset(source, [0, 1, 3]).fingerprint}) == 3
+    assert len({source.fingerprint, train.fingerprint, source.subset([0, 1, 3]).fingerprint}) == 3
 
 
 def test_copies_stay_on_one_side_if_a_class_gets_one_back(tmp_path: Path):
@@ -249,22 +249,16 @@ def test_a_stopped_run_is_an_uninterrupted_one(
     assert [path.name for path in (output / "best").iterdir()] == [p.name for p in (finished[stage] / "best").iterdir()]
 
 
-def test_two_ranks_find_the_same_figures(commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):
+def test_two_ranks_find_the_same_figures(
+    commands: dict[str, list[str]], finished: dict[str, Path], torchrun: list[str], tmp_path: Path
+):
     """Also with sharded weights."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "detailflow",
-    ]
     for stage, more in (("tokenizer", []), ("gpt", []), ("gpt", ["--loop.shard", "true"])):
         output = tmp_path / f"{stage}{len(more)}"
         done = subprocess.run(
-            [*launch, *commands[stage], "--output", str(output), *more], capture_output=True, text=True
+            [*torchrun, "-m", "detailflow", *commands[stage], "--output", str(output), *more],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         ours, theirs = losses(finished[stage]), losses(output)

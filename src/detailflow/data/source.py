@@ -120,6 +120,25 @@ class Rows(Protocol):
         """Return each file's name within the set, its bytes and what else identifies it, without reading images."""
 
 
+class _Subset:
+    """Some of the rows of others."""
+
+    def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
+        self.rows, self.indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.rows.name(self.indices[index])
+
+    def stored(self, index: int) -> str | bytes:
+        return self.rows.stored(self.indices[index])
+
+    def listing(self) -> Iterable[tuple[str | int, ...]]:
+        return [*self.rows.listing(), tuple(self.indices)]
+
+
 class ImageSource:
     """A set of labelled images in a fixed order; made by `open_images`.
 
@@ -133,6 +152,10 @@ class ImageSource:
     def __init__(self, rows: Rows, labels: np.ndarray, class_names: tuple[str, ...]) -> None:
         self._rows, self.labels, self.class_names = rows, labels, class_names
         self.where, self.notes = "images", Notes()
+
+    def subset(self, indices: Sequence[int]) -> "ImageSource":
+        """Return a set of some of the images, with all the classes."""
+        return ImageSource(_Subset(self._rows, indices), self.labels[indices], self.class_names)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Images that are held out for validation, as a set of their own or as a share by content; never trained on."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.streams import StreamSource
-from detailflow.data.transforms import center_crop
+from detailflow.data.transforms import center_crop, to_tensor
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
+from detailflow.progress import progress_bar
+from detailflow.psnr import psnr
 
 BATCH = 32  # images at once, whatever the number of ranks: rounding depends on it
 
@@ -31,39 +33,13 @@ class _Settings(Protocol):
     def label_column(self) -> str: ...
 
 
-class _Subset:
-    """Some images of a set, as rows of another."""
-
-    def __init__(self, source: ImageSource, indices: list[int]) -> None:
-        self.rows, self.indices = source._rows, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        return self.rows.name(self.indices[index])
-
-    def stored(self, index: int) -> str | bytes:
-        return self.rows.stored(self.indices[index])
-
-    def listing(self) -> Iterable[tuple[str | int, ...]]:
-        return [*self.rows.listing(), tuple(self.indices)]
-
-
-def subset(source: ImageSource, indices: list[int]) -> ImageSource:
-    """Return a set of some of the images, with all the classes."""
-    return ImageSource(_Subset(source, indices), source.labels[indices], source.class_names)
-
-
 def held_out(source: ImageSource, share: float) -> list[int]:
     """Return the indices of a share of the images, chosen by their stored bytes, so that copies are on the same side.
 
     It is one image at least, and every class keeps one.
     """
-    from tqdm import tqdm
-
     draws = []
-    for index in tqdm(range(len(source)), desc="hold out", unit="img", delay=2, dynamic_ncols=True):
+    for index in progress_bar(range(len(source)), desc="hold out", unit="img"):
         try:
             digest = hashlib.sha256(source.stored_bytes(index)).digest()
             draws.append(int.from_bytes(digest[:8], "big") / 2**64)
@@ -96,7 +72,7 @@ def split(config: _Settings, source: Source, world: World) -> tuple[Source, Imag
     if not chosen:
         return source, None
     rest = [index for index in range(len(source)) if index not in chosen]
-    return subset(source, rest), subset(source, sorted(chosen))
+    return source.subset(rest), source.subset(sorted(chosen))
 
 
 def sample_crops(source: ImageSource, count: int, size: int) -> Tensor:
@@ -138,8 +114,6 @@ def tokenizer_figures(
         crops: (n, R, R, 3) bytes.
         loss: of (B, 3, R, R) pixels and their targets.
     """
-    from detailflow.data.transforms import to_tensor
-    from detailflow.psnr import psnr
 
     def measure(part: slice) -> dict[str, Tensor]:
         images = to_tensor(crops[part].to(model.device))
