@@ -22,6 +22,7 @@ COMMANDS = {  # each is the module of that name in this package, imported when a
     "evaluate": "measure models and images: FID, PSNR, …, as a report with plots",
     "bench": "time a model on this machine, beside the machine's own limits",
     "convert": "write models in another layout: safetensors or the published one",
+    "export": "write a model as ONNX files, for programs without PyTorch",
     "extract": "write the tokens of your images to disk, to train an AR model on",
     "serve": "serve a model over HTTP, as OpenAI's images API has it",
 }

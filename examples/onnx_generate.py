@@ -1,0 +1,184 @@
+"""Generate images with exported ONNX files. Needs NumPy and ONNX Runtime only: no PyTorch, no detailflow.
+
+    detailflow export --onnx exported
+    python examples/onnx_generate.py exported cat dog --num 2 --seed 1
+
+writes each image as it takes shape, from its first token to all of them, as NUMBER-CLASS-TOKENS.png. The same seed
+gives the same images as `detailflow generate`. The README in the exported folder explains every step.
+"""
+
+import argparse
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+
+class Generator:
+    """The exported AR model and decoder."""
+
+    def __init__(self, folder: Path, model: dict, precision: str) -> None:
+        self.model = model
+        self.step, self.decoder = (
+            onnxruntime.InferenceSession(folder / model["files"][precision][part], providers=["CPUExecutionProvider"])
+            for part in ("step", "decoder")
+        )
+
+    def tokens(self, classes: np.ndarray, seed: int, sampling: dict, num_tokens: int) -> np.ndarray:
+        """Draw the first `num_tokens` tokens of an image for each class number: (B,) → (B, n)."""
+        model, guided = self.model, sampling["guidance_scale"] != 1
+        tokens = np.zeros((len(classes), model["num_tokens"]), np.int64)
+        noise = np.stack([image_noise(seed, i, model["num_tokens"]) for i in range(len(classes))])
+        if guided:
+            classes = np.concatenate((classes, np.full_like(classes, model["null_class"])))
+        outputs = [output.name for output in self.step.get_outputs()]
+        empty = np.zeros((len(classes), model["heads"], 0, model["head_dim"]), np.float32)
+        cache = {name: empty for name in outputs if name != "logits"}
+        for start, end in model["steps"]:
+            if start >= num_tokens:
+                break
+            feeds = {name.replace("present", "past_key_values"): value for name, value in cache.items()}
+            feeds["inputs"] = self.inputs(classes, np.tile(tokens, (1 + guided, 1)), start, end)
+            cache = dict(zip(outputs, self.step.run(outputs, feeds), strict=True))
+            logits = cache.pop("logits")
+            if guided:
+                conditional, unconditional = np.split(logits, 2)
+                logits = unconditional + np.float32(self.scale(sampling, start)) * (conditional - unconditional)
+            tokens[:, start:end] = sample(logits, noise[:, start:end], sampling)
+        return tokens[:, :num_tokens]
+
+    def inputs(self, classes: np.ndarray, tokens: np.ndarray, start: int, end: int) -> np.ndarray:
+        """Return what positions `start` to `end` hold: the class, c tokens, g − 1 masks, then the other tokens."""
+        c, g = self.model["causal_tokens"], self.model["group_size"]
+        codes, columns = tokens + self.model["code_row"], []
+        for i in range(start, end):
+            if i == 0:
+                columns.append(classes)
+            elif i <= c:
+                columns.append(codes[:, i - 1])
+            elif i < c + g:
+                columns.append(np.full_like(classes, self.model["mask_row"] + i - c - 1))
+            else:
+                columns.append(codes[:, i - g])
+        return np.stack(columns, 1)
+
+    def scale(self, sampling: dict, start: int) -> float:
+        """Return the guidance scale of the tokens from `start` on."""
+        if sampling["guidance_schedule"] == "constant" or start < self.model["causal_tokens"]:
+            return sampling["guidance_scale"]
+        groups = self.model["num_tokens"] // self.model["group_size"]
+        return sampling["guidance_scale"] * (groups - start // self.model["group_size"] + 1) / (groups + 1)
+
+    def images(self, tokens: np.ndarray) -> np.ndarray:
+        """Decode the first n tokens: (B, n) → (B, side, side, 3) bytes."""
+        side = self.model["sizes"][self.model["counts"].index(tokens.shape[1])]
+        (pixels,) = self.decoder.run(["pixels"], {"ids": tokens, "size": np.array([side])})
+        return np.clip(127.5 * pixels + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def image_noise(seed: int, image: int, count: int) -> np.ndarray:
+    """Return the uniform numbers of one image, as PyTorch's generator draws them from the same seed."""
+    state = int(np.random.SeedSequence(seed, spawn_key=(image,)).generate_state(1, np.uint64)[0])
+    twister = np.random.RandomState(state & 0xFFFFFFFF)  # MT19937
+    words = np.frombuffer(twister.bytes(8 * count), "<u4").astype(np.uint64).reshape(count, 2)
+    bits = words[:, 0] << np.uint64(32) | words[:, 1]
+    return (bits & np.uint64(2**53 - 1)) * 2.0**-53
+
+
+def sample(logits: np.ndarray, noise: np.ndarray, sampling: dict) -> np.ndarray:
+    """Draw a code at each position: (B, m, K) logits and (B, m) uniform numbers → (B, m) codes."""
+    if sampling["temperature"] == 0:
+        return logits.argmax(-1)
+    tiny = np.finfo(np.float32).tiny  # no temperature is 0 in float32
+    logits = (logits - logits.max(-1, keepdims=True)) / np.float32(max(sampling["temperature"], tiny))
+    top_k, top_p = sampling["top_k"], sampling["top_p"]
+    if top_k or top_p:
+        order = np.argsort(-logits, -1, kind="stable")  # of equally likely codes the lower ones stay
+        likely = np.take_along_axis(logits, order, -1)
+        if top_k:
+            likely[..., top_k:] = -np.inf
+        if top_p:
+            probabilities = softmax(likely)
+            outside = probabilities.cumsum(-1) - probabilities >= top_p
+            outside[..., 0] = False
+            likely[outside] = -np.inf
+        np.put_along_axis(logits, order, likely, -1)
+    cumulative = softmax(logits).cumsum(-1, dtype=np.float64)
+    return (cumulative <= noise[..., None] * cumulative[..., -1:]).sum(-1)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities of logits whose largest is 0."""
+    weights = np.exp(logits)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write (height, width, 3) bytes."""
+    height, width, _ = image.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in image)  # 0: not filtered
+    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)))
+
+
+def class_number(model: dict, label: str) -> int:
+    """Return the number of a class that is given by its name or number."""
+    names = model["class_names"] or []
+    number = names.index(label) if label in names else int(label) if label.isdecimal() else -1
+    if not 0 <= number < model["num_classes"]:
+        some = ", ".join(names[:10]) or f"0 to {model['num_classes'] - 1}"
+        raise SystemExit(f"unknown class {label}: the classes are {some}{', …' if len(names) > 10 else ''}")
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; sampling options that are not given are the model's own."""
+    result = argparse.ArgumentParser(description="Generate images with exported ONNX files.")
+    result.add_argument("folder", type=Path, help="what `detailflow export` wrote")
+    result.add_argument("classes", nargs="*", metavar="CLASS", help="names or numbers (default: all)")
+    result.add_argument("--num", type=int, default=1, help="images per class")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--num-tokens", type=int, help="stop after so many, for coarse images")
+    result.add_argument("--output", type=Path, default=Path("outputs"), help="where to write")
+    result.add_argument("--precision", choices=("float32", "int8"), default="float32")
+    result.add_argument("--guidance-scale", type=float, help="1 is no guidance")
+    result.add_argument("--temperature", type=float, help="0 always takes the most likely code")
+    result.add_argument("--top-k", type=int, help="0 keeps all codes")
+    result.add_argument("--top-p", type=float, help="0 keeps all codes")
+    return result
+
+
+def main() -> None:
+    """Write the images, and their tokens as tokens.json."""
+    args = parser().parse_intermixed_args()
+    model = json.loads((args.folder / "model.json").read_text(encoding="utf-8"))
+    if "files" not in model:
+        raise SystemExit(f"{args.folder}: the export is not complete: repeat it")
+    sampling = {name: getattr(args, name, None) for name in model["sampling"]}
+    sampling = {name: model["sampling"][name] if value is None else value for name, value in sampling.items()}
+    last = model["num_tokens"] if args.num_tokens is None else args.num_tokens
+    if last not in model["counts"]:
+        raise SystemExit(f"--num-tokens must be one of {model['counts']}, not {last}")
+    labels = args.classes or [str(i) for i in range(model["num_classes"])]
+    classes = np.repeat([class_number(model, label) for label in labels], args.num)
+    generator = Generator(args.folder, model, args.precision)
+    tokens = generator.tokens(classes, args.seed, sampling, last)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "tokens.json").write_text(json.dumps(tokens.tolist()))
+    for n in [n for n in model["counts"] if n < last and n.bit_count() == 1] + [last]:  # 1, 2, 4, … all
+        for i, image in enumerate(generator.images(tokens[:, :n])):
+            name = model["class_names"][classes[i]] if model["class_names"] else str(classes[i])
+            safe = "".join(letter if letter.isalnum() else "-" for letter in name)
+            write_png(args.output / f"{i:04d}-{safe}-{n:03d}.png", image)
+    print(f"wrote {len(classes)} images, from coarse to fine, to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
