@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 
@@ -24,12 +25,35 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
     return torch.device(device)
 
 
-def choose_dtype(dtype: torch.dtype | str | None = None) -> torch.dtype:
-    """Return a floating-point dtype, given as one or as text such as "bfloat16"; `None` is float32."""
-    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """Return a floating-point dtype, given as one or as text such as "bfloat16".
+
+    `None` is bfloat16 on a GPU that has it, else float32.
+    """
+    if dtype is None:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise DetailFlowError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
     return DTYPES[name]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on `device`; a copy from the CPU to a GPU takes place while the program goes on."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, after waiting for it."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)  # several times as fast as other memory
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
 
 
 @contextmanager

@@ -5,11 +5,13 @@ the cumulative probability passes its number, so an image never depends on what 
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from detailflow.device import to_device
 from detailflow.errors import DetailFlowError
 from detailflow.sampling import SamplingConfig as SamplingConfig
 from detailflow.schedule import TokenSchedule
@@ -22,6 +24,11 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 class Engine:
     """One batch of images on its way: classes and KV cache of an AR model, as the decoding loop uses them."""
+
+    def start(self, noise: Tensor, sampling: SamplingConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Begin with (B, N) float64 noise: return the tokens (B, N), all still 0, and the noise on the device."""
+        noise = to_device(noise.to(torch.float64 if device.type != "mps" else torch.float32), device)
+        return torch.zeros(noise.shape, dtype=torch.int64, device=device), noise
 
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
         """Given all tokens (B, N), known before `start` → logits (B, end − start, K) of the next ones.
@@ -42,12 +49,8 @@ class Engine:
         Returns:
             Whether all logits were finite, without waiting for a GPU.
         """
-        logits = self.step(tokens, start, end).float()
-        if sampling.guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + scale * (conditional - unconditional)
-        tokens[:, start:end] = sample(logits, noise[:, start:end], sampling)
-        return logits.amax(-1).isfinite().all()
+        tokens[:, start:end], finite = draw(self.step(tokens, start, end), noise[:, start:end], sampling, scale)
+        return finite
 
 
 def generate(
@@ -63,8 +66,7 @@ def generate(
 
     A `prefix` of known tokens, (B, k) for a valid count k, is yielded first and enters the cache in one pass.
     """
-    noise = noise.to(device, torch.float64 if device.type != "mps" else torch.float32)
-    tokens = torch.zeros(len(noise), schedule.num_tokens, dtype=torch.int64, device=device)
+    tokens, noise = engine.start(noise, sampling, device)
     finite: Tensor | bool = True
     known = 0 if prefix is None else prefix.shape[1]
     if prefix is not None:
@@ -94,20 +96,39 @@ def guidance_at(sampling: SamplingConfig, schedule: TokenSchedule, start: int) -
     return sampling.guidance_scale * (groups - start // schedule.group_size + 1) / (groups + 1)
 
 
-def sample(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
+def draw(
+    logits: Tensor,
+    noise: Tensor,
+    sampling: SamplingConfig,
+    scale: float | Tensor,
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply guidance and sample: logits of `Engine.step` → codes (B, m), and whether all logits were finite.
+
+    `scale` and `temperature` may be tensors without dimensions, which a captured step can be given anew.
+    """
+    logits = logits.float()
+    if sampling.guided:
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + scale * (conditional - unconditional)
+    return sample(logits, noise, sampling, temperature), logits.amax(-1).isfinite().all()
+
+
+def sample(logits: Tensor, noise: Tensor, sampling: SamplingConfig, temperature: Tensor | None = None) -> Tensor:
     """Draw a code at each position: (B, m, K) logits and (B, m) uniform numbers → (B, m) int64 codes.
 
     A temperature near 0 comes near to argmax, and top-k and top-p keep the lower of equally likely codes.
+    `temperature`, from `temperature_of`, takes the place of the sampling's own if that is not 0.
 
     >>> sample(torch.tensor([[[0.0, 0.0, 0.0, 0.0]]]), torch.tensor([[0.6]]), SamplingConfig())
     tensor([[2]])
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # The largest logit becomes exactly 0, and no temperature is 0 or infinite in float32, so that nothing becomes NaN.
-    temperature = min(max(sampling.temperature, SMALLEST), 1 / SMALLEST)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if temperature is None:  # a tensor here as well, as a GPU would multiply by the reciprocal of a number
+        temperature = logits.new_full((), temperature_of(sampling))
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest becomes exactly 0
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(_outside_top_k(logits, sampling.top_k), -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
@@ -117,6 +138,11 @@ def sample(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
     threshold = noise.clamp(max=below_one)[..., None] * cumulative[..., -1:]
     ids = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
     return ids.clamp_(max=logits.shape[-1] - 1)
+
+
+def temperature_of(sampling: SamplingConfig) -> float:
+    """Return the temperature as a number that is neither 0 nor infinite in float32, so that nothing becomes NaN."""
+    return min(max(sampling.temperature, SMALLEST), 1 / SMALLEST)
 
 
 def _outside_top_k(logits: Tensor, k: int) -> Tensor:
@@ -202,14 +228,19 @@ class CachedModel(Engine):
 
     @torch.inference_mode()  # here as well, or a compiled program would meet two kinds of tensors
     def __init__(self, model: Any, class_ids: Tensor, guided: bool) -> None:
-        config, weight = model.config, model.head.weight
+        config = model.config
         self.compiled = model.program if len(class_ids) == model.compiled_for else None
         if guided:
             class_ids = with_null_class(class_ids, config.num_classes)
         self.model, self.guided, self.class_ids = model, guided, class_ids
-        self.rotation = model.rotary_table().to(weight.device)
-        shape = len(class_ids), config.heads, config.num_tokens, config.width // config.heads
-        self.caches = [(StaticCache if self.compiled else Cache)(shape, weight) for _ in range(config.depth)]
+        self.rotation = model.rotary_table()
+
+    @cached_property
+    def caches(self) -> list[Cache]:
+        """The KV cache of every layer."""
+        config, kind = self.model.config, StaticCache if self.compiled else Cache
+        shape = len(self.class_ids), config.heads, config.num_tokens, config.width // config.heads
+        return [kind(shape, self.model.head.weight) for _ in range(config.depth)]
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from detailflow import hub
 from detailflow.data.images import to_rgb
-from detailflow.data.transforms import center_crop, resized, to_tensor, to_uint8
-from detailflow.device import choose_device, choose_dtype, within_memory
+from detailflow.data.transforms import center_crop, resized, to_tensor
+from detailflow.device import choose_device, choose_dtype, to_host, within_memory
 from detailflow.errors import DetailFlowError
 from detailflow.generation import Generators, image_generators
 from detailflow.labels import ClassId, ClassLabels, Label, listed
@@ -116,18 +116,21 @@ class DetailFlowPipeline:
                 published model such as "detailflow-16", or a hub id; `None` is the small model in the package, which
                 needs no download.
             device: `None` is the GPU if there is one, else the CPU.
-            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
+            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is bfloat16 on a GPU, else
+                float32.
             tokenizer: the tokenizer's folder or hub id, if it is not with the AR model.
             revision: a branch, tag or commit of a model on the hub; a separate `tokenizer` is the newest.
-            engine: what takes the decoding steps: "native" (C++, for CPUs), "torch", or the first of them that can.
+            engine: what takes the decoding steps: "native" (C++, for CPUs), "graphs" (CUDA), "torch", or the first of
+                them that can.
         """
         require(EngineName, engine=engine)
-        device, dtype = choose_device(device), choose_dtype(dtype)
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device)
         codec = DetailFlowTokenizer.from_pretrained(
             tokenizer or path_or_id, device=device, dtype=dtype, revision=None if tokenizer else revision
         )
         gpt = DetailFlowGPT.from_pretrained(path_or_id, device=device, dtype=dtype, revision=revision)
-        gpt.engine = engine
+        codec.engine = gpt.engine = engine
         return cls(codec, gpt)
 
     @property
@@ -140,7 +143,7 @@ class DetailFlowPipeline:
     ) -> "DetailFlowPipeline":
         """Move both models to a device or change their dtype; return the pipeline. Compiled programs are dropped."""
         device = self.device if device is None else choose_device(device)
-        kind = None if dtype is None else choose_dtype(dtype)
+        kind = None if dtype is None else choose_dtype(dtype, device)
         for model in (self.tokenizer, self.gpt):
             model.to(device, kind)
             model.forget_compiled()
@@ -364,4 +367,4 @@ def image_generator(seed: int, image: int) -> torch.Generator:
 
 def _decode(tokenizer: DetailFlowTokenizer, ids: Tensor, size: tuple[int, int] | None = None) -> list[Image.Image]:
     """(B, n) codes → B images of side D(n), or (height, width)."""
-    return [Image.fromarray(pixels) for pixels in to_uint8(tokenizer.decode(ids, size=size)).cpu().numpy()]
+    return [Image.fromarray(pixels) for pixels in to_host(tokenizer.decode_bytes(ids, size)).numpy()]

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, TypedDict, Unpack
 
 from detailflow.settings import Must, Settings
 
-EngineName = Literal["auto", "native", "torch"]  # that takes the decoding steps; "auto" is the first of them that can
+# What takes the decoding steps: C++ on a CPU, CUDA graphs, or PyTorch; "auto" is the first of them that can.
+EngineName = Literal["auto", "native", "graphs", "torch"]
 GuidanceSchedule = Literal["constant", "linear"]
 OFF: Literal["off"] = "off"  # a top-k or top-p that keeps all codes, whatever the model's own best is
 

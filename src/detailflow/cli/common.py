@@ -108,16 +108,20 @@ def add_device_option(parser: Parser) -> None:
     parser.option("--device", help="cpu, cuda, cuda:1, … (default: the GPU, if any)")
 
 
-def add_model_options(parser: Parser, tokenizer: bool = False, dtype: bool = True) -> None:
-    """Add --model and --device, and if asked for --tokenizer (with --engine) and --dtype."""
+def add_model_options(parser: Parser, tokenizer: bool = False, dtype: bool = True, measures: bool = False) -> None:
+    """Add --model and --device, and if asked for --tokenizer (with --engine) and --dtype; what measures is exact."""
     parser.heading("model")
     parser.option("--model", Location, help=f"{MODEL} (default: the shipped one)")
     if tokenizer:
         parser.option("--tokenizer", Location, metavar="MODEL", help="where the tokenizer is, if not with the model")
-        parser.option("--engine", EngineName, "auto", "native (C++, for CPUs), torch or auto", metavar="NAME")
+        parser.option(
+            "--engine", EngineName, "auto", "native (C++, for CPUs), graphs (CUDA), torch or auto", metavar="NAME"
+        )
     add_device_option(parser)
     if dtype:
-        parser.option("--dtype", Dtype, DTYPES[0], f"{', '.join(DTYPES)} (default: the first)", metavar="TYPE")
+        default = DTYPES[0] if measures else f"{DTYPES[1]} on a GPU, else {DTYPES[0]}"
+        shown = f"{', '.join(DTYPES)} (default: {default})"
+        parser.option("--dtype", Dtype, DTYPES[0] if measures else None, shown, metavar="TYPE")
 
 
 def add_output_option(parser: Parser) -> None:

@@ -76,7 +76,7 @@ def tokenizer_parser() -> Parser:
     result.option("--lpips", Location, help=lpips, metavar="FILE")
     _add_features(result, "; none: no rFID")
     _add_output(result)
-    add_model_options(result)
+    add_model_options(result, measures=True)
     return result
 
 
@@ -95,7 +95,7 @@ def gpt_parser() -> Parser:
     result.option("--num-tokens", Numbers, [None], "stop after N tokens (default: all)", "N")
     _add_features(result)
     _add_output(result)
-    add_model_options(result, tokenizer=True)
+    add_model_options(result, tokenizer=True, measures=True)
     return result
 
 

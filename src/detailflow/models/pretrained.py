@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from detailflow import hub
+from detailflow import graphs, hub
 from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.models.loading import build
 from detailflow.published import Kind, Variant
+from detailflow.sampling import EngineName
 from detailflow.settings import BatchSize, require
 
 
@@ -26,6 +27,8 @@ class Pretrained(nn.Module):
         self.config = config
         self.program: Callable[..., Tensor] | None = None  # compiled, for batches of `compiled_for` images
         self.compiled_for: int | None = None
+        self.engine: EngineName = "auto"  # that generates and decodes
+        self.graphs: graphs.Graphs[Any] = graphs.Graphs()
 
     @classmethod
     def from_pretrained(
@@ -43,10 +46,12 @@ class Pretrained(nn.Module):
             path_or_id: see `hub.resolve`; `None` is the model in the package.
             variant: of an AR model, "ema" (the averaged weights, to sample from) or "model".
             device: `None` is the GPU if there is one, else the CPU.
-            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is float32.
+            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is bfloat16 on a GPU, else
+                float32.
             revision: a branch, tag or commit of a model on the hub; `None` is the newest.
         """
-        device, dtype = choose_device(device), choose_dtype(dtype)
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device)
         config, tensors = hub.load(path_or_id, cls.kind, variant, dtype, revision)
         return build(cls, cls.config_type, config, tensors, path_or_id, dtype).to(device)
 
@@ -62,8 +67,15 @@ class Pretrained(nn.Module):
     def compile_for(self, batch_size: int, function: Callable[..., Tensor]) -> None:
         """Compile `function` for batches of that many images; `forget_compiled` undoes it."""
         require(BatchSize, batch_size=batch_size)
+        self.forget_compiled()
         self.program, self.compiled_for = compiled(function, self.device), batch_size
 
     def forget_compiled(self) -> None:
-        """Drop the compiled program, as after a change of the weights or their device."""
+        """Drop the compiled program and all CUDA graphs, as after a change of the weights or their device."""
         self.program = self.compiled_for = None
+        self.graphs.clear()
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether work that is repeated is captured as CUDA graphs (docs/gpu.md#cuda-graphs)."""
+        return self.engine in ("auto", "graphs") and graphs.why_not(self) is None

@@ -54,7 +54,8 @@ class SigLIP2(nn.Module):
             device: `None` is the GPU if there is one, else the CPU.
             dtype: of the weights, also as text; `None` is float32.
         """
-        device, dtype = choose_device(device), choose_dtype(dtype)
+        device = choose_device(device)
+        dtype = choose_dtype(dtype or torch.float32, device)
         path, names, tower = _find(path_or_id, depth)
         tower.load_state_dict(_read(path, names, dtype), assign=True)
         return tower.requires_grad_(False).eval().to(device)

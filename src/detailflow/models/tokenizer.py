@@ -1,12 +1,17 @@
 """The 1-D tokenizer (Sec. 3.1 and 3.3): an image to an ordered token sequence, and its first n tokens back."""
 
+import weakref
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detailflow import graphs
+from detailflow.data.transforms import to_uint8
+from detailflow.device import to_device
 from detailflow.errors import DetailFlowError
 from detailflow.models.layers import (
     Block,
@@ -293,6 +298,26 @@ class DetailFlowTokenizer(Pretrained):
                 f"size must be a positive multiple of {patch} pixels, or (height, width) of such, not {size}"
             )
         return self.decode_quantized(self.quantizer.lookup(ids.to(self.device)), size)
+
+    @torch.no_grad()
+    def decode_bytes(self, ids: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Decode (B, n) codes of a model's own making to bytes (B, H, W, 3) on its device; nothing is checked.
+
+        Checks would wait for a GPU. Whole images of a batch size that comes up again are decoded by a CUDA graph.
+        """
+        side = self.schedule.decode_size(ids.shape[1])
+        height, width = size or (side, side)
+        ids = to_device(ids, self.device)
+        if ids.shape[1] == self.config.num_tokens and (height, width) == (side, side) and self.uses_graphs:
+            proxy: Any = weakref.proxy(self)  # or both would live on
+            decode = partial(DetailFlowTokenizer._bytes, proxy, size=(side, side))
+            make, at_once = partial(graphs.Function, decode, ids), self.engine == "graphs"
+            if program := self.graphs.lend(len(ids), self, make, at_once=at_once):
+                return program(ids)
+        return self._bytes(ids, (height, width))
+
+    def _bytes(self, ids: Tensor, size: tuple[int, int]) -> Tensor:
+        return to_uint8(self.decode_quantized(self.quantizer.lookup(ids), size))
 
     @torch.no_grad()
     def encode_correction(self, images: Tensor, *, position: int, wrong_tokens: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detailflow.data.transforms import to_tensor, to_uint8
+from detailflow.data.transforms import to_tensor
+from detailflow.device import to_host
 from detailflow.generation import SamplingConfig
 from detailflow.pipeline import DetailFlowPipeline, image_generator
 from detailflow.serving.batcher import Result, Task
@@ -98,5 +99,5 @@ def _decode(pipeline: DetailFlowPipeline, key: Decode, tasks: Sequence[Task]) ->
 
 
 def _pictures(pipeline: DetailFlowPipeline, ids: Tensor, size: tuple[int, int] | None = None) -> list[Picture]:
-    pixels = to_uint8(pipeline.tokenizer.decode(ids, size=size)).cpu().numpy()
+    pixels = to_host(pipeline.tokenizer.decode_bytes(ids, size)).numpy()
     return [Picture(*both) for both in zip(ids.tolist(), pixels, strict=True)]

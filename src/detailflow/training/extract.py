@@ -100,7 +100,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     """
     world, chosen = launched(device)
     with world.raise_together():
-        model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen)
+        model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen, dtype=torch.float32)
         columns = dict(image_column=config.image_column, label_column=config.label_column)
         everything = open_images(config.data, split=config.split, **columns)
         info = TokenStoreInfo(

@@ -287,7 +287,7 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
             )
         if world.is_main:
             store.verify()
-        tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen)
+        tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen, dtype=torch.float32)
         sizes = model_config(config, store, tokenizer)
 
     def make(resuming: bool) -> GPTStage:

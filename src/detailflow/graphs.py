@@ -1,0 +1,238 @@
+"""CUDA graphs: work that is captured once and then starts with a single call (docs/gpu.md#cuda-graphs).
+
+A decoding step of GPT-L is about 470 kernels, which Python starts more slowly than a GPU runs them. A captured step
+always works in the same memory: what changes from call to call is copied into the buffers of its program.
+"""
+
+import gc
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from detailflow.device import to_device
+from detailflow.generation import CachedModel, SamplingConfig, draw, guidance_at, temperature_of
+
+MOST = 4  # programs that a model keeps; each holds a KV cache
+STALE = 100  # batches after which a program that none of them used makes room for another
+REMEMBERED = 256  # keys that came up lately
+LARGEST = 1 / 8  # of a GPU's memory for the KV cache of a program: kernels of larger batches outlast their start
+Call = Callable[[], object]
+P = TypeVar("P")
+
+
+def capture(calls: Sequence[Call], device: torch.device) -> list[Call]:
+    """Make a CUDA graph of each call, all in one pool of memory; return what starts them."""
+    with torch.cuda.device(device):
+        for call in calls:  # loads kernels and libraries, which a capture must not
+            call()
+        gc.collect()  # what it would free during a capture could disturb that
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        pool, stream, graphs = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), []
+        with torch.cuda.stream(stream):
+            for call in calls:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on
+                try:
+                    call()
+                finally:
+                    graph.capture_end()
+                graphs.append(graph)
+        torch.cuda.current_stream(device).wait_stream(stream)
+    return [graph.replay for graph in graphs]
+
+
+CAPTURE: dict[str, Callable[[Sequence[Call], torch.device], list[Call]]] = {"cuda": capture}  # by type of device
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Say why nothing of `model` can be captured; None if it can."""
+    device = next(model.parameters()).device
+    if device.type not in CAPTURE:
+        return "it is for CUDA GPUs"
+    if model.training:
+        return "it is in training mode"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    for module in model.modules():
+        if not type(module).__module__.startswith(("detailflow.", "torch.nn.")):
+            return "some of its layers were replaced"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "it has forward hooks, which a graph would not call"
+    if any(type(weight) is not nn.Parameter for weight in model.parameters()):
+        return "it needs plain weights"
+    return None
+
+
+class Graphs(Generic[P]):
+    """The programs of one model, by key. They work on its weights, and are dropped if these move elsewhere."""
+
+    def __init__(self) -> None:
+        self._programs: dict[Hashable, tuple[P, int]] = {}  # and the batch that used it last
+        self._owners: dict[Hashable, weakref.ref[object]] = {}
+        self._seen: deque[Hashable] = deque(maxlen=REMEMBERED)
+        self._addresses: list[int] = []
+        self._batch, self._lock = 0, threading.RLock()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:  # a copy of the model captures its own
+        return Graphs, ()
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def clear(self) -> None:
+        """Drop all programs."""
+        with self._lock:
+            self._programs, self._owners = {}, {}
+
+    def lend(
+        self, key: Hashable, model: nn.Module, make: Callable[[], P], owner: object = None, at_once: bool = False
+    ) -> P | None:
+        """Lend the program of `key` to `owner` for as long as it lives; None if its work is done without.
+
+        That is so if another has it, if the key comes up for the first time (unless `at_once`), as capturing pays off
+        later, and if all places are taken by programs in use.
+        """
+        with self._lock:
+            self._batch += 1
+            addresses = [weight.data_ptr() for weight in model.parameters()]
+            if addresses != self._addresses:
+                self.clear()
+                self._addresses = addresses
+            if key in self._owners and self._owners[key]() is not None:
+                return None  # its buffers hold another batch
+            if key not in self._programs:
+                if not at_once and key not in self._seen:
+                    self._seen.append(key)
+                    return None
+                if not self._make_room():
+                    return None
+                self._programs[key] = make(), 0
+            if owner is not None:
+                self._owners[key] = weakref.ref(owner)
+            program = self._programs[key][0]
+            self._programs[key] = program, self._batch
+            return program
+
+    def _make_room(self) -> bool:
+        if len(self._programs) < MOST:
+            return True
+        oldest = min(self._programs, key=lambda key: self._programs[key][1])
+        if self._batch - self._programs[oldest][1] <= STALE:
+            return False
+        del self._programs[oldest]
+        self._owners.pop(oldest, None)
+        return True
+
+
+# --- the decoding loop -----------------------------------------------------------------------------------------------
+
+
+class Decoding:
+    """All decoding steps of batches of one size, captured. Class, noise, guidance and temperature are in buffers."""
+
+    def __init__(self, model: Any, images: int, sampling: SamplingConfig) -> None:
+        device, steps, n = model.device, model.schedule.steps, model.config.num_tokens
+        with torch.inference_mode(False):  # buffers that may be changed in any mode
+            self.tokens = torch.zeros(images, n, dtype=torch.int64, device=device)
+            self.noise = torch.zeros(images, n, dtype=torch.float64, device=device)
+            self.scales = torch.ones(len(steps), device=device)
+            self.temperature = torch.ones((), device=device)
+            self.finite = torch.ones((), dtype=torch.bool, device=device)
+            class_ids = torch.zeros(images, dtype=torch.int64, device=device)
+        self.engine = CachedModel(weakref.proxy(model), class_ids, sampling.guided)  # or both would live on
+        self.sampling, self.schedule, self.device = sampling, model.schedule, device
+        calls = [partial(self._advance, index, *step) for index, step in enumerate(steps)]
+        self.replay = dict(zip(steps, CAPTURE[device.type](calls, device), strict=True))
+
+    @torch.inference_mode()
+    def _advance(self, index: int, start: int, end: int) -> None:
+        logits, noise = self.engine.step(self.tokens, start, end), self.noise[:, start:end]
+        codes, finite = draw(logits, noise, self.sampling, self.scales[index], self.temperature)
+        self.tokens[:, start:end] = codes
+        self.finite.logical_and_(finite)
+
+    @torch.inference_mode()
+    def load(self, class_ids: Tensor, noise: Tensor, sampling: SamplingConfig) -> None:
+        """Put a batch into the buffers: class ids (B or 2B,) on the device, noise (B, N)."""
+        self.engine.class_ids.copy_(class_ids)
+        self.noise.copy_(to_device(noise, self.device))
+        scales = torch.tensor([guidance_at(sampling, self.schedule, start) for start, _ in self.schedule.steps])
+        self.scales.copy_(to_device(scales, self.device))
+        self.temperature.fill_(temperature_of(sampling))
+        self.finite.fill_(True)
+        self.tokens.zero_()
+
+
+class GraphedModel(CachedModel):
+    """The PyTorch engine with captured steps; those of a batch that is not captured it takes one by one."""
+
+    program: Decoding | None = None
+
+    def start(self, noise: Tensor, sampling: SamplingConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Begin with (B, N) noise; see `Engine.start`. The tokens are the program's, if there is one."""
+        kind, program = _kind(sampling), None
+        if _fits(self.model, len(self.class_ids)):
+            make, at_once = partial(Decoding, self.model, len(noise), kind), self.model.engine == "graphs"
+            program = self.model.graphs.lend((len(noise), kind), self.model, make, self, at_once)
+        if program is None:
+            return super().start(noise, sampling, device)
+        program.load(self.class_ids, noise, sampling)
+        self.program, self.caches = program, program.engine.caches
+        return program.tokens, program.noise
+
+    def advance(
+        self, tokens: Tensor, noise: Tensor, start: int, end: int, sampling: SamplingConfig, scale: float
+    ) -> Tensor | bool:
+        """Draw the tokens from `start` to `end`; see `Engine.advance`."""
+        if self.program is None:
+            return super().advance(tokens, noise, start, end, sampling, scale)
+        self.program.replay[start, end]()
+        return self.program.finite
+
+
+def _kind(sampling: SamplingConfig) -> SamplingConfig:
+    """Return what captured steps depend on; the rest is in their buffers."""
+    scale, temperature = 1.5 if sampling.guided else 1.0, float(sampling.temperature > 0)
+    return replace(sampling, guidance_scale=scale, guidance_schedule="constant", temperature=temperature)
+
+
+def _fits(model: Any, rows: int) -> bool:
+    """Return whether the KV cache of so many rows may be kept."""
+    if model.device.type != "cuda":
+        return True
+    config, memory = model.config, torch.cuda.get_device_properties(model.device).total_memory
+    cache = 2 * rows * config.num_tokens * config.width * config.depth * model.head.weight.itemsize
+    return bool(cache <= LARGEST * memory)
+
+
+# --- one function ----------------------------------------------------------------------------------------------------
+
+
+class Function:
+    """A function of one tensor, captured for inputs like `example`."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], example: Tensor) -> None:
+        with torch.inference_mode(False):
+            self.input = example.clone()
+        self.function, self.output, self._lock = function, example, threading.Lock()
+        (self.replay,) = CAPTURE[example.device.type]([self._run], example.device)
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        self.output = self.function(self.input)
+
+    @torch.inference_mode()
+    def __call__(self, value: Tensor) -> Tensor:
+        """Return the function's value."""
+        with self._lock:
+            self.input.copy_(value)
+            self.replay()
+            return self.output.clone()
