@@ -19,12 +19,12 @@ TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
 @pytest.fixture(scope="module")
 def tokenizer() -> DetailFlowTokenizer:
-    return DetailFlowTokenizer.from_pretrained(TINY / "tokenizer")
+    return DetailFlowTokenizer.from_pretrained(TINY / "tokenizer", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def gpt() -> DetailFlowGPT:
-    return DetailFlowGPT.from_pretrained(TINY / "gpt")
+    return DetailFlowGPT.from_pretrained(TINY / "gpt", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -117,5 +117,5 @@ def test_greedy_generation(gpt: DetailFlowGPT, key: str) -> None:
 
 
 def test_model_weights_are_not_the_ema(gpt: DetailFlowGPT) -> None:
-    raw = DetailFlowGPT.from_pretrained(TINY / "gpt", variant="model")
+    raw = DetailFlowGPT.from_pretrained(TINY / "gpt", variant="model", device="cpu")
     torch.testing.assert_close(raw.head.weight * 2, gpt.head.weight)
