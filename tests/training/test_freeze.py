@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from detailflow import DetailFlowTokenizer
+from detailflow import DetailFlowGPT, DetailFlowTokenizer
 from detailflow.data.images import open_images
 from detailflow.data.tokens import CLEAN, INPUT, TokenStore
 from detailflow.data.transforms import center_crop, ten_crops, to_tensor
 from detailflow.errors import DetailFlowError
 from detailflow.psnr import psnr
+from detailflow.training import sampled_rows
 from detailflow.training.config import Extraction, LoopConfig, TokenizerTraining
 from detailflow.training.extract import extract
 from detailflow.training.tokenizer import TokenizerStage, train_tokenizer
@@ -76,6 +77,46 @@ def test_rows_of_a_store_are_of_their_crops(cifar: Path, model: Path, tmp_path: 
     assert all(p.grad is None for p in stage.model.encoder.parameters())
 
 
+def sampling(cifar: Path, model: Path, **settings: Any) -> TokenizerTraining:
+    given = dict(gpt=str(model / "gpt"), adversarial=0.5, adversarial_from=0.0, adversarial_adaptive=True)
+    return training(cifar, model, coarse_probability=0.0, **given | settings)
+
+
+def test_sampled_rows_are_judged_and_stay_near_the_first_decoder(
+    cifar: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sampled_rows, "ROWS", 32)
+    source, distances = open_images(cifar), {}
+    for anchor in (0.0, 100.0):
+        stage = TokenizerStage(sampling(cifar, model, anchor=anchor), source, tmp_path, torch.device("cpu"))
+        assert stage.sampled is not None
+        ids = stage.sampled.ids
+        assert ids.shape == (32, 16) and len(ids.unique(dim=0)) > 8
+        batches = stage.batches(0)
+        for step in range(10):
+            scalars = stage.step(step, next(batches), 5e-3)
+            assert {"anchor", "adversarial_sampled", "discriminator"} <= scalars.keys()
+            assert step or float(scalars["anchor"]) < 1e-9  # the same decoder at first
+        with torch.no_grad():
+            distances[anchor] = float(stage.sampled.distance(stage.model.decode(ids), ids))
+    assert 0 < distances[100.0] < distances[0.0] / 2
+
+
+def test_no_sampled_rows_in_steps_without_the_adversarial_loss(cifar: Path, model: Path, tmp_path: Path):
+    config = sampling(cifar, model, adversarial_from=0.5)
+    stage = TokenizerStage(config, open_images(cifar), tmp_path, torch.device("cpu"))
+    batch = next(stage.batches(0))
+    assert "anchor" not in stage.step(0, batch, 1e-3) and "anchor" in stage.step(39, batch, 1e-3)
+
+
+def test_an_ar_model_of_other_tokens_is_refused(cifar: Path, model: Path, tmp_path: Path):
+    config = DetailFlowGPT.from_pretrained(model / "gpt").config
+    DetailFlowGPT(replace(config, codebook_size=2 * config.codebook_size)).save_pretrained(tmp_path / "gpt")
+    with pytest.raises(DetailFlowError, match="writes other tokens than those of .*codebook_size is"):
+        config = sampling(cifar, model, gpt=str(tmp_path / "gpt"))
+        TokenizerStage(config, open_images(cifar), tmp_path, torch.device("cpu"))
+
+
 def test_stores_that_do_not_fit(cifar: Path, model: Path, tokens: Path, tmp_path: Path):
     source = open_images(cifar)
 
@@ -106,6 +147,8 @@ def test_stores_that_do_not_fit(cifar: Path, model: Path, tokens: Path, tmp_path
         (dict(init=None), "give that tokenizer as init"),
         (dict(alignment=0.1), "set alignment to 0"),
         (dict(freeze=None, tokens="x"), "set freeze to encoder"),
+        (dict(gpt="x"), "set freeze to encoder and adversarial above 0, or gpt to null"),
+        (dict(gpt="x", adversarial=0.5, sampled_share=0), "sampled_share must be more than 0"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], sentence: str, cifar: Path, model: Path):

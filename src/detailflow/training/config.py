@@ -128,6 +128,10 @@ class TokenizerTraining(Settings):
         freeze: encoder, to train the decoder alone; that of `init`, by losses of pixels, so tokens keep their meaning.
         tokens: token store of `init` and these images; with `freeze`, its crops and rows replace the random crops
             and the passes of the encoder.
+        gpt: AR model of these tokens; with `freeze` and the adversarial loss, rows that it samples are decoded too, and
+            judged as the reconstructions are. Not in the paper.
+        sampled_share: such rows per image of the batch.
+        anchor: weight of their distance to what the decoder of `init` makes of them.
         split: of the data, such as train.
         image_column: of parquet files and hub data sets.
         label_column: of these, and of metadata files.
@@ -174,6 +178,9 @@ class TokenizerTraining(Settings):
     encoder_init: Location | None = None
     freeze: Literal["encoder"] | None = None
     tokens: Location | None = None
+    gpt: Location | None = None
+    sampled_share: Annotated[float, Must("more than 0 and at most 1", lambda share: 0 < share <= 1)] = 0.5
+    anchor: NotNegative = 1.0
     split: str | None = None
     image_column: str = "image"
     label_column: str = "label"
@@ -215,6 +222,11 @@ class TokenizerTraining(Settings):
             raise DetailFlowError("alignment trains the encoder: set alignment to 0, or freeze to null")
         if self.tokens and not self.freeze:
             raise DetailFlowError("tokens are those of a frozen encoder: set freeze to encoder, or tokens to null")
+        if self.gpt and not (self.freeze and self.adversarial):
+            raise DetailFlowError(
+                "gpt gives rows to a decoder that learns by the adversarial loss: set freeze to encoder and "
+                "adversarial above 0, or gpt to null"
+            )
         if self.nested_probability and not self.model.absent_token:
             raise DetailFlowError(
                 "nested_probability needs a model with an absent token: set model.absent_token to true"

@@ -34,6 +34,7 @@ from detailflow.training.losses import alignment_loss, quantization_loss
 from detailflow.training.optimizer import Updater, gradients_stay, recompute_activations
 from detailflow.training.passes import Draw, Passes, TokenizerNetworks, draw_count, draw_position, draw_present
 from detailflow.training.reconstructions import draw_reconstructions, some_images
+from detailflow.training.sampled_rows import SampledRows
 from detailflow.training.stored_rows import StoredRows
 from detailflow.training.teachers import crops, find_teachers, open_source
 from detailflow.training.validation import sample_crops, split, tokenizer_figures
@@ -83,6 +84,7 @@ class TokenizerStage:
         for part in (self.model.encoder, self.model.quantizer) if self.frozen else ():
             part.requires_grad_(False)
         self.rows = StoredRows(config, source) if config.tokens and load else None
+        self.sampled = SampledRows(config, device, world) if config.gpt and load else None
         self.adversary: Adversary | None = None
         if config.adversarial:
             self.adversary = Adversary(config, device, world, load)
@@ -141,12 +143,13 @@ class TokenizerStage:
         first = world.shard(config.loop.batch_size).start  # of the whole batch, whose `correction_share` is corrected
         logged: dict[str, Tensor | float] = defaultdict(float)
         latents, judged = [], []
+        with_samples = self.sampled is not None and draw.views is not None and draw.t == config.model.num_tokens
         for start in range(0, len(images), size):
             before, after = (round(config.correction_share * (first + end)) for end in (start, start + size))
             some, num_corrected = slice(start, start + size), after - before
             part = draw.part(some, num_corrected)
             rows = None if stored is None else (stored[some, 0], stored[some, 1][:num_corrected])
-            with gradients_stay(self.passes, start + size < len(images)):
+            with gradients_stay(self.passes, start + size < len(images) or with_samples):
                 objective = self.objective(step, images[some], part, rows)
                 self.updater.backward(objective.total * (size / len(images)))
             for name, value in self.scalars(objective, draw).items() if log else ():
@@ -155,6 +158,8 @@ class TokenizerStage:
             self._count(objective.passes.ids)
             if objective.judged is not None and part.views is not None:
                 judged.append((*objective.judged, part.views))
+        if with_samples:
+            judged.append(self._samples_step(images, objective.terms["adversarial"][0], logged))
         logged["gradient_norm"] = norm = self.updater.step(rate)
         if self.adversary and judged:
             logged |= self.adversary.step(judged, rate)
@@ -199,6 +204,24 @@ class TokenizerStage:
             if config.adversarial_adaptive:
                 self._balance(pixels, terms)
         return Objective(terms, passes, target, judged)
+
+    def _samples_step(
+        self, images: Tensor, weight: float | Tensor, logged: dict[str, Tensor | float]
+    ) -> tuple[Tensor, Tensor, Draws]:
+        """Add the gradients of rows that the AR model samples, and return what the discriminator learns from them.
+
+        Args:
+            weight: of the adversarial loss.
+        """
+        assert self.sampled and self.adversary
+        ids, views = self.sampled.draw(), Draws.make(self.sampled.count).of(self.sampled.shard)
+        with autocast(self.device, self.precision):
+            passes: Passes = self.passes(images, Draw(ids.shape[1], None, None, None, None), (ids, ids[:0]))
+        anchor = self.sampled.distance(passes.pixels, ids)
+        adversarial = self.adversary.generator_loss(passes.pixels, views)
+        self.updater.backward((self.config.anchor * anchor + weight * adversarial) * (len(ids) / len(images)))
+        logged |= {"anchor": anchor.detach(), "adversarial_sampled": adversarial.detach()}
+        return images[: len(ids)], passes.pixels.detach(), views
 
     def _balance(self, pixels: Tensor, terms: dict[str, tuple[float | Tensor, Tensor]]) -> None:
         """Multiply the adversarial weight by the ratio of gradients (Esser et al. 2021, arXiv 2012.09841, Eq. 7).
@@ -361,6 +384,8 @@ def _inputs(config: TokenizerTraining, source: ImageSource | StreamSource) -> di
     inputs = {"data": images_input(source)}
     if config.init:
         inputs["init"] = model_input(config.init, "tokenizer")
+    if config.gpt:
+        inputs["gpt"] = model_input(config.gpt, "gpt")
     if config.tokens:
         inputs["tokens"] = tokens_input(TokenStore.open(config.tokens))
     for name in ("encoder_init", "perceptual_network", "adversarial_network", "alignment_network"):
