@@ -1,6 +1,8 @@
 """The decoding step in C++ gives PyTorch's tokens, whatever the batch; where it cannot be built or used, PyTorch is."""
 
+import copy
 import ctypes
+import mmap
 import os
 import platform
 import shutil
@@ -27,6 +29,7 @@ SIZES = {
     "many positions": SMALL | {"num_tokens": 1040, "group_size": 8, "depth": 1},
     "wide": SMALL | {"width": 96, "heads": 2, "mlp": 160, "codebook_size": 32},
 }
+ENGINES = (native.NativeGeneration, CachedModel)
 SAMPLINGS = {
     "greedy": SamplingConfig(3.0, temperature=0.0),
     "guided": SamplingConfig(4.0),
@@ -136,6 +139,41 @@ def test_threads_change_nothing():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+def test_weights_are_held_once_in_one_block(tmp_path: Path):
+    """The parameters are the same objects with the same numbers; they can be trained, converted, saved and copied."""
+    gpt = random_gpt(**SMALL | {"group_size": 1})  # without mask embeddings
+    before = {name: (weight, weight.detach().clone()) for name, weight in gpt.named_parameters()}
+    blocks = []
+    for _ in range(2):
+        with torch.inference_mode():
+            native.NativeGeneration(gpt, torch.tensor([0]), True)
+        blocks.append({weight.untyped_storage().data_ptr() for weight in gpt.parameters()})
+    assert blocks[0] == blocks[1]
+    assert len(blocks[0]) == (1 if hasattr(mmap, "MADV_HUGEPAGE") else len(before))
+    for name, weight in gpt.named_parameters():
+        assert weight is before[name][0]
+        assert torch.equal(weight, before[name][1])
+    gpt(torch.tensor([1]), torch.zeros(1, 24, dtype=torch.int64)).sum().backward()
+    gpt.save_pretrained(tmp_path)
+    saved, copied = DetailFlowGPT.from_pretrained(tmp_path, device="cpu"), copy.deepcopy(gpt)
+    for weights in zip(*(model.parameters() for model in (gpt, saved, copied)), strict=True):
+        assert torch.equal(weights[0], weights[1])
+        assert torch.equal(weights[0], weights[2])
+    gpt.to(torch.bfloat16)
+    assert native.NativeGeneration(gpt, torch.tensor([0]), True).weights[0].dtype == torch.bfloat16
+
+
+def test_changed_weights_are_seen():
+    """In place, and put in the place of others."""
+    gpt, ids = random_gpt(**SMALL), torch.zeros(1, 24, dtype=torch.int64)
+    native.NativeGeneration(gpt, torch.tensor([0]), True)
+    with torch.no_grad():
+        gpt.head.weight.mul_(2)
+        gpt.norm.weight = torch.nn.Parameter(gpt.norm.weight * 3)
+        ours, theirs = (kind(gpt, torch.tensor([0]), True).step(ids, 0, 1) for kind in ENGINES)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
 def test_logits_that_are_not_finite():

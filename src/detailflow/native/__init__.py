@@ -1,6 +1,6 @@
 """A decoding step in C++ for CPUs, built on this machine at first use (docs/speed.md#engines).
 
-It works on the weights where PyTorch keeps them, so nothing is copied, and weights that change are seen.
+It works on the weights where PyTorch keeps them, so they are there once, and weights that change are seen.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 from detailflow.generation import Engine, SamplingConfig, with_null_class
+from detailflow.native.memory import gather
 
 GPT = Any  # DetailFlowGPT, which imports this module
 log = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ class NativeGeneration(Engine):
         if guided:
             class_ids = with_null_class(class_ids, config.num_classes)
         self.classes = class_ids.to("cpu", torch.int64).contiguous()
+        gather(list(model.parameters()))
         self.config, self.weights = config, _weights(model)  # kept, as the library has their addresses only
         self.rotation = model.rotary_table().contiguous()
         sizes = Sizes(
