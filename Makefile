@@ -2,22 +2,36 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest slow fuzz
+.PHONY: demo test test-oldest slow examples docs package fuzz
 
 demo: .venv/core  ## images of every class, and how they take shape, into outputs/
 	$(BIN)/detailflow generate --num 1 --progressive --output outputs
 
 test: .venv/dev  ## what must pass before every commit
 	$(BIN)/ruff check
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -q -rs -n 2 -m "not slow"
+	$(BIN)/pytest -q -rs -n 2 -m "not slow and not example"
 
 test-oldest: .venv-oldest/dev  ## the tests on the oldest versions that pyproject.toml allows
 	.venv-oldest/bin/python -m pytest -q -rs -n 2 -m "not slow"
 
 slow: .venv/dev  ## the tests that take longer
 	$(BIN)/pytest -q -m slow
+
+examples: .venv/dev  ## the longer examples and the notebook
+	$(BIN)/pytest -q -rs -n 2 -m example
+
+docs: .venv/docs  ## the site, in build/site; every link in it is checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/hooks/links.py build/site
+
+package: .venv/dev  ## the wheel and the source archive, in dist/; the wheel is installed and generates
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/pytest -q tests/test_package.py
 
 fuzz: .venv/dev  ## ten thousand mutated inputs
 	$(BIN)/python tests/fuzz --workers 2
@@ -30,6 +44,11 @@ fuzz: .venv/dev  ## ten thousand mutated inputs
 .venv/dev: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -e '.[dev]'
+	touch .venv/core $@
+
+.venv/docs: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e '.[docs]'
 	touch .venv/core $@
 
 .venv-oldest/dev: pyproject.toml

@@ -45,8 +45,11 @@ def begins(parts: list[str | None], message: str) -> bool:
     """Whether a message is such a text, or its beginning if the message ends in dots."""
     start = message.removesuffix("…").rstrip()
     for end in range(len(parts), 0, -1) if message.endswith("…") else (len(parts),):
+        fixed = [part for part in parts[:end] if part]
+        if sum(map(len, fixed)) < FEWEST or any(part.rstrip() not in start for part in fixed):
+            continue
         pattern = "".join(".*" if part is None else re.escape(part) for part in parts[:end])
-        if sum(len(part or "") for part in parts[:end]) >= FEWEST and re.fullmatch(pattern, start, re.DOTALL):
+        if re.fullmatch(pattern, start, re.DOTALL) or re.fullmatch(pattern, f"{start} ", re.DOTALL):
             return True
     return False
 

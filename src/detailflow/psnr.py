@@ -11,7 +11,8 @@ def psnr(a: np.ndarray | Tensor, b: np.ndarray | Tensor, peak: float = 255) -> T
     """Return the peak signal-to-noise ratio in dB of images or batches of them, without gradients.
 
     Args:
-        a, b: of one shape, the last three dimensions those of an image.
+        a: images, whose last three dimensions are those of an image.
+        b: images of the same shape.
         peak: the largest difference that a value can have.
 
     Returns:
