@@ -3,7 +3,8 @@
     python benchmarks/make_pictures.py --data DATA [--model DIR] [--output DIR]
 
 Writes samples.png (images of every class), coarse-to-fine.png (photographs and samples by number of tokens), masks.png
-(what attends to what) and resolution.png (what n tokens show). The last two need matplotlib, from the `train` extra.
+(what attends to what), resolution.png (what n tokens show) and variations.png (photographs whose first tokens stay,
+by number of tokens and class). masks.png and resolution.png need matplotlib, from the `train` extra.
 """
 
 import argparse
@@ -15,10 +16,11 @@ import torch
 from PIL import Image
 
 from detailflow import DetailFlowError, DetailFlowPipeline, TokenSchedule
+from detailflow.cli.vary import Subject, variation_tiles
 from detailflow.data.images import open_images
 from detailflow.data.transforms import center_crop
 from detailflow.pictures import GAP, grid, strip
-from detailflow.pipeline import Stage, stage_counts
+from detailflow.pipeline import Stage, fit, stage_counts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -26,6 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
+VARIED = ("automobile", "bird", "cat", "horse", "ship")  # classes of variations.png
 CLASSES = 10  # as many as a row of samples.png shows
 DETAILFLOW_16 = TokenSchedule(num_tokens=128, group_size=8, causal_tokens=8, image_size=256, patch_size=16)
 
@@ -60,6 +63,24 @@ def photographs(pipeline: DetailFlowPipeline, path: Path, count: int) -> list[Im
     side = pipeline.tokenizer.schedule.image_size
     crops = [Image.fromarray(center_crop(source.image(row), side)) for row in rows]
     return [strip(pipeline.reconstruct(crop), original=crop) for crop in crops]
+
+
+def variations(pipeline: DetailFlowPipeline, path: Path, rows: list[int], seed: int) -> list[Image.Image]:
+    """Return a sheet for each photograph of `rows`: by tokens kept (down) and class (across)."""
+    schedule, names = (
+        pipeline.tokenizer.schedule,
+        [pipeline.class_name(i) for i in range(pipeline.gpt.config.num_classes)],
+    )
+    classes = pipeline.class_ids([name for name in VARIED if name in names] or list(range(min(5, len(names)))))
+    keeps = [n for n in stage_counts(schedule) if 4 <= n < schedule.num_tokens]
+    source, sheets = open_images(path), []
+    for row in rows:
+        image = fit(schedule, source.image(row))
+        subject = Subject(pipeline.tokens(image), (image.height, image.width), image)
+        tiles, _ = variation_tiles(pipeline, subject, keeps, classes, {"seed": seed})
+        pictures, captions = zip(*tiles, strict=True)
+        sheets.append(grid(pictures, len(tiles) // len(keeps), captions))
+    return sheets
 
 
 def stack(pictures: list[Image.Image]) -> Image.Image:
@@ -112,7 +133,7 @@ def resolution(schedules: list[TokenSchedule]) -> Figure:
 
 
 def main() -> None:
-    """Write the four pictures."""
+    """Write the five pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder with tokenizer/ and gpt/ (default: the shipped model)")
     parser.add_argument("--data", type=Path, required=True, help="photographs with labels for coarse-to-fine.png")
@@ -121,6 +142,7 @@ def main() -> None:
     parser.add_argument(
         "--strips", type=int, default=3, help="photographs, and samples, from coarse to fine (default: %(default)s)"
     )
+    parser.add_argument("--varied", type=int, nargs="+", default=[6, 31], help="photographs to vary, by row")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
@@ -129,6 +151,7 @@ def main() -> None:
         pictures = {
             "samples": samples(pipeline, options.rows, options.seed),
             "coarse-to-fine": stack(strips + generated(pipeline, options.strips, options.seed)),
+            "variations": stack(variations(pipeline, options.data, options.varied, options.seed)),
         }
     except DetailFlowError as error:
         parser.error(str(error))

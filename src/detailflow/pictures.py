@@ -17,7 +17,8 @@ SMALLEST_TILE = 128  # pixels; smaller images are enlarged by the smallest whole
 GAP = 4
 FONT_SIZE = 12
 LINE = 16  # pixels from one line of a caption to the next
-Kind = Literal["sample", "grid", "strip", "comparison", "reconstruction"]  # the last two are from `reconstruct`
+# The first three are from `generate`, the next two from `reconstruct`, and those of `vary` and `decode` follow.
+Kind = Literal["sample", "grid", "strip", "comparison", "reconstruction", "variations", "variation", "decoded"]
 KEY = "detailflow"  # of the text in a PNG file that has its kind, and the name it was written under
 _HEAD = 1024  # bytes of a PNG file that contain the text
 
@@ -69,10 +70,10 @@ def check_ours(paths: Iterable[Path], command: str) -> None:
 
 
 def is_overview(path: str) -> bool:
-    """Return True for a grid or strip that `generate` or `reconstruct` made: it is no image of a data set."""
+    """Return True for a grid or strip that `generate`, `reconstruct` or `vary` made: it is no image of a data set."""
     name = os.path.basename(path)
-    named = name == "grid.png" or name.startswith("strip-") or name.endswith("-strip.png")
-    return named and picture_kind(Path(path)) in ("grid", "strip", "comparison")
+    named = name == "grid.png" or name.startswith("strip-") or name.endswith(("-strip.png", "-variations.png"))
+    return named and picture_kind(Path(path)) in ("grid", "strip", "comparison", "variations")
 
 
 def generated(folder: Path) -> Iterator[Path]:

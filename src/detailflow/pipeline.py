@@ -192,7 +192,7 @@ class DetailFlowPipeline:
         images = []
         for steps in self._batches(self.class_ids(labels), **options):
             *_, ids = steps
-            images += _decode(self.tokenizer, ids)
+            images += decode_images(self.tokenizer, ids)
         return images
 
     def stream(
@@ -222,7 +222,7 @@ class DetailFlowPipeline:
         for parts in steps:
             n = parts[0].shape[1]
             if wanted is None or n in wanted:
-                images = [image for ids in parts for image in _decode(self.tokenizer, ids)]
+                images = [image for ids in parts for image in decode_images(self.tokenizer, ids)]
                 yield Stage(n, self.tokenizer.schedule.decode_size(n), images)
 
     def vary(
@@ -232,6 +232,7 @@ class DetailFlowPipeline:
         keep: int,
         label: Label | None = None,
         num_images: int = 1,
+        size: tuple[int, int] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> list[Image.Image]:
         """Generate variations: the first `keep` tokens of an image stay, and the AR model writes the others.
@@ -246,6 +247,7 @@ class DetailFlowPipeline:
             keep: k, a valid count of tokens; all of them give the reconstruction.
             label: the class of the variations, also another one than the image's; `None` is no class.
             num_images: number of variations.
+            size: (height, width) of the full image if it is not square, as `TokenSchedule.full_shape` has it.
             options: as in a plain call.
         """
         ids = self.tokens(image)
@@ -255,14 +257,14 @@ class DetailFlowPipeline:
         images = []
         for steps in self._batches(class_ids, **options | {"num_images_per_class": num_images, "prefix": ids[:keep]}):
             *_, codes = steps
-            images += _decode(self.tokenizer, codes)
+            shape = None if size is None else self.tokenizer.schedule.decode_shape(codes.shape[1], *size)
+            images += decode_images(self.tokenizer, codes, shape)
         return images
 
     def tokens(self, image: Image.Image | Tensor | Sequence[int]) -> Tensor:
         """Return the (n,) tokens of an image's centre square, or the tokens that are given instead of one."""
         if isinstance(image, Image.Image):
-            pixels = to_tensor(np.asarray(fit(self.tokenizer.schedule, image)))
-            return self.tokenizer.encode(pixels[None])[0]
+            return encode_images(self.tokenizer, [fit(self.tokenizer.schedule, image)])[0]
         try:
             ids = torch.as_tensor(image)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -343,11 +345,11 @@ def reconstruct(
     schedule = tokenizer.schedule
     counts = stage_counts(schedule) if counts is None else [schedule.check_count(n) for n in counts]
     pixels = np.asarray(original)
-    ids = tokenizer.encode(to_tensor(pixels)[None])
+    ids = encode_images(tokenizer, [original])
 
     for n in counts:
         height, width = schedule.decode_shape(n, original.height, original.width)
-        picture = _decode(tokenizer, ids[:, :n], (height, width))[0]
+        picture = decode_images(tokenizer, ids[:, :n], (height, width))[0]
         shown = picture.resize(original.size, Image.Resampling.BICUBIC)
         size = height if height == width else (height, width)
         yield Reconstruction(n, size, [shown], psnr(np.asarray(shown), pixels).item())
@@ -365,6 +367,13 @@ def image_generator(seed: int, image: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def _decode(tokenizer: DetailFlowTokenizer, ids: Tensor, size: tuple[int, int] | None = None) -> list[Image.Image]:
-    """(B, n) codes → B images of side D(n), or (height, width)."""
+def encode_images(tokenizer: DetailFlowTokenizer, images: Sequence[Image.Image]) -> Tensor:
+    """Encode B images of one size, as `fit` returns them, to (B, N) codes."""
+    return tokenizer.encode(torch.stack([to_tensor(np.asarray(image)) for image in images]))
+
+
+def decode_images(
+    tokenizer: DetailFlowTokenizer, ids: Tensor, size: tuple[int, int] | None = None
+) -> list[Image.Image]:
+    """Decode (B, n) codes to B images of side D(n), or (height, width)."""
     return [Image.fromarray(pixels) for pixels in to_host(tokenizer.decode_bytes(ids, size)).numpy()]

@@ -70,6 +70,11 @@ class TokenSchedule(Settings):
         """1, 2, …, c, then multiples of g up to N."""
         return (*range(1, self.prefix + 1), *range(self.prefix + self.group_size, self.num_tokens + 1, self.group_size))
 
+    @property
+    def quarter(self) -> int:
+        """The largest valid count of at most N/4, else the first: what variations keep unless told otherwise."""
+        return max(n for n in self.valid_counts if n == self.valid_counts[0] or 4 * n <= self.num_tokens)
+
     @cached_property
     def steps(self) -> tuple[tuple[int, int], ...]:
         """(start, end) of each decoding step's tokens: c single tokens, then whole groups (docs/method.md#groups)."""
@@ -120,6 +125,11 @@ class TokenSchedule(Settings):
         ideal = (area * height / width) ** 0.5, (area * width / height) ** 0.5
         rows, columns = (min(max(round(side / f) * f, f), area // f) for side in ideal)
         return rows, columns
+
+    def is_full_shape(self, height: int, width: int) -> bool:
+        """Return whether `full_shape` can be (height, width)."""
+        bounded = min(height, width) > 0 and max(height, width) <= self.image_size**2
+        return bounded and self.full_shape(height, width) == (height, width)
 
     def best_count(self, side: int) -> int:
         """Return the valid n with D(n) = `side` whose R(n) is nearest to `side`, the later one on a tie."""

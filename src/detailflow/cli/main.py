@@ -17,18 +17,28 @@ COMMANDS = {  # each is the module of that name in this package, imported when a
     "generate": "make images of classes",
     "classes": "list the classes that a model can make images of",
     "reconstruct": "encode images and decode them again, from coarse to fine",
+    "vary": "keep the first tokens of images, write the others again",
+    "encode": "write the tokens of images to a file",
+    "decode": "make images of the tokens in a file",
     "data": "say what a set of images holds, and what is wrong with it",
     "train": "train a tokenizer or an AR model on your own images",
     "evaluate": "measure models and images: FID, PSNR, …, as a report with plots",
     "bench": "time a model on this machine, beside the machine's own limits",
     "convert": "write models in another layout: safetensors or the published one",
     "export": "write a model as ONNX files, for programs without PyTorch",
-    "extract": "write the tokens of your images to disk, to train an AR model on",
+    "extract": "write the tokens of a training set, to train an AR model on",
     "serve": "serve a model over HTTP, as OpenAI's images API has it",
 }
 
 # Commands that show what the library logs; the standard output of reconstruct is its table.
-_SHOW_LOG = {"train": "stdout", "extract": "stdout", "evaluate": "stdout", "reconstruct": "stderr"}
+_SHOW_LOG = {
+    "train": "stdout",
+    "extract": "stdout",
+    "evaluate": "stdout",
+    "reconstruct": "stderr",
+    "vary": "stderr",
+    "encode": "stderr",
+}
 
 HELP = f"""usage: detailflow COMMAND …
 

@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
-from detailflow import hub
 from detailflow.errors import DetailFlowError
 from detailflow.pipeline import DetailFlowPipeline, fit
 from detailflow.sampling import SamplingConfig
@@ -47,8 +45,7 @@ class Service:
         self.batcher = Batcher(
             partial(engine.run, pipeline), config.max_batch, config.batch_window / 1000, config.max_queue, self.metrics
         )
-        tokenizer = pipeline.tokenizer
-        self.fingerprint = hub.fingerprint(asdict(tokenizer.config), tokenizer.state_dict())
+        self.fingerprint = pipeline.tokenizer.fingerprint()
         self.created = int(time.time())
 
     @property
@@ -127,8 +124,7 @@ class Service:
         """
         checked = self._check(body)
         with _blamed_on("keep"):
-            quarter = max(n for n in self.schedule.valid_counts if n == 1 or 4 * n <= self.schedule.num_tokens)
-            keep = self.schedule.check_count(quarter if body.keep is None else body.keep, "keep")
+            keep = self.schedule.check_count(self.schedule.quarter if body.keep is None else body.keep, "keep")
         if image is not None:
             tokens = (await self.encode(image, None, whole=False)).tokens
         else:
@@ -222,12 +218,7 @@ class Service:
     def _full_size(self, body: schemas.Tokens) -> tuple[int, int]:
         side = self.schedule.image_size
         height, width = body.height or side, body.width or side
-        if (
-            height < 1
-            or width < 1
-            or max(height, width) > side**2
-            or self.schedule.full_shape(height, width) != (height, width)
-        ):
+        if not self.schedule.is_full_shape(height, width):
             message = f"height and width must be as `encode` gives them, not {height} and {width}"
             raise ApiError(400, message, "height", "invalid_value")
         return height, width

@@ -1,0 +1,72 @@
+"""`detailflow encode`: images to a file of tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from detailflow.cli.common import Parser, add_model_options, check_output
+from detailflow.cli.inputs import Inputs, add_image_options
+from detailflow.progress import progress_bar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from detailflow.models.tokenizer import DetailFlowTokenizer
+
+BATCH_SIZE = 32
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    result = Parser(
+        "encode",
+        "IMAGE …",
+        "Write the tokens of images, their names and sizes, and the tokenizer's fingerprint to one .npz file, which "
+        "`detailflow decode`, `detailflow vary` and any program with NumPy read.",
+    )
+    add_image_options(result, None)
+    result.option("--num-tokens", int, help="the first N tokens of each image (default: all)", metavar="N")
+    result.option("--output", Path, Path("tokens.npz"), "the file", "FILE")
+    add_model_options(result)
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the file."""
+    args = parser().parse_args(argv)
+    check_output(args.output.parent)
+
+    import numpy as np
+
+    from detailflow.models.tokenizer import DetailFlowTokenizer
+    from detailflow.pipeline import fit
+    from detailflow.token_files import TokenFile, check_replaceable
+
+    check_replaceable(args.output)
+    tokenizer = DetailFlowTokenizer.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    schedule = tokenizer.schedule
+    count = schedule.check_count(args.num_tokens)
+    inputs = Inputs(args.images, args.num, lambda image: fit(schedule, image, args.whole))
+    names, sizes, tokens = list[str](), list[tuple[int, int]](), []
+    waiting: list[Image.Image] = []
+    for name, image in progress_bar(inputs, desc="encoding", unit="image", total=len(inputs.names)):
+        if waiting and (image.size != waiting[0].size or len(waiting) == BATCH_SIZE):
+            tokens.append(_encoded(tokenizer, waiting))
+            waiting = []
+        waiting.append(image)
+        names.append(name)
+        sizes.append((image.height, image.width))
+    tokens.append(_encoded(tokenizer, waiting))
+    codes = np.concatenate(tokens)[:, :count]
+    TokenFile(codes, np.array(sizes), tuple(names), tokenizer.fingerprint()).write(args.output)
+    images = f"{len(names):,} image{'s' if len(names) > 1 else ''}"
+    print(f"wrote {count} token{'s' if count > 1 else ''} of {'each of ' * (len(names) > 1)}{images} to {args.output}")
+    inputs.report_left_out()
+    return 0
+
+
+def _encoded(tokenizer: "DetailFlowTokenizer", images: "Sequence[Image.Image]") -> "np.ndarray":
+    from detailflow.pipeline import encode_images
+
+    return encode_images(tokenizer, images).cpu().numpy()
