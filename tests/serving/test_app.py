@@ -261,8 +261,8 @@ class Links(HTMLParser):
 
 
 def test_docs_load_nothing_from_elsewhere(http: httpx.Client):
-    page = http.get("/", follow_redirects=True)
-    assert page.url.path == "/docs" and "default-src 'none'" in page.headers["content-security-policy"]
+    page = http.get("/docs")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
     links = Links()
     links.feed(page.text)
     assert links.found == ["openapi.json"] and not links.tags & {"script", "link", "img", "iframe"}

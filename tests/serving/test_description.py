@@ -50,6 +50,8 @@ PATHS = (
     "/v1/images/edits",
     "/v1/tokens/encode",
     "/v1/tokens/decode",
+    "/v1/tokens/reconstruct",
+    "/v1/tokens/animate",
     "/v1/classes",
     "/v1/models/{model}",
 )

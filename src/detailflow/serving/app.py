@@ -7,15 +7,17 @@ from importlib import metadata
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, File, Form, Query, Request, UploadFile
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp
 
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.serving import errors, schemas
 from detailflow.serving.config import ServeConfig
 from detailflow.serving.middleware import Guard
+from detailflow.serving.pictures import add_pictures
 from detailflow.serving.reference import reference_page
 from detailflow.serving.service import Answer, Service
+from detailflow.serving.studio import add_studio
 from detailflow.serving.uploads import Uploads
 
 T = TypeVar("T")
@@ -83,7 +85,9 @@ def create_app(pipeline: DetailFlowPipeline, config: ServeConfig | None = None) 
     uploads = Uploads(service.config)
     _add_images(app, service, uploads)
     _add_tokens(app, service, uploads)
+    add_pictures(app, service, uploads, _RESPONSES)
     _add_operations(app, service)
+    add_studio(app)
     return app
 
 
@@ -186,10 +190,6 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def docs() -> HTMLResponse:
         policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
         return HTMLResponse(reference_page(app.openapi(), service.config.model_name), headers=policy)
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("docs")
 
 
 def _health(status: str) -> JSONResponse:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from detailflow.serving.config import ServeConfig
 from detailflow.serving.errors import ApiError, api_error
 from detailflow.serving.metrics import Metrics
+from detailflow.serving.studio import PREFIX
 
 _log = logging.getLogger(__name__)
 MULTIPART_EXTRA = 64 * 1024  # bytes of a form beside its file
@@ -61,7 +62,8 @@ class Guard:
             self.metrics.latency.labels(path).observe(time.perf_counter() - started)
 
     def _authorize(self, scope: Scope) -> None:
-        if self.config.api_key is None or scope["path"].removeprefix(scope.get("root_path", "")) in _OPEN:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self.config.api_key is None or path in _OPEN or path.startswith(PREFIX):
             return
         given = _header(scope, b"authorization").partition(b" ")
         right = given[0].lower() == b"bearer" and hmac.compare_digest(given[2].strip(), self.config.api_key.encode())

@@ -1,0 +1,145 @@
+"""What cannot be, a server that goes away, is busy or wants a key: the page says so and goes on."""
+
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+from studio import Studio, same
+
+from detailflow import DetailFlowPipeline
+
+KEY = "a-key-of-the-tests"
+
+
+def test_values_that_cannot_be_are_said_beside_their_fields(studio: Studio):
+    guidance = studio.page.get_by_role("spinbutton", name="Guidance")
+    for value, said in (("0.5", "Guidance must be from 1 to 20."), ("", "Guidance must be from 1 to 20.")):
+        guidance.fill(value)
+        studio.button("Generate").click()
+        expect(guidance).to_have_attribute("aria-invalid", "true")
+        expect(guidance).to_have_accessible_description(re.compile(re.escape(said)))
+        expect(guidance).to_be_focused()
+    studio.set(Guidance=4, Images=99)
+    studio.button("Generate").click()
+    expect(studio.page.get_by_text("Images must be a whole number from 1 to 16.")).to_be_visible()
+    studio.set(Images=1)
+    studio.classes.fill("unicorn")
+    studio.button("Generate").click()
+    expect(studio.page.get_by_text("No class is called “unicorn”.")).to_be_visible()
+    expect(studio.tiles).to_have_count(0)
+    studio.generate("ship", number=1)
+
+
+def test_what_the_server_refuses_is_said_beside_its_field(studio: Studio):
+    studio.generate("cat", number=1)
+    studio.page.get_by_text("More settings").click()
+    studio.page.get_by_label("Tokens", exact=True).select_option("8")
+    studio.button("Rewrite the rest").click()
+    expect(studio.page.get_by_text("Tokens must be at least keep, which is 12, not 8.")).to_be_visible()
+
+
+def test_a_file_that_is_no_picture(studio: Studio, tmp_path: Path):
+    text = tmp_path / "notes.txt"
+    text.write_text("no picture")
+    studio.page.locator("#file").set_input_files(text)
+    expect(studio.banner).to_contain_text("“notes.txt” is no picture")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    studio.page.locator("#file").set_input_files(broken)
+    expect(studio.banner).to_contain_text("its contents are in no raster format that is read")
+    studio.button("Close").click()
+    expect(studio.banner).to_be_hidden()
+
+
+@pytest.mark.parametrize(
+    ("fragment", "said"),
+    [
+        ("#class=unicorn&seed=1", "The link’s class “unicorn” is none of this model’s."),
+        ("#class=cat&seed=1&keep=1.2.zzzzz", "The link’s tokens are incomplete, or another model’s"),
+        ("#class=cat&seed=one", "Seed cannot be one."),
+        ("#class=cat&seed=1&model=0123456789ab", "This link was made with another model"),
+    ],
+)
+def test_links_that_cannot_be(new_page: Callable[..., Page], url: str, fragment: str, said: str):
+    expect(new_page(f"{url}/{fragment}").get_by_role("alert")).to_contain_text(said)
+
+
+def test_a_server_that_restarts(
+    new_page: Callable[..., Page], serve: Callable[..., Any], shipped: DetailFlowPipeline
+) -> None:
+    server = serve()
+    studio = Studio(new_page(server.url))
+    studio.generate("cat", number=1, seed=1)
+    before = studio.images
+    studio.set(Images=16, Seed=2)
+    studio.button("Generate").click()
+    expect(studio.slider).to_have_attribute("aria-valuetext", re.compile("^[2-9] of"))
+    server.kill()
+    expect(studio.banner).to_contain_text("The server does not answer.")
+    studio.trail.get_by_role("button", name="cat, seed 1").click()
+    expect(studio.tiles).to_have_count(1)
+    assert all((a == b).all() for a, b in zip(studio.images, before, strict=True))
+    studio.page.go_back()
+    server.start()
+    expect(studio.banner).to_contain_text("The server is back.")
+    studio.finish()
+    assert same(studio.images, shipped("cat", num_images_per_class=16, seed=2))
+
+
+def test_a_server_that_returns_with_another_model(
+    new_page: Callable[..., Page], serve: Callable[..., Any], model: Path
+) -> None:
+    server = serve()
+    studio = Studio(new_page(server.url))
+    server.kill()
+    studio.button("Generate").click()
+    expect(studio.banner).to_contain_text("The server does not answer.")
+    server.options = ("--model", str(model), "--model-name", "another")
+    server.start()
+    expect(studio.page.get_by_text("another", exact=True)).to_be_visible()
+    expect(studio.banner).to_contain_text("The server is back, with another model: generate again.")
+    studio.set(Seed=1)
+    studio.button("Generate").click()
+    studio.finish()
+    assert studio.reading.startswith("16 of 16 tokens")
+
+
+def test_a_server_that_is_busy(new_page: Callable[..., Page], serve: Callable[..., Any]):
+    server = serve("--max-queue", "16", "--max-batch", "1")
+    studio = Studio(new_page(server.url))
+    studio.set(Images=16)
+    other = threading.Thread(
+        target=httpx.post,
+        args=(f"{server.url}/v1/images/generations",),
+        kwargs={"json": {"prompt": "cat", "n": 16}, "timeout": 120},
+    )
+    other.start()
+    while not re.search(r"^detailflow_queue_images 1[0-9]", httpx.get(f"{server.url}/metrics").text, re.MULTILINE):
+        assert other.is_alive(), "the queue has never been full"
+    studio.button("Generate").click()
+    expect(studio.banner).to_contain_text("Many people are making images.")
+    other.join()
+    studio.finish()
+    expect(studio.banner).to_be_hidden()
+
+
+def test_a_key_that_the_server_wants(new_page: Callable[..., Page], serve: Callable[..., Any]):
+    server = serve(DETAILFLOW_API_KEY=KEY)
+    page = new_page(server.url, wait="dialog[open]")
+    dialog = page.get_by_role("dialog", name="This server wants a key")
+    for key in ("wrong", KEY):
+        dialog.get_by_label("API key").fill(key)
+        dialog.get_by_role("button", name="Use it").click()
+        if key != KEY:
+            expect(dialog).to_contain_text("That was not the right one.")
+    expect(dialog).to_be_hidden()
+    studio = Studio(page)
+    studio.generate("dog", number=1)
+    assert KEY not in page.url
+    page.reload()
+    studio.finish()

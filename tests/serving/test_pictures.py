@@ -1,0 +1,70 @@
+"""People's own pictures stage by stage, and animations of tokens."""
+
+import base64
+import io
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from answers import opened, photograph, png, same
+from PIL import Image
+
+from detailflow import DetailFlowPipeline
+from detailflow.pipeline import fit
+from detailflow.serving.pictures import MOST_PIXELS
+
+
+def test_reconstruct_is_what_the_pipeline_shows(http: httpx.Client, pipeline: DetailFlowPipeline):
+    answer = http.post("/v1/tokens/reconstruct", files={"image": png(photograph())}).json()
+    expected = pipeline.reconstruct(photograph())
+    assert [len(stage["tokens"]) for stage in answer["data"]] == [stage.num_tokens for stage in expected]
+    assert [stage["psnr"] for stage in answer["data"]] == pytest.approx([s.psnr for s in expected], abs=0.05)
+    original = fit(pipeline.tokenizer.schedule, photograph())
+    assert (np.asarray(opened(answer["original"])) == np.asarray(original)).all()
+    encoded = http.post("/v1/tokens/encode", files={"image": png(photograph())}).json()
+    assert encoded == {key: answer[key] for key in encoded}
+
+
+def test_reconstruct_at_certain_numbers_of_tokens(http: httpx.Client, pipeline: DetailFlowPipeline):
+    answer = http.post(
+        "/v1/tokens/reconstruct", files={"image": png(photograph())}, data={"num_tokens": ["8", "2"]}
+    ).json()
+    (first, second) = answer["data"]
+    assert (len(first["tokens"]), len(second["tokens"])) == (8, 2)
+    assert first["size"] == "{0}x{0}".format(pipeline.tokenizer.schedule.decode_size(8))
+    refused = http.post("/v1/tokens/reconstruct", files={"image": png(photograph())}, data={"num_tokens": ["5"]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "num_tokens")
+
+
+def test_reconstruct_takes_pictures_only(http: httpx.Client):
+    refused = http.post("/v1/tokens/reconstruct", files={"image": b"no picture"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_image")
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_an_animation_has_a_frame_for_every_stage(http: httpx.Client, kind: str):
+    tokens = list(range(16))
+    answer = http.post("/v1/tokens/animate", json={"tokens": tokens, "format": kind, "milliseconds": 100})
+    assert answer.headers["Content-Type"] == f"image/{kind}"
+    animation: Any = Image.open(io.BytesIO(answer.content))
+    assert (animation.format, animation.size, animation.n_frames) == (kind.upper(), (256, 256), 7)
+    animation.seek(6)
+    animation.load()
+    assert animation.info["duration"] == 400
+    if kind == "webp":
+        last = http.post("/v1/tokens/decode", json={"tokens": tokens}).json()["data"][0]["b64_json"]
+        frame = base64.b64encode(png(animation.convert("RGB"))).decode()
+        assert same(frame, opened(last).resize((256, 256), Image.Resampling.NEAREST))
+
+
+def test_animations_have_bounds(http: httpx.Client, pipeline: DetailFlowPipeline):
+    stages = len(pipeline.tokenizer.schedule.valid_counts)
+    assert stages * 2048**2 > MOST_PIXELS
+    for body, param in (
+        ({"tokens": list(range(16)), "size": 2048}, "size"),
+        ({"tokens": [64]}, "tokens"),
+        ({"tokens": [1], "format": "png"}, "format"),
+    ):
+        refused = http.post("/v1/tokens/animate", json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text
