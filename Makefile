@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest slow examples docs package fuzz
+.PHONY: demo test test-browser test-oldest slow examples docs package fuzz
 
 demo: .venv/core  ## images of every class, and how they take shape, into outputs/
 	$(BIN)/detailflow generate --num 1 --progressive --output outputs
@@ -12,10 +12,13 @@ test: .venv/dev  ## what must pass before every commit
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -q -rs -n 2 -m "not slow and not example"
+	$(BIN)/pytest -q -rs -n 2 -m "not slow and not example and not browser"
+
+test-browser: .venv/dev  ## the studio in a real browser; needs Chromium: apt-get install chromium, or CHROMIUM=/path/to/one
+	$(BIN)/pytest -q tests/browser
 
 test-oldest: .venv-oldest/dev  ## the tests on the oldest versions that pyproject.toml allows
-	.venv-oldest/bin/python -m pytest -q -rs -n 2 -m "not slow"
+	.venv-oldest/bin/python -m pytest -q -rs -n 2 -m "not slow and not browser"
 
 slow: .venv/dev  ## the tests that take longer
 	$(BIN)/pytest -q -m slow

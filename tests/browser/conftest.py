@@ -110,7 +110,9 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
             problems.append(message.text)
 
     def create(url: str, wait: str = "html[data-ready]", **options: Any) -> Page:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "reduced_motion": "reduce"} | options)
+        context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 800}, "reduced_motion": "reduce"} | options
+        )
         contexts.append(context)
         page = context.new_page()
         page.on("console", logged)

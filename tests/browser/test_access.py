@@ -1,4 +1,4 @@
-"""For everybody: keyboard, screen readers, narrow and wide windows, dark and light, slow connections, a thousand classes."""
+"""For everybody: keyboard, screen readers, all windows, dark and light, slow connections, a thousand classes."""
 
 import json
 import re

@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import FastAPI, File, Form, UploadFile
 from fastapi.responses import Response
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from detailflow.pipeline import fit, stage_counts
 from detailflow.psnr import psnr
@@ -76,7 +76,7 @@ async def _reconstruct(service: Service, image: Image.Image, counts: list[int] |
     original = await asyncio.to_thread(fit, service.schedule, image)
     encoded = await service.encode(original, None, whole=False)
     counts = counts or stage_counts(service.schedule)
-    decoded = await service.decode(schemas.Tokens(tokens=encoded.tokens, num_tokens=counts))
+    decoded = await service.decode(schemas.Tokens(tokens=encoded.tokens, num_tokens=counts, height=None, width=None))
     data = await asyncio.to_thread(_compare, decoded.data, original)
     return Reconstruction(**encoded.model_dump(), original=_png(original), data=data)
 
@@ -98,7 +98,9 @@ async def _animate(service: Service, body: Animation) -> bytes:
     if size**2 * len(counts) > MOST_PIXELS:
         most = math.isqrt(MOST_PIXELS // len(counts))
         raise ApiError(400, f"size must be at most {most} for {len(counts)} frames, not {size}", "size")
-    decoded = await service.decode(schemas.Tokens(tokens=body.tokens, num_tokens=counts, model=body.model))
+    decoded = await service.decode(
+        schemas.Tokens(tokens=body.tokens, num_tokens=counts, height=None, width=None, model=body.model)
+    )
     return await asyncio.to_thread(_animation, decoded.data, size, body)
 
 
@@ -107,9 +109,7 @@ def _animation(stages: list[schemas.ImageData], size: int, body: Animation) -> b
     duration = [body.milliseconds] * (len(frames) - 1) + [LAST_FRAME * body.milliseconds]
     options: dict[str, Any] = {"lossless": True} if body.format == "webp" else {"optimize": False}
     file = io.BytesIO()
-    frames[0].save(
-        file, body.format, save_all=True, append_images=frames[1:], duration=duration, loop=0, **options
-    )
+    frames[0].save(file, body.format, save_all=True, append_images=frames[1:], duration=duration, loop=0, **options)
     return file.getvalue()
 
 

@@ -31,7 +31,10 @@ export class Api {
 
   /** Return the server's model and its classes. */
   async describe(signal) {
-    const [models, classes] = await Promise.all([this.#json("v1/models", { signal }), this.#json("v1/classes", { signal })]);
+    const [models, classes] = await Promise.all([
+      this.#json("v1/models", { signal }),
+      this.#json("v1/classes", { signal }),
+    ]);
     return { model: models.data[0], classes: classes.data };
   }
 

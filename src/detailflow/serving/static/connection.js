@@ -18,14 +18,15 @@ export class Connection {
 
   /** Do `work`, again and again until the server has answered it, be it with an error. */
   async persist(work, signal) {
-    for (let breaks = 0; ; ) {
+    for (let breaks = 0; ;) {
       try {
         return await work();
       } catch (error) {
         if (signal?.aborted) throw error;
         if (error instanceof Unreachable && breaks++ < MOST_BREAKS) await this.#untilReady(signal);
         else if (error instanceof ApiError && error.status === 429) await this.#untilFree(error, signal);
-        else if (error instanceof ApiError && error.status === 401) this.api.key = await this.askForKey(Boolean(this.api.key));
+        else if (error instanceof ApiError && error.status === 401)
+          this.api.key = await this.askForKey(Boolean(this.api.key));
         else throw error;
       }
     }

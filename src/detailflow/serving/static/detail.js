@@ -23,7 +23,10 @@ export class Detail {
     });
     for (const [id, action] of [
       ["save-exact", () => this.#save(this.#frame.blob, `-${this.#frame.numTokens}-tokens.png`)],
-      ["save-large", async () => this.#save(await enlarged(this.#frame, this.#factor), `-${this.#frame.numTokens}-tokens-large.png`)],
+      [
+        "save-large",
+        async () => this.#save(await enlarged(this.#frame, this.#factor), `-${this.#frame.numTokens}-tokens-large.png`),
+      ],
       ["save-animation", () => this.#saveAnimation()],
       ["copy-link", () => this.#copyLink()],
     ]) {

@@ -68,7 +68,8 @@ function averageColour(left, top, side) {
 /** A sun over hills and water. */
 function landscape(x, y) {
   if (Math.hypot(x - 0.66, y - 0.3) < 0.13) return [255, 214, 120];
-  if (y > 0.8) return Math.abs(x - 0.66) < 0.05 + (y - 0.8) * 0.4 && Math.sin(y * 150) > -0.2 ? [233, 190, 132] : [38, 88, 104];
+  if (y > 0.8)
+    return Math.abs(x - 0.66) < 0.05 + (y - 0.8) * 0.4 && Math.sin(y * 150) > -0.2 ? [233, 190, 132] : [38, 88, 104];
   const near = 0.66 - 0.2 * Math.sin(3.3 * x + 0.2);
   if (y > near) return [26, 82, 72];
   const far = 0.56 - 0.12 * Math.sin(5 * x + 2.4) - 0.04 * Math.sin(17 * x);

@@ -62,7 +62,8 @@ async function meetModel() {
   picker.fit(model);
   byId("model").textContent = model.name;
   const many = model.classes.length;
-  byId("class-hint").textContent = `${many.toLocaleString("en")} classes: type a part of a name${many > 20 ? " or a number" : ""}.`;
+  byId("class-hint").textContent =
+    `${many.toLocaleString("en")} classes: type a part of a name${many > 20 ? " or a number" : ""}.`;
   suggest(model);
   if (known && !studio.isRunning) notices.fail("the server is back, with another model");
 }
@@ -103,7 +104,9 @@ function make(spec, options) {
     if (!(error instanceof WrongSetting)) throw error;
     return; // the field says so
   }
-  const narrow = byId("stage").getBoundingClientRect().top > innerHeight / 2 || byId("stage").getBoundingClientRect().bottom < innerHeight / 4;
+  const narrow =
+    byId("stage").getBoundingClientRect().top > innerHeight / 2 ||
+    byId("stage").getBoundingClientRect().bottom < innerHeight / 4;
   if (narrow) byId("stage").scrollIntoView({ block: "start" });
 }
 

@@ -101,7 +101,8 @@ export class Picker {
     if (event.key === "ArrowDown" || event.key === "ArrowUp") {
       event.preventDefault();
       if (this.list.hidden) this.#search("");
-      else if (count) this.#activate((this.#active + (event.key === "ArrowDown" ? 1 : count - 1 + (this.#active < 0))) % count);
+      else if (count)
+        this.#activate((this.#active + (event.key === "ArrowDown" ? 1 : count - 1 + (this.#active < 0))) % count);
     } else if (event.key === "Enter" && !this.list.hidden && this.#active >= 0) {
       event.preventDefault();
       this.#take(this.list.children[this.#active]);

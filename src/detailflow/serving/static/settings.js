@@ -14,7 +14,8 @@ export class Settings {
   constructor(form) {
     this.form = form;
     this.newSeed = document.getElementById("new-seed");
-    for (const slider of form.querySelectorAll("input[type=range]")) this.#couple(slider, this.#field(slider.dataset.for));
+    for (const slider of form.querySelectorAll("input[type=range]"))
+      this.#couple(slider, this.#field(slider.dataset.for));
     this.#field("seed").addEventListener("input", () => (this.newSeed.checked = false));
     for (const name of NAMES) this.#field(name).addEventListener("input", (event) => mark(event.target, null));
     document.getElementById("reset").addEventListener("click", () => this.write(this.#own));

@@ -62,7 +62,7 @@ export class Step {
   original = null; // of a picture of people's own
   state = "running"; // then "done", "stopped" or "failed"
 
-  /** `kind` is "class", "variation" or "picture"; `image` is the class, or null; `kept` are the tokens of a variation. */
+  /** `kind` is "class", "variation" or "picture"; `image` a class or null; `kept` the tokens of a variation. */
   constructor(model, { kind, image = null, settings = {}, kept = [], parent = null }) {
     Object.assign(this, { model, kind, image, settings, kept, parent });
     parent?.children.push(this);

@@ -40,7 +40,8 @@ export class Studio extends EventTarget {
     if (!step.parent) this.roots = [...this.roots, step].slice(-MOST_ROOTS);
     this.#display(step);
     const state = { session: this.#session, step: step.id };
-    if (file) history.pushState(state, "", location.pathname + location.search); // its link needs its tokens
+    if (file)
+      history.pushState(state, "", location.pathname + location.search); // its link needs its tokens
     else history[replace ? "replaceState" : "pushState"](state, "", tokens ? location.hash : linkOf(step));
     return this.#run(step);
   }

@@ -82,7 +82,9 @@ export class Timeline {
       `${model.bytes(numTokens).toLocaleString("en")} bytes`,
       decibels(psnr),
     ].filter(Boolean);
-    this.reading.replaceChildren(...parts.map((part) => Object.assign(document.createElement("span"), { textContent: part })));
+    this.reading.replaceChildren(
+      ...parts.map((part) => Object.assign(document.createElement("span"), { textContent: part })),
+    );
     this.slider.setAttribute("aria-valuetext", parts.join(", "));
   }
 

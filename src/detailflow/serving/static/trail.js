@@ -46,7 +46,10 @@ export class Trail {
 
   #canvas(step) {
     if (!this.#canvases.has(step)) {
-      this.#canvases.set(step, Object.assign(document.createElement("canvas"), { width: 1, height: 1, className: "blank" }));
+      this.#canvases.set(
+        step,
+        Object.assign(document.createElement("canvas"), { width: 1, height: 1, className: "blank" }),
+      );
     }
     return this.#canvases.get(step);
   }
