@@ -12,7 +12,7 @@ test: .venv/dev  ## what must pass before every commit
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -q -rs -n 2 -m "not slow and not example and not browser"
+	$(BIN)/pytest -q -rs -n 2 --dist worksteal -m "not slow and not example and not browser"
 
 test-browser: .venv/dev  ## the studio in a real browser; needs Chromium: apt-get install chromium, or CHROMIUM=/path/to/one
 	$(BIN)/pytest -q tests/browser
@@ -24,7 +24,7 @@ slow: .venv/dev  ## the tests that take longer
 	$(BIN)/pytest -q -m slow
 
 examples: .venv/dev  ## the longer examples and the notebook
-	$(BIN)/pytest -q -rs -n 2 -m example
+	$(BIN)/pytest -q -rs -n 2 --dist worksteal -m example
 
 docs: .venv/docs  ## the site, in build/site; every link in it is checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
