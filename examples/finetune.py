@@ -21,7 +21,7 @@ from detailflow.training.gpt import train_gpt
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--images", type=int, default=64, help="of each class")
-parser.add_argument("--steps", type=int, default=60)
+parser.add_argument("--steps", type=int, default=100)
 options = parser.parse_args()
 photos, run = Path("outputs/strange"), Path("outputs/strange-run")
 source = files("detailflow") / "weights"  # where the shipped model is; a folder or a hub name as well
@@ -36,7 +36,7 @@ for old, new in (("horse", "blue horse"), ("ship", "negative ship")):
 
 extract(Extraction(data=str(photos), tokenizer=str(source / "tokenizer"), crops="two"), run / "tokens")
 
-loop = LoopConfig(steps=options.steps, batch_size=16, learning_rate=3e-4, precision="fp32", trackers=())
+loop = LoopConfig(steps=options.steps, batch_size=16, learning_rate=1e-3, precision="fp32", trackers=())
 config = pipe.gpt.config  # the sizes must be those of the model to start from
 settings = GPTTraining(
     tokens=str(run / "tokens"), tokenizer=str(source / "tokenizer"), init=str(source / "gpt"), loop=loop,

@@ -169,7 +169,7 @@ def test_ctrl_c(model: Path, tmp_path: Path):
         ),  # which shells ignore in background jobs
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (tmp_path / "out" / "0000-airplane.png").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

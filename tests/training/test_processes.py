@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,19 @@ def run(command: list[str], processes: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def finished(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """The run of a stage by so many processes, made once."""
+
+    @cache
+    def folder(stage: str, processes: int) -> Path:
+        output = tmp_path_factory.mktemp("run") / stage
+        run([*commands[stage], "--output", str(output)], processes)
+        return output
+
+    return folder
+
+
 def curves(output: Path) -> dict[str, np.ndarray]:
     events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
@@ -91,29 +105,34 @@ def assert_same(first: Path, second: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
-def test_two_processes_do_what_one_does(stage: str, commands: dict[str, list[str]], tmp_path: Path):
+def test_two_processes_do_what_one_does(stage: str, finished: Callable[[str, int], Path]):
     """The same global batch.
 
     Every curve within 1e-5 over 50 steps, and so the work in parts of one process's memory.
     """
-    run([*commands[stage], "--output", str(tmp_path / "one")], 1)
-    run([*commands[stage], "--output", str(tmp_path / "two")], 2)
-    assert_same(tmp_path / "one", tmp_path / "two", 1e-5)
+    assert_same(finished(stage, 1), finished(stage, 2), 1e-5)
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
-def test_accumulation_changes_nothing(stage: str, commands: dict[str, list[str]], tmp_path: Path):
+def test_accumulation_changes_nothing(
+    stage: str, commands: dict[str, list[str]], finished: Callable[[str, int], Path], tmp_path: Path
+):
     """But for the discriminator, whose batch norms see fewer images and whose spectral norms are estimated
     more often."""
-    command = [*commands[stage], *(["--adversarial", "0"] if stage == "tokenizer" else [])]
-    run([*command, "--output", str(tmp_path / "one")], 1)
+    command, one = commands[stage], tmp_path / "one"
+    if stage == "tokenizer":
+        command = [*command, "--adversarial", "0"]
+        run([*command, "--output", str(one)], 1)
+    else:
+        one = finished(stage, 1)
     more = ["--loop.accumulate", "2", "--loop.checkpoint_activations", "true"]
     run([*command, "--output", str(tmp_path / "parts"), *more], 1)
-    assert_same(tmp_path / "one", tmp_path / "parts", 1e-5)
+    assert_same(one, tmp_path / "parts", 1e-5)
 
 
-def test_sharded_weights_are_the_same(commands: dict[str, list[str]], tmp_path: Path):
+def test_sharded_weights_are_the_same(
+    commands: dict[str, list[str]], finished: Callable[[str, int], Path], tmp_path: Path
+):
     """FSDP2 beside DistributedDataParallel."""
-    run([*commands["gpt"], "--output", str(tmp_path / "whole")], 2)
     run([*commands["gpt"], "--output", str(tmp_path / "parted"), "--loop.shard", "true"], 2)
-    assert_same(tmp_path / "whole", tmp_path / "parted", 1e-5)
+    assert_same(finished("gpt", 2), tmp_path / "parted", 1e-5)
