@@ -20,10 +20,12 @@ import onnxruntime
 class Generator:
     """The exported AR model and decoder."""
 
-    def __init__(self, folder: Path, model: dict, precision: str) -> None:
+    def __init__(self, folder: Path, model: dict, precision: str, threads: int = 0) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads  # 0 is all processors
         self.model = model
         self.step, self.decoder = (
-            onnxruntime.InferenceSession(folder / model["files"][precision][part], providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(folder / model["files"][precision][part], options)
             for part in ("step", "decoder")
         )
 
@@ -147,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--num-tokens", type=int, help="stop after so many, for coarse images")
     result.add_argument("--output", type=Path, default=Path("outputs"), help="where to write")
     result.add_argument("--precision", choices=("float32", "int8"), default="float32")
+    result.add_argument("--threads", type=int, default=0, help="small models are fastest with one (default: all)")
     result.add_argument("--guidance-scale", type=float, help="1 is no guidance")
     result.add_argument("--temperature", type=float, help="0 always takes the most likely code")
     result.add_argument("--top-k", type=int, help="0 keeps all codes")
@@ -167,7 +170,7 @@ def main() -> None:
         raise SystemExit(f"--num-tokens must be one of {model['counts']}, not {last}")
     labels = args.classes or [str(i) for i in range(model["num_classes"])]
     classes = np.repeat([class_number(model, label) for label in labels], args.num)
-    generator = Generator(args.folder, model, args.precision)
+    generator = Generator(args.folder, model, args.precision, args.threads)
     tokens = generator.tokens(classes, args.seed, sampling, last)
 
     args.output.mkdir(parents=True, exist_ok=True)

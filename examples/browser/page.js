@@ -1,0 +1,79 @@
+// The page: reads the form, and shows every stage of the images.
+
+import { bestBackend, load } from "./detailflow.js";
+
+const FOLDER = "model";
+const form = document.getElementById("form");
+const field = (name) => document.getElementById(name);
+const say = (text) => (field("status").textContent = text);
+const backend = new URLSearchParams(location.search).get("backend") ?? (await bestBackend());
+const generators = {}; // by precision
+
+/** Return the generator with the chosen weights, loaded at first use. */
+async function chosen() {
+  const precision = field("precision").value;
+  if (!generators[precision]) {
+    say("Loading the model …");
+    generators[precision] = await load(FOLDER, precision, backend);
+  }
+  return generators[precision];
+}
+
+function listClasses({ class_names: names, num_classes: count }) {
+  const options = Array.from({ length: count }, (_, i) => new Option(names ? names[i] : i, i));
+  field("class").replaceChildren(...options);
+}
+
+async function generate() {
+  const generator = await chosen();
+  const count = Number(field("images").value);
+  const canvases = Array.from({ length: count }, newCanvas);
+  field("result").replaceChildren(...canvases);
+  const classes = Array(count).fill(Number(field("class").value));
+  let computing = 0; // milliseconds, without the time until the browser shows a stage
+  let began = performance.now();
+  for await (const { count: n, tokens } of generator.generate(classes, field("seed").value)) {
+    const images = await generator.decode(tokens);
+    computing += performance.now() - began;
+    images.forEach((image, i) => show(canvases[i], image));
+    field("tokens").textContent = JSON.stringify(tokens);
+    say(`${n} of ${generator.model.num_tokens} tokens`);
+    await new Promise(requestAnimationFrame);
+    began = performance.now();
+  }
+  say(`${count} ${count > 1 ? "images" : "image"} in ${Math.round(computing)} ms, computed by ${backend}`);
+}
+
+function newCanvas(_, image) {
+  const canvas = document.createElement("canvas");
+  canvas.role = "img";
+  canvas.ariaLabel = `${field("class").selectedOptions[0].text}, image ${image + 1}`;
+  return canvas;
+}
+
+function show(canvas, image) {
+  canvas.width = canvas.height = image.width;
+  canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
+/** Do something while the button is off; say what went wrong. */
+async function busy(work) {
+  field("generate").disabled = true;
+  try {
+    await work();
+    field("generate").disabled = false;
+  } catch (error) {
+    say(`Error: ${error.message}`);
+    field("generate").disabled = !Object.keys(generators).length;
+  }
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  busy(generate);
+});
+
+await busy(async () => {
+  listClasses((await chosen()).model);
+  say(`Ready (${backend})`);
+});
