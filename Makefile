@@ -14,8 +14,8 @@ test: .venv/dev  ## what must pass before every commit
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -q -rs -n 2 --dist worksteal -m "not slow and not example and not browser"
 
-test-browser: .venv/dev  ## the studio in a real browser; needs Chromium: apt-get install chromium, or CHROMIUM=/path/to/one
-	$(BIN)/pytest -q tests/browser
+test-browser: .venv/dev  ## the studio and examples/browser in a real browser; needs Chromium: apt-get install chromium, or CHROMIUM=/path/to/one
+	$(BIN)/pytest -q -rs tests/browser
 
 test-oldest: .venv-oldest/dev  ## the tests on the oldest versions that pyproject.toml allows
 	.venv-oldest/bin/python -m pytest -q -rs -n 2 -m "not slow and not browser"
