@@ -1,29 +1,23 @@
 """A real Chromium in front of a real server: `make test-browser`."""
 
-import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Error, Page, expect, sync_playwright
 
 from detailflow import DetailFlowPipeline
 
-sys.path.append(str(Path(__file__).parent))  # for `studio`, which the tests share
+sys.path.append(str(Path(__file__).parent))  # for `server` and `studio`, which the tests share
 
+from server import Server, launch
 from studio import Studio
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 NEEDED = "make test-browser needs Chromium: apt-get install chromium, or set CHROMIUM to the path of one"
 expect.set_options(timeout=30_000)
 
@@ -38,39 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """Chromium: the one that CHROMIUM names, or that is installed."""
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     with sync_playwright() as playwright:
         try:
-            browser = playwright.chromium.launch(executable_path=path)
+            browser = launch(playwright)
         except Error as error:
             pytest.exit(f"{NEEDED} ({error.message.splitlines()[0]})", returncode=2)
         yield browser
         browser.close()
-
-
-class Server:
-    """`detailflow serve` on one port, which can be killed and started again."""
-
-    def __init__(self, *options: str, **environment: str) -> None:
-        self.options, self.environment, self.port = options, environment, 0
-        self.start()
-
-    def start(self) -> None:
-        """Start it, on its old port if it had one."""
-        command = [sys.executable, "-m", "detailflow", "serve", "--device", "cpu", "--port", str(self.port)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", **self.environment}
-        self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.PIPE, text=True, env=environment)
-        assert self.process.stdout is not None
-        found = re.search(r"http://\S+:(\d+)", self.process.stdout.readline())
-        assert found, "the server does not start"
-        self.url, self.port = found[0], int(found[1])
-        while not httpx.get(f"{self.url}/readyz").is_success:
-            time.sleep(0.05)
-
-    def kill(self, sig: int = signal.SIGKILL) -> None:
-        """End it."""
-        self.process.send_signal(sig)
-        self.process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="session")
