@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-browser test-oldest slow examples docs package fuzz
+.PHONY: demo test test-browser test-oldest slow examples docs package fuzz gpu
 
 demo: .venv/core  ## images of every class, and how they take shape, into outputs/
 	$(BIN)/detailflow generate --num 1 --progressive --output outputs
@@ -38,6 +38,14 @@ package: .venv/dev  ## the wheel and the source archive, in dist/; the wheel is 
 
 fuzz: .venv/dev  ## ten thousand mutated inputs
 	$(BIN)/python tests/fuzz --workers 2
+
+ifeq ($(VENV),none)  # with the PyTorch that is installed already: make gpu PYTHON=python3 VENV=none
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+else
+gpu: .venv/dev  ## the tests and measurements that need a GPU: under eight minutes, and a report in benchmarks/reports
+	$(BIN)/python benchmarks/gpu.py
+endif
 
 .venv/core: pyproject.toml
 	$(PYTHON) -m venv .venv

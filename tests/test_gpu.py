@@ -217,7 +217,7 @@ def test_compiled_and_captured(batch: int):
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-LOOP: dict[str, Any] = dict(steps=1000, batch_size=16, learning_rate=1e-3, warmup=0.0)
+LOOP: dict[str, Any] = dict(steps=1000, batch_size=16, learning_rate=1e-3, warmup=0.0, trackers=())
 VIT = ViTConfig(64, 2, 4)
 SIZES = TokenizerConfig(VIT, VIT, image_size=32, patch_size=4, num_tokens=16, group_size=4, codebook_size=256)
 

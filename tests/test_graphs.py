@@ -243,6 +243,22 @@ def test_places():
     assert lend(0) is None  # its place is taken
 
 
+def test_too_little_memory(graphed: DetailFlowPipeline, monkeypatch: pytest.MonkeyPatch):
+    """For the buffers, which is found out once; without them the batch fits."""
+    calls: list[object] = []
+
+    def out_of_memory(*given: object) -> object:
+        calls.append(given)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    expected = graphed.gpt.generate(torch.tensor([1, 2]), generator=seeds(1, 2))
+    graphed.gpt.forget_compiled()
+    monkeypatch.setitem(graphs_module.CAPTURE, "cpu", out_of_memory)
+    for _ in range(2):
+        assert torch.equal(graphed.gpt.generate(torch.tensor([1, 2]), generator=seeds(1, 2)), expected)
+    assert len(calls) == 1 and len(graphed.gpt.graphs) == 0
+
+
 def test_what_cannot_be_captured(graphed: DetailFlowPipeline, model):
     gpt, ids = graphed.gpt, torch.tensor([1])
     gpt.train()

@@ -16,6 +16,7 @@ from detailflow import native
 from detailflow.device import choose_device, within_memory
 from detailflow.errors import DetailFlowError
 from detailflow.generation import CachedModel, Engine, generate, image_noise, with_null_class
+from detailflow.graphs import GraphedModel
 from detailflow.hub import ZOO
 from detailflow.machine import Ceilings, Work, count_work, device_name, measure_ceilings, seconds_and_peak
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
@@ -126,6 +127,8 @@ def make_cases(
     cases["generate"] = Case(lambda: images_of(CachedModel), whole, generates=True)
     if gpt.uses_native(batch):
         cases["generate, native"] = Case(lambda: images_of(native.NativeGeneration), whole, generates=True)
+    if gpt.uses_graphs:
+        cases["generate, graphs"] = Case(lambda: images_of(GraphedModel), whole, generates=True)
     if other:
         cases["other"] = Case(lambda: other(class_ids), generates=True)
     cases["stream"] = Case(lambda: [tokenizer.decode(tokens) for tokens in stream(gpt, class_ids)], whole + previews)

@@ -8,7 +8,8 @@ import gc
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -32,11 +33,10 @@ def capture(calls: Sequence[Call], device: torch.device) -> list[Call]:
     with torch.cuda.device(device):
         for call in calls:  # loads kernels and libraries, which a capture must not
             call()
-        gc.collect()  # what it would free during a capture could disturb that
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         pool, stream, graphs = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), []
-        with torch.cuda.stream(stream):
+        with _no_collection(), torch.cuda.stream(stream):
             for call in calls:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on
@@ -47,6 +47,19 @@ def capture(calls: Sequence[Call], device: torch.device) -> list[Call]:
                 graphs.append(graph)
         torch.cuda.current_stream(device).wait_stream(stream)
     return [graph.replay for graph in graphs]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let Python free nothing by itself, as memory that is freed during a capture could disturb it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 CAPTURE: dict[str, Callable[[Sequence[Call], torch.device], list[Call]]] = {"cuda": capture}  # by type of device
@@ -78,6 +91,7 @@ class Graphs(Generic[P]):
         self._programs: dict[Hashable, tuple[P, int]] = {}  # and the batch that used it last
         self._owners: dict[Hashable, weakref.ref[object]] = {}
         self._seen: deque[Hashable] = deque(maxlen=REMEMBERED)
+        self._too_large: set[Hashable] = set()
         self._addresses: list[int] = []
         self._batch, self._lock = 0, threading.RLock()
 
@@ -90,7 +104,7 @@ class Graphs(Generic[P]):
     def clear(self) -> None:
         """Drop all programs."""
         with self._lock:
-            self._programs, self._owners = {}, {}
+            self._programs, self._owners, self._too_large = {}, {}, set()
 
     def lend(
         self, key: Hashable, model: nn.Module, make: Callable[[], P], owner: object = None, at_once: bool = False
@@ -98,7 +112,7 @@ class Graphs(Generic[P]):
         """Lend the program of `key` to `owner` for as long as it lives; None if its work is done without.
 
         That is so if another has it, if the key comes up for the first time (unless `at_once`), as capturing pays off
-        later, and if all places are taken by programs in use.
+        later, if all places are taken by programs in use, and if it does not fit in memory.
         """
         with self._lock:
             self._batch += 1
@@ -112,9 +126,13 @@ class Graphs(Generic[P]):
                 if not at_once and key not in self._seen:
                     self._seen.append(key)
                     return None
-                if not self._make_room():
+                if key in self._too_large or not self._make_room():
                     return None
-                self._programs[key] = make(), 0
+                try:
+                    self._programs[key] = make(), 0
+                except torch.OutOfMemoryError:
+                    self._too_large.add(key)
+                    return None
             if owner is not None:
                 self._owners[key] = weakref.ref(owner)
             program = self._programs[key][0]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from detailflow.data.memory import kept_images
 from detailflow.data.source import ImageSource, tolerated
 from detailflow.data.streams import StreamSource
 from detailflow.data.transforms import random_crop, side_for_crops, to_tensor
@@ -25,6 +26,7 @@ from detailflow.errors import DetailFlowError, DetailFlowWarning
 from detailflow.settings import PositiveInt, Seed, Workers, require
 
 Key = TypeVar("Key", bound=Hashable)
+Batch = TypeVar("Batch")
 
 _ORDER, _SAMPLE, _STREAM_ORDER, _STREAM_SAMPLE = range(4)  # separate the random streams that are made from one seed
 _AHEAD = 4  # batches of a stream that are read and decoded before they are asked for
@@ -81,6 +83,18 @@ def note_unreadable(bad: dict[Key, str], found: Mapping[Key, str], tolerated: in
         )
 
 
+def read_ahead(batches: Iterator[Batch], count: int = 2) -> Iterator[Batch]:
+    """Yield the same; a thread makes the next ones, so that a GPU need not wait for them."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(next, batches, None) for _ in range(count))
+        try:
+            while (batch := coming.popleft().result()) is not None:
+                coming.append(thread.submit(next, batches, None))
+                yield batch
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
 @dataclass(eq=False)
 class _Batches:
     """Endless training batches of random crops.
@@ -93,6 +107,7 @@ class _Batches:
         batch_size: images of all processes together.
         workers: processes that read images, or threads that decode a stream.
         flip, max_scale: see `transforms.random_crop`.
+        keep: bytes of decoded images that stay in memory, if there are no worker processes.
     """
 
     source: Any
@@ -104,6 +119,7 @@ class _Batches:
     flip: bool = True
     max_scale: float = 1.25
     world: World = field(default_factory=World)
+    keep: float = 0
 
     def __post_init__(self) -> None:
         require(PositiveInt, batch_size=self.batch_size)
@@ -132,12 +148,17 @@ class ImageBatches(_Batches, Dataset[tuple[torch.Tensor, torch.Tensor, dict[int,
         self.order = BatchOrder(len(self.source), self.batch_size, self.seed, self.start_step)
         self.steps_per_epoch = self.order.steps_per_epoch
         self.tolerated = tolerated(len(self.source))
+        keep = 0 if self.workers else self.keep
+        self.kept = kept_images(self.source, self.size, self.max_scale, keep)
 
     def as_bytes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # batch_size=None: the keys are whole batches already, so what a worker sends is one block of bytes, not floats.
         pin = torch.cuda.is_available()
         loader = DataLoader(self, sampler=self.order, batch_size=None, num_workers=self.workers, pin_memory=pin)
-        for crops, labels, bad in loader:
+        batches: Iterator[Any] = iter(loader)
+        if pin and not self.workers:
+            batches = read_ahead(batches)
+        for crops, labels, bad in batches:
             note_unreadable(self.bad, bad, self.tolerated, f"the {len(self.source)} images")
             yield crops, labels
 
@@ -149,10 +170,13 @@ class ImageBatches(_Batches, Dataset[tuple[torch.Tensor, torch.Tensor, dict[int,
         crops = np.zeros((len(items), self.size, self.size, 3), np.uint8)
         labels = np.zeros(len(items), np.int64)
         bad: dict[int, str] = {}
-        for row, item in enumerate(items):
+        missing = self.kept.fill(crops, key.items[self.part], self.flip & (draws[:, 3] < 0.5))
+        labels[:] = self.source.labels[key.items[self.part]]
+        for row in missing.tolist():
+            item = items[row]
             while len(bad) <= self.tolerated:  # beyond that there will be an error, so stop reading
                 try:
-                    image = self.source.image(item, self.least)
+                    image = self.kept.image(item, self.least)
                 except DetailFlowError as error:
                     bad[item] = str(error)
                     item = (item + 1) % len(self.source)

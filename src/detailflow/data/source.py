@@ -152,6 +152,7 @@ class ImageSource:
     def __init__(self, rows: Rows, labels: np.ndarray, class_names: tuple[str, ...]) -> None:
         self._rows, self.labels, self.class_names = rows, labels, class_names
         self.where, self.notes = "images", Notes()
+        self.kept: Any = None  # decoded images; see data/memory.py
 
     def subset(self, indices: Sequence[int]) -> "ImageSource":
         """Return a set of some of the images, with all the classes."""
@@ -191,8 +192,8 @@ class ImageSource:
         return len(self._rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but the notes, which may be long and would be sent to every worker process."""
-        return {**self.__dict__, "notes": Notes()}
+        """Return all but the notes and decoded images, which would be sent to every worker process."""
+        return {**self.__dict__, "notes": Notes(), "kept": None}
 
     def name(self, index: int) -> str:
         """Return an image's name for messages: a path, "file.parquet row 17" or "shard.tar key"."""

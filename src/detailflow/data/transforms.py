@@ -42,6 +42,11 @@ def random_crop(
     return crop[:, ::-1] if flip and flip_draw < 0.5 else crop
 
 
+def zooms(size: int, max_scale: float) -> bool:
+    """Return whether crops differ in scale; if not, those of a square image differ by their flip alone."""
+    return _largest_side(size, max_scale) > size
+
+
 def _largest_side(size: int, max_scale: float) -> int:
     return int(size * max_scale + 1e-6)
 

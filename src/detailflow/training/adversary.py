@@ -345,8 +345,9 @@ class Adversary:
                 logged[name] = logged.get(name, 0) + loss.detach() / len(parts)
             means += torch.stack([x.detach().mean() for x in logits[:2]]) / len(parts)
         norm = self.updater.step(rate)
-        if self.lecam and bool((means := self.world.mean(means)).isfinite().all()):
-            self.anchors.lerp_(means, 1 - ANCHOR_DECAY)
+        if self.lecam:  # those of bad steps do not count; the device sees itself
+            means = self.world.mean(means)
+            self.anchors.lerp_(torch.where(means.isfinite().all(), means, self.anchors), 1 - ANCHOR_DECAY)
         return {**logged, "discriminator_gradient_norm": norm}
 
     def state(self) -> dict[str, Any]:

@@ -31,7 +31,16 @@ _log = logging.getLogger(__name__)
 KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name
 # Settings of the loop that may change when a run goes on: they change how it is done, not what comes out.
 FREE = {
-    *("workers", "log_every", "pictures_every", "trackers", "checkpoint_minutes", "keep", "milestone_every"),
+    *(
+        "workers",
+        "image_memory",
+        "log_every",
+        "pictures_every",
+        "trackers",
+        "checkpoint_minutes",
+        "keep",
+        "milestone_every",
+    ),
     *("accumulate", "checkpoint_activations", "shard", "compile", "val_every", "val_images"),
 }
 

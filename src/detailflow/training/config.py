@@ -58,6 +58,8 @@ class LoopConfig(Settings):
         compile: use torch.compile; a minute of preparation for about a third more speed.
         seed: the same seed gives the same run.
         workers: processes that decode images; for each training process.
+        image_memory: GiB for decoded images; so a small set is decoded once. For each training process without
+            workers.
         log_every: steps between log lines.
         pictures_every: steps between pictures.
         val_every: steps between validations; if images are held out. 0 for none.
@@ -82,6 +84,7 @@ class LoopConfig(Settings):
     compile: bool = False
     seed: Seed = 0
     workers: Workers = 0
+    image_memory: NotNegative = 1.0
     log_every: PositiveInt = 20
     pictures_every: PositiveInt = 500
     val_every: NotNegativeInt = 500

@@ -20,12 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detailflow import hub
+from detailflow.data.batches import read_ahead
 from detailflow.data.source import spread
 from detailflow.data.tokens import CLEAN, TokenBatches, TokenStore
 from detailflow.data.transforms import to_uint8
-from detailflow.device import autocast
+from detailflow.device import autocast, to_device
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.labels import ClassLabels
@@ -79,6 +81,7 @@ class GPTStage:
                 _shard(network, device)
             else:
                 network.to(device)
+            network.tables()  # now, as a compiled step should find them
         trained = [p for p in self.model.parameters() if p.requires_grad]
         matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -101,7 +104,8 @@ class GPTStage:
         """Yield this rank's labels, input rows and target rows."""
         loop = self.config.loop
         share = self.config.planted_share
-        return iter(TokenBatches(self.store, loop.batch_size, loop.seed, share, start_step, self.world))
+        batches = iter(TokenBatches(self.store, loop.batch_size, loop.seed, share, start_step, self.world))
+        return read_ahead(batches) if self.device.type == "cuda" else batches
 
     def step(
         self, step: int, batch: tuple[Tensor, Tensor, Tensor], rate: float, log: bool = True
@@ -111,8 +115,8 @@ class GPTStage:
         dropped = torch.rand(loop.batch_size)[world.shard(loop.batch_size)] < self.config.label_dropout
         if world.size > 1:  # what a process drops out of its own images is its own
             torch.manual_seed(mixed_seed(loop.seed, step, world.rank))
-        labels, given, wanted = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        labels = torch.where(dropped.to(self.device), self.sizes.num_classes, labels)
+        labels, given, wanted, dropped = (to_device(tensor, self.device) for tensor in (*batch, dropped))
+        labels = torch.where(dropped, self.sizes.num_classes, labels)
         size = loop.images_at_once(world)
         logged: dict[str, Tensor | float] = {"loss": 0.0, "accuracy": 0.0} if log else {}
         for start in range(0, len(labels), size):
@@ -133,8 +137,7 @@ class GPTStage:
     @torch.no_grad()
     def _average(self, step: int) -> None:
         decay = min(self.config.ema, (1 + step) / (10 + step))  # young averages follow faster
-        for average, weight in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-            average.lerp_(weight, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), list(self.model.parameters()), 0)  # in few kernels
 
     comparable_from = 0.0
 

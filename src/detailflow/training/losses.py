@@ -122,6 +122,8 @@ class LPIPS(nn.Module):
     def _features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, R, R) → five maps (B, C, R/2ⁱ, R/2ⁱ)."""
         x = (images - self.mean) / self.deviation
+        if x.is_cuda:  # where the kernels for convolutions want channels last
+            x = x.contiguous(memory_format=torch.channels_last)
         maps = []
         for index, layer in enumerate(self.layers):
             x = layer(x)

@@ -66,7 +66,8 @@ def crops(
     """Return the endless training crops of these settings."""
     kind: Any = StreamedBatches if isinstance(source, StreamSource) else ImageBatches
     size, loop = config.model.image_size, config.loop
-    return kind(source, size, batch_size, loop.seed, loop.workers, start_step, config.flip, config.max_scale, world)
+    zoom, keep = config.max_scale, loop.image_memory * 2**30
+    return kind(source, size, batch_size, loop.seed, loop.workers, start_step, config.flip, zoom, world, keep)
 
 
 def find_teachers(

@@ -17,7 +17,7 @@ from detailflow.data.images import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.tokens import TokenStore
 from detailflow.data.transforms import coarse_target, to_tensor
-from detailflow.device import autocast
+from detailflow.device import autocast, to_device
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.models.growing import grow_tokenizer
@@ -124,22 +124,24 @@ class TokenizerStage:
         t = draw_count(schedule, config.coarse_probability)
         present = position = choice = views = None
         if t == schedule.num_tokens and config.nested_probability and float(torch.rand(())) < config.nested_probability:
-            present = draw_present(schedule, size)[shard].to(self.device)
+            present = to_device(draw_present(schedule, size)[shard], self.device)
         else:
             position = draw_position(schedule, t)
         if position is not None:
             candidates = min(config.mistakes, config.model.codebook_size)
-            choice = torch.randint(candidates, (size, self.model.span(position) - position))[shard].to(self.device)
+            choice = torch.randint(candidates, (size, self.model.span(position) - position))[shard]
+            choice = to_device(choice, self.device)
         if self.adversary and present is None and step >= count_of_steps(config.adversarial_from, config.loop.steps):
             views = Draws.make(size).of(shard)
+            views = views._replace(views=to_device(views.views, self.device))
         return Draw(t, present, position, choice, views)
 
     def step(self, step: int, batch: Sequence[Tensor], rate: float, log: bool = True) -> dict[str, Tensor | float]:
         """Take one step, in micro-batches (docs/method.md#coarse-targets)."""
         config, world = self.config, self.world
         draw, size = self.draw(step), config.loop.images_at_once(world)
-        images = to_tensor(batch[0].to(self.device, non_blocking=True))
-        stored = batch[2].to(self.device) if len(batch) > 2 else None
+        images = to_tensor(to_device(batch[0], self.device))
+        stored = to_device(batch[2], self.device) if len(batch) > 2 else None
         first = world.shard(config.loop.batch_size).start  # of the whole batch, whose `correction_share` is corrected
         logged: dict[str, Tensor | float] = defaultdict(float)
         latents, judged = [], []

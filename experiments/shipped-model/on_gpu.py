@@ -1,0 +1,110 @@
+"""Train a tokenizer and an AR model on one GPU in a given time: each stage is first measured, then gets its steps.
+
+    python experiments/shipped-model/on_gpu.py --data train.tar --output runs/gpu --minutes 9
+
+The data may be anything that `detailflow train` reads. Each stage is a `detailflow` command, which is printed.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RECIPE = Path(__file__).parent / "gpu"
+TRIAL_STEPS = 240  # of a stage, to measure it; the last quarter has all losses
+SHARES = {"tokenizer": 0.68, "gpt": 0.32}  # of the time that is left for training
+RESERVE = 45.0  # seconds for what follows the training: extraction, pictures, checkpoints
+
+
+class Clock:
+    """What is left of the time."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + minutes * 60
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+
+def run(*words: Any) -> None:
+    """Run a `detailflow` command, or end with its status."""
+    command = [sys.executable, "-m", "detailflow", *map(str, words)]
+    print(shlex.join(["detailflow", *command[3:]]), flush=True)
+    if status := subprocess.run(command).returncode:
+        sys.exit(status)
+
+
+def seconds_per_step(output: Path, batch: int) -> float:
+    """Return a step's seconds by a run's log, without what came before the first line."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]
+    return sum(batch / speed for speed in speeds) / len(speeds)
+
+
+def train(stage: str, words: Sequence[Any], args: argparse.Namespace, seconds: float) -> None:
+    """Try a stage, choose its steps so that it takes `seconds` from now on, and run it."""
+    recipe = args.recipe / f"{stage}.yaml"
+    batch = yaml.safe_load(recipe.read_text())["loop"]["batch_size"]
+    if args.batch_size:
+        batch = args.batch_size
+    command = ["train", stage, "--config", recipe, *words, "--loop.batch_size", batch, *device(args)]
+    trial, output, start = args.output / f"{stage}-trial", args.output / stage, time.monotonic()
+    few = ["--loop.steps", args.trial_steps, "--loop.log_every", args.trial_steps // 6, "--loop.pictures_every", 10**6]
+    run(*command, "--output", trial, *few)
+    step, spent = seconds_per_step(trial, batch), time.monotonic() - start
+    beginning = max(0.0, spent - step * args.trial_steps) / 2  # of the run: its compiler has most in its cache
+    steps = max(args.trial_steps, int((seconds - spent - beginning) / step))
+    print(f"{stage}: {batch / step:,.0f} images per second, so {steps:,} steps", flush=True)
+    if (features := trial / "features.pt").exists():  # the classifier need not learn again
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.copy(features, output / features.name)
+    shutil.rmtree(trial)
+    run(*command, "--output", output, "--loop.steps", steps)
+
+
+def device(args: argparse.Namespace) -> list[str]:
+    """Return the option for it."""
+    return ["--device", args.device] if args.device else []
+
+
+def main() -> None:
+    """Train, extract, train, and write both models to OUTPUT/shipped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="training images with labels")
+    parser.add_argument("--output", required=True, type=lambda text: Path(text).expanduser(), help="a new folder")
+    parser.add_argument(
+        "--recipe", type=Path, default=RECIPE, help="folder of the settings (default: gpu, beside this)"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)s)")
+    parser.add_argument("--device", help="cuda, cpu, … (default: the GPU, if any)")
+    parser.add_argument("--batch-size", type=int, help="another one than the recipes'")
+    parser.add_argument(
+        "--trial-steps", type=int, default=TRIAL_STEPS, help="to measure a stage (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    if args.output.exists():
+        sys.exit(f"{args.output} exists already: give a new folder")
+    clock = Clock(args.minutes)
+    tokenizer, tokens, shipped = args.output / "tokenizer", args.output / "tokens", args.output / "shipped"
+    budget = clock.left - RESERVE
+    train("tokenizer", ["--data", args.data], args, budget * SHARES["tokenizer"])
+    extraction = ["--data", args.data, "--tokenizer", tokenizer, "--output", tokens]
+    run("extract", "--config", args.recipe / "extract.yaml", *extraction, *device(args))
+    train("gpt", ["--tokens", tokens, "--tokenizer", tokenizer], args, clock.left - 10)
+    run("convert", tokenizer, "--output", shipped / "tokenizer")
+    run("convert", args.output / "gpt", "--dtype", "bfloat16", "--output", shipped / "gpt")
+    print(f"{args.minutes * 60 - clock.left:.0f} s in all: {shipped}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Training in a given time, with tiny recipes on a CPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from detailflow import DetailFlowPipeline
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "shipped-model" / "on_gpu.py"
+RECIPE = SCRIPT.parent / "gpu"
+
+
+@pytest.mark.slow
+def test_both_models_in_a_given_time(tmp_path: Path, cifar_table: Path):
+    (tmp_path / "recipe").mkdir()
+    for stage in ("tokenizer", "extract", "gpt"):
+        settings = yaml.safe_load((RECIPE / f"{stage}.yaml").read_text())
+        if stage != "extract":
+            settings["loop"] |= {"batch_size": 4, "compile": False, "trackers": []}
+        if stage == "tokenizer":
+            settings["classifier_epochs"] = 1
+            settings["model"] |= {name: {"width": 32, "depth": 1, "heads": 2} for name in ("encoder", "decoder")}
+        if stage == "gpt":
+            settings |= {"width": 32, "depth": 1, "heads": 2}
+        if stage == "extract":
+            settings |= {"workers": 0}
+        (tmp_path / "recipe" / f"{stage}.yaml").write_text(yaml.safe_dump(settings))
+    output = tmp_path / "made"
+    options = ["--recipe", tmp_path / "recipe", "--device", "cpu", "--minutes", "0.1", "--trial-steps", "12"]
+    command = [sys.executable, SCRIPT, "--data", cifar_table, "--output", output, *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "images per second, so 12 steps" in done.stdout
+    assert not list(output.glob("*-trial")) and (output / "tokenizer" / "features.pt").exists()
+    assert len(DetailFlowPipeline.from_pretrained(output / "shipped", device="cpu")(3)) == 1
+    assert "exists already" in subprocess.run(list(map(str, command)), capture_output=True, text=True).stderr
