@@ -360,7 +360,7 @@ def run_part(name: str, options: Options) -> int:
         machine.READ_BYTES, machine.MATRIX_SIDES = 2**20, (64,)
 
     def emit(row: Row) -> None:
-        print("ROW " + json.dumps(row), flush=True)
+        print("\nROW " + json.dumps(row), flush=True)  # pytest may be in the middle of a line
 
     try:
         PARTS[name][1](options, emit)
