@@ -1,5 +1,6 @@
 """Training in a given time, with tiny recipes on a CPU."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,20 @@ import pytest
 import yaml
 
 from detailflow import DetailFlowPipeline
+from detailflow.data import open_images
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "shipped-model" / "on_gpu.py"
 RECIPE = SCRIPT.parent / "gpu"
+
+
+def test_a_shard_of_a_set(tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same images in the same classes."""
+    argv = ["shard.py", "--data", str(cifar), "--output", str(tmp_path / "images.tar")]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(SCRIPT.with_name("shard.py")), run_name="__main__")
+    before, after = open_images(cifar), open_images(tmp_path / "images.tar")
+    assert after.class_names == before.class_names and after.labels.tolist() == before.labels.tolist()
+    assert all(after.stored_bytes(i) == before.stored_bytes(i) for i in range(len(before)))
 
 
 @pytest.mark.slow
