@@ -107,7 +107,7 @@ def cifar(cifar_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def feature_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A feature network with random weights: eight features and five classes of images with sides of 8 or more."""
-    from detailflow.evaluation.architectures import ResidualFeatures
+    from detailflow.evaluation.features import ResidualFeatures
 
     torch.manual_seed(0)
     network = ResidualFeatures(width=2, num_classes=5)

@@ -18,7 +18,7 @@ from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
-from detailflow.samples import SETTINGS_FILE, SampleSet, generate_many, remove_temporary
+from detailflow.samples import SETTINGS_FILE, SampleSet, generate_many
 
 LABELS = [3, 1] * 5 + [4]
 
@@ -149,7 +149,7 @@ def test_only_the_same_set_grows(form: str, pipeline: DetailFlowPipeline, tmp_pa
     generate(pipeline, LABELS[:6], tmp_path, form, seed=2, batch_size=4)
     before = contents(tmp_path) | {SETTINGS_FILE: (tmp_path / SETTINGS_FILE).read_bytes()}
     others = (
-        ([1, *LABELS[1:]], {}, "another labels: choose"),
+        ([1, *LABELS[1:]], {}, "of other labels: repeat its settings or choose"),
         (LABELS, {"seed": 3}, r"another seed \(2, not 3\)"),
         (LABELS, {"temperature": 0.5}, "another temperature"),
     )
@@ -177,7 +177,7 @@ def test_num_images_again_with_more(form: str, model: Path, tmp_path: Path, caps
 def test_another_set_is_not_mixed_in(pipeline: DetailFlowPipeline, tmp_path: Path):
     generate(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
     for options, what in (({"seed": 3}, "seed (2, not 3)"), ({"temperature": 0.5}, "temperature (1.0, not 0.5)")):
-        with pytest.raises(DetailFlowError, match="has samples with another") as caught:
+        with pytest.raises(DetailFlowError, match="holds samples with another") as caught:
             generate(pipeline, LABELS, tmp_path, **{"seed": 2, "batch_size": 4, **options})
         assert what in str(caught.value)
     (tmp_path / SETTINGS_FILE).write_text("no JSON")
@@ -201,20 +201,6 @@ def test_samples_of_unknown_settings_are_not_taken_for_parts(form: str, pipeline
         (tmp_path / "samples.npz").rename(tmp_path / "part-000000.npy")
         with pytest.raises(DetailFlowError, match="has part-000000.npy and no samples.json"):
             generate(pipeline, LABELS, tmp_path, form, seed=3, batch_size=4)
-
-
-def test_temporary_samples_go_and_their_record_goes_last(pipeline: DetailFlowPipeline, tmp_path: Path):
-    for name, temporary in (("a", [True]), ("b", [True, False, True]), ("c", [False, True])):
-        for each in temporary:
-            generate(pipeline, LABELS, tmp_path / name, "npz", batch_size=4, temporary=each)
-    (tmp_path / "a" / "folder").mkdir()  # which is none of ours, and stops the removal
-    for name in "abc":
-        remove_temporary(tmp_path / name)
-    assert (tmp_path / "a" / SETTINGS_FILE).exists()
-    (tmp_path / "a" / "folder").rmdir()
-    remove_temporary(tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-    assert list(contents(tmp_path / "b")) == list(contents(tmp_path / "c")) == ["samples.npz"]
 
 
 def test_a_bad_seed_claims_no_folder(pipeline: DetailFlowPipeline, tmp_path: Path):

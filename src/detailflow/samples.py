@@ -13,7 +13,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,18 +24,18 @@ from PIL import Image
 
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.files import lock_folder, read_json, replacing, shortened, write_json
+from detailflow.files import lock_folder, replacing, shortened
 from detailflow.hub import fingerprint
 from detailflow.labels import ClassId
 from detailflow.pictures import generated, write_png
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.progress import progress_bar
+from detailflow.runs import RunFolder
 from detailflow.settings import Seed, require
 
 SETTINGS_FILE = "samples.json"
-TEMPORARY = "temporary"  # in that file: whether the samples may be removed after they have been used
 SHARD_IMAGES = 1000  # about as many are in one tar file
-CHECKSUMS = ("labels", "tokenizer", "gpt")  # settings whose values mean nothing to a reader
+CALLED = {"labels": "other labels", "tokenizer": "another tokenizer", "gpt": "another AR model"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class SampleSet:
         labels: the class number of each.
         form: "png", "npz" or "webdataset".
         batch_size: images made at once, on which floating-point rounding depends.
-        temporary: `remove_temporary` may remove them later, unless another call has asked for them to stay.
     """
 
     labels: Sequence[int]
@@ -54,7 +53,6 @@ class SampleSet:
     seed: int = 0
     batch_size: int = 32
     num_tokens: int | None = None
-    temporary: bool = False
 
 
 class PngWriter:
@@ -244,16 +242,12 @@ def _settings(pipeline: DetailFlowPipeline, samples: SampleSet, sampling: dict[s
 
 def _reserve(folder: Path, samples: SampleSet, settings: dict[str, Any], writer: PngWriter) -> None:
     """Reserve `folder` for this sample set, or check that it already belongs to it or to the first part of it."""
-    path, count = folder / SETTINGS_FILE, len(samples.labels)
-    mine = json.loads(json.dumps(settings))
-    if path.exists():
-        theirs = _recorded(path)
-    elif stranger := next(iter(chain(writer.found(), generated(folder))), None):
+    record, count = RunFolder(folder, "samples", SETTINGS_FILE), len(samples.labels)
+    theirs = record.read()
+    if not theirs and (stranger := next(iter(chain(writer.found(), generated(folder))), None)):
         raise DetailFlowError(
             f"{folder} has {stranger.name} and no {SETTINGS_FILE} that says how it was made: choose another folder"
         )
-    else:
-        theirs = mine | {TEMPORARY: samples.temporary}
     before = theirs.get("num_images")
     if isinstance(before, int) and before > count:
         raise DetailFlowError(
@@ -261,37 +255,14 @@ def _reserve(folder: Path, samples: SampleSet, settings: dict[str, Any], writer:
             "or choose another folder"
         )
     grows = isinstance(before, int) and theirs.get("labels") == _checksum(samples.labels[:before])
-    for key in mine:
-        if theirs.get(key) != mine[key] and not (grows and key in ("labels", "num_images")):
-            values = "" if key in CHECKSUMS else f" ({theirs.get(key)!r}, not {mine[key]!r})"
-            raise DetailFlowError(f"{folder} has samples with another {key}{values}: choose another folder")
-    write_json(path, mine | ({TEMPORARY: True} if theirs.get(TEMPORARY) and samples.temporary else {}))
+    if theirs:
+        must = {key: value for key, value in settings.items() if not (grows and key in ("labels", "num_images"))}
+        record.check(theirs, must, CALLED)
+    record.write(settings)
 
 
 def _checksum(labels: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()
-
-
-def _recorded(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except DetailFlowError as error:
-        raise DetailFlowError(f"{path} is damaged: choose another output folder") from error
-
-
-def remove_temporary(folder: Path) -> None:
-    """Remove the samples in `folder` if all calls for them called them temporary.
-
-    Their record goes last, so that after an interruption it still says what the rest is.
-    """
-    record = folder / SETTINGS_FILE
-    with suppress(OSError):
-        if _recorded(record).get(TEMPORARY):
-            for path in folder.iterdir():
-                if path != record:
-                    path.unlink()
-            record.unlink()
-            folder.rmdir()
 
 
 def check_no_set(folder: Path) -> None:

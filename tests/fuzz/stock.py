@@ -128,7 +128,7 @@ def _data_sets(root: Path) -> None:
 
 def _models(root: Path) -> None:
     from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
-    from detailflow.evaluation.architectures import ResidualFeatures
+    from detailflow.evaluation.features import ResidualFeatures
     from detailflow.models.gpt import GPTConfig
     from detailflow.models.layers import ViTConfig
     from detailflow.models.tokenizer import TokenizerConfig

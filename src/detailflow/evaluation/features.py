@@ -1,7 +1,8 @@
-"""The networks whose features images are compared by: Inception, DINOv2, or any other in a safetensors file."""
+"""The networks whose features images are compared by: Inception, DINOv2, EfficientNet, or a small one from a file."""
 
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError
-from detailflow.evaluation.architectures import LoadedNetwork, NetworkSettings, load_network
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
 from detailflow.models.loading import load_weights
-from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
+from detailflow.tensors import WEIGHTS_FILE, read_metadata, read_state_dict, read_tensors
 from detailflow.torch_files import load_torch
 
 INCEPTION = "inception"
@@ -23,6 +23,13 @@ SPATIAL_CHANNELS = 7  # of Inception's 17×17 map, as sFID takes them (Nash et a
 CPU_PIXELS = 64 * 32 * 32  # at once on a CPU: more would not stay in its caches, and take twice as long
 CPU_IMAGES = 8  # but no fewer
 MAX_GRID = 64  # patches a side of position embeddings that are resized
+SIDE = 224  # pixels of the images that DINOv2 and EfficientNet-Lite0 see
+HALVES = (0.5, 0.5, 0.5)  # mean and standard deviation of pixels in [0, 1] that bring them to [-1, 1]
+ARCHITECTURE = "detailflow/residual"  # in the metadata of a `ResidualFeatures`
+METADATA = {"architecture": (ARCHITECTURE,), "size": (None, "own")}  # what a file's metadata may say
+METADATA |= dict.fromkeys(("mean", "std"), (None, "0.5, 0.5, 0.5"))
+SMALLEST_SIDE = 8  # pixels of the images that it takes
+LARGEST = 4096  # its width and classes
 _INSTEAD = "or another network as --features FILE.safetensors"
 
 
@@ -49,7 +56,7 @@ def load_extractor(features: str, device: torch.device | str = "cpu", weights: s
     """Load a network by name or file.
 
     Args:
-        features: one of `NETWORKS`, or FILE.safetensors, see `architectures`.
+        features: one of `NETWORKS`, or FILE.safetensors with a `ResidualFeatures`.
         device: where it computes.
         weights: a local file with the weights of a named network; `None` downloads them once.
     """
@@ -57,15 +64,15 @@ def load_extractor(features: str, device: torch.device | str = "cpu", weights: s
         return NETWORKS[features](torch.device(device), weights)
     if features.endswith(".pt2"):
         raise DetailFlowError(
-            f"{features} is an exported program, which could run any code and is not read: save the network's weights "
-            "as FILE.safetensors with its architecture's name, as docs/evaluate.md shows"
+            f"{features} is an exported program, which could run any code and is not read: give a FILE.safetensors, "
+            "as docs/evaluate.md shows"
         )
     if not features.endswith(".safetensors"):
         names = ", ".join(NETWORKS)
         raise DetailFlowError(f"features must be {names} or the path of a FILE.safetensors, not {features!r}")
     if weights is not None:
         raise DetailFlowError(f"{features} has its own weights: leave out --weights {weights}")
-    return NormalizedNetwork(Path(features).name, load_network(Path(features).expanduser()), torch.device(device))
+    return _residual(Path(features).expanduser(), torch.device(device))
 
 
 class _Network:
@@ -96,34 +103,83 @@ class _Network:
 
 
 class NormalizedNetwork(_Network):
-    """A network of normalized images, which are resized first if it has a side of its own."""
+    """A network of normalized images, which are resized to side `size` first, unless it takes them as they are."""
 
-    def __init__(self, name: str, loaded: LoadedNetwork, device: torch.device) -> None:
-        super().__init__(name, loaded.module, loaded.fingerprint, loaded.settings.preprocessing, device)
-        self._run, self._side = loaded.run, loaded.settings.size
-        moments = loaded.settings.mean, loaded.settings.std
-        self._mean, self._std = (torch.tensor(x, device=device)[:, None, None] for x in moments)
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        run: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        fingerprint: str,
+        device: torch.device,
+        size: int | None = None,
+        mean: tuple[float, ...] = HALVES,
+        std: tuple[float, ...] = HALVES,
+    ) -> None:
+        about = f"resized to {size}×{size}, bicubic with antialiasing" if size else "bytes at their own size"
+        if mean == std == HALVES:
+            about += ", scaled to [-1, 1]"
+        else:
+            numbers = (", ".join(f"{x:g}" for x in values) for values in (mean, std))
+            about += ", scaled to [0, 1], mean ({}) and standard deviation ({})".format(*numbers)
+        super().__init__(name, network.eval().requires_grad_(False), fingerprint, about, device)
+        self._run, self._side = run, size
+        self._mean, self._std = (torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
 
     def _features(self, images: Tensor) -> Features:
         x = images.to(self._device).movedim(-1, 1).float() / 255
         if self._side:
             x = F.interpolate(x, (self._side, self._side), mode="bicubic", align_corners=False, antialias=True)
-        try:
-            pool, logits = self._run((x - self._mean) / self._std)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-            reason = "".join(str(error).strip().splitlines()[:1])
+        pool, logits = self._run((x - self._mean) / self._std)
+        return Features(pool, logits=logits)
+
+
+class ResidualFeatures(nn.Module):
+    """A small CNN for images of 32×32 pixels: 4·`width` features, and logits."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        widths = (3, width, 2 * width, 4 * width, 4 * width)
+        self.enter = nn.ModuleList(_convolution(i, o) for i, o in pairwise(widths))
+        self.refine = nn.ModuleList(
+            nn.Sequential(_convolution(w, w), _convolution(w, w)) for w in (2 * width, 4 * width)
+        )
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features (B, 4·width) and logits (B, classes) of (B, 3, H, W), sides of 8 or more."""
+        if min(images.shape[2:]) < SMALLEST_SIDE:
+            height, width = images.shape[2:]
             raise DetailFlowError(
-                f"{self.name} does not take images of {x.shape[3]}×{x.shape[2]} pixels: give size in its metadata, the "
-                f"side that the network was trained with ({reason})"
-            ) from error
-        for y in (pool, logits):
-            if y is not None and (not isinstance(y, Tensor) or y.ndim != 2 or len(y) != len(images)):
-                raise DetailFlowError(
-                    f"{self.name} gives no features (B, D) for a batch of B images: choose another architecture"
-                )
-        return Features(pool.float(), logits=None if logits is None else logits.float())
+                f"the feature network takes images of {SMALLEST_SIDE} pixels a side or more, not {width}×{height}"
+            )
+        x = F.max_pool2d(self.enter[1](self.enter[0](images)), 2)
+        x = F.max_pool2d(self.enter[2](x + self.refine[0](x)), 2)
+        x = F.max_pool2d(self.enter[3](x), 2)
+        features = (x + self.refine[1](x)).mean((2, 3))
+        return features, self.head(features)
+
+
+def _convolution(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.GELU())
+
+
+def _residual(path: Path, device: torch.device) -> NormalizedNetwork:
+    """Load a `ResidualFeatures` from a safetensors file, whose shapes say its sizes."""
+    if not path.is_file():
+        raise DetailFlowError(f"{path} does not exist or is no file: give a .safetensors file of a feature network")
+    metadata = read_metadata(path)
+    if any(metadata.get(key) not in values for key, values in METADATA.items()):
+        raise DetailFlowError(
+            f"{path} is no feature network that is known: its metadata must say architecture {ARCHITECTURE}, and "
+            "nothing of how images are prepared"
+        )
+    tensors = read_tensors(path, torch.float32, integers=True)
+    sizes = (tensors[name].numel() if name in tensors else 1 for name in ("enter.0.1.weight", "head.bias"))
+    with torch.device("meta"):  # a file of wrong shapes takes no memory
+        network = ResidualFeatures(*(min(max(1, size), LARGEST) for size in sizes))
+    load_weights(network, {name: tensor.float() for name, tensor in tensors.items()}, path, assign=True)
+    return NormalizedNetwork(path.name, network, network, hub.fingerprint(metadata, tensors), device)
 
 
 class Inception(_Network):
@@ -172,24 +228,20 @@ def _dinov2(device: torch.device, weights: str | None = None) -> NormalizedNetwo
     import timm
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    settings = NetworkSettings(f"timm/{DINOV2}", 0, size=224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     try:
         if weights is None:
             tensors = read_tensors(hub.fetch(f"timm/{DINOV2}", [WEIGHTS_FILE]))
         else:
             tensors = read_state_dict(_existing(weights))
         tensors.pop("mask_token", None)  # in DINOv2's own files, for training
-        network: Any = timm.create_model(DINOV2, num_classes=0, img_size=settings.size)
+        network: Any = timm.create_model(DINOV2, num_classes=0, img_size=SIDE)
         tensors["pos_embed"] = _positions_at(tensors["pos_embed"], network.patch_embed.grid_size[0])
         load_weights(network, tensors, weights or DINOV2)
     except (DetailFlowError, KeyError, RuntimeError) as error:
         what = f"{weights} does not hold" if weights else "cannot be downloaded:"
         raise _no_weights("dinov2", what, f"model.safetensors of timm/{DINOV2} on the Hugging Face hub") from error
-    network.requires_grad_(False).eval()
-    fingerprint = hub.fingerprint({}, network.state_dict())
-    return NormalizedNetwork(
-        "dinov2", LoadedNetwork(settings, lambda x: (network(x), None), network, fingerprint), device
-    )
+    fingerprint, moments = hub.fingerprint({}, network.state_dict()), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return NormalizedNetwork("dinov2", network, lambda x: (network(x), None), fingerprint, device, SIDE, *moments)
 
 
 def _efficientnet(device: torch.device, weights: str | None = None) -> NormalizedNetwork:
@@ -204,10 +256,7 @@ def _efficientnet(device: torch.device, weights: str | None = None) -> Normalize
         pool = network.pool(images)
         return pool, network.classifier(pool)
 
-    loaded = LoadedNetwork(
-        NetworkSettings(EFFICIENTNET, size=224), run, network, hub.fingerprint({}, network.state_dict())
-    )
-    return NormalizedNetwork(EFFICIENTNET, loaded, device)
+    return NormalizedNetwork(EFFICIENTNET, network, run, hub.fingerprint({}, network.state_dict()), device, SIDE)
 
 
 def _positions_at(positions: Tensor, side: int) -> Tensor:

@@ -3,15 +3,17 @@
 import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from detailflow.data.source import spread
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.distances import (
     REFERENCE_KEPT,
@@ -23,15 +25,16 @@ from detailflow.evaluation.evaluate import PICTURES, Context, at_side, data_entr
 from detailflow.evaluation.features import INCEPTION, Extractor
 from detailflow.evaluation.published import quotes
 from detailflow.evaluation.report import Figure, Picture, Plot, Report, Row, Section, in_words, shared_settings
-from detailflow.evaluation.sets import ImageSet, Statistics, check_total
+from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
+from detailflow.labels import ClassId
 from detailflow.pictures import grid
 from detailflow.pipeline import DetailFlowPipeline
-from detailflow.samples import SampleSet, generate_many, remove_temporary
+from detailflow.samples import SampleSet, generate_many
 from detailflow.sampling import OFF, SamplingConfig
 from detailflow.settings import Seed, require
 
 LABELS = ("balanced", "random")
-SAMPLES = "samples"  # the folder in the output folder where images are, for a while or for good
+SAMPLES = "samples"  # the folder in the output folder for images that are kept
 OUR_CROP = (
     "The reference's images are brought to their size by one bicubic resize. ADM's reference, which published FIDs are "
     "to, is of photographs that were first halved by averages where they were at least twice as large, so such figures "
@@ -63,6 +66,10 @@ class Setting(NamedTuple):
             "tokens": self.num_tokens,
         }
 
+    def given(self) -> dict[str, Any]:
+        """Return the setting as a call of the pipeline takes it, for which None would be the model's own best."""
+        return {name: OFF if value is None else value for name, value in asdict(self.sampling).items()}
+
     def folder(self, seed: int) -> str:
         """Return the name of the folder of its images."""
         values = {key: f"{x:g}" if isinstance(x, float) else x for key, x in self.shown().items()}
@@ -88,9 +95,9 @@ class GPTOptions:
 
     Args:
         settings: ways to sample, as from `sweep`.
-        folder: where the report goes; images are in `folder`/samples until they are measured.
+        folder: where the report goes, and in `folder`/samples the images that are kept.
         labels: "balanced" takes the classes in turn, "random" draws them by the seed.
-        keep_samples: leave the images there, as samples.npz in ADM's layout.
+        keep_samples: write the images there, as samples.npz in ADM's layout; an interrupted set is completed.
         model: as the user named it, to find published figures.
     """
 
@@ -109,7 +116,7 @@ def evaluate_gpt(
 ) -> Report | None:
     """Generate images in each setting, from each seed, and compare them with `reference`.
 
-    An interrupted set of images is completed. Image i depends on the seed and i alone.
+    Image i depends on the seed and i alone.
 
     Returns:
         In the main process a report whose provenance is not complete yet; None in others.
@@ -127,8 +134,6 @@ def evaluate_gpt(
     rows = [Row(setting.shown(), over_seeds([run.figures(setting, seed) for seed in seeds])) for setting in settings]
     if not context.world.is_main:
         return None
-    with suppress(OSError):  # it contains something
-        (options.folder / SAMPLES).rmdir()
     sections = [Section("Quality by sampling", rows, _note(rows, options, seeds, pipeline))]
     if published := _quotes(options.model, settings, rows, pipeline.gpt.config.num_tokens):
         sections.append(Section("Published figures beside ours", published))
@@ -169,29 +174,20 @@ class _Run:
         self.notes: list[str] = []
 
     def figures(self, setting: Setting, seed: int) -> dict[str, Figure]:
-        """Generate one set of images, or complete it, and measure it at side R; empty in all but the main process."""
-        world, folder = self.context.world, self.options.folder / SAMPLES / setting.folder(seed)
-        classes = self.pipeline.gpt.config.num_classes
-        labels = class_labels(classes, self.options.num_samples, self.options.labels, seed)
-        # None would be the model's own best.
-        given = {name: OFF if value is None else value for name, value in asdict(setting.sampling).items()}
-        samples = SampleSet(
-            labels, "npz", seed, self.context.batch_size, setting.num_tokens, temporary=not self.options.keep_samples
-        )
-        generate_many(self.pipeline, folder, samples, world, **given)
-        world.barrier()
-        images = self.context.open(str(folder))
-        side = self.pipeline.tokenizer.config.image_size
-        resized = (at_side(batch, side) for batch in images)
-        measured = measure(self.options.extractor, resized, total=len(images), world=world, labels=labels)
+        """Generate one set of images and measure it at side R; empty in all but the main process."""
+        world, options, config = self.context.world, self.options, self.pipeline.gpt.config
+        labels = class_labels(config.num_classes, options.num_samples, options.labels, seed)
+        made = (self._kept if options.keep_samples else self._made)(setting, seed, labels)
+        images = (at_side(batch, self.pipeline.tokenizer.config.image_size) for batch in made)
+        measured = measure(options.extractor, images, total=len(labels), world=world, labels=labels)
         with world.raise_together():
             if not world.is_main:
                 return {}
             if setting not in self.pictures:
-                self.pictures[setting] = [Image.fromarray(image) for image in images.some(PICTURES)]
-            remove_temporary(folder)  # what was kept before stays
+                chosen = spread(len(labels), min(PICTURES, len(labels)))
+                self.pictures[setting] = [self._make(setting, seed, labels[i : i + 1], i)[0] for i in chosen]
             figures = compare_sets(self.reference, measured, prefix="g", device=self.context.device)
-            if measured.num_classes == classes:
+            if measured.num_classes == config.num_classes:
                 figures["recognised"] = Figure(measured.recognised)
         self.checksums[setting.folder(seed)] = measured.checksum
         self.notes = self.notes or cautions(self.reference, measured, "g")
@@ -199,6 +195,25 @@ class _Run:
         words = [*in_words(setting.shown(), self.common), f"seed {seed}"]
         _log.info("%s: %s %s", ", ".join(words), name, figure.text(name))
         return figures
+
+    def _make(self, setting: Setting, seed: int, labels: Sequence[int], first: int) -> list[Image.Image]:
+        options: dict[str, Any] = dict(seed=seed, first_image=first, num_tokens=setting.num_tokens)
+        return self.pipeline([ClassId(i) for i in labels], batch_size=len(labels), **options, **setting.given())
+
+    def _made(self, setting: Setting, seed: int, labels: Sequence[int]) -> Iterator[Tensor]:
+        """Yield this rank's images, bytes (B, H, W, 3), as they are made."""
+        own = shard_range(len(labels), self.context.world)
+        for first in own[:: self.context.batch_size]:
+            part = labels[first : min(first + self.context.batch_size, own.stop)]
+            yield torch.from_numpy(np.stack(list(map(np.asarray, self._make(setting, seed, part, first)))))
+
+    def _kept(self, setting: Setting, seed: int, labels: Sequence[int]) -> Iterator[Tensor]:
+        """Yield them from a set on disk, which is made or completed first, and stays."""
+        folder, world = self.options.folder / SAMPLES / setting.folder(seed), self.context.world
+        samples = SampleSet(labels, "npz", seed, self.context.batch_size, setting.num_tokens)
+        generate_many(self.pipeline, folder, samples, world, **setting.given())
+        world.barrier()
+        return iter(self.context.open(str(folder)))
 
     def picture(self) -> Picture:
         """Return a row of images for each setting, with what it has different from the others below the first."""
