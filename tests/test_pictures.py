@@ -34,6 +34,14 @@ def test_labels_stay_below_their_image():
     assert not dark[:, 132:136].any()
 
 
+def test_a_thin_image_has_room_for_its_caption():
+    sheet = np.asarray(grid([Image.new("RGB", (4, 400), "white")] * 2, 2, ["16 tokens", "original"]))
+    assert sheet.shape == (400 + 16 + 8, 2 * 76 + 4, 3)
+    dark = (sheet[404:420].min(axis=-1) < 128).any(axis=0)
+    assert all(np.ptp(np.flatnonzero(half)) > 30 for half in (dark[:78], dark[78:]))
+    assert np.asarray(grid([Image.new("RGB", (4, 400))])).shape == (408, 12, 3)
+
+
 @pytest.mark.parametrize(("side", "tile"), [(16, 128), (48, 144), (100, 200), (256, 256)])
 def test_small_images_are_enlarged_without_smoothing(side: int, tile: int):
     image = Image.effect_noise((side, side), 100).convert("RGB")

@@ -1,7 +1,9 @@
 """From labels and images to images: determinism, stages, labels and errors."""
 
+import copy
 import gc
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 from detailflow import DetailFlowError, DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, TokenSchedule
 from detailflow.data.transforms import center_crop
 from detailflow.device import choose_device, within_memory
+from detailflow.errors import DetailFlowWarning
 from detailflow.generation import Engine
 from detailflow.pipeline import image_generator, stage_counts
 
@@ -269,6 +272,20 @@ def test_models_that_do_not_fit_together(pipeline: DetailFlowPipeline, key: str,
     gpt = DetailFlowGPT(replace(pipeline.gpt.config, **{key: value} | causal))
     with pytest.raises(DetailFlowError, match=f"do not fit together: {key} is"):
         DetailFlowPipeline(pipeline.tokenizer, gpt)
+
+
+def test_an_ar_model_knows_its_tokenizer(pipeline: DetailFlowPipeline):
+    """In any precision; a decoder that was trained further has the same codes."""
+    gpt = copy.copy(pipeline.gpt)
+    gpt.config = replace(gpt.config, tokenizer=pipeline.tokenizer.fingerprint)
+    rounded = copy.deepcopy(pipeline.tokenizer).to(torch.bfloat16)
+    rounded.decoder.to_pixels.bias.data += 1
+    for tokenizer in (pipeline.tokenizer, rounded):
+        with warnings.catch_warnings(action="error"):
+            DetailFlowPipeline(tokenizer, gpt)
+    torch.manual_seed(1)
+    with pytest.warns(DetailFlowWarning, match="trained on the codes of another tokenizer"):
+        DetailFlowPipeline(DetailFlowTokenizer(pipeline.tokenizer.config), gpt)
 
 
 # ------------------------------------------------------------------------------------------------- loading and saving

@@ -17,6 +17,7 @@ SMALLEST_TILE = 128  # pixels; smaller images are enlarged by the smallest whole
 GAP = 4
 FONT_SIZE = 12
 LINE = 16  # pixels from one line of a caption to the next
+LEAST_CAPTION = 72  # pixels, also below an image that is thinner
 # The first three are from `generate`, the next two from `reconstruct`, and those of `vary` and `decode` follow.
 Kind = Literal["sample", "grid", "strip", "comparison", "reconstruction", "variations", "variation", "decoded"]
 KEY = "detailflow"  # of the text in a PNG file that has its kind, and the name it was written under
@@ -122,17 +123,19 @@ def _sheet(images: Sequence[Image.Image], captions: Sequence[Sequence[str]], col
     largest = max((image.size for image in images), key=max)
     scale = max(1, -(-SMALLEST_TILE // max(largest)))
     width, height = scale * largest[0], scale * largest[1]
+    column = max(width, LEAST_CAPTION) if any(captions) else width
     row_height = height + LINE * max(map(len, captions)) + GAP
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * row_height + GAP), "white")
+    sheet = Image.new("RGB", (columns * (column + GAP) + GAP, rows * row_height + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = GAP + i % columns * (width + GAP), GAP + i // columns * row_height
-        sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+        left, top = GAP + i % columns * (column + GAP), GAP + i // columns * row_height
+        tile = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(tile, (left + (column - width) // 2, top))
         for line, text in enumerate(caption):
             short = text
-            while draw.textlength(short, font) > width and short != "…":
+            while draw.textlength(short, font) > column and short != "…":
                 short = f"{short.removesuffix('…')[:-1]}…"
-            middle = (left + width // 2, top + height + LINE // 2 + line * LINE)
+            middle = (left + column // 2, top + height + LINE // 2 + line * LINE)
             draw.text(middle, short, "black", font, anchor="mm")
     return sheet

@@ -1,5 +1,6 @@
 """From class labels, or an image, to PIL images at any stage of detail: the tokenizer and the AR model together."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from detailflow import hub
 from detailflow.data.images import to_rgb
 from detailflow.data.transforms import center_crop, resized, to_tensor
 from detailflow.device import choose_device, choose_dtype, to_host, within_memory
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, DetailFlowWarning
 from detailflow.generation import Generators, image_generators
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
@@ -94,6 +95,9 @@ class DetailFlowPipeline:
                 raise DetailFlowError(
                     f"tokenizer and AR model do not fit together: {key} is {ours} in the one, {theirs} in the other"
                 )
+        if gpt.config.tokenizer not in (None, tokenizer.fingerprint):
+            what = "the AR model was trained on the codes of another tokenizer, so its images may show nothing"
+            warnings.warn(f"{what}: give the tokenizer that it was made with", DetailFlowWarning, stacklevel=2)
         self.tokenizer = tokenizer
         self.gpt = gpt
         self.labels = ClassLabels(gpt.config.class_names, gpt.config.num_classes)

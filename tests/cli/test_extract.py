@@ -103,7 +103,7 @@ def test_bad_folders(folder: Path, model: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "file").write_text("mine")
     for data, tokenizer, output, message in (
         (tmp_path / "empty", model, "store", "holds no images"),
-        (folder, model / "gpt", "store", "holds an AR model (gpt), not a tokenizer"),
+        (folder, model / "gpt", "store", f"holds an AR model (gpt), not a tokenizer: give {model}, which holds both"),
         (folder, tmp_path / "empty", "store", "has no config.json"),
         (folder, model, "file", "is not a folder"),
     ):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from detailflow.data.batches import ImageBatches
-from detailflow.data.images import find, load_rgb, open_images
+from detailflow.data.images import ImageSource, find, load_rgb, open_images
 from detailflow.data.streams import open_stream
 from detailflow.data.transforms import center_crop, random_crop, side_for_crops, to_tensor
 from detailflow.errors import DetailFlowError
@@ -220,6 +220,13 @@ def test_patterns_that_never_end(shards, tmp_path):
     for pattern in ("x{0..999999}/{0..999999}/{0..99}.tar", "x{0..1000}{0..1000}.tar", "{0..1000000}.tar"):
         with pytest.raises(DetailFlowError, match="is too long a range: it may name 1,000,000 files"):
             find(pattern)
+
+
+def test_classes_of_one_name_are_counted_apart(folder):
+    """As ImageNet has two cranes, a bird and a machine."""
+    source = ImageSource(open_images(folder)._rows, np.repeat([0, 1, 2], 10), ("crane", "heron", "crane"))
+    assert source.counts == {"crane (0)": 10, "heron": 10, "crane (2)": 10}
+    assert "in 3 classes (crane (0) 10, heron 10, crane (2) 10)" in source.summary
 
 
 def test_a_set_is_known_by_its_content_and_not_by_its_path(folder, tmp_path, monkeypatch):

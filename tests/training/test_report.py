@@ -4,12 +4,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from detailflow.cli.main import main
 from detailflow.training import loop
-from detailflow.training.report import command_line, read_history, write_report
+from detailflow.training.report import command_line, draw_curves, read_history, write_report
 
 
 def test_a_log_that_was_cut_short(tmp_path: Path):
@@ -55,6 +56,12 @@ def test_the_report_of_a_damaged_log(tmp_path: Path):
         (tmp_path / "log.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps({'step': 10**400, 'loss': 1.0})}\n")
         assert read_history(tmp_path) == [kept]
         write_report(tmp_path, "gpt", [], read_history(tmp_path), {})
+
+
+def test_a_curve_of_one_point_is_seen(tmp_path: Path):
+    draw_curves([{"step": 1, "loss": 2.0}], tmp_path / "curves.png")
+    red, _, blue = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int).transpose(2, 0, 1)
+    assert (blue > red + 100).sum() > 10
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "gpt"])

@@ -164,8 +164,19 @@ def test_the_token_store_has_two_parts(validated_tokens: Path, cifar: Path, mode
     (copy / "manifest.json").unlink()
     again = extract(Extraction(str(cifar), str(model), crops="two", val_share=0.3), copy, "cpu")
     assert again.fingerprint == store.fingerprint
+    assert json.loads((copy / "manifest.json").read_text())["validation"] == validation.fingerprint
     with pytest.raises(DetailFlowError, match="holds tokens of other images"):
         extract(Extraction(str(cifar), str(model), crops="two"), copy, "cpu")
+
+
+def test_the_validation_store_is_the_one_of_its_manifest(validated_tokens: Path, tokens: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(validated_tokens, tmp_path / "copy"))
+    shutil.rmtree(copy / "validation")
+    with pytest.raises(DetailFlowError, match="validation is no token store"):
+        _ = TokenStore.open(copy).validation
+    shutil.copytree(tokens, copy / "validation")
+    with pytest.raises(DetailFlowError, match="validation is not the validation store of .*copy: extract the tokens"):
+        _ = TokenStore.open(copy).validation
 
 
 def test_what_was_held_out_is_not_trained_on(validated_tokens: Path, cifar: Path, model: Path, tmp_path: Path):
@@ -191,6 +202,7 @@ def test_the_best_is_exported(stage: str, finished: dict[str, Path]):
     assert checkpoint.step == best and checkpoint.validation == found[best]
     weights = checkpoint.state["ema"] if stage == "gpt" else checkpoint.state["networks"]
     exported = load_file(output / "model.safetensors")
+    assert "other images are held out for validation" in (output / "report.md").read_text()
     assert all(torch.equal(weights[name if stage == "gpt" else f"model.{name}"], exported[name]) for name in exported)
 
 

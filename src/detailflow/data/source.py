@@ -5,6 +5,7 @@ import json
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -160,13 +161,8 @@ class ImageSource:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return class name → images. Two classes of one name count together."""
-        result = dict.fromkeys(self.class_names, 0)
-        for name, count in zip(
-            self.class_names, np.bincount(self.labels, minlength=len(self.class_names)), strict=True
-        ):
-            result[name] += int(count)
-        return result
+        """Return class name → images; classes of one name have their numbers behind it."""
+        return count_classes(self.labels, self.class_names)
 
     @property
     def fingerprint(self) -> str:
@@ -227,6 +223,14 @@ class ImageSource:
                     yield self.image(candidate)
                     break
             before = index
+
+
+def count_classes(labels: np.ndarray, names: Sequence[str]) -> dict[str, int]:
+    """Return the number of labels of each class by its name: "cat", or "crane (134)" of two classes called crane."""
+    times = Counter(names)
+    counts = np.bincount(labels, minlength=len(names)).tolist()
+    shown = (name if times[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
+    return dict(zip(shown, counts, strict=True))
 
 
 def spread(total: int, count: int) -> list[int]:

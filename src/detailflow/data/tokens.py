@@ -5,7 +5,8 @@ A folder of four files, whatever the number of images. Every image of the source
 - codes.bin: uint16 (slots, crops, 3, N), the rows *clean*, *input* and *label* of each crop;
 - labels.bin: int64 (slots,), −1 if the image could not be read;
 - ids.jsonl: each slot's image by its name in the source, as a JSON string on a line of its own;
-- manifest.json: format, version, counts, checksums, what could not be read, and what the codes came from.
+- manifest.json: format, version, counts, checksums, what could not be read, what the codes came from, and the
+  fingerprint of the store for validation, if there is one.
 
 The manifest is written last. Until then the folder `unfinished` has the settings and a small record of each chunk of
 images that is on disk: all that a killed extraction needs to go on. Images that are held out for validation have their
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 
 from detailflow.data.batches import BatchOrder
+from detailflow.data.source import count_classes
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import check_regular, open_own, read_json, replacing
@@ -129,8 +131,11 @@ class TokenStore:
     @property
     def validation(self) -> "TokenStore | None":
         """The store of the images that were held out for validation, if there are any."""
-        folder = self.directory / VALIDATION
-        return TokenStore.open(folder) if folder.is_dir() else None
+        folder, named = self.directory / VALIDATION, self._manifest.get("validation")
+        store = TokenStore.open(folder) if named or folder.is_dir() else None
+        if store and named not in (None, store.fingerprint):
+            raise DetailFlowError(f"{folder} is not the validation store of {self.directory}: extract the tokens again")
+        return store
 
     @property
     def fingerprint(self) -> str:
@@ -141,8 +146,7 @@ class TokenStore:
     @property
     def counts(self) -> dict[str, int]:
         """Class name → images."""
-        counts = np.bincount(self.labels, minlength=len(self.info.class_names)).tolist()
-        return dict(zip(self.info.class_names, counts, strict=True))
+        return count_classes(self.labels, self.info.class_names)
 
     def read(self, images: np.ndarray, crops: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return the codes of B images, of one crop and row each. → (B, N) uint16"""
@@ -289,6 +293,8 @@ class TokenWriter:
             "unreadable": unreadable,
             "chunks": [records[chunk]["crc32"] for chunk in range(self.chunks)],
         }
+        if (self.directory / VALIDATION / _MANIFEST).exists():
+            manifest["validation"] = TokenStore.open(self.directory / VALIDATION).fingerprint
         with _writing(self.directory):
             with replacing(self.directory / _LABELS) as temporary:
                 temporary.write_bytes(labels.tobytes())

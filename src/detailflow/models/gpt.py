@@ -24,7 +24,8 @@ from detailflow.settings import Depth, Must, PositiveInt, Settings, ShareBelowOn
 class GPTConfig(Settings):
     """Sizes of a `DetailFlowGPT`, the defaults are GPT-L's, and the sampling that suits the model best.
 
-    `mlp` is the number of hidden units, `None` is 2/3 · 4 · width rounded up to a multiple of 256.
+    `mlp` is the number of hidden units, `None` is 2/3 · 4 · width rounded up to a multiple of 256; `tokenizer` is the
+    fingerprint of the tokenizer whose codes the model was trained on, if that is known.
 
     >>> GPTConfig(num_classes=1000).mlp
     2816
@@ -47,6 +48,7 @@ class GPTConfig(Settings):
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,6 @@
 """The 1-D tokenizer (Sec. 3.1 and 3.3): an image to an ordered token sequence, and its first n tokens back."""
 
+import hashlib
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -272,6 +273,12 @@ class DetailFlowTokenizer(Pretrained):
         self.quantizer = VectorQuantizer(config.encoder.width, config.codebook_size, config.codebook_dim)
         self.decoder = Decoder(config)
         self.apply(_initialise)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A checksum of the signs in the codebook, which no rounding changes; `None` of a tokenizer without weights."""
+        signs = torch.signbit(self.quantizer.codebook.detach())
+        return None if signs.is_meta else hashlib.sha256(signs.cpu().numpy().tobytes()).hexdigest()[:16]
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, num_tokens: int | None = None) -> Tensor:

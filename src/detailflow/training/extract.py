@@ -190,9 +190,8 @@ class _Extractor:
         if done and self.world.is_main:
             _log.info("%s: going on after %d of %d images", self.writer.directory, done, total)
         hidden = not self.world.is_main
-        with tqdm(
-            total=total, initial=done, desc="extract", unit="img", dynamic_ncols=True, disable=hidden
-        ) as self.bar:
+        desc = "extract (validation)" if self.writer.directory.name == VALIDATION else "extract"
+        with tqdm(total=total, initial=done, desc=desc, unit="img", dynamic_ncols=True, disable=hidden) as self.bar:
             for first in range(0, len(self.todo), count):
                 chunks = self.todo[first : first + count]
                 with self.world.raise_together():

@@ -203,7 +203,8 @@ class GPTStage:
         labels = torch.tensor(classes).repeat_interleave(PICTURE_SAMPLES)
         ids = averaged.generate(labels, generator=torch.Generator().manual_seed(self.config.loop.seed))
         pixels = to_uint8(self.tokenizer.decode(ids)).cpu().numpy()
-        return {"samples": grid([Image.fromarray(p) for p in pixels], columns=PICTURE_SAMPLES)}
+        names = [ClassLabels(self.sizes.class_names, self.sizes.num_classes).name(label) for label in labels]
+        return {"samples": grid([Image.fromarray(p) for p in pixels], PICTURE_SAMPLES, names)}
 
     def export(self, directory: Path) -> None:
         """Write the averaged weights."""
@@ -254,6 +255,7 @@ def model_config(config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTo
         group_size=tokenizer.config.group_size,
         causal_tokens=tokenizer.config.causal_tokens,
         codebook_size=tokenizer.config.codebook_size,
+        tokenizer=tokenizer.fingerprint,
         dropout=config.dropout,
         **asdict(config.sampling),
     )

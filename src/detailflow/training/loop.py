@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +41,10 @@ UTILIZATION_SECONDS = 60.0  # before model FLOP utilization is logged, as the ma
 
 class Stage(Protocol):
     """One kind of training: what the loop needs to know of it. All ranks call every method."""
+
+    @property
+    def validation(self) -> Sized | None:
+        """The images that are held out, if there are any."""
 
     @property
     def comparable_from(self) -> float:
@@ -195,6 +199,8 @@ class _Training:
     def finish(self) -> None:
         """Export the model, the best by validation if there is one, and write the report."""
         facts = [f"{self.loop.steps:,} steps of {self.loop.batch_size:,} images"]
+        if self.stage.validation is not None:
+            facts.append(f"{len(self.stage.validation):,} other images are held out for validation")
         if self.best is not None:
             step, loss = self.best
             which = f"the exported model is that of step {step}, the best by validation (val_loss {loss:.4g})"

@@ -113,8 +113,10 @@ def draw_curves(history: Sequence[Record], path: Path) -> None:
         for curve in (name, f"val_{name}"):
             points = [(record["step"], record[curve]) for record in history if curve in record]
             if points:
-                style = dict(label="validation", marker=".") if curve != name else dict(label="training")
-                axes.plot(*zip(*points, strict=True), **style)
+                marker = "." if curve != name or len(points) == 1 else None  # a line of one point is not seen
+                axes.plot(
+                    *zip(*points, strict=True), label="validation" if curve != name else "training", marker=marker
+                )
         if any(f"val_{name}" in record for record in history):
             axes.legend()
         axes.set_title(name, fontsize=10, parse_math=False)

@@ -1,6 +1,7 @@
 """Images that are held out for validation, as a set of their own or as a share by content; never trained on."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.progress import progress_bar
 from detailflow.psnr import psnr
 
+_log = logging.getLogger(__name__)
 BATCH = 32  # images at once, whatever the number of ranks: rounding depends on it
 
 
@@ -71,6 +73,8 @@ def split(config: _Settings, source: Source, world: World) -> tuple[Source, Imag
     chosen = set(world.from_main(lambda: held_out(source, config.val_share)))
     if not chosen:
         return source, None
+    if world.is_main:
+        _log.info("%s: %d of the %d images are held out for validation", source.where, len(chosen), len(source))
     rest = [index for index in range(len(source)) if index not in chosen]
     return source.subset(rest), source.subset(sorted(chosen))
 
