@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,29 @@ def tokens(model: Path, cifar: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("tokens") / "store"
     extract(Extraction(str(cifar), str(model), crops="two"), folder, "cpu")
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
+    """Stand in for the hub: give it a file or a folder of them, and get the name of a data set there."""
+    import datasets
+    import pyarrow.parquet
+
+    load, known = datasets.load_dataset, dict[str, list[Path]]()
+
+    def put(data: Path) -> str:
+        name = f"someone/set-{len(known)}"
+        known[name] = sorted(data.iterdir()) if data.is_dir() else [data]
+        return name
+
+    def load_dataset(name: str, split: str, streaming: bool) -> object:
+        assert streaming and split == "train"
+        files, shards = list(map(str, known[name])), known[name][0].suffix == ".tar"
+        stream = load("webdataset" if shards else "parquet", data_files=files, split="train", streaming=True)
+        if not shards:
+            rows = sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+            stream.info.splits = datasets.SplitDict({"train": datasets.SplitInfo("train", num_examples=rows)})
+        return stream
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return put

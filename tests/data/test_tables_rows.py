@@ -59,7 +59,7 @@ def test_a_row_names_files_of_its_own_set_alone(tmp_path):
         ):
             source.image(index)
     for index in (7, 8):
-        with pytest.raises(DetailFlowError, match="not fetched: URLs are read only from hub data sets and streams"):
+        with pytest.raises(DetailFlowError, match="not fetched: URLs are read only from hub data sets"):
             source.image(index)
     for index in (9, 10):
         with pytest.raises(DetailFlowError, match="does not exist"):

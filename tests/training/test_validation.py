@@ -126,11 +126,11 @@ def test_another_set(cifar: Path, tmp_path: Path):
         split(Extraction(str(cifar), "model", val_data=str(tmp_path / "images")), source, World())
 
 
-def test_a_stream_has_no_share(cifar_table: Path):
+def test_a_stream_has_no_share(cifar_table: Path, hub: Callable[[Path], str]):
     from detailflow.data.streams import open_stream
 
     with pytest.raises(DetailFlowError, match="val_share needs images that are not streamed: give val_data"):
-        split(Extraction(str(cifar_table), "model", val_share=0.1), open_stream(cifar_table), World())
+        split(Extraction("someone/set-0", "model", val_share=0.1), open_stream(hub(cifar_table)), World())
 
 
 def test_never_in_training_batches(cifar: Path, tmp_path: Path):

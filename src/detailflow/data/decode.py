@@ -26,17 +26,15 @@ MAX_PIXELS = 178_956_970  # beyond that Pillow, too, takes a file for an attack
 MAX_PIXELS_VARIABLE = "DETAILFLOW_MAX_PIXELS"  # reaches worker processes, however they are started
 
 # Formats that only decode pixels. Not: EPS (starts Ghostscript), WMF (Windows draws it), IPTC (opens its content in any
-# format), FITS (unpacks without a limit), DDS (decoded in Python, takes minutes), nor what Pillow only knows by name.
+# format), FITS (unpacks without a limit), DDS (decoded in Python, takes minutes), ICO, ICNS and BLP (icons and textures
+# of images within images, which may have any size), nor what Pillow only knows by name.
 _RASTER = (
-    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "MPO", "HEIF", "JXL", "BLP", "CUR", "DCX",
-    "DIB", "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI", "SPIDER",
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "MPO", "HEIF", "JXL", "CUR", "DCX",
+    "DIB", "FLI", "FTEX", "GBR", "IM", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI", "SPIDER",
     "SUN", "TGA", "XBM", "XPM",
 )  # fmt: skip
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # formats that not every Pillow was built with
 
-# Images within images, whose own headers may give another size. Pillow reads an ICO file's when it opens the file.
-_NESTED = ("ICO", "ICNS", "BLP")
-_ICO = b"\0\0\1\0"
 _COST = {"WEBP": 2, "JPEG2000": 2}  # how often a pixel counts: these decoders take sixteen bytes for it
 
 PLUGINS = {  # suffix → the package that reads such files
@@ -127,7 +125,7 @@ def load_rgb(source: str | os.PathLike[str] | bytes, name: str | None = None, le
 
 def image_size(source: str | os.PathLike[str] | bytes, name: str) -> tuple[int, int]:
     """Return the width and height of an image as it will be shown, from its header."""
-    with _opened(source, name) as file, _open_image(file, max_pixels()) as image:
+    with _opened(source, name) as file, _open_image(file) as image:
         if image.format == "PNG":  # else Pillow decodes all of it to see if EXIF data follow the pixels
             image.info.setdefault("exif", _png_exif(file))
         width, height = image.size
@@ -171,10 +169,6 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str) -> Iterator[Binar
             raise DetailFlowError(
                 f"{name} is not an image: its contents are in no raster format that is read"
             ) from error
-        except Image.DecompressionBombError as error:
-            raise DetailFlowError(
-                f"{name} is too large an image: one within it has more pixels than --max-pixels allows"
-            ) from error
         except Exception as error:  # damaged files raise all kinds of errors
             raise DetailFlowError(f"{name} is damaged and cannot be decoded ({first_line(error)})") from error
 
@@ -191,40 +185,25 @@ def _open_file(path: Path, name: str) -> BinaryIO:
             raise DetailFlowError(f"{name} does not exist: give the path of an image file") from error
 
 
-def _open_image(file: BinaryIO, limit: int) -> Image.Image:
-    """Read an image's header; `limit` applies only to what Pillow decodes for that."""
+def _open_image(file: BinaryIO) -> Image.Image:
+    """Read an image's header; the limit on its pixels is ours, as Pillow's is one number for all threads."""
     file.seek(0)
     if isinstance(file, io.BufferedReader):
-        file.peek()  # so that nobody waits for the disk while holding the lock below
-    nested = file.read(len(_ICO)) == _ICO
-    file.seek(0)
-    with _pillow_limit(limit if nested else None):
-        return Image.open(file, formats=raster_formats())
-
-
-@contextmanager
-def _pillow_limit(limit: int | None) -> Iterator[None]:
-    """Set Pillow's own limit, one number for all threads: above it Pillow warns, above twice that it stops."""
+        file.peek()  # so that nobody waits for the disk while holding the lock
     with _OPENING:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, limit
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            yield
+            return Image.open(file, formats=raster_formats())
         finally:
             Image.MAX_IMAGE_PIXELS = before
 
 
 def _decode(file: BinaryIO, name: str, least: int | None) -> Image.Image:
-    limit = max_pixels()
-    image = _open_image(file, limit)
-    _check_pixels(image, name, limit)
+    image = _open_image(file)
+    _check_pixels(image, name, max_pixels())
     if least:
         image.draft(None, (least, least))
-    if image.format in _NESTED:
-        with _pillow_limit(limit):
-            image.load()
-        _check_pixels(image, name, limit)
-    else:
-        image.load()
+    image.load()
     orientation, rgb = _orientation(image), _to_rgb(image)
     del image  # frees its pixels before the transposed copy is made
     return _upright(rgb, orientation)

@@ -47,7 +47,7 @@ class ParquetFile(NamedTuple):
     largest: int
 
 
-def read_footers(found: DataFiles, image_column: str, label_column: str) -> list[ParquetFile]:
+def _read_footers(found: DataFiles, image_column: str, label_column: str) -> list[ParquetFile]:
     """Read the footers of parquet files that must have the same columns and class names."""
     import_datasets()
     footers = [_read_footer(file, image_column, label_column) for file in found.files]
@@ -153,7 +153,7 @@ def _check_expansion(file: str, metadata: Any, image_column: str) -> int:
 def open_parquet(found: DataFiles, image_column: str, label_column: str) -> ImageSource:
     """Open parquet files as one set, in their order."""
     files = found.files
-    footers = read_footers(found, image_column, label_column)
+    footers = _read_footers(found, image_column, label_column)
     labels = _read_labels(footers, label_column)
     copies = [_copy(f, image_column) for f in progress_bar(footers, desc="copying", unit="file")]
     rows = TableRows(files, [footer.rows for footer in footers], partial(mapped_column, copies, image_column))
@@ -225,7 +225,7 @@ def _write_copy(footer: ParquetFile, column: str, copy: Path) -> None:
     size, written, rows = os.path.getsize(footer.path), 0, 0
     schema = pyarrow.schema([(column, footer.images)])
     with pyarrow.OSFile(str(copy), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
-        for batch in _batches(footer, [column]):
+        for batch in _batches(footer, column):
             written, rows = written + batch.nbytes, rows + batch.num_rows
             if written > max(_EXPANDED, _MOST_EXPANSION * size):
                 raise DetailFlowError(
@@ -237,8 +237,8 @@ def _write_copy(footer: ParquetFile, column: str, copy: Path) -> None:
         raise DetailFlowError(f"{footer.path} has {rows:,} rows, but its footer says {footer.rows:,}: it is damaged")
 
 
-def _batches(footer: ParquetFile, columns: list[str]) -> Iterator[Any]:
-    """Yield the rows, so few at a time that they fit in memory even if each is as large as its whole row group."""
+def _batches(footer: ParquetFile, column: str) -> Iterator[Any]:
+    """Yield the images, so few at a time that they fit in memory even if each is as large as its whole row group."""
     import pyarrow.parquet
 
     count = max(1, min(_BATCH_ROWS, _EXPANDED // max(1, footer.largest)))
@@ -246,22 +246,4 @@ def _batches(footer: ParquetFile, columns: list[str]) -> Iterator[Any]:
         explained(f"{footer.path} cannot be read", hint="it is damaged"),
         pyarrow.parquet.ParquetFile(footer.path, buffer_size=2**20) as parquet,
     ):
-        yield from parquet.iter_batches(count, columns=columns)
-
-
-def stream_parquet(footers: list[ParquetFile], image_column: str, label_column: str | None) -> Any:
-    """Stream the rows by the `datasets` library, which does not open the files: it takes paths for patterns."""
-    import pyarrow
-
-    datasets = import_datasets()
-    fields = [(image_column, footers[0].images)] + ([(label_column, pyarrow.int64())] if label_column else [])
-    features = datasets.Features.from_arrow_schema(pyarrow.schema(fields))
-    columns = tuple(name for name, _ in fields)  # a list would be divided among processes, as the footers are
-    given = {"footers": footers, "columns": columns}
-    return datasets.IterableDataset.from_generator(_stream, features=features, gen_kwargs=given)
-
-
-def _stream(footers: list[ParquetFile], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    for footer in footers:
-        for batch in _batches(footer, list(columns)):
-            yield from batch.to_pylist()
+        yield from parquet.iter_batches(count, columns=[column])

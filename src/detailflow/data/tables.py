@@ -78,12 +78,8 @@ class TableRows:
     def listing(self) -> Iterable[tuple[str | int, ...]]:
         if self.hub:
             return [(self.files[0], len(self), self.hub[1])]
-        return list_tables(self.files, np.diff(self.ends, prepend=0).tolist())
-
-
-def list_tables(files: Sequence[str], counts: Sequence[int]) -> list[tuple[str | int, ...]]:
-    """Return each file's name in the folder that has them all, its bytes and its rows."""
-    return [(*entry, count) for entry, count in zip(file_sizes(files), counts, strict=True)]
+        counts = np.diff(self.ends, prepend=0).tolist()
+        return [(*entry, count) for entry, count in zip(file_sizes(self.files), counts, strict=True)]
 
 
 def mapped_column(files: Sequence[str], column: str, file: int) -> Any:
@@ -266,7 +262,7 @@ def stored_image(value: Any, name: str, folders: Sequence[str], urls: bool) -> s
     if _URL.match(content):
         if urls and (_HUB_URL.fullmatch(content) or content.lower().startswith("https://")):
             return _fetch(content, name)
-        kinds = "only https:// and hf:// are read" if urls else "URLs are read only from hub data sets and streams"
+        kinds = "only https:// and hf:// are read" if urls else "URLs are read only from hub data sets"
         raise DetailFlowError(f"{name} names {_short(content)}, which is not fetched: {kinds}")
     for folder in () if "\0" in content else map(os.path.realpath, folders):
         path = os.path.realpath(os.path.join(folder, content))
