@@ -126,12 +126,13 @@ class World:
                 pass
 
     def all_reduce(self, value: Tensor) -> Tensor:
-        """Return the sum over ranks of tensors of one shape, without gradients."""
+        """Return the sum over ranks of tensors of one shape, on any device, without gradients."""
         value = value.detach()
-        if self.size > 1:
-            value = value.clone()
-            torch.distributed.all_reduce(value)
-        return value
+        if self.size == 1:
+            return value
+        total = value.to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total.to(value.device)
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean over ranks of tensors of one shape, without gradients."""
@@ -141,7 +142,7 @@ class World:
         """Return whether `flag` is true on any rank."""
         if self.size == 1:
             return flag
-        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)) > 0)
+        return bool(self.all_reduce(torch.tensor(float(flag))) > 0)
 
     def all_gather(self, value: Tensor) -> Tensor:
         """Return (world size · B, …) from (B, …) of each rank, in rank order, without gradients."""

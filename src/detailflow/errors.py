@@ -32,6 +32,12 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error message, to be part of a sentence."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
 def missing_package(what: str, package: str | None, instead: str = "", extra: str = "train") -> DetailFlowError:
     """Return the error that `what` needs a package which is not installed: it names the extra that brings it."""
     get = f"install it with pip install 'detailflow[{extra}]' (from a clone: pip install '.[{extra}]')"

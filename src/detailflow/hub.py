@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, first_line
 from detailflow.files import os_errors, read_json, reading, replacing
 from detailflow.published import (
     ARGUMENTS_FILE,
@@ -199,7 +199,7 @@ def fetch(repository: str, patterns: Sequence[str], revision: str | None = None)
         folder = Path(snapshot_download(repository, allow_patterns=list(patterns), **chosen))
     except Exception as error:  # connection, name, permission, disk: the hub's client has an exception type for each
         raise DetailFlowError(
-            f"could not download {repository!r} from the Hugging Face hub ({_first_line(error)}): "
+            f"could not download {repository!r} from the Hugging Face hub ({first_line(error)}): "
             "there is no local folder of that name; check it and the connection"
         ) from error
     if not folder.is_dir():  # what the hub's client returns if no file matches
@@ -232,15 +232,10 @@ def push(
             )
         except Exception as error:  # as in `fetch`
             raise DetailFlowError(
-                f"could not upload the model to {repository!r} on the Hugging Face hub ({_first_line(error)}): "
+                f"could not upload the model to {repository!r} on the Hugging Face hub ({first_line(error)}): "
                 "check the name, the connection and that you are logged in (hf auth login)"
             ) from error
     return str(commit)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------

@@ -128,11 +128,12 @@ def field_types(kind: Any) -> dict[str, Any]:
 
 
 def _documentation(kind: Any) -> dict[str, str]:
-    """Return what the "Attributes:" part of a docstring says of each field."""
-    _, _, block = (inspect.getdoc(kind) or "").partition("Attributes:\n")
+    """Return what the "Attributes:" parts of the docstrings of a class and its bases say of each field."""
     result: dict[str, str] = {}
-    for names, text in re.findall(r"^    ([\w, ]+): ((?:.|\n {8})*)", block.partition("\n\n")[0], re.MULTILINE):
-        result |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    for base in reversed(kind.__mro__):
+        _, _, block = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
+        for names, text in re.findall(r"^    ([\w, ]+): ((?:.|\n {8})*)", block.partition("\n\n")[0], re.MULTILINE):
+            result |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return result
 
 

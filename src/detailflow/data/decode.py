@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, features
 from PIL.TiffImagePlugin import TiffImageFile
 
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError, first_line, printable
 
 MAX_PIXELS = 178_956_970  # beyond that Pillow, too, takes a file for an attack
 MAX_PIXELS_VARIABLE = "DETAILFLOW_MAX_PIXELS"  # reaches worker processes, however they are started
@@ -137,12 +137,6 @@ def image_size(source: str | os.PathLike[str] | bytes, name: str) -> tuple[int, 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as `load_rgb` would; `image` itself stays as it is."""
     return _upright(_to_rgb(image), _orientation(image))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error message, to be part of a sentence."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detailflow.data.decode import first_line, load_rgb
+from detailflow.data.decode import load_rgb
 from detailflow.data.images import find
 from detailflow.data.source import Notes, describe, fingerprint
 from detailflow.data.tables import check_columns, import_datasets, load_hub, stored_image
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, first_line
 
 _log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from urllib.request import HTTPRedirectHandler, build_opener
 
 import numpy as np
 
-from detailflow.data.decode import explained, first_line
+from detailflow.data.decode import explained
 from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.source import ImageSource, labelled
-from detailflow.errors import DetailFlowError, missing_package, printable
+from detailflow.errors import DetailFlowError, first_line, missing_package, printable
 from detailflow.files import read_text
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=/)|[a-z]+::", re.IGNORECASE)

@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.files import check_regular, open_own, read_json, replacing
 from detailflow.progress import progress_bar
 from detailflow.runs import RunFolder, as_plain
+from detailflow.settings import Must, PositiveInt, Settings, parse_settings
 
 CLEAN, INPUT, LABEL = range(3)  # the rows of one crop
 VALIDATION = "validation"
@@ -47,24 +48,14 @@ _UNREADABLE = -1  # the label of a slot without codes
 
 
 @dataclass(frozen=True)
-class TokenStoreInfo:
+class TokenStoreInfo(Settings):
     """What a token store's codes are. `tokenizer_fingerprint` names the weights that made them."""
 
-    num_tokens: int
-    codebook_size: int
-    crops: int
-    class_names: tuple[str, ...]
+    num_tokens: PositiveInt
+    codebook_size: Annotated[PositiveInt, Must("at most 65536, as codes have 16 bits", lambda size: size <= 65536)]
+    crops: PositiveInt
+    class_names: Annotated[tuple[str, ...], Must("a list of at least one name", bool)]
     tokenizer_fingerprint: str
-
-    def __post_init__(self) -> None:
-        for field in ("num_tokens", "codebook_size", "crops"):
-            value = getattr(self, field)
-            if type(value) is not int or value < 1:
-                raise DetailFlowError(f"a token store's {field} is {value!r}: it must be a positive whole number")
-        if self.codebook_size > 65536:
-            raise DetailFlowError(f"a token store holds at most 65536 codes, not {self.codebook_size}")
-        if not self.class_names or not all(isinstance(name, str) for name in self.class_names):
-            raise DetailFlowError("a token store's class_names must be a list of at least one name")
 
     @property
     def codes_shape(self) -> tuple[int, int, int]:
@@ -111,7 +102,6 @@ class TokenStore:
         manifest = _read_manifest(directory)
         try:
             fields = {name: manifest[name] for name in TokenStoreInfo.__dataclass_fields__}
-            fields["class_names"] = tuple(fields["class_names"])
             numbers = [manifest[name] for name in ("images", "chunk_images", "labels_crc32", "ids_crc32")]
             if any(type(number) is not int for number in numbers):
                 raise ValueError("counts and checksums are whole numbers")
@@ -120,7 +110,9 @@ class TokenStore:
             if len(manifest["chunks"]) != -(-manifest["images"] // manifest["chunk_images"]):
                 raise ValueError(f"{len(manifest['chunks'])} checksums")
             _check_size(directory / _IDS, manifest["ids_bytes"])
-            return cls(directory, manifest, TokenStoreInfo(**fields))
+            return cls(
+                directory, manifest, parse_settings(TokenStoreInfo, fields, f"{directory / _MANIFEST} is damaged")
+            )
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             if isinstance(error, DetailFlowError):
                 raise

@@ -48,7 +48,7 @@ class Checksum:
 
     def compute(self) -> str:
         """Return the checksum of all ranks' images in hex; every rank must call it."""
-        words = self.world.all_reduce(torch.tensor(self._words, device=self.world.device)).tolist()
+        words = self.world.all_reduce(torch.tensor(self._words)).tolist()
         return "".join(f"{word % 2**32:08x}" for word in words)
 
 
@@ -116,7 +116,7 @@ class FeatureStatistics:
             self.score.score() if self.score else None,
             checksum,
             self.score.classes if self.score else 0,
-            self.world.all_reduce(self._hits.to(self.world.device or "cpu")).item() / self.total,
+            self.world.all_reduce(self._hits).item() / self.total,
         )
 
 

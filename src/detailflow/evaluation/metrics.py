@@ -51,14 +51,11 @@ class Moments:
         """Add the rows of all other ranks; every rank must call it and gets the same result."""
         if world.size == 1:
             return
-        home, device = self.mean.device, world.device or self.mean.device
-        mean, scatter = self.mean.to(device), self._scatter.to(device)
-        count = torch.tensor(float(self.count), dtype=torch.float64, device=device)
-        total = world.all_reduce(count)
-        common = world.all_reduce(mean * (count / total))
-        shift = mean - common
-        self._scatter = world.all_reduce(scatter + torch.outer(shift, shift) * count).to(home)
-        self.mean, self.count = common.to(home), int(total)
+        total = int(world.all_reduce(torch.tensor(self.count)))
+        common = world.all_reduce(self.mean * (self.count / total))
+        shift = self.mean - common
+        self._scatter = world.all_reduce(self._scatter + torch.outer(shift, shift) * self.count)
+        self.mean, self.count = common, total
 
     def gaussian(self) -> Gaussian:
         """Return the mean and the covariance so far."""
@@ -136,10 +133,8 @@ class InceptionScore:
 
     def merge(self, world: World) -> None:
         """Add the images of all other ranks; every rank must call it."""
-        if world.size > 1:
-            device = world.device or self._entropies.device
-            self._probabilities = world.all_reduce(self._probabilities.to(device))
-            self._entropies = world.all_reduce(self._entropies.to(device))
+        self._probabilities = world.all_reduce(self._probabilities)
+        self._entropies = world.all_reduce(self._entropies)
 
     def score(self) -> tuple[float, float | None]:
         """Return the mean and the standard deviation over the splits, None for a single one."""

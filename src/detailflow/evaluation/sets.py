@@ -17,11 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow.data.batches import note_unreadable
-from detailflow.data.decode import first_line
 from detailflow.data.images import ImageSource, open_images, spread, tolerated
 from detailflow.data.transforms import center_crop
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, first_line
 from detailflow.evaluation.metrics import Gaussian
 from detailflow.files import check_regular, writing
 

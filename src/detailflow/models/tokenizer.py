@@ -275,7 +275,7 @@ class DetailFlowTokenizer(Pretrained):
         self.apply(_initialise)
 
     @property
-    def fingerprint(self) -> str | None:
+    def codebook_fingerprint(self) -> str | None:
         """A checksum of the signs in the codebook, which no rounding changes; `None` of a tokenizer without weights."""
         signs = torch.signbit(self.quantizer.codebook.detach())
         return None if signs.is_meta else hashlib.sha256(signs.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """The settings of training runs; `recipes/` has values for them."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -121,11 +121,37 @@ class LoopConfig(Settings):
 
 
 @dataclass(frozen=True)
-class TokenizerTraining(Settings):
-    """A tokenizer's training run; the defaults are the paper's if it has them (docs/method.md#losses).
+class ImageSettings(Settings):
+    """Where the images come from.
 
     Attributes:
         data: images; a folder with a subfolder per class, parquet or WebDataset files, or a hub data set.
+        split: of the data, such as train.
+        image_column: of parquet files and hub data sets.
+        label_column: of these, and of metadata files.
+        val_data: images to validate on; like `data`, with the same classes. Never trained on.
+        val_share: share of `data` held out for validation instead; chosen by the content of each image.
+    """
+
+    data: Location
+    _: KW_ONLY
+    split: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    val_data: Location | None = None
+    val_share: Share = 0.0
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns as `open_images` takes them."""
+        return {"image_column": self.image_column, "label_column": self.label_column}
+
+
+@dataclass(frozen=True)
+class TokenizerTraining(ImageSettings):
+    """A tokenizer's training run; the defaults are the paper's if it has them (docs/method.md#losses).
+
+    Attributes:
         init: tokenizer to start from; a folder, hub name or zoo name. `model` has its sizes or more tokens.
         encoder_init: SigLIP2 vision tower for the encoder; a hub name, folder or file (docs/method.md#tokenizer).
         freeze: encoder, to train the decoder alone; that of `init`, by losses of pixels, so tokens keep their meaning.
@@ -135,12 +161,7 @@ class TokenizerTraining(Settings):
             judged as the reconstructions are. Not in the paper.
         sampled_share: such rows per image of the batch.
         anchor: weight of their distance to what the decoder of `init` makes of them.
-        split: of the data, such as train.
-        image_column: of parquet files and hub data sets.
-        label_column: of these, and of metadata files.
-        val_data: images to validate on; like `data`, with the same classes. Never trained on.
-        val_share: share of `data` held out for validation instead; chosen by the content of each image.
-        streaming: read a hub data set or shards as a stream; without a copy on this machine.
+        streaming: read a hub data set as a stream; without a copy on this machine.
         flip: mirror half of the training crops.
         max_scale: crops are from images enlarged up to this.
         coarse_probability: share of steps with fewer than N tokens; the paper's table 3.
@@ -174,7 +195,6 @@ class TokenizerTraining(Settings):
         revive_every: steps between revivals of unused codes; in the first half of the run. 0 for never.
     """
 
-    data: Location
     model: TokenizerConfig
     loop: LoopConfig
     init: Location | None = None
@@ -184,11 +204,6 @@ class TokenizerTraining(Settings):
     gpt: Location | None = None
     sampled_share: Annotated[float, Must("more than 0 and at most 1", lambda share: 0 < share <= 1)] = 0.5
     anchor: NotNegative = 1.0
-    split: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    val_data: Location | None = None
-    val_share: Share = 0.0
     streaming: bool = False
     flip: bool = True
     max_scale: Annotated[float, Must("1 (no zoom) or more", lambda scale: 1 <= scale < float("inf"))] = 1.25
@@ -277,17 +292,11 @@ class GPTTraining(Settings):
 
 
 @dataclass(frozen=True)
-class Extraction(Settings):
+class Extraction(ImageSettings):
     """What to extract, and how (docs/method.md#extraction).
 
     Attributes:
-        data: images, as in tokenizer training.
         tokenizer: a folder, hub name or zoo name.
-        split: of the data, such as train.
-        image_column: of parquet files and hub data sets.
-        label_column: of these, and of metadata files.
-        val_data: images to validate on; as in tokenizer training. Their tokens are for validation alone.
-        val_share: share of `data` held out for validation instead; as in tokenizer training.
         crops: ten or two of each image; ten are the corners and the centre at 1.1 times the size, and their flips (the
             paper's), two the centre and its flip, for small images that fill their frame.
         mistakes: number of codes to plant one of; the nearest ones.
@@ -297,13 +306,7 @@ class Extraction(Settings):
         seed: of the planted mistakes.
     """
 
-    data: Location
     tokenizer: Location
-    split: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    val_data: Location | None = None
-    val_share: Share = 0.0
     crops: Literal["ten", "two"] = "ten"
     mistakes: PositiveInt = WRONG_CANDIDATES
     batch_size: BatchSize = 250

@@ -101,8 +101,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     world, chosen = launched(device)
     with world.raise_together():
         model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen, dtype=torch.float32)
-        columns = dict(image_column=config.image_column, label_column=config.label_column)
-        everything = open_images(config.data, split=config.split, **columns)
+        everything = open_images(config.data, split=config.split, **config.columns)
         info = TokenStoreInfo(
             num_tokens=model.config.num_tokens,
             codebook_size=model.config.codebook_size,
@@ -167,12 +166,8 @@ class _Extractor:
         world: World,
     ) -> None:
         self.config, self.model, self.source, self.writer, self.world = config, model, source, writer, world
-        written = writer.written()
-        there = torch.tensor(
-            [chunk in written for chunk in range(writer.chunks)], dtype=torch.int32, device=world.device
-        )
-        there = world.all_gather(there)[: writer.chunks]  # as the main process sees it
-        self.todo = (there == 0).nonzero()[:, 0].tolist()
+        written = world.from_main(writer.written)
+        self.todo = [chunk for chunk in range(writer.chunks) if chunk not in written]
         self.unreadable = writer.unreadable() if world.is_main else {}  # the others know their own
 
     @torch.no_grad()
@@ -237,8 +232,7 @@ class _Extractor:
 
     def _stop_at_too_many(self, chunks: list[int]) -> None:
         """Raise an error on all ranks if more than 1% (and more than one) of the images cannot be read."""
-        own = torch.tensor([len(self.unreadable)], device=self.world.device)
-        count = int(self.world.all_gather(own).sum())
+        count = int(self.world.all_reduce(torch.tensor(len(self.unreadable))))
         if count <= tolerated(len(self.source)):
             return
         first = "; ".join(list(self.writer.unreadable().values())[:3])

@@ -227,7 +227,7 @@ class _Training:
     def _on_any_rank(self, *flags: bool) -> list[bool]:
         if self.world.size == 1:
             return list(flags)
-        return (self.world.all_reduce(torch.tensor(flags, dtype=torch.float32, device=self.world.device)) > 0).tolist()
+        return (self.world.all_reduce(torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
 
     def _validate(self, done: int) -> dict[str, float]:
         """Measure the images that are held out; keep a checkpoint of the best step so far."""

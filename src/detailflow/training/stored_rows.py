@@ -18,7 +18,7 @@ from detailflow.training.config import CROPS, LoopConfig, TokenizerTraining
 from detailflow.training.extract import image_names
 
 
-class StoredRows:
+class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """The crops that were encoded, each with its clean row and the one with planted mistakes and what corrects them."""
 
     def __init__(self, config: TokenizerTraining, source: ImageSource | StreamSource) -> None:
@@ -41,22 +41,17 @@ class StoredRows:
 
     def batches(self, loop: LoopConfig, start_step: int, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Return endless batches of this process: bytes (B, R, R, 3), labels (B,) and rows (B, 2, N)."""
-        order = BatchOrder(len(self.store), loop.batch_size, loop.seed, start_step)
-        data = _Batches(self, order, world.shard(loop.batch_size))
-        return iter(DataLoader(data, sampler=order, batch_size=None, num_workers=loop.workers))
-
-
-class _Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    def __init__(self, rows: StoredRows, order: BatchOrder, shard: slice) -> None:
-        self.rows, self.order, self.shard = rows, order, shard
+        self.order = BatchOrder(len(self.store), loop.batch_size, loop.seed, start_step)
+        self.shard = world.shard(loop.batch_size)
+        return iter(DataLoader(self, sampler=self.order, batch_size=None, num_workers=loop.workers))
 
     def __getitem__(self, key: BatchKey) -> tuple[Tensor, Tensor, Tensor]:
-        rows, images = self.rows, key.items[self.shard]
-        crops = self.order.batch_rng(key).integers(rows.store.info.crops, size=len(key.items))[self.shard]
+        images = key.items[self.shard]
+        crops = self.order.batch_rng(key).integers(self.store.info.crops, size=len(key.items))[self.shard]
         pixels = [
-            rows.crops(rows.source.image(rows.places[image]), rows.size)[crop]
+            self.crops(self.source.image(self.places[image]), self.size)[crop]
             for image, crop in zip(images.tolist(), crops.tolist(), strict=True)
         ]
-        codes = np.stack([rows.store.read(images, crops, np.full(len(images), row)) for row in (CLEAN, INPUT)], 1)
-        labels = rows.store.labels[images]
+        codes = np.stack([self.store.read(images, crops, np.full(len(images), row)) for row in (CLEAN, INPUT)], 1)
+        labels = self.store.labels[images]
         return torch.from_numpy(np.stack(pixels)), torch.from_numpy(labels), torch.from_numpy(codes.astype(np.int64))

@@ -48,7 +48,7 @@ class Teachers(NamedTuple):
 def open_source(config: TokenizerTraining) -> ImageSource | StreamSource:
     """Open the images of these settings."""
     opened = open_stream if config.streaming else open_images
-    return opened(config.data, split=config.split, image_column=config.image_column, label_column=config.label_column)
+    return opened(config.data, split=config.split, **config.columns)
 
 
 def image_count(source: ImageSource | StreamSource) -> int | None:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,23 +16,13 @@ from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.progress import progress_bar
 from detailflow.psnr import psnr
+from detailflow.training.config import ImageSettings
 
 _log = logging.getLogger(__name__)
 BATCH = 32  # images at once, whatever the number of ranks: rounding depends on it
 
 
 Source = TypeVar("Source", ImageSource, ImageSource | StreamSource)
-
-
-class _Settings(Protocol):
-    @property
-    def val_data(self) -> str | None: ...
-    @property
-    def val_share(self) -> float: ...
-    @property
-    def image_column(self) -> str: ...
-    @property
-    def label_column(self) -> str: ...
 
 
 def held_out(source: ImageSource, share: float) -> list[int]:
@@ -57,12 +47,11 @@ def held_out(source: ImageSource, share: float) -> list[int]:
     return np.flatnonzero(chosen).tolist()
 
 
-def split(config: _Settings, source: Source, world: World) -> tuple[Source, ImageSource | None]:
+def split(config: ImageSettings, source: Source, world: World) -> tuple[Source, ImageSource | None]:
     """Return the images to train on and those to validate on, `None` if there are none."""
     with world.raise_together():
         if config.val_data:
-            columns = dict(image_column=config.image_column, label_column=config.label_column)
-            validation = open_images(config.val_data, **columns)
+            validation = open_images(config.val_data, **config.columns)
             if validation.class_names != source.class_names:
                 raise DetailFlowError(f"{config.val_data} must have the same classes as the images to train on")
             return source, validation
@@ -96,7 +85,7 @@ def mean_figures(
     """
     parts = [slice(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
     names: list[str] = []
-    table = torch.zeros(len(parts), 8, dtype=torch.float64, device=world.device)
+    table = torch.zeros(len(parts), 8, dtype=torch.float64)
     for index, part in enumerate(parts):
         if together or index % world.size == world.rank:
             figures = measure(part)
