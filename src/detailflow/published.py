@@ -110,8 +110,9 @@ def check_kind(folder: Path, found: Any, wanted: Kind) -> None:
     """Raise a `DetailFlowError` that names both kinds if a model is not of the wanted one."""
     if found != wanted:
         name = KIND_NAMES.get(found) if isinstance(found, str) else None
-        both = next((run for run in folder.parents if (run / wanted / CONFIG_FILE).is_file()), None)
-        way = f": give {both}, which holds both" if both and found in KINDS else ""
+        runs = [run for run in folder.parents if name and folder.is_relative_to(run / found)]
+        both = next((run for run in runs if (run / wanted / CONFIG_FILE).is_file()), None)
+        way = f": give {both}, which holds both" if both else ""
         raise DetailFlowError(f"{folder} holds {name or f'a model of kind {found!r}'}, not {KIND_NAMES[wanted]}{way}")
 
 
