@@ -139,20 +139,40 @@ def class_number(model: dict, label: str) -> int:
     return number
 
 
+def not_negative(text: str) -> int:
+    """Read a whole number of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return int(text)
+
+
+def read_model(folder: Path) -> dict:
+    """Return what the folder's model.json says."""
+    path = folder / "model.json"
+    if not path.exists():
+        raise SystemExit(f"there is no {path}: write it with `detailflow export --onnx {folder}`")
+    model = json.loads(path.read_text(encoding="utf-8"))
+    if "files" not in model:
+        raise SystemExit(f"{folder}: the export is not complete: repeat it")
+    return model
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser; sampling options that are not given are the model's own."""
     result = argparse.ArgumentParser(description="Generate images with exported ONNX files.")
     result.add_argument("folder", type=Path, help="what `detailflow export` wrote")
     result.add_argument("classes", nargs="*", metavar="CLASS", help="names or numbers (default: all)")
-    result.add_argument("--num", type=int, default=1, help="images per class")
-    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--num", type=not_negative, default=1, help="images per class")
+    result.add_argument("--seed", type=not_negative, default=0)
     result.add_argument("--num-tokens", type=int, help="stop after so many, for coarse images")
     result.add_argument("--output", type=Path, default=Path("outputs"), help="where to write")
     result.add_argument("--precision", choices=("float32", "int8"), default="float32")
-    result.add_argument("--threads", type=int, default=0, help="small models are fastest with one (default: all)")
+    result.add_argument(
+        "--threads", type=not_negative, default=0, help="small models are fastest with one (default: all)"
+    )
     result.add_argument("--guidance-scale", type=float, help="1 is no guidance")
     result.add_argument("--temperature", type=float, help="0 always takes the most likely code")
-    result.add_argument("--top-k", type=int, help="0 keeps all codes")
+    result.add_argument("--top-k", type=not_negative, help="0 keeps all codes")
     result.add_argument("--top-p", type=float, help="0 keeps all codes")
     return result
 
@@ -160,16 +180,14 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Write the images, and their tokens as tokens.json."""
     args = parser().parse_intermixed_args()
-    model = json.loads((args.folder / "model.json").read_text(encoding="utf-8"))
-    if "files" not in model:
-        raise SystemExit(f"{args.folder}: the export is not complete: repeat it")
+    model = read_model(args.folder)
     sampling = {name: getattr(args, name, None) for name in model["sampling"]}
     sampling = {name: model["sampling"][name] if value is None else value for name, value in sampling.items()}
     last = model["num_tokens"] if args.num_tokens is None else args.num_tokens
     if last not in model["counts"]:
         raise SystemExit(f"--num-tokens must be one of {model['counts']}, not {last}")
     labels = args.classes or [str(i) for i in range(model["num_classes"])]
-    classes = np.repeat([class_number(model, label) for label in labels], args.num)
+    classes = np.repeat([class_number(model, label) for label in labels], max(args.num, 1))
     generator = Generator(args.folder, model, args.precision, args.threads)
     tokens = generator.tokens(classes, args.seed, sampling, last)
 

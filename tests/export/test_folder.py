@@ -104,6 +104,10 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[0].startswith(f"wrote {out / 'encoder.onnx'} (")
     assert (out / "README.md").read_text().startswith(f"# {model.name}\n")
+    apart = [str(model / "gpt"), "--tokenizer", str(model / "tokenizer"), "--onnx", str(tmp_path / "apart")]
+    assert main(["export", *apart]) == 0
+    assert (tmp_path / "apart" / "model.json").read_text() == (out / "model.json").read_text()
+    capsys.readouterr()
     (tmp_path / "taken").write_text("")
     for arguments, message in (
         ([str(model)], "the following arguments are required: --onnx"),

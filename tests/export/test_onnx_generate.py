@@ -116,5 +116,7 @@ def test_mistakes_are_one_sentence(exported: Path, tmp_path: Path):
     ):
         done = run(exported, tmp_path / str(i), *options)
         assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
+    assert run(tmp_path / "none", tmp_path / "y").stderr.startswith(f"there is no {tmp_path / 'none' / 'model.json'}: ")
+    assert "--seed: must be 0 or more, not -1" in run(exported, tmp_path / "z", "--seed", "-1").stderr
     (tmp_path / "model.json").write_text(json.dumps({"format": "detailflow-onnx"}))
     assert run(tmp_path, tmp_path / "x").stderr == f"{tmp_path}: the export is not complete: repeat it\n"
