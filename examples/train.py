@@ -1,7 +1,7 @@
 """Train both models on a folder of images: 90 drawn shapes in three classes.
 
 Shows: the layout of a folder, the three steps of training from Python, and that the run's folder is a model. With the
-few steps here, images have the right colours and rough shapes; `--steps 2000` for each model makes them clear.
+few steps here, images have the right colours and rough shapes; more `--steps` make them clearer.
 
     python examples/train.py
 """

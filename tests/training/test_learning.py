@@ -31,11 +31,11 @@ def images(cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tokenizer after 240 steps."""
+    """The folder of a tokenizer after 300 steps."""
     sizes = TokenizerConfig(
         ViTConfig(64, 1, 2), ViTConfig(64, 1, 2), 32, 8, num_tokens=16, group_size=4, codebook_size=256, codebook_dim=4
     )
-    loop = LoopConfig(steps=240, batch_size=64, learning_rate=1e-2, precision="fp32", log_every=1000)
+    loop = LoopConfig(steps=300, batch_size=16, learning_rate=1e-2, precision="fp32", log_every=1000)
     config = TokenizerTraining(
         str(images), sizes, loop, flip=False, max_scale=1.0, correction_share=0.25, adversarial=0.0, revive_every=10
     )
@@ -59,7 +59,7 @@ def test_the_tokenizer(tokenizer: Path, images: Path):
     assert all_tokens > mean_colour + 1.2
     assert all_tokens > psnr(model.decode(ids[:, :1], size=32)) + 0.5
     assert len(ids.unique()) > 20  # of 256 codes: they have not collapsed
-    assert (tokenizer / "pictures" / "reconstructions-00000240.png").exists()
+    assert (tokenizer / "pictures" / "reconstructions-00000300.png").exists()
 
 
 def test_the_ar_model(tokenizer: Path, images: Path, tmp_path: Path):
