@@ -25,6 +25,8 @@ class Settings:
 class Counter:
     """A stage whose weight is the number of its steps, and whose validation loss is given for each of them."""
 
+    validation = None
+
     def __init__(self, losses: list[float], comparable_from: float = 0.0) -> None:
         self.losses, self.comparable_from, self.done = losses, comparable_from, 0
 

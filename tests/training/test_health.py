@@ -26,7 +26,7 @@ class Settings:
 class Line:
     """A stage that fits one number to 3; its loss is not finite in the steps `bad`."""
 
-    comparable_from = 0.0
+    comparable_from, validation = 0.0, None
 
     def __init__(self, loop: LoopConfig, bad: tuple[int, ...] = ()) -> None:
         self.weight, self.bad, self.values = torch.zeros((), requires_grad=True), bad, []
