@@ -200,8 +200,10 @@ def tokenizer_training(options: Options, emit: Emit, recipe: str, batch: int, co
     settings = yaml.safe_load((ROOT / recipe).read_text()) | {"data": "-"}
     settings["loop"] |= {"batch_size": batch, "compile": compile, "accumulate": 1, "trackers": []}
     if options.small:
-        settings["loop"] |= {"batch_size": 4}
+        settings |= {"alignment": 0}
+        settings["loop"] |= {"batch_size": 4, "compile": False}
         settings["model"] |= {name: {"width": 64, "depth": 1, "heads": 4} for name in ("encoder", "decoder")}
+        settings["model"]["image_size"] = min(64, settings["model"]["image_size"])
     config = parse_settings(TokenizerTraining, settings, recipe)
     device, side = torch.device(options.device), config.model.image_size
     made: Any = NoImages()
@@ -223,7 +225,7 @@ def ar_training(options: Options, emit: Emit, batch: int, compile: bool) -> None
 
     sizes: dict[str, Any] = dict(width=1024, depth=24, heads=16)
     if options.small:
-        batch, sizes = 4, dict(width=64, depth=2, heads=4)
+        batch, compile, sizes = 4, False, dict(width=64, depth=2, heads=4)
     loop = LoopConfig(steps=1000, batch_size=batch, learning_rate=1e-4, compile=compile, trackers=())
     config, device = GPTTraining("-", "-", loop, **sizes), torch.device(options.device)
     nothing: Any = None

@@ -9,6 +9,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -352,6 +353,47 @@ def test_compiling_drops_what_was_captured(graphed: DetailFlowPipeline, monkeypa
     assert isinstance(program, Decoding) and program.engine.compiled is not None
     graphed.to("cpu")
     assert len(graphed.gpt.graphs) == 0
+
+
+def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch):
+    """Every call runs once before all captures, which share a pool and a stream; an error ends its capture."""
+    events: list[object] = []
+
+    class Graph:
+        def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
+            events.append(f"begin {pool} {capture_error_mode}")
+
+        def capture_end(self) -> None:
+            events.append("end")
+
+        def replay(self) -> None:
+            events.append("replay")
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            events.append("wait")
+
+    cuda: dict[str, object] = dict(
+        device=lambda _: nullcontext(), stream=lambda _: nullcontext(), synchronize=lambda _: events.append("sync")
+    )
+    cuda |= dict(empty_cache=lambda: None, graph_pool_handle=lambda: "pool", current_stream=lambda _: Stream())
+    for name, value in {**cuda, "Stream": lambda _: Stream(), "CUDAGraph": Graph}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphs_module._capture_stream.cache_clear()
+    replays = graphs_module.capture([lambda: events.append("a"), lambda: events.append("b")], torch.device("cuda:0"))
+    begin = "begin pool thread_local"
+    assert events == ["a", "b", "sync", begin, "a", "end", begin, "b", "end", "wait"]
+    replays[1]()
+    assert events[-1] == "replay" and gc.isenabled()
+
+    def fails() -> None:
+        if begin in events[10:]:
+            raise RuntimeError("not in a capture")
+
+    with pytest.raises(RuntimeError, match="not in a capture"):
+        graphs_module.capture([fails], torch.device("cuda:0"))
+    assert events[-1] == "end" and gc.isenabled()
+    graphs_module._capture_stream.cache_clear()
 
 
 def test_bfloat16_is_the_default_on_a_gpu(monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -35,7 +35,7 @@ def capture(calls: Sequence[Call], device: torch.device) -> list[Call]:
             call()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        pool, stream, graphs = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), []
+        pool, stream, graphs = torch.cuda.graph_pool_handle(), _capture_stream(device), []
         with _no_collection(), torch.cuda.stream(stream):
             for call in calls:
                 graph = torch.cuda.CUDAGraph()
@@ -47,6 +47,12 @@ def capture(calls: Sequence[Call], device: torch.device) -> list[Call]:
                 graphs.append(graph)
         torch.cuda.current_stream(device).wait_stream(stream)
     return [graph.replay for graph in graphs]
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all captures: libraries keep a workspace of tens of megabytes for each stream."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager
