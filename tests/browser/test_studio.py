@@ -59,6 +59,8 @@ def test_a_new_click_interrupts_the_old_one(studio: Studio, shipped: DetailFlowP
     studio.set(Images=16, Seed=3)
     studio.button("Generate").click()
     expect(studio.button("Stop")).to_be_visible()
+    expect(studio.slider).to_have_attribute("aria-valuetext", re.compile("^[1-9]"))
+    expect(studio.page.locator("button.tile canvas.blank")).to_have_count(0)
     studio.generate("truck", number=1, seed=4)
     assert same(studio.images, shipped("truck", seed=4))
     expect(studio.trail.get_by_role("button")).to_have_count(2)

@@ -41,6 +41,8 @@ def test_what_the_server_refuses_is_said_beside_its_field(studio: Studio):
     studio.page.get_by_label("Tokens", exact=True).select_option("8")
     studio.button("Rewrite the rest").click()
     expect(studio.page.get_by_text("Tokens must be at least keep, which is 12, not 8.")).to_be_visible()
+    expect(studio.trail).to_be_hidden()  # nothing came of it
+    expect(studio.tiles).to_have_count(1)
 
 
 def test_a_file_that_is_no_picture(studio: Studio, tmp_path: Path):
@@ -89,6 +91,20 @@ def test_a_server_that_restarts(
     expect(studio.banner).to_contain_text("The server is back.")
     studio.finish()
     assert same(studio.images, shipped("cat", num_images_per_class=16, seed=2))
+
+
+def test_stopping_while_the_server_is_away(new_page: Callable[..., Page], serve: Callable[..., Any]):
+    server = serve()
+    studio = Studio(new_page(server.url))
+    server.kill()
+    studio.button("Generate").click()
+    expect(studio.banner).to_contain_text("The server does not answer.")
+    studio.button("Stop").click()
+    expect(studio.page.get_by_role("heading", name="Watch an image take shape")).to_be_visible()
+    server.start()
+    expect(studio.banner).to_contain_text("The server is back.")
+    expect(studio.banner).to_be_hidden()
+    studio.generate("ship", number=1)
 
 
 def test_a_server_that_returns_with_another_model(

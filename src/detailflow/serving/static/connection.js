@@ -1,6 +1,6 @@
 // A server that is away, busy or wants a key: say so, wait, and go on where it stopped.
 
-import { ApiError, Unreachable } from "./api.js";
+import { Unreachable } from "./api.js";
 
 const FIRST_WAIT = 500; // milliseconds, which double up to the longest
 const LONGEST_WAIT = 5000;
@@ -8,7 +8,7 @@ const HEARTBEAT = 15_000;
 const MOST_BREAKS = 5; // of one request, while the server says that it is ready
 
 export class Connection {
-  #lost = false;
+  #whenReady = null; // while a server is waited for
 
   /** `askForKey` resolves with a key; `onReturn` is called when the server is back. */
   constructor(api, notices, askForKey, onReturn) {
@@ -23,25 +23,42 @@ export class Connection {
         return await work();
       } catch (error) {
         if (signal?.aborted) throw error;
-        if (error instanceof Unreachable && breaks++ < MOST_BREAKS) await this.#untilReady(signal);
-        else if (error instanceof ApiError && error.status === 429) await this.#untilFree(error, signal);
-        else if (error instanceof ApiError && error.status === 401)
-          this.api.key = await this.askForKey(Boolean(this.api.key));
+        if (error instanceof Unreachable && breaks++ < MOST_BREAKS) await abortable(this.#untilReady(), signal);
+        else if (error.status === 429) await this.#untilFree(error, signal);
+        else if (error.status === 401) await this.#getKey();
         else throw error;
       }
     }
   }
 
-  async #untilReady(signal) {
-    for (let wait = FIRST_WAIT; !(await this.api.ready()); wait = Math.min(2 * wait, LONGEST_WAIT)) {
-      this.#lost = true;
+  #untilReady() {
+    this.#whenReady ??= this.#wait().finally(() => (this.#whenReady = null));
+    return this.#whenReady;
+  }
+
+  async #wait() {
+    if (await this.api.ready()) return sleep(FIRST_WAIT); // it only broke off
+    for (let wait = FIRST_WAIT; ; wait = Math.min(2 * wait, LONGEST_WAIT)) {
       this.notices.warn("The server does not answer. Waiting for it; your images stay here.");
-      await sleep(wait, signal);
+      await sleep(wait);
+      if ((await this.api.ready()) && (await this.#hasReturned())) return;
     }
-    if (!this.#lost) return sleep(FIRST_WAIT, signal);
-    this.#lost = false;
-    this.notices.tell("The server is back.");
-    return this.persist(this.onReturn, signal);
+  }
+
+  async #hasReturned() {
+    try {
+      this.notices.tell("The server is back.");
+      await this.onReturn();
+      return true;
+    } catch (error) {
+      if (error.status === 401) await this.#getKey();
+      else if (!(error instanceof Unreachable)) throw error;
+      return false;
+    }
+  }
+
+  async #getKey() {
+    this.api.key = await this.askForKey(Boolean(this.api.key));
   }
 
   async #untilFree(error, signal) {
@@ -53,20 +70,22 @@ export class Connection {
   }
 
   async #listen() {
-    if (document.hidden || this.#lost || (await this.api.ready())) return;
-    try {
-      await this.#untilReady();
-    } catch (error) {
-      this.notices.fail(error.message);
-    }
+    if (document.hidden || this.#whenReady || (await this.api.ready())) return;
+    this.#untilReady().catch((error) => this.notices.fail(error.message));
   }
 }
 
 /** Wait; reject as soon as `signal` is aborted. */
-export function sleep(milliseconds, signal) {
-  return new Promise((resolve, reject) => {
-    signal?.throwIfAborted();
-    const timer = setTimeout(resolve, milliseconds);
-    signal?.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+function sleep(milliseconds, signal) {
+  return abortable(new Promise((resolve) => setTimeout(resolve, milliseconds)), signal);
+}
+
+/** Return a promise that is also rejected as soon as `signal` is aborted. */
+function abortable(promise, signal) {
+  if (!signal) return promise;
+  const aborted = new Promise((_, reject) => {
+    if (signal.aborted) reject(signal.reason);
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
   });
+  return Promise.race([promise, aborted]);
 }

@@ -41,7 +41,7 @@ addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !event.defaultPrevented) studio.stop();
 });
 listenForPictures(openPicture, (message) => notices.fail(message));
-studio.addEventListener("state", showState);
+studio.addEventListener("state", () => (showState(), announceState()));
 studio.addEventListener("step", showState);
 
 try {
@@ -145,6 +145,10 @@ function showState() {
   byId("stop").hidden = !isRunning;
   byId("generate").textContent = isRunning ? "Generate anew" : "Generate";
   document.body.classList.toggle("running", isRunning);
+}
+
+function announceState() {
+  const { step, isRunning } = studio;
   if (!step) return;
   const count = step.pictures.length;
   const what = step.kind === "picture" ? step.title : `${count} ${count === 1 ? "image" : "images"} of ${step.title}`;

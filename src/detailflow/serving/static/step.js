@@ -60,6 +60,7 @@ export class Step {
   selected = 0;
   source = {}; // a file or tokens of a link, of a picture
   original = null; // of a picture of people's own
+  hasPlayed = false;
   state = "running"; // then "done", "stopped" or "failed"
 
   /** `kind` is "class", "variation" or "picture"; `image` a class or null; `kept` the tokens of a variation. */

@@ -115,10 +115,22 @@ export class Studio extends EventTarget {
       step.state = running.signal.aborted ? "stopped" : "failed";
       if (step.state === "failed") this.onRefusal(error);
     }
-    if (step === this.step) this.#tell("stage");
-    else step.unload();
     if (this.#running === running) this.#running = null;
+    if (!step.newest) this.#discard(step);
+    else if (step === this.step) this.#tell("stage");
+    else step.unload();
     this.#tell("state");
+  }
+
+  /** Forget a step of which nothing came, and show the one before. */
+  #discard(step) {
+    if (step.parent) step.parent.children = step.parent.children.filter((one) => one !== step);
+    this.roots = this.roots.filter((one) => one !== step);
+    if (step !== this.step) return;
+    const before = step.parent ?? this.roots.at(-1) ?? null;
+    history.replaceState({ session: this.#session, step: before?.id }, "", before ? linkOf(before) : location.pathname);
+    if (before) this.show(before);
+    else this.leave();
   }
 
   async #receive(step, signal) {

@@ -49,7 +49,9 @@ export class Timeline {
   #showPicture() {
     const { step } = this.studio;
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    if (step?.kind === "picture" && step.state === "done" && !calm) this.play();
+    if (step?.kind !== "picture" || step.state !== "done" || step.hasPlayed) return;
+    step.hasPlayed = true;
+    if (!calm) this.play();
   }
 
   #build() {

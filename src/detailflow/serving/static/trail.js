@@ -3,7 +3,7 @@
 import { drawFrame } from "./drawing.js";
 
 export class Trail {
-  #canvases = new Map(); // by step
+  #canvases = new WeakMap(); // by step
 
   constructor(studio) {
     this.studio = studio;
@@ -12,7 +12,7 @@ export class Trail {
     this.back = document.getElementById("back");
     this.back.addEventListener("click", () => studio.show(studio.step.parent, { push: true }));
     studio.addEventListener("step", () => this.#build());
-    studio.addEventListener("state", () => this.#drawCurrent());
+    studio.addEventListener("state", () => this.#build());
     studio.addEventListener("select", () => this.#drawCurrent());
   }
 
