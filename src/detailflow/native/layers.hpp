@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "amx.hpp"
@@ -12,22 +13,23 @@
 
 namespace detailflow {
 
-constexpr int OUTPUTS = 8;                                   // of a product that a thread computes at a time
-constexpr int AHEAD = 16;                                     // outputs between a tile and the weights that it fetches
+constexpr int OUTPUTS = 8;             // of a product that a thread computes at a time
+constexpr int BLOCK = 2048;            // bytes of a weight's row at a time: OUTPUTS of them stay in the first-level cache
+constexpr int AHEAD = 16;              // outputs between a tile and the weights that it fetches
 constexpr std::size_t FEWEST_FOR_THREADS = std::size_t(1) << 21;  // multiplications of a product that several threads share
 
-// y (M, N) = or += x (M rows of `in`) · w (N rows of `in`)ᵀ; with FETCH the weights of later tiles are fetched meanwhile.
-template <class T, int M, int N, bool FETCH>
-inline void tile(const T* x, const T* w, int in, float* y, std::size_t stride, bool add) {
+// y (M, N) = or += x (M rows) · w (N rows)ᵀ over `size` numbers of rows of `in`; FETCH rows from `ahead` are fetched meanwhile.
+template <class T, int M, int N, int FETCH>
+inline void tile(const T* x, const T* w, int in, int size, const T* ahead, float* y, std::size_t stride, bool add) {
     constexpr int COUNT = (M * N + LANES - 1) / LANES * LANES;
     Vector acc[COUNT] = {};
-    for (int k = 0; k < in; k += Chunk<T>::SIZE) {
+    for (int k = 0; k < size; k += Chunk<T>::SIZE) {
         Chunk<T> weights[N];
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
             weights[n] = Chunk<T>::load(w + std::size_t(n) * in + k);
             in_register(weights[n].numbers);
-            if (FETCH) __builtin_prefetch(w + std::size_t(n + AHEAD) * in + k, 0, 2);
+            if (n < FETCH) __builtin_prefetch(ahead + std::size_t(n) * in + k, 0, 2);
         }
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {
@@ -54,18 +56,30 @@ template <class T> struct Linear {
     int out, in;
 };
 
-// N outputs of all rows from output `n` on.
+// N outputs of all rows from output `n` on: M rows at a time, which share the fetching of later weights.
 template <class T, int M, int N>
 void outputs(const T* x, int rows, const Linear<T>& w, int n, float* y, bool add) {
-    const std::size_t stride = w.out;
-    const T* weight = w.weight + std::size_t(n) * w.in;
-    tile<T, M, N, true>(x, weight, w.in, y + n, stride, add);
-    int m = M;
-    for (; m + M <= rows; m += M)
-        tile<T, M, N, false>(x + std::size_t(m) * w.in, weight, w.in, y + m * stride + n, stride, add);
-    if constexpr (M > 1)
+    constexpr int SIZE = BLOCK / sizeof(T);
+    const std::size_t in = w.in, stride = w.out;
+    const int passes = rows / M;
+    for (int k = 0; k < w.in; k += SIZE, add = true) {
+        const T* weight = w.weight + n * in + k;
+        int m = 0, fetched = 0;
+        auto pass = [&](auto fetch) {
+            const T* ahead = weight + (AHEAD + fetched) * in;
+            tile<T, M, N, fetch>(x + m * in + k, weight, in, std::min(SIZE, w.in - k), ahead, y + m * stride + n, stride, add);
+            m += M, fetched += fetch;
+        };
+        while (m + M <= rows) {
+            if (fetched == N) pass(std::integral_constant<int, 0>());
+            else if (passes >= 8) pass(std::integral_constant<int, N / 8 ? N / 8 : 1>());
+            else if (passes >= 4) pass(std::integral_constant<int, N / 4>());
+            else if (passes >= 2) pass(std::integral_constant<int, N / 2>());
+            else pass(std::integral_constant<int, N>());
+        }
         for (; m < rows; m++)
-            tile<T, 1, N, false>(x + std::size_t(m) * w.in, weight, w.in, y + m * stride + n, stride, add);
+            tile<T, 1, N, 0>(x + m * in + k, weight, in, std::min(SIZE, w.in - k), weight, y + m * stride + n, stride, add);
+    }
 }
 
 // y (rows, out) = or += x (rows, in) · Wᵀ.
