@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,12 +106,32 @@ def test_greedy_tokens_without_a_cache(pipeline: DetailFlowPipeline):
     assert torch.equal(gpt.generate(ids, temperature=0.0, guidance_scale=2.0), naive)
 
 
-def test_turns_and_the_best_of_several():
+def test_turns():
     calls: list[str] = []
     cases = {name: benchmark.Case(lambda name=name: calls.append(name)) for name in "ab"}
     measured = benchmark.time_in_turns(cases, torch.device("cpu"), 3)
     assert calls == ["a", "b"] + ["a", "b"] * 3  # one each that does not count
-    assert set(measured) == {"a", "b"} and 0 < measured["a"][0] < math.inf
+    assert set(measured) == {"a", "b"} and all(len(times.seconds) == 3 for times in measured.values())
+
+
+def test_medians_and_ratios():
+    """Of three rounds; the ratio to the naive loop is that of each round, as a busy machine changes between them."""
+    work = [machine.Work(bytes=0, flops=2.0)]
+    cases = {name: benchmark.Case(lambda: None, work, generates=True) for name in ("naive", "generate")}
+    times = {
+        "naive": benchmark.Times([10.0, 20.0, 80.0], 7.0),
+        "generate": benchmark.Times([5.0, 4.0, 8.0], None),
+    }
+    _, row = benchmark.make_rows(cases, times, machine.Ceilings(bandwidth=1.0, flops=2.0), "float32", 2)
+    assert (row.seconds, row.fastest, row.slowest, row.seconds_per_image) == (5.0, 4.0, 8.0, 2.5)
+    assert (row.naive_ratio, row.limit_ratio, row.bound, row.peak_mib) == (0.2, 5.0, "compute", None)
+
+
+def test_processor_time_with_one_thread(monkeypatch: pytest.MonkeyPatch):
+    """Waiting counts only if there are more."""
+    for threads, low, high in ((1, 0.0, 0.1), (2, 0.2, math.inf)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert low <= machine.seconds(lambda: time.sleep(0.2), torch.device("cpu")) <= high
 
 
 def test_too_little_memory():
@@ -143,14 +164,14 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     report = json.loads(file.read_text())
     assert [r["what"] for r in report["rows"]] == [
         "naive",
-        "generate",
+        "generate, torch",
         "generate, native",
         *("other", "stream", "decode", "encode"),
     ] * 4
     ours = [r for r in report["rows"] if r["what"] != "other"]
     assert {(r["dtype"], r["images"]) for r in ours} == {(d, b) for d in ("float32", "bfloat16") for b in (1, 2)}
     assert set(report["ceilings"]) == {"float32", "bfloat16"}
-    assert sum(line.split()[:1] == ["generate"] for line in lines) == 4
+    assert sum(line.startswith("generate, native") for line in lines) == 4
     naive = {(r["dtype"], r["images"]): r["seconds"] for r in report["rows"] if r["what"] == "naive"}
     for r in report["rows"]:
         assert r["seconds"] > 0
@@ -159,6 +180,27 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         elif r["what"] != "other":
             assert r["naive_ratio"] == r["seconds"] / naive[r["dtype"], r["images"]]
         assert (r["limit_ratio"] is None) == (r["what"] == "other")
+
+
+def test_accuracy(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of every engine and dtype but the one that all are compared with; bfloat16 errs, float32 only by rounding."""
+    file = tmp_path / "accuracy.json"
+    assert main(["bench", "--model", str(model), "--device", "cpu", "--accuracy", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    errors = {(row["engine"], row["dtype"]): row["error"] for row in report["rows"]}
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[4:]] == list(map(list, errors))
+    assert set(errors) == {("native", "float32"), ("torch", "bfloat16"), ("native", "bfloat16")}
+    assert errors["native", "float32"] < 1e-5 < errors["native", "bfloat16"] < 0.1 * report["deviation"]
+    assert [row["greedy"] for row in report["rows"] if row["dtype"] == "float32"] == [1.0]
+
+
+def test_accuracy_of_a_model_that_differs(pipeline: DetailFlowPipeline):
+    """The error is that of all logits, by hand."""
+    gpt, other = pipeline.gpt, copy.deepcopy(pipeline.gpt)
+    other.head.weight.data[3] += 1.0
+    error, greedy, deviation = benchmark.differences(gpt, other, benchmark.CachedModel)
+    assert error > 0.01 * deviation and greedy < 1
+    assert benchmark.differences(gpt, gpt, benchmark.CachedModel) == (0.0, 1.0, deviation)
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,32 @@
 """Time a model on this machine, compared with a loop without a KV cache and with its limits (docs/speed.md)."""
 
+import copy
 import gc
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from detailflow import native
+from detailflow import graphs, native
 from detailflow.device import choose_device, within_memory
 from detailflow.errors import DetailFlowError
-from detailflow.generation import CachedModel, Engine, generate, image_noise, with_null_class
-from detailflow.graphs import GraphedModel
+from detailflow.generation import CachedModel, Engine, draw, generate, guidance_at, image_noise, with_null_class
 from detailflow.hub import ZOO
-from detailflow.machine import Ceilings, Work, count_work, device_name, measure_ceilings, seconds_and_peak
+from detailflow.machine import (
+    Ceilings,
+    Work,
+    count_work,
+    device_name,
+    measure_ceilings,
+    seconds_and_peak,
+    uses_processor_time,
+)
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
@@ -41,7 +49,7 @@ class BenchmarkConfig:
     device: str | None = None
     compile: bool = False
     naive: bool = True
-    repeats: int = 3
+    repeats: int = 5
     other: str | None = None
     engine: EngineName = "auto"
 
@@ -77,6 +85,16 @@ def stream(gpt: DetailFlowGPT, class_ids: Sequence[int], seed: int = 0, engine: 
     return generate(engine(gpt, ids, sampling.guided), gpt.schedule, sampling, noise, n, gpt.device)
 
 
+def engines(gpt: DetailFlowGPT, batch: int) -> dict[str, type[Engine]]:
+    """Return the engines that can generate `batch` images of this model here, by name, PyTorch's first."""
+    found: dict[str, type[Engine]] = {"torch": CachedModel}
+    if gpt.uses_native(batch):
+        found["native"] = native.NativeGeneration
+    if gpt.uses_graphs:
+        found["graphs"] = graphs.GraphedModel
+    return found
+
+
 def generation_work(gpt: DetailFlowGPT, batch: int) -> list[Work]:
     """Count each decoding step's operations, and its bytes of weights and of earlier keys and values."""
     config, tokens = gpt.config, stream(gpt, [0] * batch)
@@ -108,7 +126,7 @@ class Case:
 
 
 def make_cases(
-    pipeline: DetailFlowPipeline, batch: int, naive: bool, other: Callable[..., object] | None
+    pipeline: DetailFlowPipeline, batch: int, config: BenchmarkConfig, other: Callable[..., object] | None
 ) -> dict[str, Case]:
     """Return everything that is timed for `batch` images at once, by name."""
     gpt, tokenizer = pipeline.gpt, pipeline.tokenizer
@@ -117,18 +135,20 @@ def make_cases(
     codes = torch.zeros(batch, gpt.config.num_tokens, dtype=torch.int64, device=like.device)
     images = torch.zeros(batch, 3, side, side, dtype=like.dtype, device=like.device)
 
-    def images_of(engine: type) -> Tensor:
-        *_, tokens = stream(gpt, class_ids, engine=engine)
-        return tokenizer.decode(tokens)
+    def images_of(engine: type[Engine], models: DetailFlowPipeline = pipeline) -> Tensor:
+        *_, tokens = stream(models.gpt, class_ids, engine=engine)
+        return models.tokenizer.decode(tokens)
 
     *previews, decoding = (decoding_work(tokenizer, codes[:, :n]) for n in tokenizer.schedule.valid_counts)
     whole = [*generation_work(gpt, batch), decoding]
-    cases = {"naive": Case(lambda: images_of(RecomputingGPT), whole, generates=True)} if naive else {}
-    cases["generate"] = Case(lambda: images_of(CachedModel), whole, generates=True)
-    if gpt.uses_native(batch):
-        cases["generate, native"] = Case(lambda: images_of(native.NativeGeneration), whole, generates=True)
-    if gpt.uses_graphs:
-        cases["generate, graphs"] = Case(lambda: images_of(GraphedModel), whole, generates=True)
+    cases = {"naive": Case(lambda: images_of(RecomputingGPT), whole, generates=True)} if config.naive else {}
+    for name, engine in engines(gpt, batch).items():
+        cases[f"generate, {name}"] = Case(lambda engine=engine: images_of(engine), whole, generates=True)  # type: ignore[misc]
+    if config.compile:
+        fast = DetailFlowPipeline(copy.copy(tokenizer), copy.copy(gpt))  # the same weights
+        fast.compile(batch)
+        cases["generate, compiled"] = Case(lambda: images_of(CachedModel, fast), whole, generates=True)
+        cases["decode, compiled"] = Case(lambda: fast.tokenizer.decode(codes), [decoding])
     if other:
         cases["other"] = Case(lambda: other(class_ids), generates=True)
     cases["stream"] = Case(lambda: [tokenizer.decode(tokens) for tokens in stream(gpt, class_ids)], whole + previews)
@@ -188,13 +208,26 @@ def describe(pipeline: DetailFlowPipeline, config: BenchmarkConfig) -> str:
 
 
 @dataclass(frozen=True)
+class Times:
+    """The seconds of a case in each round, and its peak memory in MiB (None if unknown)."""
+
+    seconds: list[float]
+    peak: float | None
+
+
+@dataclass(frozen=True)
 class Row:
-    """One measurement, with its ratios to the naive loop and to the limit (None if there is none)."""
+    """One measurement, with its ratios to the naive loop and to the limit (None if there is none).
+
+    `seconds` is the median of all rounds, `naive_ratio` that of the ratios within each round.
+    """
 
     what: str
     dtype: str
     images: int
     seconds: float
+    fastest: float
+    slowest: float
     seconds_per_image: float
     naive_ratio: float | None
     limit_ratio: float | None
@@ -203,8 +236,11 @@ class Row:
 
     def cells(self) -> list[str]:
         """Return the cells of the table's row."""
-        formats = ("", "", "", ".3g", ".3g", ".2f", ".2f", "", ".0f")
+        formats = ("", "", "", ".3g", ".3g", ".3g", ".3g", ".2f", ".2f", "", ".0f")
         return ["" if value is None else format(value, f) for value, f in zip(astuple(self), formats, strict=True)]
+
+
+HEADER = ["what", "dtype", "images", "median s", "fastest", "slowest", "s/image", "× naive", "× limit"]
 
 
 @dataclass(frozen=True)
@@ -214,59 +250,81 @@ class Report:
     machine: str
     torch: str
     threads: int
+    clock: str
     model: str
     ceilings: dict[str, Ceilings]
     rows: list[Row]
 
     def __str__(self) -> str:
-        header = ["what", "dtype", "images", "seconds", "s/image", "× naive", "× limit", "bound by", "peak MiB"]
-        cells = [header, *(row.cells() for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [f"{self.machine}, torch {self.torch}, {self.threads} threads", self.model]
+        cells = [[*HEADER, "bound by", "peak MiB"], *(row.cells() for row in self.rows)]
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}, {self.clock}"
+        lines = [f"{self.machine}, torch {self.torch}, {threads}", self.model]
         lines += [f"ceilings, {dtype}: {ceilings}" for dtype, ceilings in self.ceilings.items()]
-        for line in [[], *cells]:
-            padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=False))]
-            lines.append("  ".join(padded).rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *aligned(cells)])
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose first two columns are words and whose others are numbers."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    align = [str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2)]
+    return ["  ".join(f(c, w) for f, c, w in zip(align, row, widths, strict=True)).rstrip() for row in cells]
 
 
 def benchmark(config: BenchmarkConfig, progress: Progress = lambda what: None) -> Report:
-    """Time everything; what is compared takes turns, and the best of several repeats counts."""
+    """Time everything; what is compared takes turns."""
     device = choose_device(config.device)
     other = load_other(config.other) if config.other else None
-    ceilings, rows, model = {}, [], ""
+    ceilings: dict[str, Ceilings] = {}
+    rows, model = [], ""
     for dtype in dict.fromkeys(config.dtypes):
         gc.collect()
-        if config.random_weights:
-            pipeline = random_pipeline(config.model or FIRST, device, getattr(torch, dtype))
-        else:
-            pipeline = DetailFlowPipeline.from_pretrained(
-                config.model, device=device, dtype=dtype, tokenizer=config.tokenizer
-            )
-        pipeline.gpt.engine = config.engine
+        pipeline = load(config, device, dtype)
         model = describe(pipeline, config)
         progress(f"ceilings, {dtype}")
-        ceilings[dtype] = measure_ceilings(device, getattr(torch, dtype))
+        before = measure_ceilings(device, getattr(torch, dtype))
+        found = {}
         for batch in dict.fromkeys(config.batch_sizes):
             label = f"{batch} × {dtype}"
             progress(f"counting operations, {label}")
             with within_memory(f"{label}: this", "give smaller batch sizes"):
-                cases = make_cases(pipeline, batch, config.naive, other)
-            times = time_in_turns(cases, device, config.repeats, label, progress)
+                cases = make_cases(pipeline, batch, config, other)
+            found[batch] = cases, time_in_turns(cases, device, config.repeats, label, progress)
             if config.compile:
-                pipeline.compile(batch)
-                fast = {f"{what}, compiled": cases[what] for what in ("generate", "decode")}
-                times |= time_in_turns(fast, device, config.repeats, label, progress)
-                cases |= fast
                 torch.compiler.reset()  # programs for many sizes would pass the compiler's limit, and run uncompiled
-            for what, case in cases.items():
-                taken, peak = times[what]
-                naive = taken / times["naive"][0] if case.generates and "naive" in times else None
-                limit, bound = ceilings[dtype].limit(case.work) if case.work else (None, None)
-                kind = dtype if case.work else "its own"
-                rows.append(Row(what, kind, batch, taken, taken / batch, naive, limit and taken / limit, bound, peak))
-        del pipeline, cases
-    return Report(device_name(device), torch.__version__, torch.get_num_threads(), model, ceilings, rows)
+        ceilings[dtype] = before.best(measure_ceilings(device, getattr(torch, dtype)))
+        for batch, (cases, times) in found.items():
+            rows += make_rows(cases, times, ceilings[dtype], dtype, batch)
+        del pipeline, cases, found
+    clock = "processor time" if uses_processor_time(device) else "wall time"
+    return Report(device_name(device), torch.__version__, torch.get_num_threads(), clock, model, ceilings, rows)
+
+
+def load(config: BenchmarkConfig, device: torch.device, dtype: str) -> DetailFlowPipeline:
+    """Load the model to time, or make one of its sizes."""
+    if config.random_weights:
+        pipeline = random_pipeline(config.model or FIRST, device, getattr(torch, dtype))
+    else:
+        pipeline = DetailFlowPipeline.from_pretrained(
+            config.model, device=device, dtype=dtype, tokenizer=config.tokenizer
+        )
+    pipeline.gpt.engine = pipeline.tokenizer.engine = config.engine
+    return pipeline
+
+
+def make_rows(
+    cases: Mapping[str, Case], times: Mapping[str, Times], ceilings: Ceilings, dtype: str, batch: int
+) -> Iterator[Row]:
+    """Return the table's rows for one dtype and batch size."""
+    for what, case in cases.items():
+        taken = times[what].seconds
+        middle, naive, limit, bound = median(taken), None, None, None
+        if case.generates and "naive" in times:
+            naive = median(a / b for a, b in zip(taken, times["naive"].seconds, strict=True))
+        if case.work:
+            limit, bound = ceilings.limit(case.work)
+        kind = dtype if case.work else "its own"
+        ratios = naive, limit and middle / limit, bound
+        yield Row(what, kind, batch, middle, min(taken), max(taken), middle / batch, *ratios, times[what].peak)
 
 
 def time_in_turns(
@@ -275,14 +333,89 @@ def time_in_turns(
     repeats: int,
     label: str = "",
     progress: Progress = lambda what: None,
-) -> dict[str, tuple[float, float | None]]:
-    """Return each case's seconds, the best of `repeats` after one for warm-up, and its peak memory in MiB."""
-    best: dict[str, tuple[float, float | None]] = {}
+) -> dict[str, Times]:
+    """Time each case once in each of `repeats` rounds, after one for warm-up."""
+    times = {what: Times([], None) for what in cases}
     for repeat in range(repeats + 1):
         for what, case in cases.items():
             progress(f"{what}, {label}")
             with within_memory(f"{what}, {label}: this", "give smaller batch sizes"):
                 taken, peak = seconds_and_peak(case.run, device)
             if repeat:
-                best[what] = min(best.get(what, (math.inf,))[0], taken), peak
-    return best
+                times[what] = Times([*times[what].seconds, taken], peak)
+    return times
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------
+
+IMAGES = 16  # whose logits are compared
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How near the logits of an engine come to PyTorch's in float32, with the same earlier tokens.
+
+    `error` is the root mean square of the differences, `greedy` the share of tokens whose likeliest code, with
+    guidance, is the same.
+    """
+
+    engine: str
+    dtype: str
+    error: float
+    greedy: float
+
+
+@dataclass(frozen=True)
+class AccuracyReport:
+    """The accuracy of all engines and dtypes, and the standard deviation of the logits of a position."""
+
+    model: str
+    tokens: int
+    deviation: float
+    rows: list[Accuracy]
+
+    def __str__(self) -> str:
+        cells = [["engine", "dtype", "rms error", "greedy"]]
+        cells += [[row.engine, row.dtype, f"{row.error:.2g}", f"{row.greedy:.2%}"] for row in self.rows]
+        measured = (
+            f"logits of {self.tokens} tokens, of standard deviation {self.deviation:.3g}, beside PyTorch's float32"
+        )
+        return "\n".join([self.model, measured, "", *aligned(cells)])
+
+
+@torch.inference_mode()
+def accuracy(config: BenchmarkConfig, progress: Progress = lambda what: None) -> AccuracyReport:
+    """Compare the logits of every engine and dtype with those of PyTorch in float32."""
+    device, rows, deviation = choose_device(config.device), [], 0.0
+    torch.manual_seed(0)  # of random weights
+    exact = load(config, device, "float32")
+    for dtype in dict.fromkeys(config.dtypes):
+        gpt = copy.deepcopy(exact.gpt).to(getattr(torch, dtype))
+        for name, engine in engines(gpt, IMAGES).items():
+            if (name, dtype) == ("torch", "float32"):
+                continue
+            progress(f"accuracy, {name}, {dtype}")
+            error, greedy, deviation = differences(exact.gpt, gpt, engine)
+            rows.append(Accuracy(name, dtype, error, greedy))
+    return AccuracyReport(describe(exact, config), IMAGES * exact.gpt.config.num_tokens, deviation, rows)
+
+
+def differences(exact: DetailFlowGPT, gpt: DetailFlowGPT, engine: type[Engine]) -> tuple[float, float, float]:
+    """Return an engine's rms error, its share of equal greedy codes, and the standard deviation of the logits."""
+    sampling, schedule, n = exact.config.sampling, exact.schedule, exact.config.num_tokens
+    ids = torch.arange(IMAGES, device=exact.device) % exact.config.num_classes
+    noise = image_noise([image_generator(0, i) for i in range(IMAGES)], n).to(exact.device)
+    tokens = torch.zeros(IMAGES, n, dtype=torch.int64, device=exact.device)
+    ours, theirs = engine(gpt, ids, sampling.guided), CachedModel(exact, ids, sampling.guided)
+    likeliest = sampling.updated(temperature=0.0)
+    squares, variances, same = [], [], []
+    for start, end in schedule.steps:
+        scale, numbers = guidance_at(sampling, schedule, start), noise[:, start:end]
+        found, wanted = (e.step(tokens, start, end).float() for e in (ours, theirs))
+        squares.append((found - wanted).square().mean((0, 2)))
+        variances.append(wanted.var(-1).mean(0))
+        greedy = [draw(logits, numbers, likeliest, scale)[0] for logits in (found, wanted)]
+        same.append((greedy[0] == greedy[1]).float().mean(0))
+        tokens[:, start:end] = draw(wanted, numbers, sampling, scale)[0]
+    error, variance, share = (torch.cat(parts).mean().item() for parts in (squares, variances, same))
+    return error**0.5, share, variance**0.5

@@ -42,6 +42,10 @@ class Ceilings:
         compute = sum(b for a, b in times if a <= b)
         return memory + compute, "memory" if memory > compute else "compute"
 
+    def best(self, other: "Ceilings") -> "Ceilings":
+        """Return the better of two measurements."""
+        return Ceilings(max(self.bandwidth, other.bandwidth), max(self.flops, other.flops))
+
     def __str__(self) -> str:
         return f"{self.bandwidth / 1e9:.1f} GB/s read, {self.flops / 1e9:,.0f} GFLOP/s in matrix products"
 
@@ -68,15 +72,21 @@ def count_work(function: Callable[[], object], *modules: nn.Module) -> Work:
     return Work(sum(weight.nbytes for weight in weights), counter.get_total_flops())
 
 
+def uses_processor_time(device: torch.device) -> bool:
+    """Return whether `seconds` are those of the processor: with one thread, as others have their turns meanwhile."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
 def seconds(function: Callable[[], object], device: torch.device, calls: int = 1) -> float:
     """Return the seconds that one call takes, averaged over `calls` in a row."""
     synchronize = (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    clock = time.process_time if uses_processor_time(device) else time.perf_counter
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         function()
     synchronize()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def seconds_and_peak(function: Callable[[], object], device: torch.device) -> tuple[float, float | None]:

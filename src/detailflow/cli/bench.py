@@ -16,12 +16,13 @@ def parser() -> Parser:
     result.option("--batch-sizes", tuple[BatchSize, ...], [1, 8], "images at once (default: 1 8)", "N")
     dtypes = f"of {', '.join(DTYPES)} (default: the first two)"
     result.option("--dtypes", tuple[Dtype, ...], list(DTYPES[:2]), dtypes, "TYPE")
-    result.option("--compile", bool, help="time compiled generation too (minutes to compile on a CPU)")
+    result.option("--accuracy", bool, help="compare the logits of all engines with float32's, instead of timing")
+    result.option("--compile", bool, help="time compiled generation too")
     result.option("--naive", bool, True, "time the loop without a cache too")
     result.option(
         "--other", Location, help="time another implementation too: images = F(class_ids)", metavar="FILE.py:F"
     )
-    result.option("--repeats", PositiveInt, 3, "the best of N counts", "N")
+    result.option("--repeats", PositiveInt, 5, "the median of N counts", "N")
     result.option("--json", Path, help="write the figures there too", metavar="FILE")
     add_model_options(result, tokenizer=True, dtype=False)
     return result
@@ -37,11 +38,12 @@ def main(argv: Sequence[str]) -> int:
 
     from dataclasses import asdict
 
-    from detailflow.benchmark import BenchmarkConfig, benchmark
+    from detailflow.benchmark import BenchmarkConfig, accuracy, benchmark
     from detailflow.files import write_json
 
+    measure = accuracy if options.pop("accuracy") else benchmark
     with progress_bar(desc="", bar_format="{desc} ({elapsed})", delay=0) as bar:
-        report = benchmark(BenchmarkConfig(**options), bar.set_description_str)
+        report = measure(BenchmarkConfig(**options), bar.set_description_str)
     print(report)
     if file:
         write_json(file, asdict(report))
