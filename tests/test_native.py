@@ -211,9 +211,9 @@ def test_replaced_layers():
 PRINT = "from detailflow import native; print(native.instructions())"
 
 
-def instructions(**environment: str) -> str:
+def instructions(first: str = "", **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", PRINT], env=os.environ | environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", first + PRINT], env=os.environ | environment, capture_output=True, text=True, check=True
     )
     return done.stdout.strip()
 
@@ -253,6 +253,14 @@ def test_a_cache_that_others_can_write_to(tmp_path: Path):
     folder.mkdir(parents=True)
     folder.chmod(0o777)
     assert "can be written by others" in instructions(XDG_CACHE_HOME=str(tmp_path))
+
+
+def test_a_cache_that_cannot_be_written_to(tmp_path: Path):
+    """Nor made: it would be in a file. PyTorch generates then."""
+    (tmp_path / "file").write_text("")
+    code = "from detailflow import DetailFlowPipeline; p = DetailFlowPipeline.from_pretrained(device='cpu'); p('cat'); "
+    found = instructions(code, XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert "the native engine cannot be built" in found and "Not a directory" in found
 
 
 def test_loading_leaves_denormal_numbers_alone():

@@ -85,10 +85,10 @@ def stream(gpt: DetailFlowGPT, class_ids: Sequence[int], seed: int = 0, engine: 
     return generate(engine(gpt, ids, sampling.guided), gpt.schedule, sampling, noise, n, gpt.device)
 
 
-def engines(gpt: DetailFlowGPT, batch: int) -> dict[str, type[Engine]]:
-    """Return the engines that can generate `batch` images of this model here, by name, PyTorch's first."""
+def engines(gpt: DetailFlowGPT) -> dict[str, type[Engine]]:
+    """Return the engines that can run this model here, by name, PyTorch's first."""
     found: dict[str, type[Engine]] = {"torch": CachedModel}
-    if gpt.uses_native(batch):
+    if gpt.uses_native:
         found["native"] = native.NativeGeneration
     if gpt.uses_graphs:
         found["graphs"] = graphs.GraphedModel
@@ -142,7 +142,7 @@ def make_cases(
     *previews, decoding = (decoding_work(tokenizer, codes[:, :n]) for n in tokenizer.schedule.valid_counts)
     whole = [*generation_work(gpt, batch), decoding]
     cases = {"naive": Case(lambda: images_of(RecomputingGPT), whole, generates=True)} if config.naive else {}
-    for name, engine in engines(gpt, batch).items():
+    for name, engine in engines(gpt).items():
         cases[f"generate, {name}"] = Case(lambda engine=engine: images_of(engine), whole, generates=True)  # type: ignore[misc]
     if config.compile:
         fast = DetailFlowPipeline(copy.copy(tokenizer), copy.copy(gpt))  # the same weights
@@ -391,7 +391,7 @@ def accuracy(config: BenchmarkConfig, progress: Progress = lambda what: None) ->
     exact = load(config, device, "float32")
     for dtype in dict.fromkeys(config.dtypes):
         gpt = copy.deepcopy(exact.gpt).to(getattr(torch, dtype))
-        for name, engine in engines(gpt, IMAGES).items():
+        for name, engine in engines(gpt).items():
             if (name, dtype) == ("torch", "float32"):
                 continue
             progress(f"accuracy, {name}, {dtype}")

@@ -73,24 +73,12 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
-    """Compile `function` for fixed shapes, at its first call with each; for inference only.
-
-    On a CPU the weights become constants of the program ("freezing"), in the memory layout that suits matrix products.
-    """
+    """Compile `function` for fixed shapes, at its first call with each; for inference on a GPU."""
+    if device.type == "cpu":
+        raise DetailFlowError("compiling is for GPUs: on a CPU the native engine is faster (docs/speed.md#engines)")
     try:
         torch.compile(lambda x: (x + 1).sin())(torch.zeros(8, device=device))
     except Exception as error:  # each thing that may be missing has its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        needed = "a C++ compiler" if device.type == "cpu" else "Triton"
-        raise DetailFlowError(f"nothing can be compiled here, which needs {needed}: {reason}") from error
-    program = torch.compile(function, dynamic=False)
-    if device.type != "cpu":
-        return program
-
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        from torch._inductor import config
-
-        with config.patch(freezing=True):
-            return program(*args, **kwargs)
-
-    return run
+        raise DetailFlowError(f"nothing can be compiled here, which needs Triton: {reason}") from error
+    return torch.compile(function, dynamic=False)

@@ -16,7 +16,6 @@ from detailflow.errors import DetailFlowError
 from detailflow.sampling import SamplingConfig as SamplingConfig
 from detailflow.schedule import TokenSchedule
 
-FEWEST_ROWS = 4  # of a compiled step on a CPU: matrix products of 2 rows take a third longer there than those of 4
 SMALLEST = torch.finfo(torch.float32).tiny
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -253,11 +252,8 @@ class CachedModel(Engine):
             return self._logits(x, rotation, None, start)
         mask = torch.arange(self.model.config.num_tokens, device=x.device) < end
         positions = torch.arange(start, end, device=x.device)
-        if end - start == 1 and x.device.type == "cpu":  # the same position several times
-            copies = -(-FEWEST_ROWS // len(x))
-            x, rotation, positions = x.expand(-1, copies, -1), rotation.expand(copies, -1, -1), positions.expand(copies)
         logits: Tensor = self.compiled(x, rotation, mask.expand(len(positions), -1), self.caches, positions)
-        return logits[:, : end - start]
+        return logits
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, end: int) -> Tensor:

@@ -154,7 +154,7 @@ class DetailFlowPipeline:
         return self
 
     def compile(self, batch_size: int = 1) -> None:
-        """Compile the generation of `batch_size` images at a time: minutes that pay off for thousands of images."""
+        """Compile the generation of `batch_size` images at a time on a GPU, which pays off for thousands of images."""
         self.gpt.compile_generation(batch_size)
         self.tokenizer.compile_decoding(batch_size)
 

@@ -17,7 +17,7 @@ def parser() -> Parser:
     dtypes = f"of {', '.join(DTYPES)} (default: the first two)"
     result.option("--dtypes", tuple[Dtype, ...], list(DTYPES[:2]), dtypes, "TYPE")
     result.option("--accuracy", bool, help="compare the logits of all engines with float32's, instead of timing")
-    result.option("--compile", bool, help="time compiled generation too")
+    result.option("--compile", bool, help="on a GPU, time compiled generation too")
     result.option("--naive", bool, True, "time the loop without a cache too")
     result.option(
         "--other", Location, help="time another implementation too: images = F(class_ids)", metavar="FILE.py:F"

@@ -42,7 +42,7 @@ def parser() -> Parser:
     result.option("--num-images", PositiveInt, help="N in all, of the classes in turn; again to go on", metavar="N")
     result.option("--format", Format, FORMATS[0], f"{listed(FORMATS)} (default: png)", "FORMAT")
     result.option("--batch-size", BatchSize, help="made at once (default: 32, or 128 on a GPU)", metavar="N")
-    result.option("--compile", bool, help="compile first: minutes on a CPU, then faster")
+    result.option("--compile", bool, help="on a GPU, compile first")
     add_sampling_options(result)
     add_model_options(result, tokenizer=True)
     return result
