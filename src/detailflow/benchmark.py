@@ -34,6 +34,7 @@ from detailflow.pipeline import DetailFlowPipeline, image_generator
 from detailflow.sampling import EngineName
 
 FIRST = next(iter(ZOO))
+Begin = Callable[[DetailFlowGPT, Tensor, bool], Engine]  # an engine
 Progress = Callable[[str], object]  # called with the name of what comes next
 
 
@@ -78,16 +79,18 @@ class RecomputingGPT(Engine):
         return self.step(tokens, 0, end)
 
 
-def stream(gpt: DetailFlowGPT, class_ids: Sequence[int], seed: int = 0, engine: type = CachedModel) -> Iterator[Tensor]:
+def stream(
+    gpt: DetailFlowGPT, class_ids: Sequence[int], seed: int = 0, engine: Begin = CachedModel
+) -> Iterator[Tensor]:
     """Yield the tokens (B, n) after each decoding step, with the KV cache or another engine."""
     ids, n, sampling = torch.tensor(class_ids, device=gpt.device), gpt.config.num_tokens, gpt.config.sampling
     noise = image_noise([image_generator(seed, i) for i in range(len(ids))], n)
     return generate(engine(gpt, ids, sampling.guided), gpt.schedule, sampling, noise, n, gpt.device)
 
 
-def engines(gpt: DetailFlowGPT) -> dict[str, type[Engine]]:
+def engines(gpt: DetailFlowGPT) -> dict[str, Begin]:
     """Return the engines that can run this model here, by name, PyTorch's first."""
-    found: dict[str, type[Engine]] = {"torch": CachedModel}
+    found: dict[str, Begin] = {"torch": CachedModel}
     if gpt.uses_native:
         found["native"] = native.NativeGeneration
     if gpt.uses_graphs:
@@ -135,7 +138,7 @@ def make_cases(
     codes = torch.zeros(batch, gpt.config.num_tokens, dtype=torch.int64, device=like.device)
     images = torch.zeros(batch, 3, side, side, dtype=like.dtype, device=like.device)
 
-    def images_of(engine: type[Engine], models: DetailFlowPipeline = pipeline) -> Tensor:
+    def images_of(engine: Begin, models: DetailFlowPipeline = pipeline) -> Tensor:
         *_, tokens = stream(models.gpt, class_ids, engine=engine)
         return models.tokenizer.decode(tokens)
 
@@ -275,7 +278,8 @@ def benchmark(config: BenchmarkConfig, progress: Progress = lambda what: None) -
     device = choose_device(config.device)
     other = load_other(config.other) if config.other else None
     ceilings: dict[str, Ceilings] = {}
-    rows, model = [], ""
+    rows: list[Row] = []
+    model = ""
     for dtype in dict.fromkeys(config.dtypes):
         gc.collect()
         pipeline = load(config, device, dtype)
@@ -400,7 +404,7 @@ def accuracy(config: BenchmarkConfig, progress: Progress = lambda what: None) ->
     return AccuracyReport(describe(exact, config), IMAGES * exact.gpt.config.num_tokens, deviation, rows)
 
 
-def differences(exact: DetailFlowGPT, gpt: DetailFlowGPT, engine: type[Engine]) -> tuple[float, float, float]:
+def differences(exact: DetailFlowGPT, gpt: DetailFlowGPT, engine: Begin) -> tuple[float, float, float]:
     """Return an engine's rms error, its share of equal greedy codes, and the standard deviation of the logits."""
     sampling, schedule, n = exact.config.sampling, exact.schedule, exact.config.num_tokens
     ids = torch.arange(IMAGES, device=exact.device) % exact.config.num_classes
