@@ -3,17 +3,20 @@
     python benchmarks/serving.py [--model DIR] [--clients 1 4 16 64] [--seconds 10] [--rounds 3]
 
 Each client asks for one image after the other. Also: the time to the first partial image beside that of two decoding
-steps, and what HTTP adds to the time of one image. Needs the extras `serve` and `dev` (for httpx).
+steps, what HTTP adds to the time of one image, and the same images by the pipeline alone. Processor time says what an
+image costs even where other programs take the processor away (Linux). Needs the extras `serve` and `dev` (for httpx).
 """
 
 import argparse
 import asyncio
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from pathlib import Path
 from statistics import median
 
 import httpx
@@ -23,19 +26,40 @@ from detailflow import DetailFlowPipeline
 PATH = "/v1/images/generations"
 
 
-@contextmanager
-def server(max_batch: int, model: list[str]) -> Iterator[str]:
-    """Start the command; yield its address."""
-    command = [sys.executable, "-m", "detailflow", "serve", "--port", "0", "--max-batch", str(max_batch), *model]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        found = re.search(r"http://\S+:\d+", process.stdout.readline())
+class Served:
+    """The command `detailflow serve` with these options, while the context lasts; `url` is its address."""
+
+    def __init__(self, options: list[str]) -> None:
+        self.options, self.port = options, 0
+
+    def restart(self) -> None:
+        """Start the process, at the same port as before."""
+        command = [sys.executable, "-m", "detailflow", "serve", "--port", str(self.port), *self.options]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True)
+        assert self.process.stdout is not None
+        found = re.search(r"http://\S+:(\d+)", self.process.stdout.readline())
         if not found:
-            sys.exit("the server did not start")
-        try:
-            yield found[0]
-        finally:
-            process.terminate()
+            sys.exit(f"the server did not start: {' '.join(self.errors())}")
+        self.url, self.port = found[0], int(found[1])
+
+    def errors(self) -> list[str]:
+        """Return the lines that the process has written as errors."""
+        self._errors.seek(0)
+        return self._errors.read().splitlines()
+
+    def __enter__(self) -> "Served":
+        self.restart()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that it has used (Linux)."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def load(url: str, clients: int, seconds: float) -> list[float]:
@@ -79,6 +103,58 @@ def timed(run: object, *args: object) -> float:
     return time.perf_counter() - started
 
 
+def of_pipeline(pipeline: DetailFlowPipeline, images: int) -> list[float]:
+    """Return images per second and processor milliseconds of an image of one batch, without HTTP."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    pipeline(0, num_images_per_class=images, seed=1)
+    return [images / (time.perf_counter() - wall), (time.process_time() - cpu) / images * 1e3]
+
+
+def throughput(args: argparse.Namespace, servers: dict[int, Served], pipeline: DetailFlowPipeline) -> None:
+    """Print the table of clients and batches, and what the pipeline alone does."""
+    print(f"{'clients':>8} {'max batch':>10} {'images/s':>9} {'p50 ms':>8} {'p95 ms':>8} {'CPU ms/image':>13}")
+    alone: dict[int, list[list[float]]] = {size: [] for size in servers}
+    for clients in args.clients:
+        latencies: dict[int, list[float]] = {size: [] for size in servers}
+        rates: dict[int, list[float]] = {size: [] for size in servers}
+        costs: dict[int, list[float]] = {size: [] for size in servers}
+        for _ in range(args.rounds):
+            for size, served in servers.items():
+                wall, cpu = time.perf_counter(), served.cpu_seconds()
+                found = asyncio.run(load(served.url, clients, args.seconds))
+                latencies[size] += found
+                rates[size].append(len(found) / (time.perf_counter() - wall))
+                costs[size].append((served.cpu_seconds() - cpu) / len(found) * 1e3)
+                alone[size].append(of_pipeline(pipeline, size))
+        for size in servers:
+            ordered = sorted(latencies[size])
+            p50, p95 = (ordered[int(part * (len(ordered) - 1))] * 1e3 for part in (0.5, 0.95))
+            rate, cost = median(rates[size]), median(costs[size])
+            print(f"{clients:>8} {size:>10} {rate:>9.2f} {p50:>8.1f} {p95:>8.1f} {cost:>13.1f}", flush=True)
+    for size, found in alone.items():
+        rate, cost = (median(values) for values in zip(*found, strict=True))
+        print(f"{'no HTTP':>8} {size:>10} {rate:>9.2f} {'':>8} {'':>8} {cost:>13.1f}")
+
+
+def latency(url: str, pipeline: DetailFlowPipeline, repeats: int) -> None:
+    """Print the time to the first partial image and what HTTP adds to an image."""
+    names = ("first partial image", "two steps, no HTTP", "one image", "one image, no HTTP")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with httpx.Client(base_url=url, timeout=300) as client:
+        for _ in range(repeats):
+            measured = (
+                first_partial(client),
+                two_steps(pipeline),
+                timed(lambda: client.post(PATH, json={"prompt": "0", "seed": 1}).raise_for_status()),
+                timed(lambda: pipeline(0, seed=1)),
+            )
+            for name, seconds in zip(names, measured, strict=True):
+                times[name].append(seconds)
+    print("\none client, in alternation with the pipeline in another process")
+    for name, found in times.items():
+        print(f"{name:>22}: median {median(found) * 1e3:.1f} ms, best {min(found) * 1e3:.1f} ms")
+
+
 def main() -> None:
     """Print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,35 +167,13 @@ def main() -> None:
     model = ["--model", args.model] if args.model else []
 
     with ExitStack() as stack:
-        urls = {size: stack.enter_context(server(size, model)) for size in (1, args.max_batch)}
-        print(f"{'clients':>8} {'max batch':>10} {'images/s':>9} {'p50 ms':>8} {'p95 ms':>8}")
-        for clients in args.clients:
-            results: dict[int, list[list[float]]] = {size: [] for size in urls}
-            for _ in range(args.rounds):
-                for size, url in urls.items():
-                    results[size].append(asyncio.run(load(url, clients, args.seconds)))
-            for size, rounds in results.items():
-                latencies = sorted(seconds for found in rounds for seconds in found)
-                rate = median(clients * len(found) / sum(found) for found in rounds)
-                p50, p95 = (latencies[int(part * (len(latencies) - 1))] * 1e3 for part in (0.5, 0.95))
-                print(f"{clients:>8} {size:>10} {rate:>9.2f} {p50:>8.1f} {p95:>8.1f}", flush=True)
-
+        servers = {
+            size: stack.enter_context(Served(["--max-batch", str(size), *model])) for size in (1, args.max_batch)
+        }
         pipeline = DetailFlowPipeline.from_pretrained(args.model)
-        names = ("first partial image", "two steps, no HTTP", "one image", "one image, no HTTP")
-        times: dict[str, list[float]] = {name: [] for name in names}
-        with httpx.Client(base_url=urls[args.max_batch], timeout=300) as client:
-            for _ in range(10 * args.rounds):
-                measured = (
-                    first_partial(client),
-                    two_steps(pipeline),
-                    timed(lambda: client.post(PATH, json={"prompt": "0", "seed": 1}).raise_for_status()),
-                    timed(lambda: pipeline(0, seed=1)),
-                )
-                for name, seconds in zip(names, measured, strict=True):
-                    times[name].append(seconds)
-        print("\nmedian of one client, in alternation with the pipeline in another process")
-        for name, found in times.items():
-            print(f"{name:>22}: {median(found) * 1e3:.1f} ms")
+        pipeline(0, seed=1)
+        throughput(args, servers, pipeline)
+        latency(servers[args.max_batch].url, pipeline, 10 * args.rounds)
 
 
 if __name__ == "__main__":
