@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-browser test-oldest slow examples docs package fuzz gpu
+.PHONY: demo test test-browser test-oldest slow examples docs package fuzz gpu ray
 
 demo: .venv/core  ## images of every class, and how they take shape, into outputs/
 	$(BIN)/detailflow generate --num 1 --progressive --output outputs
@@ -12,13 +12,13 @@ test: .venv/dev  ## what must pass before every commit
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -q -rs -n 2 --dist worksteal -m "not slow and not example and not browser"
+	$(BIN)/pytest -q -rs -n 2 --dist worksteal -m "not slow and not example and not browser and not ray"
 
 test-browser: .venv/dev  ## the studio and examples/browser in a real browser; needs Chromium: apt-get install chromium, or CHROMIUM=/path/to/one
 	$(BIN)/pytest -q -rs tests/browser
 
 test-oldest: .venv-oldest/dev  ## the tests on the oldest versions that pyproject.toml allows
-	.venv-oldest/bin/python -m pytest -q -rs -n 2 -m "not slow and not browser"
+	.venv-oldest/bin/python -m pytest -q -rs -n 2 -m "not slow and not browser and not ray"
 
 slow: .venv/dev  ## the tests that take longer
 	$(BIN)/pytest -q -m slow
@@ -35,6 +35,9 @@ package: .venv/dev  ## the wheel and the source archive, in dist/; the wheel is 
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/pytest -q tests/test_package.py
+
+ray: .venv-ray/dev  ## the service on a Ray of this machine with two replicas
+	.venv-ray/bin/python -m pytest -q -m ray
 
 fuzz: .venv/dev  ## ten thousand mutated inputs
 	$(BIN)/python tests/fuzz --workers 2
@@ -66,4 +69,9 @@ endif
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q uv
 	.venv-oldest/bin/uv pip install -q --python .venv-oldest/bin/python --resolution lowest-direct -e '.[dev]'
+	touch $@
+
+.venv-ray/dev: pyproject.toml
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/pip install -q -e '.[dev,ray]'
 	touch $@

@@ -42,6 +42,8 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     """Serve until the process is told to stop."""
     args = parser().parse_args(argv)
+    # Before torch is imported: threads that spin while they wait would take the cores from each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from detailflow.serving.app import create_app
         from detailflow.serving.config import ServeConfig
