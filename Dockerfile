@@ -1,8 +1,8 @@
 # The service, for CPUs or for GPUs of NVIDIA:
-#   docker build -t detailflow .
-#   docker build -t detailflow --build-arg TORCH=cu128 .
-#   docker run -p 8000:8000 -e DETAILFLOW_API_KEY=… detailflow          # with --gpus all for CUDA
-#   docker run -p 8000:8000 -e DETAILFLOW_API_KEY=… -v ./models:/models:ro detailflow --model /models/own
+#   docker build -t detailflow-serve .
+#   docker build -t detailflow-serve --build-arg TORCH=cu128 .
+#   docker run -p 8000:8000 -e DETAILFLOW_API_KEY=… detailflow-serve          # with --gpus all for CUDA
+#   docker run -p 8000:8000 -e DETAILFLOW_API_KEY=… -v ./models:/models:ro detailflow-serve --model /models/own
 FROM python:3.12-slim-bookworm
 
 # PyTorch's own builds: cpu, or a CUDA version such as cu128
