@@ -1,20 +1,21 @@
 """Token extraction (docs/method.md#extraction) against the tokenizer's public contract."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from detailflow import DetailFlowTokenizer
+from detailflow import DetailFlowTokenizer, hub
 from detailflow.data.images import open_images
 from detailflow.data.tokens import CLEAN, INPUT, LABEL, TokenStore, TokenWriter
 from detailflow.data.transforms import ten_crops, to_tensor, two_crops
 from detailflow.errors import DetailFlowError
 from detailflow.training import extract as extraction
 from detailflow.training.config import Extraction, GPTTraining, LoopConfig
-from detailflow.training.extract import code_rows, extract
+from detailflow.training.extract import code_rows, codes_fingerprint, extract, made_by
 from detailflow.training.gpt import train_gpt
 
 
@@ -256,3 +257,16 @@ def test_a_store_is_tied_to_its_tokenizer(tokens: Path, model: Path, tmp_path: P
     assert not (tmp_path / "gpt").exists()
     train_gpt(GPTTraining(tokenizer=str(model), **settings), tmp_path / "gpt", "cpu")  # type: ignore[arg-type]
     assert (tmp_path / "gpt" / "config.json").exists()
+
+
+def test_a_decoder_that_learnt_on_has_the_same_tokens(tokens: Path, model: Path, tmp_path: Path):
+    other = DetailFlowTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        other.decoder.to_pixels.weight += 0.1
+    other.save_pretrained(tmp_path / "other")
+    store = TokenStore.open(tokens)
+    assert made_by(store, tmp_path / "other")
+    assert store.info.tokenizer_fingerprint == codes_fingerprint(model)
+    info = replace(store.info, tokenizer_fingerprint=hub.fingerprint(*hub.load(model, "tokenizer")))
+    store.info = info  # as version 0.1 wrote it
+    assert made_by(store, model) and not made_by(store, tmp_path / "other")

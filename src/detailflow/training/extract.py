@@ -107,7 +107,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
             codebook_size=model.config.codebook_size,
             crops=CROPS[config.crops][1],
             class_names=everything.class_names,
-            tokenizer_fingerprint=tokenizer_fingerprint(config.tokenizer),
+            tokenizer_fingerprint=codes_fingerprint(config.tokenizer),
         )
     source, validation = split(config, everything, world)
     with world.raise_together():
@@ -244,6 +244,16 @@ class _Extractor:
         )
 
 
-def tokenizer_fingerprint(path_or_id: str | Path) -> str:
-    """Return what ties a token store to the tokenizer that made it."""
-    return hub.fingerprint(*hub.load(path_or_id, "tokenizer"))
+def codes_fingerprint(path_or_id: str | Path) -> str:
+    """Return what ties tokens to their tokenizer: a checksum of all but its decoder, which may learn on."""
+    config, tensors = hub.load(path_or_id, "tokenizer")
+    kept = {name: value for name, value in config.items() if name not in ("decoder", "pixel_channels")}
+    return hub.fingerprint(kept, {name: x for name, x in tensors.items() if not name.startswith("decoder.")})
+
+
+def made_by(store: TokenStore, path_or_id: str | Path) -> bool:
+    """Return whether a store's tokens are those of a tokenizer."""
+    if store.info.tokenizer_fingerprint == codes_fingerprint(path_or_id):
+        return True
+    whole = hub.fingerprint(*hub.load(path_or_id, "tokenizer"))  # in stores of version 0.1
+    return store.info.tokenizer_fingerprint == whole

@@ -40,7 +40,7 @@ from detailflow.seeds import mixed_seed
 from detailflow.settings import parse_settings
 from detailflow.training.config import PRECISIONS, GPTTraining
 from detailflow.training.counting import StepCosts, count_steps, of_one_rank
-from detailflow.training.extract import tokenizer_fingerprint
+from detailflow.training.extract import made_by
 from detailflow.training.inputs import Input, model_input, tokens_input
 from detailflow.training.loop import Run, train
 from detailflow.training.optimizer import Updater, gradients_stay, recompute_activations
@@ -285,7 +285,7 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
     world, chosen = launched(device)
     with world.raise_together():
         store = TokenStore.open(config.tokens)
-        if store.info.tokenizer_fingerprint != tokenizer_fingerprint(config.tokenizer):
+        if not made_by(store, config.tokenizer):
             raise DetailFlowError(
                 f"{config.tokens}: these tokens were made by another tokenizer than {config.tokenizer}; "
                 "extract them again"

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detailflow import hub
 from detailflow.data.batches import BatchKey, BatchOrder
 from detailflow.data.images import ImageSource
 from detailflow.data.streams import StreamSource
@@ -15,7 +14,7 @@ from detailflow.data.tokens import CLEAN, INPUT, TokenStore
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.training.config import CROPS, LoopConfig, TokenizerTraining
-from detailflow.training.extract import image_names
+from detailflow.training.extract import image_names, made_by
 
 
 class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -26,7 +25,7 @@ class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         if isinstance(source, StreamSource):
             raise DetailFlowError("tokens goes with images that are not streamed: set streaming to false")
         self.store, self.source, self.size = TokenStore.open(config.tokens), source, config.model.image_size
-        if self.store.info.tokenizer_fingerprint != hub.fingerprint(*hub.load(config.init, "tokenizer")):
+        if not made_by(self.store, config.init):
             raise DetailFlowError(
                 f"{config.tokens} has tokens of another tokenizer than {config.init}: extract them again"
             )
