@@ -108,14 +108,16 @@ export class Gallery {
     let best = { side: 0, columns: 1 };
     for (let columns = 1; columns <= count; columns++) {
       const rows = Math.ceil(count / columns);
-      const side = Math.min((width + GAP) / columns - GAP, (height + GAP) / rows - GAP - 8, LARGEST);
-      if (side > best.side) best = { side, columns };
+      const room = Math.min((width + GAP) / columns - GAP, (height + GAP) / rows - GAP - 8, LARGEST);
+      const side = wholePixels(room, step.model.imageSize);
+      if (side >= best.side) best = { side, columns }; // of equal ones the most columns, so the fewest rows
     }
-    const narrowest = (width + GAP) / 2 - GAP; // two columns at least, with tiles that can still be touched
-    const side = Math.max(best.side, Math.min(SMALLEST, narrowest));
-    const columns = best.side >= SMALLEST ? best.columns : Math.max(1, Math.floor((width + GAP) / (side + GAP)));
-    this.element.style.setProperty("--side", `${wholePixels(side, step.model.imageSize)}px`);
-    this.element.style.setProperty("--columns", columns);
+    if (best.side < SMALLEST) {
+      const side = wholePixels(Math.min(SMALLEST, (width - GAP) / 2), step.model.imageSize);
+      best = { side, columns: Math.floor((width + GAP) / (side + GAP)) }; // more than the window's height
+    }
+    this.element.style.setProperty("--side", `${best.side}px`);
+    this.element.style.setProperty("--columns", best.columns);
     this.#draw();
   }
 }
