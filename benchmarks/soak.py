@@ -218,9 +218,8 @@ def soaked(options: argparse.Namespace, more: list[str]) -> list[str]:
         started = time.monotonic()
         soak, memory = asyncio.run(run(served, options.clients, options.seconds, options.kill_every))
         took = time.monotonic() - started
-        left = [
-            line for line in httpx.get(f"{served.url}/metrics", timeout=60).text.splitlines() if "queue_images " in line
-        ]
+        metrics = httpx.get(f"{served.url}/metrics", timeout=60).text
+        waiting = next(line for line in metrics.splitlines() if line.startswith("detailflow_queue_images "))
         errors = [] if options.kill_every else served.errors()
     print(f"{options.clients} clients for {took:.0f} s, killed every {options.kill_every} s" if options.kill_every
           else f"{options.clients} clients for {took:.0f} s")  # fmt: skip
@@ -236,7 +235,9 @@ def soaked(options: argparse.Namespace, more: list[str]) -> list[str]:
     soak.problems += [f"the server wrote {line}" for line in errors]
     if not soak.completed:
         soak.problem("no request was completed")
-    print(*left, sep="\n")
+    print(waiting)
+    if not waiting.endswith(" 0.0"):
+        soak.problem("something stayed in the queue")
     return soak.problems
 
 
