@@ -26,13 +26,13 @@ def test_a_shard_of_a_set(tmp_path: Path, cifar: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_both_models_in_a_given_time(tmp_path: Path, cifar_table: Path):
+def test_all_stages_in_a_given_time(tmp_path: Path, cifar_table: Path):
     (tmp_path / "recipe").mkdir()
-    for stage in ("tokenizer", "extract", "gpt"):
+    for stage in ("tokenizer", "extract", "gpt", "decoder"):
         settings = yaml.safe_load((RECIPE / f"{stage}.yaml").read_text())
         if stage != "extract":
             settings["loop"] |= {"batch_size": 4, "compile": False, "trackers": []}
-        if stage == "tokenizer":
+        if stage in ("tokenizer", "decoder"):
             settings["classifier_epochs"] = 1
             settings["model"] |= {name: {"width": 32, "depth": 1, "heads": 2} for name in ("encoder", "decoder")}
         if stage == "gpt":
