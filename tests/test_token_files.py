@@ -113,6 +113,12 @@ def test_a_small_file_stays_small(tmp_path: Path):
     np.savez_compressed(tmp_path / "bomb.npz", **stored)
     with pytest.raises(DetailFlowError, match="tokens grows from .* bytes to 67,10"):
         TokenFile.read(tmp_path / "bomb.npz")
+    content = bytearray((tmp_path / "bomb.npz").read_bytes())
+    place = content.rfind(b"tokens.npy") - 46 + 20  # in the list at the end: the size there is only what it says
+    content[place : place + 4] = (2**24).to_bytes(4, "little")
+    (tmp_path / "bomb.npz").write_bytes(content)
+    with pytest.raises(DetailFlowError, match="tokens grows from .* bytes to 67,10"):
+        TokenFile.read(tmp_path / "bomb.npz")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (2**40, 2**10)})
     example().write(tmp_path / "sound.npz")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, first_line
 from detailflow.files import check_regular, reading, writing
 from detailflow.schedule import TokenSchedule
 
@@ -60,8 +60,9 @@ class TokenFile:
                 if found == (FORMAT, VERSION):
                     return cls._checked(archive)
         except Exception as error:  # a damaged file raises errors of all kinds
-            reason = str(error).split("\n")[0].rstrip(".") or type(error).__name__
-            raise DetailFlowError(f"{path} is damaged, or no token file of `detailflow encode` ({reason})") from error
+            raise DetailFlowError(
+                f"{path} is damaged, or no token file of `detailflow encode` ({first_line(error)})"
+            ) from error
         if found is not None and found[0] == FORMAT:
             raise DetailFlowError(f"{path} is a token file of version {found[1]}, but this program reads {VERSION}")
         raise DetailFlowError(f"{path} is no token file: `detailflow encode` makes them")
@@ -119,7 +120,8 @@ def _identity(archive: zipfile.ZipFile) -> tuple[str, Any] | None:
 def _entry(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """Read an array without pickled objects, whose size is bounded before it is unpacked."""
     member = archive.getinfo(f"{name}.npy")
-    if member.file_size > max(LARGEST_ENTRY, MOST_EXPANSION * member.compress_size):
-        raise ValueError(f"{name} grows from {member.compress_size:,} bytes to {member.file_size:,}")
+    packed = min(member.compress_size, Path(str(archive.filename)).stat().st_size)  # the first is only what it says
+    if member.file_size > max(LARGEST_ENTRY, MOST_EXPANSION * packed):
+        raise ValueError(f"{name} grows from {packed:,} bytes to {member.file_size:,}")
     array: np.ndarray = np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
     return array
