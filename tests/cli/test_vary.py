@@ -133,6 +133,9 @@ def test_the_first_tokens_alone(pipeline: DetailFlowPipeline, run: Any):
     for command in (("decode", "tokens.npz", "--num-tokens", "12"), ("vary", "tokens.npz", "--keep", "12")):
         status, _, err = run(*command)
         assert status == 2 and f"{command[2]} must be at most the 8 tokens of tokens.npz, not 12" in err
+    assert run("encode", "a.png", "--num-tokens", "2")[0] == 0
+    status, _, err = run("vary", "tokens.npz")
+    assert status == 2 and "--keep must be at most the 2 tokens of tokens.npz, not 4" in err
 
 
 def test_all_images_of_a_folder(cifar: Path, pipeline: DetailFlowPipeline, run: Any):
@@ -182,6 +185,7 @@ def test_another_model(run: Any, pipeline: DetailFlowPipeline, tmp_path: Path):
         (("vary",), "the following arguments are required: IMAGE"),
         (("decode", "a.png"), "a.png is damaged, or no token file of `detailflow encode`"),
         (("encode", "a.png", "--output", "fake.npz"), "fake.npz was not made by `detailflow encode`: move it"),
+        (("encode", "a.png", "--output", "tokens.dat"), "--output must end in .npz, not 'tokens.dat'"),
         (("encode", "a.png", "--num-tokens", "7"), "num_tokens must be 1 to 4"),
         (("encode", "missing.png"), "missing.png does not exist"),
     ],

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from detailflow.cli.common import Parser, add_model_options, check_output
 from detailflow.cli.inputs import Inputs, add_image_options
+from detailflow.errors import DetailFlowError
 from detailflow.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -41,8 +42,10 @@ def main(argv: Sequence[str]) -> int:
 
     from detailflow.models.tokenizer import DetailFlowTokenizer
     from detailflow.pipeline import fit
-    from detailflow.token_files import TokenFile, check_replaceable
+    from detailflow.token_files import SUFFIX, TokenFile, check_replaceable
 
+    if args.output.suffix.lower() != SUFFIX:  # by which `vary` knows such files
+        raise DetailFlowError(f"--output must end in {SUFFIX}, not {args.output.name!r}")
     check_replaceable(args.output)
     tokenizer = DetailFlowTokenizer.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     schedule = tokenizer.schedule

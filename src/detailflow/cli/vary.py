@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     schedule = pipeline.tokenizer.schedule
     keeps = list(dict.fromkeys(schedule.check_count(k, "--keep") for k in args.keep or [schedule.quarter]))
     classes: list[ClassId | None] = list(dict.fromkeys(pipeline.class_ids(args.classes))) if args.classes else [None]
-    inputs = _inputs(args, pipeline)
+    inputs = _inputs(args, pipeline, max(keeps))
     words = {label: "any" if label is None else file_label(pipeline, label) for label in classes}
     names = [f"{k}-{words[label]}-{i}" for k in keeps for label in classes for i in range(args.num)]
     outputs = [args.output / f"{name}-{rest}.png" for name in inputs.names for rest in [*names, "variations"]]
@@ -137,7 +137,7 @@ def _counted(tokens: int) -> str:
     return f"{tokens} token{'s' if tokens > 1 else ''}"
 
 
-def _inputs(args: argparse.Namespace, pipeline: "DetailFlowPipeline") -> Inputs:
+def _inputs(args: argparse.Namespace, pipeline: "DetailFlowPipeline", keep: int) -> Inputs:
     import torch
 
     from detailflow.pipeline import encode_images, fit
@@ -152,9 +152,8 @@ def _inputs(args: argparse.Namespace, pipeline: "DetailFlowPipeline") -> Inputs:
     def stored(path: Path) -> list[tuple[str, Subject]]:
         file = TokenFile.read(path)
         file.check_fits(path, tokenizer.fingerprint(), tokenizer.schedule, tokenizer.config.codebook_size)
-        if args.keep and max(args.keep) > file.tokens.shape[1]:
-            most = file.tokens.shape[1]
-            raise DetailFlowError(f"--keep must be at most the {most} tokens of {path}, not {max(args.keep)}")
+        if keep > (most := file.tokens.shape[1]):
+            raise DetailFlowError(f"--keep must be at most the {most} tokens of {path}, not {keep}")
         rows = zip(file.names, torch.from_numpy(file.tokens), file.sizes.tolist(), strict=True)
         return [(name, Subject(ids, (height, width), None)) for name, ids, (height, width) in rows]
 
