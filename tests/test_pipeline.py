@@ -468,6 +468,8 @@ def test_variations_in_batches(pipeline: DetailFlowPipeline):
         ("cat.png", {"keep": 8}, "tokens must be a list of integers"),
         ([1] * 16, {"keep": 8, "label": "dgo"}, "unknown class 'dgo'"),
         ([1] * 16, {"keep": 8, "num_images": 0}, "num_images"),
+        ([1] * 16, {"keep": 8, "size": (7, 5)}, r"no image is encoded at a size of \(7, 5\)"),
+        ([1] * 16, {"keep": 8, "size": (0, 0)}, "no image is encoded at a size of"),
         ([1] * 16, {"keep": 8, "num_tokens": 4}, "num_tokens must be at least the 8 tokens of prefix, not 4"),
     ],
 )

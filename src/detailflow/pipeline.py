@@ -257,6 +257,8 @@ class DetailFlowPipeline:
         ids = self.tokens(image)
         if self.tokenizer.schedule.check_count(keep, "keep") > len(ids):
             raise DetailFlowError(f"keep must be at most the {len(ids)} tokens given, not {keep}")
+        if size is not None and not self.tokenizer.schedule.is_full_shape(*size):
+            raise DetailFlowError(f"no image is encoded at a size of {size}: see TokenSchedule.full_shape")
         class_ids = [self.gpt.config.num_classes] if label is None else self.class_ids([label])  # the null class
         images = []
         for steps in self._batches(class_ids, **options | {"num_images_per_class": num_images, "prefix": ids[:keep]}):
