@@ -7,8 +7,11 @@ what it was, and a tensor that was made anew instead of being changed in place i
 import copy
 import gc
 import pickle
+import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -242,6 +245,26 @@ def test_places():
         assert [lend(key) for key in range(1, MOST)] == first[1:]
     assert lend(MOST) is not None and len(graphs) == MOST
     assert lend(0) is None  # its place is taken
+
+
+def test_one_capture_at_a_time():
+    """All captures of a device use one stream, also those of several models in several threads."""
+    at_work, most, start = [0], [0], threading.Barrier(4)
+
+    def make() -> object:
+        at_work[0] += 1
+        most[0] = max(most[0], at_work[0])
+        time.sleep(0.01)
+        at_work[0] -= 1
+        return object()
+
+    def run(_: int) -> None:
+        start.wait()
+        Graphs[object]().lend(0, torch.nn.Linear(2, 2), make, at_once=True)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(run, range(4)))
+    assert most == [1]
 
 
 def test_too_little_memory(graphed: DetailFlowPipeline, monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, GPTConfig, native
 from detailflow.generation import CachedModel, SamplingConfig, guidance_at, image_noise, sample
+from detailflow.native.memory import gather
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 
@@ -163,6 +166,26 @@ def test_weights_are_held_once_in_one_block(tmp_path: Path):
         assert torch.equal(weights[0], weights[2])
     gpt.to(torch.bfloat16)
     assert native.NativeGeneration(gpt, torch.tensor([0]), True).weights[0].dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="there are no huge pages")
+def test_several_threads_move_the_weights_once():
+    start, before = threading.Barrier(4), sys.getswitchinterval()
+    weights = [torch.nn.Parameter(torch.zeros(2**16)) for _ in range(100)]
+
+    def run(_: int) -> int:
+        start.wait()
+        gather(weights)
+        return weights[0].data_ptr()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = set(threads.map(run, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == {weights[0].data_ptr()}
+    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
 
 
 def test_changed_weights_are_seen():

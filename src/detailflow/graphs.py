@@ -24,6 +24,7 @@ MOST = 4  # programs that a model keeps; each holds a KV cache
 STALE = 100  # batches after which a program that none of them used makes room for another
 REMEMBERED = 256  # keys that came up lately
 LARGEST = 1 / 8  # of a GPU's memory for the KV cache of a program: kernels of larger batches outlast their start
+_MAKING = threading.Lock()  # all captures use one stream, and disturb each other
 Call = Callable[[], object]
 P = TypeVar("P")
 
@@ -135,7 +136,8 @@ class Graphs(Generic[P]):
                 if key in self._too_large or not self._make_room():
                     return None
                 try:
-                    self._programs[key] = make(), 0
+                    with _MAKING:
+                        self._programs[key] = make(), 0
                 except torch.OutOfMemoryError:
                     self._too_large.add(key)
                     return None

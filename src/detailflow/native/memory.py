@@ -1,12 +1,14 @@
 """One block of memory for all weights of a model, in huge pages (docs/speed.md#engines)."""
 
 import mmap
+import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest register
+_MOVING = threading.Lock()  # or several threads would each move the weights to a block of their own
 
 
 @torch.inference_mode(False)  # or the weights could not be trained after an image was generated
@@ -17,6 +19,11 @@ def gather(weights: Sequence[Tensor]) -> None:
     The tensors stay the same objects, so modules and optimizers see the same numbers. Without huge pages the processor
     has to look up where the next weights are every 4 KiB.
     """
+    with _MOVING:
+        _gather(weights)
+
+
+def _gather(weights: Sequence[Tensor]) -> None:
     if len({weight.untyped_storage().data_ptr() for weight in weights}) == 1 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     unit = ALIGNMENT // weights[0].itemsize
