@@ -174,12 +174,17 @@ def test_num_images_again_with_more(form: str, model: Path, tmp_path: Path, caps
     assert "a has a set of 4 images, more than 3" in capsys.readouterr().err
 
 
-def test_another_set_is_not_mixed_in(pipeline: DetailFlowPipeline, tmp_path: Path):
+def test_another_set_is_not_mixed_in(pipeline: DetailFlowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     generate(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
     for options, what in (({"seed": 3}, "seed (2, not 3)"), ({"temperature": 0.5}, "temperature (1.0, not 0.5)")):
         with pytest.raises(DetailFlowError, match="holds samples with another") as caught:
             generate(pipeline, LABELS, tmp_path, **{"seed": 2, "batch_size": 4, **options})
         assert what in str(caught.value)
+    recorded = json.loads((tmp_path / SETTINGS_FILE).read_text())
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(recorded | {"engine": "native"}))
+    monkeypatch.setattr(pipeline.gpt, "engine", "torch")  # whose rounding is another
+    with pytest.raises(DetailFlowError, match="holds samples of another engine"):
+        generate(pipeline, LABELS, tmp_path, seed=2, batch_size=4)
     (tmp_path / SETTINGS_FILE).write_text("no JSON")
     with pytest.raises(DetailFlowError, match="samples.json is damaged"):
         generate(pipeline, LABELS, tmp_path, seed=2, batch_size=4)

@@ -35,7 +35,12 @@ from detailflow.settings import Seed, require
 
 SETTINGS_FILE = "samples.json"
 SHARD_IMAGES = 1000  # about as many are in one tar file
-CALLED = {"labels": "other labels", "tokenizer": "another tokenizer", "gpt": "another AR model"}
+CALLED = {
+    "labels": "other labels",
+    "engine": "another engine",
+    "tokenizer": "another tokenizer",
+    "gpt": "another AR model",
+}
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,7 @@ def _settings(pipeline: DetailFlowPipeline, samples: SampleSet, sampling: dict[s
         "num_tokens": pipeline.tokenizer.schedule.check_count(samples.num_tokens),
         "batch_size": samples.batch_size,
         "compiled_for": pipeline.gpt.compiled_for,  # on which rounding depends as well
-        **({"engine": "native"} if pipeline.gpt.uses_native else {}),
+        "engine": "native" if pipeline.gpt.uses_native else None,
         "dtype": str(pipeline.gpt.head.weight.dtype).removeprefix("torch."),
         **asdict(pipeline.gpt.sampling(**sampling)),
         "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),
