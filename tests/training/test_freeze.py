@@ -12,6 +12,7 @@ from detailflow.data.images import open_images
 from detailflow.data.tokens import CLEAN, INPUT, TokenStore
 from detailflow.data.transforms import center_crop, ten_crops, to_tensor
 from detailflow.errors import DetailFlowError
+from detailflow.models import pretrained
 from detailflow.psnr import psnr
 from detailflow.training import sampled_rows
 from detailflow.training.config import Extraction, LoopConfig, TokenizerTraining
@@ -102,9 +103,14 @@ def test_sampled_rows_are_judged_and_stay_near_the_first_decoder(
     assert 0 < distances[100.0] < distances[0.0] / 2
 
 
-def test_no_sampled_rows_in_steps_without_the_adversarial_loss(cifar: Path, model: Path, tmp_path: Path):
+def test_no_sampled_rows_in_steps_without_the_adversarial_loss(
+    cifar: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = sampling(cifar, model, adversarial_from=0.5)
-    stage = TokenizerStage(config, open_images(cifar), tmp_path, torch.device("cpu"))
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(pretrained, "choose_dtype", lambda dtype, _: dtype or torch.bfloat16)
+        stage = TokenizerStage(config, open_images(cifar), tmp_path, torch.device("cpu"))
+    assert stage.sampled is not None and stage.sampled.start.decoder.project.weight.dtype == torch.float32
     batch = next(stage.batches(0))
     assert "anchor" not in stage.step(0, batch, 1e-3) and "anchor" in stage.step(39, batch, 1e-3)
 

@@ -28,8 +28,9 @@ class SampledRows:
         self.device, self.precision = device, PRECISIONS[config.loop.precision]
         self.count = max(1, round(config.sampled_share * config.loop.batch_size / world.size)) * world.size
         self.shard = world.shard(self.count)
-        self.start = DetailFlowTokenizer.from_pretrained(config.init, device=device).eval().requires_grad_(False)
-        gpt = DetailFlowGPT.from_pretrained(config.gpt, device=device)
+        self.start = DetailFlowTokenizer.from_pretrained(config.init, device=device, dtype=torch.float32)
+        self.start.eval().requires_grad_(False)
+        gpt = DetailFlowGPT.from_pretrained(config.gpt, device=device, dtype=torch.float32)
         sizes, theirs = config.model, gpt.config
         for name in ("num_tokens", "codebook_size", "group_size", "causal_tokens"):
             if getattr(sizes, name) != getattr(theirs, name):
