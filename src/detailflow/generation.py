@@ -104,7 +104,7 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Apply guidance and sample: logits of `Engine.step` → codes (B, m), and whether all logits were finite.
 
-    `scale` and `temperature` may be tensors without dimensions, which a captured step can be given anew.
+    `scale` and `temperature` may be tensors without dimensions, so that a captured step can be given others.
     """
     logits = logits.float()
     if sampling.guided:
