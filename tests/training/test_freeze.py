@@ -1,5 +1,6 @@
 """Fine-tuning a decoder while the encoder and the codebook stay as they are, and the adaptive adversarial weight."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,15 @@ from detailflow.training.tokenizer import TokenizerStage, train_tokenizer
 def training(cifar: Path, model: Path, **settings: Any) -> TokenizerTraining:
     sizes = DetailFlowTokenizer.from_pretrained(model / "tokenizer").config
     loop = LoopConfig(steps=40, batch_size=16, learning_rate=5e-3, precision="fp32", trackers=(), pictures_every=1000)
-    given = dict(
-        init=str(model / "tokenizer"), freeze="encoder", adversarial=0.0, coarse_probability=0.1, max_scale=1.0
+    given: dict[str, Any] = dict(
+        loop=loop,
+        init=str(model / "tokenizer"),
+        freeze="encoder",
+        adversarial=0.0,
+        coarse_probability=0.1,
+        max_scale=1.0,
     )
-    return TokenizerTraining(str(cifar), sizes, loop, **given | settings)
+    return TokenizerTraining(str(cifar), sizes, **given | settings)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +119,22 @@ def test_no_sampled_rows_in_steps_without_the_adversarial_loss(
     assert stage.sampled is not None and stage.sampled.start.decoder.project.weight.dtype == torch.float32
     batch = next(stage.batches(0))
     assert "anchor" not in stage.step(0, batch, 1e-3) and "anchor" in stage.step(39, batch, 1e-3)
+
+
+@pytest.mark.parametrize("changed", ["gpt", "tokenizer"])
+def test_a_run_goes_on_with_the_same_models_only(
+    changed: str, cifar: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As the rows are sampled again, and kept near what the first decoder makes of them."""
+    monkeypatch.setattr(sampled_rows, "ROWS", 32)
+    own = Path(shutil.copytree(model, tmp_path / "model"))
+    loop = LoopConfig(steps=1, batch_size=4, learning_rate=1e-3, trackers=())
+    train_tokenizer(sampling(cifar, own, loop=loop), tmp_path / "run", "cpu")
+    other: Any = {"gpt": DetailFlowGPT, "tokenizer": DetailFlowTokenizer}[changed].from_pretrained(own / changed)
+    next(other.parameters()).data.add_(1)
+    other.save_pretrained(own / changed)
+    with pytest.raises(DetailFlowError, match=f"with (an)?other {'init' if changed == 'tokenizer' else 'gpt'}"):
+        train_tokenizer(sampling(cifar, own, loop=replace(loop, steps=2)), tmp_path / "run", "cpu")
 
 
 def test_an_ar_model_of_other_tokens_is_refused(cifar: Path, model: Path, tmp_path: Path):

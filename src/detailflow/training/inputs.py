@@ -48,9 +48,9 @@ def _counted_input(fingerprint: str, counts: Mapping[str, int]) -> dict[str, Any
     return {"fingerprint": fingerprint, "images": sum(counts.values()), "classes": classes}
 
 
-def model_input(path_or_id: str, kind: Kind) -> Input:
-    """Return the identity of a model to start from: its config and weights."""
-    return Input(lambda: {"fingerprint": hub.fingerprint(*hub.load(path_or_id, kind))}, at_start=True)
+def model_input(path_or_id: str, kind: Kind, at_start: bool = True) -> Input:
+    """Return the identity of a model, mostly one to start from: its config and weights."""
+    return Input(lambda: {"fingerprint": hub.fingerprint(*hub.load(path_or_id, kind))}, at_start)
 
 
 def files_input(path_or_name: str | None, at_start: bool = False) -> Input | None:

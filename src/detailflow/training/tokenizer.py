@@ -385,9 +385,9 @@ def _inputs(config: TokenizerTraining, source: ImageSource | StreamSource) -> di
     """Return what the settings name that is known by its content."""
     inputs = {"data": images_input(source)}
     if config.init:
-        inputs["init"] = model_input(config.init, "tokenizer")
-    if config.gpt:
-        inputs["gpt"] = model_input(config.gpt, "gpt")
+        inputs["init"] = model_input(config.init, "tokenizer", at_start=not config.gpt)
+    if config.gpt:  # its rows are sampled again when a run goes on
+        inputs["gpt"] = model_input(config.gpt, "gpt", at_start=False)
     if config.tokens:
         inputs["tokens"] = tokens_input(TokenStore.open(config.tokens))
     for name in ("encoder_init", "perceptual_network", "adversarial_network", "alignment_network"):
