@@ -1,6 +1,7 @@
 """Token files: what is written comes back, and nothing else is taken for one."""
 
 import io
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -63,6 +64,13 @@ def test_a_file_of_the_users_own_is_not_replaced(content: bytes | None, tmp_path
     with pytest.raises(DetailFlowError, match="was not made by `detailflow encode`: move it"):
         example().write(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_a_pipe_is_not_read_to_see_what_it_is(tmp_path: Path):
+    os.mkfifo(tmp_path / "tokens.npz")
+    with pytest.raises(DetailFlowError, match="was not made by `detailflow encode`: move it"):
+        example().write(tmp_path / "tokens.npz")
 
 
 @pytest.mark.parametrize(

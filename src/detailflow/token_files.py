@@ -101,6 +101,7 @@ def check_replaceable(path: Path) -> None:
     if not path.exists() and not path.is_symlink():
         return
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             found = _identity(archive)
     except Exception:  # no such file at all
