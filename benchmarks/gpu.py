@@ -207,7 +207,7 @@ def tokenizer_training(options: Options, emit: Emit, recipe: str, batch: int, co
     config = parse_settings(TokenizerTraining, settings, recipe)
     device, side = torch.device(options.device), config.model.image_size
     made: Any = NoImages()
-    stage = TokenizerStage(config, made, Path(tempfile.mkdtemp()), device, resuming=True, load=False)
+    stage = TokenizerStage(config, made, Path("-"), device, resuming=True, load=False)  # which writes nothing
     size = config.loop.batch_size
     batches = [
         (torch.randint(256, (size, side, side, 3), dtype=torch.uint8), torch.zeros(size).long()) for _ in range(4)

@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, first_line
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 P = ParamSpec("P")
@@ -79,6 +79,5 @@ def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
     try:
         torch.compile(lambda x: (x + 1).sin())(torch.zeros(8, device=device))
     except Exception as error:  # each thing that may be missing has its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DetailFlowError(f"nothing can be compiled here, which needs Triton: {reason}") from error
+        raise DetailFlowError(f"nothing can be compiled here, which needs Triton: {first_line(error)}") from error
     return torch.compile(function, dynamic=False)
