@@ -300,7 +300,8 @@ def test_what_does_not_fit_the_weights_of_another(folder: Path, model: Path, cap
     assert "encoder is ViTConfig(" in complaint(
         from_scratch("run", "--init", start, "--model.encoder.depth", "2"), capsys
     )
-    assert complaint(from_scratch("run", "--init", str(model / "gpt")), capsys).endswith("not a tokenizer")
+    message = complaint(from_scratch("run", "--init", str(model / "gpt")), capsys)
+    assert message.endswith(f"not a tokenizer: give {model}, which holds both")
     assert complaint(from_scratch("run", "--init", "nowhere"), capsys).startswith("unknown model 'nowhere'")
     both = ["--init", start, "--encoder_init", "nowhere"]
     assert complaint(from_scratch("run", *both), capsys).startswith("init and encoder_init exclude each other")
