@@ -73,6 +73,14 @@ def test_a_pipe_is_not_read_to_see_what_it_is(tmp_path: Path):
         example().write(tmp_path / "tokens.npz")
 
 
+def test_a_folder_in_place_of_a_token_file(tmp_path: Path):
+    with pytest.raises(DetailFlowError, match=r"is a folder: give the name of a file, such as .*tokens\.npz"):
+        example().write(tmp_path)
+    with pytest.raises(DetailFlowError, match=r"could not read .*: it is a folder, not a file"):
+        TokenFile.read(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -214,6 +214,8 @@ def _remove_temporary(folder: Path) -> None:
 
 def check_regular(path: Path) -> None:
     """Raise an `OSError` if `path` is no regular file: reading a pipe or a device may never end."""
+    if path.is_dir():
+        raise OSError(errno.EISDIR, "it is a folder, not a file", str(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
 

@@ -100,6 +100,8 @@ def check_replaceable(path: Path) -> None:
     """Check that no file of another kind is at `path`."""
     if not path.exists() and not path.is_symlink():
         return
+    if path.is_dir():
+        raise DetailFlowError(f"{path} is a folder: give the name of a file, such as {path / 'tokens.npz'}")
     try:
         check_regular(path)
         with zipfile.ZipFile(path) as archive:

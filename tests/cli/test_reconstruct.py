@@ -231,6 +231,7 @@ def test_an_image_that_cannot_be_read(problem: str, model: Path, tmp_path: Path,
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"detailflow: error: {bad} ")
+    assert problem != "missing" or err.endswith(f"{bad} does not exist: give the path of an image file\n")
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

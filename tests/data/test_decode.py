@@ -191,6 +191,12 @@ def test_the_limit_on_pixels_has_a_sentence_of_its_own(tmp_path, monkeypatch):
         max_pixels()
 
 
+def test_an_empty_file(tmp_path):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(DetailFlowError, match=r"a\.png is empty: it has 0 bytes"):
+        load_rgb(tmp_path / "a.png")
+
+
 def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "device.png").symlink_to("/dev/zero")

@@ -103,6 +103,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["export", str(model), "--onnx", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[0].startswith(f"wrote {out / 'encoder.onnx'} (")
+    assert all(line.endswith(" kB)") for line in lines if "model.json" in line or "README.md" in line)
     assert (out / "README.md").read_text().startswith(f"# {model.name}\n")
     apart = [str(model / "gpt"), "--tokenizer", str(model / "tokenizer"), "--onnx", str(tmp_path / "apart")]
     assert main(["export", *apart]) == 0

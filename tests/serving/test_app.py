@@ -150,6 +150,7 @@ def test_models(client: openai.OpenAI, pipeline: DetailFlowPipeline, tmp_path: P
         client.models.retrieve("another")
     known = model.model_dump()
     assert (known["num_classes"], known["image_size"], known["codebook_size"]) == (5, 32, 64)
+    assert all(isinstance(known["limits"][name], int) for name in ("n", "upload_bytes", "upload_pixels"))
     schedule = pipeline.tokenizer.schedule
     assert known["stages"] == [{"num_tokens": n, "size": schedule.decode_size(n)} for n in schedule.valid_counts]
     assert str(tmp_path.parents[1]) not in json.dumps(known)
@@ -273,3 +274,4 @@ def test_docs_load_nothing_from_elsewhere(http: httpx.Client):
     for name in ("guidance_scale", "partial_images", "num_tokens", "Retry-After"):
         assert name in page.text
     assert "422" not in json.dumps(description)
+    assert "The API key is missing or wrong: Failure<" in page.text and "Successful Response: Images<" in page.text

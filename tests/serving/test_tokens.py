@@ -141,7 +141,7 @@ def test_variations_that_cannot_be(route: str, form: dict[str, str], param: str,
 @pytest.mark.filterwarnings("ignore:deprecated")
 @pytest.mark.parametrize("route", ["variations", "edits"])
 def test_variations_of_what_is_no_image(route: str, client: openai.OpenAI):
-    with pytest.raises(openai.BadRequestError, match="the image is not an image"):
+    with pytest.raises(openai.BadRequestError, match="the upload is not an image"):
         if route == "edits":
             client.images.edit(image=b"no image", prompt="cat")
         else:
@@ -159,12 +159,12 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no image", "the image is not an image"),
-        (b"", "the image is not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "the image is not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "the image is not an image"),
-        (png(Image.new("RGB", (64, 64)))[:60], "the image"),
-        (bomb(), "the image is too large: it has 8000×8000 pixels, and 25,000,000 are the most"),
+        (b"no image", "the upload is not an image"),
+        (b"", "the upload is empty"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "the upload is not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "the upload is not an image"),
+        (png(Image.new("RGB", (64, 64)))[:60], "the upload"),
+        (bomb(), "the upload is too large: it has 8000×8000 pixels, and 25,000,000 are the most"),
     ],
 )
 def test_uploads_that_are_no_images(content: bytes, message: str, http: httpx.Client):

@@ -94,6 +94,13 @@ def test_a_share_by_content(cifar: Path, tmp_path: Path):
     assert sorted(again.stored_bytes(index) for index in held_out(again, 0.3)) == sorted([*contents, *contents])
 
 
+@pytest.mark.parametrize(("share", "verb"), [(1e-9, "is"), (0.3, "are")])
+def test_how_many_are_held_out_is_said(share: float, verb: str, cifar: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        split(Extraction(str(cifar), "model", val_share=share), open_images(cifar), World())
+    assert f" images {verb} held out for validation" in caplog.text
+
+
 def test_one_at_least_and_never_all_of_a_class(cifar: Path, tmp_path: Path):
     assert len(held_out(open_images(cifar), 1e-9)) == 1
     source = open_images(cifar)

@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
 
     pipeline = DetailFlowPipeline.from_pretrained(args.model, device="cpu", tokenizer=args.tokenizer)
     for path in export(pipeline, args.onnx, _title(args.model)):
-        print(f"wrote {path} ({path.stat().st_size / 1e6:,.3g} MB)")
+        size = path.stat().st_size
+        print(f"wrote {path} ({size / 1e6:,.3g} MB)" if size >= 1e5 else f"wrote {path} ({size / 1e3:.3g} kB)")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The images that `reconstruct`, `vary` and `encode` are given: files, and sets of them."""
 
+import glob
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,6 +105,7 @@ class Inputs:
 
 def _open(operand: str, fit: "Fit", tokens: "Tokens | None") -> "tuple[str, int, Callable[[int], tuple[str, Reader]]]":
     """Return what an operand is called, how many images it has, and the name and reader of each of them."""
+    from detailflow.data.decode import image_suffixes
     from detailflow.data.folder import MANY
     from detailflow.data.images import load_rgb, open_images
     from detailflow.token_files import SUFFIX
@@ -112,7 +114,8 @@ def _open(operand: str, fit: "Fit", tokens: "Tokens | None") -> "tuple[str, int,
     if tokens is not None and path.suffix.lower() == SUFFIX:
         items = tokens(path)
         return operand, len(items), lambda index: (items[index][0], lambda: items[index][1])
-    if os.path.isfile(path) and path.suffix.lower() not in MANY:
+    missing = path.suffix.lower() in image_suffixes() and not os.path.exists(path) and not glob.has_magic(operand)
+    if missing or (os.path.isfile(path) and path.suffix.lower() not in MANY):
         image = fit(load_rgb(operand))
         return operand, 1, lambda _: (path.stem, lambda: image)
     source = open_images(operand)

@@ -160,6 +160,8 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str) -> Iterator[Binar
         except DetailFlowError:
             raise
         except Image.UnidentifiedImageError as error:
+            if not file.seek(0, os.SEEK_END):
+                raise DetailFlowError(f"{name} is empty: it has 0 bytes") from error
             raise DetailFlowError(
                 f"{name} is not an image: its contents are in no raster format that is read"
             ) from error

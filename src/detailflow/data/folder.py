@@ -88,7 +88,9 @@ def find_in_folder(top: str, split: str | None) -> DataFiles:
         notes.question = _ask_for_a_split(top, subfolders)
     found = _sort(top, split, notes, metadata)
     if split is not None and not notes.splits:
-        raise DetailFlowError(f"{top} has no split {split!r}: it has no train, test or val subfolder")
+        raise DetailFlowError(
+            f"{top} has no split {split!r}: it has no train, test or val subfolder, so leave out the split"
+        )
     return found
 
 

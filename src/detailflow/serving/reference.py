@@ -52,7 +52,8 @@ def _operation(schema: Mapping[str, Any], title: str, operation: Mapping[str, An
     yield "<div><table><tr><th>Status</th><th>Answer</th></tr>"
     for status, response in operation["responses"].items():
         names = [_type(content.get("schema", {})) for content in response.get("content", {}).values()]
-        text = f"{_code(response['description'])} {escape(', '.join(filter(None, names)))}"
+        kinds = escape(", ".join(filter(None, names)))
+        text = _code(response["description"]).rstrip(".") + (f": {kinds}" if kinds else "")
         yield f"<tr><td>{status}</td><td>{text}</td></tr>"
     yield "</table></div>"
 

@@ -145,7 +145,7 @@ class Model(BaseModel):
     codebook_size: int
     fingerprint: str
     sampling: dict[str, Any]
-    limits: dict[str, float]
+    limits: dict[str, int | float]
 
 
 class Models(BaseModel):

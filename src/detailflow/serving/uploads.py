@@ -12,7 +12,7 @@ from detailflow.serving.config import ServeConfig
 from detailflow.serving.errors import ApiError
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # malformed forms are answered, and fill no log
-NAME = "the image"  # in messages
+NAME = "the upload"  # in messages
 AT_ONCE = 2  # images that are decoded, each of which may take eight bytes a pixel
 
 
@@ -30,7 +30,7 @@ class Uploads:
             ApiError: if it is too large or not an image.
         """
         if upload.size is not None and upload.size > self.config.max_upload:
-            raise ApiError(413, f"the image is too large: {self.config.max_upload:,} bytes are the most", "image")
+            raise ApiError(413, f"{NAME} is too large: {self.config.max_upload:,} bytes are the most", "image")
         async with self._room:
             content = await upload.read()
             try:

@@ -63,7 +63,8 @@ def split(config: ImageSettings, source: Source, world: World) -> tuple[Source, 
     if not chosen:
         return source, None
     if world.is_main:
-        _log.info("%s: %d of the %d images are held out for validation", source.where, len(chosen), len(source))
+        verb = "is" if len(chosen) == 1 else "are"
+        _log.info("%s: %d of the %d images %s held out for validation", source.where, len(chosen), len(source), verb)
     rest = [index for index in range(len(source)) if index not in chosen]
     return source.subset(rest), source.subset(sorted(chosen))
 
