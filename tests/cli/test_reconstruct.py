@@ -250,6 +250,12 @@ def test_no_file_of_the_users_own_is_replaced(model: Path, tmp_path: Path, capsy
         assert own.read_bytes() == before and len(list(own.parent.iterdir())) == 1
 
 
+def test_a_pattern_that_the_shell_did_not_resolve(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert reconstruct(model, tmp_path / "out", tmp_path / "*.jpg") == 2
+    assert capsys.readouterr().err.endswith("*.jpg does not exist: give the path of an image file\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_image(capsys: pytest.CaptureFixture[str]):
     assert main(["reconstruct"]) == 2
     assert "the following arguments are required: IMAGE" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The images that `reconstruct`, `vary` and `encode` are given: files, and sets of them."""
 
-import glob
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -114,7 +113,7 @@ def _open(operand: str, fit: "Fit", tokens: "Tokens | None") -> "tuple[str, int,
     if tokens is not None and path.suffix.lower() == SUFFIX:
         items = tokens(path)
         return operand, len(items), lambda index: (items[index][0], lambda: items[index][1])
-    missing = path.suffix.lower() in image_suffixes() and not os.path.exists(path) and not glob.has_magic(operand)
+    missing = path.suffix.lower() in image_suffixes() and not os.path.exists(path)
     if missing or (os.path.isfile(path) and path.suffix.lower() not in MANY):
         image = fit(load_rgb(operand))
         return operand, 1, lambda _: (path.stem, lambda: image)
