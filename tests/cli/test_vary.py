@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from detailflow import DetailFlowPipeline
@@ -165,11 +166,18 @@ def test_an_unreadable_image_of_a_folder(run: Any):
 def test_another_model(run: Any, pipeline: DetailFlowPipeline, tmp_path: Path):
     picture("a.png")
     assert run("encode", "a.png", "--dtype", "bfloat16")[0] == 0
-    assert run("decode", "tokens.npz")[0] == 0  # in another dtype it is the same tokenizer
+    for dtype in ("float32", "float16"):  # in another dtype it is the same tokenizer
+        assert run("decode", "tokens.npz", "--dtype", dtype)[0] == 0
     for command in ("vary", "decode"):
         status, _, err = run(command, "tokens.npz", "--model", Path(__file__).parents[1] / "parity" / "tiny-32")
         assert status == 2 and "tokens.npz has the tokens of another tokenizer" in err and err.count("\n") == 1
     other = DetailFlowTokenizer(pipeline.tokenizer.config)
+    assert other.fingerprint() != pipeline.tokenizer.fingerprint()
+    other.load_state_dict(pipeline.tokenizer.state_dict())
+    with torch.no_grad():
+        other.decoder.to_pixels.weight.neg_()
+        assert other.fingerprint() == pipeline.tokenizer.fingerprint()  # the same tokens
+        other.quantizer.codebook[0, 0].neg_()
     assert other.fingerprint() != pipeline.tokenizer.fingerprint()
 
 

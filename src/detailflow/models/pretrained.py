@@ -59,10 +59,6 @@ class Pretrained(nn.Module):
         """Write config.json and model.safetensors to `folder`."""
         hub.save(folder, self.kind, asdict(self.config), self.state_dict())
 
-    def fingerprint(self) -> str:
-        """Return what names these weights in token files and answers: the same in float32 and bfloat16."""
-        return hub.fingerprint({}, {name: value.to(torch.bfloat16) for name, value in self.state_dict().items()})
-
     @property
     def device(self) -> torch.device:
         """The device of the weights."""

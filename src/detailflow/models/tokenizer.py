@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detailflow import graphs
+from detailflow import graphs, hub
 from detailflow.data.transforms import to_uint8
 from detailflow.device import to_device
 from detailflow.errors import DetailFlowError
@@ -279,6 +279,14 @@ class DetailFlowTokenizer(Pretrained):
         """A checksum of the signs in the codebook, which no rounding changes; `None` of a tokenizer without weights."""
         signs = torch.signbit(self.quantizer.codebook.detach())
         return None if signs.is_meta else hashlib.sha256(signs.cpu().numpy().tobytes()).hexdigest()[:16]
+
+    def fingerprint(self) -> str:
+        """Return what names its tokens in token files and answers: a checksum of the encoder's and codebook's signs.
+
+        No rounding to another dtype changes it, and a decoder may learn on.
+        """
+        parts = {name: x for name, x in self.state_dict().items() if not name.startswith("decoder.")}
+        return hub.fingerprint({}, {name: torch.signbit(x) for name, x in parts.items()})
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, num_tokens: int | None = None) -> Tensor:
