@@ -76,7 +76,8 @@ def main(argv: Sequence[str]) -> int:
             args.model, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, engine=args.engine
         )
         app = create_app(pipeline, config)
-        print(f"serving {config.model_name} at {url(listener)} (what to ask: {url(listener)}/docs)", flush=True)
+        address = url(listener)
+        print(f"serving {config.model_name}: the studio at {address}, the API at {address}/docs", flush=True)
         Server(app, args.access_log).run([listener])
     return 0
 
