@@ -143,7 +143,7 @@ function showState() {
   const { step, isRunning } = studio;
   byId("empty").hidden = Boolean(step);
   byId("stop").hidden = !isRunning;
-  byId("generate").textContent = isRunning ? "Generate anew" : "Generate";
+  byId("generate").textContent = isRunning ? "Start over" : "Generate";
   document.body.classList.toggle("running", isRunning);
 }
 

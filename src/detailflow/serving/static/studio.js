@@ -1,4 +1,4 @@
-// What is shown and what runs: one step at a time, of which a newer one takes the place.
+// What is shown and what runs: one step at a time; a newer one takes its place.
 
 import { linkOf } from "./link.js";
 import { Step } from "./step.js";
@@ -122,7 +122,7 @@ export class Studio extends EventTarget {
     this.#tell("state");
   }
 
-  /** Forget a step of which nothing came, and show the one before. */
+  /** Forget a step that gave nothing, and show the one before. */
   #discard(step) {
     if (step.parent) step.parent.children = step.parent.children.filter((one) => one !== step);
     this.roots = this.roots.filter((one) => one !== step);
