@@ -100,7 +100,7 @@ def test_a_folder_in_place_of_a_token_file(tmp_path: Path):
 )
 def test_another_content(change: dict[str, np.ndarray | None], message: str, tmp_path: Path):
     changed = {name: value for name, value in (entries(example(), tmp_path) | change).items() if value is not None}
-    np.savez(tmp_path / "tokens.npz", allow_pickle=True, **changed)
+    np.savez(tmp_path / "tokens.npz", **changed)
     with pytest.raises(DetailFlowError, match=f"^{tmp_path / 'tokens.npz'} .*{message}"):
         TokenFile.read(tmp_path / "tokens.npz")
 

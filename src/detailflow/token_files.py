@@ -46,7 +46,7 @@ class TokenFile:
             "fingerprint": np.array(self.fingerprint),
         }
         with writing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **entries)
+            np.savez(file, **entries)  # type: ignore[arg-type]  # allow_pickle is new in NumPy 2
 
     @classmethod
     def read(cls, path: Path) -> "TokenFile":

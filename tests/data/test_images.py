@@ -120,7 +120,7 @@ def test_unreadable_images_are_named_in_one_sentence(tmp_path):
     (tmp_path / "broken.png").write_bytes(png(big)[:60] + b"?" * 500 + png(big)[560:])
     for name, message in {
         "text.png": "is not an image",
-        "empty.png": "is not an image",
+        "empty.png": "is empty: it has 0 bytes",
         "cut.png": "is damaged",
         "cut.jpg": "is damaged",
         "broken.png": "is damaged",

@@ -328,4 +328,4 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
     entries |= {"features": statistics.features, "fingerprint": statistics.fingerprint}
     with writing(path) as temporary, temporary.open("wb") as file:
         known = {name: np.asarray(value) for name, value in entries.items() if value is not None}
-        np.savez(file, allow_pickle=False, **known)
+        np.savez(file, **known)  # type: ignore[arg-type]  # allow_pickle is new in NumPy 2
