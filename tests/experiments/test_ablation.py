@@ -1,6 +1,5 @@
 """experiments/ablation/run.py: its commands, its table, and two variants from end to end at a tiny size."""
 
-import importlib.util
 import json
 import os
 import re
@@ -8,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -39,12 +39,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def ablation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablation", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def ablation(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT)
 
 
 def differing(a: Any, b: Any, prefix: str = "") -> dict[str, Any]:

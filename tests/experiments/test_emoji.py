@@ -1,8 +1,8 @@
 """experiments/emoji/split.py: emoji held out by name, with all skin tones of a name on one side."""
 
-import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,12 +14,8 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "emoji" / "split.py"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("emoji_split", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT)
 
 
 TONES = ("LIGHT", "MEDIUM-LIGHT", "MEDIUM", "MEDIUM-DARK", "DARK")

@@ -1,6 +1,6 @@
 """experiments/shipped-model/make.py: its settings are the shipped model's, and its commands run at a tiny size."""
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -38,12 +38,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def make() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_shipped_model", FOLDER / "make.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(FOLDER / "make.py")
 
 
 def test_the_settings_are_those_of_the_shipped_model(
