@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+PERCENT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # for decoding steps, which say nothing to users
+
 
 def progress_bar(
     items: Iterable[Any] | None = None, *, desc: str, unit: str = "it", total: int | None = None, main: bool = True,

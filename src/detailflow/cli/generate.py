@@ -13,7 +13,7 @@ from detailflow.cli.common import (
     sampling_options,
 )
 from detailflow.errors import DetailFlowError
-from detailflow.progress import progress_bar
+from detailflow.progress import PERCENT, progress_bar
 from detailflow.settings import BatchSize, PositiveInt, Seed, listed
 
 if TYPE_CHECKING:
@@ -131,9 +131,8 @@ def _few(
     check_ours([args.output / name for name in names], "generate")
 
     shown = []
-    # A bar in percent: it counts decoding steps of images, which say nothing to the user.
-    form, steps = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", schedule.valid_counts.index(num_tokens) + 1
-    with progress_bar(desc="generating", total=len(labels) * steps, bar_format=form) as bar:
+    steps = schedule.valid_counts.index(num_tokens) + 1
+    with progress_bar(desc="generating", total=len(labels) * steps, bar_format=PERCENT) as bar:
         options = {"seed": args.seed, "num_tokens": num_tokens, "counts": counts, "progress": bar.update, **sampling}
         for first in range(0, len(labels), BATCH_SIZE):
             stages = list(pipeline.stream(labels[first : first + BATCH_SIZE], first_image=first, **options))

@@ -15,7 +15,7 @@ from detailflow.cli.common import (
 )
 from detailflow.cli.inputs import Inputs, add_image_options
 from detailflow.errors import DetailFlowError
-from detailflow.progress import progress_bar
+from detailflow.progress import PERCENT, progress_bar
 from detailflow.settings import PositiveInt, Seed
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ def main(argv: Sequence[str]) -> int:
     inputs.check_outputs(outputs, "vary")
 
     steps = sum(n >= k for k in keeps for n in schedule.valid_counts) * args.num * len(classes)
-    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with progress_bar(desc="generating", total=steps * len(inputs.names), bar_format=form) as bar:
+    with progress_bar(desc="generating", total=steps * len(inputs.names), bar_format=PERCENT) as bar:
         options = {"num_images": args.num, "seed": args.seed, "progress": bar.update, **sampling}
         for name, subject in inputs:
             tiles, variations = variation_tiles(pipeline, subject, keeps, classes, options)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from detailflow.errors import DetailFlowError, some_names
+from detailflow.errors import DetailFlowError, first_line, some_names
 from detailflow.settings import parse_settings
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -35,7 +35,7 @@ def build(
         with torch.device("meta"), _NoDraws():
             model = network(sizes)
     except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes beyond what a tensor can have
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise DetailFlowError(f"{source}: the config asks for impossible sizes: {reason}") from error
     load_weights(model, {name: tensor.to(dtype) for name, tensor in tensors.items()}, source, assign=True)
     return model.eval()
