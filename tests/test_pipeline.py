@@ -277,7 +277,7 @@ def test_models_that_do_not_fit_together(pipeline: DetailFlowPipeline, key: str,
 def test_an_ar_model_knows_its_tokenizer(pipeline: DetailFlowPipeline):
     """In any precision; a decoder that was trained further has the same codes."""
     gpt = copy.copy(pipeline.gpt)
-    gpt.config = replace(gpt.config, tokenizer=pipeline.tokenizer.codebook_fingerprint)
+    gpt.config = replace(gpt.config, tokenizer=pipeline.tokenizer.fingerprint())
     rounded = copy.deepcopy(pipeline.tokenizer).to(torch.bfloat16)
     rounded.decoder.to_pixels.bias.data += 1
     for tokenizer in (pipeline.tokenizer, rounded):

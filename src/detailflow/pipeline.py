@@ -95,7 +95,7 @@ class DetailFlowPipeline:
                 raise DetailFlowError(
                     f"tokenizer and AR model do not fit together: {key} is {ours} in the one, {theirs} in the other"
                 )
-        if gpt.config.tokenizer not in (None, tokenizer.codebook_fingerprint):
+        if gpt.config.tokenizer and gpt.config.tokenizer != tokenizer.fingerprint():
             what = "the AR model was trained on the codes of another tokenizer, so its images may show nothing"
             warnings.warn(f"{what}: give the tokenizer that it was made with", DetailFlowWarning, stacklevel=2)
         self.tokenizer = tokenizer

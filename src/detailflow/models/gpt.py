@@ -25,7 +25,7 @@ class GPTConfig(Settings):
     """Sizes of a `DetailFlowGPT`, the defaults are GPT-L's, and the sampling that suits the model best.
 
     `mlp` is the number of hidden units, `None` is 2/3 · 4 · width rounded up to a multiple of 256; `tokenizer` is the
-    codebook's fingerprint of the tokenizer that the model was trained with, if that is known.
+    fingerprint of the tokenizer that the model was trained with, if that is known.
 
     >>> GPTConfig(num_classes=1000).mlp
     2816

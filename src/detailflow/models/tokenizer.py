@@ -1,6 +1,5 @@
 """The 1-D tokenizer (Sec. 3.1 and 3.3): an image to an ordered token sequence, and its first n tokens back."""
 
-import hashlib
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -274,14 +273,8 @@ class DetailFlowTokenizer(Pretrained):
         self.decoder = Decoder(config)
         self.apply(_initialise)
 
-    @property
-    def codebook_fingerprint(self) -> str | None:
-        """A checksum of the signs in the codebook, which no rounding changes; `None` of a tokenizer without weights."""
-        signs = torch.signbit(self.quantizer.codebook.detach())
-        return None if signs.is_meta else hashlib.sha256(signs.cpu().numpy().tobytes()).hexdigest()[:16]
-
     def fingerprint(self) -> str:
-        """Return what names its tokens in token files and answers: a checksum of the encoder's and codebook's signs.
+        """Return what names its tokens, to token files and AR models: a checksum of the encoder's and codebook's signs.
 
         No rounding to another dtype changes it, and a decoder may learn on.
         """

@@ -6,10 +6,11 @@ bytes depend neither on the number of processes nor on when they were killed.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -246,14 +247,15 @@ class _Extractor:
 
 def codes_fingerprint(path_or_id: str | Path) -> str:
     """Return what ties tokens to their tokenizer: a checksum of all but its decoder, which may learn on."""
-    config, tensors = hub.load(path_or_id, "tokenizer")
+    return _codes_fingerprint(*hub.load(path_or_id, "tokenizer"))
+
+
+def _codes_fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     kept = {name: value for name, value in config.items() if name not in ("decoder", "pixel_channels")}
     return hub.fingerprint(kept, {name: x for name, x in tensors.items() if not name.startswith("decoder.")})
 
 
 def made_by(store: TokenStore, path_or_id: str | Path) -> bool:
     """Return whether a store's tokens are those of a tokenizer."""
-    if store.info.tokenizer_fingerprint == codes_fingerprint(path_or_id):
-        return True
-    whole = hub.fingerprint(*hub.load(path_or_id, "tokenizer"))  # in stores of version 0.1
-    return store.info.tokenizer_fingerprint == whole
+    loaded, named = hub.load(path_or_id, "tokenizer"), store.info.tokenizer_fingerprint
+    return named in (_codes_fingerprint(*loaded), hub.fingerprint(*loaded))  # stores of version 0.1 name all weights

@@ -255,7 +255,7 @@ def model_config(config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTo
         group_size=tokenizer.config.group_size,
         causal_tokens=tokenizer.config.causal_tokens,
         codebook_size=tokenizer.config.codebook_size,
-        tokenizer=tokenizer.codebook_fingerprint,
+        tokenizer=None if tokenizer.device.type == "meta" else tokenizer.fingerprint(),  # a plan has no weights
         dropout=config.dropout,
         **asdict(config.sampling),
     )
