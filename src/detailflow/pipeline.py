@@ -350,15 +350,19 @@ def reconstruct(
     """Encode an image that `fit` returned, and yield it from its first 1, 2, 4, … N tokens, or `counts` tokens."""
     schedule = tokenizer.schedule
     counts = stage_counts(schedule) if counts is None else [schedule.check_count(n) for n in counts]
-    pixels = np.asarray(original)
     ids = encode_images(tokenizer, [original])
-
     for n in counts:
         height, width = schedule.decode_shape(n, original.height, original.width)
         picture = decode_images(tokenizer, ids[:, :n], (height, width))[0]
-        shown = picture.resize(original.size, Image.Resampling.BICUBIC)
+        shown, distance = enlarged(picture, original)
         size = height if height == width else (height, width)
-        yield Reconstruction(n, size, [shown], psnr(np.asarray(shown), pixels).item())
+        yield Reconstruction(n, size, [shown], distance)
+
+
+def enlarged(picture: Image.Image, original: Image.Image) -> tuple[Image.Image, float]:
+    """Return what tokens show of an image, at the image's own size, and its PSNR in dB over the bytes of the two."""
+    shown = picture.resize(original.size, Image.Resampling.BICUBIC)
+    return shown, psnr(np.asarray(shown), np.asarray(original)).item()
 
 
 def stage_counts(schedule: TokenSchedule, num_tokens: int | None = None) -> list[int]:
