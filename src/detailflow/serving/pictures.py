@@ -1,22 +1,21 @@
 """What people look at: their own image stage by stage, and how an image takes shape as an animation."""
 
 import asyncio
-import base64
 import io
 import math
+from functools import partial
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from fastapi import FastAPI, File, Form, UploadFile
 from fastapi.responses import Response
 from PIL import Image
 from pydantic import Field
 
-from detailflow.pipeline import fit, stage_counts
-from detailflow.psnr import psnr
+from detailflow.pipeline import enlarged, fit, stage_counts
 from detailflow.serving import schemas
+from detailflow.serving.engine import Picture
 from detailflow.serving.errors import ApiError
-from detailflow.serving.service import Service
+from detailflow.serving.service import Service, base64_png, image_data
 from detailflow.serving.uploads import Uploads
 
 MOST_PIXELS = 16_000_000  # of all frames of an animation
@@ -76,19 +75,14 @@ async def _reconstruct(service: Service, image: Image.Image, counts: list[int] |
     original = await asyncio.to_thread(fit, service.schedule, image)
     encoded = await service.encode(original, None, whole=False)
     counts = counts or stage_counts(service.schedule)
-    decoded = await service.decode(schemas.Tokens(tokens=encoded.tokens, num_tokens=counts, height=None, width=None))
-    data = await asyncio.to_thread(_compare, decoded.data, original)
-    return Reconstruction(**encoded.model_dump(), original=_png(original), data=data)
+    tokens = schemas.Tokens(tokens=encoded.tokens, num_tokens=counts, height=None, width=None)
+    data = await service.decoded(tokens, partial(_seen, original=original))
+    return Reconstruction(**encoded.model_dump(), original=base64_png(original), data=data)
 
 
-def _compare(stages: list[schemas.ImageData], original: Image.Image) -> list[Seen]:
-    pixels = np.asarray(original)
-    shown = [_opened(stage).resize(original.size, Image.Resampling.BICUBIC) for stage in stages]
-    distances = [psnr(np.asarray(image), pixels).item() for image in shown]
-    return [
-        Seen(**stage.model_dump(), psnr=value if math.isfinite(value) else None)
-        for stage, value in zip(stages, distances, strict=True)
-    ]
+def _seen(picture: Picture, original: Image.Image) -> Seen:
+    _, psnr = enlarged(Image.fromarray(picture.pixels), original)
+    return Seen(**image_data(picture).model_dump(), psnr=psnr if math.isfinite(psnr) else None)
 
 
 async def _animate(service: Service, body: Animation) -> bytes:
@@ -98,14 +92,12 @@ async def _animate(service: Service, body: Animation) -> bytes:
     if size**2 * len(counts) > MOST_PIXELS:
         most = math.isqrt(MOST_PIXELS // len(counts))
         raise ApiError(400, f"size must be at most {most} for {len(counts)} frames, not {size}", "size")
-    decoded = await service.decode(
-        schemas.Tokens(tokens=body.tokens, num_tokens=counts, height=None, width=None, model=body.model)
-    )
-    return await asyncio.to_thread(_animation, decoded.data, size, body)
+    tokens = schemas.Tokens(tokens=body.tokens, num_tokens=counts, height=None, width=None, model=body.model)
+    frames = await service.decoded(tokens, partial(_frame, size=size))
+    return await asyncio.to_thread(_animation, frames, body)
 
 
-def _animation(stages: list[schemas.ImageData], size: int, body: Animation) -> bytes:
-    frames = [_enlarged(_opened(stage), size) for stage in stages]
+def _animation(frames: list[Image.Image], body: Animation) -> bytes:
     duration = [body.milliseconds] * (len(frames) - 1) + [LAST_FRAME * body.milliseconds]
     options: dict[str, Any] = {"lossless": True} if body.format == "webp" else {"optimize": False}
     file = io.BytesIO()
@@ -113,17 +105,8 @@ def _animation(stages: list[schemas.ImageData], size: int, body: Animation) -> b
     return file.getvalue()
 
 
-def _enlarged(image: Image.Image, size: int) -> Image.Image:
+def _frame(picture: Picture, size: int) -> Image.Image:
     """Return an image with crisp pixels if it is small, or else smooth ones."""
+    image = Image.fromarray(picture.pixels)
     few = 2 * image.width <= size
     return image.resize((size, size), Image.Resampling.NEAREST if few else Image.Resampling.BICUBIC)
-
-
-def _opened(data: schemas.ImageData) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(data.b64_json)))
-
-
-def _png(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "png")
-    return base64.b64encode(file.getvalue()).decode()

@@ -6,10 +6,10 @@ import io
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ from detailflow.serving.config import ServeConfig
 from detailflow.serving.errors import ApiError, api_error
 from detailflow.serving.metrics import Metrics
 
+T = TypeVar("T")
 SAMPLING = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
 MOST_STAGES = 1024  # images of one `decode`
 
@@ -198,6 +199,11 @@ class Service:
 
     async def decode(self, body: schemas.Tokens) -> schemas.Images:
         """Return the images that an image's first tokens show."""
+        data = await self.decoded(body, image_data)
+        return self.images(data, data[-1].size, len(body.tokens))
+
+    async def decoded(self, body: schemas.Tokens, show: Callable[[engine.Picture], T]) -> list[T]:
+        """Return what `show`, in a thread, makes of each image that an image's first tokens show."""
         self.check_model(body.model)
         self._checked_tokens(body.tokens)
         counts = body.num_tokens if isinstance(body.num_tokens, list) else [body.num_tokens or len(body.tokens)]
@@ -211,9 +217,8 @@ class Service:
         by_count = {}
         with self.submit(engine.Decode(height, width), [engine.StagesItem(body.tokens, frozenset(counts))]) as job:
             async for _, picture, _ in job:
-                by_count[len(picture.tokens)] = await asyncio.to_thread(image_data, picture)
-        data = [by_count[n] for n in counts]
-        return self.images(data, data[-1].size, len(body.tokens))
+                by_count[len(picture.tokens)] = await asyncio.to_thread(show, picture)
+        return [by_count[n] for n in counts]
 
     def _full_size(self, body: schemas.Tokens) -> tuple[int, int]:
         side = self.schedule.image_size
@@ -282,12 +287,16 @@ def _event(name: str, data: Mapping[str, Any]) -> bytes:
 
 def image_data(picture: engine.Picture) -> schemas.ImageData:
     """Return an image as answers have it."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture.pixels).save(buffer, format="PNG")
     height, width = picture.pixels.shape[:2]
-    return schemas.ImageData(
-        b64_json=base64.b64encode(buffer.getvalue()).decode(), tokens=picture.tokens, size=f"{width}x{height}"
-    )
+    content = base64_png(Image.fromarray(picture.pixels))
+    return schemas.ImageData(b64_json=content, tokens=picture.tokens, size=f"{width}x{height}")
+
+
+def base64_png(image: Image.Image) -> str:
+    """Return a PNG file of an image as base64."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def usage(tokens: int) -> schemas.Usage:
