@@ -47,7 +47,7 @@ export class Api {
     }
   }
 
-  /** Yield `{ index, completed, numTokens, tokens, size, png }` for every stage of every image of a class. */
+  /** Yield `{ index, numTokens, tokens, png }` for every stage of every image of a class. */
   generate(fields, signal) {
     return this.#stages("v1/images/generations", json(fields), fields.n, signal);
   }
@@ -83,15 +83,8 @@ export class Api {
     try {
       for await (const { name, data } of serverSentEvents(response.body)) {
         if (name === "error") throw failure(0, data.error);
-        const isLast = name.endsWith(".completed");
-        completed += isLast;
-        yield {
-          index: data.image_index,
-          completed: isLast,
-          numTokens: data.num_tokens,
-          tokens: data.tokens,
-          png: data.b64_json,
-        };
+        completed += name.endsWith(".completed");
+        yield { index: data.image_index, numTokens: data.num_tokens, tokens: data.tokens, png: data.b64_json };
       }
     } catch (error) {
       throw error instanceof TypeError ? new Unreachable(error.message) : error;

@@ -2,9 +2,6 @@
 
 import { NAMES } from "./settings.js";
 
-/** A link has something that cannot be. */
-export class WrongLink extends Error {}
-
 /** Return the fragment of a step's link. */
 export function linkOf(step) {
   const fields = new URLSearchParams();
@@ -22,7 +19,7 @@ export function readLink(fragment, model) {
   const settings = Object.fromEntries(NAMES.filter((name) => fields.has(name)).map((name) => [name, fields.get(name)]));
   const prompt = fields.get("class");
   const image = prompt === null ? null : model.classOf(prompt);
-  if (image === undefined) throw new WrongLink(`the link’s class “${prompt}” is none of this model’s`);
+  if (image === undefined) throw new Error(`the link’s class “${prompt}” is none of this model’s`);
   const otherModel = fields.has("model") && !model.fingerprint.startsWith(fields.get("model"));
   const common = { image, settings, otherModel };
   if (fields.has("picture")) return { ...common, kind: "picture", tokens: read(fields.get("picture"), model) };
@@ -37,7 +34,7 @@ function written(tokens) {
 function read(text, model) {
   const tokens = text.split(".").map((code) => (/^[0-9a-z]{1,6}$/.test(code) ? parseInt(code, 36) : NaN));
   if (!tokens.every((code) => code < model.codebookSize) || !model.counts.includes(tokens.length)) {
-    throw new WrongLink("the link’s tokens are incomplete, or another model’s: ask for the whole link");
+    throw new Error("the link’s tokens are incomplete, or another model’s: ask for the whole link");
   }
   return tokens;
 }

@@ -28,7 +28,6 @@ export class Frame {
 export class Picture {
   frames = []; // by number of tokens
   tokens = [];
-  completed = false;
 
   /** Add a stage, decoded; it takes the place of one that came before the connection broke. */
   async add(stage) {
@@ -37,7 +36,6 @@ export class Picture {
     const others = this.frames.filter((one) => one.numTokens !== frame.numTokens);
     this.frames = [...others, frame].sort((a, b) => a.numTokens - b.numTokens);
     if (stage.tokens.length > this.tokens.length) this.tokens = stage.tokens;
-    this.completed ||= stage.completed ?? false;
   }
 
   /** Return the frame of at most `n` tokens, or else the first; `undefined` if none has come. */
@@ -84,11 +82,6 @@ export class Step {
   /** The largest number of tokens that any picture has reached. */
   get newest() {
     return Math.max(...this.pictures.map((picture) => picture.last?.numTokens ?? 0));
-  }
-
-  /** The steps from the first one to this one. */
-  get path() {
-    return [...(this.parent?.path ?? []), this];
   }
 
   /** Keep the picture as it was encoded. */
