@@ -2,6 +2,10 @@
 
 const GOLDEN_ANGLE = 137.508; // degrees: neighbouring codes get hues far apart
 
+export function newCanvas(className, side = 1) {
+  return Object.assign(document.createElement("canvas"), { className, width: side, height: side });
+}
+
 /** Draw a frame in its own pixels; the style sheet enlarges it, crisp if it is small. */
 export function drawFrame(canvas, frame) {
   const bitmap = frame?.bitmap;
@@ -40,7 +44,7 @@ export async function enlarged(frame, factor) {
 export function illustrate(element, sides = [1, 2, 4, 8, 16, 32]) {
   element.replaceChildren(
     ...sides.map((side) => {
-      const canvas = Object.assign(document.createElement("canvas"), { width: side, height: side });
+      const canvas = newCanvas("", side);
       const context = canvas.getContext("2d");
       for (let y = 0; y < side; y++) {
         for (let x = 0; x < side; x++) {

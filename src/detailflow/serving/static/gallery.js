@@ -1,6 +1,6 @@
 // The images of a step, as large as the window allows; for people's own picture also the original and a row of stages.
 
-import { drawFrame, drawTokens } from "./drawing.js";
+import { drawFrame, drawTokens, newCanvas } from "./drawing.js";
 
 const GAP = 16; // pixels between tiles, as in the style sheet
 const LARGEST = 640; // pixels of a tile
@@ -147,8 +147,4 @@ function originalTile() {
 
 function strong(text) {
   return Object.assign(document.createElement("b"), { textContent: text });
-}
-
-function newCanvas(className) {
-  return Object.assign(document.createElement("canvas"), { className, width: 1, height: 1 });
 }

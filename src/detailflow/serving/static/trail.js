@@ -1,6 +1,6 @@
 // Where images came from: a tree of all steps, each a way back.
 
-import { drawFrame } from "./drawing.js";
+import { drawFrame, newCanvas } from "./drawing.js";
 
 export class Trail {
   #canvases = new WeakMap(); // by step
@@ -45,12 +45,7 @@ export class Trail {
   }
 
   #canvas(step) {
-    if (!this.#canvases.has(step)) {
-      this.#canvases.set(
-        step,
-        Object.assign(document.createElement("canvas"), { width: 1, height: 1, className: "blank" }),
-      );
-    }
+    if (!this.#canvases.has(step)) this.#canvases.set(step, newCanvas("blank"));
     return this.#canvases.get(step);
   }
 
