@@ -15,7 +15,7 @@ export function drawFrame(canvas, frame) {
     canvas.width = bitmap.width;
     canvas.height = bitmap.height;
   }
-  canvas.classList.toggle("few", bitmap.width * 2 * devicePixelRatio <= canvas.clientWidth * devicePixelRatio * 1.01);
+  canvas.classList.toggle("few", 2 * bitmap.width <= 1.01 * canvas.clientWidth);
   canvas.getContext("2d").drawImage(bitmap, 0, 0);
 }
 

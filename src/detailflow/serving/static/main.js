@@ -104,10 +104,9 @@ function make(spec, options) {
     if (!(error instanceof WrongSetting)) throw error;
     return; // the field says so
   }
-  const narrow =
-    byId("stage").getBoundingClientRect().top > innerHeight / 2 ||
-    byId("stage").getBoundingClientRect().bottom < innerHeight / 4;
-  if (narrow) byId("stage").scrollIntoView({ block: "start" });
+  const { top, bottom } = byId("stage").getBoundingClientRect();
+  const isOutOfSight = top > innerHeight / 2 || bottom < innerHeight / 4;
+  if (isOutOfSight) byId("stage").scrollIntoView({ block: "start" });
 }
 
 async function openPicture(picture) {

@@ -58,8 +58,8 @@ export function mark(field, message) {
   if (!note) return;
   note.hidden = !message;
   note.textContent = message ? sentence(message) : "";
-  field.toggleAttribute("aria-invalid", Boolean(message));
   if (message) field.setAttribute("aria-invalid", "true");
+  else field.removeAttribute("aria-invalid");
 }
 
 function sentence(message) {

@@ -124,12 +124,9 @@ export class Picker {
     this.#open(false);
     const text = this.input.value.trim();
     if (this.#chosen?.name === text || !this.#model) return;
-    if (!text && this.extra) this.value = this.extra;
-    else if (text) {
-      const [first] = this.#model.search(text);
-      if (first) this.value = first;
-      else this.#chosen = null;
-    } else this.#chosen = null;
+    const found = text ? this.#model.search(text)[0] : this.extra;
+    if (found) this.value = found;
+    else this.#chosen = null;
   }
 
   #open(open) {
