@@ -17,10 +17,7 @@ export class Detail {
     }
     this.picker = new Picker(document.getElementById("vary-class"), NO_CLASS);
     this.vary.addEventListener("submit", (event) => (event.preventDefault(), this.#vary()));
-    this.keep.addEventListener("input", () => {
-      studio.hold(this.#counts[this.keep.valueAsNumber]);
-      this.#showKept();
-    });
+    this.keep.addEventListener("input", () => studio.hold(this.#counts[this.keep.valueAsNumber]));
     for (const [id, action] of [
       ["save-exact", () => this.#save(this.#frame.blob, `-${this.#frame.numTokens}-tokens.png`)],
       [

@@ -37,7 +37,6 @@ export class Gallery {
     this.#stages = [];
     this.row.replaceChildren();
     this.#fit();
-    this.#draw();
     this.#mark();
   }
 
@@ -96,7 +95,7 @@ export class Gallery {
     this.element.setAttribute("aria-busy", String(this.studio.isRunning));
   }
 
-  /** Choose the number of columns that makes the tiles largest, at whole multiples of small images' pixels. */
+  /** Choose the columns that make the tiles largest, at whole multiples of small images' pixels; draw the tiles. */
   #fit() {
     const { step } = this.studio;
     if (!step) return;
