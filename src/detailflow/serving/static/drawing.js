@@ -43,8 +43,9 @@ export async function enlarged(frame, factor) {
 /** Fill an element with one landscape in 1, 2, 4, 8, … pixels a side. */
 export function illustrate(element, sides = [1, 2, 4, 8, 16, 32]) {
   element.replaceChildren(
-    ...sides.map((side) => {
+    ...sides.map((side, i) => {
       const canvas = newCanvas("", side);
+      canvas.style.setProperty("--order", i);
       const context = canvas.getContext("2d");
       for (let y = 0; y < side; y++) {
         for (let x = 0; x < side; x++) {
