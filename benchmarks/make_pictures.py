@@ -18,7 +18,6 @@ from PIL import Image
 from detailflow import DetailFlowError, DetailFlowPipeline, TokenSchedule
 from detailflow.cli.vary import Subject, variation_tiles
 from detailflow.data.images import open_images
-from detailflow.data.transforms import center_crop
 from detailflow.pictures import GAP, grid, strip
 from detailflow.pipeline import Stage, fit, stage_counts
 
@@ -60,17 +59,14 @@ def photographs(pipeline: DetailFlowPipeline, path: Path, count: int) -> list[Im
     source = open_images(path)
     firsts = np.unique(source.labels, return_index=True)[1]
     rows = sorted(firsts.tolist())[:count]
-    side = pipeline.tokenizer.schedule.image_size
-    crops = [Image.fromarray(center_crop(source.image(row), side)) for row in rows]
+    crops = [fit(pipeline.tokenizer.schedule, source.image(row)) for row in rows]
     return [strip(pipeline.reconstruct(crop), original=crop) for crop in crops]
 
 
 def variations(pipeline: DetailFlowPipeline, path: Path, rows: list[int], seed: int) -> list[Image.Image]:
     """Return a sheet for each photograph of `rows`: by tokens kept (down) and class (across)."""
-    schedule, names = (
-        pipeline.tokenizer.schedule,
-        [pipeline.class_name(i) for i in range(pipeline.gpt.config.num_classes)],
-    )
+    schedule = pipeline.tokenizer.schedule
+    names = [pipeline.class_name(i) for i in range(pipeline.gpt.config.num_classes)]
     classes = pipeline.class_ids([name for name in VARIED if name in names] or list(range(min(5, len(names)))))
     keeps = [n for n in stage_counts(schedule) if 4 <= n < schedule.num_tokens]
     source, sheets = open_images(path), []
