@@ -221,14 +221,15 @@ def soaked(options: argparse.Namespace, more: list[str]) -> list[str]:
         metrics = httpx.get(f"{served.url}/metrics", timeout=60).text
         waiting = next(line for line in metrics.splitlines() if line.startswith("detailflow_queue_images "))
         errors = [] if options.kill_every else served.errors()
-    print(f"{options.clients} clients for {took:.0f} s, killed every {options.kill_every} s" if options.kill_every
-          else f"{options.clients} clients for {took:.0f} s")  # fmt: skip
+    killed = f", killed every {options.kill_every} s" if options.kill_every else ""
+    print(f"{options.clients} clients for {took:.0f} s{killed}")
     for outcome, number in soak.outcomes.most_common():
         print(f"{number:>8} {outcome}")
     compared = soak.compare(DetailFlowPipeline.from_pretrained(options.model, device="cpu"))
     print(f"{compared:>8} images of {len(soak.sample)} completed requests computed again, and compared")
     if memory:
-        early, late = memory[int(WARM * len(memory))], max(memory[int(WARM * len(memory)) :])
+        warm = memory[int(WARM * len(memory)) :]
+        early, late = warm[0], max(warm)
         print(f"memory: {early:.0f} MB after {WARM:.0%} of the time, at most {late:.0f} MB after that")
         if late > (1 + GROWTH) * early:
             soak.problem(f"memory grew by {late / early - 1:.0%}")
