@@ -1,7 +1,6 @@
 """examples/ray_serve.py on a Ray of this machine with two replicas; `make ray` runs this."""
 
 import base64
-import io
 import os
 import re
 import runpy
@@ -13,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from answers import KEY, same
+from answers import KEY, png, same
 
 from detailflow import DetailFlowPipeline
 
@@ -78,10 +77,9 @@ def test_a_stream_and_an_edit(http: httpx.Client, pipeline: DetailFlowPipeline):
     with http.stream("POST", "/v1/images/generations", json=body) as answer:
         kinds = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
     assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
-    file = io.BytesIO()
-    pipeline("bird", seed=2)[0].save(file, format="PNG")
+    image = png(pipeline("bird", seed=2)[0])
     form = {"prompt": "cat", "keep": "8", "seed": "3"}
-    (edited,) = http.post("/v1/images/edits", data=form, files={"image": file.getvalue()}).json()["data"]
+    (edited,) = http.post("/v1/images/edits", data=form, files={"image": image}).json()["data"]
     assert base64.b64decode(edited["b64_json"]).startswith(b"\x89PNG")
 
 

@@ -24,7 +24,7 @@ def test_the_page_needs_no_key_and_allows_only_its_own_files(server: Any):
 
 def test_every_file_that_the_page_names_is_there(server: Any):
     names = re.findall(r'(?:src|href)="studio/([^"]+)"', PAGE)
-    assert {f"{path.name}" for path in MODULES} | {"base.css", "layout.css", "images.css", "icon.svg"} == set(names)
+    assert {path.name for path in MODULES} | {"base.css", "layout.css", "images.css", "icon.svg"} == set(names)
     for name in names:
         answer = httpx.get(f"{server.url}/studio/{name}")
         assert answer.text == (FILES / name).read_text(encoding="utf-8")
