@@ -72,21 +72,16 @@ def generation(options: Options, emit: Emit, model: str) -> None:
     """Time whole images and the decoder by every engine, at each batch size, in turns."""
     import torch
 
-    from detailflow.benchmark import RecomputingGPT, decoding_work, generation_work, random_pipeline
+    from detailflow.benchmark import RecomputingGPT, decoding_work, generation_work
     from detailflow.generation import CachedModel
     from detailflow.graphs import GraphedModel
     from detailflow.labels import ClassId
     from detailflow.machine import measure_ceilings
-    from detailflow.pipeline import DetailFlowPipeline
 
-    device, dtype = torch.device(options.device), torch.bfloat16
-    if model == "shipped" or options.small:
-        pipe = DetailFlowPipeline.from_pretrained(device=device, dtype=dtype)
-    else:
-        pipe = random_pipeline(model, device, dtype)
+    device = torch.device(options.device)
+    pipe = load_pipeline(options, model)
     gpt, tokenizer = pipe.gpt, pipe.tokenizer
-    gpt.engine = tokenizer.engine = "graphs"
-    ceilings = measure_ceilings(device, dtype, repeats=1 if options.small else 5)
+    ceilings = measure_ceilings(device, torch.bfloat16, repeats=1 if options.small else 5)
     emit({"what": f"ceilings: {ceilings}"})
 
     for batch in (1, 2) if options.small else (1, 8, 32, 128):
@@ -120,17 +115,27 @@ def generation(options: Options, emit: Emit, model: str) -> None:
             emit(row)
 
 
-def tokens_of(gpt: Any, labels: Sequence[int], engine: type) -> Any:
-    """Generate tokens with an engine, whatever the model's own."""
+def load_pipeline(options: Options, model: str) -> Any:
+    """Load the shipped model, or one with random weights, in bfloat16 and with the graphs engine."""
     import torch
 
-    from detailflow.generation import generate, image_noise
-    from detailflow.pipeline import image_generator
+    from detailflow.benchmark import random_pipeline
+    from detailflow.pipeline import DetailFlowPipeline
 
-    sampling, n = gpt.config.sampling, gpt.config.num_tokens
-    noise = image_noise([image_generator(0, i) for i in range(len(labels))], n)
-    ids = torch.tensor(labels, device=gpt.device)
-    *_, tokens = generate(engine(gpt, ids, sampling.guided), gpt.schedule, sampling, noise, n, gpt.device)
+    device, dtype = torch.device(options.device), torch.bfloat16
+    if model == "shipped" or options.small:
+        pipe = DetailFlowPipeline.from_pretrained(device=device, dtype=dtype)
+    else:
+        pipe = random_pipeline(model, device, dtype)
+    pipe.gpt.engine = pipe.tokenizer.engine = "graphs"
+    return pipe
+
+
+def tokens_of(gpt: Any, labels: Sequence[int], engine: type) -> Any:
+    """Generate tokens with an engine, whatever the model's own."""
+    from detailflow.benchmark import stream
+
+    *_, tokens = stream(gpt, labels, engine=engine)
     return tokens
 
 
@@ -155,16 +160,9 @@ def in_turns(cases: dict[str, Callable[[], object]], device: Any, repeats: int) 
 
 def compiled_generation(options: Options, emit: Emit) -> None:
     """Time `pipe.compile(1)`: fused kernels, captured."""
-    import torch
-
-    from detailflow.benchmark import random_pipeline
     from detailflow.graphs import GraphedModel
-    from detailflow.pipeline import DetailFlowPipeline
 
-    device = torch.device(options.device)
-    small = DetailFlowPipeline.from_pretrained(device=device, dtype="bfloat16") if options.small else None
-    pipe = small or random_pipeline("detailflow-16", device, torch.bfloat16)
-    pipe.gpt.engine = pipe.tokenizer.engine = "graphs"
+    pipe = load_pipeline(options, "detailflow-16")
     if not options.small:  # minutes on a CPU
         pipe.compile(1)
     start = time.perf_counter()
@@ -172,7 +170,7 @@ def compiled_generation(options: Options, emit: Emit) -> None:
     pipe.tokenizer.decode_bytes(tokens)
     emit({"images": 1, "what": "compile and capture", "ms": (time.perf_counter() - start) * 1e3})
     cases = {"compiled graphs, to bytes": lambda: pipe.tokenizer.decode_bytes(tokens_of(pipe.gpt, [0], GraphedModel))}
-    for what, times in in_turns(cases, device, 1 if options.small else 9).items():
+    for what, times in in_turns(cases, pipe.device, 1 if options.small else 9).items():
         emit({"images": 1, "what": what, "ms": statistics.median(times) * 1e3})
 
 
