@@ -342,8 +342,8 @@ def main() -> int:
             continue
         print(f"— {name}", flush=True)
         results.append(one_part(name, min(limit * args.patience, end - time.monotonic()), options))
-        write_report(args.output, facts, results, options)
-    print((args.output / f"{report_name(facts, options)}.md").read_text())
+        write_report(args.output, facts, results)
+    print((args.output / f"{report_name(facts)}.md").read_text())
     return 0 if all(result["problem"] is None for result in results) else 1
 
 
@@ -376,19 +376,16 @@ def one_part(name: str, limit: float, options: Options) -> dict[str, Any]:
     if limit < 5:
         return result | {"problem": "no time was left"}
     command = [sys.executable, __file__, "--part", name, "--device", options.device]
+    command += ["--small"] if options.small else []
     start, environment = time.monotonic(), os.environ | {"PYTHONUNBUFFERED": "1"}
     path = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [*command, *(["--small"] if options.small else [])], stdout=log, stderr=log, env=environment, cwd=ROOT
-        )
         try:
-            if status := process.wait(timeout=limit):
-                result["problem"] = f"ended with status {status}"
+            done = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, timeout=limit)
+            if done.returncode:
+                result["problem"] = f"ended with status {done.returncode}"
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
             result["problem"] = f"took longer than {limit:.0f} s"
         log.seek(0)
         lines = log.read().splitlines()
@@ -419,21 +416,18 @@ def machine(options: Options) -> dict[str, Any]:
     return facts | {"processors": os.cpu_count(), "small": options.small}
 
 
-def report_name(facts: dict[str, Any], options: Options) -> str:
+def report_name(facts: dict[str, Any]) -> str:
     """Return the report's file name without its ending."""
     words = "".join(c if c.isalnum() else "-" for c in facts["device"].lower())
-    return "-".join(filter(None, words.split("-"))) + ("-small" if options.small else "")
+    return "-".join(filter(None, words.split("-"))) + ("-small" if facts["small"] else "")
 
 
-def write_report(folder: Path, facts: dict[str, Any], results: Sequence[dict[str, Any]], options: Options) -> None:
+def write_report(folder: Path, facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     """Write NAME.md and NAME.json."""
-    path = folder / report_name(facts, options)
+    path = folder / report_name(facts)
     path.with_suffix(".json").write_text(json.dumps({"machine": facts, "parts": results}, indent=1) + "\n")
-    lines = [
-        f"# {facts['device']}",
-        "",
-        "`python benchmarks/gpu.py`: " + ", ".join(f"{k} {v}" for k, v in facts.items()),
-    ]
+    shown = ", ".join(f"{k} {v}" for k, v in facts.items())
+    lines = [f"# {facts['device']}", "", f"`python benchmarks/gpu.py`: {shown}"]
     for result in results:
         lines += ["", f"## {result['part']}", ""]
         if result["problem"]:
