@@ -28,6 +28,7 @@ from detailflow.data.transforms import center_crop, to_tensor  # noqa: E402
 from detailflow.export.folder import PRECISIONS, export  # noqa: E402
 from detailflow.generation import with_null_class  # noqa: E402
 from detailflow.pipeline import image_generator  # noqa: E402
+from detailflow.psnr import psnr  # noqa: E402
 
 PHOTOS = ROOT / "tests" / "data" / "images" / "cifar10.parquet"
 
@@ -88,10 +89,9 @@ def step_logits(generator: Generator, classes: np.ndarray, tokens: np.ndarray) -
     return np.concatenate(found, 1)
 
 
-def psnr(images: np.ndarray, wanted: np.ndarray) -> float:
+def mean_psnr(images: np.ndarray, wanted: np.ndarray) -> float:
     """Return the mean PSNR in dB of images with values in [-1, 1]."""
-    errors = np.square(np.clip(images, -1, 1) - np.clip(wanted, -1, 1)).mean((1, 2, 3))
-    return float((10 * np.log10(4 / errors)).mean())
+    return psnr(np.clip(images, -1, 1), np.clip(wanted, -1, 1), peak=2).mean().item()
 
 
 @torch.inference_mode()
@@ -121,9 +121,9 @@ def accuracy(
     size = {"size": np.array([tokenizer.config.image_size])}
     pixels = tokenizer.decode(codes).numpy()
     (decoded,) = generator.decoder.run(["pixels"], size | {"ids": codes.numpy()})
-    print(f"  images decoded from the same codes: {psnr(decoded, pixels):.1f} dB from ours")
+    print(f"  images decoded from the same codes: {mean_psnr(decoded, pixels):.1f} dB from ours")
     (rebuilt,) = generator.decoder.run(["pixels"], size | {"ids": encoded})
-    ours, theirs = psnr(pixels, photos.numpy()), psnr(rebuilt, photos.numpy())
+    ours, theirs = mean_psnr(pixels, photos.numpy()), mean_psnr(rebuilt, photos.numpy())
     print(f"  photographs encoded and decoded: {theirs:.2f} dB from the original, ours {ours:.2f} dB")
 
 
