@@ -292,9 +292,11 @@ class DetailFlowGPT(Pretrained):
         """Begin a batch with the engine that `engine` names, or the first that can run this model."""
         if self.uses_native:
             return native.NativeGeneration(self, class_ids, guided)
-        if self.engine == "graphs" and (problem := graphs.why_not(self)):
-            raise DetailFlowError(f"the graphs engine cannot run this model: {problem}")
-        return (graphs.GraphedModel if self.uses_graphs else generation.CachedModel)(self, class_ids, guided)
+        if self.uses_graphs:
+            return graphs.GraphedModel(self, class_ids, guided)
+        if self.engine == "graphs":
+            raise DetailFlowError(f"the graphs engine cannot run this model: {graphs.why_not(self)}")
+        return generation.CachedModel(self, class_ids, guided)
 
     @property
     def uses_native(self) -> bool:
