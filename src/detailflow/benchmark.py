@@ -61,8 +61,7 @@ class RecomputingGPT(Engine):
     def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
         self.model, self.guided = model, guided
         self.class_ids = with_null_class(class_ids, model.config.num_classes) if guided else class_ids
-        self.rotation = model.rotary_table().to(model.device)
-        self.mask = model.schedule.attention_mask(model.config.num_tokens, model.device)
+        self.rotation, self.mask = model.tables()
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
