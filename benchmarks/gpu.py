@@ -78,9 +78,8 @@ def generation(options: Options, emit: Emit, model: str) -> None:
     from detailflow.labels import ClassId
     from detailflow.machine import measure_ceilings
 
-    device = torch.device(options.device)
     pipe = load_pipeline(options, model)
-    gpt, tokenizer = pipe.gpt, pipe.tokenizer
+    device, gpt, tokenizer = pipe.device, pipe.gpt, pipe.tokenizer
     ceilings = measure_ceilings(device, torch.bfloat16, repeats=1 if options.small else 5)
     emit({"what": f"ceilings: {ceilings}"})
 
@@ -122,11 +121,10 @@ def load_pipeline(options: Options, model: str) -> Any:
     from detailflow.benchmark import random_pipeline
     from detailflow.pipeline import DetailFlowPipeline
 
-    device, dtype = torch.device(options.device), torch.bfloat16
     if model == "shipped" or options.small:
-        pipe = DetailFlowPipeline.from_pretrained(device=device, dtype=dtype)
+        pipe = DetailFlowPipeline.from_pretrained(device=options.device, dtype="bfloat16")
     else:
-        pipe = random_pipeline(model, device, dtype)
+        pipe = random_pipeline(model, torch.device(options.device), torch.bfloat16)
     pipe.gpt.engine = pipe.tokenizer.engine = "graphs"
     return pipe
 
