@@ -4,6 +4,7 @@ DETAILFLOW_GPU_TESTS=cpu in the environment runs the same tests on a CPU, where 
 """
 
 import gc
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -195,12 +196,11 @@ def test_memory_is_given_back():
     assert torch.cuda.memory_allocated() - before < 80 * 2**20  # workspaces of libraries stay
 
 
-@pytest.mark.parametrize("batch", [2])
-def test_compiled_and_captured(batch: int):
+def test_compiled_and_captured():
     eager, compiled = shipped(dtype="float32", engine="torch"), shipped(dtype="float32")
     if DEVICE.type == "cuda":
-        compiled.compile(batch)
-    ids = torch.tensor([3, 5][:batch])
+        compiled.compile(2)
+    ids = torch.tensor([3, 5])
     for _ in range(3):
         tokens = compiled.gpt.generate(ids, temperature=0.0)
     assert agreement(tokens, eager.gpt.generate(ids, temperature=0.0)) > 0.9
@@ -262,7 +262,7 @@ def codes() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_tokenizer_training(tmp_path: Path, precision: str):
     found = losses(tokenizer_stage(tmp_path, precision=precision), images())
-    assert all(map(torch.isfinite, map(torch.tensor, found)))
+    assert all(map(math.isfinite, found))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -274,7 +274,7 @@ def test_ar_training(precision: str):
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="compiling for a CPU is tested elsewhere")
 def test_compiled_training(tmp_path: Path):
     assert losses(ar_stage(compile=True), codes(), 30)[-1] < 5
-    assert all(map(torch.isfinite, map(torch.tensor, losses(tokenizer_stage(tmp_path, compile=True), images(), 4))))
+    assert all(map(math.isfinite, losses(tokenizer_stage(tmp_path, compile=True), images(), 4)))
 
 
 def test_fsdp2_with_one_process(tmp_path: Path):
