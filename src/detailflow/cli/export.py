@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detailflow.cli.common import MODEL, Parser, check_output
-from detailflow.errors import missing_package
 from detailflow.settings import Location
 
 
@@ -26,12 +25,7 @@ def main(argv: Sequence[str]) -> int:
     """Export and say what was written."""
     args = parser().parse_args(argv)
     check_output(args.onnx)
-    try:
-        from detailflow.export.folder import export
-    except ModuleNotFoundError as error:
-        if error.name != "onnx":
-            raise
-        raise missing_package("detailflow export", error.name, extra="onnx") from error
+    from detailflow.export.folder import export
     from detailflow.pipeline import DetailFlowPipeline
 
     pipeline = DetailFlowPipeline.from_pretrained(args.model, device="cpu", tokenizer=args.tokenizer)

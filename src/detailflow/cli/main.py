@@ -40,6 +40,8 @@ _SHOW_LOG = {
     "encode": "stderr",
 }
 
+_EXTRAS = {"serve": "serve", "export": "onnx"}  # that bring the packages of a command; of the others it is "train"
+
 HELP = f"""usage: detailflow COMMAND …
 
 Images as short sequences of tokens, from coarse to fine (arXiv 2505.21473).
@@ -150,7 +152,8 @@ def _run(argv: list[str]) -> int:
     except ModuleNotFoundError as error:  # wherever it is imported
         if error.name is None or error.name.split(".")[0] == "detailflow":
             raise
-        raise missing_package(f"detailflow {command}", error.name.split(".")[0]) from error
+        package, extra = error.name.split(".")[0], _EXTRAS.get(command, "train")
+        raise missing_package(f"detailflow {command}", package, extra=extra) from error
 
 
 def _command(command: str, rest: list[str]) -> int:

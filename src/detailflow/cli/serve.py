@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detailflow.cli.common import Parser, add_model_options
-from detailflow.errors import DetailFlowError, missing_package
+from detailflow.errors import DetailFlowError
 from detailflow.serving.config import Timeout, Window
 from detailflow.settings import BatchSize, PositiveInt
 
@@ -44,14 +44,11 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     # Before torch is imported: threads that spin while they wait would take the cores from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        from detailflow.serving.app import create_app
-        from detailflow.serving.config import ServeConfig
-        from detailflow.serving.server import Server, is_loopback, listen, url
-    except ModuleNotFoundError as error:
-        raise missing_package("detailflow serve", error.name, extra="serve") from error
     from detailflow.data.decode import MAX_PIXELS_VARIABLE, max_pixels
     from detailflow.pipeline import DetailFlowPipeline
+    from detailflow.serving.app import create_app
+    from detailflow.serving.config import ServeConfig
+    from detailflow.serving.server import Server, is_loopback, listen, url
 
     pixels = max_pixels() if MAX_PIXELS_VARIABLE in os.environ else ServeConfig.max_pixels
     os.environ[MAX_PIXELS_VARIABLE] = str(2 * pixels)  # for images within images; a pixel of WebP counts twice
