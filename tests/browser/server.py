@@ -1,15 +1,18 @@
 """A server of its own process, and the browser in front of it."""
 
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 from playwright.sync_api import Browser, Playwright
+
+sys.path.append(str(Path(__file__).parents[1]))  # for `served`
+
+from served import Process
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -20,22 +23,14 @@ def launch(playwright: Playwright) -> Browser:
     return playwright.chromium.launch(executable_path=path)
 
 
-class Server:
-    """`detailflow serve` on one port, which can be killed and started again."""
+class Server(Process):
+    """A server that is ready once it is started, and can be killed."""
 
-    def __init__(self, *options: str, **environment: str) -> None:
-        self.options, self.environment, self.port = options, environment, 0
-        self.start()
+    errors = None  # to the terminal
 
     def start(self) -> None:
-        """Start it, on its old port if it had one."""
-        command = [sys.executable, "-m", "detailflow", "serve", "--device", "cpu", "--port", str(self.port)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", **self.environment}
-        self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.PIPE, text=True, env=environment)
-        assert self.process.stdout is not None
-        found = re.search(r"http://\S+:(\d+)", self.process.stdout.readline())
-        assert found, "the server does not start"
-        self.url, self.port = found[0], int(found[1])
+        """Start it, and wait until it is ready."""
+        super().start()
         while not httpx.get(f"{self.url}/readyz").is_success:
             time.sleep(0.05)
 

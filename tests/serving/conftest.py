@@ -1,9 +1,6 @@
 """Servers: a process of the command, as a user starts it, and the same app in this process with other limits."""
 
-import os
-import re
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,32 +18,11 @@ from detailflow.serving.app import create_app
 from detailflow.serving.config import ServeConfig
 
 sys.path.append(str(Path(__file__).parent))  # for `answers`, which the tests share
+sys.path.append(str(Path(__file__).parents[1]))  # for `served`
 
 from answers import KEY
 
-
-class Process:
-    """`detailflow serve` on a free port."""
-
-    def __init__(self, *options: str, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "detailflow", "serve", "--port", "0", "--device", "cpu", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
-        )
-        assert self.process.stdout is not None
-        self.banner = self.process.stdout.readline()
-        found = re.search(r"http://\S+:\d+", self.banner)
-        assert found, (self.process.wait(10), self.process.stderr and self.process.stderr.read())
-        self.url = found[0]
-
-    def end(self) -> tuple[int, str]:
-        """Stop it as an operator does; return its exit status and what it wrote to stderr."""
-        self.process.terminate()
-        _, errors = self.process.communicate(timeout=30)
-        return self.process.returncode, errors
+from served import Process
 
 
 @contextmanager
