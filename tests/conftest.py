@@ -62,6 +62,12 @@ def model(pipeline: DetailFlowPipeline, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+@pytest.fixture(scope="session")
+def shipped() -> DetailFlowPipeline:
+    """The shipped model, an image of which takes long enough to be interrupted."""
+    return DetailFlowPipeline.from_pretrained(device="cpu")
+
+
 @pytest.fixture
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The AR model of tests/parity/tiny-32 with 1,000 classes instead of 10, beside its tokenizer."""

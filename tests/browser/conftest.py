@@ -11,8 +11,6 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Error, Page, expect, sync_playwright
 
-from detailflow import DetailFlowPipeline
-
 sys.path.append(str(Path(__file__).parent))  # for `server` and `studio`, which the tests share
 
 from server import Server, launch
@@ -58,12 +56,6 @@ def serve() -> Iterator[Callable[..., Server]]:
 def url(serve: Callable[..., Server]) -> str:
     """A server of the shipped model."""
     return serve().url
-
-
-@pytest.fixture(scope="session")
-def shipped() -> DetailFlowPipeline:
-    """The shipped model in this process, to compare with."""
-    return DetailFlowPipeline.from_pretrained(device="cpu")
 
 
 @pytest.fixture

@@ -84,12 +84,6 @@ class Here:
         self.listener.close()
 
 
-@pytest.fixture(scope="session")
-def shipped() -> DetailFlowPipeline:
-    """The shipped model, an image of which takes long enough to be interrupted."""
-    return DetailFlowPipeline.from_pretrained(device="cpu")
-
-
 @pytest.fixture
 def here(shipped: DetailFlowPipeline) -> Iterator[Callable[..., Here]]:
     """Start a server of the shipped model with these limits."""
