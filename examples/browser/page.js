@@ -61,11 +61,10 @@ async function busy(work) {
   field("generate").disabled = true;
   try {
     await work();
-    field("generate").disabled = false;
   } catch (error) {
     say(`Error: ${error.message}`);
-    field("generate").disabled = !Object.keys(generators).length;
   }
+  field("generate").disabled = !Object.keys(generators).length;
 }
 
 form.addEventListener("submit", (event) => {
