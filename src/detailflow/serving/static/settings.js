@@ -42,8 +42,9 @@ export class Settings {
     for (const [name, value] of Object.entries(values)) {
       const field = this.#field(name);
       const isOff = value === null || value === "off";
-      const isWrong = !isOff && NUMBERS.includes(name) && !Number.isFinite(Number(value));
-      field.value = isWrong || (isOff && name !== "top_p") ? "" : isOff ? 1 : value;
+      const isWrong = NUMBERS.includes(name) && !Number.isFinite(Number(value));
+      if (isOff) field.value = name === "top_p" ? 1 : "";
+      else field.value = isWrong ? "" : value;
       if (field.value === "" && !isOff) throw new WrongSetting(`${labelOf(field)} cannot be ${value}`);
       this.#slider(name)?.dispatchEvent(new Event("refresh"));
       mark(field, null);
