@@ -22,6 +22,26 @@ WATCH = """() => {
   const note = () => window.readings.push(document.getElementById("reading").textContent);
   new MutationObserver(note).observe(document.getElementById("reading"), { childList: true });
 }"""
+# Events arrive one by one, with frames between them, however fast the server and slow the browser.
+ONE_BY_ONE = """() => {
+  const send = window.fetch;
+  const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
+  window.fetch = async (...request) => {
+    const response = await send(...request);
+    if (!response.headers.get("Content-Type").startsWith("text/event-stream")) return response;
+    const events = new TransformStream({
+      async transform(text, controller) {
+        for (const part of text.split(/(?<=\\n\\n)/)) {
+          controller.enqueue(part);
+          await frame();
+          await frame();
+        }
+      },
+    });
+    const body = response.body.pipeThrough(new TextDecoderStream()).pipeThrough(events);
+    return new Response(body.pipeThrough(new TextEncoderStream()), response);
+  };
+}"""
 GIVE = """([name, base64]) => {
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
   const data = new DataTransfer();
@@ -48,6 +68,7 @@ def test_images_are_those_of_the_pipeline(studio: Studio, shipped: DetailFlowPip
 
 
 def test_images_take_shape_as_tokens_arrive(studio: Studio):
+    studio.page.evaluate(ONE_BY_ONE)
     studio.page.evaluate(WATCH)
     studio.generate("ship", number=4, seed=1)
     counts = [int(reading.split()[0]) for reading in studio.page.evaluate("readings")]
