@@ -95,6 +95,8 @@ def main() -> None:
         "--recipe", type=Path, default=RECIPE, help="folder of the settings (default: gpu, beside this)"
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)s)")
+    names = [*SHARES]
+    parser.add_argument("--stages", nargs="+", choices=names, default=names, help="the first of them (default: all)")
     parser.add_argument("--device", help="cuda, cpu, … (default: the GPU, if any)")
     parser.add_argument("--batch-size", type=int, help="another one than the recipes'")
     parser.add_argument(
@@ -103,19 +105,30 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists():
         sys.exit(f"{args.output} exists already: give a new folder")
+    if args.stages != names[: len(args.stages)]:
+        parser.error(f"--stages are the first of: {', '.join(names)}")
     clock = Clock(args.minutes)
     tokenizer, tokens, shipped = args.output / "tokenizer", args.output / "tokens", args.output / "shipped"
-    budget = clock.left - RESERVE
-    train("tokenizer", ["--data", args.data], args, budget * SHARES["tokenizer"])
+
+    def share(stage: str) -> float:
+        rest = names[names.index(stage) : len(args.stages)]
+        return SHARES[stage] / sum(SHARES[name] for name in rest)
+
+    train("tokenizer", ["--data", args.data], args, (clock.left - RESERVE) * share("tokenizer"))
+    run("convert", tokenizer, "--dtype", "bfloat16", "--output", shipped / "tokenizer")
+    if "gpt" not in args.stages:
+        return
     extraction = ["--data", args.data, "--tokenizer", tokenizer, "--output", tokens]
     run("extract", "--config", args.recipe / "extract.yaml", *extraction, *device(args))
-    left = (clock.left - 10) / (SHARES["gpt"] + SHARES["decoder"])
-    train("gpt", ["--tokens", tokens, "--tokenizer", tokenizer], args, left * SHARES["gpt"])
     gpt, decoder = args.output / "gpt", args.output / "decoder"
+    train("gpt", ["--tokens", tokens, "--tokenizer", tokenizer], args, (clock.left - 10) * share("gpt"))
+    run("convert", gpt, "--dtype", "bfloat16", "--output", shipped / "gpt")
+    if "decoder" not in args.stages:
+        return
     rows = ["--data", args.data, "--init", tokenizer, "--tokens", tokens, "--gpt", gpt]
     train("decoder", rows, args, clock.left - 10)
+    shutil.rmtree(shipped / "tokenizer")
     run("convert", decoder, "--dtype", "bfloat16", "--output", shipped / "tokenizer")
-    run("convert", gpt, "--dtype", "bfloat16", "--output", shipped / "gpt")
     print(f"{args.minutes * 60 - clock.left:.0f} s in all: {shipped}", flush=True)
 
 

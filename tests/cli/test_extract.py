@@ -75,7 +75,7 @@ def test_more_than_one_in_a_hundred(folder: Path, model: Path, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--crops", "three"], "crops must be ten or two, not 'three'"),
+        (["--crops", "three"], "crops must be ten, six or two, not 'three'"),
         (["--crop", "two"], "unknown option '--crop': did you mean --crops?"),
         (["--batch_size", "0"], "batch_size must be a positive integer, not 0"),
         (["--batch_size", "some"], "--batch_size must be a positive integer, not 'some'"),

@@ -69,6 +69,21 @@ def test_two_crops():
     np.testing.assert_array_equal(crops[1], crops[0][:, ::-1])
 
 
+def test_six_crops_are_the_centre_moved_along_the_diagonal_and_their_mirror_images():
+    centre = transforms.center_crop(photo(40, 32), 32)
+    crops = transforms.six_crops(photo(40, 32), 32)
+    assert crops.shape == (6, 32, 32, 3) and crops.dtype == np.uint8
+    np.testing.assert_array_equal(crops[0], centre)
+    np.testing.assert_array_equal(crops[1][:30, :30], centre[2:, 2:])  # what is shown moves up and left by 2 pixels
+    np.testing.assert_array_equal(crops[2][2:, 2:], centre[:30, :30])
+    np.testing.assert_array_equal(crops[1][31, :30], centre[29, 2:])  # mirrored at the edge
+    np.testing.assert_array_equal(crops[2][:2, 2:], centre[2:0:-1, :30])
+    np.testing.assert_array_equal(crops[3:], crops[:3, :, ::-1])
+    np.testing.assert_array_equal(
+        transforms.six_crops(photo(8, 8), 8), np.repeat(transforms.two_crops(photo(8, 8), 8), 3, 0)
+    )
+
+
 def test_bytes_to_floats_and_back():
     values = np.arange(256, dtype=np.uint8)
     pixels = np.stack([values, values[::-1], values], axis=-1).reshape(1, 16, 16, 3)

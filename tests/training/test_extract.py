@@ -195,7 +195,7 @@ def test_nothing_that_can_be_read(model: Path, tmp_path: Path):
 
 def test_wrong_settings():
     for setting, message in (
-        ({"crops": "three"}, "crops must be ten or two, not 'three'"),
+        ({"crops": "three"}, "crops must be ten, six or two, not 'three'"),
         ({"batch_size": 0}, "batch_size must be a positive integer"),
         ({"precision": "fp8"}, "precision must be .*fp32, not 'fp8'"),
         ({"workers": -1}, "workers must be 0 or more"),

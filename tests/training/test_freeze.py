@@ -84,6 +84,18 @@ def test_rows_of_a_store_are_of_their_crops(cifar: Path, model: Path, tmp_path: 
     assert all(p.grad is None for p in stage.model.encoder.parameters())
 
 
+def test_rows_of_a_store_with_nested_dropout(cifar: Path, model: Path, tmp_path: Path):
+    settings = training(cifar, model)
+    sizes, made = replace(settings.model, absent_token=True), str(tmp_path / "tokenizer")
+    DetailFlowTokenizer(sizes).save_pretrained(made)
+    extract(Extraction(str(cifar), made), tmp_path / "tokens", "cpu")
+    nested: dict[str, Any] = dict(coarse_probability=0.0, nested_probability=1.0, correction_share=0.5)
+    settings = replace(settings, model=sizes, init=made, tokens=str(tmp_path / "tokens"), **nested)
+    stage = TokenizerStage(settings, open_images(cifar), tmp_path, torch.device("cpu"))
+    scalars = stage.step(0, next(stage.batches(0)), 1e-3)
+    assert float(scalars["pixel"]) > 0 and "psnr_nested" in scalars
+
+
 def sampling(cifar: Path, model: Path, **settings: Any) -> TokenizerTraining:
     given = dict(gpt=str(model / "gpt"), adversarial=0.5, adversarial_from=0.0, adversarial_adaptive=True)
     return training(cifar, model, coarse_probability=0.0, **given | settings)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detailflow import DetailFlowGPT, DetailFlowTokenizer
 from detailflow.data.images import open_images
+from detailflow.device import to_device
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import GPTConfig
@@ -150,6 +151,14 @@ def test_parts_of_a_batch_take_less_memory():
     whole, _ = count_steps(gpt_stage, gpt_batch, CPU)
     parts, _ = count_steps(lambda: gpt_stage(replace(LOOP, accumulate=4)), gpt_batch, CPU)
     assert parts.last == whole.last and parts.peak < 0.5 * whole.peak
+
+
+def test_a_step_is_counted_for_a_gpu_too():
+    """Its batch goes there through pinned memory, which fake tensors do not have."""
+    with counting() as counter:
+        tensor = to_device(torch.zeros(4, 4), torch.device("cuda"))
+        assert tensor.device.type == "cuda"
+        assert counter.of(lambda: tensor @ tensor)[0] == 2 * 4**3
 
 
 def test_nothing_of_it_stays():

@@ -64,7 +64,8 @@ def finished(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFa
 def started(*argv: str) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "detailflow", *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
     try:
         yield process
     finally:
@@ -163,6 +164,19 @@ def test_sigterm_saves_and_exits(stage: str, commands: dict[str, list[str]], tmp
     assert err.endswith(f"detailflow: interrupted at step {step} of 1000000: the same command goes on from there\n")
     assert "Traceback" not in err
     assert not (output / "model.safetensors").exists()
+
+
+def test_sigterm_to_its_workers_too(commands: dict[str, list[str]], tmp_path: Path):
+    """As from `timeout`, Ctrl-C and launchers, which send it to all processes of the group."""
+    output = tmp_path / "run"
+    more = ["--loop.steps", "1000000", "--loop.checkpoint_minutes", "60", "--loop.workers", "2", "--perceptual", "0"]
+    with started(*commands["tokenizer"], str(output), *more) as process:
+        wait_for(output, "tensorboard/*", process)
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert len(list((output / "resume").glob("step-*.pt"))) == 1
 
 
 def test_a_full_disk(commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):

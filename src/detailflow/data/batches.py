@@ -4,6 +4,7 @@ So a run that resumes at step k sees exactly the batches that it would have seen
 of workers; and several training processes together see the batches that one would see.
 """
 
+import signal
 import warnings
 from abc import abstractmethod
 from collections import deque
@@ -31,6 +32,15 @@ Batch = TypeVar("Batch")
 _ORDER, _SAMPLE, _STREAM_ORDER, _STREAM_SAMPLE = range(4)  # separate the random streams that are made from one seed
 _AHEAD = 4  # batches of a stream that are read and decoded before they are asked for
 _HANDFUL = 5  # unreadable images that are no reason to stop a stream, however few have been read
+
+
+def outlive_signals(worker: int) -> None:
+    """Start a worker process that signals do not end: the run that they ask to stop ends it, after its last step.
+
+    Ctrl-C and launchers send them to all processes of a group.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class BatchKey(NamedTuple):
@@ -154,7 +164,14 @@ class ImageBatches(_Batches, Dataset[tuple[torch.Tensor, torch.Tensor, dict[int,
     def as_bytes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # batch_size=None: the keys are whole batches already, so what a worker sends is one block of bytes, not floats.
         pin = torch.cuda.is_available()
-        loader = DataLoader(self, sampler=self.order, batch_size=None, num_workers=self.workers, pin_memory=pin)
+        loader = DataLoader(
+            self,
+            sampler=self.order,
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=pin,
+            worker_init_fn=outlive_signals,
+        )
         batches: Iterator[Any] = iter(loader)
         if pin and not self.workers:
             batches = read_ahead(batches)

@@ -77,6 +77,18 @@ def two_crops(image: Image.Image, size: int) -> np.ndarray:
     return np.stack([crop, crop[:, ::-1]])
 
 
+def six_crops(image: Image.Image, size: int) -> np.ndarray:
+    """Return the centre crop, two moved along the diagonal, then their mirror images: uint8 (6, size, size, 3).
+
+    They move by a sixteenth of the size, up and left, then down and right; what they uncover is mirrored at the edge.
+    For small images that fill their frame: nothing is resized.
+    """
+    crop, by = center_crop(image, size), size // 16
+    wide = np.pad(crop, ((by, by), (by, by), (0, 0)), "reflect")
+    crops = np.stack([wide[at : at + size, at : at + size] for at in (by, 2 * by, 0)])
+    return np.concatenate([crops, crops[:, :, ::-1]])
+
+
 def ten_crops(image: Image.Image, size: int) -> np.ndarray:
     """Return the crops of token extraction (docs/method.md#extraction): uint8 (10, size, size, 3).
 

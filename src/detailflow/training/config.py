@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from detailflow.data.transforms import ten_crops, two_crops
+from detailflow.data.transforms import six_crops, ten_crops, two_crops
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.models.efficientnet import EFFICIENTNET
@@ -33,7 +33,7 @@ CLASSIFIER = "classifier"  # in place of a network that would be downloaded
 PATCH = "patch"  # the discriminator that needs no download
 PROJECTED = "projected"  # the discriminator on features of EfficientNet-Lite0
 NETWORKS = (CLASSIFIER, PATCH, PROJECTED, EFFICIENTNET, "lpips", "dino")  # which are no files
-CROPS = {"ten": (ten_crops, 10), "two": (two_crops, 2)}
+CROPS = {"ten": (ten_crops, 10), "six": (six_crops, 6), "two": (two_crops, 2)}
 Precision = Literal["bf16", "fp16", "fp32"]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALLEST_FEATURES_SIDE = 8  # pixels of an image whose last map of a classifier's features is one pixel
@@ -297,8 +297,9 @@ class Extraction(ImageSettings):
 
     Attributes:
         tokenizer: a folder, hub name or zoo name.
-        crops: ten or two of each image; ten are the corners and the centre at 1.1 times the size, and their flips (the
-            paper's), two the centre and its flip, for small images that fill their frame.
+        crops: ten, six or two of each image; ten are the corners and the centre at 1.1 times the size, and their flips
+            (the paper's). For small images that fill their frame: six are the centre, moved by a sixteenth of the size
+            along the diagonal too, and their flips, and two the centre and its flip.
         mistakes: number of codes to plant one of; the nearest ones.
         batch_size: crops per pass through the tokenizer; in each process.
         precision: bf16, fp16 or fp32.
@@ -307,7 +308,7 @@ class Extraction(ImageSettings):
     """
 
     tokenizer: Location
-    crops: Literal["ten", "two"] = "ten"
+    crops: Literal["ten", "six", "two"] = "ten"
     mistakes: PositiveInt = WRONG_CANDIDATES
     batch_size: BatchSize = 250
     precision: Precision = "fp32"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detailflow.data.batches import BatchKey, BatchOrder
+from detailflow.data.batches import BatchKey, BatchOrder, outlive_signals
 from detailflow.data.images import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.tokens import CLEAN, INPUT, TokenStore
@@ -42,7 +42,15 @@ class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         """Return endless batches of this process: bytes (B, R, R, 3), labels (B,) and rows (B, 2, N)."""
         self.order = BatchOrder(len(self.store), loop.batch_size, loop.seed, start_step)
         self.shard = world.shard(loop.batch_size)
-        return iter(DataLoader(self, sampler=self.order, batch_size=None, num_workers=loop.workers))
+        return iter(
+            DataLoader(
+                self,
+                sampler=self.order,
+                batch_size=None,
+                num_workers=loop.workers,
+                worker_init_fn=outlive_signals,
+            )
+        )
 
     def __getitem__(self, key: BatchKey) -> tuple[Tensor, Tensor, Tensor]:
         images = key.items[self.shard]

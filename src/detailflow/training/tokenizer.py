@@ -148,7 +148,7 @@ class TokenizerStage:
         with_samples = self.sampled is not None and draw.views is not None and draw.t == config.model.num_tokens
         for start in range(0, len(images), size):
             before, after = (round(config.correction_share * (first + end)) for end in (start, start + size))
-            some, num_corrected = slice(start, start + size), after - before
+            some, num_corrected = slice(start, start + size), after - before if draw.present is None else 0
             part = draw.part(some, num_corrected)
             rows = None if stored is None else (stored[some, 0], stored[some, 1][:num_corrected])
             with gradients_stay(self.passes, start + size < len(images) or with_samples):
