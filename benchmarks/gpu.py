@@ -184,8 +184,10 @@ class NoImages:
         return 50_000
 
 
-def tokenizer_training(options: Options, emit: Emit, recipe: str, batch: int, compile: bool) -> None:
-    """Time steps of a tokenizer's recipe with all losses on; networks that it would download have random weights."""
+def tokenizer_training(
+    options: Options, emit: Emit, recipe: str, batch: int, compile: bool, measure: Callable[..., None] | None = None
+) -> None:
+    """Measure steps of a tokenizer's recipe with all losses on; networks that it would download have random weights."""
     import torch
     import yaml
 
@@ -208,7 +210,7 @@ def tokenizer_training(options: Options, emit: Emit, recipe: str, batch: int, co
     batches = [
         (torch.randint(256, (size, side, side, 3), dtype=torch.uint8), torch.zeros(size).long()) for _ in range(4)
     ]
-    time_steps(stage, batches, device, options, emit)
+    (measure or time_steps)(stage, batches, device, options, emit)
 
 
 def ar_training(options: Options, emit: Emit, batch: int, compile: bool) -> None:
@@ -271,6 +273,39 @@ def time_steps(stage: Any, batches: Sequence[Any], device: Any, options: Options
     emit(row)
 
 
+def profile_steps(stage: Any, batches: Sequence[Any], device: Any, options: Options, emit: Emit) -> None:
+    """Emit how busy the device is in a step, and which of its programs take longest."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    loop, steps = stage.config.loop, 2 if options.small else 10
+
+    def run() -> None:
+        for i in range(steps):
+            torch.manual_seed(i)
+            stage.step(loop.steps - 60 + i, batches[i % len(batches)], 1e-9, log=False)
+
+    run()
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        start = time.perf_counter()
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        wall = (time.perf_counter() - start) * 1e6  # µs, as the profiler's
+
+    def own(event: Any) -> float:
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    events = [event for event in profiled.key_averages() if own(event) > 0]
+    kernels = [event for event in events if not on_gpu or event.device_type.name == "CUDA"]
+    busy, count = sum(map(own, kernels)), sum(event.count for event in kernels)
+    emit({"what": "a step, while profiled", "ms": wall / steps / 1e3, "calls": count / steps, "busy": busy / wall})
+    for event in sorted(kernels, key=own, reverse=True)[:15]:
+        row = {"what": event.key[:80], "ms": own(event) / steps / 1e3, "calls": event.count / steps}
+        emit(row | {"busy": own(event) / wall})
+
+
 def loading(options: Options, emit: Emit) -> None:
     """Time the data of a small set on the CPU: its first pass, and later ones from memory."""
     import numpy as np
@@ -304,13 +339,17 @@ PARTS: dict[str, tuple[int, Callable[[Options, Emit], None]]] = {  # name → mo
     "generation, the shipped model": (70, partial(generation, model="shipped")),
     "generation, DetailFlow-16 with random weights": (110, partial(generation, model="detailflow-16")),
     "training, GPT-L": (50, partial(ar_training, batch=256, compile=False)),
-    "training, a CIFAR-10 tokenizer": (40, partial(tokenizer_training, recipe=CIFAR, batch=256, compile=False)),
+    "training, a CIFAR-10 tokenizer": (40, partial(tokenizer_training, recipe=CIFAR, batch=512, compile=False)),
     "loading, 32×32 pixels": (20, loading),
     "training, the paper's tokenizer": (60, partial(tokenizer_training, recipe=PAPER, batch=32, compile=False)),
     "training, GPT-L, compiled": (90, partial(ar_training, batch=256, compile=True)),
     "training, a CIFAR-10 tokenizer, compiled": (
         110,
-        partial(tokenizer_training, recipe=CIFAR, batch=256, compile=True),
+        partial(tokenizer_training, recipe=CIFAR, batch=512, compile=True),
+    ),
+    "profile, a CIFAR-10 tokenizer, compiled": (
+        60,  # the compiler's cache has it
+        partial(tokenizer_training, recipe=CIFAR, batch=512, compile=True, measure=profile_steps),
     ),
     "generation, DetailFlow-16, compiled": (150, compiled_generation),
     "tests, compiled": (150, partial(run_tests, chosen="compiled")),
