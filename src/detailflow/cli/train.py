@@ -85,7 +85,7 @@ def preset_parser() -> Parser:
     data = "a folder of class subfolders, parquet, or a hub data set"
     parser.option("--data", Location, help=data, required=True)
     parser.option("--preset", Preset, PRESETS[0], f"one of {', '.join(PRESETS)} (default: the first)", "NAME")
-    parser.option("--output", Path, help="gets tokenizer/, tokens/ and gpt/", metavar="DIR", required=True)
+    parser.option("--output", Path, help="gets tokenizer/, tokens/, gpt/ and report.html", metavar="DIR", required=True)
     parser.option("--split", help="of the data, if it has several (default: train)")
     parser.option("--tokenizer-steps", PositiveInt, help="in place of the preset's", metavar="N")
     parser.option("--gpt-steps", PositiveInt, help="in place of the preset's", metavar="N")

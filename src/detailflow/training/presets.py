@@ -16,6 +16,7 @@ from detailflow.training.checkpoints import run_folder
 from detailflow.training.config import CLASSIFIER, Extraction, GPTTraining, TokenizerTraining
 from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
+from detailflow.training.run_report import write_run_report
 from detailflow.training.tokenizer import train_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def train_preset(
     if gpt_steps is not None:
         last = replace(last, loop=replace(last.loop, steps=gpt_steps))
     train_gpt(last, Path(gpt), device)
+    write_run_report(output, source, data, device)
 
 
 def _check_steps(output: Path, steps: int) -> None:

@@ -1,5 +1,6 @@
 """The page that a finished run leaves in its folder: figures, curves, pictures and the command."""
 
+import io
 import json
 import math
 import shlex
@@ -110,15 +111,32 @@ def draw_curves(history: Sequence[Record], path: Path) -> None:
     for axes in panels.flat[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(panels.flat, names, strict=False):
-        for curve in (name, f"val_{name}"):
-            points = [(record["step"], record[curve]) for record in history if curve in record]
-            if points:
-                marker = "." if curve != name or len(points) == 1 else None  # a line of one point is not seen
-                axes.plot(
-                    *zip(*points, strict=True), label="validation" if curve != name else "training", marker=marker
-                )
-        if any(f"val_{name}" in record for record in history):
-            axes.legend()
-        axes.set_title(name, fontsize=10, parse_math=False)
+        _draw_panel(axes, history, name)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
+
+
+def curve_png(history: Sequence[Record], name: str, ink: str) -> bytes:
+    """Return a transparent PNG of one figure over the steps, with that of validation, in a colour of lines and text."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    colors: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+    with rc_context(colors | {"legend.framealpha": 0.0}):
+        figure, picture = Figure(figsize=(4, 2.6), layout="constrained"), io.BytesIO()
+        axes = figure.subplots()
+        _draw_panel(axes, history, name)
+        axes.set(title="", xlabel="step")
+        figure.savefig(picture, format="png", dpi=180, transparent=True)
+    return picture.getvalue()
+
+
+def _draw_panel(axes: Any, history: Sequence[Record], name: str) -> None:
+    for curve in (name, f"val_{name}"):
+        points = [(record["step"], record[curve]) for record in history if curve in record]
+        if points:
+            marker = "." if curve != name or len(points) == 1 else None  # a line of one point is not seen
+            axes.plot(*zip(*points, strict=True), label="validation" if curve != name else "training", marker=marker)
+    if any(f"val_{name}" in record for record in history):
+        axes.legend()
+    axes.set_title(name, fontsize=10, parse_math=False)
