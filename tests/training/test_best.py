@@ -12,6 +12,7 @@ from PIL import Image
 
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
+from detailflow.runs import checkpoints, step_of
 from detailflow.training import loop
 from detailflow.training.config import LoopConfig
 from detailflow.training.loop import Run
@@ -86,6 +87,62 @@ def test_a_run_that_goes_on_with_other_validation(settings: dict[str, Any], expo
 def test_a_run_that_goes_on_with_other_steps_to_compare(tmp_path: Path):
     assert train(tmp_path, [3.0, 1.0], comparable_from=1) == 2
     assert train(tmp_path, [3.0, 1.0, 4.0], comparable_from=1.5) == 3
+
+
+STALLING = [5.0, 3.0, 4.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 0.5]
+
+
+def last(output: Path) -> int:
+    """The last step that was taken."""
+    return max(step_of(path) for path in checkpoints(output))
+
+
+def test_a_run_stops_once_validation_has_stopped_improving(tmp_path: Path):
+    assert train(tmp_path / "never", STALLING) == 10 == last(tmp_path / "never")
+    assert (train(tmp_path / "two", STALLING, patience=2), last(tmp_path / "two")) == (2, 4)
+    assert (train(tmp_path / "three", STALLING, patience=3), last(tmp_path / "three")) == (6, 9)
+    report = (tmp_path / "three" / "report.md").read_text()
+    assert "- 9 steps of 1 images\n- stopped before step 10: validation has not improved since step 6 (patience 3)" in report
+
+
+def test_patience_counts_validations(tmp_path: Path):
+    """Of which one is taken every third step: of 4.0, 1.0 and 1.0."""
+    assert (train(tmp_path, STALLING, patience=1, val_every=3), last(tmp_path)) == (6, 9)
+
+
+def test_steps_that_cannot_be_compared_need_no_patience(tmp_path: Path):
+    assert (train(tmp_path, STALLING, comparable_from=6, patience=2), last(tmp_path)) == (7, 9)
+
+
+def test_a_run_that_stopped_early_is_finished(tmp_path: Path):
+    assert train(tmp_path, STALLING, patience=2) == 2
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert train(tmp_path, STALLING, patience=2) == 2
+    assert train(tmp_path, STALLING, patience=1) == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_killed_as_it_stopped(tmp_path: Path):
+    """Before the model was written: no further step is taken."""
+    assert train(tmp_path, STALLING, patience=2) == 2
+    (tmp_path / "config.json").unlink()
+    assert (train(tmp_path, STALLING, patience=2), last(tmp_path)) == (2, 4)
+
+
+@pytest.mark.parametrize(("patience", "exported", "end"), [(0, 10, 10), (3, 6, 9)])
+def test_a_run_that_stopped_early_goes_on_with_more_patience(patience: int, exported: int, end: int, tmp_path: Path):
+    assert train(tmp_path, STALLING, patience=2) == 2
+    assert (train(tmp_path, STALLING, patience=patience), last(tmp_path)) == (exported, end)
+
+
+def test_a_run_that_stopped_early_goes_on_for_longer(tmp_path: Path):
+    """Its patience begins again, once; so the same command later changes nothing."""
+    losses = [*STALLING, 0.5, 0.5]
+    assert train(tmp_path, STALLING, patience=2) == 2
+    assert (train(tmp_path, losses, patience=2), last(tmp_path)) == (6, 8)
+    assert (train(tmp_path, losses, patience=2), last(tmp_path)) == (6, 8)
+    (tmp_path / "config.json").unlink()
+    assert (train(tmp_path, losses, patience=2), last(tmp_path)) == (6, 8)
 
 
 @pytest.mark.parametrize("error", [DetailFlowError("no room"), KeyboardInterrupt()])

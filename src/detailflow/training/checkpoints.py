@@ -29,6 +29,7 @@ from detailflow.training.inputs import Input, difference
 
 _log = logging.getLogger(__name__)
 KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name
+LONGER_FROM = "longer_from"  # in run.yaml: the step at which the run was last given more steps
 # Settings of the loop that may change when a run goes on: they change how it is done, not what comes out.
 FREE = {
     *(
@@ -41,7 +42,7 @@ FREE = {
         "keep",
         "milestone_every",
     ),
-    *("accumulate", "checkpoint_activations", "shard", "compile", "val_every", "val_images"),
+    *("accumulate", "checkpoint_activations", "shard", "compile", "val_every", "val_images", "patience"),
 }
 
 
@@ -67,10 +68,10 @@ def claim(
     settings[KNOWN_BY] = content = _read_inputs(output, inputs or {}, recorded, settings)
     finished = os.path.isfile(output / CONFIG_FILE)  # which `export` writes last
     steps = _steps(settings)
+    done = max(map(step_of, checkpoints(output)), default=0)
     longer = _steps(recorded) < steps
     if recorded:
         both = content.keys() & known.keys()
-        done = max(map(step_of, checkpoints(output)), default=0)
         other_steps = longer or (not finished and steps >= done)
         folder.check(recorded, _identity(settings, {KNOWN_BY, *both}, {*FREE, *(["steps"] if other_steps else [])}))
         for name in both:
@@ -81,10 +82,12 @@ def claim(
                 )
     elif finished:
         raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")
-    if finished and not longer:
+    if finished and not longer and not (done < steps and _more_patience(recorded, settings)):
         return None
     if not recorded:
         folder.write(settings)
+    elif longer_from := done if longer else recorded.get(LONGER_FROM):
+        settings[LONGER_FROM] = longer_from
     (output / CHECKPOINTS).mkdir(exist_ok=True)
     return settings
 
@@ -110,9 +113,18 @@ def _read_inputs(
 
 
 def _steps(settings: Mapping[str, Any]) -> int:
+    return _of_loop(settings, "steps")
+
+
+def _more_patience(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    before, now = _of_loop(recorded, "patience"), _of_loop(settings, "patience")
+    return before > 0 and (now == 0 or now > before)
+
+
+def _of_loop(settings: Mapping[str, Any], name: str) -> int:
     loop = settings.get("loop")
-    steps = loop.get("steps") if isinstance(loop, dict) else None
-    return steps if isinstance(steps, int) else 0
+    value = loop.get(name) if isinstance(loop, dict) else None
+    return value if isinstance(value, int) else 0
 
 
 def _identity(settings: Mapping[str, Any], ignored: Container[str], free: Container[str]) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class LoopConfig(Settings):
         pictures_every: steps between pictures.
         val_every: steps between validations; if images are held out. 0 for none.
         val_images: size of the fixed sample for validation.
+        patience: validations without a better loss that end a run before its last step; 0 for never.
         trackers: where the log goes; a list of tensorboard and wandb.
         checkpoint_minutes: minutes between checkpoints.
         keep: number of last checkpoints that stay.
@@ -89,6 +90,7 @@ class LoopConfig(Settings):
     pictures_every: PositiveInt = 500
     val_every: NotNegativeInt = 500
     val_images: PositiveInt = 256
+    patience: NotNegativeInt = 0
     trackers: tuple[str, ...] = ("tensorboard",)
     checkpoint_minutes: NotNegative = 3.0
     keep: PositiveInt = 2

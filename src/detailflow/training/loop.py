@@ -27,7 +27,7 @@ from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
 from detailflow.runs import BEST, CHECKPOINTS, RUN_FILE, checkpoints, read_checkpoint
 from detailflow.seeds import mixed_seed
-from detailflow.training.checkpoints import claim, go_on, load_checkpoint, run_folder, save_checkpoint
+from detailflow.training.checkpoints import LONGER_FROM, claim, go_on, load_checkpoint, run_folder, save_checkpoint
 from detailflow.training.config import PRECISIONS, LoopConfig
 from detailflow.training.inputs import Input
 from detailflow.training.report import read_history, write_report
@@ -125,7 +125,7 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
         with world.raise_together():
             if world.is_main:
                 go_on(output, settings)  # only now, so that what fails before leaves a finished run as it is
-        training = _Training(stage, run)
+        training = _Training(stage, run, settings.get(LONGER_FROM, 0))
         training.train(start)
         training.finish()
 
@@ -143,10 +143,15 @@ def _restore(stage: Stage, state: dict[str, Any], folder: Path, step: int) -> No
 
 
 class _Training:
-    """The steps of a run, and what is kept of them."""
+    """The steps of a run, and what is kept of them.
 
-    def __init__(self, stage: Stage, run: Run) -> None:
+    Args:
+        longer_from: the step at which the run was last given more steps; patience begins again there.
+    """
+
+    def __init__(self, stage: Stage, run: Run, longer_from: int = 0) -> None:
         self.stage, self.run, self.output, self.world = stage, run, run.output, run.world
+        self.longer_from, self.done = longer_from, 0
         self.loop: LoopConfig = run.config.loop
         self.health = _Health(self.loop, run.output)
         self.speed = _Speed(run, 0)
@@ -156,10 +161,11 @@ class _Training:
         self.best = self.world.from_main(self._find_best) if self.loop.val_every else None
 
     def train(self, start: int) -> None:
-        """Take all steps from `start` on; after the last one there is a checkpoint."""
+        """Take the steps from `start` on, all or until validation stalls; after the last one there is a checkpoint."""
         from tqdm import tqdm
 
-        loop, run, world, self.saved = self.loop, self.run, self.world, start
+        loop, run, world = self.loop, self.run, self.world
+        self.saved = self.done = start
         self.speed = _Speed(run, start)
         if world.is_main and start:
             _log.info("%s: going on from step %d", self.output, start)
@@ -171,8 +177,10 @@ class _Training:
             tqdm(total=loop.steps, initial=start, **progress) as bar,
         ):
             for step in range(start, loop.steps):
+                if self._has_stalled(step):
+                    break
                 batch = next(batches)  # before the seed: a data loader draws from torch's generator when it starts
-                done = step + 1
+                self.done = done = step + 1
                 logs, shows, validates = (
                     self._is_due(done, every) for every in (loop.log_every, loop.pictures_every, loop.val_every)
                 )
@@ -187,7 +195,7 @@ class _Training:
                     self.health.check(done)
                 with self.speed.paused():
                     figures = self._validate(done) if validates else {}
-                    if keeps and self.saved < done:
+                    if (keeps or self._has_stalled(done)) and self.saved < done:
                         self._save(done)
                 if logs or shows or figures:
                     self._log(done, scalars if logs else {}, figures, shows, trackers, bar)
@@ -198,13 +206,18 @@ class _Training:
 
     def finish(self) -> None:
         """Export the model, the best by validation if there is one, and write the report."""
-        facts = [f"{self.loop.steps:,} steps of {self.loop.batch_size:,} images"]
+        facts = [f"{self.done:,} steps of {self.loop.batch_size:,} images"]
+        if self.best is not None and self.done < self.loop.steps:
+            since = f"validation has not improved since step {max(self.best[0], self.longer_from):,}"
+            facts.append(f"stopped before step {self.loop.steps:,}: {since} (patience {self.loop.patience})")
+            if self.world.is_main:
+                _log.info("%s: at step %d %s", self.output, self.done, facts[-1])
         if self.stage.validation is not None:
             facts.append(f"{len(self.stage.validation):,} other images are held out for validation")
         if self.best is not None:
             step, loss = self.best
             which = f"the exported model is that of step {step}, the best by validation (val_loss {loss:.4g})"
-            if step != self.loop.steps:
+            if step != self.done:
                 with self.world.raise_together():
                     state = read_checkpoint(self.output / BEST / f"step-{step:08d}.pt").state
                 _restore(self.stage, state, self.output / BEST, step)
@@ -220,6 +233,13 @@ class _Training:
 
     def _is_due(self, done: int, every: int) -> bool:
         return bool(every) and (done % every == 0 or done == self.loop.steps)
+
+    def _has_stalled(self, done: int) -> bool:
+        """Return whether as many validations as `patience` have gone by without a better loss."""
+        loop = self.loop
+        if not (loop.patience and loop.val_every and self.best):
+            return False
+        return done // loop.val_every - max(self.best[0], self.longer_from) // loop.val_every >= loop.patience
 
     def _is_milestone(self, done: int) -> bool:
         return bool(self.loop.milestone_every) and done % self.loop.milestone_every == 0
