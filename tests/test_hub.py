@@ -400,3 +400,14 @@ def test_loading_imports_no_compiler():
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_the_shipped_model_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A local folder of that name comes first."""
+    assert hub.resolve("shipped", "gpt") == hub.resolve(None, "gpt") and hub.find("shipped").keys() == {
+        "tokenizer",
+        "gpt",
+    }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shipped").mkdir()
+    assert hub.resolve("shipped", "gpt") == Path("shipped")

@@ -15,8 +15,9 @@ from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.growing import grow_tokenizer
 from detailflow.settings import parse_settings
+from detailflow.training.all_stages import train_all
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
-from detailflow.training.presets import PRESETS, load_settings, train_preset
+from detailflow.training.presets import FINE_TUNE, PRESETS, SIDES, AllStages, load_settings, tokenizer_sizes
 from detailflow.training.tokenizer import count_of_steps
 
 FOLDER = Path(str(files("detailflow") / "recipes"))
@@ -33,7 +34,10 @@ def read(*names: str) -> Any:
     contents = [yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in names]
     missing = [key for key in USER_GIVES[stage] if not any(key in content for content in contents)]
     argv = [item for name in names for item in ("--config", str(FOLDER / f"{name}.yaml"))]
-    request = read_request(KINDS[stage], stage, "", [*argv, "--output", "no/where", *(f"--{key}=x" for key in missing)])
+    if names[0] == f"{FINE_TUNE}/tokenizer":  # whose sizes come from another model
+        argv += ["--init", "shipped"]
+    argv += ["--output", "no/where", *(f"--{key}=x" for key in missing)]
+    request = read_request(KINDS[stage], stage, "", argv, tokenizer_sizes if stage == "tokenizer" else None)
     assert request is not None
     return request.settings
 
@@ -69,17 +73,21 @@ def test_a_recipe_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_recipes_are_there():
-    stages = {f"{preset}/{stage}" for preset in (*PRESETS, "imagenet") for stage in KINDS}
+    stages = {f"{preset}/{stage}" for preset in (*PRESETS, FINE_TUNE, "imagenet") for stage in KINDS}
     assert stages <= set(RECIPES)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_fit_together(preset: str):
-    """Read as `train_preset` reads them."""
+    """Read as `stage_settings` reads them."""
     first = parse_settings(TokenizerTraining, {"data": "x", **load_settings(preset, "tokenizer")}, preset)
     parse_settings(Extraction, {"data": "x", "tokenizer": "y", **load_settings(preset, "extract")}, preset)
     last = parse_settings(GPTTraining, {"tokens": "x", "tokenizer": "y", **load_settings(preset, "gpt")}, preset)
-    assert str(first.model.image_size) in preset and first.loop.steps > last.loop.batch_size
+    assert (
+        str(first.model.image_size) in preset
+        and first.model.image_size == SIDES[preset]
+        and first.loop.steps > last.loop.batch_size
+    )
     assert max(first.model.schedule.valid_counts) == first.model.num_tokens
 
 
@@ -91,7 +99,7 @@ def test_a_preset_keeps_the_tokenizer_of_its_tokens(cifar: Path, tmp_path: Path)
     with pytest.raises(
         DetailFlowError, match="is of a tokenizer that was trained for 10 steps, not 20: choose another"
     ):
-        train_preset(PRESETS[0], str(cifar), tmp_path, tokenizer_steps=20, device="cpu")
+        train_all(AllStages(str(cifar), tokenizer_steps=20), tmp_path, "cpu")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "tokens"]
 
 

@@ -59,6 +59,8 @@ ZOO = {
     "detailflow-64": PublishedPair("ByteFlow-AI/DetailFlow-64", "ByteFlow-AI/DetailFlow-64-GPT-L", 512, 1.32),
 }
 
+SHIPPED = "shipped"  # the name of the model in the package
+
 
 def zoo_model(name: str | Path) -> PublishedPair | None:
     """Return the published pair that a short name, or the hub id of either half, stands for."""
@@ -83,10 +85,10 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
         path_or_id: a folder, one with tokenizer/ and gpt/ or any two such folders inside, a checkpoint of the published
             layout (FOLDER/checkpoints/NAME.pt), the folder of a training run that is not finished, one of a run's
             checkpoints (step-….pt), a short name in `ZOO` or a hub id (owner/name; that of either half of a published
-            pair stands for both), also as NAME@REVISION. `None` is the model in the package.
+            pair stands for both), also as NAME@REVISION. `None` or "shipped" is the model in the package.
         revision: a branch, tag or commit on the hub; `None` is the newest.
     """
-    if path_or_id is None:
+    if path_or_id is None or (path_or_id == SHIPPED and not os.path.lexists(SHIPPED)):
         path_or_id = shipped_folder(kind)
     name = str(path_or_id)
     path = Path(os.path.expanduser(name))
@@ -107,7 +109,9 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
             return resolve(fetch(getattr(pair, kind) if pair else name, _patterns(kind), revision), kind)
     if "/" in name or isinstance(path_or_id, Path):
         raise DetailFlowError(f"there is no such folder: {name}")
-    raise DetailFlowError(f"unknown model {name!r}: give a folder, a hub name (owner/name) or one of {', '.join(ZOO)}")
+    raise DetailFlowError(
+        f"unknown model {name!r}: give a folder, a hub name (owner/name) or one of {', '.join((*ZOO, SHIPPED))}"
+    )
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -463,6 +464,17 @@ def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, 
             ["--data", "images", "--output", "run", "--preset", "big"],
             "--preset must be small-32, own-64, own-128 or own-256, not 'big'",
         ),
+        (
+            ["--data", "images", "--output", "run", "--preset", "own-64", "--init", "shipped"],
+            "--preset and --init exclude each other",
+        ),
+        (["--data", "images", "--output", "run", "--finetune-decoder"], "--finetune-decoder is for the tokenizer of a"),
+        (
+            ["--data", "images", "--output", "run", "--init", "shipped", "--tokenizer-steps", "3"],
+            "--tokenizer-steps is for a tokenizer that is trained, and that of --init stays",
+        ),
+        (["--data", "images", "--output", "run", "--init", "nowhere"], "unknown model 'nowhere'"),
+        (["--data", "images", "--output", "run", "--init", "a.yaml"], "a.yaml is a file: give the folder"),
         (["--data", "images"], "the following arguments are required: --output"),
         (["--output", "run"], "the following arguments are required: --data"),
         (["--data", "nowhere/at/all", "--output", "run"], "nowhere/at/all does not exist"),
@@ -514,6 +526,93 @@ def test_all_in_a_row_without_classes(folder: Path, cifar: Path, capsys: pytest.
         "run holds a tokenizer and no AR model, whose training has not begun: repeat the training command to go on\n"
     )
     assert capsys.readouterr().err.endswith(f"detailflow: error: {problem}")
+
+
+def tuned(model: Path | str, *argv: str) -> list[str]:
+    return ["train", "--data", "images", "--init", str(model), "--output", "run", "--device", "cpu", *argv]
+
+
+@pytest.mark.usefixtures("quick")
+def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    """Its tokenizer as it is; the same command again does nothing, more steps go on."""
+    argv = tuned(model, "--gpt-steps", "2")
+    assert main([*argv, "--dry-run"]) == 0
+    dry = capsys.readouterr().out.splitlines()
+    assert not Path("run").exists() and dry[0].startswith("images: 8 images in 2 classes")
+    start = f"from {model}: its tokenizer as it is, and its AR model, which knows 0 of these 2 classes by name"
+    assert dry[1] == start and dry[2].startswith("tokens: 10 crops of each image: ")
+    assert "parameters, up to 2 steps of 32 images: up to" in dry[3] and dry[4].startswith("in all about ")
+    assert len(dry) == 5
+
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert start in out and "1 of the 8 images is held out for validation" in out
+    before, after = (DetailFlowTokenizer.from_pretrained(place) for place in (model, "run"))
+    assert after.fingerprint() == before.fingerprint() and close(after.state_dict(), before.state_dict())
+    gpt = DetailFlowGPT.from_pretrained("run").config
+    assert gpt.class_names == ("even", "odd") and (gpt.width, gpt.depth, gpt.dropout) == (32, 2, 0.1)
+    assert main(["generate", "--model", "run", "--output", "pictures", "--no-grid"]) == 0
+    assert files(folder / "pictures") == ["0000-even.png", "0001-odd.png"]
+
+    content = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("finished already") == 2 and start not in out
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == content
+    problem = "run/tokenizer holds another tokenizer than that of shipped: choose another folder"
+    assert complaint(tuned("shipped", "--gpt-steps", "2"), capsys) == problem
+    assert main(tuned(model, "--gpt-steps", "3")) == 0
+    assert "run/gpt: going on from step 2" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_from_a_trained_model_with_its_decoder(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    """Encoder and codebook stay, so the tokens keep their meaning; more steps of the decoder need no other tokens."""
+    argv = tuned(model, "--finetune-decoder", "--gpt-steps", "1")
+    assert main([*argv, "--tokenizer-steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "its tokenizer, whose decoder is trained, and its AR model" in out and "\ntokenizer: " in out
+    before, after = (DetailFlowTokenizer.from_pretrained(place) for place in (model, "run"))
+    assert after.fingerprint() == before.fingerprint()
+    old, new = before.state_dict(), after.state_dict()
+    changed = {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"decoder"}
+    DetailFlowPipeline.from_pretrained("run")  # a warning is an error here
+    assert main([*argv, "--tokenizer-steps", "3"]) == 0
+    assert "run/tokenizer: going on from step 2" in capsys.readouterr().out
+    problem = "run/tokenizer holds another tokenizer than that of"
+    assert complaint(tuned(model, "--gpt-steps", "1"), capsys).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("side", "gigabytes", "preset", "why"),
+    [
+        (32, 0, "small-32", "about 32 pixels (--"),
+        (47, 80, "small-32", "about 47 pixels (--"),
+        (48, 0, "own-64", "about 48 pixels (--"),
+        (500, 0, "own-64", "about 500 pixels, and a CPU is too small for more (--"),
+        (500, 80, "own-256", "about 500 pixels (--"),
+        (500, 16, "own-128", "about 500 pixels, and this device is too small for more (--"),
+        (500, 8, "own-64", "about 500 pixels, and this device is too small for more (--"),
+        (8, 80, "small-32", "about 8 pixels (--"),
+    ],
+)
+def test_a_preset_for_the_images_and_the_device(
+    side: int, gigabytes: int, preset: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A GPU that is not here is said to have so much memory."""
+    from detailflow.data.images import open_images
+    from detailflow.training.presets import choose_preset
+
+    memory = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: memory)
+    for k, size in enumerate(((side, side + 5), (side + 300, side), (1, 1), (2000, 1000))):
+        Image.new("RGB", size).save(tmp_path / f"{k}.png")
+    (tmp_path / "4.png").write_bytes(b"no image")
+    source = open_images(tmp_path)
+    chosen, sentence = choose_preset(source, torch.device("cuda" if gigabytes else "cpu"))
+    assert chosen == preset and sentence.startswith(f"preset {preset}, as the images' shorter sides are {why}")
 
 
 @pytest.mark.slow

@@ -102,7 +102,10 @@ def test_a_run_stops_once_validation_has_stopped_improving(tmp_path: Path):
     assert (train(tmp_path / "two", STALLING, patience=2), last(tmp_path / "two")) == (2, 4)
     assert (train(tmp_path / "three", STALLING, patience=3), last(tmp_path / "three")) == (6, 9)
     report = (tmp_path / "three" / "report.md").read_text()
-    assert "- 9 steps of 1 images\n- stopped before step 10: validation has not improved since step 6 (patience 3)" in report
+    assert (
+        "- 9 steps of 1 images\n- stopped before step 10: validation has not improved since step 6 (patience 3)"
+        in report
+    )
 
 
 def test_patience_counts_validations(tmp_path: Path):

@@ -23,12 +23,13 @@ from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.published import vit_names
 from detailflow.training.config import GPTTraining, LoopConfig, TokenizerTraining
-from detailflow.training.counting import Counter, StepCosts, count_steps, counting
+from detailflow.training.counting import Counter, StepCosts, Trial, count_steps, counting
 from detailflow.training.gpt import GPTStage
 from detailflow.training.plan import (
     AUXILIARY,
     FROZEN,
     TRAINED,
+    Expected,
     Network,
     Plan,
     networks_of,
@@ -267,6 +268,37 @@ def test_sums_of_several_processes():
     assert "gradients on their way" not in sharded.memory
 
 
+class Tried(Trial[Any]):
+    """A step that takes two seconds."""
+
+    def seconds(self) -> float:
+        return 2.0
+
+
+def test_the_time_by_steps_that_were_tried():
+    plan = replace(of(replace(LOOP, patience=3)), trial=Tried(object, object, CPU))
+    assert plan.seconds(1000.0, 0.5) == 100.0 and plan.expected_seconds(1000.0, 0.5) == 100 * 2.0
+    assert plan.expected_seconds(10.0, 0.5) == plan.seconds(10.0, 0.5)  # 100 seconds a step are not tried
+    assert of().expected_seconds(1000.0, 0.5) == 100.0
+    memory = f"{plan.all_memory / 1024:.1f} KiB of memory"
+    assert plan.brief(200.0) == f"1,000 parameters, up to 100 steps of 16 images: up to 3.3 minutes, {memory}"
+    assert of().brief(200.0).startswith("1,000 parameters, 100 steps of 16 images: 3.3 minutes")
+
+
+def test_a_trial_takes_real_steps():
+    """Of the run's last kind, on weights and a batch of the right shapes."""
+    steps = []
+
+    class Counted(GPTStage):
+        def step(self, step: int, batch: Any, rate: float, log: bool = True) -> dict[str, Any]:
+            steps.append(step)
+            return super().step(step, batch, rate, log)
+
+    config = GPTTraining("tokens", "model", LOOP)
+    trial = Trial(lambda: Counted(config, GPT, None, None, CPU, True), gpt_batch, CPU)  # type: ignore[arg-type]
+    assert trial.seconds() > 0 and steps == [99] * 3
+
+
 # ------------------------------------------------------------------------------------------------- plans and pages
 
 
@@ -277,6 +309,10 @@ def test_of_an_ar_model(model: Path, tokens: Path):
     assert (plan.tokens, plan.ema) == (16, True) and plan.store_bytes > 200 * 2 * 3 * 16 * 2
     sizes = GPTConfig(num_classes=10, width=32, depth=2, heads=2, num_tokens=16, group_size=4, codebook_size=64)
     assert plan.parameters(TRAINED) == size_of(DetailFlowGPT(sizes))
+    known = DetailFlowTokenizer.from_pretrained(model / "tokenizer").config
+    names = tuple(f"class{number}" for number in range(10))
+    ahead = plan_gpt(replace(config, tokens="none"), World(), CPU, Expected(200, 2, names, known, plan.store_bytes))
+    assert replace(ahead, trial=None) == replace(plan, trial=None)  # before there are tokens
     several = plan_gpt(replace(config, loop=replace(LOOP, shard=True, compile=True)), World(size=4))
     assert several.operations == plan.operations and several.costs.peak < plan.costs.peak
 

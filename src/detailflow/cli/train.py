@@ -1,14 +1,13 @@
 """`detailflow train`: a tokenizer, an AR model, or all in a row from a preset."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from detailflow.cli.common import Parser, add_device_option, check_output
-from detailflow.cli.settings import Request, read_request
+from detailflow.cli.settings import DRY_RUN, Request, read_request
 from detailflow.errors import DetailFlowError
-from detailflow.settings import Location, PositiveInt, parse_settings, unknown
+from detailflow.settings import Location, PositiveInt, unknown
 
 AGAIN = "The same command goes on with a run that was interrupted."
 TOKENIZER = f"Train a tokenizer on images: a folder of class subfolders, parquet file(s), or a hub data set. {AGAIN}"
@@ -32,16 +31,18 @@ def main(argv: Sequence[str]) -> int:
 
 def _tokenizer(argv: Sequence[str]) -> None:
     from detailflow.training.config import TokenizerTraining
+    from detailflow.training.presets import tokenizer_sizes
     from detailflow.training.tokenizer import train_tokenizer
 
-    _run(read_request(TokenizerTraining, "train tokenizer", TOKENIZER, argv, _tokenizer_sizes, True), train_tokenizer)
+    _run(read_request(TokenizerTraining, "train tokenizer", TOKENIZER, argv, tokenizer_sizes, True), train_tokenizer)
 
 
 def _gpt(argv: Sequence[str]) -> None:
     from detailflow.training.config import GPTTraining
     from detailflow.training.gpt import train_gpt
+    from detailflow.training.presets import gpt_sizes
 
-    _run(read_request(GPTTraining, "train gpt", GPT, argv, _gpt_sizes, True), train_gpt)
+    _run(read_request(GPTTraining, "train gpt", GPT, argv, gpt_sizes, True), train_gpt)
 
 
 def _run(request: Request | None, train: Callable[[Any, Path, str | None], object]) -> None:
@@ -52,24 +53,6 @@ def _run(request: Request | None, train: Callable[[Any, Path, str | None], objec
             print(plan)
     elif request:
         train(request.settings, request.output, request.device)
-
-
-def _tokenizer_sizes(source: str) -> dict[str, Any]:
-    """Return the settings that a tokenizer to start from implies."""
-    from detailflow import hub
-    from detailflow.models.tokenizer import TokenizerConfig
-
-    return {"model": asdict(parse_settings(TokenizerConfig, hub.load_config(source, "tokenizer"), source))}
-
-
-def _gpt_sizes(source: str) -> dict[str, Any]:
-    """Return the settings that an AR model to start from implies."""
-    from detailflow import hub
-    from detailflow.models.gpt import GPTConfig
-
-    config = parse_settings(GPTConfig, hub.load_config(source, "gpt"), source)
-    sizes = {key: getattr(config, key) for key in ("width", "depth", "heads", "dropout")}
-    return sizes | {"sampling": asdict(config.sampling)}
 
 
 def preset_parser() -> Parser:
@@ -84,20 +67,28 @@ def preset_parser() -> Parser:
     )
     data = "a folder of class subfolders, parquet, or a hub data set"
     parser.option("--data", Location, help=data, required=True)
-    parser.option("--preset", Preset, PRESETS[0], f"one of {', '.join(PRESETS)} (default: the first)", "NAME")
+    parser.option("--preset", Preset, None, f"{', '.join(PRESETS)} (default: by the images' size)", "NAME")
+    parser.option("--init", Location, help="start from this model: a folder, hub name, detailflow-16 or shipped")
+    parser.option("--finetune-decoder", bool, help="train the decoder of --init, too")
     parser.option("--output", Path, help="gets tokenizer/, tokens/, gpt/ and report.html", metavar="DIR", required=True)
     parser.option("--split", help="of the data, if it has several (default: train)")
-    parser.option("--tokenizer-steps", PositiveInt, help="in place of the preset's", metavar="N")
-    parser.option("--gpt-steps", PositiveInt, help="in place of the preset's", metavar="N")
+    parser.option("--tokenizer-steps", PositiveInt, help="in place of the recipe's", metavar="N")
+    parser.option("--gpt-steps", PositiveInt, help="in place of the recipe's", metavar="N")
     add_device_option(parser)
+    parser.option(DRY_RUN, bool, help="only say what it would do, with time and memory")
     return parser
 
 
 def _all(argv: Sequence[str]) -> None:
-    from detailflow.training.presets import train_preset
+    from detailflow.training.all_stages import describe_all, train_all
+    from detailflow.training.presets import AllStages
 
     options = vars(preset_parser().parse_args(list(argv) or ["--help"]))
-    output = options.pop("output")
+    output, device, dry_run = options.pop("output"), options.pop("device"), options.pop("dry_run")
+    wanted = AllStages(**options)
+    if dry_run:
+        print(describe_all(wanted, output, device))
+        return
     check_output(output)
-    train_preset(options.pop("preset"), options.pop("data"), output, **options)
+    train_all(wanted, output, device)
     print(f"done: detailflow generate --model {output}")

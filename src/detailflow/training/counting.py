@@ -1,11 +1,12 @@
 """Count a training step's operations and memory on tensors that have shapes but no data."""
 
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -21,6 +22,27 @@ from detailflow.training.config import LoopConfig
 from detailflow.training.optimizer import recompute_activations
 
 Stage = TypeVar("Stage")
+TRIED_STEPS = 3
+
+
+class Trial(NamedTuple, Generic[Stage]):
+    """What a step is counted or tried with: makers of the stage, without `checkpoint_activations`, and its batch."""
+
+    make_stage: Callable[[], Stage]
+    make_batch: Callable[[], Any]
+    device: torch.device
+
+    def seconds(self) -> float:
+        """Return the seconds of a real step like the run's last, the shortest of a few."""
+        stage: Any = self.make_stage()
+        batch, last, times = self.make_batch(), stage.config.loop.steps - 1, []
+        for _ in range(TRIED_STEPS):
+            start = time.perf_counter()
+            stage.step(last, batch, 0.0)
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+            times.append(time.perf_counter() - start)
+        return min(times)
 
 
 class StepCosts(NamedTuple):

@@ -1,7 +1,7 @@
 """Train the AR model on extracted tokens: planted mistakes, label dropout, EMA (docs/method.md#ar-model)."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -39,7 +39,7 @@ from detailflow.pictures import grid
 from detailflow.seeds import mixed_seed
 from detailflow.settings import parse_settings
 from detailflow.training.config import PRECISIONS, GPTTraining
-from detailflow.training.counting import StepCosts, count_steps, of_one_rank
+from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_rank
 from detailflow.training.extract import made_by
 from detailflow.training.inputs import Input, model_input, tokens_input
 from detailflow.training.loop import Run, train
@@ -57,7 +57,7 @@ class GPTStage:
         self,
         config: GPTTraining,
         sizes: GPTConfig,
-        store: TokenStore,
+        store: TokenStore | None,
         tokenizer: DetailFlowTokenizer,
         device: torch.device,
         resuming: bool = False,
@@ -104,6 +104,7 @@ class GPTStage:
         """Yield this rank's labels, input rows and target rows."""
         loop = self.config.loop
         share = self.config.planted_share
+        assert self.store is not None
         batches = iter(TokenBatches(self.store, loop.batch_size, loop.seed, share, start_step, self.world))
         return read_ahead(batches) if self.device.type == "cuda" else batches
 
@@ -240,14 +241,14 @@ def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def model_config(config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTokenizer) -> GPTConfig:
-    """Return the config of the AR model that `config` asks for on these tokens."""
+def model_config(config: GPTTraining, class_names: Sequence[str], tokenizer: DetailFlowTokenizer) -> GPTConfig:
+    """Return the config of the AR model that `config` asks for, of these classes and on tokens of `tokenizer`."""
     start = parse_settings(GPTConfig, hub.load_config(config.init, "gpt"), config.init) if config.init else None
     return GPTConfig(
         mlp=start.mlp if start else None,
         rope_base=start.rope_base if start else 10000.0,
-        num_classes=len(store.info.class_names),
-        class_names=store.info.class_names,
+        num_classes=len(class_names),
+        class_names=tuple(class_names),
         width=config.width,
         depth=config.depth,
         heads=config.heads,
@@ -261,23 +262,24 @@ def model_config(config: GPTTraining, store: TokenStore, tokenizer: DetailFlowTo
     )
 
 
-def count_gpt(
-    config: GPTTraining,
-    sizes: GPTConfig,
-    store: TokenStore,
-    tokenizer: DetailFlowTokenizer,
-    *,
-    world: World,
-    device: torch.device,
-) -> tuple[StepCosts, GPTStage]:
-    """Count the steps of one rank; the stage has no data."""
+def trial(
+    config: GPTTraining, sizes: GPTConfig, tokenizer: DetailFlowTokenizer, *, world: World, device: torch.device
+) -> Trial[GPTStage]:
+    """Return a stage of one rank and its batch, with neither data nor weights that would be read."""
     alone = replace(config, loop=of_one_rank(config.loop, world))
     rows, n = alone.loop.batch_size, sizes.num_tokens
-    return count_steps(
-        lambda: GPTStage(alone, sizes, store, tokenizer, device, resuming=True),  # so no weights are read
+    return Trial(
+        lambda: GPTStage(alone, sizes, None, tokenizer, device, resuming=True),  # so no weights are read
         lambda: [torch.zeros(shape, dtype=torch.long) for shape in ((rows,), (rows, n), (rows, n))],
         device,
     )
+
+
+def count_gpt(
+    config: GPTTraining, sizes: GPTConfig, tokenizer: DetailFlowTokenizer, *, world: World, device: torch.device
+) -> tuple[StepCosts, GPTStage]:
+    """Count the steps of one rank; the stage has no data."""
+    return count_steps(*trial(config, sizes, tokenizer, world=world, device=device))
 
 
 def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> None:
@@ -293,14 +295,14 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
         if world.is_main:
             store.verify()
         tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen, dtype=torch.float32)
-        sizes = model_config(config, store, tokenizer)
+        sizes = model_config(config, store.info.class_names, tokenizer)
 
     def make(resuming: bool) -> GPTStage:
         return GPTStage(config, sizes, store, tokenizer, chosen, resuming, world)
 
     @cache
     def costs() -> StepCosts:
-        return count_gpt(config, sizes, store, tokenizer, world=world, device=chosen)[0]
+        return count_gpt(config, sizes, tokenizer, world=world, device=chosen)[0]
 
     inputs = {
         "tokens": tokens_input(store),

@@ -1,10 +1,11 @@
 """Plan a run before it starts (`--dry-run`): its networks, length, memory, operations, time and disk space."""
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,25 +13,28 @@ from torch import nn
 from detailflow import hub
 from detailflow.data.batches import BatchOrder
 from detailflow.data.tokens import TokenStore
-from detailflow.device import choose_device
+from detailflow.device import autocast, choose_device
 from detailflow.distributed import World
 from detailflow.machine import measure_ceilings
 from detailflow.models.efficientnet import EfficientNetLite0
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.settings import parse_settings
+from detailflow.training import gpt, tokenizer
 from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
 from detailflow.training.classifier import FeatureNetwork
-from detailflow.training.config import PRECISIONS, GPTTraining, LoopConfig, TokenizerTraining
-from detailflow.training.counting import StepCosts
-from detailflow.training.gpt import GPTStage, count_gpt, model_config
+from detailflow.training.config import CROPS, PRECISIONS, Extraction, GPTTraining, LoopConfig, TokenizerTraining
+from detailflow.training.counting import StepCosts, Trial, count_steps
+from detailflow.training.extract import code_rows
+from detailflow.training.gpt import GPTStage, model_config
 from detailflow.training.losses import LPIPS
 from detailflow.training.teachers import image_count, open_source
-from detailflow.training.tokenizer import TokenizerStage, count_of_steps, count_tokenizer
+from detailflow.training.tokenizer import TokenizerStage, count_of_steps
 
 UTILIZATION = {"cpu": 0.5, "gpu": 0.4}  # of the measured ceiling that training is assumed to reach
 TRAINED, AUXILIARY, FROZEN = "trained", "trained, not kept", "frozen"
 CPU = torch.device("cpu")
+LONGEST_TRIAL = 5.0  # seconds of a step by the estimate, above which no real one is tried
 
 
 class Network(NamedTuple):
@@ -81,6 +85,7 @@ class Plan:
         last_share: of the steps, those that cost what the last one does; the others cost what the first one does.
         ema: whether a moving average of the weights is kept.
         store_bytes: of the token store, if the data is one.
+        trial: takes a few real steps of one process.
     """
 
     of: str
@@ -93,6 +98,7 @@ class Plan:
     last_share: float = 1.0
     ema: bool = False
     store_bytes: int = 0
+    trial: Trial[Any] | None = None
 
     def parameters(self, *roles: str) -> int:
         """Return the weights of all networks of these roles."""
@@ -134,14 +140,32 @@ class Plan:
         """Return the run's time on devices that each reach this part of so many operations per second."""
         return self.loop.steps * self.operations / self.world_size / (ceiling * utilization)
 
+    @property
+    def all_memory(self) -> float:
+        """Bytes of one process, without PyTorch's own."""
+        return sum(self.memory.values()) + self.activations(self.loop.checkpoint_activations)
+
+    def expected_seconds(self, ceiling: float, utilization: float) -> float:
+        """Return the run's time by a few real steps; by `seconds` if these would take too long."""
+        if self.trial is None or self.costs.last > LONGEST_TRIAL * ceiling * utilization:
+            return self.seconds(ceiling, utilization)
+        return self.seconds(self.costs.last / self.trial.seconds(), 1.0)
+
+    def brief(self, seconds: float) -> str:
+        """Return one line on the run, which will take so many seconds."""
+        loop = self.loop
+        most = "up to " if loop.patience and loop.val_every else ""
+        facts = f"{_count(self.parameters(TRAINED))} parameters, {most}{_several(loop.steps, 'step')} of "
+        facts += f"{_several(loop.batch_size, 'image')}: {most}{describe_duration(seconds)}"
+        return f"{facts}, {_bytes(self.all_memory)} of memory"
+
     def text(self, ceiling: float, utilization: float, device: str) -> str:
         """Return the plan as a page of at most 80 columns; for the arguments see `seconds`."""
         loop, of_all = self.loop, self.loop.steps * self.operations
         each, images = loop.batch_size // self.world_size, loop.steps * loop.batch_size
         parts = f", in {loop.accumulate} parts of {each // loop.accumulate}" if loop.accumulate > 1 else ""
-        on = loop.checkpoint_activations
+        on, duration = loop.checkpoint_activations, describe_duration(self.seconds(ceiling, utilization))
         epochs = "" if self.epochs is None else f": {self.epochs:,.1f} epochs"
-        memory = sum(self.memory.values()) + self.activations(on)
         kept = loop.keep + (loop.steps // loop.milestone_every if loop.milestone_every else 0)
         sections: dict[str, list[str]] = {
             "networks": [f"{n.name:<30}{_count(n.parameters):>10}  {n.role}" for n in self.networks],
@@ -154,11 +178,11 @@ class Plan:
                 *(f"{name:<30}{_bytes(size):>10}" for name, size in self.memory.items()),
                 f"{'activations, about':<30}{_bytes(self.activations(on)):>10}",
                 f"{'':<30}{_bytes(self.activations(not on)):>10}  {'without' if on else 'with'} checkpoint_activations",
-                f"{'together, of each process':<30}{_bytes(memory):>10}  and PyTorch's own",
+                f"{'together, of each process':<30}{_bytes(self.all_memory):>10}  and PyTorch's own",
             ],
             "products": [f"{_operations(self.operations)} a step, {_operations(of_all)} in all"],
             "time": [
-                f"about {_duration(self.seconds(ceiling, utilization))}, if every process reaches {utilization:.0%} of",
+                f"about {duration}, if every process reaches {utilization:.0%} of",
                 f"the {_operations(ceiling)}/s of {loop.precision} products measured here on {device}",
             ],
             "disk": [
@@ -176,6 +200,12 @@ def planned_world() -> World:
     return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def ceiling_of(config: TokenizerTraining | GPTTraining, device: torch.device) -> tuple[float, float]:
+    """Measure the operations per second of matrix products; return them, and the part that training may reach."""
+    ceiling = measure_ceilings(device, PRECISIONS[config.loop.precision], repeats=2).flops
+    return ceiling, UTILIZATION["cpu" if device.type == "cpu" else "gpu"]
+
+
 def describe_plan(config: TokenizerTraining | GPTTraining, device: str | None = None) -> str:
     """Measure the device and return the costs of a run as text, "" on other ranks; no file is written or downloaded."""
     chosen, world = choose_device(device), planned_world()
@@ -186,36 +216,69 @@ def describe_plan(config: TokenizerTraining | GPTTraining, device: str | None = 
         if isinstance(config, TokenizerTraining)
         else plan_gpt(config, world, chosen)
     )
-    ceiling = measure_ceilings(chosen, PRECISIONS[config.loop.precision], repeats=2).flops
-    return plan.text(ceiling, UTILIZATION["cpu" if chosen.type == "cpu" else "gpu"], str(chosen))
+    return plan.text(*ceiling_of(config, chosen), str(chosen))
 
 
 def plan_tokenizer(config: TokenizerTraining, world: World, device: torch.device = CPU) -> Plan:
     """Plan a tokenizer's run; every step is counted as one that trains all N tokens."""
     source, loop = open_source(config), config.loop
-    costs, stage = count_tokenizer(config, source, world=world, device=device)
+    tried = tokenizer.trial(config, source, world=world, device=device)
+    costs, stage = count_steps(*tried)
     count = image_count(source)
     start = count_of_steps(config.adversarial_from, loop.steps) / loop.steps if config.adversarial else 0.0
     epochs = loop.steps / BatchOrder(count, loop.batch_size, loop.seed).steps_per_epoch if count else None
     images = _several(count, "image") if count else "a stream of images"
     of = f"a tokenizer, on {images} of {_several(len(source.class_names), 'class')}"
-    tokens = config.model.num_tokens
-    return Plan(of, loop, epochs, tokens, networks_of(stage), world.size, costs, 1 - min(1.0, start))
+    tokens, last_share = config.model.num_tokens, 1 - min(1.0, start)
+    return Plan(of, loop, epochs, tokens, networks_of(stage), world.size, costs, last_share, trial=tried)
 
 
-def plan_gpt(config: GPTTraining, world: World, device: torch.device = CPU) -> Plan:
-    """Plan an AR model's run."""
-    store, loop = TokenStore.open(config.tokens), config.loop
-    known = parse_settings(TokenizerConfig, hub.load_config(config.tokenizer, "tokenizer"), config.tokenizer)
+class Expected(NamedTuple):
+    """A token store, which need not be there: what a plan must know of it."""
+
+    images: int
+    crops: int
+    class_names: tuple[str, ...]
+    tokenizer: TokenizerConfig
+    bytes: int = 0
+
+
+def plan_gpt(config: GPTTraining, world: World, device: torch.device = CPU, expected: Expected | None = None) -> Plan:
+    """Plan an AR model's run on the tokens that there are, or that are expected."""
+    loop = config.loop
+    if expected is None:
+        store = TokenStore.open(config.tokens)
+        size = sum(path.stat().st_size for path in Path(config.tokens).rglob("*") if path.is_file())
+        known = parse_settings(TokenizerConfig, hub.load_config(config.tokenizer, "tokenizer"), config.tokenizer)
+        expected = Expected(len(store), store.info.crops, store.info.class_names, known, size)
     with torch.device("meta"):
-        tokenizer = DetailFlowTokenizer(known)
-    sizes = model_config(config, store, tokenizer)
-    costs, stage = count_gpt(config, sizes, store, tokenizer, world=world, device=device)
-    epochs = loop.steps / BatchOrder(len(store), loop.batch_size, loop.seed).steps_per_epoch
-    size = sum(path.stat().st_size for path in Path(config.tokens).rglob("*") if path.is_file())
-    crops = _several(store.info.crops, "crop")
-    of = f"an AR model, on {_several(len(store), 'image')} of {_several(sizes.num_classes, 'class')}, {crops} of each"
-    return Plan(of, loop, epochs, sizes.num_tokens, networks_of(stage), world.size, costs, ema=True, store_bytes=size)
+        codec = DetailFlowTokenizer(expected.tokenizer)
+    sizes = model_config(config, expected.class_names, codec)
+    tried = gpt.trial(config, sizes, codec, world=world, device=device)
+    costs, stage = count_steps(*tried)
+    epochs = loop.steps / BatchOrder(expected.images, loop.batch_size, loop.seed).steps_per_epoch
+    crops = _several(expected.crops, "crop")
+    of = f"an AR model, on {_several(expected.images, 'image')} of {_several(sizes.num_classes, 'class')}"
+    of += f", {crops} of each"
+    networks, n = networks_of(stage), sizes.num_tokens
+    return Plan(of, loop, epochs, n, networks, world.size, costs, 1.0, True, expected.bytes, tried)
+
+
+@torch.inference_mode()
+def extraction_seconds(
+    config: Extraction, sizes: TokenizerConfig, images: int, world: World, device: torch.device
+) -> float:
+    """Return the time of the extraction by a real pass of random weights over a few crops."""
+    count = 4 if device.type == "cpu" else config.batch_size
+    model = DetailFlowTokenizer(sizes).to(device).eval()
+    crops = torch.zeros(count, 3, sizes.image_size, sizes.image_size, device=device)
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        with autocast(device, PRECISIONS[config.precision]):
+            code_rows(model, crops, torch.zeros(count, dtype=torch.long), torch.Generator(), config.mistakes).cpu()
+        times.append(time.perf_counter() - start)
+    return min(times) / count * images * CROPS[config.crops][1] / world.size
 
 
 def _several(number: int, word: str) -> str:
@@ -234,7 +297,8 @@ def _bytes(value: float) -> str:
     return _scaled(value, {2**30: " GiB", 2**20: " MiB", 2**10: " KiB"}, ",.1f") or f"{value:,.0f} bytes"
 
 
-def _duration(seconds: float) -> str:
+def describe_duration(seconds: float) -> str:
+    """Return seconds in the unit that they are at least two of."""
     units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
     return next(f"{seconds / size:,.1f} {name}" for size, name in units if seconds >= 2 * size or size == 1)
 

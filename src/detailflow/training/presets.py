@@ -1,27 +1,84 @@
-"""Tokenizer, extraction and AR model in a row, with the settings of a preset: the newcomer's one command."""
+"""The settings of tokenizer, extraction and AR model: those of a preset, or to go on from a trained model."""
 
 import logging
-from dataclasses import replace
+import statistics
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 import yaml
 
-from detailflow.data.images import open_images
-from detailflow.distributed import World
+from detailflow import hub
+from detailflow.data.images import ImageSource, spread
 from detailflow.errors import DetailFlowError
-from detailflow.settings import parse_settings
+from detailflow.labels import ClassLabels
+from detailflow.models.gpt import GPTConfig
+from detailflow.models.tokenizer import TokenizerConfig
+from detailflow.settings import Location, PositiveInt, Settings, parse_settings
 from detailflow.training.checkpoints import run_folder
 from detailflow.training.config import CLASSIFIER, Extraction, GPTTraining, TokenizerTraining
-from detailflow.training.extract import extract
-from detailflow.training.gpt import train_gpt
-from detailflow.training.run_report import write_run_report
-from detailflow.training.tokenizer import train_tokenizer
 
 _log = logging.getLogger(__name__)
 Preset = Literal["small-32", "own-64", "own-128", "own-256"]
-PRESETS = get_args(Preset)  # the default first
+PRESETS = get_args(Preset)
+SIDES = dict(zip(PRESETS, (32, 64, 128, 256), strict=True))
+GPU_BYTES = {"own-256": 20 * 2**30, "own-128": 14 * 2**30}  # of a GPU of 24 and of 16 GB, with a margin
+FINE_TUNE = "fine-tune"
+LOOKED_AT = 64  # images whose headers are read to choose a preset
+
+
+@dataclass(frozen=True)
+class AllStages(Settings):
+    """What to train in a row, and from what.
+
+    Attributes:
+        data: images, as in `ImageSettings`.
+        split: of the data.
+        preset: `None` is chosen by the images' size and the device.
+        init: model to start from in place of a preset; its tokenizer stays as it is.
+        finetune_decoder: train that tokenizer's decoder, which leaves the tokens as they are.
+        tokenizer_steps, gpt_steps: in place of the recipe's.
+    """
+
+    data: Location
+    split: str | None = None
+    preset: Preset | None = None
+    init: Location | None = None
+    finetune_decoder: bool = False
+    tokenizer_steps: PositiveInt | None = None
+    gpt_steps: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset and self.init:
+            raise DetailFlowError("--preset and --init exclude each other: with --init the sizes are that model's")
+        if self.finetune_decoder and not self.init:
+            raise DetailFlowError("--finetune-decoder is for the tokenizer of a trained model: give it as --init")
+        if self.init and self.tokenizer_steps and not self.finetune_decoder:
+            raise DetailFlowError(
+                "--tokenizer-steps is for a tokenizer that is trained, and that of --init stays as it is: "
+                "leave it out, or give --finetune-decoder"
+            )
+
+
+class StageSettings(NamedTuple):
+    """The settings of all stages.
+
+    Attributes:
+        tokenizer: `None` if that of `gpt.init` stays as it is.
+        sizes: the tokenizer's.
+        choice: what was chosen and why, a sentence.
+    """
+
+    tokenizer: TokenizerTraining | None
+    extraction: Extraction
+    gpt: GPTTraining
+    sizes: TokenizerConfig
+    choice: str
 
 
 def load_settings(preset: str, stage: str) -> dict[str, Any]:
@@ -29,52 +86,98 @@ def load_settings(preset: str, stage: str) -> dict[str, Any]:
     return yaml.safe_load((files("detailflow") / "recipes" / preset / f"{stage}.yaml").read_text())
 
 
-def train_preset(
-    preset: str,
-    data: str,
-    output: Path,
-    split: str | None = None,
-    tokenizer_steps: int | None = None,
-    gpt_steps: int | None = None,
-    device: str | None = None,
-) -> None:
-    """Train into output/tokenizer, output/tokens and output/gpt; what is finished there already stays."""
-    images = {"data": data, "split": split}
-    source = open_images(data, split=split)
-    tokenizer, tokens, gpt = (str(output / name) for name in ("tokenizer", "tokens", "gpt"))
-
-    first = parse_settings(TokenizerTraining, {**load_settings(preset, "tokenizer"), **images}, preset)
-    if len(source.class_names) < 2:
-        first = _without_classes(first)
-    if tokenizer_steps is not None:
-        first = replace(first, loop=replace(first.loop, steps=tokenizer_steps))
-    _check_steps(output, first.loop.steps)
-    train_tokenizer(first, Path(tokenizer), device)
-
-    if not (Path(tokens) / "manifest.json").exists():
-        settings = {**load_settings(preset, "extract"), **images, "tokenizer": tokenizer}
-        extract(parse_settings(Extraction, settings, preset), Path(tokens), device)
-    elif World.from_launch(cpu=device == "cpu").is_main:
-        _log.info("%s: these tokens are finished already", tokens)
-
-    last = parse_settings(
-        GPTTraining, {**load_settings(preset, "gpt"), "tokens": tokens, "tokenizer": tokenizer}, preset
-    )
-    if gpt_steps is not None:
-        last = replace(last, loop=replace(last.loop, steps=gpt_steps))
-    train_gpt(last, Path(gpt), device)
-    write_run_report(output, source, data, device)
+def tokenizer_sizes(source: str) -> dict[str, Any]:
+    """Return the settings that a tokenizer to start from implies."""
+    return {"model": asdict(parse_settings(TokenizerConfig, hub.load_config(source, "tokenizer"), source))}
 
 
-def _check_steps(output: Path, steps: int) -> None:
-    """Check that the tokenizer stays the one that made the tokens, if there are any."""
-    loop = run_folder(output / "tokenizer").read().get("loop")
-    recorded = loop.get("steps") if isinstance(loop, dict) else None
-    if isinstance(recorded, int) and recorded < steps and (output / "tokens").exists():
-        raise DetailFlowError(
-            f"{output / 'tokens'} is of a tokenizer that was trained for {recorded:,} steps, not {steps:,}: choose "
-            f"another folder, repeat --tokenizer-steps {recorded}, or remove {output / 'tokens'} and {output / 'gpt'}"
+def gpt_sizes(source: str) -> dict[str, Any]:
+    """Return the settings that an AR model to start from implies."""
+    config = parse_settings(GPTConfig, hub.load_config(source, "gpt"), source)
+    sizes = {key: getattr(config, key) for key in ("width", "depth", "heads", "dropout")}
+    return sizes | {"sampling": asdict(config.sampling)}
+
+
+def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device: torch.device) -> StageSettings:
+    """Return the settings of all stages, which write to output/tokenizer, output/tokens and output/gpt.
+
+    Args:
+        source: the images of `wanted.data`.
+        output: what was begun there keeps its preset.
+    """
+    images = {"data": wanted.data, "split": wanted.split}
+    tokenizer, tokens = str(output / "tokenizer"), str(output / "tokens")
+    first: dict[str, Any] = {}
+    last: dict[str, Any] = {"tokens": tokens, "tokenizer": tokenizer}
+    if wanted.init:
+        recipe, choice = FINE_TUNE, _describe_start(wanted, source)
+        first, last = tokenizer_sizes(wanted.init), gpt_sizes(wanted.init) | last
+        first["init"] = last["init"] = wanted.init
+    else:
+        recipe, choice = _preset(wanted, source, output, device)
+    trained = None
+    if not wanted.init or wanted.finetune_decoder:
+        trained = parse_settings(TokenizerTraining, first | load_settings(recipe, "tokenizer") | images, recipe)
+        trained = _with_steps(
+            trained if len(source.class_names) > 1 else _without_classes(trained), wanted.tokenizer_steps
         )
+    extraction = {**load_settings(recipe, "extract"), **images, "tokenizer": tokenizer}
+    return StageSettings(
+        trained,
+        parse_settings(Extraction, extraction, recipe),
+        _with_steps(parse_settings(GPTTraining, last | load_settings(recipe, "gpt"), recipe), wanted.gpt_steps),
+        trained.model if trained else parse_settings(TokenizerConfig, first["model"], wanted.init),
+        choice,
+    )
+
+
+def _with_steps(config: Any, steps: int | None) -> Any:
+    return config if steps is None else replace(config, loop=replace(config.loop, steps=steps))
+
+
+def _describe_start(wanted: AllStages, source: ImageSource) -> str:
+    """Return what is taken from the model to start from."""
+    assert wanted.init
+    decoder = "its tokenizer, whose decoder is trained" if wanted.finetune_decoder else "its tokenizer as it is"
+    theirs = parse_settings(GPTConfig, hub.load_config(wanted.init, "gpt"), wanted.init)
+    known = ClassLabels(theirs.class_names, theirs.num_classes)
+    found = sum(known.find(name) is not None for name in source.class_names)
+    classes = f"knows {found:,} of these {len(source.class_names):,} classes by name"
+    return f"from {wanted.init}: {decoder}, and its AR model, which {classes}"
+
+
+def _preset(wanted: AllStages, source: ImageSource, output: Path, device: torch.device) -> tuple[str, str]:
+    if wanted.preset:
+        return wanted.preset, f"preset {wanted.preset}, as you asked"
+    begun = run_folder(output / "tokenizer").read().get("model")
+    side = begun.get("image_size") if isinstance(begun, Mapping) else None
+    if name := next((name for name in PRESETS if SIDES[name] == side), None):
+        return name, f"preset {name}, as it was begun"
+    return choose_preset(source, device)
+
+
+def choose_preset(source: ImageSource, device: torch.device) -> tuple[str, str]:
+    """Return the preset for the size of these images and for this device, and why, as a sentence.
+
+    It is the largest that images of the median size fill at least three quarters of, and that the device can train: a
+    CPU up to 64×64, a GPU as its memory allows.
+    """
+    sides = []
+    for index in spread(len(source), min(LOOKED_AT, len(source))):
+        with suppress(DetailFlowError):  # training will say so
+            sides.append(min(source.size(index)))
+    side = statistics.median(sides or [0])
+    fitting = [name for name in PRESETS if SIDES[name] * 0.75 <= side] or [PRESETS[0]]
+    able = [name for name in fitting if _can_train(name, device)]
+    why = f"the images' shorter sides are about {side:,.0f} pixels"
+    if able[-1] != fitting[-1]:
+        why += f", and {'a CPU is' if device.type == 'cpu' else 'this device is'} too small for more"
+    return able[-1], f"preset {able[-1]}, as {why} (--preset chooses another)"
+
+
+def _can_train(preset: str, device: torch.device) -> bool:
+    least = GPU_BYTES.get(preset, 0)
+    return not least or (device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= least)
 
 
 def _without_classes(config: TokenizerTraining) -> TokenizerTraining:

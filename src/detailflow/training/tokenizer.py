@@ -27,7 +27,7 @@ from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexit
 from detailflow.psnr import psnr
 from detailflow.training.adversary import Adversary, Draws
 from detailflow.training.config import CLASSIFIER, NETWORKS, PRECISIONS, TokenizerTraining
-from detailflow.training.counting import StepCosts, count_steps, of_one_rank
+from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_rank
 from detailflow.training.inputs import Input, files_input, images_input, model_input, tokens_input
 from detailflow.training.loop import Run, train
 from detailflow.training.losses import alignment_loss, quantization_loss
@@ -397,17 +397,24 @@ def _inputs(config: TokenizerTraining, source: ImageSource | StreamSource) -> di
     return inputs
 
 
-def count_tokenizer(
+def trial(
     config: TokenizerTraining, source: ImageSource | StreamSource, *, world: World, device: torch.device
-) -> tuple[StepCosts, TokenizerStage]:
-    """Count the steps of one rank, each as one that trains all N tokens; the stage has no data."""
+) -> Trial[TokenizerStage]:
+    """Return a stage of one rank and its batch, with neither data nor weights that would be read."""
     alone = replace(config, loop=of_one_rank(config.loop, world), revive_every=0)
     rows, side = alone.loop.batch_size, config.model.image_size
-    return count_steps(
+    return Trial(
         lambda: TokenizerStage(alone, source, Path(), device, resuming=True, load=False),
         lambda: (torch.zeros(rows, side, side, 3, dtype=torch.uint8), None),
         device,
     )
+
+
+def count_tokenizer(
+    config: TokenizerTraining, source: ImageSource | StreamSource, *, world: World, device: torch.device
+) -> tuple[StepCosts, TokenizerStage]:
+    """Count the steps of one rank, each as one that trains all N tokens; the stage has no data."""
+    return count_steps(*trial(config, source, world=world, device=device))
 
 
 def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None = None) -> None:

@@ -1,0 +1,107 @@
+"""Tokenizer, extraction and AR model in a row: the newcomer's one command. It first says what it will do."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from detailflow import hub
+from detailflow.data.images import ImageSource, open_images
+from detailflow.distributed import World, launched
+from detailflow.errors import DetailFlowError
+from detailflow.published import CONFIG_FILE
+from detailflow.training.checkpoints import run_folder
+from detailflow.training.config import CROPS
+from detailflow.training.extract import extract
+from detailflow.training.gpt import train_gpt
+from detailflow.training.plan import (
+    Expected,
+    ceiling_of,
+    describe_duration,
+    extraction_seconds,
+    plan_gpt,
+    plan_tokenizer,
+    planned_world,
+)
+from detailflow.training.presets import AllStages, StageSettings, stage_settings
+from detailflow.training.run_report import write_run_report
+from detailflow.training.tokenizer import train_tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+def train_all(wanted: AllStages, output: Path, device: str | None = None) -> None:
+    """Train into output/tokenizer, output/tokens and output/gpt; what is finished there already stays."""
+    world, chosen = launched(device)
+    with world.raise_together():
+        source = open_images(wanted.data, split=wanted.split)
+        stages = stage_settings(wanted, source, output, chosen)
+        tokenizer, tokens, gpt = (output / name for name in ("tokenizer", "tokens", "gpt"))
+        if stages.tokenizer and not wanted.init:
+            _check_steps(output, stages.tokenizer.loop.steps)
+        if world.is_main and not (tokenizer.exists() or gpt.exists()):
+            for line in outlook(stages, source, world, chosen):
+                _log.info("%s", line)
+        if stages.tokenizer is None and world.is_main:
+            assert wanted.init
+            _copy_tokenizer(wanted.init, tokenizer)
+    if stages.tokenizer:
+        train_tokenizer(stages.tokenizer, tokenizer, device)
+    if not (tokens / "manifest.json").exists():
+        extract(stages.extraction, tokens, device)
+    elif world.is_main:
+        _log.info("%s: these tokens are finished already", tokens)
+    train_gpt(stages.gpt, gpt, device)
+    write_run_report(output, source, wanted.data, device)
+
+
+def describe_all(wanted: AllStages, output: Path, device: str | None = None) -> str:
+    """Return what `train_all` would do, "" on other ranks; no file is written or downloaded but configs of `init`."""
+    world = planned_world()
+    if not world.is_main:
+        return ""
+    chosen = launched(device)[1] if world.size == 1 else torch.device(device or "cpu")
+    source = open_images(wanted.data, split=wanted.split)
+    return "\n".join([source.summary, *outlook(stage_settings(wanted, source, output, chosen), source, world, chosen)])
+
+
+def outlook(stages: StageSettings, source: ImageSource, world: World, device: torch.device) -> list[str]:
+    """Return lines on what the stages will do: sizes, and time and memory by a few real steps on this machine."""
+    lines, total = [stages.choice], 0.0
+    ceiling = ceiling_of(stages.gpt, device)
+    if stages.tokenizer:
+        plan = plan_tokenizer(stages.tokenizer, world, device)
+        total += (seconds := plan.expected_seconds(*ceiling))
+        lines.append(f"tokenizer: {plan.brief(seconds)}")
+    crops = CROPS[stages.extraction.crops][1]
+    total += (seconds := extraction_seconds(stages.extraction, stages.sizes, len(source), world, device))
+    lines.append(f"tokens: {crops} crops of each image: {describe_duration(seconds)}")
+    expected = Expected(len(source), crops, source.class_names, stages.sizes)
+    plan = plan_gpt(stages.gpt, world, device, expected)
+    total += (seconds := plan.expected_seconds(*ceiling))
+    lines.append(f"AR model: {plan.brief(seconds)}")
+    lines.append(
+        f"in all about {describe_duration(total)} on {device}, as busy as it is; Ctrl-C stops, the same command goes on"
+    )
+    return lines
+
+
+def _copy_tokenizer(source: str, folder: Path) -> None:
+    """Copy the tokenizer of a model, or check that this was done."""
+    config, tensors = hub.load(source, "tokenizer")
+    if (folder / CONFIG_FILE).exists() or run_folder(folder).read():
+        if hub.fingerprint(*hub.load(folder, "tokenizer")) != hub.fingerprint(config, tensors):
+            raise DetailFlowError(f"{folder} holds another tokenizer than that of {source}: choose another folder")
+        return
+    hub.save(folder, "tokenizer", config, tensors)
+
+
+def _check_steps(output: Path, steps: int) -> None:
+    """Check that the tokenizer stays the one that made the tokens, if there are any."""
+    loop = run_folder(output / "tokenizer").read().get("loop")
+    recorded = loop.get("steps") if isinstance(loop, dict) else None
+    if isinstance(recorded, int) and recorded < steps and (output / "tokens").exists():
+        raise DetailFlowError(
+            f"{output / 'tokens'} is of a tokenizer that was trained for {recorded:,} steps, not {steps:,}: choose "
+            f"another folder, repeat --tokenizer-steps {recorded}, or remove {output / 'tokens'} and {output / 'gpt'}"
+        )
