@@ -212,13 +212,13 @@ def test_the_verdict_follows_from_the_distances():
 
 
 def test_what_a_run_can_be(tmp_path: Path):
-    (tmp_path / "run.yaml").write_text("loop: {steps: 100, batch_size: 64}\n")
-    stage = Stage("gpt", tmp_path)
+    """Of a run that stopped early, at step 100."""
+    (tmp_path / "run.yaml").write_text("loop: {steps: 1000, batch_size: 64}\n")
 
     def said(*losses: float, images: int = 100) -> str:
-        lines = [f'{{"step": {10 * (i + 1)}, "val_loss": {loss}}}\n' for i, loss in enumerate(losses)]
+        lines = [f'{{"step": {100 * (i + 1) // len(losses)}, "val_loss": {loss}}}\n' for i, loss in enumerate(losses)]
         (tmp_path / "log.jsonl").write_text("".join(lines))
-        return " ".join(expectations(images, [stage]))
+        return " ".join(expectations(images, [Stage("gpt", tmp_path)]))
 
     assert "saw each image 64.0 times, and its validation loss was lowest at step 20 of 100: more" in said(
         *[3, 1], *[2] * 8

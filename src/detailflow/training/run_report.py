@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,20 +111,20 @@ class Stage:
     kind: str  # "tokenizer" or "gpt"
     folder: Path
 
-    @property
+    @cached_property
     def history(self) -> list[dict[str, float]]:
         """What it logged; nothing if the model was taken as it is."""
         return read_history(self.folder)
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """Its settings, {} if the model was taken as it is."""
         return run_folder(self.folder).read()
 
     @property
     def steps(self) -> int:
-        """Its steps, 0 if there were none here."""
-        return int((self.settings.get("loop") or {}).get("steps", 0))
+        """The steps that it took, 0 if there were none here; a run that stops early logs its last one, too."""
+        return int(self.history[-1]["step"]) if self.history else 0
 
     @property
     def images(self) -> int:
@@ -302,7 +303,7 @@ class _Run:
         bests = [stage.best for stage in self.stages]
         rows.append(["steps", *(f"{stage.steps:,}" if stage.steps else "none here" for stage in self.stages)])
         rows.append(["passes over the images", *(f"{x.images / max(len(self.trained), 1):.1f}" for x in self.stages)])
-        rows.append(["exported step", *(f"{step:,}" for step, _ in bests)])
+        rows.append(["exported step", *(f"{step:,}" if step else "–" for step, _ in bests)])
         for name in ("val_loss", "val_psnr", "val_accuracy", "loss"):
             if any(name in record for _, record in bests):
                 rows.append([name, *(f"{record[name]:.4g}" if name in record else "–" for _, record in bests)])
