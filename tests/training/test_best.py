@@ -21,6 +21,7 @@ from detailflow.training.loop import Run
 @dataclass(frozen=True)
 class Settings:
     loop: LoopConfig
+    init: str | None = None
 
 
 class Counter:
@@ -45,7 +46,7 @@ class Counter:
         self.done = int(state["done"])
 
     def validate(self) -> dict[str, float]:
-        return {"val_loss": self.losses[self.done - 1]}
+        return {"val_loss": self.losses[self.done - 1] if self.done else 2.0}
 
     def model_config(self) -> dict[str, Any]:
         return {}
@@ -146,6 +147,24 @@ def test_a_run_that_stopped_early_goes_on_for_longer(tmp_path: Path):
     assert (train(tmp_path, losses, patience=2), last(tmp_path)) == (6, 8)
     (tmp_path / "config.json").unlink()
     assert (train(tmp_path, losses, patience=2), last(tmp_path)) == (6, 8)
+
+
+def train_from(output: Path, losses: list[float], comparable_from: float = 0.0, patience: int = 0) -> int:
+    """Train from a model whose loss is 2 and return the step that was exported."""
+    config = LoopConfig(len(losses), 1, 0.1, trackers=(), val_every=1, patience=patience)
+    run = Run("line", Settings(config, "model"), output, World(), torch.device("cpu"))
+    loop.train(lambda _: Counter(losses, comparable_from), run)
+    return int((output / "config.json").read_text())
+
+
+def test_what_a_run_starts_from_may_be_the_best(tmp_path: Path):
+    assert train_from(tmp_path / "worse", [3.0, 4.0]) == 0
+    assert train_from(tmp_path / "better", [3.0, 1.0]) == 2
+    assert (train_from(tmp_path / "stopped", [3.0] * 9, patience=2), last(tmp_path / "stopped")) == (0, 2)
+    assert train_from(tmp_path / "late", [3.0, 4.0], comparable_from=1) == 2  # it lacks a loss that is trained later
+    assert train(tmp_path / "scratch", [3.0, 4.0]) == 1
+    (tmp_path / "stopped" / "config.json").unlink()
+    assert train_from(tmp_path / "stopped", [3.0] * 9, patience=2) == 0
 
 
 @pytest.mark.parametrize("error", [DetailFlowError("no room"), KeyboardInterrupt()])

@@ -176,6 +176,8 @@ class _Training:
             Trackers(loop.trackers, self.output, run.kind, asdict(run.config), start, world) as trackers,
             tqdm(total=loop.steps, initial=start, **progress) as bar,
         ):
+            if start == 0 and loop.val_every and getattr(run.config, "init", None):
+                self._log_start(trackers)
             for step in range(start, loop.steps):
                 if self._has_stalled(step):
                     break
@@ -203,6 +205,14 @@ class _Training:
                     world.barrier()  # or the launcher, seeing one gone, would end the one that still writes
                     at = f"interrupted at step {done} of {loop.steps}: the same command goes on from there"
                     raise KeyboardInterrupt(*([at] if world.is_main else []))
+
+    def _log_start(self, trackers: Trackers) -> None:
+        """Measure what the run starts from, which is exported if no step is better."""
+        with self.speed.paused():
+            figures = self._validate(0)
+            with self.world.raise_together():
+                if figures and self.world.is_main:
+                    trackers.log(0, figures)
 
     def finish(self) -> None:
         """Export the model, the best by validation if there is one, and write the report."""
@@ -261,7 +271,8 @@ class _Training:
 
     def _is_comparable(self, done: int) -> bool:
         """Return whether all losses are trained at a step; the last one counts in any case."""
-        return done > min(self.stage.comparable_from, self.loop.steps - 1)
+        start = self.stage.comparable_from
+        return done > min(start, self.loop.steps - 1) or done == start == 0
 
     def _find_best(self) -> tuple[int, float] | None:
         """Return the step and loss of the best checkpoint so far, if losses from now on can be compared with it."""
