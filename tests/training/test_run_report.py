@@ -228,6 +228,9 @@ def test_what_a_run_can_be(tmp_path: Path):
     assert "saw each image 3.2 times, which is a short run" in said(1.0, images=2_000)
     texts = {said(images=number).partition(" images ")[2][:20] for number in (100, 1_000, 10_000, 100_000, 1_000_000)}
     assert len(texts) == 5
+    (tmp_path / "run.yaml").write_text("init: my/<model>\nloop: {steps: 1000, batch_size: 64}\n")
+    assert "It started from my/<model>, which was trained on others" in said(1.0, images=2_000)
+    assert "short run" not in said(1.0, images=2_000)
 
 
 def test_a_longer_command():

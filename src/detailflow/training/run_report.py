@@ -367,9 +367,13 @@ def expectations(images: int, stages: Sequence[Stage]) -> list[str]:
         can = "are many: the size of the model and the time of training are the limit, not the images."
     found = [f"{images:,} images {can}"]
     gpt = stages[-1]
+    if start := gpt.settings.get("init"):
+        found.append(
+            f"It started from {start}, which was trained on others, so it can do more than these alone could teach."
+        )
     passes, losses = gpt.images / max(images, 1), [r for r in gpt.history if "val_loss" in r]
     often = f"The AR model saw each image {passes:.1f} times"
-    if passes < 20:
+    if passes < 20 and not start:
         found.append(f"{often}, which is a short run: more steps will help most.")
     elif len(losses) > 1:
         best = min(losses, key=lambda record: record["val_loss"])["step"]
