@@ -131,6 +131,8 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 def class_number(model: dict, label: str) -> int:
     """Return the number of a class that is given by its name or number."""
+    if not model["num_classes"]:
+        raise SystemExit(f"this model has no classes: leave out {label}")
     names = model["class_names"] or []
     number = names.index(label) if label in names else int(label) if label.isdecimal() else -1
     if not 0 <= number < model["num_classes"]:
@@ -186,8 +188,8 @@ def main() -> None:
     last = model["num_tokens"] if args.num_tokens is None else args.num_tokens
     if last not in model["counts"]:
         raise SystemExit(f"--num-tokens must be one of {model['counts']}, not {last}")
-    labels = args.classes or [str(i) for i in range(model["num_classes"])]
-    classes = np.repeat([class_number(model, label) for label in labels], max(args.num, 1))
+    given = [class_number(model, label) for label in args.classes]
+    classes = np.repeat(given or list(range(model["num_classes"])) or [model["null_class"]], max(args.num, 1))
     generator = Generator(args.folder, model, args.precision, args.threads)
     tokens = generator.tokens(classes, args.seed, sampling, last)
 

@@ -89,8 +89,8 @@ def test_a_stream_ends_with_the_images_of_the_plain_call(pipeline: DetailFlowPip
 
 
 def test_a_keyword_that_is_none(pipeline: DetailFlowPipeline):
-    with pytest.raises(TypeError, match="unknown argument 'num_images': did you mean num_images_per_class"):
-        pipeline("cat", num_images=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unknown argument 'num_images_per_clas': did you mean num_images_per_class"):
+        pipeline("cat", num_images_per_clas=2)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

@@ -19,9 +19,9 @@ async function chosen() {
   return generators[precision];
 }
 
-function listClasses({ class_names: names, num_classes: count }) {
+function listClasses({ class_names: names, num_classes: count, null_class: none }) {
   const options = Array.from({ length: count }, (_, i) => new Option(names ? names[i] : i, i));
-  field("class").replaceChildren(...options);
+  field("class").replaceChildren(...(count ? options : [new Option("no class", none)]));
 }
 
 async function generate() {

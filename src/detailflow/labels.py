@@ -11,6 +11,7 @@ from typing import Any
 from detailflow.errors import DetailFlowError
 
 Label = int | str
+UNLABELLED = ("image",)  # the class names of a set of images without labels
 
 
 class ClassId(int):
@@ -35,7 +36,8 @@ class ClassLabels:
 
     A class that was given as a WordNet id, as ImageNet's folders are, has ImageNet's names. A name of ImageNet's, such
     as "tench, Tinca tinca", stands for each of its synonyms too; any other is taken whole. Case matters only if two
-    classes differ in nothing else. If a class's name is a number, numbers are always names.
+    classes differ in nothing else. If a class's name is a number, numbers are always names. A model without classes has
+    the null class alone, whose number is 0.
     """
 
     def __init__(self, names: Sequence[str] | None, count: int) -> None:
@@ -58,8 +60,17 @@ class ClassLabels:
             if _is_number(name) and (value := str(int(name))) not in self._exact:  # "007" is 7
                 self._indices.setdefault(value, []).append(i)
 
+    @property
+    def ids(self) -> list[ClassId]:
+        """The numbers of all classes; of a model without classes, that of the null class."""
+        return [ClassId(i) for i in range(self.count or 1)]
+
     def index(self, label: Label) -> int:
         """Return the number of the class that a number, a name, a synonym or a WordNet id means."""
+        if isinstance(label, ClassId) and label in self.ids:
+            return int(label)
+        if not self.count:
+            raise DetailFlowError(f"this model has no classes: leave out {label!r}")
         if isinstance(label, ClassId):
             return self._check(label)
         text = label if isinstance(label, str) else str(_integer(label))
@@ -87,7 +98,12 @@ class ClassLabels:
         return matches[0] if len(matches) == 1 else None
 
     def name(self, class_id: int) -> str:
-        """Return a short name of a class: the first of its synonyms, or its number if the classes have no names."""
+        """Return a short name of a class: the first of its synonyms, or its number if the classes have no names.
+
+        An image of a model without classes is called "image".
+        """
+        if not self.count:
+            return UNLABELLED[0]
         number = self._check(_integer(class_id))
         return self._synonyms[number][0] if self.names else str(number)
 

@@ -182,7 +182,9 @@ class DetailFlowPipeline:
         message = commit_message or "Upload a DetailFlow model"
         return hub.push(self.save_pretrained, repo_id, private=private, revision=revision, commit_message=message)
 
-    def __call__(self, labels: Labels, **options: Unpack[GenerationOptions]) -> list[Image.Image]:
+    def __call__(
+        self, labels: Labels | None = None, *, num_images: int | None = None, **options: Unpack[GenerationOptions]
+    ) -> list[Image.Image]:
         """Generate images: all of the first label, then all of the second, and so on.
 
         Image i's noise depends on `seed` and `first_image` + i alone, so the same seed gives the same images in any
@@ -190,17 +192,23 @@ class DetailFlowPipeline:
 
         Args:
             labels: class names, numbers or, for ImageNet's classes, WordNet ids: one, several, or an array or tensor of
-                numbers. If the names themselves are numbers, so are labels.
+                numbers. If the names themselves are numbers, so are labels. `None` for a model without classes.
+            num_images: number of images of a model without classes; `None` is 1.
             options: see `GenerationOptions` and `SamplingOptions`.
         """
         images = []
-        for steps in self._batches(self.class_ids(labels), **options):
+        for steps in self._batches(self._wanted(labels, num_images), **options):
             *_, ids = steps
             images += decode_images(self.tokenizer, ids)
         return images
 
     def stream(
-        self, labels: Labels, *, counts: Sequence[int] | None = None, **options: Unpack[GenerationOptions]
+        self,
+        labels: Labels | None = None,
+        *,
+        num_images: int | None = None,
+        counts: Sequence[int] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[Stage]:
         """Generate images and yield them from coarse to fine; the last stage is what a plain call returns.
 
@@ -209,11 +217,12 @@ class DetailFlowPipeline:
 
         Args:
             labels: as in a plain call.
+            num_images: as in a plain call.
             counts: yield only the stages of that many tokens; `None` is all of them.
             options: as in a plain call.
         """
         wanted = None if counts is None else [self.tokenizer.schedule.check_count(n) for n in counts]
-        return self._stages(list(self._batches(self.class_ids(labels), **options)), wanted)
+        return self._stages(list(self._batches(self._wanted(labels, num_images), **options)), wanted)
 
     def _stages(self, batches: Sequence[Iterator[Tensor]], wanted: Sequence[int] | None) -> Iterator[Stage]:
         """Decode the same batches as in a plain call, because another batch size may round differently."""
@@ -312,6 +321,18 @@ class DetailFlowPipeline:
                     yield tokens
 
         return (steps(first) for first in range(0, total, call.batch_size))
+
+    def _wanted(self, labels: Labels | None, num_images: int | None) -> list[ClassId]:
+        """Return the class numbers of a call: those of labels, or the null class of a model without classes."""
+        if labels is not None:
+            if num_images is not None:
+                raise DetailFlowError("num_images is for a model without classes: give num_images_per_class")
+            return self.class_ids(labels)
+        if self.labels.count:
+            raise DetailFlowError("this model makes images of classes: give a label or several")
+        if num_images is not None:
+            require(PositiveInt, num_images=num_images)
+        return self.labels.ids * (1 if num_images is None else num_images)
 
     def class_ids(self, labels: Labels) -> list[ClassId]:
         """Return the class numbers of labels, which are numbers, names or WordNet ids; see `ClassLabels.index`."""

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from detailflow.data.tokens import TokenBatches, TokenStore, TokenStoreInfo, TokenWriter
+from detailflow.data.token_batches import TokenBatches
+from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 

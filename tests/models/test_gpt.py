@@ -100,7 +100,7 @@ def test_without_a_causal_prefix():
         ({"heads": 3}, "width must be heads times a multiple of 4"),
         ({"width": 34}, "width must be heads times a multiple of 4"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
-        ({"num_classes": 0}, "num_classes must be a positive integer, not 0"),
+        ({"num_classes": -1}, "num_classes must be 0 or more, not -1"),
         ({"class_names": ("a",)}, "class_names has 1 names for num_classes 3"),
         ({"class_names": ("a", "b", 3)}, "class_names must be a list in which each item is text, not 3"),
         ({"group_size": 3}, "group_size must divide num_tokens"),

@@ -23,6 +23,9 @@ def main(argv: Sequence[str]) -> int:
     """Print a line for each class."""
     args = parser().parse_args(argv)
     labels = _labels(args.model)
+    if not labels.count:
+        print("this model has no classes: `detailflow generate` takes none")
+        return 0
     for i in range(labels.count) if args.search is None else labels.search(args.search):
         number = str(i).rjust(len(str(labels.count - 1)))
         parts = (number, *(wnid.ljust(9) for wnid in labels.wnids[i : i + 1]), *labels.names[i : i + 1])

@@ -126,13 +126,14 @@ def _read_all(source: "ImageSource") -> tuple[Counter[tuple[int, int]], dict[str
 
 def _as_text(report: dict[str, Any], sizes: Counter[tuple[int, int]]) -> Iterator[str]:
     from detailflow.data.source import describe_sizes, plural, why
+    from detailflow.labels import UNLABELLED
 
     splits, classes = report["splits"], report["classes"]
     yield report["summary"]
     if len(splits) > 1:
         yield from ("", "splits")
         yield from (f"  {name}  {'not readable' if n is None else f'{n:,}'}" for name, n in splits.items())
-    if tuple(classes) != ("image",):
+    if tuple(classes) != UNLABELLED:
         longest = max(map(len, classes))
         yield from ("", "classes", *(f"  {name.ljust(longest)}  {count:,}" for name, count in classes.items()))
     if sizes:

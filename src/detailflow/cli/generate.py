@@ -30,7 +30,7 @@ LARGEST_SET = 10_000_000  # images of one call
 def parser() -> Parser:
     """Return the command's parser."""
     result = Parser("generate", "[CLASS …]", "Make images of classes with an AR model and its tokenizer.")
-    classes = "as `detailflow classes` lists them (default: all)"
+    classes = "as `detailflow classes` lists them, if there are any (default: all)"
     result.option("classes", tuple[str, ...], (), classes, "CLASS")
     result.option("--num", PositiveInt, 1, "images per class", "N")
     result.option("--seed", Seed, 0, "the same seed gives the same images (default: 0)")
@@ -55,7 +55,6 @@ def main(argv: Sequence[str]) -> int:
     _check(args)
 
     from detailflow.distributed import World
-    from detailflow.labels import ClassId
     from detailflow.pipeline import DetailFlowPipeline
 
     world = World.from_launch(cpu=args.device == "cpu") if args.num_images else World()
@@ -63,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     pipeline = DetailFlowPipeline.from_pretrained(
         args.model, device=world.device or args.device, dtype=args.dtype, tokenizer=args.tokenizer, engine=args.engine
     )
-    classes = pipeline.class_ids(args.classes or [ClassId(i) for i in range(pipeline.gpt.config.num_classes)])
+    classes = pipeline.class_ids(args.classes or pipeline.labels.ids)
     if args.num_images:
         _many(args, pipeline, classes, world, sampling)
     else:
@@ -144,7 +143,8 @@ def _few(
                     shown.append(image)
     if args.grid:
         captions = [pipeline.class_name(label) for label in classes for _ in range(per_class)]
-        write_png(grid(shown, per_class if per_class > 1 else None, captions), args.output / "grid.png", "grid")
+        rows = (per_class if per_class > 1 else None, captions) if pipeline.labels.count else ()
+        write_png(grid(shown, *rows), args.output / "grid.png", "grid")
     removed = remove_earlier(args.output, names)
     instead = f" in place of {removed} earlier file{'s' if removed > 1 else ''}" if removed else ""
     print(f"wrote {len(labels)} image{'s' if len(labels) > 1 else ''} to {args.output}{instead}")

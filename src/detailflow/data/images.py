@@ -31,6 +31,7 @@ _LONGEST_RANGE = 1_000_000  # files
 _LONGEST_NUMBER = 12  # digits
 _MAGIC = re.compile(r"[*?[]")
 _FILE_NAMES = ("file_name", "image_file_name")  # columns of metadata files
+Labels = dict[str, str | list[str | None] | None]  # by path
 _LIKE_LABEL = ("label", "class", "categor")  # how a column of labels may be called
 
 
@@ -50,7 +51,7 @@ def open_images(
         data: one of
 
             - a folder of images, in one subfolder per class, with labels in `metadata.csv` or `metadata.jsonl`
-              (`file_name`, `label`), or without either (one class);
+              (`file_name`, `label`), or without either (no classes);
             - a parquet file, a glob of them or a folder of them, in the Hugging Face layout (an image and a label
               column), or a folder by `save_to_disk`;
             - a WebDataset shard (.tar), a glob or a range `{000..009}` of them or a folder of them, with a .cls file
@@ -213,7 +214,7 @@ def _whole_metadata(found: DataFiles) -> Sequence[str]:
     return ()
 
 
-def _with_metadata(found: DataFiles, what: str, labels: dict[str, str | None]) -> ImageSource:
+def _with_metadata(found: DataFiles, what: str, labels: Labels) -> ImageSource:
     notes, files = found.notes, {os.path.normpath(file): file for file in found.files}
     chosen = [path for path in files if path in labels]
     notes.leave(f"image without a row in {what}", *(within(path, found.where) for path in files if path not in labels))
@@ -226,12 +227,12 @@ def _with_metadata(found: DataFiles, what: str, labels: dict[str, str | None]) -
     return labelled(rows, found.where, [labels[path] for path in chosen])
 
 
-def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> dict[str, str | None] | None:
+def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Labels | None:
     """Return the label of each image by its path; `None` if none of the files gives labels.
 
     A file that gives no labels is left aside, unless its column was asked for by name.
     """
-    labels: dict[str, str | None] = {}
+    labels: Labels = {}
     wanted, used = _column(label_column), False
     for file in files:
         folder, base = os.path.split(file)
@@ -244,10 +245,11 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> dict[
                 continue
             found += 1
             where = f"{file} row {number}"
-            path, label = _inside(folder, name, where), _text(row[wanted], where)
+            path, label = _inside(folder, name, where), _label(row[wanted], where, base)
             if labels.setdefault(path, label) != label:
                 raise DetailFlowError(
-                    f"{where} gives {name} the label {label!r}, and another gives it {labels[path]!r}"
+                    f"{where} gives {name} the label {label!r}, and another gives it {labels[path]!r}: "
+                    "write several labels of an image in one row"
                 )
         used = used or found > 0
         if not found:
@@ -299,6 +301,13 @@ def _inside(folder: str, name: Any, where: str) -> str:
     if os.path.isabs(name) or os.path.commonpath((os.path.abspath(path), home)) != home:
         raise DetailFlowError(f"{where} names {name}, which is not in the folder {folder}: give paths within it")
     return path
+
+
+def _label(cell: Any, where: str, file: str) -> str | list[str | None] | None:
+    """Return the label in a cell, or several: a list in JSON, and "cat;dog" in CSV, which has no lists."""
+    if isinstance(cell, str) and ";" in cell and file.lower().endswith(".csv"):
+        cell = cell.split(";")
+    return [_text(label, where) for label in cell] if isinstance(cell, list) else _text(cell, where)
 
 
 def _text(label: Any, where: str) -> str | None:

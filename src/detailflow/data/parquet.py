@@ -102,7 +102,8 @@ def _holds_bytes(kind: Any) -> bool:
 def _kind_of_labels(file: str, column: str, kind: Any) -> str:
     from pyarrow import types
 
-    value = kind.value_type if types.is_dictionary(kind) else kind
+    several = types.is_list(kind) or types.is_large_list(kind)
+    value = kind.value_type if several or types.is_dictionary(kind) else kind
     if types.is_integer(value) or types.is_boolean(value):
         return "numbers"
     if types.is_string(value) or types.is_large_string(value):
@@ -122,6 +123,8 @@ def _class_names(file: str, metadata: dict[bytes, bytes], column: str) -> tuple[
     except (ValueError, RecursionError) as error:
         raise DetailFlowError(f"{file} has damaged Hugging Face metadata: write the file again") from error
     for key in ("info", "features", column, "names"):
+        if key == "names" and isinstance(found, dict) and "feature" in found:  # of a list
+            found = found["feature"]
         found = found.get(key) if isinstance(found, dict) else None
     return check_names(file, found)
 
@@ -175,18 +178,30 @@ def _read_labels(footers: list[ParquetFile], column: str) -> list[Any] | None:
 
 def _values(file: str, column: str) -> Iterator[Any]:
     import pyarrow.parquet
-    from pyarrow import types
 
     with explained(f"{file} cannot be read: its labels are damaged"):
         # Texts stay in their dictionary: a long one that all rows share is in memory once.
-        with pyarrow.parquet.ParquetFile(file, read_dictionary=[column]) as parquet:
+        schema = pyarrow.parquet.read_metadata(file).schema
+        paths = [schema.column(i).path for i in range(len(schema))]
+        texts = [path for path in paths if f"{path}.".startswith(f"{column}.")]  # of a list, that of its elements
+        with pyarrow.parquet.ParquetFile(file, read_dictionary=texts) as parquet:
             chunks = parquet.read(columns=[column]).column(column).chunks
         for chunk in chunks:
-            if types.is_dictionary(chunk.type):
-                texts = chunk.dictionary.to_pylist()
-                yield from (None if place is None else texts[place] for place in chunk.indices.to_pylist())
-            else:
-                yield from chunk.to_pylist()
+            yield from _plain(chunk)
+
+
+def _plain(chunk: Any) -> Iterator[Any]:
+    """Yield an Arrow array's values; equal texts are one."""
+    from pyarrow import types
+
+    if types.is_dictionary(chunk.type):
+        texts = chunk.dictionary.to_pylist()
+        yield from (None if place is None else texts[place] for place in chunk.indices.to_pylist())
+    elif types.is_list(chunk.type) or types.is_large_list(chunk.type):
+        values = _plain(chunk.flatten())
+        yield from ([next(values) for _ in range(length or 0)] for length in chunk.value_lengths().to_pylist())
+    else:
+        yield from chunk.to_pylist()
 
 
 def _copy(footer: ParquetFile, column: str) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,10 +17,12 @@ from PIL import Image
 
 from detailflow.data.decode import PLUGINS, explained, image_size, load_rgb
 from detailflow.errors import DetailFlowError, printable
+from detailflow.labels import UNLABELLED
 
 _CLASSES_SHOWN, _NAMES_SHOWN, _KINDS_SHOWN = 10, 3, 6  # more are only counted
 _SIZES_READ = 256  # images whose headers are read for a summary
 _MOST_CLASSES = 10**6
+_MOST_LABELS = 64  # of an image
 
 
 @dataclass
@@ -83,11 +86,17 @@ def describe(where: str, images: str, sizes: str, notes: Notes) -> str:
     return printable("; ".join(filter(None, parts)))
 
 
-def describe_classes(counts: Mapping[str, int]) -> str:
-    """Return "60 images in 3 classes (cat 20, dog 20, fish 20)"; of many classes, the least and the most."""
-    total = sum(counts.values())
+def describe_classes(counts: Mapping[str, int], total: int | None = None) -> str:
+    """Return "60 images in 3 classes (cat 20, dog 20, fish 20)"; of many classes, the least and the most.
+
+    If images have several labels, `total` is the number of images.
+    """
+    labels = sum(counts.values())
+    total = labels if total is None else total
     images = f"{total:,} image{'s' * (total != 1)}"
-    if tuple(counts) == ("image",):
+    if labels > total:
+        images += f" with {labels:,} labels"
+    if tuple(counts) == UNLABELLED:
         return f"{images} without classes"
     classes = f"{images} in {len(counts):,} class{'es' * (len(counts) != 1)}"
     if len(counts) <= _CLASSES_SHOWN:
@@ -144,25 +153,27 @@ class ImageSource:
     """A set of labelled images in a fixed order; made by `open_images`.
 
     Attributes:
-        labels: (len,) int64, each an index into `class_names`.
+        labels: (len,) int64, each an index into `class_names`: an image's label, or its first one.
+        all_labels: (len, most) int64, all labels of each image, the first one first; −1 after the last.
         class_names: a set without labels has the one class "image".
         where: what the user called the set.
         notes: its splits, what was left aside, and what is probably a mistake.
     """
 
     def __init__(self, rows: Rows, labels: np.ndarray, class_names: tuple[str, ...]) -> None:
-        self._rows, self.labels, self.class_names = rows, labels, class_names
+        self.all_labels = labels if labels.ndim == 2 else labels[:, None]
+        self._rows, self.labels, self.class_names = rows, self.all_labels[:, 0].copy(), class_names
         self.where, self.notes = "images", Notes()
         self.kept: Any = None  # decoded images; see data/memory.py
 
     def subset(self, indices: Sequence[int]) -> "ImageSource":
         """Return a set of some of the images, with all the classes."""
-        return ImageSource(_Subset(self._rows, indices), self.labels[indices], self.class_names)
+        return ImageSource(_Subset(self._rows, indices), self.all_labels[indices], self.class_names)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return class name → images; classes of one name have their numbers behind it."""
-        return count_classes(self.labels, self.class_names)
+        """Return class name → images with this label; classes of one name have their numbers behind it."""
+        return count_classes(self.all_labels, self.class_names)
 
     @property
     def fingerprint(self) -> str:
@@ -170,7 +181,7 @@ class ImageSource:
 
         It does not depend on where the set is or by which path it was opened. No image is read for it.
         """
-        return fingerprint(self._rows.listing(), self.class_names, self.labels.astype("<i8").tobytes())
+        return fingerprint(self._rows.listing(), self.class_names, self.all_labels.astype("<i8").tobytes())
 
     @property
     def summary(self) -> str:
@@ -182,7 +193,7 @@ class ImageSource:
         text = describe_sizes(sizes)
         if text and count < len(self):
             text += f" ({count} looked at)"
-        return describe(self.where, describe_classes(self.counts), text, self.notes)
+        return describe(self.where, describe_classes(self.counts, len(self)), text, self.notes)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -226,9 +237,12 @@ class ImageSource:
 
 
 def count_classes(labels: np.ndarray, names: Sequence[str]) -> dict[str, int]:
-    """Return the number of labels of each class by its name: "cat", or "crane (134)" of two classes called crane."""
+    """Return the number of labels of each class by its name: "cat", or "crane (134)" of two classes called crane.
+
+    Numbers below 0 are no labels.
+    """
     times = Counter(names)
-    counts = np.bincount(labels, minlength=len(names)).tolist()
+    counts = np.bincount(labels[labels >= 0], minlength=len(names)).tolist()
     shown = (name if times[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
     return dict(zip(shown, counts, strict=True))
 
@@ -263,15 +277,35 @@ def class_order(names: Iterable[str]) -> list[str]:
 def labelled(rows: Rows, where: str, values: Sequence[Any] | None, class_names: tuple[str, ...] = ()) -> ImageSource:
     """Return the set of these images and their labels, which are class numbers or names, or none at all.
 
-    `None` and -1 (the hub's mark of a hidden label) are no label: either all images have one, or none.
+    A list has several labels of its image. An empty one, `None` and -1 (the hub's mark of a hidden label) are no label:
+    either all images have one, or none.
     """
-    missing = np.array([value is None or value == -1 for value in values or ()], bool)
-    if values is None or missing.all():
-        return ImageSource(rows, np.zeros(len(rows), np.int64), ("image",))
-    if missing.any():
-        raise DetailFlowError(f"{rows.name(int(missing.argmax()))} has no label: give every image one, or none")
+    lists = [_listed(value) for value in values or ()]
+    counts = np.array([len(labels) for labels in lists], np.int64)
+    if not counts.any():
+        return ImageSource(rows, np.zeros(len(rows), np.int64), UNLABELLED)
+    if not counts.all():
+        raise DetailFlowError(f"{rows.name(int(counts.argmin()))} has no label: give every image one, or none")
+    if (most := int(counts.max())) > _MOST_LABELS:
+        raise DetailFlowError(
+            f"{rows.name(int(counts.argmax()))} has {most} labels, and an image may have {_MOST_LABELS}"
+        )
+    numbers, class_names = _numbered(where, list(chain.from_iterable(lists)), class_names)
+    table = np.full((len(rows), most), -1, np.int64)
+    table[np.arange(most) < counts[:, None]] = numbers
+    return ImageSource(rows, table, class_names)
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return the labels of an image, each once."""
+    several = value if isinstance(value, list) else [value]
+    return [label for i, label in enumerate(several) if label not in (None, -1) and label not in several[:i]]
+
+
+def _numbered(where: str, values: list[Any], class_names: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the class numbers of labels, and what the classes are called."""
     if all(isinstance(value, str) for value in values):
-        return _named(rows, where, values)
+        return _named(where, values)
     if not all(isinstance(value, int) and value >= 0 for value in values):
         raise DetailFlowError(f"{where} has labels that are neither class numbers nor names")
     highest = max(values)
@@ -280,14 +314,14 @@ def labelled(rows: Rows, where: str, values: Sequence[Any] | None, class_names: 
     class_names = class_names or tuple(map(str, range(highest + 1)))
     if highest >= len(class_names):
         raise DetailFlowError(f"{where} has the label {highest}, but names only {len(class_names)} classes")
-    return ImageSource(rows, np.array(values, np.int64), class_names)
+    return np.array(values, np.int64), class_names
 
 
-def _named(rows: Rows, where: str, names: Sequence[str]) -> ImageSource:
+def _named(where: str, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
     classes = class_order(names)
     shown = tuple(map(printable, classes))
     looks = [unicodedata.normalize("NFC", name).strip() for name in shown]
     if len(set(looks)) < len(looks):  # names that are not UTF-8, or that differ only in a space at their end
         raise DetailFlowError(f"{where} has several classes called {max(looks, key=looks.count)}: rename them")
     numbers = {name: number for number, name in enumerate(classes)}
-    return ImageSource(rows, np.array([numbers[name] for name in names], np.int64), shown)
+    return np.array([numbers[name] for name in names], np.int64), shown

@@ -18,6 +18,7 @@ from detailflow.data.source import Notes, describe, fingerprint
 from detailflow.data.tables import check_columns, import_datasets, load_hub, stored_image
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, first_line
+from detailflow.labels import UNLABELLED
 
 _log = logging.getLogger(__name__)
 
@@ -47,14 +48,14 @@ class StreamSource:
         if isinstance(features[self.image_column], kind):
             self.dataset = self.dataset.cast_column(self.image_column, kind(decode=False))
         if not self.class_names:
-            self.class_names, self.label_column = ("image",), None
+            self.class_names, self.label_column = UNLABELLED, None
         columns = [self.image_column, self.label_column, "__url__", "__key__"]
         self.dataset = self.dataset.select_columns([column for column in columns if column in features])
 
     @property
     def counts(self) -> dict[str, int]:
         """Return class name → images if that is known without reading all of the set; else nothing."""
-        return {"image": self.num_images} if self.num_images and self.class_names == ("image",) else {}
+        return {"image": self.num_images} if self.num_images and self.class_names == UNLABELLED else {}
 
     @property
     def fingerprint(self) -> str:
@@ -65,7 +66,7 @@ class StreamSource:
     def summary(self) -> str:
         """Return one line on the set."""
         count = "an unknown number of" if self.num_images is None else f"{self.num_images:,}"
-        classes = "without classes" if self.class_names == ("image",) else f"in {len(self.class_names):,} classes"
+        classes = "without classes" if self.class_names == UNLABELLED else f"in {len(self.class_names):,} classes"
         return describe(self.name, f"{count} images {classes}", "streamed", Notes())
 
     def records(self, rng: np.random.Generator, buffer: int, world: World) -> Iterator[dict[str, Any]]:
@@ -105,6 +106,8 @@ class StreamSource:
     def decode(self, record: dict[str, Any], name: str, least: int) -> tuple[Image.Image, int]:
         """Return a record's image (see `load_rgb`), from the web or the hub if it is a URL there, and its class."""
         label = record[self.label_column] if self.label_column else 0
+        if isinstance(label, list):  # several labels of an image, as `ImageSource.labels` has them
+            label = label[0] if label else None
         if not isinstance(label, int) or not 0 <= label < len(self.class_names):
             raise DetailFlowError(
                 f"{name} has the label {label!r}, not a number of the {len(self.class_names)} classes"

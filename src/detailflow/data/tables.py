@@ -241,6 +241,8 @@ def check_columns(where: str, features: Any, image_column: str, label_column: st
     if label_column not in features:
         return None
     kind = features[label_column]
+    if type(kind).__name__ in ("List", "LargeList"):  # several labels of an image
+        kind = kind.feature
     if type(kind).__name__ not in ("ClassLabel", "Value"):  # others may name files that are opened
         raise DetailFlowError(f"{where} has no labels in its column {label_column!r}: that column holds {kind}")
     return check_names(where, getattr(kind, "names", None))

@@ -1,9 +1,10 @@
 """The token store: what `detailflow extract` writes and AR training reads (docs/method.md#extraction, #ar-model).
 
-A folder of four files, whatever the number of images. Every image of the source has a slot, at its place there:
+A folder of four files or five, whatever the number of images. Every image of the source has a slot, at its place there:
 
 - codes.bin: uint16 (slots, crops, 3, N), the rows *clean*, *input* and *label* of each crop;
-- labels.bin: int64 (slots,), −1 if the image could not be read;
+- labels.bin: int64 (slots,), −1 if the image could not be read; of several labels the first;
+- more-labels.bin, if images have several: int64 (slots, most − 1), their other labels, −1 after the last;
 - ids.jsonl: each slot's image by its name in the source, as a JSON string on a line of its own;
 - manifest.json: format, version, counts, checksums, what could not be read, what the codes came from, and the
   fingerprint of the store for validation, if there is one.
@@ -26,11 +27,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 
-from detailflow.data.batches import BatchOrder
 from detailflow.data.source import count_classes
-from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import check_regular, open_own, read_json, replacing
 from detailflow.progress import progress_bar
@@ -41,6 +39,7 @@ CLEAN, INPUT, LABEL = range(3)  # the rows of one crop
 VALIDATION = "validation"
 _FORMAT, _VERSION = "detailflow-tokens", 2
 _CODES, _LABELS, _IDS, _MANIFEST = "codes.bin", "labels.bin", "ids.jsonl", "manifest.json"
+_MORE_LABELS, _MORE = "more-labels.bin", ("more_labels", "more_labels_crc32")  # how many an image has, in the manifest
 _UNFINISHED, _BEGUN = "unfinished", "unfinished/begun.json"
 _CODE_TYPE: np.dtype[np.integer] = np.dtype("<u2")
 _LABEL_TYPE: np.dtype[np.integer] = np.dtype("<i8")
@@ -75,19 +74,24 @@ class TokenStore:
         info: what the codes are.
         codes: (slots, crops, 3, N) uint16 on disk; `read` has those of images.
         slots: (images,) int64, the slot of each image.
-        labels: (images,) int64.
+        labels: (images,) int64, the first label of each.
+        all_labels: (images, most) int64, −1 after the last label of each.
         unreadable: slot → what was wrong with its image.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any], info: TokenStoreInfo) -> None:
         self.directory, self._manifest, self.info = directory, manifest, info
-        slots = manifest["images"]
+        slots, most = manifest["images"], manifest.get(_MORE[0], 0)
         self.codes = _map(directory / _CODES, _CODE_TYPE, (slots, *info.codes_shape))
         labels = np.array(_map(directory / _LABELS, _LABEL_TYPE, (slots,)))
         if labels.min() < _UNREADABLE or labels.max() >= len(info.class_names):
             raise DetailFlowError(f"{directory / _LABELS} has labels beyond the store's classes: extract it again")
+        more = np.array(_map(directory / _MORE_LABELS, _LABEL_TYPE, (slots, most))) if most else labels[:, None][:, :0]
+        if most and (more.min() < -1 or more.max() >= len(info.class_names)):
+            raise DetailFlowError(f"{directory / _MORE_LABELS} has labels beyond the store's classes: extract it again")
         self.slots = np.flatnonzero(labels != _UNREADABLE)
         self.labels = labels[self.slots]
+        self.all_labels = np.column_stack((labels, more))[self.slots]
         self.unreadable = {int(slot): str(problem) for slot, problem in manifest["unreadable"].items()}
         if not len(self.slots):
             raise DetailFlowError(f"{directory} holds no images that could be read: extract the tokens of others")
@@ -102,7 +106,8 @@ class TokenStore:
         manifest = _read_manifest(directory)
         try:
             fields = {name: manifest[name] for name in TokenStoreInfo.__dataclass_fields__}
-            numbers = [manifest[name] for name in ("images", "chunk_images", "labels_crc32", "ids_crc32")]
+            more = [name for name in _MORE if name in manifest]
+            numbers = [manifest[name] for name in ("images", "chunk_images", "labels_crc32", "ids_crc32", *more)]
             if any(type(number) is not int for number in numbers):
                 raise ValueError("counts and checksums are whole numbers")
             if manifest["images"] < 1:
@@ -132,13 +137,19 @@ class TokenStore:
     @property
     def fingerprint(self) -> str:
         """A checksum of what the store holds, which is the same wherever it is."""
-        names = (*TokenStoreInfo.__dataclass_fields__, "chunks", "labels_crc32", "ids_crc32")
+        names = [*TokenStoreInfo.__dataclass_fields__, "chunks", "labels_crc32", "ids_crc32"]
+        names += [name for name in _MORE if name in self._manifest]
         return hashlib.sha256(json.dumps([self._manifest[name] for name in names]).encode()).hexdigest()
 
     @property
     def counts(self) -> dict[str, int]:
-        """Class name → images."""
-        return count_classes(self.labels, self.info.class_names)
+        """Class name → images with this label."""
+        return count_classes(self.all_labels, self.info.class_names)
+
+    def draw_labels(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Return one of the labels of each image by B uniform numbers. → (B,)"""
+        table = self.all_labels[images]
+        return table[np.arange(len(images)), ((table >= 0).sum(1) * draws).astype(np.int64)]
 
     def read(self, images: np.ndarray, crops: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return the codes of B images, of one crop and row each. → (B, N) uint16"""
@@ -155,8 +166,11 @@ class TokenStore:
 
     def verify(self) -> None:
         """Compare every file with its checksum, in bounded memory."""
-        for name, checksum in ((_LABELS, "labels_crc32"), (_IDS, "ids_crc32")):
-            if zlib.crc32((self.directory / name).read_bytes()) != self._manifest[checksum]:
+        for name, checksum in ((_LABELS, "labels_crc32"), (_IDS, "ids_crc32"), (_MORE_LABELS, _MORE[1])):
+            if (
+                checksum in self._manifest
+                and zlib.crc32((self.directory / name).read_bytes()) != self._manifest[checksum]
+            ):
                 raise _damaged(self.directory / name)
         expected, size = self._manifest["chunks"], self._manifest["chunk_images"] * self.info.image_bytes
         for chunk, found in _checksums(self.directory / _CODES, size, range(len(expected))):
@@ -170,15 +184,16 @@ class TokenWriter:
     A process may be killed at any moment and another go on. The store's bytes depend on nothing but what is written.
 
     Args:
-        labels: (slots,) of all images in the source.
+        labels: (slots,) of all images in the source, or (slots, most) if they have several; see `ImageSource`.
         chunk_images: images of a chunk; the last chunk may have fewer.
     """
 
     def __init__(self, directory: Path, info: TokenStoreInfo, labels: np.ndarray, chunk_images: int) -> None:
-        if len(labels) and (labels.min() < 0 or labels.max() >= len(info.class_names)):
+        first, more = (labels, labels[:, None][:, :0]) if labels.ndim == 1 else (labels[:, 0], labels[:, 1:])
+        if len(labels) and (first.min() < 0 or labels.min() < -1 or labels.max() >= len(info.class_names)):
             raise DetailFlowError(f"labels must be 0 to {len(info.class_names) - 1}, the store's classes")
         self.directory, self.info, self.chunk_images = directory, info, chunk_images
-        self.labels = labels.astype(_LABEL_TYPE)
+        self.labels, self.more_labels = first.astype(_LABEL_TYPE), more.astype(_LABEL_TYPE)
         self.chunks = -(-len(labels) // chunk_images)
 
     def begin(self, ids: Iterable[str], settings: Mapping[str, Any]) -> None:
@@ -198,7 +213,7 @@ class TokenWriter:
                 "images": len(self.labels),
                 "ids_bytes": len(lines),
                 "ids_crc32": zlib.crc32(lines),
-                "source_labels_crc32": zlib.crc32(self.labels.tobytes()),
+                "source_labels_crc32": zlib.crc32(self.labels.tobytes() + self.more_labels.tobytes()),
                 "chunk_images": self.chunk_images,
                 **asdict(self.info),
                 "settings": dict(settings),
@@ -290,6 +305,10 @@ class TokenWriter:
         with _writing(self.directory):
             with replacing(self.directory / _LABELS) as temporary:
                 temporary.write_bytes(labels.tobytes())
+            if most := self.more_labels.shape[1]:
+                manifest |= dict(zip(_MORE, (most, zlib.crc32(self.more_labels.tobytes())), strict=True))
+                with replacing(self.directory / _MORE_LABELS) as temporary:
+                    temporary.write_bytes(self.more_labels.tobytes())
             with replacing(self.directory / _MANIFEST) as temporary:
                 temporary.write_text(json.dumps(manifest, indent=1) + "\n")
             self._remove_records()
@@ -310,7 +329,7 @@ class TokenWriter:
 
     def _remove_temporary(self) -> None:
         """Remove what a run left that was killed while it wrote."""
-        for name in (_IDS, _LABELS, _MANIFEST):
+        for name in (_IDS, _LABELS, _MORE_LABELS, _MANIFEST):
             for temporary in self.directory.glob(f".{name}.*.tmp"):
                 temporary.unlink()
 
@@ -389,43 +408,3 @@ def _check_same(folder: RunFolder, recorded: dict[str, Any], identity: dict[str,
 def _images(manifest: Mapping[str, Any]) -> str:
     classes = len(manifest.get("class_names") or ())
     return f"{manifest.get('images')} in {classes} classes, checksum of their names {manifest.get('ids_crc32')}"
-
-
-class TokenBatches:
-    """Endless training batches from a token store: labels (B,), input (B, N) and target (B, N), all int64.
-
-    Each sample is a random crop of its image; with probability `planted_share` its input and target are the rows
-    *input* and *label* (wrong tokens planted, and what should have followed), else *clean* for both. A batch depends on
-    (seed, step) alone, so a resumed run (`start_step`) continues exactly. Each rank gets its part of the `batch_size`
-    samples.
-    """
-
-    def __init__(
-        self,
-        store: TokenStore,
-        batch_size: int,
-        seed: int,
-        planted_share: float = 0.3,
-        start_step: int = 0,
-        world: World = World(),  # noqa: B008  # frozen
-    ) -> None:
-        if not 0.0 <= planted_share <= 1.0:
-            raise DetailFlowError(f"planted_share {planted_share} is not possible: it is a probability, 0 to 1")
-        self.store, self.planted_share = store, planted_share
-        self.order = BatchOrder(len(store), batch_size, seed, start_step)
-        self.part = world.shard(batch_size)
-        self.steps_per_epoch = self.order.steps_per_epoch
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for key in self.order:
-            rng = self.order.batch_rng(key)  # draws for the samples of all processes
-            crops = rng.integers(self.store.info.crops, size=len(key.items))[self.part]
-            planted = (rng.random(len(key.items)) < self.planted_share)[self.part]
-            images = key.items[self.part]
-            inputs = self.store.read(images, crops, np.where(planted, INPUT, CLEAN))
-            targets = self.store.read(images, crops, np.where(planted, LABEL, CLEAN))
-            yield _int64(self.store.labels[images]), _int64(inputs), _int64(targets)
-
-
-def _int64(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int64))

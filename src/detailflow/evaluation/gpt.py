@@ -176,7 +176,7 @@ class _Run:
     def figures(self, setting: Setting, seed: int) -> dict[str, Figure]:
         """Generate one set of images and measure it at side R; empty in all but the main process."""
         world, options, config = self.context.world, self.options, self.pipeline.gpt.config
-        labels = class_labels(config.num_classes, options.num_samples, options.labels, seed)
+        labels = class_labels(len(self.pipeline.labels.ids), options.num_samples, options.labels, seed)
         made = (self._kept if options.keep_samples else self._made)(setting, seed, labels)
         images = (at_side(batch, self.pipeline.tokenizer.config.image_size) for batch in made)
         measured = measure(options.extractor, images, total=len(labels), world=world, labels=labels)
@@ -187,7 +187,7 @@ class _Run:
                 chosen = spread(len(labels), min(PICTURES, len(labels)))
                 self.pictures[setting] = [self._make(setting, seed, labels[i : i + 1], i)[0] for i in chosen]
             figures = compare_sets(self.reference, measured, prefix="g", device=self.context.device)
-            if measured.num_classes == config.num_classes:
+            if config.num_classes and measured.num_classes == config.num_classes:
                 figures["recognised"] = Figure(measured.recognised)
         self.checksums[setting.folder(seed)] = measured.checksum
         self.notes = self.notes or cautions(self.reference, measured, "g")
@@ -238,7 +238,9 @@ def over_seeds(runs: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
 
 
 def _note(rows: Sequence[Row], options: GPTOptions, seeds: Sequence[int], pipeline: DetailFlowPipeline) -> str:
-    count = f"{options.num_samples:,} images of {options.labels} classes"
+    count = f"{options.num_samples:,} images"
+    if pipeline.labels.count:
+        count += f" of {options.labels} classes"
     if len(seeds) > 1:
         parts = [f"Means over {len(seeds)} seeds, ± the standard deviation over them; {count} for each seed."]
     else:

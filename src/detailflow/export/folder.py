@@ -84,7 +84,8 @@ def _guide(title: str, content: dict[str, Any]) -> str:
     """Return the README: the files, and the decoding loop in words."""
     text = Path(__file__).with_name("guide.md").read_text(encoding="utf-8")
     last = {"last_code": content["codebook_size"] - 1, "last_layer": content["depth"] - 1}
-    return text.format(title=title, num_steps=len(content["steps"]), **last, **content)
+    classes = f"{content['num_classes']} classes" if content["num_classes"] else "no classes"
+    return text.format(title=title, classes=classes, num_steps=len(content["steps"]), **last, **content)
 
 
 def _names(parts: Parts) -> Iterator[str]:

@@ -17,7 +17,7 @@ from detailflow.models.loading import check_ids
 from detailflow.models.pretrained import Pretrained
 from detailflow.sampling import GuidanceSchedule, SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule
-from detailflow.settings import Depth, Must, PositiveInt, Settings, ShareBelowOne
+from detailflow.settings import Depth, Must, NotNegativeInt, PositiveInt, Settings, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,14 @@ class GPTConfig(Settings):
     """Sizes of a `DetailFlowGPT`, the defaults are GPT-L's, and the sampling that suits the model best.
 
     `mlp` is the number of hidden units, `None` is 2/3 · 4 · width rounded up to a multiple of 256; `tokenizer` is the
-    fingerprint of the tokenizer that the model was trained with, if that is known.
+    fingerprint of the tokenizer that the model was trained with, if that is known. A model without classes
+    (`num_classes` 0) makes images of the null class, and has nothing to guide them by: its `guidance_scale` is 1.
 
     >>> GPTConfig(num_classes=1000).mlp
     2816
     """
 
-    num_classes: PositiveInt
+    num_classes: NotNegativeInt
     width: PositiveInt = 1024
     depth: Depth = 24
     heads: PositiveInt = 16
@@ -60,6 +61,8 @@ class GPTConfig(Settings):
             raise DetailFlowError(f"width must be {wanted}: {self.width} is not for {self.heads} heads")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise DetailFlowError(f"class_names has {len(self.class_names)} names for num_classes {self.num_classes}")
+        if not self.num_classes:
+            object.__setattr__(self, "guidance_scale", 1.0)
         _ = self.sampling  # validates itself
 
     @property
@@ -246,7 +249,7 @@ class DetailFlowGPT(Pretrained):
         """Generate token sequences: (B,) class ids → (B, n) int64 codes.
 
         Args:
-            class_ids: 0 to num_classes − 1.
+            class_ids: 0 to num_classes − 1; of a model without classes 0, its null class.
             prefix: (B, k) first tokens that are kept, for a valid count k; the rest is written to them.
             generator: one per image, or one that each image's own seed is drawn from; `None` is torch's own.
             num_tokens: stop after the first n tokens; `None` is all N.
@@ -257,7 +260,10 @@ class DetailFlowGPT(Pretrained):
 
     def sampling(self, **options: Unpack[SamplingOptions]) -> SamplingConfig:
         """Return the model's own best way to sample, with the options that are given in its place."""
-        return self.config.sampling.updated(**options)
+        sampling = self.config.sampling.updated(**options)
+        if sampling.guided and not self.config.num_classes:
+            raise DetailFlowError("this model has no classes, so nothing to guide by: leave out guidance_scale")
+        return sampling
 
     def stream(
         self,

@@ -52,7 +52,11 @@ class Request(Sampling):
 class Generation(Request):
     """`POST /v1/images/generations`."""
 
-    prompt: Label = Field(description="A class by name, number or WordNet id; `/v1/classes` lists them.")
+    prompt: Label | None = Field(
+        None,
+        description="A class by name, number or WordNet id, as `/v1/classes` lists them; empty or left out for a model "
+        "without classes.",
+    )
 
 
 class Variation(Request):

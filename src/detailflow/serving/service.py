@@ -150,13 +150,20 @@ class Service:
         if body.size not in (None, "auto", self.size):
             raise ApiError(400, f"size must be auto or {self.size}, not {body.size!r}", "size", "invalid_value")
         with _blamed_on("prompt", code="unknown_class"):
-            null_class = self.pipeline.gpt.config.num_classes
-            class_id = null_class if body.prompt is None else self.pipeline.labels.index(body.prompt)
+            class_id = self._class_id(body)
         with _blamed_on("num_tokens"):
             num_tokens = self.schedule.check_count(body.num_tokens)
         with _blamed_on(*SAMPLING):
             sampling = self.pipeline.gpt.sampling(**{name: getattr(body, name) for name in SAMPLING})
         return _Checked(class_id, num_tokens, sampling)
+
+    def _class_id(self, body: schemas.Request) -> int:
+        labels = self.pipeline.labels
+        if body.prompt is None and labels.count and isinstance(body, schemas.Generation):
+            raise DetailFlowError("prompt must be one of this model's classes: `/v1/classes` lists them")
+        if body.prompt is None or (body.prompt == "" and not labels.count):
+            return labels.count  # the null class
+        return labels.index(body.prompt)
 
     def _checked_tokens(self, tokens: list[int]) -> list[int]:
         codes = self.pipeline.tokenizer.config.codebook_size

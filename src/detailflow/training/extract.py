@@ -113,7 +113,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     source, validation = split(config, everything, world)
     with world.raise_together():
         sources = {output: source} if validation is None else {output / VALIDATION: validation, output: source}
-        writers = {path: TokenWriter(path, info, one.labels, CHUNK_IMAGES) for path, one in sources.items()}
+        writers = {path: TokenWriter(path, info, one.all_labels, CHUNK_IMAGES) for path, one in sources.items()}
         if validation is None and (output / VALIDATION).exists() and not writers[output].finished:
             raise DetailFlowError(
                 f"{output / VALIDATION} is left from an extraction that held out images, and this one would train on "

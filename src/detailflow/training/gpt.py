@@ -25,12 +25,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from detailflow import hub
 from detailflow.data.batches import read_ahead
 from detailflow.data.source import spread
-from detailflow.data.tokens import CLEAN, TokenBatches, TokenStore
+from detailflow.data.token_batches import TokenBatches
+from detailflow.data.tokens import CLEAN, TokenStore
 from detailflow.data.transforms import to_uint8
 from detailflow.device import autocast, to_device
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
-from detailflow.labels import ClassLabels
+from detailflow.labels import UNLABELLED, ClassLabels
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.growing import require_growable
 from detailflow.models.loading import load_weights
@@ -200,11 +201,12 @@ class GPTStage:
         if averaged is None:
             return {}
         averaged.to(self.device)
-        classes = spread(self.sizes.num_classes, min(PICTURE_CLASSES, self.sizes.num_classes))
+        known = ClassLabels(self.sizes.class_names, self.sizes.num_classes)
+        classes = spread(len(known.ids), min(PICTURE_CLASSES, len(known.ids)))
         labels = torch.tensor(classes).repeat_interleave(PICTURE_SAMPLES)
         ids = averaged.generate(labels, generator=torch.Generator().manual_seed(self.config.loop.seed))
         pixels = to_uint8(self.tokenizer.decode(ids)).cpu().numpy()
-        names = [ClassLabels(self.sizes.class_names, self.sizes.num_classes).name(label) for label in labels]
+        names = [known.name(label) for label in labels] if known.count else None
         return {"samples": grid([Image.fromarray(p) for p in pixels], PICTURE_SAMPLES, names)}
 
     def export(self, directory: Path) -> None:
@@ -244,11 +246,12 @@ def initial_weights(source: str, sizes: GPTConfig) -> dict[str, Tensor]:
 def model_config(config: GPTTraining, class_names: Sequence[str], tokenizer: DetailFlowTokenizer) -> GPTConfig:
     """Return the config of the AR model that `config` asks for, of these classes and on tokens of `tokenizer`."""
     start = parse_settings(GPTConfig, hub.load_config(config.init, "gpt"), config.init) if config.init else None
+    names = None if tuple(class_names) == UNLABELLED else tuple(class_names)
     return GPTConfig(
         mlp=start.mlp if start else None,
         rope_base=start.rope_base if start else 10000.0,
-        num_classes=len(class_names),
-        class_names=tuple(class_names),
+        num_classes=len(names or ()),
+        class_names=names,
         width=config.width,
         depth=config.depth,
         heads=config.heads,

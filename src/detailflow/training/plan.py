@@ -258,8 +258,8 @@ def plan_gpt(config: GPTTraining, world: World, device: torch.device = CPU, expe
     costs, stage = count_steps(*tried)
     epochs = loop.steps / BatchOrder(expected.images, loop.batch_size, loop.seed).steps_per_epoch
     crops = _several(expected.crops, "crop")
-    of = f"an AR model, on {_several(expected.images, 'image')} of {_several(sizes.num_classes, 'class')}"
-    of += f", {crops} of each"
+    classes = f"of {_several(sizes.num_classes, 'class')}" if sizes.num_classes else "without classes"
+    of = f"an AR model, on {_several(expected.images, 'image')} {classes}, {crops} of each"
     networks, n = networks_of(stage), sizes.num_tokens
     return Plan(of, loop, epochs, n, networks, world.size, costs, 1.0, True, expected.bytes, tried)
 

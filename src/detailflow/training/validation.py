@@ -40,8 +40,8 @@ def held_out(source: ImageSource, share: float) -> list[int]:
     limit = max(share, np.nextafter(min(draws), 1.0))
     drawn = np.array(draws)
     chosen = drawn < limit
-    for label in np.unique(source.labels[chosen]):
-        members = np.flatnonzero(source.labels == label)
+    for label in np.unique(source.all_labels[chosen]):
+        members = np.flatnonzero((source.all_labels == label).any(1))
         if chosen[members].all():
             chosen[drawn == drawn[members].max()] = False  # with its copies
     return np.flatnonzero(chosen).tolist()

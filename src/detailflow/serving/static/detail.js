@@ -56,6 +56,7 @@ export class Detail {
     this.keep.value = Math.max(quarter, 0);
     this.picker.fit(model);
     this.picker.value = step.image ?? NO_CLASS;
+    this.picker.input.closest(".field").hidden = !model.classes.length;
     document.getElementById("link").hidden = true;
     this.#show();
   }
@@ -145,7 +146,7 @@ export class Detail {
 function describe(step) {
   if (step.kind === "picture") return "Your picture in tokens.";
   const from = step.kind === "variation" ? `, first ${step.kept.length} tokens kept` : "";
-  return `${step.image?.name ?? "no class"}${from} · seed ${step.settings.seed}`;
+  return `${step.title}${from} · seed ${step.settings.seed}`;
 }
 
 function label(id, name, size) {

@@ -24,7 +24,8 @@ export function readLink(fragment, model) {
   const common = { image, settings, otherModel };
   if (fields.has("picture")) return { ...common, kind: "picture", tokens: read(fields.get("picture"), model) };
   if (fields.has("keep")) return { ...common, kind: "variation", kept: read(fields.get("keep"), model) };
-  return image && { ...common, kind: "class" };
+  const isOfClasses = image || (!model.classes.length && fields.has("seed")); // or of a model without any
+  return isOfClasses ? { ...common, kind: "class" } : null;
 }
 
 function written(tokens) {

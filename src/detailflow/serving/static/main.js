@@ -62,6 +62,8 @@ async function meetModel() {
   picker.fit(model);
   byId("model").textContent = model.name;
   const many = model.classes.length;
+  for (const id of ["class", "guidance_scale", "guidance_schedule"]) byId(id).closest(".field").hidden = !many;
+  byId("pick").hidden = !many;
   byId("class-hint").textContent =
     `${many.toLocaleString("en")} classes: type a part of a name${many > 20 ? " or a number" : ""}.`;
   suggest(model);
@@ -69,25 +71,31 @@ async function meetModel() {
 }
 
 function suggest(model) {
+  if (!model.classes.length) return byId("suggestions").replaceChildren(suggestion("Generate", generate));
   const every = Math.ceil(model.classes.length / MOST_SUGGESTIONS);
   const items = model.classes
     .filter((_, i) => i % every === 0)
-    .map((image) => {
-      const button = Object.assign(document.createElement("button"), { type: "button", textContent: image.name });
-      button.addEventListener("click", () => {
+    .map((image) =>
+      suggestion(image.name, () => {
         picker.value = image;
         generate();
-      });
-      const item = document.createElement("li");
-      item.append(button);
-      return item;
-    });
+      }),
+    );
   byId("suggestions").replaceChildren(...items);
 }
 
+function suggestion(text, act) {
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+  button.addEventListener("click", act);
+  const item = document.createElement("li");
+  item.append(button);
+  return item;
+}
+
 function generate() {
-  const image = studio.model && picker.take();
-  if (image) make({ kind: "class", image });
+  if (!studio.model) return;
+  const image = studio.model.classes.length ? picker.take() : null;
+  if (image || !studio.model.classes.length) make({ kind: "class", image });
 }
 
 function vary(image, kept) {
@@ -150,7 +158,8 @@ function announceState() {
   const { step, isRunning } = studio;
   if (!step) return;
   const count = step.pictures.length;
-  const what = step.kind === "picture" ? step.title : `${count} ${count === 1 ? "image" : "images"} of ${step.title}`;
+  const of = step.model.classes.length ? ` of ${step.title}` : "";
+  const what = step.kind === "picture" ? step.title : `${count} ${count === 1 ? "image" : "images"}${of}`;
   if (isRunning) notices.announce(`Making ${what}`);
   else if (step.state === "done") notices.announce(`Done: ${what}`);
   else if (step.state === "stopped") notices.announce("Stopped");

@@ -76,6 +76,7 @@ export class Step {
   /** What it is called. */
   get title() {
     if (this.kind === "picture") return "your picture";
+    if (!this.model.classes.length) return "sample";
     return this.image ? this.image.name : "no class";
   }
 
