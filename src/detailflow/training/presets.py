@@ -15,7 +15,7 @@ import yaml
 from detailflow import hub
 from detailflow.data.images import ImageSource, spread
 from detailflow.errors import DetailFlowError
-from detailflow.labels import ClassLabels
+from detailflow.labels import UNLABELLED, ClassLabels
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.settings import Location, PositiveInt, Settings, parse_settings
@@ -143,6 +143,8 @@ def _describe_start(wanted: AllStages, source: ImageSource) -> str:
     known = ClassLabels(theirs.class_names, theirs.num_classes)
     found = sum(known.find(name) is not None for name in source.class_names)
     classes = f"knows {found:,} of these {len(source.class_names):,} classes by name"
+    if source.class_names == UNLABELLED:
+        classes = "goes on without classes"
     return f"from {wanted.init}: {decoder}, and its AR model, which {classes}"
 
 

@@ -196,7 +196,7 @@ class _Run:
         minutes = sum(stage.seconds for stage in self.stages) / 60
         return [
             (f"{len(self.trained):,}", f"training images, {len(self.held):,} more held out"),
-            (f"{gpt.num_classes:,}", "class" if gpt.num_classes == 1 else "classes"),
+            (f"{gpt.num_classes:,}" if gpt.num_classes else "no", "class" if gpt.num_classes == 1 else "classes"),
             (
                 f"{model.image_size}×{model.image_size}",
                 f"pixels, as {model.num_tokens} tokens of {model.codebook_size:,}",
@@ -208,7 +208,7 @@ class _Run:
 
     def _samples(self) -> tuple[list[tuple[int, Image.Image]], list[Group]]:
         """Generate some images of some classes; return (class, image) of each, and a row for each class."""
-        number = self.pipe.gpt.config.num_classes
+        number = len(self.pipe.labels.ids)
         classes = spread(number, min(CLASSES, number))
         count = SAMPLES // len(classes)
         pictures = self.pipe([ClassId(label) for label in classes], num_images_per_class=count, seed=0)
