@@ -68,7 +68,7 @@ def claim(
     settings[KNOWN_BY] = content = _read_inputs(output, inputs or {}, recorded, settings)
     finished = os.path.isfile(output / CONFIG_FILE)  # which `export` writes last
     steps = _steps(settings)
-    done = max(map(step_of, checkpoints(output)), default=0)
+    done = max(map(step_of, checkpoints(output)), default=0) if recorded else 0
     longer = _steps(recorded) < steps
     if recorded:
         both = content.keys() & known.keys()
