@@ -65,6 +65,7 @@ def test_a_file_that_is_no_picture(studio: Studio, tmp_path: Path):
         ("#class=cat&seed=1&keep=1.2.zzzzz", "The link’s tokens are incomplete, or another model’s"),
         ("#class=cat&seed=one", "Seed cannot be one."),
         ("#class=cat&seed=1&model=0123456789ab", "This link was made with another model"),
+        ("#class=cat&seed=1&gpt=0123456789ab", "This link was made with another model"),
     ],
 )
 def test_links_that_cannot_be(new_page: Callable[..., Page], url: str, fragment: str, said: str):

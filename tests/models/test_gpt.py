@@ -3,6 +3,7 @@
 The published model's outputs are in test_parity.py, generation in test_generation.py.
 """
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,3 +137,8 @@ def test_bfloat16(model: Path):
     with torch.no_grad():
         a, b = half(torch.tensor([0, 1]), ids).float(), whole(torch.tensor([0, 1]), ids)
     assert float((a - b).abs().mean() / b.abs().mean()) < 0.05
+
+
+def test_a_fingerprint_is_of_the_weights_and_of_no_dtype(gpt: DetailFlowGPT):
+    known = gpt.fingerprint()
+    assert copy.deepcopy(gpt).bfloat16().fingerprint() == known != DetailFlowGPT(gpt.config).fingerprint()

@@ -150,6 +150,8 @@ def test_models(client: openai.OpenAI, pipeline: DetailFlowPipeline, tmp_path: P
         client.models.retrieve("another")
     known = model.model_dump()
     assert (known["num_classes"], known["image_size"], known["codebook_size"]) == (5, 32, 64)
+    assert known["fingerprint"] == pipeline.tokenizer.fingerprint()
+    assert known["gpt_fingerprint"] == pipeline.gpt.fingerprint()
     assert all(isinstance(known["limits"][name], int) for name in ("n", "upload_bytes", "upload_pixels"))
     schedule = pipeline.tokenizer.schedule
     assert known["stages"] == [{"num_tokens": n, "size": schedule.decode_size(n)} for n in schedule.valid_counts]

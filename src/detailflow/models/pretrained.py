@@ -1,6 +1,6 @@
 """What both models share: loading, saving and compiling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -63,6 +63,14 @@ class Pretrained(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.parameters()).device
+
+    def fingerprint(self) -> str:
+        """Return a checksum of the weights' signs, which no rounding to another dtype changes."""
+        return self._checksum(self.state_dict())
+
+    @staticmethod
+    def _checksum(weights: Mapping[str, Tensor]) -> str:
+        return hub.fingerprint({}, {name: torch.signbit(x) for name, x in weights.items()})
 
     def compile_for(self, batch_size: int, function: Callable[..., Tensor]) -> None:
         """Compile `function` for batches of that many images; `forget_compiled` undoes it."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detailflow import graphs, hub
+from detailflow import graphs
 from detailflow.data.transforms import to_uint8
 from detailflow.device import to_device
 from detailflow.errors import DetailFlowError
@@ -278,8 +278,7 @@ class DetailFlowTokenizer(Pretrained):
 
         No rounding to another dtype changes it, and a decoder may learn on.
         """
-        parts = {name: x for name, x in self.state_dict().items() if not name.startswith("decoder.")}
-        return hub.fingerprint({}, {name: torch.signbit(x) for name, x in parts.items()})
+        return self._checksum({name: x for name, x in self.state_dict().items() if not name.startswith("decoder.")})
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, num_tokens: int | None = None) -> Tensor:

@@ -148,6 +148,7 @@ class Model(BaseModel):
     stages: list[Stage]
     codebook_size: int
     fingerprint: str
+    gpt_fingerprint: str
     sampling: dict[str, Any]
     limits: dict[str, int | float]
 

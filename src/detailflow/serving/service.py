@@ -46,7 +46,7 @@ class Service:
         self.batcher = Batcher(
             partial(engine.run, pipeline), config.max_batch, config.batch_window / 1000, config.max_queue, self.metrics
         )
-        self.fingerprint = pipeline.tokenizer.fingerprint()
+        self.fingerprint, self.gpt_fingerprint = pipeline.tokenizer.fingerprint(), pipeline.gpt.fingerprint()
         self.created = int(time.time())
 
     @property
@@ -70,6 +70,7 @@ class Service:
             stages=[schemas.Stage(num_tokens=n, size=schedule.decode_size(n)) for n in schedule.valid_counts],
             codebook_size=self.pipeline.tokenizer.config.codebook_size,
             fingerprint=self.fingerprint,
+            gpt_fingerprint=self.gpt_fingerprint,
             sampling={name: getattr(self.pipeline.gpt.config, name) for name in SAMPLING},
             limits={
                 "n": config.max_images,

@@ -10,6 +10,7 @@ export function linkOf(step) {
   else for (const name of NAMES) fields.set(name, step.settings[name]);
   if (step.kind === "variation") fields.set("keep", written(step.kept));
   fields.set("model", step.model.fingerprint.slice(0, 12));
+  if (step.kind !== "picture") fields.set("gpt", step.model.gptFingerprint.slice(0, 12));
   return `#${fields}`;
 }
 
@@ -20,7 +21,8 @@ export function readLink(fragment, model) {
   const prompt = fields.get("class");
   const image = prompt === null ? null : model.classOf(prompt);
   if (image === undefined) throw new Error(`the link’s class “${prompt}” is none of this model’s`);
-  const otherModel = fields.has("model") && !model.fingerprint.startsWith(fields.get("model"));
+  const own = { model: model.fingerprint, gpt: model.gptFingerprint };
+  const otherModel = Object.keys(own).some((name) => fields.has(name) && !own[name].startsWith(fields.get(name)));
   const common = { image, settings, otherModel };
   if (fields.has("picture")) return { ...common, kind: "picture", tokens: read(fields.get("picture"), model) };
   if (fields.has("keep")) return { ...common, kind: "variation", kept: read(fields.get("keep"), model) };

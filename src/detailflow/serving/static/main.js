@@ -56,7 +56,7 @@ document.documentElement.dataset.ready = "true";
 async function meetModel() {
   const model = new Model(await api.describe());
   const known = studio.model;
-  if (known?.fingerprint === model.fingerprint && known.name === model.name) return;
+  if (["fingerprint", "gptFingerprint", "name"].every((what) => known?.[what] === model[what])) return;
   studio.model = model;
   settings.fit(model);
   picker.fit(model);

@@ -3,7 +3,8 @@
 export class Model {
   constructor({ model, classes }) {
     this.name = model.id;
-    this.fingerprint = model.fingerprint;
+    this.fingerprint = model.fingerprint; // what its tokens mean
+    this.gptFingerprint = model.gpt_fingerprint; // which tokens it writes
     this.imageSize = model.image_size;
     this.counts = model.stages.map((stage) => stage.num_tokens); // numbers of tokens that show an image
     this.sizes = new Map(model.stages.map((stage) => [stage.num_tokens, stage.size]));
