@@ -148,6 +148,18 @@ def test_what_a_killed_process_left_goes(tmp_path: Path):
         assert names(tmp_path) == sorted([*mine, ".lock"])
 
 
+def test_what_it_left_in_folders_within_goes_unless_another_is_at_work_there(tmp_path: Path):
+    for folder in ("pictures", "gpt", "pictures/deeper"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / ".a.png.12-0123abcd.tmp").touch()
+    with lock_folder(tmp_path / "gpt", "run"):
+        (tmp_path / "gpt" / ".b.12-0123abcd.tmp").touch()
+        with lock_folder(tmp_path, "run"):
+            assert names(tmp_path / "pictures") == ["deeper"]
+            assert names(tmp_path / "gpt") == [".b.12-0123abcd.tmp", ".lock"]
+            assert names(tmp_path / "pictures" / "deeper") == [".a.png.12-0123abcd.tmp"]
+
+
 def test_temporary_files_follow_no_link(tmp_path: Path):
     """Their names cannot be known before, as several machines that share a folder have processes of one number."""
     with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:

@@ -201,12 +201,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_locks)
 
 
-def _remove_temporary(folder: Path) -> None:
-    """Remove files that processes killed in `replacing` left."""
+def _remove_temporary(folder: Path, within: bool = True) -> None:
+    """Remove files that processes killed in `replacing` left, also in folders `within` that nobody has locked."""
     with suppress(OSError):  # they are only in the way
         for entry in os.scandir(folder):
+            path = Path(entry.path)
             if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
+                path.unlink()
+            elif within and entry.is_dir(follow_symlinks=False) and not (path / LOCK_FILE).exists():
+                _remove_temporary(path, within=False)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

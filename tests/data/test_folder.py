@@ -506,7 +506,7 @@ def test_wrong_metadata(tmp_path, rows, message):
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff\xfe", b"[]\n", b"{", b'{"file_name": 3, "label": 1}', b'{"file_name": "0.png", "label": []}']
+    "content", [b"\xff\xfe", b"[]\n", b"{", b'{"file_name": 3, "label": 1}', b'{"file_name": "0.png", "label": {}}']
 )
 def test_damaged_metadata(tmp_path, content):
     photos(tmp_path, (".",), per=1)

@@ -170,9 +170,6 @@ def save_checkpoint(
             older.unlink(missing_ok=True)
         elif is_readable(older):
             left -= 1
-    for killed in path.parent.glob(".step-*.tmp"):  # of a run that was killed while it wrote
-        if killed.is_file():
-            killed.unlink(missing_ok=True)
     return path
 
 
