@@ -42,7 +42,7 @@ from detailflow.training.nearest import Neighbours, embed_images, find_nearest, 
 from detailflow.training.report import TITLES, Record, command_line, curve_png, read_history
 
 _log = logging.getLogger(__name__)
-PAGE_FILE, TEMPLATE = "report.html", "run_report.html"
+PAGE_FILE, TEMPLATE = "report.html", "run_report.jinja"
 SAMPLES, CLASSES = 40, 10  # samples, spread over so many classes at most
 RECONSTRUCTED, MEASURED = 6, 64  # images that are shown, and that PSNR is the mean of
 COMPARED, AMONG = 200, 10_000  # held-out images, and the training images that they and the samples are compared with
