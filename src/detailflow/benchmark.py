@@ -132,7 +132,7 @@ def make_cases(
 ) -> dict[str, Case]:
     """Return everything that is timed for `batch` images at once, by name."""
     gpt, tokenizer = pipeline.gpt, pipeline.tokenizer
-    class_ids = [i % (gpt.config.num_classes or 1) for i in range(batch)]
+    class_ids = [i % gpt.config.num_labels for i in range(batch)]
     side, like = tokenizer.config.image_size, tokenizer.decoder.mask_token
     codes = torch.zeros(batch, gpt.config.num_tokens, dtype=torch.int64, device=like.device)
     images = torch.zeros(batch, 3, side, side, dtype=like.dtype, device=like.device)
@@ -406,7 +406,7 @@ def accuracy(config: BenchmarkConfig, progress: Progress = lambda what: None) ->
 def differences(exact: DetailFlowGPT, gpt: DetailFlowGPT, engine: Begin) -> tuple[float, float, float]:
     """Return an engine's rms error, its share of equal greedy codes, and the standard deviation of the logits."""
     sampling, schedule, n = exact.config.sampling, exact.schedule, exact.config.num_tokens
-    ids = torch.arange(IMAGES, device=exact.device) % (exact.config.num_classes or 1)
+    ids = torch.arange(IMAGES, device=exact.device) % exact.config.num_labels
     noise = image_noise([image_generator(0, i) for i in range(IMAGES)], n).to(exact.device)
     tokens = torch.zeros(IMAGES, n, dtype=torch.int64, device=exact.device)
     ours, theirs = engine(gpt, ids, sampling.guided), CachedModel(exact, ids, sampling.guided)

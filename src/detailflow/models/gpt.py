@@ -66,6 +66,11 @@ class GPTConfig(Settings):
         _ = self.sampling  # validates itself
 
     @property
+    def num_labels(self) -> int:
+        """How many class ids images can be asked for; a model without classes has the null class alone."""
+        return self.num_classes or 1
+
+    @property
     def hidden(self) -> int:
         """Hidden units of the MLP."""
         return self.mlp  # type: ignore[return-value]  # never None after __post_init__

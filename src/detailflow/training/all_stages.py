@@ -10,7 +10,7 @@ from detailflow.data.images import ImageSource, open_images
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.published import CONFIG_FILE
-from detailflow.training.checkpoints import run_folder
+from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.config import CROPS
 from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
@@ -98,9 +98,8 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
 
 def _check_steps(output: Path, steps: int) -> None:
     """Check that the tokenizer stays the one that made the tokens, if there are any."""
-    loop = run_folder(output / "tokenizer").read().get("loop")
-    recorded = loop.get("steps") if isinstance(loop, dict) else None
-    if isinstance(recorded, int) and recorded < steps and (output / "tokens").exists():
+    recorded = of_loop(run_folder(output / "tokenizer").read(), "steps")
+    if 0 < recorded < steps and (output / "tokens").exists():
         raise DetailFlowError(
             f"{output / 'tokens'} is of a tokenizer that was trained for {recorded:,} steps, not {steps:,}: choose "
             f"another folder, repeat --tokenizer-steps {recorded}, or remove {output / 'tokens'} and {output / 'gpt'}"

@@ -67,9 +67,9 @@ def claim(
     known = dict(recorded.get(KNOWN_BY) or {})
     settings[KNOWN_BY] = content = _read_inputs(output, inputs or {}, recorded, settings)
     finished = os.path.isfile(output / CONFIG_FILE)  # which `export` writes last
-    steps = _steps(settings)
+    steps = of_loop(settings, "steps")
     done = max(map(step_of, checkpoints(output)), default=0) if recorded else 0
-    longer = _steps(recorded) < steps
+    longer = of_loop(recorded, "steps") < steps
     if recorded:
         both = content.keys() & known.keys()
         other_steps = longer or (not finished and steps >= done)
@@ -112,16 +112,13 @@ def _read_inputs(
     return content
 
 
-def _steps(settings: Mapping[str, Any]) -> int:
-    return _of_loop(settings, "steps")
-
-
 def _more_patience(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    before, now = _of_loop(recorded, "patience"), _of_loop(settings, "patience")
+    before, now = of_loop(recorded, "patience"), of_loop(settings, "patience")
     return before > 0 and (now == 0 or now > before)
 
 
-def _of_loop(settings: Mapping[str, Any], name: str) -> int:
+def of_loop(settings: Mapping[str, Any], name: str) -> int:
+    """Return a number of the loop's from recorded settings; 0 if they have none."""
     loop = settings.get("loop")
     value = loop.get(name) if isinstance(loop, dict) else None
     return value if isinstance(value, int) else 0

@@ -278,13 +278,6 @@ def trial(
     )
 
 
-def count_gpt(
-    config: GPTTraining, sizes: GPTConfig, tokenizer: DetailFlowTokenizer, *, world: World, device: torch.device
-) -> tuple[StepCosts, GPTStage]:
-    """Count the steps of one rank; the stage has no data."""
-    return count_steps(*trial(config, sizes, tokenizer, world=world, device=device))
-
-
 def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> None:
     """Train an AR model into `output`: the model, checkpoints, pictures, log and report."""
     world, chosen = launched(device)
@@ -305,7 +298,7 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
 
     @cache
     def costs() -> StepCosts:
-        return count_gpt(config, sizes, tokenizer, world=world, device=chosen)[0]
+        return count_steps(*trial(config, sizes, tokenizer, world=world, device=chosen))[0]
 
     inputs = {
         "tokens": tokens_input(store),

@@ -36,7 +36,7 @@ from detailflow.pipeline import (
 from detailflow.progress import progress_bar
 from detailflow.published import CONFIG_FILE
 from detailflow.runs import BEST, checkpoints, step_of
-from detailflow.training.checkpoints import run_folder
+from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.extract import image_names
 from detailflow.training.nearest import Neighbours, embed_images, find_nearest, load_embedding, readable, verdict
 from detailflow.training.report import TITLES, Record, command_line, curve_png, read_history
@@ -101,7 +101,11 @@ def data_uri(image: Image.Image) -> str:
     """Return an image as a data URI: PNG if it is small, else JPEG."""
     buffer, lossless = io.BytesIO(), max(image.size) <= LOSSLESS_SIDE
     image.convert("RGB").save(buffer, **({"format": "PNG"} if lossless else {"format": "JPEG", "quality": 90}))
-    return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return _embedded(buffer.getvalue(), "png" if lossless else "jpeg")
+
+
+def _embedded(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Stage:
     @property
     def images(self) -> int:
         """How many images it saw in all, each as often as it came."""
-        return self.steps * int((self.settings.get("loop") or {}).get("batch_size", 0))
+        return self.steps * of_loop(self.settings, "batch_size")
 
     @property
     def best(self) -> tuple[int, Record]:
@@ -321,9 +325,8 @@ class _Run:
         for stage in self.stages:
             for name in CURVES:
                 if any(name in record for record in stage.history):
-                    light, dark = (base64.b64encode(curve_png(stage.history, name, x)).decode() for x in (LIGHT, DARK))
-                    title = f"{TITLES[stage.kind]}: {name}"
-                    found.append((title, f"data:image/png;base64,{light}", f"data:image/png;base64,{dark}"))
+                    light, dark = (_embedded(curve_png(stage.history, name, ink), "png") for ink in (LIGHT, DARK))
+                    found.append((f"{TITLES[stage.kind]}: {name}", light, dark))
         return found
 
     def _commands(self) -> list[tuple[str, str]]:

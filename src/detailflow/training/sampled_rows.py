@@ -39,7 +39,7 @@ class SampledRows:
                     f"{name} is {getattr(theirs, name)} there and {getattr(sizes, name)} here"
                 )
         generator = torch.Generator().manual_seed(config.loop.seed)
-        classes = torch.arange(ROWS) % (theirs.num_classes or 1)
+        classes = torch.arange(ROWS) % theirs.num_labels
         parts = progress_bar(classes.split(_AT_ONCE), desc="sampled rows", unit="batch", main=world.is_main)
         self.ids = torch.cat([gpt.generate(part, generator=generator) for part in parts])
 

@@ -410,13 +410,6 @@ def trial(
     )
 
 
-def count_tokenizer(
-    config: TokenizerTraining, source: ImageSource | StreamSource, *, world: World, device: torch.device
-) -> tuple[StepCosts, TokenizerStage]:
-    """Count the steps of one rank, each as one that trains all N tokens; the stage has no data."""
-    return count_steps(*trial(config, source, world=world, device=device))
-
-
 def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None = None) -> None:
     """Train a tokenizer into `output`: config.json, model.safetensors, checkpoints, pictures, TensorBoard scalars."""
     world, chosen = launched(device)
@@ -436,7 +429,7 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
 
     @cache
     def costs() -> StepCosts:
-        return count_tokenizer(config, source, world=world, device=chosen)[0]
+        return count_steps(*trial(config, source, world=world, device=chosen))[0]
 
     def operations(step: int) -> float:
         return costs().last if step >= count_of_steps(config.adversarial_from, config.loop.steps) else costs().first
