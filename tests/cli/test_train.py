@@ -473,6 +473,7 @@ def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, 
             ["--data", "images", "--output", "run", "--init", "shipped", "--tokenizer-steps", "3"],
             "--tokenizer-steps is for a tokenizer that is trained, and that of --init stays",
         ),
+        (["--data", "images", "--output", "run", "--lora", "4"], "--lora is for the AR model of a trained model"),
         (["--data", "images", "--output", "run", "--init", "nowhere"], "unknown model 'nowhere'"),
         (["--data", "images", "--output", "run", "--init", "a.yaml"], "a.yaml is a file: give the folder"),
         (["--data", "images"], "the following arguments are required: --output"),
@@ -564,6 +565,27 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     assert complaint(tuned("shipped", "--gpt-steps", "2"), capsys) == problem
     assert main(tuned(model, "--gpt-steps", "3")) == 0
     assert "run/gpt: going on from step 2" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_from_a_trained_model_by_lora(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    """It says how few weights are trained, goes on exactly, can be used unfinished, and ends as an ordinary model."""
+    argv = tuned(model, "--lora", "4", "--gpt-steps")
+    assert main([*argv, "2"]) == 0
+    tuned_gpt = DetailFlowGPT.from_pretrained("run")
+    whole, classes = (sum(w.numel() for w in m.parameters()) for m in (tuned_gpt, tuned_gpt.class_embedding))
+    thin = 4 * sum(sum(m.weight.shape) for m in tuned_gpt.blocks.modules() if isinstance(m, torch.nn.Linear))
+    assert f"{thin + classes:,} of {thin + whole:,} parameters, up to 2 steps" in capsys.readouterr().out
+    checkpoint = max(Path("run/gpt/resume").glob("step-*.pt"))
+    assert main(["generate", "--model", "run", "--output", "pictures", "--no-grid"]) == 0
+    assert main(["convert", str(checkpoint), "--output", "last", "--variant", "model"]) == 0
+    capsys.readouterr()
+    assert main([*argv, "3"]) == 0
+    assert "run/gpt: going on from step 2" in capsys.readouterr().out
+    before, after = (DetailFlowGPT.from_pretrained(place).state_dict() for place in (model, "run"))
+    assert all(torch.equal(before[name], after[name]) for name in before if "block" not in name and "class" not in name)
+    assert main(tuned(model, "--gpt-steps", "4")) == 2
+    assert "run/gpt holds a run with another loop.learning_rate (0.001, not 0.0001)" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick")

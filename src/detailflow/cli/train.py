@@ -70,6 +70,9 @@ def preset_parser() -> Parser:
     parser.option("--preset", Preset, None, f"{', '.join(PRESETS)} (default: by the images' size)", "NAME")
     parser.option("--init", Location, help="start from this model: a folder, hub name, detailflow-16 or shipped")
     parser.option("--finetune-decoder", bool, help="train the decoder of --init, too")
+    parser.option(
+        "--lora", PositiveInt, help="train only LoRA matrices of this rank in the AR model of --init", metavar="N"
+    )
     parser.option("--output", Path, help="gets tokenizer/, tokens/, gpt/ and report.html", metavar="DIR", required=True)
     parser.option("--split", help="of the data, if it has several (default: train)")
     parser.option("--tokenizer-steps", PositiveInt, help="in place of the recipe's", metavar="N")

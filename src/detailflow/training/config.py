@@ -267,6 +267,8 @@ class GPTTraining(Settings):
         tokenizer: the tokenizer that made it; gives the groups, and decodes the samples to look at.
         init: AR model to start from; a folder, hub name or zoo name, of as many tokens or fewer. Its classes are
             matched by name.
+        lora: rank of the matrices that LoRA trains beside those of the model to start from, which stay as they are;
+            0 trains all weights.
         width: of the transformer.
         depth: number of blocks.
         heads: number of attention heads.
@@ -282,6 +284,7 @@ class GPTTraining(Settings):
     tokenizer: Location
     loop: LoopConfig
     init: Location | None = None
+    lora: NotNegativeInt = 0
     width: PositiveInt = 1024
     depth: Depth = 24
     heads: PositiveInt = 16
@@ -291,6 +294,13 @@ class GPTTraining(Settings):
     weight_decay: NotNegative = 0.05
     ema: Share = 0.9999
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora and not self.init:
+            raise DetailFlowError("lora trains a small addition to a trained model: give that model as init")
+        if self.lora and self.loop.shard:
+            raise DetailFlowError("loop.shard saves memory of weights that are trained, and lora has few: choose one")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Train the AR model on extracted tokens: planted mistakes, label dropout, EMA (docs/method.md#ar-model)."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -44,6 +44,7 @@ from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_r
 from detailflow.training.extract import made_by
 from detailflow.training.inputs import Input, model_input, tokens_input
 from detailflow.training.loop import Run, train
+from detailflow.training.lora import LoRA
 from detailflow.training.optimizer import Updater, gradients_stay, recompute_activations
 from detailflow.training.validation import mean_figures
 
@@ -72,7 +73,9 @@ class GPTStage:
         self.model = DetailFlowGPT(sizes)
         if config.init and not resuming:
             load_weights(self.model, initial_weights(config.init, sizes), config.init)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.lora = LoRA(self.model, config.lora) if config.lora else None
+        self.lora_ema = self.lora.average() if self.lora else None
+        self.ema = (self.lora_ema.model if self.lora_ema else copy.deepcopy(self.model)).eval().requires_grad_(False)
         self.model.train()
         if sizes.schedule.prefix == sizes.num_tokens:  # no groups, so nothing for the mask embeddings to learn
             self.model.mask_embedding.requires_grad_(False)
@@ -139,7 +142,9 @@ class GPTStage:
     @torch.no_grad()
     def _average(self, step: int) -> None:
         decay = min(self.config.ema, (1 + step) / (10 + step))  # young averages follow faster
-        get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), list(self.model.parameters()), 0)  # in few kernels
+        pairs = zip(self.ema.parameters(), self.model.parameters(), strict=True)
+        averages, weights = zip(*((average, weight) for average, weight in pairs if weight.requires_grad), strict=True)
+        get_ema_multi_avg_fn(decay)(averages, weights, 0)  # in few kernels
 
     comparable_from = 0.0
 
@@ -162,10 +167,18 @@ class GPTStage:
         return mean_figures(len(images), measure, self.world, together=self.sharded)
 
     def state(self) -> dict[str, Any]:
-        """Return weights, their average and the optimizer, unsharded, for any world size to go on with."""
+        """Return weights, their average and the optimizer, unsharded, for any world size to go on with.
+
+        With LoRA weights and average are merged, which can be used as models, and what is trained is there as well.
+        """
         model, optimizer = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
-        ema = get_model_state_dict(self.ema, options=WHOLE)
-        return {"model": model, "ema": ema, "optimizer": optimizer, "scaler": self.updater.scaler.state_dict()}
+        state = {"model": model, "optimizer": optimizer, "scaler": self.updater.scaler.state_dict()}
+        if not (self.lora and self.lora_ema):
+            return state | {"ema": get_model_state_dict(self.ema, options=WHOLE)}
+        for name, lora in (("model", self.lora), ("ema", self.lora_ema)):
+            state[name] = _on_cpu(lora.merged().state_dict())
+            state[f"{name}_lora"] = _on_cpu(lora.trained())
+        return state
 
     def model_config(self) -> dict[str, Any]:
         """Return the AR model's config."""
@@ -178,14 +191,23 @@ class GPTStage:
             "state": state["optimizer"]["state"],
             "param_groups": own["param_groups"],
         }  # the settings are this run's
-        weights = dict(model_state_dict=state["model"], optim_state_dict=optimizer)
+        model, ema = state["model"], state["ema"]
+        if self.lora and self.lora_ema:
+            assert self.config.init
+            frozen = initial_weights(self.config.init, self.sizes)
+            self.lora.load(frozen, state["model_lora"])
+            self.lora_ema.load({}, state["ema_lora"])  # what is frozen is the same
+            model, ema = self.model.state_dict(), self.ema.state_dict()
+        weights = dict(model_state_dict=model, optim_state_dict=optimizer)
         set_state_dict(self.model, self.updater.optimizers[0], **weights, options=WHOLE)
         self.updater.check()
-        set_model_state_dict(self.ema, state["ema"], options=WHOLE)
+        set_model_state_dict(self.ema, ema, options=WHOLE)
         self.updater.scaler.load_state_dict(state["scaler"])
 
     def _averaged(self) -> DetailFlowGPT | None:
-        """Return the averaged weights unsharded, on rank 0; `None` on the others."""
+        """Return the averaged weights unsharded and merged, on rank 0; `None` on the others."""
+        if self.lora_ema:
+            return self.lora_ema.merged() if self.world.is_main else None
         if not self.sharded:
             return self.ema if self.world.is_main else None
         weights = get_model_state_dict(self.ema, options=WHOLE)
@@ -214,6 +236,10 @@ class GPTStage:
         averaged = self._averaged()
         if averaged is not None:
             averaged.save_pretrained(directory)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def _shard(network: DetailFlowGPT, device: torch.device) -> None:

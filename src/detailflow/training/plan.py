@@ -2,13 +2,13 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from detailflow import hub
 from detailflow.data.batches import BatchOrder
@@ -33,12 +33,13 @@ from detailflow.training.tokenizer import TokenizerStage, count_of_steps
 
 UTILIZATION = {"cpu": 0.5, "gpu": 0.4}  # of the measured ceiling that training is assumed to reach
 TRAINED, AUXILIARY, FROZEN = "trained", "trained, not kept", "frozen"
+STAYING = "frozen, part of the model"
 CPU = torch.device("cpu")
 LONGEST_TRIAL = 5.0  # seconds of a step by the estimate, above which no real one is tried
 
 
 class Network(NamedTuple):
-    """One network of a run: `TRAINED`, `AUXILIARY` (trained, but no part of the model) or `FROZEN`."""
+    """One network of a run: `TRAINED`, `AUXILIARY` (trained, but no part of the model), `FROZEN` or `STAYING`."""
 
     name: str
     role: str
@@ -46,30 +47,38 @@ class Network(NamedTuple):
     bytes: int
 
 
-def network(name: str, role: str, module: nn.Module) -> Network:
-    """Count a module's weights."""
-    weights = list(module.parameters())
+def network(name: str, role: str, weights: Iterable[Tensor]) -> Network:
+    """Count weights."""
+    weights = list(weights)
     return Network(name, role, sum(w.numel() for w in weights), sum(w.numel() * w.itemsize for w in weights))
 
 
 def networks_of(stage: TokenizerStage | GPTStage) -> list[Network]:
     """Return all networks of a stage, in the order that a plan lists them."""
+    if isinstance(stage, GPTStage) and stage.lora:
+        learnt = stage.lora.trained()
+        others = [weight for name, weight in stage.model.named_parameters() if name not in learnt]
+        return [
+            network("LoRA and class table", TRAINED, learnt.values()),
+            network("AR model, the rest", STAYING, others),
+        ]
     if isinstance(stage, GPTStage):
-        return [network("AR model", TRAINED, stage.model)]
-    networks = [network(name, TRAINED, getattr(stage.model, name)) for name in ("encoder", "quantizer", "decoder")]
+        return [network("AR model", TRAINED, stage.model.parameters())]
+    parts = {name: getattr(stage.model, name) for name in ("encoder", "quantizer", "decoder")}
+    networks = [network(name, TRAINED, part.parameters()) for name, part in parts.items()]
     if stage.networks.head is not None:
-        networks.append(network("head of the alignment", AUXILIARY, stage.networks.head))
+        networks.append(network("head of the alignment", AUXILIARY, stage.networks.head.parameters()))
     names: dict[type, str] = {SigLIP2: "SigLIP2", FeatureNetwork: "classifier", LPIPS: "VGG-16 (LPIPS)"}
     names[EfficientNetLite0] = "EfficientNet-Lite0"
     teachers = (stage.teachers.alignment, stage.teachers.features, stage.teachers.lpips)
     for teacher in dict.fromkeys(filter(None, teachers)):  # one may be both
-        networks.append(network(names[type(teacher)], FROZEN, teacher))
+        networks.append(network(names[type(teacher)], FROZEN, teacher.parameters()))
     judge = stage.adversary.network if stage.adversary else None
     if isinstance(judge, DINODiscriminator | ProjectedDiscriminator):
-        networks.append(network("heads of the discriminator", AUXILIARY, judge))
-        networks.append(network(judge.backbone_name, FROZEN, judge.backbone))
+        networks.append(network("heads of the discriminator", AUXILIARY, judge.parameters()))
+        networks.append(network(judge.backbone_name, FROZEN, judge.backbone.parameters()))
     elif judge:
-        networks.append(network("discriminator", AUXILIARY, judge))
+        networks.append(network("discriminator", AUXILIARY, judge.parameters()))
     return networks
 
 
@@ -127,14 +136,15 @@ class Plan:
             parts["average of the weights"] = 4 * own
         if self.world_size > 1 and not sharded:
             parts["gradients on their way"] = 4 * weights
-        if frozen := sum(network.bytes for network in self.networks if network.role == FROZEN):
+        if frozen := sum(network.bytes for network in self.networks if network.role in (FROZEN, STAYING)):
             parts["frozen weights"] = frozen
         return parts
 
     @property
     def checkpoint_bytes(self) -> float:
         """Bytes of one checkpoint: weights, Adam's averages and the moving average."""
-        return (16 if self.ema else 12) * self.parameters(TRAINED, AUXILIARY)
+        copies = 2 if self.ema else 1
+        return (16 if self.ema else 12) * self.parameters(TRAINED, AUXILIARY) + 4 * copies * self.parameters(STAYING)
 
     def seconds(self, ceiling: float, utilization: float) -> float:
         """Return the run's time on devices that each reach this part of so many operations per second."""
@@ -155,7 +165,10 @@ class Plan:
         """Return one line on the run, which will take so many seconds."""
         loop = self.loop
         most = "up to " if loop.patience and loop.val_every else ""
-        facts = f"{_count(self.parameters(TRAINED))} parameters, {most}{_several(loop.steps, 'step')} of "
+        parameters = _count(self.parameters(TRAINED))
+        if staying := self.parameters(STAYING):
+            parameters += f" of {_count(self.parameters(TRAINED) + staying)}"
+        facts = f"{parameters} parameters, {most}{_several(loop.steps, 'step')} of "
         facts += f"{_several(loop.batch_size, 'image')}: {most}{describe_duration(seconds)}"
         return f"{facts}, {_bytes(self.all_memory)} of memory"
 
@@ -187,7 +200,7 @@ class Plan:
             ],
             "disk": [
                 f"{_bytes(kept * self.checkpoint_bytes)} for {_several(kept, 'checkpoint')}",
-                f"{_bytes(4 * self.parameters(TRAINED))} for the model",
+                f"{_bytes(4 * self.parameters(TRAINED, STAYING))} for the model",
                 *([f"{_bytes(self.store_bytes)} of tokens, which are there"] if self.store_bytes else []),
             ],
         }

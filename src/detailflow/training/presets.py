@@ -28,6 +28,7 @@ PRESETS = get_args(Preset)
 SIDES = dict(zip(PRESETS, (32, 64, 128, 256), strict=True))
 GPU_BYTES = {"own-256": 20 * 2**30, "own-128": 14 * 2**30}  # of a GPU of 24 and of 16 GB, with a margin
 FINE_TUNE = "fine-tune"
+LORA_RATE = 1.0e-3  # of thin matrices that begin at zero: ten times what the recipe has for all weights
 LOOKED_AT = 64  # images whose headers are read to choose a preset
 
 
@@ -41,6 +42,7 @@ class AllStages(Settings):
         preset: `None` is chosen by the images' size and the device.
         init: model to start from in place of a preset; its tokenizer stays as it is.
         finetune_decoder: train that tokenizer's decoder, which leaves the tokens as they are.
+        lora: rank of the matrices that LoRA trains beside those of the AR model of `init`.
         tokenizer_steps, gpt_steps: in place of the recipe's.
     """
 
@@ -49,6 +51,7 @@ class AllStages(Settings):
     preset: Preset | None = None
     init: Location | None = None
     finetune_decoder: bool = False
+    lora: PositiveInt | None = None
     tokenizer_steps: PositiveInt | None = None
     gpt_steps: PositiveInt | None = None
 
@@ -58,6 +61,8 @@ class AllStages(Settings):
             raise DetailFlowError("--preset and --init exclude each other: with --init the sizes are that model's")
         if self.finetune_decoder and not self.init:
             raise DetailFlowError("--finetune-decoder is for the tokenizer of a trained model: give it as --init")
+        if self.lora and not self.init:
+            raise DetailFlowError("--lora is for the AR model of a trained model: give it as --init")
         if self.init and self.tokenizer_steps and not self.finetune_decoder:
             raise DetailFlowError(
                 "--tokenizer-steps is for a tokenizer that is trained, and that of --init stays as it is: "
@@ -115,6 +120,10 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
         first["init"] = last["init"] = wanted.init
     else:
         recipe, choice = _preset(wanted, source, output, device)
+    settings = last | load_settings(recipe, "gpt")
+    if wanted.lora:
+        settings["lora"] = wanted.lora
+        settings["loop"] |= {"learning_rate": LORA_RATE}
     trained = None
     if not wanted.init or wanted.finetune_decoder:
         trained = parse_settings(TokenizerTraining, first | load_settings(recipe, "tokenizer") | images, recipe)
@@ -125,7 +134,7 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
     return StageSettings(
         trained,
         parse_settings(Extraction, extraction, recipe),
-        _with_steps(parse_settings(GPTTraining, last | load_settings(recipe, "gpt"), recipe), wanted.gpt_steps),
+        _with_steps(parse_settings(GPTTraining, settings, recipe), wanted.gpt_steps),
         trained.model if trained else parse_settings(TokenizerConfig, first["model"], wanted.init),
         choice,
     )
