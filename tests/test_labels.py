@@ -86,6 +86,9 @@ def test_every_class_can_be_named(imagenet: ClassLabels):
         ("cat", "unknown class 'cat': did you mean tabby cat or tiger cat or Persian cat?"),  # "vat" is closer
         ("n00000000", "unknown class 'n00000000': the classes are tench, goldfish, great white shark, tiger shark, "
          "hammerhead, … (1000 in all)"),
+        ("a red poppy at sunset", "(1000 in all); classes are separated by spaces; there are no text prompts"),
+        ("tench,goldfish", "did you mean "),
+        ("tench,goldfish", "? classes are separated by spaces; there are no text prompts"),
         ("1000", "unknown class 1000: the numbers are 0 to 999"),
         (-1, "unknown class -1: the numbers are 0 to 999"),
         ("", "unknown class ''"),
@@ -96,6 +99,11 @@ def test_labels_that_mean_no_class(imagenet: ClassLabels, label: int | str, mess
     with pytest.raises(DetailFlowError) as caught:
         imagenet.index(label)
     assert message in str(caught.value)
+
+
+def test_a_misspelt_name_of_two_words_is_taken_for_no_prompt(imagenet: ClassLabels):
+    with pytest.raises(DetailFlowError, match=r"did you mean golden retriever.*\?$"):
+        imagenet.index("golden retreiver")
 
 
 def test_a_number_that_int_refuses(imagenet: ClassLabels):

@@ -360,6 +360,14 @@ def test_to(model: Path):
         pipe.to("quantum")
 
 
+def test_what_a_pipeline_says_of_itself(pipeline: DetailFlowPipeline, shipped: DetailFlowPipeline, model: Path):
+    sizes = "32×32 pixels in 16 tokens, 5 classes, float32 on cpu>"
+    assert repr(pipeline) == f"<DetailFlowPipeline: {sizes}"
+    assert repr(DetailFlowPipeline.from_pretrained(model, device="cpu")) == f"<DetailFlowPipeline of {model}: {sizes}"
+    assert repr(shipped).startswith("<DetailFlowPipeline of the shipped model: 32×32 pixels in 48 tokens, 10 classes, ")
+    assert shipped.labels.names[3] == "cat"
+
+
 def test_a_folder_without_a_model(tmp_path: Path):
     with pytest.raises(DetailFlowError, match=str(tmp_path)):
         DetailFlowPipeline.from_pretrained(tmp_path)
@@ -465,7 +473,8 @@ def test_variations_in_batches(pipeline: DetailFlowPipeline):
         ([1] * 8, {"keep": 12}, "keep must be at most the 8 tokens given, not 12"),
         ([64] * 16, {"keep": 8}, "tokens must lie in 0 to 63"),
         ([0.5] * 16, {"keep": 8}, "tokens must be integers"),
-        ("cat.png", {"keep": 8}, "tokens must be a list of integers"),
+        ("cat.png", {"keep": 8}, "cat.png does not exist: give the path of an image file"),
+        ({"a": 1}, {"keep": 8}, "tokens must be a list of integers"),
         ([1] * 16, {"keep": 8, "label": "dgo"}, "unknown class 'dgo'"),
         ([1] * 16, {"keep": 8, "num_images": 0}, "num_images"),
         ([1] * 16, {"keep": 8, "size": (7, 5)}, r"no image is encoded at a size of \(7, 5\)"),
@@ -478,6 +487,25 @@ def test_variations_that_cannot_be(
 ):
     with pytest.raises(DetailFlowError, match=message):
         pipeline.vary(image, **options)  # type: ignore[arg-type]
+
+
+def test_an_image_by_its_path(pipeline: DetailFlowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image = gradient(50, 40)
+    image.save(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png"), "~/a.png"):
+        assert pipeline.tokens(path).equal(pipeline.tokens(image))
+        assert as_bytes(pipeline.vary(path, keep=8)) == as_bytes(pipeline.vary(image, keep=8))
+        assert pipeline.reconstruct(path, whole=True) == pipeline.reconstruct(image, whole=True)
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(DetailFlowError, match="a.png is not an image"):
+        pipeline.reconstruct(tmp_path / "a.png")
+
+
+def test_what_is_no_image(pipeline: DetailFlowPipeline):
+    for given in (np.zeros((32, 32, 3), np.uint8), None, b"bytes"):
+        with pytest.raises(DetailFlowError, match="give a PIL image, such as Image.open.*, or the path of one, not a"):
+            pipeline.reconstruct(given)  # type: ignore[arg-type]
 
 
 def test_a_prefix_is_checked_at_once(pipeline: DetailFlowPipeline):

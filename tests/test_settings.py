@@ -135,6 +135,8 @@ def test_typed_text(text: str, kind: Any, value: Any):
     [
         ("3.5", PositiveInt, "--x must be a positive integer, not '3.5'"),
         ("2000000", BatchSize, "--x must be at most 1,000,000, not 2000000"),
+        ("", Path, "--x must be a path, not ''"),
+        ("", Location, "--x must be a path or a name, not ''"),
         ("yes", bool, "--x must be true or false, not 'yes'"),
         ("[a", tuple[str, ...], "--x must be a list, such as [a, b], not '[a'"),
         ("on", PositiveInt | Literal["off"], "--x must be a positive integer or off, not 'on'"),

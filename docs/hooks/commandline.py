@@ -55,7 +55,7 @@ def reference() -> str:
     ]
     lines += ["| command | what it does |", "|---|---|"]
     lines += [f"| [`{name}`](#detailflow-{name}) | {text} |" for name, text in COMMANDS.items()]
-    lines += ["", "`--max-pixels N`, with any command: images may have N pixels, not 178,956,970.", ""]
+    lines += ["", "`--max-pixels N`, with any command: at most N pixels per image (default: 178,956,970).", ""]
     for words in commands():
         lines += [f"{'#' * (len(words) + 1)} detailflow {' '.join(words)}", ""]
         lines += _described(words)

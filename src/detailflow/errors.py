@@ -14,6 +14,16 @@ class DetailFlowError(ValueError):
         super().__init__(printable(str(message)))
 
 
+class NotThereError(DetailFlowError):
+    """A set of images that is nowhere."""
+
+
+class MissingPackageError(DetailFlowError):
+    """A package that is not installed; `extra` brings it."""
+
+    extra = ""
+
+
 class DetailFlowWarning(UserWarning):
     """Probably a mistake, in one sentence, such as an image that cannot be read."""
 
@@ -38,10 +48,18 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
-def missing_package(what: str, package: str | None, instead: str = "", extra: str = "train") -> DetailFlowError:
-    """Return the error that `what` needs a package which is not installed: it names the extra that brings it."""
+def missing_package(what: str, package: str | None, instead: str = "", extra: str = "train") -> MissingPackageError:
+    """Return the error that `what` needs a package which is not installed: it names the extra that brings it.
+
+    Without `package`, it is the extra as a whole that is needed.
+    """
     get = f"install it with pip install 'detailflow[{extra}]' (from a clone: pip install '.[{extra}]')"
-    return DetailFlowError(f"{what} needs the package {package}: {get}{instead and ', '}{instead}")
+    as_a_whole = f"{what} needs the extra `{extra}`: {get}"
+    error = MissingPackageError(
+        f"{what} needs the package {package}: {get}{instead and ', '}{instead}" if package else as_a_whole
+    )
+    error.extra = extra
+    return error
 
 
 class ReportedElsewhereError(DetailFlowError):

@@ -126,9 +126,11 @@ class ClassLabels:
             return f"numbers are names here, and {classes}"
         known = {_key(name): name for synonyms in self._synonyms for name in synonyms}
         with_word = [key for key in known if _key(label) in key.split()]
-        if close := with_word[:3] or get_close_matches(_key(label), known):
-            return f"did you mean {' or '.join(known[key] for key in close)}?"
-        return classes
+        close = with_word[:3] or get_close_matches(_key(label), known)
+        advice = f"did you mean {' or '.join(known[key] for key in close)}?" if close else classes
+        if "," in label or (" " in label.strip() and not any(" " in key for key in close)):
+            advice += f"{'' if close else ';'} classes are separated by spaces; there are no text prompts"
+        return advice
 
 
 def listed(labels: Any) -> list[Label]:

@@ -63,11 +63,18 @@ def _read_text(path: Path) -> tuple[str, str]:
     return kind, name
 
 
-def check_ours(paths: Iterable[Path], command: str) -> None:
-    """Check that the files to be written replace none of the user's own."""
-    for path in paths:
-        if os.path.isfile(path) and picture_kind(path) is None:  # isfile is False for names that cannot exist
+def check_ours(paths: Iterable[Path], command: str) -> int:
+    """Check that the files to be written replace none of the user's own; return how many of ours they replace."""
+    earlier = [path for path in paths if os.path.isfile(path)]  # which is False for names that cannot exist
+    for path in earlier:
+        if picture_kind(path) is None:
             raise DetailFlowError(f"{path} was not made by `detailflow {command}`: move it, or choose another output")
+    return len(earlier)
+
+
+def in_place_of(earlier: int) -> str:
+    """Return the end of a sentence on files that were written: how many earlier ones they replaced, if any."""
+    return f" in place of {earlier} earlier file{'s' if earlier > 1 else ''}" if earlier else ""
 
 
 def is_overview(path: str) -> bool:

@@ -1,5 +1,6 @@
 """From class labels, or an image, to PIL images at any stage of detail: the tokenizer and the AR model together."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow import hub
-from detailflow.data.images import to_rgb
+from detailflow.data.images import load_rgb, to_rgb
 from detailflow.data.transforms import center_crop, resized, to_tensor
 from detailflow.device import choose_device, choose_dtype, to_host, within_memory
 from detailflow.errors import DetailFlowError, DetailFlowWarning
@@ -29,6 +30,8 @@ from detailflow.settings import BatchSize, NotNegativeInt, PositiveInt, Seed, Se
 BATCH_SIZE = 32
 LARGEST_CALL = 100_000  # images, which are all in memory in the end
 Labels = Label | Sequence[Label] | np.ndarray | Tensor
+Picture = Image.Image | str | os.PathLike[str]  # an image, or the path of a file of one
+_PICTURE = (Image.Image, str, os.PathLike)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class DetailFlowPipeline:
             warnings.warn(f"{what}: give the tokenizer that it was made with", DetailFlowWarning, stacklevel=2)
         self.tokenizer = tokenizer
         self.gpt = gpt
+        self.source = ""  # what the user called the model
         self.labels = ClassLabels(gpt.config.class_names, gpt.config.num_classes)
 
     @classmethod
@@ -135,7 +139,17 @@ class DetailFlowPipeline:
         )
         gpt = DetailFlowGPT.from_pretrained(path_or_id, device=device, dtype=dtype, revision=revision)
         codec.engine = gpt.engine = engine
-        return cls(codec, gpt)
+        pipe = cls(codec, gpt)
+        pipe.source = "the shipped model" if path_or_id is None else os.fspath(path_or_id)
+        return pipe
+
+    def __repr__(self) -> str:
+        schedule, count = self.tokenizer.schedule, self.labels.count
+        classes = f"{count:,} classes" if count else "no classes"
+        size = f"{schedule.image_size}×{schedule.image_size} pixels in {schedule.num_tokens} tokens"
+        dtype = next(self.gpt.parameters()).dtype
+        where = f"{str(dtype).removeprefix('torch.')} on {self.device}"
+        return f"<DetailFlowPipeline{self.source and ' of '}{self.source}: {size}, {classes}, {where}>"
 
     @property
     def device(self) -> torch.device:
@@ -240,7 +254,7 @@ class DetailFlowPipeline:
 
     def vary(
         self,
-        image: Image.Image | Tensor | Sequence[int],
+        image: Picture | Tensor | Sequence[int],
         *,
         keep: int,
         label: Label | None = None,
@@ -256,7 +270,7 @@ class DetailFlowPipeline:
         [(32, 32), (32, 32)]
 
         Args:
-            image: an image of any size, whose centre square is taken, or its tokens.
+            image: an image of any size or the path of one, whose centre square is taken, or its tokens.
             keep: k, a valid count of tokens; all of them give the reconstruction.
             label: the class of the variations, also another one than the image's; `None` is no class.
             num_images: number of variations.
@@ -276,9 +290,9 @@ class DetailFlowPipeline:
             images += decode_images(self.tokenizer, codes, shape)
         return images
 
-    def tokens(self, image: Image.Image | Tensor | Sequence[int]) -> Tensor:
+    def tokens(self, image: Picture | Tensor | Sequence[int]) -> Tensor:
         """Return the (n,) tokens of an image's centre square, or the tokens that are given instead of one."""
-        if isinstance(image, Image.Image):
+        if isinstance(image, _PICTURE):
             return encode_images(self.tokenizer, [fit(self.tokenizer.schedule, image)])[0]
         try:
             ids = torch.as_tensor(image)
@@ -346,9 +360,9 @@ class DetailFlowPipeline:
         return self.labels.name(class_id)
 
     def reconstruct(
-        self, image: Image.Image, *, counts: Sequence[int] | None = None, whole: bool = False
+        self, image: Picture, *, counts: Sequence[int] | None = None, whole: bool = False
     ) -> list[Reconstruction]:
-        """Encode an image and decode it from its first 1, 2, 4, … tokens; see `fit` and `reconstruct`.
+        """Encode an image, or the one at a path, and decode it from its first 1, 2, 4, … tokens; see `reconstruct`.
 
         >>> pipe = DetailFlowPipeline.from_pretrained(device="cpu")
         >>> [stage.size for stage in pipe.reconstruct(Image.new("RGB", (40, 32), "teal"), counts=[1, 8])]
@@ -357,9 +371,12 @@ class DetailFlowPipeline:
         return list(reconstruct(self.tokenizer, fit(self.tokenizer.schedule, image, whole), counts))
 
 
-def fit(schedule: TokenSchedule, image: Image.Image, whole: bool = False) -> Image.Image:
+def fit(schedule: TokenSchedule, image: Picture, whole: bool = False) -> Image.Image:
     """Crop an image to its centre square at side R, or with `whole` resize all of it to `TokenSchedule.full_shape`."""
-    image = to_rgb(image)
+    if not isinstance(image, _PICTURE):
+        kind = type(image).__name__
+        raise DetailFlowError(f"give a PIL image, such as Image.open('photo.jpg'), or the path of one, not a {kind}")
+    image = to_rgb(image) if isinstance(image, Image.Image) else load_rgb(os.path.expanduser(image))
     if not whole:
         return Image.fromarray(center_crop(image, schedule.image_size))
     return Image.fromarray(resized(image, *schedule.full_shape(image.height, image.width)))

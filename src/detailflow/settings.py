@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, MissingPackageError
 
 Config = TypeVar("Config")
 
@@ -86,6 +86,8 @@ def parse_settings(kind: type[Config], values: Mapping[str, Any], source: object
         if missing:
             raise DetailFlowError(f"settings are missing: {', '.join(missing)}{advice}")
         return _build(kind, {name: checked(name, value, known[name].type) for name, value in given.items()}, "")
+    except MissingPackageError:  # no mistake in the source
+        raise
     except DetailFlowError as error:
         raise DetailFlowError(f"{source}: {error}" if source else error) from None
 
@@ -176,6 +178,8 @@ def _convert(value: Any, kind: Any, text: bool) -> Any:
     elif is_dataclass(kind):
         valid, what = isinstance(value, kind), getattr(kind, "__name__", str(kind))  # type: ignore[arg-type]
     elif kind in _READERS:
+        if text and kind is Path and value == "":  # which would be the current folder
+            raise _InvalidError("a path", value)
         if isinstance(value, str):
             value = _read(value, kind, text)
         types, what = _READERS[kind]
@@ -219,6 +223,8 @@ def _read(value: str, kind: Any, text: bool) -> Any:
 
 def _conditioned(value: Any, kind: Any, *conditions: Any, text: bool) -> Any:
     first = conditions[0]
+    if text and first is _HOME and value == "":
+        raise _InvalidError("a path or a name", value)
     try:
         value = _convert(value, kind, text)
     except _InvalidError as error:

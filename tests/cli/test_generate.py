@@ -105,9 +105,9 @@ def test_fewer_images_in_the_same_folder(model: Path, tmp_path: Path, capsys: py
     assert len(files(tmp_path)) == 4 + 9
     assert generate(model, tmp_path, "bird", "cat", "--no-grid") == 0
     assert files(tmp_path) == sorted([*mine, "0000-bird.png", "0001-cat.png"])
-    assert capsys.readouterr().out.splitlines()[1] == f"wrote 2 images to {tmp_path} in place of 8 earlier files"
+    assert capsys.readouterr().out.splitlines()[1] == f"wrote 2 images to {tmp_path} in place of 9 earlier files"
     assert generate(model, tmp_path, "bird", "cat", "--no-grid", "--seed", "9") == 0
-    assert capsys.readouterr().out == f"wrote 2 images to {tmp_path}\n"
+    assert capsys.readouterr().out == f"wrote 2 images to {tmp_path} in place of 2 earlier files\n"
     assert all((tmp_path / name).read_bytes() == content for name, content in own.items())
 
 
@@ -195,6 +195,8 @@ def test_grid_and_strips_are_no_samples(model: Path, tmp_path: Path):
         (["--num", "many"], "--num must be a positive integer, not 'many'"),
         (["--dtype", "int8"], "--dtype must be float32, bfloat16 or float16, not 'int8'"),
         (["--device", "quantum"], "device 'quantum' cannot be used here: give another, such as cpu"),
+        (["--output", ""], "--output must be a path, not ''"),
+        (["--model="], "--model must be a path or a name, not ''"),
         (["--bogus"], "unknown option '--bogus': see detailflow generate --help"),
         (["--tempreature", "1"], "unknown option '--tempreature': did you mean --temperature?"),
         (["--nmu=3"], "unknown option '--nmu': did you mean --num?"),

@@ -73,6 +73,24 @@ def test_the_package_exports_its_names():
         detailflow.DetailFlow  # noqa: B018
 
 
+def test_help_as_a_command(capsys: pytest.CaptureFixture[str]):
+    for words, same in ((["help"], []), (["help", "data"], ["data", "--help"]), (["help", "train", "gpt"], None)):
+        with suppress(SystemExit):
+            assert main(words) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("usage: detailflow")
+        if same is not None:
+            with suppress(SystemExit):
+                main(same)
+            assert capsys.readouterr().out == out
+
+
+def test_an_option_before_the_command(capsys: pytest.CaptureFixture[str]):
+    assert main(["--seed", "1", "generate", "cat"]) == 2
+    expected = "--seed is no command: options come after the command, as in detailflow COMMAND --seed"
+    assert capsys.readouterr().err == f"detailflow: error: {expected}\n"
+
+
 @pytest.mark.parametrize(
     ("command", "advice"), [("generat", "did you mean generate?"), ("x", "the commands are generate, ")]
 )
@@ -98,12 +116,15 @@ from importlib.abc import MetaPathFinder
 EXTRA = tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"]["train"]
 NAMES = {re.match(r"[\\w-]+", line)[0].replace("-", "_") for line in EXTRA} | {"pyarrow"}
 
-class Hidden(MetaPathFinder):
+class Hiding(MetaPathFinder):
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in NAMES:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None if name.split(".")[0] in NAMES else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 
-sys.meta_path.insert(0, Hidden())
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 from detailflow.cli.main import main
 
 for line in sys.stdin:
@@ -121,12 +142,20 @@ def test_without_the_extra(tmp_path: Path, model: Path):
         (tmp_path / "images" / str(k)).mkdir(parents=True)
         Image.new("RGB", (32, 32), (90 * k, 100, 200)).save(tmp_path / "images" / str(k) / "a.png")
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    extra = "detailflow train needs the extra `train`"
+    sets = "a folder of images, .parquet or .tar files, or a hub name"
     lacking = {
-        "train tokenizer --data images --output run --config own-64/tokenizer": "tensorboard",
-        "train gpt --tokens tokens --tokenizer run --output run --config own-64/gpt": "tensorboard",
-        "train --data images --output run": "tensorboard",
-        "data a.parquet": "datasets",
-        f"evaluate tokenizer --data images --model {model} --output run": "matplotlib",
+        "train tokenizer --data images --output run --config own-64/tokenizer": extra,
+        "train gpt --tokens tokens --tokenizer run --output run --config own-64/gpt": extra,
+        "train --data images --output run": extra,
+        "data a.parquet": "a parquet file or hub data set needs the package datasets",
+        "data fotos/cats": "fotos/cats is neither a file nor a folder here, and a hub data set needs the "
+        "package datasets",
+        f"evaluate tokenizer --data images --model {model} --output run": "needs the package matplotlib",
+        "data fotos": f"fotos does not exist: give {sets} (owner/name)",
+        "train --data fotos --output run": f"fotos does not exist: give {sets} (owner/name)",
+        f"reconstruct foto --model {model}": f"foto does not exist: give an image file, {sets} (owner/name)",
+        f"vary images/0/a.png cat --model {model}": f"cat does not exist: give an image file, {sets} (owner/name)",
     }
     helps = [*(f"{page} --help" for page in ("train", "train tokenizer", "train gpt", "extract", "evaluate gpt"))]
     plain = [f"generate --model {model}", "data images", f"reconstruct images --model {model}"]
@@ -137,12 +166,10 @@ def test_without_the_extra(tmp_path: Path, model: Path):
     )  # fmt: skip
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     said = done.stderr.splitlines()
-    for i, package in enumerate(lacking.values()):
-        assert (
-            f"needs the package {package}: install it with pip install 'detailflow[train]' (from a clone: pip"
-            in said[2 * i]
-        )
-        assert said[2 * i].endswith("install '.[train]')") and said[2 * i + 1] == "status 2"
+    install = ": install it with pip install 'detailflow[train]' (from a clone: pip install '.[train]')"
+    for i, message in enumerate(lacking.values()):
+        assert said[2 * i].endswith(message if "does not exist" in message else message + install)
+        assert said[2 * i + 1] == "status 2"
     assert [line for line in said[2 * len(lacking) :] if line.startswith("status")] == ["status 0"] * len(
         [*helps, *plain]
     )

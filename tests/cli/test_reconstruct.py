@@ -239,7 +239,9 @@ def test_an_image_that_cannot_be_read(problem: str, model: Path, tmp_path: Path,
 def test_no_file_of_the_users_own_is_replaced(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     any_image("RGB").save(tmp_path / "a.png")
     assert reconstruct(model, tmp_path / "out", tmp_path / "a.png") == 0
+    assert " in place of " not in capsys.readouterr().err
     assert reconstruct(model, tmp_path / "out", tmp_path / "a.png") == 0  # its own it replaces
+    assert capsys.readouterr().err.endswith(f"of it to {tmp_path / 'out'} in place of 2 earlier files\n")
     for name in ("a-strip.png", "a-reconstruction.png"):
         own = tmp_path / name / name
         own.parent.mkdir()

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from detailflow import DetailFlowPipeline
+from detailflow.cli import vary
 from detailflow.cli.main import main
 from detailflow.data.images import open_images
 from detailflow.models.tokenizer import DetailFlowTokenizer
@@ -191,6 +192,12 @@ def test_another_model(run: Any, pipeline: DetailFlowPipeline, tmp_path: Path):
         (("vary", "missing.npz"), "could not read missing.npz"),
         (("vary", "fake.npz"), "fake.npz is damaged, or no token file"),
         (("vary",), "the following arguments are required: IMAGE"),
+        (("vary", "--class", "cat", "a.png"), "a.png is taken for a value of --class: put IMAGE before --class"),
+        (("vary", "--class", "cat", "--keep", "4", "a.png"), "value of --keep: put IMAGE before --class and --keep"),
+        (("vary", "a.png", "--class", "cat", "a.png"), "a.png is taken for a value of --class: put IMAGE before"),
+        (("vary", "--class", "cat", "b.png"), "are required: IMAGE: put IMAGE before --class"),
+        (("decode", "--num-tokens", "4", "fake.npz"), "fake.npz is taken for a value of --num-tokens: put FILE before"),
+        (("decode", "--num-tokens", "4", "b.npz"), "--num-tokens must be an integer, not 'b.npz': put FILE before"),
         (("decode", "a.png"), "a.png is damaged, or no token file of `detailflow encode`"),
         (("encode", "a.png", "--output", "fake.npz"), "fake.npz was not made by `detailflow encode`: move it"),
         (("encode", "a.png", "--output", "tokens.dat"), "--output must end in .npz, not 'tokens.dat'"),
@@ -207,6 +214,14 @@ def test_mistakes(argv: tuple[str, ...], message: str, run: Any):
     assert Path("fake.npz").read_bytes() == b"a user's own"
 
 
+def test_images_behind_options_of_one_value(run: Any):
+    picture("a.png")
+    Path("cat").mkdir()  # not the folder, but the class
+    assert run("vary", "--class=cat", "--num", "1", "a.png")[0] == 0
+    assert run("vary", "a.png", "--class", "cat", "--num", "1")[0] == 0
+    assert vary.parser().parse_args(["--class", "cat", "--", "a.png"]).images == ["a.png"]
+
+
 def test_no_file_of_the_users_own_is_replaced(run: Any):
     picture("a.png")
     for name in ("a-4-any-0.png", "a-variations.png"):
@@ -215,7 +230,9 @@ def test_no_file_of_the_users_own_is_replaced(run: Any):
         assert status == 2 and f"{name} was not made by `detailflow vary`: move it" in err
         assert read(name).tobytes() == before
         Path(name).unlink()
-    assert run("vary", "a.png", "--num", "1")[0] == run("vary", "a.png", "--num", "1")[0] == 0  # its own it replaces
+    assert run("vary", "a.png", "--num", "1")[:2] == (0, "wrote 1 variation of a to outputs\n")
+    again = run("vary", "a.png", "--num", "1")  # its own it replaces
+    assert again[:2] == (0, "wrote 1 variation of a to outputs in place of 2 earlier files\n")
     picture("b.png")
     assert run("vary", "b.png", "outputs/a-4-any-0.png", "--num", "1")[0] == 0
     assert run("vary", "a.png", "outputs/a-4-any-0.png", "--num", "1")[0] == 2

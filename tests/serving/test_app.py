@@ -227,6 +227,7 @@ def test_only_json_is_taken_for_json(http: httpx.Client):
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         answer = http.post("/v1/images/generations", content=b'{"prompt": "cat"}', headers={"Content-Type": kind})
         assert answer.status_code == 400
+        assert answer.json()["error"]["message"].endswith(": send it with the header Content-Type: application/json")
         assert not [name for name in answer.headers if name.startswith("access-control")]
 
 

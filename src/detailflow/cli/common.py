@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -63,6 +65,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Return the options; underscores and dashes in their names are the same."""
         self._words = [self._spelled(word) for word in (sys.argv[1:] if args is None else args)]
+        _, taken = self._operands_first()
+        for name in filter(os.path.isfile, taken):
+            self.error(f"{name} is taken for a value of {taken[name]}")
         try:
             result, rest = self.parse_known_args(self._words, namespace)
         except argparse.ArgumentError as error:
@@ -72,6 +77,21 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self.error(f"{' '.join(rest)} is more than this command takes: see {self.prog} --help")
         return result
+
+    def _operands_first(self) -> tuple[str, dict[str, str]]:
+        """Return where operands belong if there are options of several values, and what these took that is like a file.
+
+        A value may be a class that is called as a folder or a file is, but hardly one with a suffix.
+        """
+        operands = [action.metavar for action in self._actions if not action.option_strings]
+        options, taken = list[str](), dict[str, str]()
+        for i, word in enumerate(self._words if operands else ()):
+            action = self._option_string_actions.get(word)
+            if action is not None and action.nargs == "+":
+                options.append(word)
+                values = takewhile(lambda value: not value.startswith("-"), self._words[i + 1 :])
+                taken |= {value: word for value in values if re.search(r"\.\w*[a-zA-Z]\w*$", value)}
+        return f": put {operands[0]} before {' and '.join(options)}" if options else "", taken
 
     def _spelled(self, word: str) -> str:
         name, equals, value = word.partition("=")
@@ -88,7 +108,9 @@ class Parser(argparse.ArgumentParser):
         for word in (word.partition("=")[0] for word in options if word.startswith("--")):
             if word not in known:
                 raise DetailFlowError(unknown("option", word, [*known, "--max-pixels"], f"see {self.prog} --help"))
-        raise DetailFlowError(message)
+        advice, taken = self._operands_first()
+        lacking = message.startswith("the following arguments are required")
+        raise DetailFlowError(message + advice if taken or lacking else message)
 
 
 def reader(name: str, kind: Any) -> Callable[[str], Any]:
@@ -132,7 +154,7 @@ def add_output_option(parser: Parser) -> None:
 def add_sampling_options(parser: Parser, several: bool = False) -> None:
     """Add the settings of `SamplingConfig`, each with one value or several; a model has best values of its own."""
     combinations = "all combinations; " if several else ""
-    parser.heading(f"sampling ({combinations}default: the model's own best values)")
+    parser.heading(f"sampling ({combinations}default: the model's own)")
     for setting in list_settings(SamplingConfig):
         name = f"--{setting.name.replace('_', '-')}"
         read = reader(name, setting.type | Literal["off"] if setting.default is None else setting.type)

@@ -14,7 +14,7 @@ def parser() -> Parser:
         "decode",
         "FILE",
         "Make images of the tokens in a file of `detailflow encode`: NAME-N-tokens.png for each, at the size that its "
-        "first N tokens show.",
+        "first N tokens show. Put FILE before --num-tokens, which takes all numbers that follow.",
     )
     result.option("file", Path, help="the token file", metavar="FILE")
     counts = "the first N tokens of each image; several numbers give several images (default: all in the file)"
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
     from detailflow.files import output_names
     from detailflow.models.tokenizer import DetailFlowTokenizer
-    from detailflow.pictures import check_ours, write_png
+    from detailflow.pictures import check_ours, in_place_of, write_png
     from detailflow.pipeline import decode_images
     from detailflow.token_files import TokenFile
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         raise DetailFlowError(f"--num-tokens must be at most the {most} tokens of {args.file}, not {counts[-1]}")
     names = output_names(file.names)
     paths = {(i, n): args.output / f"{name}-{n}-tokens.png" for i, name in enumerate(names) for n in counts}
-    check_ours(paths.values(), "decode")
+    earlier = check_ours(paths.values(), "decode")
     for (i, n), path in progress_bar(paths.items(), desc="decoding", unit="image"):
         height, width = file.sizes[i].tolist()
         ids = torch.from_numpy(file.tokens[i : i + 1, :n])
@@ -56,5 +56,5 @@ def main(argv: Sequence[str]) -> int:
         if args.full_size:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         write_png(image, path, "decoded")
-    print(f"wrote {len(paths):,} image{'s' if len(paths) > 1 else ''} to {args.output}")
+    print(f"wrote {len(paths):,} image{'s' if len(paths) > 1 else ''} to {args.output}{in_place_of(earlier)}")
     return 0

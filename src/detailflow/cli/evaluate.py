@@ -86,7 +86,7 @@ def gpt_parser() -> Parser:
     result = Parser("evaluate gpt", "--reference SET --output DIR", about)
     result.option("--reference", Location, help="real images, or ADM's reference .npz", required=True)
     _add_split(result)
-    result.option("--num-samples", PositiveInt, 50_000, "images", "N")
+    result.option("--num-samples", PositiveInt, 50_000, "images; for a quick look: 1000", "N")
     result.option("--labels", default="balanced", help="balanced or random (default: balanced)", metavar="HOW")
     seeds: dict[str, Any] = {"type": reader("--seeds", Seed), "nargs": "+", "default": [0], "metavar": "S"}
     result.add_argument("--seeds", "--seed", help="several show the spread (default: 0)", **seeds)

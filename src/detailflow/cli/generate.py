@@ -34,7 +34,7 @@ def parser() -> Parser:
     result.option("classes", tuple[str, ...], (), classes, "CLASS")
     result.option("--num", PositiveInt, 1, "images per class", "N")
     result.option("--seed", Seed, 0, "the same seed gives the same images (default: 0)")
-    result.option("--num-tokens", int, help="stop after N tokens, for coarse images", metavar="N")
+    result.option("--num-tokens", int, help="stop after N tokens (shipped: 1-16, 24, …, 48)", metavar="N")
     result.option("--grid", bool, True, "write grid.png too")
     result.option("--progressive", bool, help="write strips from coarse to fine, too")
     add_output_option(result)
@@ -110,7 +110,7 @@ def _few(
     args: argparse.Namespace, pipeline: "DetailFlowPipeline", classes: "Sequence[ClassId]", sampling: Mapping[str, Any]
 ) -> None:
     """Write `--num` images of each class and the pictures of them, in place of those of an earlier call."""
-    from detailflow.pictures import check_ours, grid, strip, write_png
+    from detailflow.pictures import check_ours, grid, in_place_of, strip, write_png
     from detailflow.pipeline import BATCH_SIZE, stage_counts
     from detailflow.samples import check_no_set, file_label, remove_earlier
 
@@ -127,7 +127,7 @@ def _few(
     samples = [f"{i:04d}-{file_label(pipeline, label)}.png" for i, label in enumerate(labels)]
     strips = [f"strip-{name}" for name in samples] if args.progressive else []
     names = [*samples, *strips, *(["grid.png"] if args.grid else [])]
-    check_ours([args.output / name for name in names], "generate")
+    earlier = check_ours([args.output / name for name in names], "generate")
 
     shown = []
     steps = schedule.valid_counts.index(num_tokens) + 1
@@ -145,6 +145,5 @@ def _few(
         captions = [pipeline.class_name(label) for label in classes for _ in range(per_class)]
         rows = (per_class if per_class > 1 else None, captions) if pipeline.labels.count else ()
         write_png(grid(shown, *rows), args.output / "grid.png", "grid")
-    removed = remove_earlier(args.output, names)
-    instead = f" in place of {removed} earlier file{'s' if removed > 1 else ''}" if removed else ""
+    instead = in_place_of(earlier + remove_earlier(args.output, names))
     print(f"wrote {len(labels)} image{'s' if len(labels) > 1 else ''} to {args.output}{instead}")

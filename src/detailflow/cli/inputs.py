@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detailflow.cli.common import Parser
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, NotThereError
 from detailflow.progress import progress_bar
 from detailflow.settings import Location, PositiveInt
 
@@ -86,15 +86,18 @@ class Inputs:
             else:
                 yield name, image
 
-    def check_outputs(self, outputs: Sequence[Path], command: str) -> None:
-        """Check that no picture would replace an image that was given, or another file that is not ours."""
+    def check_outputs(self, outputs: Sequence[Path], command: str) -> int:
+        """Check that no picture would replace an image that was given, or another file that is not ours.
+
+        Return how many earlier pictures would be replaced.
+        """
         from detailflow.pictures import check_ours
 
         given = {os.path.realpath(path) for path in self.given if os.path.isfile(path)}
         for output in outputs:
             if os.path.realpath(output) in given:
                 raise DetailFlowError(f"{output} is one of the images and would be replaced: give another --output")
-        check_ours(outputs, command)
+        return check_ours(outputs, command)
 
     def report_left_out(self) -> None:
         """Say which images could not be read."""
@@ -117,7 +120,11 @@ def _open(operand: str, fit: "Fit", tokens: "Tokens | None") -> "tuple[str, int,
     if missing or (os.path.isfile(path) and path.suffix.lower() not in MANY):
         image = fit(load_rgb(operand))
         return operand, 1, lambda _: (path.stem, lambda: image)
-    source = open_images(operand)
+    try:
+        source = open_images(operand)
+    except NotThereError as error:
+        sets = "a folder of images, .parquet or .tar files, or a hub name (owner/name)"
+        raise DetailFlowError(f"{operand} does not exist: give an image file, {sets}") from error
     return source.where, len(source), lambda i: (_name_in(source, i, operand), lambda: fit(source.image(i)))
 
 

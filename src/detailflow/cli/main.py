@@ -50,9 +50,9 @@ commands:
 {chr(10).join(f"  {name:12} {text}" for name, text in COMMANDS.items())}
 
 options:
-  -h, --help        show this help, or with a command that command's
+  -h, --help        show this help, or after a command that command's
   --version         show the version
-  --max-pixels N    with any command: images may have N pixels, not 178,956,970
+  --max-pixels N    at most N pixels per image (default: 178,956,970)
 """
 
 
@@ -138,6 +138,8 @@ def _leave_process_group(status: int, error: Exception | None = None) -> None:
 
 def _run(argv: list[str]) -> int:
     _take_max_pixels(argv)
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0
@@ -145,6 +147,10 @@ def _run(argv: list[str]) -> int:
         print(f"detailflow {__version__}")
         return 0
     command, *rest = argv
+    if command.startswith("-"):
+        raise DetailFlowError(
+            f"{command} is no command: options come after the command, as in detailflow COMMAND {command}"
+        )
     if command not in COMMANDS:
         raise DetailFlowError(unknown("command", command, COMMANDS, f"the commands are {', '.join(COMMANDS)}"))
     try:

@@ -30,14 +30,14 @@ def main(argv: Sequence[str]) -> int:
     check_output(args.output)
 
     from detailflow.models.tokenizer import DetailFlowTokenizer
-    from detailflow.pictures import strip, write_png
+    from detailflow.pictures import in_place_of, strip, write_png
     from detailflow.pipeline import fit, reconstruct, stage_counts
 
     tokenizer = DetailFlowTokenizer.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     schedule = tokenizer.schedule
     inputs = Inputs(args.images, args.num, lambda image: fit(schedule, image, args.whole))
     names = [f"{name}-{what}.png" for name in inputs.names for what in ("strip", "reconstruction")]
-    inputs.check_outputs([args.output / name for name in names], "reconstruct")
+    earlier = inputs.check_outputs([args.output / name for name in names], "reconstruct")
 
     rows, counts = [], stage_counts(schedule)
     with progress_bar(desc="reconstructing", total=len(inputs.names) * len(counts), unit="picture") as bar:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
             rows.append([name, *(f"{stage.psnr:.2f}" for stage in stages)])
     _print_table(["PSNR (dB) at tokens:", *map(str, counts)], rows)
     each = "each image" if len(rows) > 1 else "it"
-    print(f"wrote a strip and a reconstruction of {each} to {args.output}", file=sys.stderr)
+    print(f"wrote a strip and a reconstruction of {each} to {args.output}{in_place_of(earlier)}", file=sys.stderr)
     inputs.report_left_out()
     return 0
 

@@ -1,12 +1,13 @@
 """`detailflow train`: a tokenizer, an AR model, or all in a row from a preset."""
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from detailflow.cli.common import Parser, add_device_option, check_output
 from detailflow.cli.settings import DRY_RUN, Request, read_request
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, MissingPackageError, missing_package
 from detailflow.settings import Location, PositiveInt, unknown
 
 AGAIN = "The same command goes on with a run that was interrupted."
@@ -16,6 +17,16 @@ GPT = f"Train an AR model on the tokens that `detailflow extract` wrote. {AGAIN}
 
 def main(argv: Sequence[str]) -> int:
     """Run the command and return the exit status."""
+    try:
+        _main(argv)
+    except MissingPackageError as error:  # of the first setting that needs one; without the extra there will be more
+        if error.extra == "train" and find_spec("accelerate") is None:
+            raise missing_package("detailflow train", None) from error
+        raise
+    return 0
+
+
+def _main(argv: Sequence[str]) -> None:
     stage = argv[0] if argv else ""
     if stage == "tokenizer":
         _tokenizer(argv[1:])
@@ -26,7 +37,6 @@ def main(argv: Sequence[str]) -> int:
         raise DetailFlowError(unknown("stage", stage, ("tokenizer", "gpt"), otherwise))
     else:
         _all(argv)
-    return 0
 
 
 def _tokenizer(argv: Sequence[str]) -> None:

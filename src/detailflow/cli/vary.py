@@ -42,7 +42,7 @@ def parser() -> Parser:
         "vary",
         "IMAGE …",
         "Keep the first tokens of images and let the AR model write the others: NAME-KEEP-CLASS-INDEX.png, and all of "
-        "them in NAME-variations.png.",
+        "them in NAME-variations.png. Put images before --keep and --class, which take all words that follow.",
     )
     add_image_options(result, OF_A_SET, "--num-inputs", ", token files")
     keep = "first tokens that stay (default: a quarter)"
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     check_output(args.output)
 
-    from detailflow.pictures import grid, write_png
+    from detailflow.pictures import grid, in_place_of, write_png
     from detailflow.pipeline import DetailFlowPipeline
     from detailflow.samples import file_label
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     words = {label: "any" if label is None else file_label(pipeline, label) for label in classes}
     names = [f"{k}-{words[label]}-{i}" for k in keeps for label in classes for i in range(args.num)]
     outputs = [args.output / f"{name}-{rest}.png" for name in inputs.names for rest in [*names, "variations"]]
-    inputs.check_outputs(outputs, "vary")
+    earlier = inputs.check_outputs(outputs, "vary")
 
     steps = sum(n >= k for k in keeps for n in schedule.valid_counts) * args.num * len(classes)
     with progress_bar(desc="generating", total=steps * len(inputs.names), bar_format=PERCENT) as bar:
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
             write_png(sheet, args.output / f"{name}-variations.png", "variations")
     done = len(inputs.names) - len(inputs.left_out)
     each = f"of each of {done} images" if done > 1 else f"of {inputs.names[0]}"
-    print(f"wrote {len(names)} variation{'s' if len(names) > 1 else ''} {each} to {args.output}")
+    print(f"wrote {len(names)} variation{'s' if len(names) > 1 else ''} {each} to {args.output}{in_place_of(earlier)}")
     inputs.report_left_out()
     return 0
 

@@ -17,7 +17,7 @@ from typing import Any
 from detailflow.data.decode import explained, image_suffixes, load_rgb, to_rgb
 from detailflow.data.folder import MANY, DataFiles, file_sizes, find_in_folder, first_folders, within
 from detailflow.data.parquet import open_parquet
-from detailflow.data.source import ImageSource, Notes, class_order, labelled, spread, tolerated
+from detailflow.data.source import ImageSource, Notes, class_order, labelled, not_there, spread, tolerated
 from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError, DetailFlowWarning, printable
@@ -94,9 +94,7 @@ def find(data: str | os.PathLike[str], split: str | None = None) -> DataFiles:
     if _MAGIC.search(data):
         return _of_one_kind(data, _matching(data))
     if not _HUB_NAME.fullmatch(data) or path.suffix.lower() in image_suffixes().union(MANY):
-        raise DetailFlowError(
-            f"{data} does not exist: give a folder of images, .parquet or .tar files, or the name of a hub data set"
-        )
+        raise not_there(data)
     return DataFiles("hub", data, [], Notes(), split=split or "train")
 
 

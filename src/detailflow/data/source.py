@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from detailflow.data.decode import PLUGINS, explained, image_size, load_rgb
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError, NotThereError, printable
 from detailflow.labels import UNLABELLED
 
 _CLASSES_SHOWN, _NAMES_SHOWN, _KINDS_SHOWN = 10, 3, 6  # more are only counted
@@ -234,6 +234,12 @@ class ImageSource:
                     yield self.image(candidate)
                     break
             before = index
+
+
+def not_there(name: str) -> NotThereError:
+    """Return the error that a set of images does not exist."""
+    sets = "a folder of images, .parquet or .tar files, or a hub name (owner/name)"
+    return NotThereError(f"{name} does not exist: give {sets}")
 
 
 def count_classes(labels: np.ndarray, names: Sequence[str]) -> dict[str, int]:

@@ -22,8 +22,8 @@ import numpy as np
 
 from detailflow.data.decode import explained
 from detailflow.data.folder import DataFiles, file_sizes
-from detailflow.data.source import ImageSource, labelled
-from detailflow.errors import DetailFlowError, first_line, missing_package, printable
+from detailflow.data.source import ImageSource, labelled, not_there
+from detailflow.errors import DetailFlowError, MissingPackageError, first_line, missing_package, printable
 from detailflow.files import read_text
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=/)|[a-z]+::", re.IGNORECASE)
@@ -127,7 +127,13 @@ def quiet(datasets: ModuleType, progress: bool = False) -> Iterator[None]:
 
 def load_hub(name: str, split: str, **options: Any) -> Any:
     """Open a data set on the hub by `datasets.load_dataset`, which runs no code of its own."""
-    datasets = import_datasets()
+    try:
+        datasets = import_datasets()
+    except MissingPackageError as error:  # more likely a path that was misspelt
+        if "/" not in name:
+            raise not_there(name) from error
+        what = f"{name} is neither a file nor a folder here, and a hub data set"
+        raise missing_package(what, "datasets") from error
     try:
         with quiet(datasets, progress=True):
             return datasets.load_dataset(_hub_id(name), split=split, **options)

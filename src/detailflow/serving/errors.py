@@ -83,6 +83,9 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(
             400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json"
         )
+    if not where and isinstance(first.get("input"), bytes):  # as another kind of content
+        message = "the body was not sent as JSON: send it with the header Content-Type: application/json"
+        return ApiError(400, message, code="invalid_json")
     if kind == "extra_forbidden":
         close = get_close_matches(param or "", PARAMETERS, n=1)
         advice = f"did you mean {close[0]}?" if close else "see /docs"
