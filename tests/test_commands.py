@@ -40,6 +40,7 @@ def command(words: list[str]) -> list[str] | None:
 
 def check_options(words: list[str]) -> None:
     """Check that a command exists and has the options that a text mentions."""
+    words = words[1:] if words[0] == "help" else words
     known = [known for known in commandline.commands() if tuple(words[: len(known)]) == known]
     assert known or words[0].startswith("-") or not re.fullmatch(r"[a-z]+", words[0]), words
     parser = commandline.parser_of(*known[-1]) if known else None

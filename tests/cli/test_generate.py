@@ -94,6 +94,15 @@ def test_top_k_and_top_p_can_be_off(off: list[str], pipeline: DetailFlowPipeline
         assert written.tobytes() != pipeline("cat", temperature=0)[0].tobytes()
 
 
+def test_one_image_of_many_again(model: Path, pipeline: DetailFlowPipeline, tmp_path: Path):
+    """The number in its name is its place, which the noise depends on."""
+    assert generate(model, tmp_path, "bird", "cat", "--num", "2", "--seed", "1") == 0
+    again = [pipeline("cat", seed=1, first_image=place)[0] for place in (3, 2)]
+    with Image.open(tmp_path / "0003-cat.png") as written:
+        distances = [np.abs(np.asarray(written, np.int16) - np.asarray(image)).mean() for image in again]
+    assert distances[0] < 1 < distances[1]
+
+
 def test_fewer_images_in_the_same_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The folder holds what was asked for, and what nobody's `generate` wrote."""
     own = {"0007-mine.png": b"mine", "grid.txt": b"mine", "strip-0009-mine.png": b"mine"}

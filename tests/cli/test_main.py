@@ -154,7 +154,7 @@ def test_without_the_extra(tmp_path: Path, model: Path):
         f"evaluate tokenizer --data images --model {model} --output run": "needs the package matplotlib",
         "data fotos": f"fotos does not exist: give {sets} (owner/name)",
         "train --data fotos --output run": f"fotos does not exist: give {sets} (owner/name)",
-        f"reconstruct foto --model {model}": f"foto does not exist: give an image file, {sets} (owner/name)",
+        f"reconstruct bild --model {model}": f"bild does not exist: give an image file, {sets} (owner/name)",
         f"vary images/0/a.png cat --model {model}": f"cat does not exist: give an image file, {sets} (owner/name)",
     }
     helps = [*(f"{page} --help" for page in ("train", "train tokenizer", "train gpt", "extract", "evaluate gpt"))]

@@ -1,6 +1,9 @@
 """The service as clients see it: a process of the command, OpenAI's own client, and plain HTTP."""
 
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -11,6 +14,7 @@ import httpx
 import openai
 import pytest
 from answers import KEY, same
+from PIL import Image
 
 from detailflow import DetailFlowPipeline
 
@@ -220,6 +224,16 @@ def test_bodies_are_bounded(http: httpx.Client):
 def test_bodies_that_are_no_requests(content: bytes, http: httpx.Client):
     refused = http.post("/v1/images/generations", content=content, headers={"Content-Type": "application/json"})
     assert refused.status_code == 400 and refused.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_what_the_readme_pipes_an_answer_into(http: httpx.Client, tmp_path: Path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in readme.splitlines() if line.lstrip().startswith("python3 -c")]
+    code = shlex.split(line)[2]
+    answer = http.post("/v1/images/generations", json={"prompt": "cat", "seed": 1})
+    subprocess.run([sys.executable, "-c", code], input=answer.content, cwd=tmp_path, check=True)
+    with Image.open(tmp_path / "cat.png") as image:
+        assert image.size == (32, 32) and same(answer.json()["data"][0]["b64_json"], image)
 
 
 def test_only_json_is_taken_for_json(http: httpx.Client):
