@@ -41,12 +41,14 @@ def main(argv: Sequence[str]) -> int:
     import numpy as np
 
     from detailflow.models.tokenizer import DetailFlowTokenizer
+    from detailflow.pictures import in_place_of
     from detailflow.pipeline import fit
     from detailflow.token_files import SUFFIX, TokenFile, check_replaceable
 
     if args.output.suffix.lower() != SUFFIX:  # by which `vary` knows such files
         raise DetailFlowError(f"--output must end in {SUFFIX}, not {args.output.name!r}")
     check_replaceable(args.output)
+    instead = in_place_of(int(args.output.exists()))
     tokenizer = DetailFlowTokenizer.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     schedule = tokenizer.schedule
     count = schedule.check_count(args.num_tokens)
@@ -63,8 +65,8 @@ def main(argv: Sequence[str]) -> int:
     tokens.append(_encoded(tokenizer, waiting))
     codes = np.concatenate(tokens)[:, :count]
     TokenFile(codes, np.array(sizes), tuple(names), tokenizer.fingerprint()).write(args.output)
-    images = f"{len(names):,} image{'s' if len(names) > 1 else ''}"
-    print(f"wrote {count} token{'s' if count > 1 else ''} of {'each of ' * (len(names) > 1)}{images} to {args.output}")
+    images = f"{'each of ' * (len(names) > 1)}{len(names):,} image{'s' if len(names) > 1 else ''}"
+    print(f"wrote {count} token{'s' if count > 1 else ''} of {images} to {args.output}{instead}")
     inputs.report_left_out()
     return 0
 
