@@ -250,6 +250,10 @@ def test_failed_download(monkeypatch: pytest.MonkeyPatch, failure: Exception):
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
     message = error_of("detailflow-16", "gpt")
     assert "could not download 'ByteFlow-AI/DetailFlow-16-GPT-L'" in message and "local folder" in message
+    both = "https://huggingface.co/ByteFlow-AI/DetailFlow-16 and https://huggingface.co/ByteFlow-AI/DetailFlow-16-GPT-L"
+    assert f"detailflow-16 is no local folder, and stands for two repositories, {both}: " in message
+    assert message.endswith("or give a folder that holds copies of both (--model FOLDER)")
+    assert "two repositories" not in error_of("someone/model", "gpt")
 
 
 def test_an_empty_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -273,6 +277,51 @@ def test_a_folder_with_two_models_of_any_name(tmp_path: Path):
     assert hub.resolve(tmp_path, "gpt").name == "DetailFlow-16-GPT-L"
     shutil.copytree(TINY / "gpt", tmp_path / "GPT-XL")
     assert "holds several models of that kind (DetailFlow-16-GPT-L, GPT-XL): give one" in error_of(tmp_path, "gpt")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """A folder with two published pairs, named as on the hub."""
+    for name in ("DetailFlow-16", "DetailFlow-32"):
+        shutil.copytree(TINY / "tokenizer", tmp_path / "all" / name)
+        shutil.copytree(TINY / "gpt", tmp_path / "all" / f"{name}-GPT-L")
+    return tmp_path / "all"
+
+
+def test_either_half_of_a_pair_of_folders(pairs: Path, monkeypatch: pytest.MonkeyPatch):
+    for given in (pairs / "DetailFlow-16", pairs / "DetailFlow-16-GPT-L"):
+        assert hub.resolve(given, "tokenizer") == pairs / "DetailFlow-16"
+        assert hub.resolve(given, "gpt") == pairs / "DetailFlow-16-GPT-L"
+        assert list(hub.find(given).values()) == [given]  # what is converted is what was named
+    monkeypatch.chdir(pairs / "DetailFlow-32")
+    assert hub.resolve(".", "gpt") == pairs / "DetailFlow-32-GPT-L"
+    (pairs / "DetailFlow-32-GPT-L" / "config.json").unlink()
+    message = error_of(pairs / "DetailFlow-32", "gpt")
+    assert message.endswith("not an AR model (gpt): give the AR model as --model, and this one as --tokenizer")
+    shutil.copytree(TINY / "tokenizer", pairs / "DetailFlow-64-GPT-L")  # of that name, but no AR model
+    shutil.copytree(TINY / "tokenizer", pairs / "DetailFlow-64")
+    assert hub.resolve(pairs / "DetailFlow-64", "gpt") == pairs / "DetailFlow-64"
+
+
+def test_several_pairs_in_one_folder(pairs: Path):
+    message = error_of(pairs)
+    names = "(DetailFlow-16, DetailFlow-32): give one"
+    assert message.startswith(f"{pairs} holds several models of that kind {names}, such as --model {pairs}")
+    given = message.partition("--model ")[2].partition(",")[0]
+    assert hub.resolve(given, "gpt") == pairs / "DetailFlow-16-GPT-L"
+    (pairs / "DetailFlow-16").rename(pairs / "other")
+    (pairs / "DetailFlow-32").rename(pairs / "another")
+    assert error_of(pairs).endswith("the AR model as --model, the tokenizer as --tokenizer")
+
+
+def test_a_pair_beside_published_ones(tmp_path: Path, model: Path):
+    own = Path(shutil.copytree(model, tmp_path / "own"))
+    shutil.copytree(own / "gpt", own / "gpt-large")  # of ours: those named tokenizer and gpt go before others
+    assert hub.resolve(own, "gpt") == own / "gpt"
+    shutil.copytree(TINY / "tokenizer", own / "DetailFlow-16")
+    shutil.copytree(TINY / "gpt", own / "DetailFlow-16-GPT-L")
+    assert "several models of that kind (tokenizer, DetailFlow-16): give one, such as" in error_of(own)
+    assert "several models of that kind (gpt, DetailFlow-16-GPT-L): give one, such as" in error_of(own, "gpt")
 
 
 def test_a_checkpoint_by_its_path(tmp_path: Path):

@@ -18,9 +18,9 @@ from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.progress import progress_bar
 from detailflow.published import (
     CONFIG_FILE,
+    KIND_NAMES,
     Kind,
     Variant,
-    check_kind,
     is_published,
     model_folder,
     read_arguments,
@@ -98,8 +98,9 @@ def _check_target(target: Path, kind: Kind, to: str) -> None:
         raise DetailFlowError(f"{target} holds a training run that is not finished: give another output folder")
     if (published and to != "published") or (taken and not published and to == "published"):
         raise DetailFlowError(f"{target} already holds a model in the other layout: give another output folder")
-    if taken:
-        check_kind(target, hub.read_kind(target), kind)
+    if taken and (found := hub.read_kind(target)) != kind:
+        held = KIND_NAMES.get(str(found), f"a model of kind {found!r}")
+        raise DetailFlowError(f"{target} holds {held}, not {KIND_NAMES[kind]}: give another output folder")
 
 
 def _origin(path: Path) -> dict[str, Any] | None:

@@ -60,6 +60,8 @@ ZOO = {
 }
 
 SHIPPED = "shipped"  # the name of the model in the package
+GPT_SUFFIX = "-GPT-L"  # of a published AR model's name, after that of its tokenizer
+HUB = "https://huggingface.co"
 
 
 def zoo_model(name: str | Path) -> PublishedPair | None:
@@ -84,8 +86,9 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
     Args:
         path_or_id: a folder, one with tokenizer/ and gpt/ or any two such folders inside, a checkpoint of the published
             layout (FOLDER/checkpoints/NAME.pt), the folder of a training run that is not finished, one of a run's
-            checkpoints (step-….pt), a short name in `ZOO` or a hub id (owner/name; that of either half of a published
-            pair stands for both), also as NAME@REVISION. `None` or "shipped" is the model in the package.
+            checkpoints (step-….pt), a short name in `ZOO` or a hub id (owner/name), also as NAME@REVISION. Either half
+            of a published pair stands for both, on the hub and as a folder X beside X-GPT-L. `None` or "shipped" is
+            the model in the package.
         revision: a branch, tag or commit on the hub; `None` is the newest.
     """
     if path_or_id is None or (path_or_id == SHIPPED and not os.path.lexists(SHIPPED)):
@@ -106,7 +109,8 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
     if isinstance(path_or_id, str):
         pair = zoo_model(name)
         if pair or is_hub_name(name):
-            return resolve(fetch(getattr(pair, kind) if pair else name, _patterns(kind), revision), kind)
+            repository, advice = (getattr(pair, kind), _both_of(pair, name)) if pair else (name, None)
+            return resolve(fetch(repository, _patterns(kind), revision, advice), kind)
     if "/" in name or isinstance(path_or_id, Path):
         raise DetailFlowError(f"there is no such folder: {name}")
     raise DetailFlowError(
@@ -137,7 +141,9 @@ def find(path_or_id: str | Path) -> dict[Kind, Path]:
     local = isinstance(path_or_id, Path) or os.path.exists(os.path.expanduser(name))
     if not local and is_hub_name(name) and not zoo_model(name):
         path_or_id = fetch(name, [pattern for kind in KINDS for pattern in _patterns(kind)], revision)
-    paths = {kind: resolve(path_or_id, kind) for kind in KINDS}
+    own = Path(os.path.expanduser(name))  # a folder that is a model is that model alone
+    alone = local and os.path.isdir(own) and _holds_model(own)
+    paths = {kind: own if alone else resolve(path_or_id, kind) for kind in KINDS}
     found = {kind: path for kind, path in paths.items() if not path.is_dir() or _holds_model(path)}
     if not found:
         read_kind(paths["tokenizer"])  # raises
@@ -159,21 +165,42 @@ def read_kind(path: Path) -> Any:
 
 
 def _nested(folder: Path, kind: Kind) -> Path:
-    """Return the folder itself if it holds a model, else the one inside that holds a model of that kind."""
+    """Return the folder itself, or its other half, if it holds a model; else the one inside of that kind."""
     if _holds_model(folder):
-        return folder
-    if os.path.isdir(folder / kind):
-        return folder / kind
+        other = _other_half(folder, kind)
+        return folder if other is None or _is_of(folder, kind) else other
     with reading(folder):
-        inside = [child for child in sorted(folder.iterdir()) if _holds_model(child)]
-    found = []
-    for child in inside:
-        with suppress(DetailFlowError):  # not a model
-            found += [child] if read_kind(child) == kind else []
+        found = [child for child in sorted(folder.iterdir()) if _holds_model(child) and _is_of(child, kind)]
+    if os.path.isdir(named := folder / kind):  # goes before others, but for published ones, whose pair may be meant
+        found = [named, *(child for child in found if child != named and is_published(child))]
     if len(found) > 1:
-        names = ", ".join(f.name for f in found)
-        raise DetailFlowError(f"{folder} holds several models of that kind ({names}): give one")
+        names = ", ".join(child.name for child in found)
+        paired = next((child for child in found if _other_half(child, "gpt") or _other_half(child, "tokenizer")), None)
+        way = "one, and its other half: the AR model as --model, the tokenizer as --tokenizer"
+        raise DetailFlowError(
+            f"{folder} holds several models of that kind ({names}): give "
+            + (f"one, such as --model {paired}, with which its other half beside it is found" if paired else way)
+        )
     return found[0] if found else folder
+
+
+def _other_half(folder: Path, kind: Kind) -> Path | None:
+    """Return the folder beside a published model that has its other half, if it is named as on the hub."""
+    folder = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder
+    if kind == "gpt":
+        other = folder.with_name(folder.name + GPT_SUFFIX)
+    elif folder.name.endswith(GPT_SUFFIX) and folder.name != GPT_SUFFIX:
+        other = folder.with_name(folder.name.removesuffix(GPT_SUFFIX))
+    else:
+        return None
+    return other if _holds_model(other) and _is_of(other, kind) else None
+
+
+def _is_of(folder: Path, kind: Kind) -> bool:
+    """Return whether a folder's config can be read and says that it holds a model of this kind."""
+    with suppress(DetailFlowError):
+        return bool(read_kind(folder) == kind)
+    return False
 
 
 def _holds_model(folder: Path) -> bool:
@@ -194,8 +221,20 @@ def _patterns(kind: Kind) -> list[str]:
     return [f"{folder}{file}" for folder in ("", f"{kind}/") for file in files]
 
 
-def fetch(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """Download a repository's files of these patterns into the hub's cache; return their folder."""
+def _both_of(pair: PublishedPair, name: str) -> str:
+    """Return what to do if a half of a published pair cannot be downloaded."""
+    both = f"{HUB}/{pair.tokenizer} and {HUB}/{pair.gpt}"
+    return (
+        f"{name} is no local folder, and stands for two repositories, {both}: "
+        "check the connection, or give a folder that holds copies of both (--model FOLDER)"
+    )
+
+
+def fetch(repository: str, patterns: Sequence[str], revision: str | None = None, advice: str | None = None) -> Path:
+    """Download a repository's files of these patterns into the hub's cache; return their folder.
+
+    `advice` ends the error if that fails.
+    """
     chosen: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         from huggingface_hub import snapshot_download
@@ -204,7 +243,7 @@ def fetch(repository: str, patterns: Sequence[str], revision: str | None = None)
     except Exception as error:  # connection, name, permission, disk: the hub's client has an exception type for each
         raise DetailFlowError(
             f"could not download {repository!r} from the Hugging Face hub ({first_line(error)}): "
-            "there is no local folder of that name; check it and the connection"
+            + (advice or "there is no local folder of that name; check it and the connection")
         ) from error
     if not folder.is_dir():  # what the hub's client returns if no file matches
         raise DetailFlowError(f"{repository!r} on the Hugging Face hub holds no such model")

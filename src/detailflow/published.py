@@ -76,6 +76,11 @@ _LAYERS: dict[Kind, tuple[str, ...]] = {
     "gpt": ("",),
 }
 _HEADS = {1152: 16, 768: 12}  # any other width: width / 64
+# What to give if there is a model of the other kind only.
+_WAYS: dict[Kind, str] = {
+    "tokenizer": ": give the tokenizer's folder, or beside an AR model give it as --tokenizer",
+    "gpt": ": give the AR model as --model, and this one as --tokenizer",
+}
 
 
 # --- recognising -----------------------------------------------------------------------------------------------------
@@ -107,12 +112,12 @@ def kind_of(config: Mapping[str, Any]) -> Kind | None:
 
 
 def check_kind(folder: Path, found: Any, wanted: Kind) -> None:
-    """Raise a `DetailFlowError` that names both kinds if a model is not of the wanted one."""
+    """Raise a `DetailFlowError` that names both kinds, and the way, if a model is not of the wanted one."""
     if found != wanted:
         name = KIND_NAMES.get(found) if isinstance(found, str) else None
         runs = [run for run in folder.parents if name and folder.is_relative_to(run / found)]
         both = next((run for run in runs if (run / wanted / CONFIG_FILE).is_file()), None)
-        way = f": give {both}, which holds both" if both else ""
+        way = f": give {both}, which holds both" if both else _WAYS[wanted] if name else ""
         raise DetailFlowError(f"{folder} holds {name or f'a model of kind {found!r}'}, not {KIND_NAMES[wanted]}{way}")
 
 
