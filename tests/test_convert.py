@@ -90,6 +90,38 @@ def test_a_model_that_never_was_published(pipeline: DetailFlowPipeline, model: P
     assert not (tmp_path / "tokenizer").exists()
 
 
+def test_what_the_published_layout_has_no_place_for(
+    model: Path, ours: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    own = Path(shutil.copytree(model / "gpt", tmp_path / "own"))
+    config = json.loads((own / "config.json").read_text())
+    changes = {"class_names": [f"c{i}" for i in range(config["num_classes"])], "guidance_scale": 3.5, "top_k": 9}
+    (own / "config.json").write_text(json.dumps(config | changes))
+    convert(own, tmp_path / "lossy", to="published")
+    lost = "class_names, guidance_scale (3.5), top_k (9)"
+    message = f"{tmp_path / 'lossy'}: the published layout has no place for {lost}: keep the original for them"
+    assert caplog.messages == [message]
+    caplog.clear()
+    convert(ours, tmp_path / "back", to="published")  # what once was published loses nothing
+    assert caplog.messages == []
+
+
+def test_both_variants_of_the_weights(ours: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    for variant, message in (
+        ("ema", "of its two sets of weights the EMA ones are converted: --variant model takes the others"),
+        ("model", "of its two sets of weights the raw ones are converted: --variant ema takes the others"),
+    ):
+        caplog.clear()
+        convert(TINY / "gpt", tmp_path / variant, variant=variant)
+        assert caplog.messages == [message]
+    caplog.clear()
+    convert(ours, tmp_path / "back", to="published")
+    convert(tmp_path / "back", tmp_path / "again")  # one set, under both names
+    convert(TINY / "tokenizer", tmp_path / "tokenizer")
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "what"),
     [

@@ -267,7 +267,7 @@ def test_generated_tokens_follow_the_model():
         ({"guidance_scale": 1e300}, "guidance_scale must be 0 or more .*, at most 1e.06, not 1e.300"),
         ({"guidance_schedule": "cosine"}, "guidance_schedule must be constant or linear, not 'cosine'"),
         ({"temperature": -0.1}, "temperature must be 0"),
-        ({"top_k": 0}, "top_k must be 1 or more, not 0"),
+        ({"top_k": -1}, "top_k must be 1 or more, not -1"),
         ({"top_k": 2.5}, "top_k must be 1 or more, not 2.5"),
         ({"top_k": True}, "top_k must be 1 or more, not True"),
         ({"top_p": "most"}, "top_p must be above 0 and at most 1, not 'most'"),
@@ -281,6 +281,18 @@ def test_values_out_of_range(values: dict, message: str):
         SamplingConfig(**values)
     with pytest.raises(DetailFlowError, match=message):
         make(8, 1, 1).generate(CLASSES, **values)
+
+
+def test_an_argument_that_is_not_known():
+    for given, way in (
+        ({"cfg": 2}, "unknown argument 'cfg': the arguments are prefix, generator, num_tokens, guidance_scale, "),
+        ({"temprature": 1.0}, "unknown argument 'temprature': did you mean temperature"),
+        ({"num_token": 4}, "unknown argument 'num_token': did you mean num_tokens"),
+    ):
+        with pytest.raises(TypeError, match=way):
+            make(8, 1, 1).generate(CLASSES, **given)
+    with pytest.raises(TypeError, match="unknown argument 'guidance': did you mean guidance_scale"):
+        make(8, 1, 1).sampling(guidance=3)
 
 
 # --- known first tokens ----------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_classes_without_names(pipeline: DetailFlowPipeline):
         {"num_tokens": 0},
         {"temperature": -0.1},
         {"temperature": math.nan},
-        {"top_k": 0},
+        {"top_k": -1},
         {"top_p": 0.0},
         {"guidance_scale": -1.0},
         {"guidance_schedule": "cosine"},
@@ -325,6 +325,17 @@ def test_a_type_as_text(dtype: str | torch.dtype, model: Path):
                 DetailFlowError, match="dtype must be one of float32, bfloat16, float16, float64, not '"
             ):
                 loader.from_pretrained(model, dtype=wrong)
+
+
+def test_the_raw_weights_of_the_ar_model():
+    """A published model has them beside the averaged ones; the tokenizer has one set."""
+    tiny = Path(__file__).parent / "parity" / "tiny-32"
+    heads = [
+        DetailFlowPipeline.from_pretrained(tiny, device="cpu", variant=v).gpt.head.weight for v in ("ema", "model")
+    ]
+    assert torch.equal(heads[0], DetailFlowPipeline.from_pretrained(tiny, device="cpu").gpt.head.weight)
+    assert torch.equal(heads[1], DetailFlowGPT.from_pretrained(tiny, device="cpu", variant="model").head.weight)
+    assert not torch.equal(*heads)
 
 
 def test_only_the_path_goes_without_its_name(model: Path):

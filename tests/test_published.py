@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detailflow import DetailFlowPipeline, hub
+from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, hub
 from detailflow.convert import convert
 from detailflow.errors import DetailFlowError
 from detailflow.published import is_published, load_published
@@ -405,6 +405,23 @@ def test_config_that_is_not_text(tokenizer: Path):
 def test_bad_number_in_config(tokenizer: Path, value: object):
     edit_config(tokenizer, num_latent_tokens=value)
     assert "num_latent_tokens in" in error_of(tokenizer, "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "ours"),
+    [("gpt", "group_size", 4, "group_size"), ("gpt", "vocab_size", 16, "codebook_size"),
+     ("gpt", "num_classes", 9, "num_classes")],
+)  # fmt: skip
+def test_a_number_in_the_config_that_is_not_that_of_the_weights(
+    tmp_path: Path, kind: str, key: str, value: int, ours: str
+):
+    folder = Path(shutil.copytree(TINY / kind, tmp_path / kind))
+    edit_config(folder, **{key: value})
+    loader = {"tokenizer": DetailFlowTokenizer, "gpt": DetailFlowGPT}[kind]
+    with pytest.raises(DetailFlowError) as caught:
+        loader.from_pretrained(folder)
+    name = ours if key == ours else f"{ours} (in the published layout {key})"
+    assert str(caught.value).endswith(f" by its {name}")
 
 
 def test_missing_config(tokenizer: Path):

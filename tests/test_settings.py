@@ -73,7 +73,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"depht": 2}, "unknown setting 'depht': did you mean inner.depth?"),
     (
         {"zzz": 2},
-        "unknown setting 'zzz': the settings are data, inner.depth, inner.width, rate, weight, form, names, fast",
+        "unknown setting 'zzz': the settings are data, rate, weight, form, names, fast, inner.depth, inner.width",
     ),
 ]
 

@@ -1,6 +1,7 @@
 """Convert models between the published layout and ours, bit for bit (docs/method.md#published-layout)."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,14 +22,17 @@ from detailflow.published import (
     KIND_NAMES,
     Kind,
     Variant,
+    has_both_variants,
     is_published,
     model_folder,
     read_arguments,
     save_published,
 )
 from detailflow.runs import is_run
+from detailflow.settings import parse_settings
 from detailflow.tensors import SHARD_SIZE, shard_bytes
 
+_log = logging.getLogger(__name__)
 LAYOUTS = ("detailflow", "published")
 CARD_FILE = "README.md"
 CARD_MARK = "<!-- written by `detailflow convert` -->"
@@ -49,8 +53,8 @@ def convert(
 ) -> dict[Kind, Path]:
     """Write the model of `source` to `output` in the layout `to`; of a pair, both, to tokenizer/ and gpt/ there.
 
-    Only what inference needs is kept: no optimizer, no frozen teacher. The rest of the published config is carried
-    along; class names and sampling have no place in the published layout.
+    Only what inference needs is kept: no optimizer, no frozen teacher, one variant of the weights. The rest of the
+    published config is carried along; a warning lists what has no place in the published layout, such as class names.
 
     Args:
         source: as in `hub.resolve`.
@@ -81,14 +85,30 @@ def convert(
         model: Any = build(network, config_type, config, tensors, path)  # checks that all is there and fits
         configs[kind] = config = asdict(model.config)
         origin = _origin(path)
+        if kind == "gpt" and is_published(path) and has_both_variants(path):
+            kept, other = ("EMA", "model") if variant == "ema" else ("raw", "ema")
+            _log.info(
+                "of its two sets of weights the %s ones are converted: --variant %s takes the others", kept, other
+            )
         if to == "published":
             save_published(targets[kind], kind, config, model.state_dict(), origin)
+            _warn_of_loss(targets[kind], kind, config)
         else:
             extra = {"published": origin} if origin else {}
             hub.save(targets[kind], kind, config | extra, model.state_dict(), shard_size)
         del tensors, model
     _write_card(output, configs, str(source))
     return targets
+
+
+def _warn_of_loss(written: Path, kind: Kind, config: Mapping[str, Any]) -> None:
+    """Warn of the settings that were not written, as the published layout has no place for them."""
+    again = asdict(parse_settings(NETWORKS[kind][1], hub.load_config(written, kind)))
+    lost = [key for key, value in config.items() if value != again[key]]
+    numbers = {key: f" ({config[key]})" for key in lost if isinstance(config[key], int | float)}
+    if lost:
+        names = ", ".join(f"{key}{numbers.get(key, '')}" for key in lost)
+        _log.warning("%s: the published layout has no place for %s: keep the original for them", written, names)
 
 
 def _check_target(target: Path, kind: Kind, to: str) -> None:

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -23,9 +23,10 @@ from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.loading import check_ids
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.psnr import psnr
+from detailflow.published import Variant
 from detailflow.sampling import EngineName, SamplingOptions
 from detailflow.schedule import TokenSchedule
-from detailflow.settings import BatchSize, NotNegativeInt, PositiveInt, Seed, Settings, require, unknown
+from detailflow.settings import BatchSize, NotNegativeInt, PositiveInt, Seed, Settings, check_arguments, require
 
 BATCH_SIZE = 32
 LARGEST_CALL = 100_000  # images, which are all in memory in the end
@@ -116,6 +117,7 @@ class DetailFlowPipeline:
         tokenizer: str | Path | None = None,
         revision: str | None = None,
         engine: EngineName = "auto",
+        variant: Variant = "ema",
     ) -> "DetailFlowPipeline":
         """Load both models, ready to generate.
 
@@ -130,6 +132,7 @@ class DetailFlowPipeline:
             revision: a branch, tag or commit of a model on the hub; a separate `tokenizer` is the newest.
             engine: what takes the decoding steps: "native" (C++, for CPUs), "graphs" (CUDA), "torch", or the first of
                 them that can.
+            variant: of the AR model, "ema" (the averaged weights, to sample from) or "model", as far as there are both.
         """
         require(EngineName, engine=engine)
         device = choose_device(device)
@@ -137,7 +140,7 @@ class DetailFlowPipeline:
         codec = DetailFlowTokenizer.from_pretrained(
             tokenizer or path_or_id, device=device, dtype=dtype, revision=None if tokenizer else revision
         )
-        gpt = DetailFlowGPT.from_pretrained(path_or_id, device=device, dtype=dtype, revision=revision)
+        gpt = DetailFlowGPT.from_pretrained(path_or_id, variant=variant, device=device, dtype=dtype, revision=revision)
         codec.engine = gpt.engine = engine
         pipe = cls(codec, gpt)
         pipe.source = "the shipped model" if path_or_id is None else os.fspath(path_or_id)
@@ -305,9 +308,7 @@ class DetailFlowPipeline:
         """Check everything now; then, batch by batch, yield the codes so far, (B, n), after each decoding step."""
         given = cast(dict[str, Any], options)
         sampling = self.gpt.sampling(**{k: given.pop(k) for k in SamplingOptions.__annotations__ if k in given})
-        for name in given.keys() - {field.name for field in fields(_Options)}:
-            known = GenerationOptions.__annotations__
-            raise TypeError(unknown("argument", name, known, f"the arguments are {', '.join(known)}"))
+        check_arguments(given, GenerationOptions.__annotations__)
         call = _Options(**given)
         n = self.tokenizer.schedule.check_count(call.num_tokens)
         prefix = None if call.prefix is None else self.tokens(call.prefix)

@@ -30,7 +30,7 @@ ARGUMENTS_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 
 # Our config keys and the published ones. What is missing here is in the shapes of the tensors.
-_KEYS: dict[Kind, dict[str, str]] = {
+KEYS: dict[Kind, dict[str, str]] = {
     "tokenizer": {
         "image_size": "image_size",
         "patch_size": "enc_patch_size",
@@ -143,6 +143,17 @@ def load_published(
     return config, tensors
 
 
+def has_both_variants(path: Path) -> bool:
+    """Return whether a published AR model has averaged weights ("ema") and others ("model")."""
+    _, checkpoint, names = _inspect(path, "gpt", "ema")
+    stored, first = load_torch(checkpoint, mmap=True), next(iter(names.values()))[0]
+    states = [stored.get(variant) for variant in ("model", "ema")]
+    raw, averaged = (state.get(first) if isinstance(state, Mapping) else None for state in states)
+    if not (isinstance(raw, Tensor) and isinstance(averaged, Tensor)):
+        return False
+    return raw.dtype != averaged.dtype or not torch.equal(raw, averaged)
+
+
 def published_config(path: Path, kind: Kind) -> dict[str, Any]:
     """Return the config of what `load_published` reads, without its weights."""
     return _inspect(path, kind, "ema")[0]
@@ -159,7 +170,7 @@ def _inspect(path: Path, kind: Kind, variant: Variant) -> tuple[dict[str, Any], 
             f"{config_path} has neither num_latent_tokens nor block_size, so it is no published config"
         )
     check_kind(folder, found, kind)
-    config: dict[str, Any] = {ours: _integer(theirs, key, config_path) for ours, key in _KEYS[kind].items()}
+    config: dict[str, Any] = {ours: _integer(theirs, key, config_path) for ours, key in KEYS[kind].items()}
     checkpoint = path if path.is_file() else _find_checkpoint(folder / CHECKPOINTS, config["num_tokens"])
     state = _read_state(checkpoint, variant)
     names = tensor_names(kind, [layer_count(state, prefix) for prefix in _LAYERS[kind]])
@@ -350,7 +361,7 @@ def _published_config(kind: Kind, config: Mapping[str, Any]) -> dict[str, Any]:
                 f"the published layout cannot hold this tokenizer: there, width {width} means {heads_of(width)} heads, "
                 f"and this {half} has {heads}"
             )
-    keys = {theirs: config[ours] for ours, theirs in _KEYS[kind].items()}
+    keys = {theirs: config[ours] for ours, theirs in KEYS[kind].items()}
     keys |= {theirs: config[ours] for theirs, ours in _WRITTEN[kind].items()}
     arguments = "gpt_type: c2i\n" if kind == "gpt" else f"degradation_power: {config['alpha']}\n"
     return {"config": keys, "arguments": arguments}

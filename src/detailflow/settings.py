@@ -80,7 +80,8 @@ def parse_settings(kind: type[Config], values: Mapping[str, Any], source: object
                 raise DetailFlowError(f"{name} must be settings, each as KEY: VALUE, not {_shown(value)}")
             if name not in known:
                 more = ", …" if len(known) > 12 else ""
-                some = f"the settings are {', '.join(list(known)[:12])}{more}"
+                first = sorted(known, key=lambda key: (key.startswith("loop."), "." in key))
+                some = f"the settings are {', '.join(first[:12])}{more}"
                 raise DetailFlowError(unknown("setting", name, known, some))
         missing = [name for name, setting in known.items() if setting.default is MISSING and name not in given]
         if missing:
@@ -274,6 +275,13 @@ def listed(names: Iterable[Any]) -> str:
     """Return "a, b or c"."""
     *others, last = map(str, names)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def check_arguments(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a `TypeError` that names the first argument which is not known, as Python does for others."""
+    for name in given:
+        if name not in (names := list(known)):
+            raise TypeError(unknown("argument", name, names, f"the arguments are {', '.join(names)}"))
 
 
 def unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:

@@ -80,7 +80,9 @@ class TestInception:
     def test_a_file_of_something_else(self, tmp_path: Path):
         torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "w.pth")
         with pytest.raises(
-            DetailFlowError, match="w.pth does not hold .*inception-2015-12-05.*--weights FILE, or another"
+            DetailFlowError,
+            match="w.pth does not hold .*inception-2015-12-05.*--weights FILE, take --features efficientnet-lite0, "
+            "which needs no download, or another",
         ):
             load_extractor("inception", weights=str(tmp_path / "w.pth"))
 
@@ -119,7 +121,7 @@ def test_weights_that_cannot_be_had(name: str, monkeypatch: pytest.MonkeyPatch):
         load_extractor(name)
     assert caught.match(
         f"^--features {name} needs .* cannot be downloaded: {source}.* --weights FILE, "
-        "or .*--features FILE.safetensors$"
+        "take --features efficientnet-lite0, which needs no download, or .*--features FILE.safetensors$"
     )
 
 

@@ -105,7 +105,7 @@ def test_without_a_causal_prefix():
         ({"class_names": ("a",)}, "class_names has 1 names for num_classes 3"),
         ({"class_names": ("a", "b", 3)}, "class_names must be a list in which each item is text, not 3"),
         ({"group_size": 3}, "group_size must divide num_tokens"),
-        ({"top_k": 0}, "top_k must be 1 or more"),
+        ({"top_k": -1}, "top_k must be 1 or more"),
         ({"mlp": 0}, "mlp must be a positive integer"),
     ],
 )
@@ -121,11 +121,28 @@ def test_the_mlp_is_rounded_up():
 def test_wrong_inputs(gpt: DetailFlowGPT):
     with pytest.raises(DetailFlowError, match=r"codes must have shape \(1, 16\), not \(1, 8\)"):
         gpt(torch.tensor([0]), torch.zeros(1, 8, dtype=torch.int64))
+    ids = torch.zeros(1, 16, dtype=torch.int64)
+    for name, classes, codes in (
+        ("class_ids must lie in 0 to 3, not 4 to 4", torch.tensor([4]), ids),
+        ("class_ids must lie in 0 to 3, not -1 to -1", torch.tensor([-1]), ids),
+        (r"class_ids must be integers in 1 dimension\(s\)", torch.tensor(1), ids),
+        (f"codes must lie in 0 to {CONFIG.codebook_size - 1}, not ", torch.tensor([3]), ids + CONFIG.codebook_size),
+        (r"codes must be integers in 2 dimension\(s\)", torch.tensor([3]), ids.float()),
+    ):
+        with pytest.raises(DetailFlowError, match=name):
+            gpt(classes, codes)
     for classes in (torch.tensor([3 + 1]), torch.tensor([-1]), torch.tensor([], dtype=torch.int64)):
         with pytest.raises(DetailFlowError, match="class_ids must"):
             gpt.generate(classes)
     with pytest.raises(DetailFlowError, match="num_tokens must be 1 to 8 or a multiple of 4 up to 16, not 9"):
         gpt.generate(torch.tensor([0]), num_tokens=9)
+
+
+def test_teacher_forcing_compiles_as_one_graph(gpt: DetailFlowGPT):
+    """The check of the input breaks no compiled training step."""
+    classes, ids = torch.tensor([0, 3]), torch.zeros(2, 16, dtype=torch.int64)
+    whole = torch.compile(gpt, backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(whole(classes, ids), gpt(classes, ids))
 
 
 def test_bfloat16(model: Path):

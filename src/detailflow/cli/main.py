@@ -38,6 +38,7 @@ _SHOW_LOG = {
     "reconstruct": "stderr",
     "vary": "stderr",
     "encode": "stderr",
+    "convert": "stderr",
 }
 
 _EXTRAS = {"serve": "serve", "export": "onnx"}  # that bring the packages of a command; of the others it is "train"

@@ -1,14 +1,15 @@
 """`detailflow train`: a tokenizer, an AR model, or all in a row from a preset."""
 
+import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from detailflow.cli.common import Parser, add_device_option, check_output
-from detailflow.cli.settings import DRY_RUN, Request, read_request
+from detailflow.cli.settings import DRY_RUN, RECIPES, Request, read_request, read_settings_file, recipe_file
 from detailflow.errors import DetailFlowError, MissingPackageError, missing_package
-from detailflow.settings import Location, PositiveInt, unknown
+from detailflow.settings import Location, PositiveInt, flat, parse_settings, unknown
 
 AGAIN = "The same command goes on with a run that was interrupted."
 TOKENIZER = f"Train a tokenizer on images: a folder of class subfolders, parquet file(s), or a hub data set. {AGAIN}"
@@ -59,10 +60,24 @@ def _run(request: Request | None, train: Callable[[Any, Path, str | None], objec
     if request and request.dry_run:
         from detailflow.training.plan import describe_plan
 
-        if plan := describe_plan(request.settings, request.device):
+        sizes = _planned_tokenizer(getattr(request.settings, "tokenizer", None))
+        if plan := describe_plan(request.settings, request.device, sizes):
             print(plan)
     elif request:
         train(request.settings, request.output, request.device)
+
+
+def _planned_tokenizer(name: str | None) -> Any:
+    """Return the sizes in the settings file or recipe of a tokenizer that is still to be trained, if `name` is one."""
+    from detailflow.models.tokenizer import TokenizerConfig
+
+    file = Path(recipe_file(name)) if name else None
+    if file is None or not os.path.isfile(file) or file.suffix not in (".yaml", ".yml"):
+        return None
+    under = [file.with_name("tokenizer.yaml")] if file.is_relative_to(RECIPES) else []  # that others are laid over
+    values = {key: value for path in (*under, file) for key, value in flat(read_settings_file(str(path)))}
+    sizes = {key.removeprefix("model."): value for key, value in values.items() if key.startswith("model.")}
+    return parse_settings(TokenizerConfig, sizes, name)
 
 
 def preset_parser() -> Parser:

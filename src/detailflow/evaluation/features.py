@@ -286,7 +286,8 @@ def _existing(path: str) -> Path:
 def _no_weights(name: str, what: str, source: str) -> DetailFlowError:
     return DetailFlowError(
         f"--features {name} needs its network's weights, which {what} {source}: "
-        f"get that file and give its path as --weights FILE, {_INSTEAD}"
+        f"get that file and give its path as --weights FILE, take --features {EFFICIENTNET}, which needs no download, "
+        f"{_INSTEAD}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Unpack
+from typing import Annotated, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from detailflow.models.loading import check_ids
 from detailflow.models.pretrained import Pretrained
 from detailflow.sampling import GuidanceSchedule, SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule
-from detailflow.settings import Depth, Must, NotNegativeInt, PositiveInt, Settings, ShareBelowOne
+from detailflow.settings import Depth, Must, NotNegativeInt, PositiveInt, Settings, ShareBelowOne, check_arguments
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,12 @@ class DetailFlowGPT(Pretrained):
     """
 
     kind, config_type = "gpt", GPTConfig
+    keys: ClassVar = {
+        "mask_embedding.weight": "group_size",
+        "class_embedding.weight": "num_classes",
+        "token_embedding.weight": "codebook_size",
+        "head.weight": "codebook_size",
+    }
     config: GPTConfig
 
     def __init__(self, config: GPTConfig) -> None:
@@ -213,6 +219,12 @@ class DetailFlowGPT(Pretrained):
 
         Class id `num_classes` is the null class.
         """
+        if not torch.compiler.is_compiling():  # a compiled step would break here
+            for name, given, dimensions, count in (
+                ("class_ids", class_ids, 1, self.config.num_classes + 1),
+                ("codes", ids, 2, self.config.codebook_size),
+            ):
+                check_ids(name, given, dimensions, count if given.device.type == "cpu" else None)  # no wait for a GPU
         if ids.ndim != 2 or ids.shape != (len(class_ids), self.config.num_tokens):
             raise DetailFlowError(
                 f"codes must have shape ({len(class_ids)}, {self.config.num_tokens}), not {tuple(ids.shape)}"
@@ -254,17 +266,20 @@ class DetailFlowGPT(Pretrained):
         """Generate token sequences: (B,) class ids → (B, n) int64 codes.
 
         Args:
-            class_ids: 0 to num_classes − 1; of a model without classes 0, its null class.
+            class_ids: 0 to num_classes − 1, or num_classes, the null class, for images of no class in particular; of a
+                model without classes 0, its null class.
             prefix: (B, k) first tokens that are kept, for a valid count k; the rest is written to them.
             generator: one per image, or one that each image's own seed is drawn from; `None` is torch's own.
             num_tokens: stop after the first n tokens; `None` is all N.
             sampling: see `SamplingOptions`.
         """
+        check_arguments(sampling, ("prefix", "generator", "num_tokens", *SamplingOptions.__annotations__))
         *_, ids = self.stream(class_ids, self.sampling(**sampling), generator, num_tokens, prefix)
         return ids
 
     def sampling(self, **options: Unpack[SamplingOptions]) -> SamplingConfig:
         """Return the model's own best way to sample, with the options that are given in its place."""
+        check_arguments(options, SamplingOptions.__annotations__)
         sampling = self.config.sampling.updated(**options)
         if sampling.guided and not self.config.num_classes:
             raise DetailFlowError("this model has no classes, so nothing to guide by: leave out guidance_scale")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from detailflow.errors import DetailFlowError, first_line, some_names
+from detailflow.published import KEYS
 from detailflow.settings import parse_settings
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -71,8 +72,17 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: object
     for name, tensor in tensors.items():
         shape, needed = tuple(tensor.shape), tuple(wanted[name].shape)
         if shape != needed:
-            raise DetailFlowError(f"{source}: {name} has shape {shape}, where the config asks for {needed}")
+            by = _key_of(model, name) if shape[1:] == needed[1:] else ""
+            raise DetailFlowError(f"{source}: {name} has shape {shape}, where the config asks for {needed}{by}")
     model.load_state_dict(tensors, assign=assign)
+
+
+def _key_of(model: nn.Module, tensor: str) -> str:
+    """Return which key of the config says how many rows a tensor has, for a message."""
+    if key := getattr(model, "keys", {}).get(tensor):
+        theirs = KEYS[model.kind].get(key, key)  # type: ignore[index]
+        return f" by its {key}" + (f" (in the published layout {theirs})" if theirs != key else "")
+    return ""
 
 
 def require_same(ours: object, theirs: object, keys: Sequence[str], source: object) -> None:
@@ -83,10 +93,10 @@ def require_same(ours: object, theirs: object, keys: Sequence[str], source: obje
             raise DetailFlowError(f"the weights of {source} do not fit: {key} is {there} there and {here} here")
 
 
-def check_ids(name: str, ids: Tensor, dimensions: int, count: int) -> None:
-    """Check that `ids` are integers below `count` in a tensor of so many dimensions."""
+def check_ids(name: str, ids: Tensor, dimensions: int, count: int | None) -> None:
+    """Check that `ids` are integers below `count` in a tensor of so many dimensions; `None`: whatever they are."""
     if ids.ndim != dimensions or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         found = f"{tuple(ids.shape)} {ids.dtype}"
         raise DetailFlowError(f"{name} must be integers in {dimensions} dimension(s), not {found}")
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+    if count is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
         raise DetailFlowError(f"{name} must lie in 0 to {count - 1}, not {int(ids.min())} to {int(ids.max())}")

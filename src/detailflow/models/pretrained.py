@@ -21,6 +21,7 @@ class Pretrained(nn.Module):
 
     kind: ClassVar[Kind]
     config_type: ClassVar[type]
+    keys: ClassVar[Mapping[str, str]] = {}  # of the config, by tensors whose rows it counts; for messages
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -15,6 +15,8 @@ from detailflow.data.batches import BatchOrder
 from detailflow.data.tokens import TokenStore
 from detailflow.device import autocast, choose_device
 from detailflow.distributed import World
+from detailflow.errors import DetailFlowError
+from detailflow.labels import UNLABELLED
 from detailflow.machine import measure_ceilings
 from detailflow.models.efficientnet import EfficientNetLite0
 from detailflow.models.siglip2 import SigLIP2
@@ -219,15 +221,20 @@ def ceiling_of(config: TokenizerTraining | GPTTraining, device: torch.device) ->
     return ceiling, UTILIZATION["cpu" if device.type == "cpu" else "gpu"]
 
 
-def describe_plan(config: TokenizerTraining | GPTTraining, device: str | None = None) -> str:
-    """Measure the device and return the costs of a run as text, "" on other ranks; no file is written or downloaded."""
+def describe_plan(
+    config: TokenizerTraining | GPTTraining, device: str | None = None, codec: TokenizerConfig | None = None
+) -> str:
+    """Measure the device and return the costs of a run as text, "" on other ranks; no file is written or downloaded.
+
+    `codec` has the sizes of an AR model's tokenizer if that is still to be trained.
+    """
     chosen, world = choose_device(device), planned_world()
     if not world.is_main:
         return ""
     plan = (
         plan_tokenizer(config, world, chosen)
         if isinstance(config, TokenizerTraining)
-        else plan_gpt(config, world, chosen)
+        else plan_gpt(config, world, chosen, _expected(config, codec))
     )
     return plan.text(*ceiling_of(config, chosen), str(chosen))
 
@@ -247,7 +254,7 @@ def plan_tokenizer(config: TokenizerTraining, world: World, device: torch.device
 
 
 class Expected(NamedTuple):
-    """A token store, which need not be there: what a plan must know of it."""
+    """A token store, which need not be there: what a plan must know of it. If that is not known, `images` is 0."""
 
     images: int
     crops: int
@@ -256,23 +263,39 @@ class Expected(NamedTuple):
     bytes: int = 0
 
 
+def _expected(config: GPTTraining, codec: TokenizerConfig | None = None) -> Expected:
+    """Return what is known of the tokens of a run, of which neither tokens nor tokenizer need be there."""
+    ready = os.path.lexists(config.tokens)
+    store = TokenStore.open(config.tokens) if ready else None
+    try:
+        known = codec or parse_settings(
+            TokenizerConfig, hub.load_config(config.tokenizer, "tokenizer"), config.tokenizer
+        )
+    except DetailFlowError as error:
+        if store:
+            raise
+        way = "give --tokenizer a model, or the settings that it will be trained with, such as imagenet/tokenizer"
+        raise DetailFlowError(f"a plan needs the tokenizer's sizes ({error}): {way}") from error
+    if store is None:
+        return Expected(0, 0, UNLABELLED, known)
+    size = sum(path.stat().st_size for path in Path(config.tokens).rglob("*") if path.is_file())
+    return Expected(len(store), store.info.crops, store.info.class_names, known, size)
+
+
 def plan_gpt(config: GPTTraining, world: World, device: torch.device = CPU, expected: Expected | None = None) -> Plan:
     """Plan an AR model's run on the tokens that there are, or that are expected."""
-    loop = config.loop
-    if expected is None:
-        store = TokenStore.open(config.tokens)
-        size = sum(path.stat().st_size for path in Path(config.tokens).rglob("*") if path.is_file())
-        known = parse_settings(TokenizerConfig, hub.load_config(config.tokenizer, "tokenizer"), config.tokenizer)
-        expected = Expected(len(store), store.info.crops, store.info.class_names, known, size)
+    loop, expected = config.loop, expected or _expected(config)
     with torch.device("meta"):
         codec = DetailFlowTokenizer(expected.tokenizer)
     sizes = model_config(config, expected.class_names, codec)
     tried = gpt.trial(config, sizes, codec, world=world, device=device)
     costs, stage = count_steps(*tried)
-    epochs = loop.steps / BatchOrder(expected.images, loop.batch_size, loop.seed).steps_per_epoch
-    crops = _several(expected.crops, "crop")
-    classes = f"of {_several(sizes.num_classes, 'class')}" if sizes.num_classes else "without classes"
-    of = f"an AR model, on {_several(expected.images, 'image')} {classes}, {crops} of each"
+    epochs, of = None, "an AR model, on tokens that are still to come: their images and classes are not counted"
+    if expected.images:
+        epochs = loop.steps / BatchOrder(expected.images, loop.batch_size, loop.seed).steps_per_epoch
+        crops = _several(expected.crops, "crop")
+        classes = f"of {_several(sizes.num_classes, 'class')}" if sizes.num_classes else "without classes"
+        of = f"an AR model, on {_several(expected.images, 'image')} {classes}, {crops} of each"
     networks, n = networks_of(stage), sizes.num_tokens
     return Plan(of, loop, epochs, n, networks, world.size, costs, 1.0, True, expected.bytes, tried)
 
