@@ -201,7 +201,11 @@ def test_networks_that_would_be_downloaded(cifar: Path, tower: Path, monkeypatch
     with torch.device("meta"):
         model, small = DetailFlowTokenizer(SIZES), SigLIP2(ViTConfig(64, 2, 1), patch_size=8)
     assert plan.parameters(TRAINED) == size_of(model)
-    assert networks["SigLIP2"][2:] == (size_of(small), 2 * size_of(small))
+    assert networks["SigLIP2"][2:4] == (size_of(small), 2 * size_of(small))
+    downloaded = {name for name, network in networks.items() if network.downloaded}
+    assert downloaded == {"DINO ViT-S/16", "VGG-16 (LPIPS)"}  # not a tower in a folder
+    lines = plan.text(1e12, 0.5, "cpu").splitlines()
+    assert sum(line.endswith("frozen, downloaded once") for line in lines) == 2 and max(map(len, lines)) <= 80
     assert networks["DINO ViT-S/16"].parameters == 21_665_664
     assert networks["VGG-16 (LPIPS)"].parameters == 14_714_688 + 64 + 128 + 256 + 512 + 512
     with pytest.raises(DetailFlowError, match="a batch of 16 cannot be divided evenly among 3 processes"):

@@ -47,12 +47,14 @@ class Network(NamedTuple):
     role: str
     parameters: int
     bytes: int
+    downloaded: bool = False  # before the run, once
 
 
-def network(name: str, role: str, weights: Iterable[Tensor]) -> Network:
-    """Count weights."""
+def network(name: str, role: str, weights: Iterable[Tensor], source: str = "") -> Network:
+    """Count weights, which are read from `source`."""
     weights = list(weights)
-    return Network(name, role, sum(w.numel() for w in weights), sum(w.numel() * w.itemsize for w in weights))
+    download = source in ("lpips", "dino") or (hub.is_hub_name(source) and not os.path.exists(source))
+    return Network(name, role, sum(w.numel() for w in weights), sum(w.numel() * w.itemsize for w in weights), download)
 
 
 def networks_of(stage: TokenizerStage | GPTStage) -> list[Network]:
@@ -72,13 +74,17 @@ def networks_of(stage: TokenizerStage | GPTStage) -> list[Network]:
         networks.append(network("head of the alignment", AUXILIARY, stage.networks.head.parameters()))
     names: dict[type, str] = {SigLIP2: "SigLIP2", FeatureNetwork: "classifier", LPIPS: "VGG-16 (LPIPS)"}
     names[EfficientNetLite0] = "EfficientNet-Lite0"
+    config = stage.config
     teachers = (stage.teachers.alignment, stage.teachers.features, stage.teachers.lpips)
+    sources: dict[type, str] = {SigLIP2: config.alignment_network, LPIPS: config.perceptual_network}
     for teacher in dict.fromkeys(filter(None, teachers)):  # one may be both
-        networks.append(network(names[type(teacher)], FROZEN, teacher.parameters()))
+        kind = type(teacher)
+        networks.append(network(names[kind], FROZEN, teacher.parameters(), sources.get(kind, "")))
     judge = stage.adversary.network if stage.adversary else None
     if isinstance(judge, DINODiscriminator | ProjectedDiscriminator):
         networks.append(network("heads of the discriminator", AUXILIARY, judge.parameters()))
-        networks.append(network(judge.backbone_name, FROZEN, judge.backbone.parameters()))
+        source = config.adversarial_network
+        networks.append(network(judge.backbone_name, FROZEN, judge.backbone.parameters(), source))
     elif judge:
         networks.append(network("discriminator", AUXILIARY, judge.parameters()))
     return networks
@@ -183,7 +189,10 @@ class Plan:
         epochs = "" if self.epochs is None else f": {self.epochs:,.1f} epochs"
         kept = loop.keep + (loop.steps // loop.milestone_every if loop.milestone_every else 0)
         sections: dict[str, list[str]] = {
-            "networks": [f"{n.name:<30}{_count(n.parameters):>10}  {n.role}" for n in self.networks],
+            "networks": [
+                f"{n.name:<30}{_count(n.parameters):>10}  {n.role}{', downloaded once' if n.downloaded else ''}"
+                for n in self.networks
+            ],
             "length": [f"{_several(loop.steps, 'step')} of {_several(loop.batch_size, 'image')}{epochs}"],
             "tokens": [f"{self.tokens} of an image, {_count(images * self.tokens)} in all"],
             "processes": [
