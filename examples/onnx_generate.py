@@ -200,7 +200,7 @@ def main() -> None:
             name = model["class_names"][classes[i]] if model["class_names"] else str(classes[i])
             safe = "".join(letter if letter.isalnum() else "-" for letter in name)
             write_png(args.output / f"{i:04d}-{safe}-{n:03d}.png", image)
-    print(f"wrote {len(classes)} images, from coarse to fine, to {args.output}")
+    print(f"wrote {len(classes)} image{'' if len(classes) == 1 else 's'}, from coarse to fine, to {args.output}")
 
 
 if __name__ == "__main__":

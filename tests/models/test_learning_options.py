@@ -115,10 +115,10 @@ def test_absent_tokens(images: torch.Tensor):
     with torch.no_grad():
         for n in (1, 4, 12, 16):
             present = (torch.arange(16) < n).expand(3, -1)
-            whole = tokenizer.decode_quantized(quantized, 32, present)
+            whole = tokenizer.decoder(quantized, 32, 32, present)
             torch.testing.assert_close(whole, tokenizer.decode(ids[:, :n], size=32))
             changed = torch.where(present[..., None], quantized, -quantized)
-            torch.testing.assert_close(tokenizer.decode_quantized(changed, 32, present), whole)
+            torch.testing.assert_close(tokenizer.decoder(changed, 32, 32, present), whole)
 
 
 def test_it_stays_in_our_own_layout(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Fine-tuning a decoder while the encoder and the codebook stay as they are, and the adaptive adversarial weight."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -236,3 +237,15 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients(compute: str, cifar: Path
     plain.terms["adversarial"] = (adaptive.terms["adversarial"][0], plain.terms["adversarial"][1])
     for name, gradient in gradients(plain.total).items():
         torch.testing.assert_close(mine[name], gradient, rtol=0.1, atol=0.02 * float(gradient.abs().max()) + 1e-7)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_in_which_the_discriminator_begins_later(cifar: Path, model: Path, tmp_path: Path):
+    """What is compiled for the steps before it must do for those with the adaptive weight."""
+    later = dict(adversarial=0.5, adversarial_from=0.5, adversarial_adaptive=True, freeze=None, coarse_probability=0.0)
+    config = training(cifar, model, **later)
+    config = replace(config, loop=replace(config.loop, steps=4, batch_size=8, compile=True, log_every=1))
+    train_tokenizer(config, tmp_path / "run", "cpu")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    weighed = [line["step"] for line in lines if line.get("adversarial_weight")]
+    assert weighed == [3, 4]

@@ -71,7 +71,7 @@ def photos(cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on them, of two steps each."""
     output = tmp_path_factory.mktemp("runs") / "<b>run"
-    options = ["--tokenizer-steps", "2", "--gpt-steps", "2", "--device", "cpu", "--preset", "small-32"]
+    options = ["--tokenizer-steps", "3", "--gpt-steps", "2", "--device", "cpu", "--preset", "small-32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["detailflow", "train", "--data", str(photos), "--output", str(output), *options])
         assert main(["train", "--data", str(photos), "--output", str(output), *options]) == 0

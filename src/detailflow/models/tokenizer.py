@@ -225,6 +225,10 @@ class Decoder(nn.Module):
 
     def forward(self, quantized: Tensor, height: int, width: int, present: Tensor | None = None) -> Tensor:
         """(B, n, d) unit vectors, and which of them are `present` if not all → (B, 3, height, width) pixels."""
+        return self.picture(self.canvas(quantized, height, width, present), height, width)
+
+    def canvas(self, quantized: Tensor, height: int, width: int, present: Tensor | None = None) -> Tensor:
+        """As `forward`, but return (B, patches, width) outputs of the transformer, one per patch."""
         rows, columns = height // self.patch_size, width // self.patch_size
         projected = self.project(quantized)
         latents = projected + self.latent_pos_embed[: quantized.shape[1]]
@@ -238,7 +242,11 @@ class Decoder(nn.Module):
         x = torch.cat((canvas, latents), 1)
         for block in self.blocks:
             x, _ = block(x)
-        pixels = unpatchify(self.to_pixels(self.norm(x[:, : rows * columns])), height, width, self.patch_size)
+        return self.norm(x[:, : rows * columns])
+
+    def picture(self, canvas: Tensor, height: int, width: int) -> Tensor:
+        """What `canvas` returns → (B, 3, height, width) pixels."""
+        pixels = unpatchify(self.to_pixels(canvas), height, width, self.patch_size)
         return pixels if self.refine_pixels is None else pixels[:, :3] + self.refine_pixels(pixels)
 
     def _with_absent(self, latents: Tensor, projected: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -413,13 +421,13 @@ class DetailFlowTokenizer(Pretrained):
         choice = torch.randint(near.shape[-1], near.shape[:-1], generator=generator).to(near.device)
         return near.gather(-1, choice[..., None])[..., 0]
 
-    def decode_quantized(self, quantized: Tensor, size: int | tuple[int, int], present: Tensor | None = None) -> Tensor:
-        """(B, n, d) unit vectors → (B, 3, size, size) pixels, or (B, 3, height, width); see `Decoder` for `present`."""
+    def decode_quantized(self, quantized: Tensor, size: int | tuple[int, int]) -> Tensor:
+        """(B, n, d) unit vectors → (B, 3, size, size) pixels, or (B, 3, height, width)."""
         height, width = size if isinstance(size, tuple) else (size, size)
         full = (self.compiled_for, self.config.num_tokens, self.config.image_size, self.config.image_size)
-        if self.program is not None and present is None and (*quantized.shape[:2], height, width) == full:
+        if self.program is not None and (*quantized.shape[:2], height, width) == full:
             return self.program(quantized, height, width)
-        return self.decoder(quantized, height, width, present)
+        return self.decoder(quantized, height, width)
 
     def compile_decoding(self, batch_size: int) -> None:
         """Compile the decoding of `batch_size` images at a time, from all tokens at side R; see `DetailFlowGPT`."""

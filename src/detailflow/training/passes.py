@@ -98,7 +98,7 @@ class TokenizerNetworks(nn.Module):
         super().__init__()
         self.model, self.mistakes, self.frozen = model, mistakes, frozen
         self.head = None if teacher_width is None else AlignmentHead(model.config.codebook_dim, teacher_width)
-        self.decode_full = model.decode_quantized
+        self.full_canvas = model.decoder.canvas
 
     def forward(self, images: Tensor, draw: Draw, rows: tuple[Tensor, Tensor] | None = None) -> Passes:
         """Run both passes on (B, 3, R, R) pixels and decode the first t tokens.
@@ -113,10 +113,10 @@ class TokenizerNetworks(nn.Module):
                 encoded = Encoded([], [], [self.model.quantizer.lookup(ids) for ids in rows], rows[0])
         model, t = self.model, draw.t
         side, sequences = model.schedule.decode_size(t), torch.cat([s[:, :t] for s in encoded.sequences])
-        if draw.present is not None:
-            pixels = model.decode_quantized(sequences, side, draw.present)
-        else:
-            pixels = (self.decode_full if t == model.config.num_tokens else model.decode_quantized)(sequences, side)
+        canvas = model.decoder.canvas
+        if draw.present is None and t == model.config.num_tokens:
+            canvas = self.full_canvas
+        pixels = model.decoder.picture(canvas(sequences, side, side, draw.present), side, side)
         summary = None if self.head is None else self.head(encoded.sequences[0][:, 0])
         latents, codes = ([], []) if self.frozen else (encoded.latents, encoded.codes)
         return Passes(pixels.float(), latents, codes, encoded.ids, summary)

@@ -1,6 +1,5 @@
 """The settings of tokenizer, extraction and AR model: those of a preset, or to go on from a trained model."""
 
-import logging
 import statistics
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,9 +19,8 @@ from detailflow.models.gpt import GPTConfig
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.settings import Location, PositiveInt, Settings, parse_settings
 from detailflow.training.checkpoints import run_folder
-from detailflow.training.config import CLASSIFIER, Extraction, GPTTraining, TokenizerTraining
+from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
 
-_log = logging.getLogger(__name__)
 Preset = Literal["small-32", "own-64", "own-128", "own-256"]
 PRESETS = get_args(Preset)
 SIDES = dict(zip(PRESETS, (32, 64, 128, 256), strict=True))
@@ -127,9 +125,7 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
     trained = None
     if not wanted.init or wanted.finetune_decoder:
         trained = parse_settings(TokenizerTraining, first | load_settings(recipe, "tokenizer") | images, recipe)
-        trained = _with_steps(
-            trained if len(source.class_names) > 1 else _without_classes(trained), wanted.tokenizer_steps
-        )
+        trained = _with_steps(trained, wanted.tokenizer_steps)
     extraction = {**load_settings(recipe, "extract"), **images, "tokenizer": tokenizer}
     return StageSettings(
         trained,
@@ -189,13 +185,3 @@ def choose_preset(source: ImageSource, device: torch.device) -> tuple[str, str]:
 def _can_train(preset: str, device: torch.device) -> bool:
     least = GPU_BYTES.get(preset, 0)
     return not least or (device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= least)
-
-
-def _without_classes(config: TokenizerTraining) -> TokenizerTraining:
-    """Return the settings without the losses that need a classifier of the images' classes."""
-    learnt = [name for name in ("perceptual", "alignment") if getattr(config, f"{name}_network") == CLASSIFIER]
-    off: dict[str, Any] = {name: 0.0 for name in learnt if getattr(config, name)}
-    for name in off:
-        what = "these images have one class: training goes without the %s loss, whose features are learnt from classes"
-        _log.info(what, name)
-    return replace(config, **off)

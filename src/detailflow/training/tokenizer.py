@@ -99,7 +99,8 @@ class TokenizerStage:
             encoder = self.model.encoder
             encoder.patches = torch.compile(encoder.patches, dynamic=False)  # type: ignore[method-assign]
             encoder.queries = torch.compile(encoder.queries, dynamic=False)  # type: ignore[method-assign]
-            self.networks.decode_full = torch.compile(self.networks.decode_full, dynamic=False)
+            # Not what follows: `_balance` goes through it twice, which a compiled function does not allow.
+            self.networks.full_canvas = torch.compile(self.networks.full_canvas, dynamic=False)
         self.shown: Tensor | None = None
         self.passes: nn.Module = self.networks
         if world.size > 1:  # fewer tokens or no correction leave some parameters out of a step
