@@ -283,6 +283,20 @@ def test_values_out_of_range(values: dict, message: str):
         make(8, 1, 1).generate(CLASSES, **values)
 
 
+@pytest.mark.parametrize("off", [0, "off"])
+def test_an_own_top_k_that_is_switched_off(off: int | str):
+    own = SamplingConfig(top_k=5)
+    assert own.updated(top_k=off).top_k is None and own.updated(top_k=None).top_k == 5
+    assert SamplingConfig(top_k=0) == SamplingConfig()
+    model = make(8, 1, 1)
+    given = {"top_k": off, "temperature": 2.0}
+    drawn = [
+        model.generate(CLASSES, generator=torch.Generator().manual_seed(3), **given)
+        for given in (given, {"temperature": 2.0})
+    ]
+    assert torch.equal(*drawn)
+
+
 def test_an_argument_that_is_not_known():
     for given, way in (
         ({"cfg": 2}, "unknown argument 'cfg': the arguments are prefix, generator, num_tokens, guidance_scale, "),

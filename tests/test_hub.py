@@ -307,7 +307,7 @@ def test_several_pairs_in_one_folder(pairs: Path):
     message = error_of(pairs)
     names = "(DetailFlow-16, DetailFlow-32): give one"
     assert message.startswith(f"{pairs} holds several models of that kind {names}, such as --model {pairs}")
-    given = message.partition("--model ")[2].partition(",")[0]
+    given = message.partition("--model ")[2].partition(";")[0]
     assert hub.resolve(given, "gpt") == pairs / "DetailFlow-16-GPT-L"
     (pairs / "DetailFlow-16").rename(pairs / "other")
     (pairs / "DetailFlow-32").rename(pairs / "another")

@@ -409,7 +409,8 @@ def test_bad_number_in_config(tokenizer: Path, value: object):
 
 @pytest.mark.parametrize(
     ("kind", "key", "value", "ours"),
-    [("gpt", "group_size", 4, "group_size"), ("gpt", "vocab_size", 16, "codebook_size"),
+    [("tokenizer", "num_latent_tokens", 64, "num_tokens"), ("tokenizer", "codebook_size", 16, "codebook_size"),
+     ("gpt", "group_size", 4, "group_size"), ("gpt", "vocab_size", 16, "codebook_size"),
      ("gpt", "num_classes", 9, "num_classes")],
 )  # fmt: skip
 def test_a_number_in_the_config_that_is_not_that_of_the_weights(

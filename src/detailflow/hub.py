@@ -179,7 +179,7 @@ def _nested(folder: Path, kind: Kind) -> Path:
         way = "one, and its other half: the AR model as --model, the tokenizer as --tokenizer"
         raise DetailFlowError(
             f"{folder} holds several models of that kind ({names}): give "
-            + (f"one, such as --model {paired}, with which its other half beside it is found" if paired else way)
+            + (f"one, such as --model {paired}; its other half is found beside it by name" if paired else way)
         )
     return found[0] if found else folder
 

@@ -41,8 +41,13 @@ class SamplingConfig(Settings):
     ] = 1.5
     guidance_schedule: GuidanceSchedule = "constant"
     temperature: Annotated[float, Must("0 (argmax) or more", lambda value: 0 <= value < float("inf"))] = 1.0
-    top_k: Annotated[int, Must("1 or more", lambda k: k >= 1)] | None = None
+    top_k: Annotated[int, Must("1 or more", lambda k: k >= 0)] | None = None  # 0 is off
     top_p: Annotated[float, Must("above 0 and at most 1", lambda p: 0 < p <= 1)] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k == 0:
+            object.__setattr__(self, "top_k", None)
 
     @property
     def guided(self) -> bool:
@@ -50,7 +55,7 @@ class SamplingConfig(Settings):
         return self.guidance_scale != 1
 
     def updated(self, **options: Unpack[SamplingOptions]) -> "SamplingConfig":
-        """Return these settings with the given ones in their place; "off" is no top-k or no top-p."""
+        """Return these settings with the given ones in their place; "off", or a top-k of 0, is none."""
         given: dict[str, Any] = {
             name: None if value == OFF else value for name, value in options.items() if value is not None
         }

@@ -345,7 +345,7 @@ def gpt(model: Path, tokens: Path | str, *argv: str) -> list[str]:
         (["--width", "33"], "width must be heads times a multiple of 4 (2-D rotary positions): 33 is not for 2 heads"),
         (["--dropout", "2"], "--dropout must be at least 0 and below 1, not 2.0"),
         (["--planted_share", "2"], "--planted_share must be 0 to 1, not 2.0"),
-        (["--sampling.top_k", "0"], "--sampling.top_k must be 1 or more, not 0"),
+        (["--sampling.top_k", "-1"], "--sampling.top_k must be 1 or more, not -1"),
         (
             ["--sampling.guidence_scale", "2"],
             "unknown option '--sampling.guidence_scale': did you mean --sampling.guidance_scale?",
@@ -424,6 +424,25 @@ def test_a_dry_run_of_an_ar_model(folder: Path, model: Path, tokens: Path, capsy
     assert out.startswith("an AR model, on 200 images of 10 classes, 2 crops of each\n")
     assert "1 step of 4 images: 0.0 epochs" in out and "KiB of tokens, which are there" in out
     assert not Path("run").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_dry_run_before_there_are_tokens(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    argv = gpt(model, "none", "--dry-run")
+    assert main(argv) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("an AR model, on tokens that are still to come: their images and classes are not counted\n")
+    assert "epochs" not in page and "tokens     16 of an image" in page and "of tokens, which are there" not in page
+    small = [*argv, "--tokenizer", "imagenet/tokenizer-32"]  # which is laid over imagenet/tokenizer
+    assert main(small) == 0
+    assert "tokens     256 of an image" in capsys.readouterr().out
+    message = complaint([*argv, "--tokenizer", "no/such/folder"], capsys)
+    assert message == (
+        "a plan needs the tokenizer's sizes (there is no such folder: no/such/folder): give --tokenizer a model, or "
+        "the settings that it will be trained with, such as imagenet/tokenizer"
+    )
+    Path("odd.yaml").write_text("model: {num_tokens: 16}")
+    assert complaint([*argv, "--tokenizer", "odd.yaml"], capsys).startswith("odd.yaml: settings are missing: encoder.")
 
 
 @pytest.mark.usefixtures("quick")

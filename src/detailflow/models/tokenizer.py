@@ -3,7 +3,7 @@
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -271,6 +271,10 @@ class DetailFlowTokenizer(Pretrained):
     """
 
     kind, config_type = "tokenizer", TokenizerConfig
+    keys: ClassVar = dict.fromkeys(
+        ("encoder.query_tokens", "encoder.refined_tokens", "encoder.query_pos_embed", "decoder.latent_pos_embed"),
+        "num_tokens",
+    ) | {"quantizer.codebook": "codebook_size"}
     config: TokenizerConfig
 
     def __init__(self, config: TokenizerConfig) -> None:
