@@ -350,14 +350,14 @@ class DetailFlowTokenizer(Pretrained):
         Returns:
             (B, N) int64: clean before p, then `wrong_tokens`, then corrected.
         """
-        end = self.span(position)
+        images, end = self._checked(images), self.span(position)
         expected = (images.shape[0], end - position)
         if wrong_tokens.shape != expected:
             raise DetailFlowError(
                 f"wrong_tokens at position {position} must have shape {expected}, not {tuple(wrong_tokens.shape)}"
             )
         check_ids("wrong_tokens", wrong_tokens, 2, self.config.codebook_size)
-        patches = self.encode_patches(self._checked(images))
+        patches = self.encode_patches(images)
         given = self.quantizer.nearest(self.encode_latents(patches, self.config.num_tokens))
         given[:, position:end] = wrong_tokens.to(self.device)
         corrected = self.quantizer.nearest(self.correct_latents(patches, given, end))
@@ -365,6 +365,11 @@ class DetailFlowTokenizer(Pretrained):
 
     def _checked(self, images: Tensor) -> Tensor:
         """Check the range of images, which waits for the GPU, and move them to the device and dtype of the weights."""
+        if not isinstance(images, Tensor):
+            kind = type(images).__name__
+            raise DetailFlowError(
+                f"images must be a (B, 3, H, W) tensor, not a {kind}: DetailFlowPipeline.tokens takes images"
+            )
         if has_patches(images, self.config.patch_size) and images.numel():  # else `encode_patches` says what is wrong
             low, high = (value.item() for value in torch.aminmax(images))
             if not (low >= -LARGEST_PIXEL and high <= LARGEST_PIXEL):  # also if they are NaN
