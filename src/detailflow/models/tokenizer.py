@@ -366,9 +366,8 @@ class DetailFlowTokenizer(Pretrained):
     def _checked(self, images: Tensor) -> Tensor:
         """Check the range of images, which waits for the GPU, and move them to the device and dtype of the weights."""
         if not isinstance(images, Tensor):
-            kind = type(images).__name__
             raise DetailFlowError(
-                f"images must be a (B, 3, H, W) tensor, not a {kind}: DetailFlowPipeline.tokens takes images"
+                f"images must be a tensor, not {images!r:.40}: DetailFlowPipeline.tokens takes images"
             )
         if has_patches(images, self.config.patch_size) and images.numel():  # else `encode_patches` says what is wrong
             low, high = (value.item() for value in torch.aminmax(images))
