@@ -518,7 +518,9 @@ def test_what_is_no_image(pipeline: DetailFlowPipeline):
         with pytest.raises(DetailFlowError, match="give a PIL image, such as Image.open.*, or the path of one, not a"):
             pipeline.reconstruct(given)  # type: ignore[arg-type]
     for given in ("photo.jpg", gradient(32, 32)):
-        with pytest.raises(DetailFlowError, match="images must be a tensor, not .*: DetailFlowPipeline.tokens takes"):
+        with pytest.raises(
+            DetailFlowError, match="images must be a tensor, not .*: pipe.tokens takes images and paths"
+        ):
             pipeline.tokenizer.encode(given)  # type: ignore[arg-type]
         with pytest.raises(DetailFlowError, match="images must be a tensor, not "):
             wrong = torch.zeros(1, 1, dtype=torch.long)

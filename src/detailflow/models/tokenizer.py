@@ -366,9 +366,7 @@ class DetailFlowTokenizer(Pretrained):
     def _checked(self, images: Tensor) -> Tensor:
         """Check the range of images, which waits for the GPU, and move them to the device and dtype of the weights."""
         if not isinstance(images, Tensor):
-            raise DetailFlowError(
-                f"images must be a tensor, not {images!r:.40}: DetailFlowPipeline.tokens takes images"
-            )
+            raise DetailFlowError(f"images must be a tensor, not {images!r:.40}: pipe.tokens takes images and paths")
         if has_patches(images, self.config.patch_size) and images.numel():  # else `encode_patches` says what is wrong
             low, high = (value.item() for value in torch.aminmax(images))
             if not (low >= -LARGEST_PIXEL and high <= LARGEST_PIXEL):  # also if they are NaN
