@@ -588,7 +588,7 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
 @pytest.mark.usefixtures("quick")
 def test_from_a_trained_model_by_lora(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
     """It says how few weights are trained, goes on exactly, can be used unfinished, and ends as an ordinary model."""
-    argv = tuned(model, "--lora", "4", "--gpt-steps")
+    argv = tuned(shutil.copytree(model, "start"), "--lora", "4", "--gpt-steps")
     assert main([*argv, "2"]) == 0
     tuned_gpt = DetailFlowGPT.from_pretrained("run")
     whole, classes = (sum(w.numel() for w in m.parameters()) for m in (tuned_gpt, tuned_gpt.class_embedding))
@@ -602,8 +602,13 @@ def test_from_a_trained_model_by_lora(folder: Path, model: Path, capsys: pytest.
     assert "run/gpt: going on from step 2" in capsys.readouterr().out
     before, after = (DetailFlowGPT.from_pretrained(place).state_dict() for place in (model, "run"))
     assert all(torch.equal(before[name], after[name]) for name in before if "block" not in name and "class" not in name)
-    assert main(tuned(model, "--gpt-steps", "4")) == 2
+    assert main(tuned("start", "--gpt-steps", "4")) == 2
     assert "run/gpt holds a run with another loop.learning_rate (0.001, not 0.0001)" in capsys.readouterr().err
+    changed = DetailFlowGPT.from_pretrained("start")
+    torch.nn.init.normal_(changed.head.weight)
+    changed.save_pretrained("start/gpt")  # the products belong to the matrices of before
+    assert main([*argv, "4"]) == 2
+    assert "init" in (message := capsys.readouterr().err), message
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,6 +1,8 @@
 """LoRA: what it trains and what it leaves, runs that go on, checkpoints and exports as ordinary models, its plan."""
 
 import copy
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,27 @@ def test_a_run_goes_on_exactly(start: DetailFlowGPT, tmp_path: Path):
     assert same(first.ema.state_dict(), second.ema.state_dict())
 
 
+def test_the_best_step_comes_back_without_the_start(start: DetailFlowGPT, tmp_path: Path):
+    """Which the run has read once, and may be gone by then; a run that goes on needs it again."""
+    made = stage(tmp_path)
+    take_steps(made, range(2))
+    best, weights = copy.deepcopy(made.state()), copy.deepcopy(made.model.state_dict())
+    take_steps(made, range(2, 4))
+    shutil.rmtree(tmp_path / "start")
+    made.restore(best)
+    assert same(made.model.state_dict(), weights)
+    with pytest.raises(DetailFlowError, match="start"):
+        stage(tmp_path, resuming=True).restore(best)
+
+
+def test_a_checkpoint_of_other_matrices(start: DetailFlowGPT, tmp_path: Path):
+    made = stage(tmp_path)
+    state = made.state()
+    state["model_lora"].popitem()
+    with pytest.raises(ValueError, match="LoRA matrices of another model"):
+        made.restore(state)
+
+
 def test_checkpoint_and_export_are_ordinary_models(start: DetailFlowGPT, tmp_path: Path):
     made = stage(tmp_path)
     take_steps(made, range(2))
@@ -119,7 +142,7 @@ def test_it_needs_a_model_and_its_package(tmp_path: Path, start: DetailFlowGPT, 
         GPTTraining("tokens", "tokenizer", LOOP, lora=2)
     with pytest.raises(DetailFlowError, match="choose one"):
         GPTTraining("tokens", "tokenizer", replace(LOOP, shard=True), init="model", lora=2)
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
         DetailFlowError, match=r"lora needs the package peft: install it with pip install 'detailflow\[lora\]'"
     ):

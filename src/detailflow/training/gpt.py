@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
@@ -73,6 +74,7 @@ class GPTStage:
         self.model = DetailFlowGPT(sizes)
         if config.init and not resuming:
             load_weights(self.model, initial_weights(config.init, sizes), config.init)
+        self.starts_loaded = bool(config.init) and not resuming
         self.lora = LoRA(self.model, config.lora) if config.lora else None
         self.lora_ema = self.lora.average() if self.lora else None
         self.ema = (self.lora_ema.model if self.lora_ema else copy.deepcopy(self.model)).eval().requires_grad_(False)
@@ -171,13 +173,19 @@ class GPTStage:
 
         With LoRA weights and average are merged, which can be used as models, and what is trained is there as well.
         """
-        model, optimizer = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
-        state = {"model": model, "optimizer": optimizer, "scaler": self.updater.scaler.state_dict()}
+        state: dict[str, Any] = {"scaler": self.updater.scaler.state_dict()}
         if not (self.lora and self.lora_ema):
-            return state | {"ema": get_model_state_dict(self.ema, options=WHOLE)}
+            model, optimizer = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
+            return state | {
+                "model": model,
+                "ema": get_model_state_dict(self.ema, options=WHOLE),
+                "optimizer": optimizer,
+            }
+        state["optimizer"] = get_optimizer_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
         for name, lora in (("model", self.lora), ("ema", self.lora_ema)):
-            state[name] = _on_cpu(lora.merged().state_dict())
             state[f"{name}_lora"] = _on_cpu(lora.trained())
+            if self.world.is_main:  # which writes it
+                state[name] = _on_cpu(lora.merged().state_dict())
         return state
 
     def model_config(self) -> dict[str, Any]:
@@ -191,18 +199,27 @@ class GPTStage:
             "state": state["optimizer"]["state"],
             "param_groups": own["param_groups"],
         }  # the settings are this run's
-        model, ema = state["model"], state["ema"]
         if self.lora and self.lora_ema:
-            assert self.config.init
-            frozen = initial_weights(self.config.init, self.sizes)
-            self.lora.load(frozen, state["model_lora"])
-            self.lora_ema.load({}, state["ema_lora"])  # what is frozen is the same
+            self._load_start()
+            self.lora.load({}, state["model_lora"])
+            self.lora_ema.load({}, state["ema_lora"])
             model, ema = self.model.state_dict(), self.ema.state_dict()
+        else:
+            model, ema = state["model"], state["ema"]
         weights = dict(model_state_dict=model, optim_state_dict=optimizer)
         set_state_dict(self.model, self.updater.optimizers[0], **weights, options=WHOLE)
         self.updater.check()
         set_model_state_dict(self.ema, ema, options=WHOLE)
         self.updater.scaler.load_state_dict(state["scaler"])
+
+    def _load_start(self) -> None:
+        """Load what LoRA leaves as it is, once; the average shares it."""
+        if self.lora and not self.starts_loaded:
+            assert self.config.init
+            with self.world.raise_together():
+                frozen = initial_weights(self.config.init, self.sizes)
+            self.lora.load(frozen, self.lora.trained())
+            self.starts_loaded = True
 
     def _averaged(self) -> DetailFlowGPT | None:
         """Return the averaged weights unsharded and merged, on rank 0; `None` on the others."""
@@ -331,5 +348,5 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
         "tokenizer": Input(lambda: {"fingerprint": store.info.tokenizer_fingerprint}),
     }
     if config.init:
-        inputs["init"] = model_input(config.init, "gpt")
+        inputs["init"] = model_input(config.init, "gpt", at_start=not config.lora)  # LoRA reads it again
     train(make, Run("gpt", config, output, world, chosen, inputs, lambda step: costs().last))

@@ -53,7 +53,9 @@ class LoRA:
         return copy.deepcopy(self.layers).merge_and_unload()
 
     def load(self, frozen: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
-        """Set the weights: those of the model to start from, and what `trained` returned."""
+        """Set the weights: those of the model to start from, if they are not there yet, and what `trained` returned."""
+        if trained.keys() != self.trained().keys():
+            raise ValueError("these are LoRA matrices of another model")
         own = {name.replace(".base_layer.", "."): name for name in self.model.state_dict()}
         self.model.load_state_dict({own[name]: tensor for name, tensor in frozen.items()} | dict(trained), strict=False)
 
