@@ -110,6 +110,7 @@ def _open(operand: str, fit: "Fit", tokens: "Tokens | None") -> "tuple[str, int,
     from detailflow.data.decode import image_suffixes
     from detailflow.data.folder import MANY
     from detailflow.data.images import load_rgb, open_images
+    from detailflow.data.source import not_there
     from detailflow.token_files import SUFFIX
 
     path = Path(operand)
@@ -123,8 +124,7 @@ def _open(operand: str, fit: "Fit", tokens: "Tokens | None") -> "tuple[str, int,
     try:
         source = open_images(operand)
     except NotThereError as error:
-        sets = "a folder of images, .parquet or .tar files, or a hub name (owner/name)"
-        raise DetailFlowError(f"{operand} does not exist: give an image file, {sets}") from error
+        raise not_there(operand, "an image file") from error
     return source.where, len(source), lambda i: (_name_in(source, i, operand), lambda: fit(source.image(i)))
 
 

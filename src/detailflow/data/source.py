@@ -236,10 +236,10 @@ class ImageSource:
             before = index
 
 
-def not_there(name: str) -> NotThereError:
-    """Return the error that a set of images does not exist."""
+def not_there(name: str, also: str = "") -> NotThereError:
+    """Return the error that a set of images does not exist; `also` names what might be given besides sets."""
     sets = "a folder of images, .parquet or .tar files, or a hub name (owner/name)"
-    return NotThereError(f"{name} does not exist: give {sets}")
+    return NotThereError(f"{name} does not exist: give {also and f'{also}, '}{sets}")
 
 
 def count_classes(labels: np.ndarray, names: Sequence[str]) -> dict[str, int]:

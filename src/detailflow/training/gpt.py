@@ -16,9 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    get_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -74,7 +73,7 @@ class GPTStage:
         self.model = DetailFlowGPT(sizes)
         if config.init and not resuming:
             load_weights(self.model, initial_weights(config.init, sizes), config.init)
-        self.starts_loaded = bool(config.init) and not resuming
+        self.start_loaded = bool(config.init) and not resuming
         self.lora = LoRA(self.model, config.lora) if config.lora else None
         self.lora_ema = self.lora.average() if self.lora else None
         self.ema = (self.lora_ema.model if self.lora_ema else copy.deepcopy(self.model)).eval().requires_grad_(False)
@@ -173,15 +172,11 @@ class GPTStage:
 
         With LoRA weights and average are merged, which can be used as models, and what is trained is there as well.
         """
-        state: dict[str, Any] = {"scaler": self.updater.scaler.state_dict()}
+        optimizer = get_optimizer_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
+        state: dict[str, Any] = {"optimizer": optimizer, "scaler": self.updater.scaler.state_dict()}
         if not (self.lora and self.lora_ema):
-            model, optimizer = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
-            return state | {
-                "model": model,
-                "ema": get_model_state_dict(self.ema, options=WHOLE),
-                "optimizer": optimizer,
-            }
-        state["optimizer"] = get_optimizer_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
+            networks = {"model": self.model, "ema": self.ema}
+            return state | {name: get_model_state_dict(network, options=WHOLE) for name, network in networks.items()}
         for name, lora in (("model", self.lora), ("ema", self.lora_ema)):
             state[f"{name}_lora"] = _on_cpu(lora.trained())
             if self.world.is_main:  # which writes it
@@ -194,32 +189,30 @@ class GPTStage:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        _, own = get_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
+        own = get_optimizer_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
         optimizer = {
             "state": state["optimizer"]["state"],
             "param_groups": own["param_groups"],
         }  # the settings are this run's
         if self.lora and self.lora_ema:
-            self._load_start()
-            self.lora.load({}, state["model_lora"])
-            self.lora_ema.load({}, state["ema_lora"])
-            model, ema = self.model.state_dict(), self.ema.state_dict()
+            self._restore_lora(self.lora, self.lora_ema, state)
         else:
-            model, ema = state["model"], state["ema"]
-        weights = dict(model_state_dict=model, optim_state_dict=optimizer)
-        set_state_dict(self.model, self.updater.optimizers[0], **weights, options=WHOLE)
+            set_model_state_dict(self.model, state["model"], options=WHOLE)
+            set_model_state_dict(self.ema, state["ema"], options=WHOLE)
+        set_optimizer_state_dict(self.model, self.updater.optimizers[0], optimizer, options=WHOLE)
         self.updater.check()
-        set_model_state_dict(self.ema, ema, options=WHOLE)
         self.updater.scaler.load_state_dict(state["scaler"])
 
-    def _load_start(self) -> None:
-        """Load what LoRA leaves as it is, once; the average shares it."""
-        if self.lora and not self.starts_loaded:
+    def _restore_lora(self, lora: LoRA, average: LoRA, state: dict[str, Any]) -> None:
+        """Restore what is trained, and what LoRA leaves as it is unless this run has read it already."""
+        if not self.start_loaded:
             assert self.config.init
             with self.world.raise_together():
-                frozen = initial_weights(self.config.init, self.sizes)
-            self.lora.load(frozen, self.lora.trained())
-            self.starts_loaded = True
+                start = initial_weights(self.config.init, self.sizes)
+            lora.load_start(start)
+            self.start_loaded = True
+        lora.load(state["model_lora"])
+        average.load(state["ema_lora"])
 
     def _averaged(self) -> DetailFlowGPT | None:
         """Return the averaged weights unsharded and merged, on rank 0; `None` on the others."""

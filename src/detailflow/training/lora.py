@@ -35,6 +35,7 @@ class LoRA:
         self.layers: Any = LoraModel(model, settings, "default")
         self.model = model
         model.class_embedding.requires_grad_(True)  # its rows are of new classes
+        self._names = [name for name, weight in model.named_parameters() if weight.requires_grad]
 
     def average(self) -> "LoRA":
         """Return a copy for a moving average. It shares the matrices that stay as they are."""
@@ -46,19 +47,20 @@ class LoRA:
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the weights that are trained, by name."""
-        return {name: weight for name, weight in self.model.named_parameters() if _is_trained(name)}
+        weights = dict(self.model.named_parameters())
+        return {name: weights[name] for name in self._names}
 
     def merged(self) -> DetailFlowGPT:
         """Return a model of its own with W + 2 · B A in place of W, as any other AR model."""
         return copy.deepcopy(self.layers).merge_and_unload()
 
-    def load(self, frozen: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
-        """Set the weights: those of the model to start from, if they are not there yet, and what `trained` returned."""
+    def load_start(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the weights of the model to start from, which all averages share but for the class table."""
+        own = {name.replace(".base_layer.", "."): name for name in self.model.state_dict()}
+        self.model.load_state_dict({own[name]: tensor for name, tensor in tensors.items()}, strict=False)
+
+    def load(self, trained: Mapping[str, Tensor]) -> None:
+        """Set what `trained` returned."""
         if trained.keys() != self.trained().keys():
             raise ValueError("these are LoRA matrices of another model")
-        own = {name.replace(".base_layer.", "."): name for name in self.model.state_dict()}
-        self.model.load_state_dict({own[name]: tensor for name, tensor in frozen.items()} | dict(trained), strict=False)
-
-
-def _is_trained(name: str) -> bool:
-    return ".lora_" in name or name == "class_embedding.weight"
+        self.model.load_state_dict(trained, strict=False)
