@@ -562,6 +562,8 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     assert dry[1] == start and dry[2].startswith("tokens: 10 crops of each image: ")
     assert "parameters, up to 2 steps of 32 images: up to" in dry[3] and dry[4].startswith("in all about ")
     assert len(dry) == 5
+    assert main([*argv, "--no-flip", "--dry-run"]) == 0
+    assert "\ntokens: 5 crops of each image: " in capsys.readouterr().out
 
     assert main(argv) == 0
     out = capsys.readouterr().out

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,13 @@ def test_six_crops_are_the_centre_moved_along_the_diagonal_and_their_mirror_imag
     np.testing.assert_array_equal(
         transforms.six_crops(photo(8, 8), 8), np.repeat(transforms.two_crops(photo(8, 8), 8), 3, 0)
     )
+
+
+@pytest.mark.parametrize("make", [transforms.ten_crops, transforms.six_crops, transforms.two_crops])
+def test_half_of_the_crops_are_those_that_are_not_mirrored(make: Callable[[Image.Image, int], np.ndarray]):
+    crops = make(photo(40, 32), 32)
+    np.testing.assert_array_equal(transforms.crops_of(photo(40, 32), 32, len(crops)), crops)
+    np.testing.assert_array_equal(transforms.crops_of(photo(40, 32), 32, len(crops) // 2), crops[: len(crops) // 2])
 
 
 def test_bytes_to_floats_and_back():

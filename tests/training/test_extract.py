@@ -11,7 +11,7 @@ import torch
 from detailflow import DetailFlowTokenizer, hub
 from detailflow.data.images import open_images
 from detailflow.data.tokens import CLEAN, INPUT, LABEL, TokenStore, TokenWriter
-from detailflow.data.transforms import ten_crops, to_tensor, two_crops
+from detailflow.data.transforms import center_crop, ten_crops, to_tensor, two_crops
 from detailflow.errors import DetailFlowError
 from detailflow.training import extract as extraction
 from detailflow.training.config import Extraction, GPTTraining, LoopConfig
@@ -101,6 +101,16 @@ def test_one_position_per_image(tokens: Path):
     assert shares[:4] == pytest.approx(1 / 12, abs=0.08)
     assert shares[[4, 8]] == pytest.approx(1 / 3, abs=0.13)
     assert shares[12] == 0
+
+
+def test_without_mirror_images(tokenizer: DetailFlowTokenizer, folder: Path, model: Path, tmp_path: Path):
+    """Text, or anything else with a left and a right, is not mirrored; a store is of the one kind or the other."""
+    store = run(folder, model, tmp_path / "store", crops="two", flip=False)
+    assert store.codes.shape == (20, 1, 3, 16) and store.info.crops == 1
+    crop = to_tensor(center_crop(open_images(folder).image(7), 32))[None]
+    np.testing.assert_array_equal(store.codes[7, :, CLEAN], tokenizer.encode(crop))
+    with pytest.raises(DetailFlowError, match="another flip"):
+        run(folder, model, tmp_path / "store", crops="two")
 
 
 def test_ten_crops(tokenizer: DetailFlowTokenizer, folder: Path, model: Path, tmp_path: Path):

@@ -46,14 +46,14 @@ def quality(tokenizer: DetailFlowTokenizer, images: torch.Tensor) -> float:
     return float(psnr(tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1), images, peak=2).mean())
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(("stored", "flip"), [(False, True), (True, True), (True, False)])
 def test_the_decoder_learns_and_tokens_stay(
-    stored: bool, cifar: Path, model: Path, images: torch.Tensor, tmp_path: Path
+    stored: bool, flip: bool, cifar: Path, model: Path, images: torch.Tensor, tmp_path: Path
 ):
     settings: dict[str, Any] = {}
     if stored:
         settings["tokens"] = str(tmp_path / "tokens")
-        extract(Extraction(str(cifar), str(model / "tokenizer")), tmp_path / "tokens", "cpu")
+        extract(Extraction(str(cifar), str(model / "tokenizer"), flip=flip), tmp_path / "tokens", "cpu")
     train_tokenizer(training(cifar, model, muon=1e-3, **settings), tmp_path / "run", "cpu")
     before, after = (DetailFlowTokenizer.from_pretrained(path) for path in (model / "tokenizer", tmp_path / "run"))
     assert torch.equal(before.encode(images), after.encode(images))

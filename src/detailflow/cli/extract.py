@@ -18,5 +18,6 @@ def main(argv: Sequence[str]) -> int:
     if request := read_request(Extraction, "extract", SUMMARY, argv):
         store = extract(request.settings, request.output, request.device)
         if World.from_launch().is_main:
-            print(f"{len(store)} images, {store.info.crops} crops each, in {request.output}")
+            crops = store.info.crops
+            print(f"{len(store)} images, {crops} crop{'s' if crops > 1 else ''} each, in {request.output}")
     return 0

@@ -102,6 +102,7 @@ def preset_parser() -> Parser:
     parser.option("--split", help="of the data, if it has several (default: train)")
     parser.option("--tokenizer-steps", PositiveInt, help="in place of the recipe's", metavar="N")
     parser.option("--gpt-steps", PositiveInt, help="in place of the recipe's", metavar="N")
+    parser.option("--no-flip", bool, help="no mirror images: for text, or anything else with a left and a right")
     add_device_option(parser)
     parser.option(DRY_RUN, bool, help="only say what it would do, with time and memory")
     return parser

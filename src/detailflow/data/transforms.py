@@ -103,6 +103,12 @@ def ten_crops(image: Image.Image, size: int) -> np.ndarray:
     return np.concatenate([crops, crops[:, :, ::-1]])
 
 
+def crops_of(image: Image.Image, size: int, count: int) -> np.ndarray:
+    """Return the 10, 6 or 2 crops of a token store, or half of them: those that aren't mirrored. See the functions."""
+    make = {10: ten_crops, 6: six_crops, 2: two_crops}
+    return make[count](image, size) if count in make else make[2 * count](image, size)[:count]
+
+
 def to_tensor(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
     """Convert bytes (…, H, W, 3) to float32 (…, 3, H, W) in [-1, 1]: bytes/127.5 − 1."""
     if isinstance(pixels, np.ndarray):

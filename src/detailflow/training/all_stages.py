@@ -11,7 +11,6 @@ from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.published import CONFIG_FILE
 from detailflow.training.checkpoints import of_loop, run_folder
-from detailflow.training.config import CROPS
 from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
 from detailflow.training.plan import (
@@ -73,9 +72,9 @@ def outlook(stages: StageSettings, source: ImageSource, world: World, device: to
         plan = plan_tokenizer(stages.tokenizer, world, device)
         total += (seconds := plan.expected_seconds(*ceiling))
         lines.append(f"tokenizer: {plan.brief(seconds)}")
-    crops = CROPS[stages.extraction.crops][1]
+    crops = stages.extraction.num_crops
     total += (seconds := extraction_seconds(stages.extraction, stages.sizes, len(source), world, device))
-    lines.append(f"tokens: {crops} crops of each image: {describe_duration(seconds)}")
+    lines.append(f"tokens: {crops} crop{'s' if crops > 1 else ''} of each image: {describe_duration(seconds)}")
     expected = Expected(len(source), crops, source.class_names, stages.sizes)
     plan = plan_gpt(stages.gpt, world, device, expected)
     total += (seconds := plan.expected_seconds(*ceiling))

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import torch
 
-from detailflow.data.transforms import six_crops, ten_crops, two_crops
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.models.efficientnet import EFFICIENTNET
@@ -33,7 +32,7 @@ CLASSIFIER = "classifier"  # in place of a network that would be downloaded
 PATCH = "patch"  # the discriminator that needs no download
 PROJECTED = "projected"  # the discriminator on features of EfficientNet-Lite0
 NETWORKS = (CLASSIFIER, PATCH, PROJECTED, EFFICIENTNET, "lpips", "dino")  # which are no files
-CROPS = {"ten": (ten_crops, 10), "six": (six_crops, 6), "two": (two_crops, 2)}
+CROPS = {"ten": 10, "six": 6, "two": 2}
 Precision = Literal["bf16", "fp16", "fp32"]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALLEST_FEATURES_SIDE = 8  # pixels of an image whose last map of a classifier's features is one pixel
@@ -312,6 +311,7 @@ class Extraction(ImageSettings):
         crops: ten, six or two of each image; ten are the corners and the centre at 1.1 times the size, and their flips
             (the paper's). For small images that fill their frame: six are the centre, moved by a sixteenth of the size
             along the diagonal too, and their flips, and two the centre and its flip.
+        flip: false leaves the flips out: five, three or one crop. For text, or anything else with a left and a right.
         mistakes: number of codes to plant one of; the nearest ones.
         batch_size: crops per pass through the tokenizer; in each process.
         precision: bf16, fp16 or fp32.
@@ -321,6 +321,7 @@ class Extraction(ImageSettings):
 
     tokenizer: Location
     crops: Literal["ten", "six", "two"] = "ten"
+    flip: bool = True
     mistakes: PositiveInt = WRONG_CANDIDATES
     batch_size: BatchSize = 250
     precision: Precision = "fp32"
@@ -328,6 +329,11 @@ class Extraction(ImageSettings):
     seed: Seed = 0
 
     @property
+    def num_crops(self) -> int:
+        """Return how many crops of each image there are."""
+        return CROPS[self.crops] // (1 if self.flip else 2)
+
+    @property
     def images_per_pass(self) -> int:
         """Return how many images' crops go through the tokenizer at once."""
-        return max(1, self.batch_size // CROPS[self.crops][1])
+        return max(1, self.batch_size // self.num_crops)

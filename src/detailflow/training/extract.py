@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from detailflow import hub
 from detailflow.data.images import ImageSource, open_images, tolerated
 from detailflow.data.tokens import VALIDATION, TokenStore, TokenStoreInfo, TokenWriter
-from detailflow.data.transforms import to_tensor
+from detailflow.data.transforms import crops_of, to_tensor
 from detailflow.device import autocast
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
-from detailflow.training.config import CROPS, PRECISIONS, Extraction
+from detailflow.training.config import PRECISIONS, Extraction
 from detailflow.training.passes import draw_position
 from detailflow.training.validation import split
 
@@ -37,9 +37,8 @@ CHUNK_IMAGES = 512  # what a killed process loses at most; seconds of work on a 
 class _ImageCrops(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
     """Load a pass's images: crops (n, C, R, R, 3) in bytes, slots (n,), and what is wrong with unreadable ones."""
 
-    def __init__(self, source: ImageSource, size: int, crops: str, passes: list[range]) -> None:
-        self.source, self.size, self.passes = source, size, passes
-        self.make, self.count = CROPS[crops]
+    def __init__(self, source: ImageSource, size: int, count: int, passes: list[range]) -> None:
+        self.source, self.size, self.count, self.passes = source, size, count, passes
 
     def __len__(self) -> int:
         return len(self.passes)
@@ -50,7 +49,7 @@ class _ImageCrops(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
         crops = np.empty((len(self.passes[index]), self.count, self.size, self.size, 3), np.uint8)
         for slot in self.passes[index]:
             try:
-                crops[len(slots)] = self.make(self.source.image(slot, least=2 * self.size), self.size)
+                crops[len(slots)] = crops_of(self.source.image(slot, least=2 * self.size), self.size, self.count)
             except DetailFlowError as error:
                 unreadable[slot] = str(error)
             else:
@@ -106,7 +105,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
         info = TokenStoreInfo(
             num_tokens=model.config.num_tokens,
             codebook_size=model.config.codebook_size,
-            crops=CROPS[config.crops][1],
+            crops=config.num_crops,
             class_names=everything.class_names,
             tokenizer_fingerprint=codes_fingerprint(config.tokenizer),
         )
@@ -180,7 +179,7 @@ class _Extractor:
         mine = self.todo[self.world.rank :: count]
         passes = [part for chunk in mine for part in self._passes(chunk)]
         cuda = self.model.device.type == "cuda"
-        data = _ImageCrops(self.source, self.model.config.image_size, self.config.crops, passes)
+        data = _ImageCrops(self.source, self.model.config.image_size, self.config.num_crops, passes)
         self.batches = iter(DataLoader(data, batch_size=None, num_workers=self.config.workers, pin_memory=cuda))
         done = total - sum(len(self.writer.slots(chunk)) for chunk in self.todo)
         if done and self.world.is_main:

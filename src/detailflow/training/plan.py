@@ -25,7 +25,7 @@ from detailflow.settings import parse_settings
 from detailflow.training import gpt, tokenizer
 from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
 from detailflow.training.classifier import FeatureNetwork
-from detailflow.training.config import CROPS, PRECISIONS, Extraction, GPTTraining, LoopConfig, TokenizerTraining
+from detailflow.training.config import PRECISIONS, Extraction, GPTTraining, LoopConfig, TokenizerTraining
 from detailflow.training.counting import StepCosts, Trial, count_steps
 from detailflow.training.extract import code_rows
 from detailflow.training.gpt import GPTStage, model_config
@@ -323,7 +323,7 @@ def extraction_seconds(
         with autocast(device, PRECISIONS[config.precision]):
             code_rows(model, crops, torch.zeros(count, dtype=torch.long), torch.Generator(), config.mistakes).cpu()
         times.append(time.perf_counter() - start)
-    return min(times) / count * images * CROPS[config.crops][1] / world.size
+    return min(times) / count * images * config.num_crops / world.size
 
 
 def _several(number: int, word: str) -> str:

@@ -42,6 +42,7 @@ class AllStages(Settings):
         finetune_decoder: train that tokenizer's decoder, which leaves the tokens as they are.
         lora: rank of the matrices that LoRA trains beside those of the AR model of `init`.
         tokenizer_steps, gpt_steps: in place of the recipe's.
+        no_flip: train on no mirror images.
     """
 
     data: Location
@@ -52,6 +53,7 @@ class AllStages(Settings):
     lora: PositiveInt | None = None
     tokenizer_steps: PositiveInt | None = None
     gpt_steps: PositiveInt | None = None
+    no_flip: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +110,9 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
         source: the images of `wanted.data`.
         output: what was begun there keeps its preset.
     """
-    images = {"data": wanted.data, "split": wanted.split}
+    images: dict[str, Any] = {"data": wanted.data, "split": wanted.split}
+    if wanted.no_flip:
+        images["flip"] = False
     tokenizer, tokens = str(output / "tokenizer"), str(output / "tokens")
     first: dict[str, Any] = {}
     last: dict[str, Any] = {"tokens": tokens, "tokenizer": tokenizer}

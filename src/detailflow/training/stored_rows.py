@@ -11,9 +11,10 @@ from detailflow.data.batches import BatchKey, BatchOrder, outlive_signals
 from detailflow.data.images import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.tokens import CLEAN, INPUT, TokenStore
+from detailflow.data.transforms import crops_of
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.training.config import CROPS, LoopConfig, TokenizerTraining
+from detailflow.training.config import LoopConfig, TokenizerTraining
 from detailflow.training.extract import image_names, made_by
 
 
@@ -36,7 +37,6 @@ class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 f"{config.tokens} has tokens of {missing}, which is not among the images {config.data}"
             )
         self.places = [places[name] for name in names]
-        self.crops = {count: crops for crops, count in CROPS.values()}[self.store.info.crops]
 
     def batches(self, loop: LoopConfig, start_step: int, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Return endless batches of this process: bytes (B, R, R, 3), labels (B,) and rows (B, 2, N)."""
@@ -56,7 +56,7 @@ class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         images = key.items[self.shard]
         crops = self.order.batch_rng(key).integers(self.store.info.crops, size=len(key.items))[self.shard]
         pixels = [
-            self.crops(self.source.image(self.places[image]), self.size)[crop]
+            crops_of(self.source.image(self.places[image]), self.size, self.store.info.crops)[crop]
             for image, crop in zip(images.tolist(), crops.tolist(), strict=True)
         ]
         codes = np.stack([self.store.read(images, crops, np.full(len(images), row)) for row in (CLEAN, INPUT)], 1)
