@@ -8,7 +8,6 @@ folder in their place.
 """
 
 import argparse
-from importlib.resources import files
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -24,7 +23,7 @@ parser.add_argument("--images", type=int, default=64, help="of each class")
 parser.add_argument("--steps", type=int, default=100)
 options = parser.parse_args()
 photos, run = Path("outputs/strange"), Path("outputs/strange-run")
-source = files("detailflow") / "weights"  # where the shipped model is; a folder or a hub name as well
+source = "shipped"  # the model to start from; a folder or a hub name as well
 
 pipe = DetailFlowPipeline.from_pretrained()
 for old, new in (("horse", "blue horse"), ("ship", "negative ship")):
@@ -34,12 +33,12 @@ for old, new in (("horse", "blue horse"), ("ship", "negative ship")):
         strange = Image.merge("RGB", (blue, green, red)) if new == "blue horse" else ImageOps.invert(image)
         strange.save(photos / new / f"{i:03d}.png")
 
-extract(Extraction(data=str(photos), tokenizer=str(source / "tokenizer"), crops="two"), run / "tokens")
+extract(Extraction(data=str(photos), tokenizer=source, crops="two"), run / "tokens")
 
 loop = LoopConfig(steps=options.steps, batch_size=16, learning_rate=1e-3, precision="fp32", trackers=())
 config = pipe.gpt.config  # the sizes must be those of the model to start from
 settings = GPTTraining(
-    tokens=str(run / "tokens"), tokenizer=str(source / "tokenizer"), init=str(source / "gpt"), loop=loop,
+    tokens=str(run / "tokens"), tokenizer=source, init=source, loop=loop,
     width=config.width, depth=config.depth, heads=config.heads, sampling=config.sampling, ema=0.9,
 )  # fmt: skip
 train_gpt(settings, run / "gpt")

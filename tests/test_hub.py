@@ -135,8 +135,8 @@ def test_folder_with_both_kinds():
 
 
 def test_the_shipped_model():
-    assert hub.resolve(None, "gpt") == hub.shipped_folder("gpt")
-    assert hub.shipped_folder("gpt").parts[-3:] == ("detailflow", "weights", "gpt")
+    assert hub.resolve(None, "gpt") == hub.resolve("shipped", "gpt") == hub.packaged_folder("gpt")
+    assert hub.packaged_folder("gpt").parts[-4:] == ("detailflow", "weights", "shipped", "gpt")
 
 
 def test_wrong_kind_names_both(saved: Path):

@@ -62,7 +62,7 @@ def test_a_recipe_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     known = str((FOLDER / "imagenet" / "tokenizer.yaml").resolve())
     assert recipe_file("imagenet/tokenizer") == recipe_file("imagenet/tokenizer.yaml") == known
-    for name in ("../weights/gpt/config", "imagenet", "imagenet/none", "x" * 5000, "a\0b", ""):
+    for name in ("../weights/shipped/gpt/config", "imagenet", "imagenet/none", "x" * 5000, "a\0b", ""):
         assert recipe_file(name) == name
     (tmp_path / "imagenet").mkdir()
     (tmp_path / "imagenet" / "tokenizer").write_text("data: mine")

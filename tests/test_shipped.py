@@ -10,7 +10,7 @@ from PIL import ImageOps
 from detailflow import DetailFlowPipeline
 from detailflow.data.images import open_images
 from detailflow.data.transforms import to_tensor
-from detailflow.hub import shipped_folder
+from detailflow.hub import packaged_folder
 from detailflow.pipeline import reconstruct
 from detailflow.psnr import psnr
 
@@ -23,7 +23,7 @@ def shipped() -> DetailFlowPipeline:
 
 
 def test_is_small_and_knows_its_classes(shipped: DetailFlowPipeline) -> None:
-    files = [f for kind in ("tokenizer", "gpt") for f in shipped_folder(kind).iterdir()]
+    files = [f for kind in ("tokenizer", "gpt") for f in packaged_folder(kind).iterdir()]
     assert sum(f.stat().st_size for f in files) <= 30e6
     assert shipped.gpt.config.class_names == CLASSES
 

@@ -59,7 +59,8 @@ ZOO = {
     "detailflow-64": PublishedPair("ByteFlow-AI/DetailFlow-64", "ByteFlow-AI/DetailFlow-64-GPT-L", 512, 1.32),
 }
 
-SHIPPED = "shipped"  # the name of the model in the package
+SHIPPED = "shipped"  # the model in the package that is meant if none is named
+PACKAGED = (SHIPPED,)  # the models in the package
 GPT_SUFFIX = "-GPT-L"  # of a published AR model's name, after that of its tokenizer
 HUB = "https://huggingface.co"
 
@@ -70,9 +71,9 @@ def zoo_model(name: str | Path) -> PublishedPair | None:
     return next((model for short, model in ZOO.items() if name in (short, model.tokenizer, model.gpt)), None)
 
 
-def shipped_folder(kind: Kind) -> Path:
-    """Return the folder of the small model in the package."""
-    return Path(__file__).parent / "weights" / kind
+def packaged_folder(kind: Kind, name: str = SHIPPED) -> Path:
+    """Return the folder of a model in the package."""
+    return Path(__file__).parent / "weights" / name / kind
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -87,12 +88,12 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
         path_or_id: a folder, one with tokenizer/ and gpt/ or any two such folders inside, a checkpoint of the published
             layout (FOLDER/checkpoints/NAME.pt), the folder of a training run that is not finished, one of a run's
             checkpoints (step-….pt), a short name in `ZOO` or a hub id (owner/name), also as NAME@REVISION. Either half
-            of a published pair stands for both, on the hub and as a folder X beside X-GPT-L. `None` or "shipped" is
-            the model in the package.
+            of a published pair stands for both, on the hub and as a folder X beside X-GPT-L. A model in
+            the package goes by its name in `PACKAGED`; `None` is the first of them.
         revision: a branch, tag or commit on the hub; `None` is the newest.
     """
-    if path_or_id is None or (path_or_id == SHIPPED and not os.path.lexists(SHIPPED)):
-        path_or_id = shipped_folder(kind)
+    if path_or_id is None or (path_or_id in PACKAGED and not os.path.lexists(path_or_id)):
+        path_or_id = packaged_folder(kind, str(path_or_id or SHIPPED))
     name = str(path_or_id)
     path = Path(os.path.expanduser(name))
     if revision is None and isinstance(path_or_id, str):
@@ -114,7 +115,7 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
     if "/" in name or isinstance(path_or_id, Path):
         raise DetailFlowError(f"there is no such folder: {name}")
     raise DetailFlowError(
-        f"unknown model {name!r}: give a folder, a hub name (owner/name) or one of {', '.join((*ZOO, SHIPPED))}"
+        f"unknown model {name!r}: give a folder, a hub name (owner/name) or one of {', '.join((*ZOO, *PACKAGED))}"
     )
 
 
