@@ -1,13 +1,15 @@
 """Make the pictures of README.md and docs/ with a model's schedule, samples and reconstructions.
 
-    python benchmarks/make_pictures.py --data DATA [--model DIR] [--output DIR]
+    python benchmarks/make_pictures.py --data DATA [--model MODEL] [--output DIR] [--prefix TEXT] [--only NAME …]
 
-Writes samples.png (images of every class), coarse-to-fine.png (photographs and samples by number of tokens), masks.png
-(what attends to what), resolution.png (what n tokens show) and variations.png (photographs whose first tokens stay,
-by number of tokens and class). masks.png and resolution.png need matplotlib, from the `train` extra.
+Writes samples.png (images of every class), taking-shape.webp (the same as an animation, from coarse to fine),
+coarse-to-fine.png (photographs and samples by number of tokens), masks.png (what attends to what), resolution.png
+(what n tokens show) and variations.png (photographs whose first tokens stay, by number of tokens and class). All but
+masks.png and resolution.png bear the prefix. These two need matplotlib, from the `train` extra.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -29,6 +31,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 VARIED = ("automobile", "bird", "cat", "horse", "ship")  # classes of variations.png
 CLASSES = 10  # as many as a row of samples.png shows
+MOVING_SIDE = 64  # pixels of an image in the animation, at least
+FRAME_MS, LAST_MS = 160, 2500  # how long a frame of the animation stays, and the last one
 DETAILFLOW_16 = TokenSchedule(num_tokens=128, group_size=8, causal_tokens=8, image_size=256, patch_size=16)
 
 
@@ -38,6 +42,21 @@ def samples(pipeline: DetailFlowPipeline, rows: int, seed: int) -> Image.Image:
     images = pipeline(classes, num_images_per_class=rows, seed=seed)
     by_row = [images[column * rows + row] for row in range(rows) for column in classes]
     return grid(by_row, columns=len(classes), labels=[pipeline.class_name(i) for i in classes] * rows)
+
+
+def taking_shape(pipeline: DetailFlowPipeline, rows: int, seed: int) -> list[Image.Image]:
+    """Return the frames of a grid with `rows` images of each of the first classes, from the first token to all."""
+    classes = list(range(min(CLASSES, pipeline.gpt.config.num_classes)))
+    counts, side = stage_counts(pipeline.tokenizer.schedule), max(MOVING_SIDE, pipeline.tokenizer.schedule.image_size)
+    frames = []
+    for stage in pipeline.stream(classes, num_images_per_class=rows, seed=seed, counts=counts):
+        frame = Image.new("RGB", (len(classes) * (side + GAP) - GAP, rows * (side + GAP) - GAP), "white")
+        for i, image in enumerate(stage.images):
+            column, row = divmod(i, rows)
+            large = image.resize((side, side), Image.Resampling.BICUBIC)
+            frame.paste(large, (column * (side + GAP), row * (side + GAP)))
+        frames.append(frame)
+    return frames
 
 
 def generated(pipeline: DetailFlowPipeline, count: int, seed: int) -> list[Image.Image]:
@@ -128,12 +147,20 @@ def resolution(schedules: list[TokenSchedule]) -> Figure:
     return figure
 
 
+def animate(frames: list[Image.Image], path: Path) -> None:
+    """Write an animation that goes on for ever."""
+    times = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, quality=85, method=6)
+
+
 def main() -> None:
-    """Write the five pictures."""
+    """Write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder with tokenizer/ and gpt/ (default: the shipped model)")
+    parser.add_argument("--model", help="a folder with tokenizer/ and gpt/, or a name (default: the shipped model)")
     parser.add_argument("--data", type=Path, required=True, help="photographs with labels for coarse-to-fine.png")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/images", help="default: docs/images")
+    parser.add_argument("--prefix", default="", help="of the files' names")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="make these alone, such as samples")
     parser.add_argument("--rows", type=int, default=4, help="samples of each class (default: %(default)s)")
     parser.add_argument(
         "--strips", type=int, default=3, help="photographs, and samples, from coarse to fine (default: %(default)s)"
@@ -143,22 +170,28 @@ def main() -> None:
     options = parser.parse_args()
     try:
         pipeline = DetailFlowPipeline.from_pretrained(options.model)
-        strips = photographs(pipeline, options.data, options.strips)
-        pictures = {
-            "samples": samples(pipeline, options.rows, options.seed),
-            "coarse-to-fine": stack(strips + generated(pipeline, options.strips, options.seed)),
-            "variations": stack(variations(pipeline, options.data, options.varied, options.seed)),
+        schedule, seed, folder = pipeline.tokenizer.schedule, options.seed, options.output
+        folder.mkdir(parents=True, exist_ok=True)
+        makers: dict[str, Callable[[Path], object]] = {
+            "samples.png": lambda path: samples(pipeline, options.rows, seed).save(path, optimize=True),
+            "taking-shape.webp": lambda path: animate(taking_shape(pipeline, options.rows, seed), path),
+            "coarse-to-fine.png": lambda path: stack(
+                photographs(pipeline, options.data, options.strips) + generated(pipeline, options.strips, seed)
+            ).save(path, optimize=True),
+            "variations.png": lambda path: stack(variations(pipeline, options.data, options.varied, seed)).save(
+                path, optimize=True
+            ),
+            "masks.png": lambda path: masks(schedule).savefig(path, dpi=100),
+            "resolution.png": lambda path: resolution([schedule, DETAILFLOW_16]).savefig(path, dpi=100),
         }
+        for name, make in makers.items():
+            stem = name.partition(".")[0]
+            if not options.only or stem in options.only:
+                path = folder / (name if stem in ("masks", "resolution") else options.prefix + name)
+                make(path)
+                print(f"wrote {path}")
     except DetailFlowError as error:
         parser.error(str(error))
-    schedule = pipeline.tokenizer.schedule
-    figures = {"masks": masks(schedule), "resolution": resolution([schedule, DETAILFLOW_16])}
-    options.output.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        picture.save(options.output / f"{name}.png", optimize=True)
-    for name, figure in figures.items():
-        figure.savefig(options.output / f"{name}.png", dpi=100)
-    print(f"wrote {', '.join([*pictures, *figures])} to {options.output}")
 
 
 if __name__ == "__main__":
