@@ -45,6 +45,12 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert command_line() == "detailflow train"
 
 
+def test_the_report_says_which_images_it_shows(tmp_path: Path):
+    for held_out, words in ((False, "Training images"), (True, "Held-out images")):
+        write_report(tmp_path, "tokenizer", [], [], {"reconstructions": Image.new("RGB", (4, 4))}, held_out=held_out)
+        assert f"{words} spread over the data, and their recon" in (tmp_path / "report.md").read_text()
+
+
 def test_the_report_of_a_damaged_log(tmp_path: Path):
     """Steps without figures, numbers that cannot be drawn, names that cannot be written."""
     for record, kept in (

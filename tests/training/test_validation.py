@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from detailflow.cli.main import main
 from detailflow.data.images import open_images
 from detailflow.data.tokens import TokenStore
+from detailflow.data.transforms import to_uint8
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.runs import read_checkpoint
@@ -25,7 +26,7 @@ from detailflow.training.config import Extraction, LoopConfig, TokenizerTraining
 from detailflow.training.extract import extract
 from detailflow.training.report import read_history
 from detailflow.training.tokenizer import TokenizerStage
-from detailflow.training.validation import held_out, split
+from detailflow.training.validation import held_out, sample_crops, split
 
 NETWORK = {"width": 16, "depth": 1, "heads": 2}
 SIZES = dict(image_size=32, patch_size=16, num_tokens=8, group_size=4, codebook_size=32, codebook_dim=4)
@@ -158,6 +159,31 @@ def test_never_in_training_batches(cifar: Path, tmp_path: Path):
     assert seen == kept and not seen & out
 
 
+def test_pictures_show_what_is_held_out(cifar: Path, tmp_path: Path):
+    """Whole images, unchanged: those that are shown are of the part for validation, if there is one."""
+    from detailflow.models.layers import ViTConfig
+    from detailflow.models.tokenizer import TokenizerConfig
+
+    sizes = TokenizerConfig(ViTConfig(**NETWORK), ViTConfig(**NETWORK), **SIZES)
+    config = TokenizerTraining(str(cifar), sizes, LoopConfig(1, 4, 0.1), adversarial=0.0, val_share=0.3)
+    train, validation = split(config, open_images(cifar), World())
+    assert validation is not None
+    for held, shown in ((validation, validation), (None, train)):
+        stage = TokenizerStage(config, train, tmp_path, torch.device("cpu"), validation=held)
+        assert set(stage.pictures()) == {"reconstructions", "mistakes"} and stage.shown is not None
+        wanted = {np.asarray(shown.image(index)).tobytes() for index in range(len(shown))}
+        assert len(stage.shown) == 8 and {x.numpy().tobytes() for x in to_uint8(stage.shown)} <= wanted
+
+
+def test_validation_images_that_cannot_be_read(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(path := tmp_path / "a" / "0.png")
+    source = open_images(tmp_path)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DetailFlowError, match="none of the 1 images for validation or pictures can be read"):
+        sample_crops(source, 8, 32)
+
+
 def test_the_token_store_has_two_parts(validated_tokens: Path, cifar: Path, model: Path, tmp_path: Path):
     """The same command goes on if one of them is missing."""
     store, source = TokenStore.open(validated_tokens), open_images(cifar)
@@ -244,6 +270,7 @@ def test_what_is_logged_and_reported(stage: str, finished: dict[str, Path], comm
     assert ("val_psnr" if stage == "tokenizer" else "val_accuracy") in last
     page = (output / "report.md").read_text()
     picture = {"tokenizer": "reconstructions", "gpt": "samples"}[stage]
+    assert ("Held-out images spread over the data, and their reconstructions" in page) == (stage == "tokenizer")
     for part in ("the exported model is that of step", "| val_loss |", "![Curves](curves.png)", f"({picture}.png)"):
         assert part in page
     assert (output / "curves.png").stat().st_size > 1000 and (output / f"{picture}.png").is_file()

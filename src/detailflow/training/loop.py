@@ -239,7 +239,8 @@ class _Training:
         with self.world.raise_together():
             pictures = self.stage.pictures()
             if self.world.is_main:
-                write_report(self.output, self.run.kind, facts, read_history(self.output), pictures)
+                held_out = self.stage.validation is not None
+                write_report(self.output, self.run.kind, facts, read_history(self.output), pictures, held_out)
 
     def _is_due(self, done: int, every: int) -> bool:
         return bool(every) and (done % every == 0 or done == self.loop.steps)

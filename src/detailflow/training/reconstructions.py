@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -11,9 +10,10 @@ from torch import Tensor
 from detailflow.data.batches import StreamedBatches
 from detailflow.data.images import ImageSource
 from detailflow.data.streams import StreamSource
-from detailflow.data.transforms import center_crop, to_tensor, to_uint8
+from detailflow.data.transforms import to_tensor, to_uint8
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
+from detailflow.training.validation import sample_crops
 
 PICTURES = 8  # images in each
 
@@ -22,7 +22,7 @@ def some_images(source: ImageSource | StreamSource, size: int) -> Tensor:
     """Return (≤ PICTURES, 3, size, size): the centres of images spread over the set, or the first of a stream."""
     if isinstance(source, StreamSource):
         return next(iter(StreamedBatches(source, size, PICTURES, 0, flip=False, max_scale=1.0, buffer=PICTURES)))[0]
-    return to_tensor(np.stack([center_crop(image, size) for image in source.some(PICTURES)]))
+    return to_tensor(sample_crops(source, PICTURES, size))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ HISTORY_FILE, REPORT_FILE, CURVES_FILE = "log.jsonl", "report.md", "curves.png"
 ACROSS = 3  # panels of the curves
 TITLES = {"tokenizer": "tokenizer", "gpt": "AR model"}
 CAPTIONS = {
-    "reconstructions": "Images spread over the data, and their reconstructions from more and more tokens",
+    "reconstructions": "{images} spread over the data, and their reconstructions from more and more tokens",
     "mistakes": "The same with planted mistakes, and with the tokens after them corrected",
     "samples": "Samples, a row for each of some classes spread over all",
 }
@@ -60,13 +60,20 @@ def command_line() -> str | None:
 
 
 def write_report(
-    output: Path, kind: str, facts: Sequence[str], history: Sequence[Record], pictures: Mapping[str, Image.Image]
+    output: Path,
+    kind: str,
+    facts: Sequence[str],
+    history: Sequence[Record],
+    pictures: Mapping[str, Image.Image],
+    held_out: bool = False,
 ) -> None:
     """Write report.md, its curves and its pictures.
 
     Args:
         facts: sentences on the run, such as which step was exported.
+        held_out: whether the images that are shown were held out.
     """
+    images = "Held-out images" if held_out else "Training images"
     lines = [f"# Training report: {TITLES.get(kind, kind)}", "", *(f"- {fact}" for fact in facts), ""]
     if _names(history):
         lines += ["## Figures", "", *_table(history), ""]
@@ -75,7 +82,14 @@ def write_report(
             lines += ["## Curves", "", f"![Curves]({CURVES_FILE})", ""]
     for name, picture in pictures.items():
         write_png(picture, output / f"{name}.png")
-        lines += [f"## {name.capitalize()}", "", f"![{name}]({name}.png)", "", CAPTIONS.get(name, ""), ""]
+        lines += [
+            f"## {name.capitalize()}",
+            "",
+            f"![{name}]({name}.png)",
+            "",
+            CAPTIONS.get(name, "").format(images=images),
+            "",
+        ]
     lines += [
         "## Settings",
         "",

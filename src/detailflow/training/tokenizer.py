@@ -337,11 +337,12 @@ class TokenizerStage:
             self.adversary.restore(state["adversary"])
 
     def pictures(self) -> dict[str, Image.Image]:
-        """Draw reconstructions of images spread over the data."""
+        """Draw reconstructions of held-out images, or of training images if none are held out."""
         if not self.world.is_main:
             return {}
         if self.shown is None:
-            self.shown = some_images(self.source, self.config.model.image_size)
+            among = self.source if self.validation is None else self.validation
+            self.shown = some_images(among, self.config.model.image_size)
         return draw_reconstructions(self.model, self.shown, self.config.mistakes)
 
     def export(self, directory: Path) -> None:

@@ -71,7 +71,12 @@ def split(config: ImageSettings, source: Source, world: World) -> tuple[Source, 
 
 def sample_crops(source: ImageSource, count: int, size: int) -> Tensor:
     """Return (≤ count, size, size, 3) bytes: the centres of images spread over the set."""
-    return torch.from_numpy(np.stack([center_crop(image, size) for image in source.some(count)]))
+    crops = [center_crop(image, size) for image in source.some(count)]
+    if not crops:
+        raise DetailFlowError(
+            f"none of the {len(source):,} images for validation or pictures can be read: `detailflow data` says why"
+        )
+    return torch.from_numpy(np.stack(crops))
 
 
 @torch.no_grad()
