@@ -267,13 +267,13 @@ def test_generated_tokens_follow_the_model():
         ({"guidance_scale": 1e300}, "guidance_scale must be 0 or more .*, at most 1e.06, not 1e.300"),
         ({"guidance_schedule": "cosine"}, "guidance_schedule must be constant or linear, not 'cosine'"),
         ({"temperature": -0.1}, "temperature must be 0"),
-        ({"top_k": -1}, "top_k must be 1 or more, not -1"),
-        ({"top_k": 2.5}, "top_k must be 1 or more, not 2.5"),
-        ({"top_k": True}, "top_k must be 1 or more, not True"),
-        ({"top_p": "most"}, "top_p must be above 0 and at most 1, not 'most'"),
+        ({"top_k": -1}, "top_k must be 0 or more .0 is off., not -1"),
+        ({"top_k": 2.5}, "top_k must be 0 or more .0 is off., not 2.5"),
+        ({"top_k": True}, "top_k must be 0 or more .0 is off., not True"),
+        ({"top_p": "most"}, "top_p must be above 0 and at most 1 .1 is off., not 'most'"),
         ({"temperature": "hot"}, "temperature must be 0 .argmax. or more, not 'hot'"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be 0 or more"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1 .1 is off., not 0.0"),
     ],
 )
 def test_values_out_of_range(values: dict, message: str):

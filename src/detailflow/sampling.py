@@ -41,8 +41,8 @@ class SamplingConfig(Settings):
     ] = 1.5
     guidance_schedule: GuidanceSchedule = "constant"
     temperature: Annotated[float, Must("0 (argmax) or more", lambda value: 0 <= value < float("inf"))] = 1.0
-    top_k: Annotated[int, Must("1 or more", lambda k: k >= 0)] | None = None  # 0 is off
-    top_p: Annotated[float, Must("above 0 and at most 1", lambda p: 0 < p <= 1)] | None = None
+    top_k: Annotated[int, Must("0 or more (0 is off)", lambda k: k >= 0)] | None = None
+    top_p: Annotated[float, Must("above 0 and at most 1 (1 is off)", lambda p: 0 < p <= 1)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -345,7 +345,7 @@ def gpt(model: Path, tokens: Path | str, *argv: str) -> list[str]:
         (["--width", "33"], "width must be heads times a multiple of 4 (2-D rotary positions): 33 is not for 2 heads"),
         (["--dropout", "2"], "--dropout must be at least 0 and below 1, not 2.0"),
         (["--planted_share", "2"], "--planted_share must be 0 to 1, not 2.0"),
-        (["--sampling.top_k", "-1"], "--sampling.top_k must be 1 or more, not -1"),
+        (["--sampling.top_k", "-1"], "--sampling.top_k must be 0 or more (0 is off), not -1"),
         (
             ["--sampling.guidence_scale", "2"],
             "unknown option '--sampling.guidence_scale': did you mean --sampling.guidance_scale?",

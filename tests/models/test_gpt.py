@@ -105,7 +105,7 @@ def test_without_a_causal_prefix():
         ({"class_names": ("a",)}, "class_names has 1 names for num_classes 3"),
         ({"class_names": ("a", "b", 3)}, "class_names must be a list in which each item is text, not 3"),
         ({"group_size": 3}, "group_size must divide num_tokens"),
-        ({"top_k": -1}, "top_k must be 1 or more"),
+        ({"top_k": -1}, "top_k must be 0 or more"),
         ({"mlp": 0}, "mlp must be a positive integer"),
     ],
 )

@@ -118,7 +118,8 @@ def test_an_unknown_class_is_refused_with_a_suggestion(client: openai.OpenAI):
             "num_tokens must be 1 to 4 or a multiple of 4 up to 16, not 5",
         ),
         ({"extra_body": {"temperature": -1}}, "temperature", "temperature must be 0 (argmax) or more"),
-        ({"extra_body": {"top_p": 2}}, "top_p", "top_p must be above 0"),
+        ({"extra_body": {"top_p": 2}}, "top_p", "top_p must be above 0 and at most 1 (1 is off), not 2"),
+        ({"extra_body": {"top_k": -1}}, "top_k", "top_k must be 0 or more (0 is off), not -1"),
         ({"extra_body": {"seed": -1}}, "seed", "seed: input should be greater"),
         (
             {"extra_body": {"guidence_scale": 1}},

@@ -157,11 +157,11 @@ def add_sampling_options(parser: Parser, several: bool = False) -> None:
     parser.heading(f"sampling ({combinations}default: the model's own)")
     for setting in list_settings(SamplingConfig):
         name = f"--{setting.name.replace('_', '-')}"
-        read = reader(name, setting.type | Literal["off"] if setting.default is None else setting.type)
-        off = {"top_k": "0", "top_p": "1"}.get(setting.name)  # what means the same
+        read = reader(name, setting.type)
+        off = {"top_k": (OFF, "0"), "top_p": (OFF, "1")}.get(setting.name, ())  # a model may have values of its own
 
-        def read_or_off(text: str, read: Callable[[str], Any] = read, off: str | None = off) -> Any:
-            return OFF if text == off else read(text)
+        def read_or_off(text: str, read: Callable[[str], Any] = read, off: tuple[str, ...] = off) -> Any:
+            return OFF if text in off else read(text)
 
         values: dict[str, Any] = {"nargs": "+", "default": [None]} if several else {}
         metavar = setting.name.rpartition("_")[2].upper()

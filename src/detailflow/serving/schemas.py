@@ -23,8 +23,12 @@ class Sampling(Body):
     guidance_scale: float | None = Field(None, description="Strength of the class; 1 is no guidance.")
     guidance_schedule: str | None = Field(None, description="`constant`, or `linear`: lower from group to group.")
     temperature: float | None = Field(None, description="0 always takes the most likely code.")
-    top_k: int | Literal["off"] | None = Field(None, description="Draw from the K likeliest codes only.")
-    top_p: float | Literal["off"] | None = Field(None, description="Draw from the likeliest codes that sum to P.")
+    top_k: int | Literal["off"] | None = Field(
+        None, description="Draw from the K likeliest codes only; 0 or `off` is all of them."
+    )
+    top_p: float | Literal["off"] | None = Field(
+        None, description="Draw from the likeliest codes that sum to P; 1 or `off` is all of them."
+    )
 
 
 class Request(Sampling):
