@@ -190,6 +190,8 @@ def test_another_model(run: Any, pipeline: DetailFlowPipeline, tmp_path: Path):
         (("vary", "a.png", "--class", "dgo"), "unknown class 'dgo'"),
         (("vary", "a.png", "--num", "0"), "--num must be"),
         (("vary", "missing.png"), "missing.png does not exist"),
+        (("vary", "a.png", "cat"), "cat is a class, not an image: put --class cat after the images"),
+        (("vary", "a.png", "cat", "Hot dog"), "are classes, not images: put --class cat 'Hot dog' after the images"),
         (("vary", "missing.npz"), "could not read missing.npz"),
         (("vary", "fake.npz"), "fake.npz is damaged, or no token file"),
         (("vary",), "the following arguments are required: IMAGE"),
@@ -221,6 +223,8 @@ def test_images_behind_options_of_one_value(run: Any):
     assert run("vary", "--class=cat", "--num", "1", "a.png")[0] == 0
     assert run("vary", "a.png", "--class", "cat", "--num", "1")[0] == 0
     assert vary.parser().parse_args(["--class", "cat", "--", "a.png"]).images == ["a.png"]
+    picture("cat/b.png")
+    assert run("vary", "cat", "--class", "cat", "--num", "1")[:2] == (0, "wrote 1 variation of b to outputs\n")
 
 
 def test_no_file_of_the_users_own_is_replaced(run: Any):

@@ -1,7 +1,10 @@
 """`detailflow vary`: the first tokens of images stay, and the AR model writes the others."""
 
 import argparse
+import os
+import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
     schedule = pipeline.tokenizer.schedule
     keeps = list(dict.fromkeys(schedule.check_count(k, "--keep") for k in args.keep or [schedule.quarter]))
     classes: list[ClassId | None] = list(dict.fromkeys(pipeline.class_ids(args.classes))) if args.classes else [None]
+    _check_no_classes(args.images, pipeline)
     inputs = _inputs(args, pipeline, max(keeps))
     words = {label: "any" if label is None else file_label(pipeline, label) for label in classes}
     names = [f"{k}-{words[label]}-{i}" for k in keeps for label in classes for i in range(args.num)]
@@ -157,3 +161,15 @@ def _inputs(args: argparse.Namespace, pipeline: "DetailFlowPipeline", keep: int)
         return [(name, Subject(ids, (height, width), None)) for name, ids, (height, width) in rows]
 
     return Inputs(args.images, args.num_inputs, encoded, "--num-inputs", stored)
+
+
+def _check_no_classes(images: Sequence[str], pipeline: "DetailFlowPipeline") -> None:
+    """Check that no word among the images is a class; one that is not here would be looked for on the hub."""
+    classes = list[str]()
+    for word in images:
+        with suppress(DetailFlowError):  # that there is no such class
+            pipeline.labels.index(word)
+            classes += [] if os.path.exists(word) else [word]
+    if classes:
+        are = "are classes, not images" if classes[1:] else "is a class, not an image"
+        raise DetailFlowError(f"{', '.join(classes)} {are}: put --class {shlex.join(classes)} after the images")
