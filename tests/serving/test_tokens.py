@@ -115,6 +115,23 @@ def test_an_edit_as_a_stream(client: openai.OpenAI):
 
 
 @pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("images/variations", "the field image, a file, or tokens"),
+        ("images/edits", "the fields prompt and image, a file, or tokens in its place"),
+        ("tokens/encode", "the field image, a file"),
+        ("tokens/reconstruct", "the field image, a file"),
+    ],
+)
+def test_routes_for_forms_refuse_json(route: str, fields: str, http: httpx.Client):
+    refused = http.post(f"/v1/{route}", json={"prompt": "cat", "tokens": [1, 2]})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (400, "image", "invalid_form")
+    wanted = f"the body must be a form (multipart/form-data) with {fields}, as curl -F image=@photo.png sends it"
+    assert error["message"] == wanted
+
+
+@pytest.mark.parametrize(
     ("route", "form", "param", "message"),
     [
         ("edits", {"tokens": "[1, 2]"}, "prompt", "prompt is missing"),

@@ -18,11 +18,10 @@ from detailflow.serving.pictures import add_pictures
 from detailflow.serving.reference import reference_page
 from detailflow.serving.service import Answer, Service
 from detailflow.serving.studio import add_studio
-from detailflow.serving.uploads import Uploads
+from detailflow.serving.uploads import FORM, Uploads, takes_form
 
 T = TypeVar("T")
 CLIENT_GONE = 499  # nginx's number, for the metrics: nobody reads it
-_FORM = "multipart/form-data"
 _REFUSALS = {
     400: "Something in the request is wrong; the message says what would be right.",
     401: "The API key is missing or wrong.",
@@ -124,6 +123,8 @@ def _add_images(app: FastAPI, service: Service, uploads: Uploads) -> None:
         """
         return await _respond(request, service.generate(body), body.stream)
 
+    of_form: dict[str, Any] = {"tags": ["images"], "response_model": schemas.Images, "responses": _RESPONSES}
+
     async def vary(request: Request, body: schemas.Variation) -> Any:
         if (body.image is None) == (body.tokens is None):
             raise errors.ApiError(400, "give either image or tokens", "image", "invalid_value")
@@ -134,22 +135,32 @@ def _add_images(app: FastAPI, service: Service, uploads: Uploads) -> None:
         answer = await _unless_gone(request, start())
         return answer if isinstance(answer, Response) else await _respond(request, answer, body.stream)
 
-    @app.post("/v1/images/variations", tags=["images"], response_model=schemas.Images, responses=_RESPONSES)
-    async def vary_image(body: Annotated[schemas.Variation, Form(media_type=_FORM)], request: Request) -> Any:
+    @app.post("/v1/images/variations", dependencies=[takes_form("the field image, a file, or tokens")], **of_form)
+    async def vary_image(body: Annotated[schemas.Variation, Form(media_type=FORM)], request: Request) -> Any:
         """Vary an image: its first tokens stay, and the model writes the others.
 
         With `stream`, the events are `image_variation.partial_image` (first of the kept tokens) and `….completed`.
         """
         return await vary(request, body)
 
-    @app.post("/v1/images/edits", tags=["images"], response_model=schemas.Images, responses=_RESPONSES)
-    async def edit_image(body: Annotated[schemas.Edit, Form(media_type=_FORM)], request: Request) -> Any:
+    @app.post(
+        "/v1/images/edits",
+        dependencies=[takes_form("the fields prompt and image, a file, or tokens in its place")],
+        **of_form,
+    )
+    async def edit_image(body: Annotated[schemas.Edit, Form(media_type=FORM)], request: Request) -> Any:
         """Vary an image as a class, with the events `image_edit.partial_image` and `image_edit.completed`."""
         return await vary(request, body)
 
 
 def _add_tokens(app: FastAPI, service: Service, uploads: Uploads) -> None:
-    @app.post("/v1/tokens/encode", tags=["tokens"], response_model=schemas.Encoded, responses=_RESPONSES)
+    @app.post(
+        "/v1/tokens/encode",
+        tags=["tokens"],
+        response_model=schemas.Encoded,
+        responses=_RESPONSES,
+        dependencies=[takes_form("the field image, a file")],
+    )
     async def encode_image(
         request: Request,
         image: Annotated[UploadFile, File(description="A raster image: PNG, JPEG, WebP, …")],

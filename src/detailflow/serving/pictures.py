@@ -16,7 +16,7 @@ from detailflow.serving import schemas
 from detailflow.serving.engine import Picture
 from detailflow.serving.errors import ApiError
 from detailflow.serving.service import Service, base64_png, image_data
-from detailflow.serving.uploads import Uploads
+from detailflow.serving.uploads import Uploads, takes_form
 
 MOST_PIXELS = 16_000_000  # of all frames of an animation
 LAST_FRAME = 4  # times as long as the others
@@ -49,7 +49,13 @@ class Animation(schemas.Body):
 def add_pictures(app: FastAPI, service: Service, uploads: Uploads, responses: dict[int | str, dict[str, Any]]) -> None:
     """Add the routes."""
 
-    @app.post("/v1/tokens/reconstruct", tags=["tokens"], response_model=Reconstruction, responses=responses)
+    @app.post(
+        "/v1/tokens/reconstruct",
+        tags=["tokens"],
+        response_model=Reconstruction,
+        responses=responses,
+        dependencies=[takes_form("the field image, a file")],
+    )
     async def reconstruct_image(
         image: Annotated[UploadFile, File(description="A raster image; its centre square is taken.")],
         num_tokens: Annotated[

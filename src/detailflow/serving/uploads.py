@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+from typing import Any
 
-from fastapi import UploadFile
+from fastapi import Depends, Request, UploadFile
 from PIL import Image
 
 from detailflow.data.decode import image_size, load_rgb
@@ -14,6 +15,20 @@ from detailflow.serving.errors import ApiError
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # malformed forms are answered, and fill no log
 NAME = "the upload"  # in messages
 AT_ONCE = 2  # images that are decoded, each of which may take eight bytes a pixel
+
+FORM = "multipart/form-data"
+
+
+def takes_form(fields: str) -> Any:
+    """Return the dependency of a route that takes a form with these fields: it refuses other kinds of body."""
+
+    async def check(request: Request) -> None:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in ("", FORM, "application/x-www-form-urlencoded"):
+            message = f"the body must be a form ({FORM}) with {fields}, as curl -F image=@photo.png sends it"
+            raise ApiError(400, message, "image", "invalid_form")
+
+    return Depends(check)
 
 
 class Uploads:
