@@ -159,7 +159,42 @@ def test_bad_variant(saved: Path):
 def test_typo_in_config(saved: Path):
     path = saved / "config.json"
     path.write_text(path.read_text().replace('"alpha": 1.5,', '"alpha": 1.5'))
-    assert "config.json is not valid JSON: Expecting ',' delimiter at line" in error_of(saved)
+    message = error_of(saved)
+    assert "config.json is not valid JSON (Expecting ',' delimiter, line " in message
+    assert message.endswith("): correct the file, or get it again from where it came")
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "gpt"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"format": "detailflow", "kind', "config.json is not valid JSON (Unterminated string starting at, line 1"),
+        (b"", "config.json is not valid JSON (Expecting value, line 1, column 1): correct the file, or get it again"),
+        (b"\xff\xfe\x00", "config.json is not valid JSON (UTF-8 text with one object): correct the file, or get it"),
+        (b"[1]", "config.json must hold a JSON object, not a list: correct the file, or get it again"),
+        (b"{}", 'config.json is no DetailFlow config: it lacks "format": "detailflow", so give another model, or get'),
+    ],
+)
+def test_a_damaged_config_is_named_with_what_to_do(
+    kind: str, content: bytes, problem: str, model: Path, tmp_path: Path
+):
+    """In a folder with both models."""
+    folder = Path(shutil.copytree(model, tmp_path / "both"))
+    (folder / kind / "config.json").write_bytes(content)
+    with pytest.raises(DetailFlowError) as refused:
+        DetailFlowPipeline.from_pretrained(folder)
+    assert str(refused.value).startswith(f"{folder}/{kind}/{problem}")
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "gpt"])
+def test_a_wrong_value_is_named_with_its_config(kind: str, model: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(model, tmp_path / "both"))
+    path = folder / kind / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_tokens": "many"}))
+    with pytest.raises(
+        DetailFlowError, match=f"the {kind} config of .*/both: num_tokens must be an integer, not 'many'"
+    ):
+        DetailFlowPipeline.from_pretrained(folder)
 
 
 def test_config_of_something_else(saved: Path):

@@ -398,7 +398,7 @@ def test_bad_config(tokenizer: Path, text: str, message: str):
 
 def test_config_that_is_not_text(tokenizer: Path):
     (tokenizer / "config.json").write_bytes(b'{"a": "\xff"}')
-    assert "must be UTF-8" in error_of(tokenizer, "tokenizer")
+    assert "is not valid JSON (UTF-8 text" in error_of(tokenizer, "tokenizer")
 
 
 @pytest.mark.parametrize("value", ["32", 0, True, None, 1.5])

@@ -25,6 +25,7 @@ LONGEST_NAME = 100  # bytes of a file name that we make up; some file systems al
 LARGEST_TEXT = 32 * 2**20  # bytes of a settings or metadata file
 LARGEST_YAML = 2**18  # bytes; reading so many takes seconds
 MOST_VALUES = 100_000  # that the aliases of YAML may stand for
+_REMEDY = "correct the file, or get it again from where it came"
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -283,12 +284,12 @@ def read_json(path: Path) -> dict[str, Any]:
         with reading(path):
             content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
-        raise DetailFlowError(f"{path} is not valid JSON: {where}") from error
+        where = f"{error.msg}, line {error.lineno}, column {error.colno}"
+        raise DetailFlowError(f"{path} is not valid JSON ({where}): {_REMEDY}") from error
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         if isinstance(error, DetailFlowError):
             raise
-        raise DetailFlowError(f"{path} is not valid JSON: it must be UTF-8 text with one object") from error
+        raise DetailFlowError(f"{path} is not valid JSON (UTF-8 text with one object): {_REMEDY}") from error
     if not isinstance(content, dict):
-        raise DetailFlowError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+        raise DetailFlowError(f"{path} must hold a JSON object, not a {type(content).__name__}: {_REMEDY}")
     return content

@@ -347,7 +347,9 @@ def _read_config(folder: Path, kind: Kind) -> dict[str, Any]:
         raise DetailFlowError(problem)
     config = read_json(path)
     if config.pop("format", None) != "detailflow":
-        raise DetailFlowError(f'{path} is no DetailFlow config: it lacks "format": "detailflow"')
+        raise DetailFlowError(
+            f'{path} is no DetailFlow config: it lacks "format": "detailflow", so give another model, or get it again'
+        )
     check_kind(folder, config.pop("kind", None), kind)
     config.pop("published", None)  # what `convert` keeps of the published config
     return config

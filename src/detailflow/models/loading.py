@@ -27,7 +27,7 @@ def build(
 ) -> Network:
     """Return a network of these tensors in evaluation mode, as `dtype` or as they are; without initial weights."""
     source = str(source) if isinstance(source, Path) else source
-    sizes: Any = parse_settings(config_type, config, source)
+    sizes: Any = parse_settings(config_type, config, f"the {getattr(network, 'kind', 'model')} config of {source}")
     if (depth := _depth(sizes)) > len(tensors):
         raise DetailFlowError(
             f"{source}: the checkpoint does not fit its config: {len(tensors)} tensors are no {depth} layers"
