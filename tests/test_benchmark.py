@@ -216,7 +216,8 @@ def test_accuracy_of_a_model_that_differs(pipeline: DetailFlowPipeline):
         (["--other", "nothing"], "must be FILE.py:FUNCTION"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used here"),
-        (["--json", "."], "--json must be a file to write, and . is a folder"),
+        (["--json", "."], "cannot write .: it is a folder, not a file"),
+        (["--json", "/dev/null"], "cannot write /dev/null: it is no regular file"),
     ],
 )
 def test_wrong_options(

@@ -9,7 +9,16 @@ import pytest
 import yaml
 
 from detailflow.errors import DetailFlowError
-from detailflow.files import LARGEST_YAML, load_yaml, lock_folder, output_names, read_json, read_yaml, replacing
+from detailflow.files import (
+    LARGEST_YAML,
+    load_yaml,
+    lock_folder,
+    output_names,
+    read_json,
+    read_yaml,
+    replacing,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -169,3 +178,22 @@ def test_temporary_files_follow_no_link(tmp_path: Path):
     with replacing(tmp_path / "b") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "diary.txt").read_text() == "dear diary" and (tmp_path / "b").read_text() == "new"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "link to a pipe"])
+def test_only_a_regular_file_is_replaced(kind: str, tmp_path: Path):
+    path = tmp_path / "figures.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/null")
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    before, content = os.lstat(path).st_ino, names(tmp_path)
+    reason = "a folder, not a file" if kind == "folder" else "no regular file"
+    with pytest.raises(DetailFlowError, match=f"cannot write {path}: it is {reason}"):
+        write_json(path, {})
+    assert os.lstat(path).st_ino == before and names(tmp_path) == content

@@ -83,7 +83,11 @@ def output_names(names: Iterable[str]) -> list[str]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file beside `path` that takes its place at the end, or vanishes on an error."""
+    """Yield a temporary file beside `path` that takes its place at the end, or vanishes on an error.
+
+    Only a regular file, or a link to one, is replaced; a folder, a pipe or a device is an `OSError`.
+    """
+    check_regular(path)
     temporary = path.with_name(f".{shortened(path.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         open_own(temporary, os.O_WRONLY | os.O_EXCL).close()
@@ -217,7 +221,10 @@ def _remove_temporary(folder: Path, within: bool = True) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raise an `OSError` if `path` is no regular file: reading a pipe or a device may never end."""
+    """Raise an `OSError` if `path` is there and no regular file, which must be neither read nor replaced.
+
+    Reading a pipe or a device may never end.
+    """
     if path.is_dir():
         raise OSError(errno.EISDIR, "it is a folder, not a file", str(path))
     if path.exists() and not path.is_file():

@@ -1,5 +1,6 @@
 """`detailflow vary`, `encode` and `decode`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,21 @@ def test_images_behind_options_of_one_value(run: Any):
     assert vary.parser().parse_args(["--class", "cat", "--", "a.png"]).images == ["a.png"]
     picture("cat/b.png")
     assert run("vary", "cat", "--class", "cat", "--num", "1")[:2] == (0, "wrote 1 variation of b to outputs\n")
+
+
+def test_no_pipe_and_no_folder_is_replaced(run: Any):
+    picture("a.png")
+    assert run("encode", "a.png")[0] == 0
+    os.mkfifo("pipe.npz")
+    status, _, err = run("encode", "a.png", "--output", "pipe.npz")
+    assert status == 2 and "pipe.npz was not made by `detailflow encode`: move it, or choose another output" in err
+    for command, name in (("decode tokens.npz", "a-16-tokens.png"), ("vary a.png --num 1", "a-4-any-0.png")):
+        for make, remove in ((os.mkfifo, os.unlink), (os.mkdir, os.rmdir)):
+            make(name)
+            status, _, err = run(*command.split(), "--output", ".")
+            assert status == 2 and f"{name} was not made by `detailflow {command.split()[0]}`: move it" in err
+            remove(name)  # it is still there
+    assert sorted(path.name for path in Path().iterdir()) == ["a.png", "pipe.npz", "tokens.npz"]
 
 
 def test_no_file_of_the_users_own_is_replaced(run: Any):

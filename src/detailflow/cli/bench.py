@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detailflow.cli.common import DTYPES, Dtype, Parser, add_model_options, check_output
-from detailflow.errors import DetailFlowError
 from detailflow.progress import progress_bar
 from detailflow.settings import BatchSize, Location, PositiveInt
 
@@ -32,9 +31,11 @@ def main(argv: Sequence[str]) -> int:
     """Print the table."""
     options = vars(parser().parse_args(argv))
     if file := options.pop("json"):
+        from detailflow.files import check_regular, os_errors
+
         check_output(file.parent)
-        if file.is_dir() or not file.name:
-            raise DetailFlowError(f"--json must be a file to write, and {file} is a folder")
+        with os_errors(f"cannot write {file}"):
+            check_regular(file)
 
     from dataclasses import asdict
 
