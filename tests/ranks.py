@@ -44,6 +44,23 @@ def training_that_fails(command: list[str], bug: bool, wrong: int, rank: int) ->
     return main(command)
 
 
+def evaluation_that_fails(command: list[str], place: str, wrong: int, rank: int) -> int:
+    """Evaluate, with an error of rank `wrong` in one place."""
+    from detailflow.evaluation import features, gpt
+
+    def fail(*_: object, **__: object) -> object:
+        raise DetailFlowError("its own error")
+
+    owner, name = {
+        "features": (features, "load_extractor"),
+        "generation": (gpt._Run, "_make"),
+        "figures": (gpt, "compare_sets"),
+    }[place]
+    if rank == wrong:
+        setattr(owner, name, fail)
+    return main(command)
+
+
 def training_with_other_losses(command: list[str], rank: int) -> int:
     """Train; the validation losses fall on rank 0 and rise on the other."""
     losses = iter((1.0, 2.0, 3.0) if rank else (3.0, 2.0, 1.0))

@@ -138,6 +138,22 @@ def test_a_step_of_one_process(bug: bool, wrong: int, command: list[str], tmp_pa
     ]
 
 
+@pytest.mark.parametrize(("place", "wrong"), [("features", 1), ("generation", 0), ("generation", 1), ("figures", 0)])
+def test_an_evaluation_of_one_process(
+    place: str, wrong: int, model: Path, cifar: Path, feature_file: Path, tmp_path: Path
+):
+    """The other one is in a collective call, or waits for the figures, which the main one computes."""
+    many = {"num-samples": 20, "batch-size": 4, "features": feature_file, "reference": cifar}
+    options = many | {"model": model, "output": tmp_path / "report", "device": "cpu"}
+    command = ["evaluate", "gpt", *(f"--{name}={value}" for name, value in options.items())]
+    ends = launch(partial(ranks.evaluation_that_fails, command, place, wrong), tmp_path)
+    assert [status for status, _, _ in ends] == [2, 2], ends
+    assert complaints(ends[wrong][2]) == ["detailflow: error: its own error"]
+    gone = "detailflow: error: another process of this launch has ended: its own message says why"
+    assert complaints(ends[1 - wrong][2]) == ([] if place == "figures" else [gone])
+    assert not (tmp_path / "report").exists()
+
+
 def test_the_main_process_decides_which_step_is_the_best(command: list[str], tmp_path: Path):
     """Rounding may differ between ranks, and all of them must take part in a checkpoint."""
     output = tmp_path / "run"
