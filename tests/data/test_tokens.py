@@ -86,8 +86,7 @@ def test_going_on_ends_in_the_same_bytes(store, tmp_path):
         DetailFlowError, match="no token store .*: repeat the `detailflow extract` that was not finished"
     ):
         TokenStore.open(directory)
-    (directory / ".manifest.json.123.tmp").write_text("{")  # as a killed process leaves it
-    (directory / "unfinished" / ".chunk-000002.json.123.tmp").write_text("{")
+    (directory / "unfinished" / ".chunk-000002.json.12-0123abcd.tmp").write_text("{")  # as a killed process leaves it
     odd = ('{"crc32": 1}', '{"crc32": "x", "unreadable": {}}', '{"crc32": 1, "unreadable": {"999": "x"}}', "[" * 10**5)
     for content in ("", *odd):  # as a power cut may leave it
         (directory / "unfinished" / "chunk-000000.json").write_text(content)

@@ -185,7 +185,7 @@ def test_validation_images_that_cannot_be_read(tmp_path: Path):
 
 
 def test_the_token_store_has_two_parts(validated_tokens: Path, cifar: Path, model: Path, tmp_path: Path):
-    """The same command goes on if one of them is missing."""
+    """The same command goes on if one of them is missing, and removes what a killed one left in either."""
     store, source = TokenStore.open(validated_tokens), open_images(cifar)
     validation = store.validation
     assert validation is not None
@@ -195,8 +195,10 @@ def test_the_token_store_has_two_parts(validated_tokens: Path, cifar: Path, mode
     assert store.ids() == [name for index, name in enumerate(names) if index not in chosen]
     copy = Path(shutil.copytree(validated_tokens, tmp_path / "copy"))
     (copy / "manifest.json").unlink()
+    for folder in (copy, copy / "validation"):
+        (folder / ".manifest.json.12-0123abcd.tmp").touch()
     again = extract(Extraction(str(cifar), str(model), crops="two", val_share=0.3), copy, "cpu")
-    assert again.fingerprint == store.fingerprint
+    assert again.fingerprint == store.fingerprint and not list(copy.rglob("*.tmp"))
     assert json.loads((copy / "manifest.json").read_text())["validation"] == validation.fingerprint
     with pytest.raises(DetailFlowError, match="holds tokens of other images"):
         extract(Extraction(str(cifar), str(model), crops="two"), copy, "cpu")

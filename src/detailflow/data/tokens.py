@@ -181,7 +181,8 @@ class TokenStore:
 class TokenWriter:
     """Write a store: any number of processes write its chunks, each once, in any order.
 
-    A process may be killed at any moment and another go on. The store's bytes depend on nothing but what is written.
+    A process may be killed at any moment and another go on: `lock_folder` removes the temporary files that it left. The
+    store's bytes depend on nothing but what is written.
 
     Args:
         labels: (slots,) of all images in the source, or (slots, most) if they have several; see `ImageSource`.
@@ -233,7 +234,6 @@ class TokenWriter:
                 shutil.rmtree(self.directory / _UNFINISHED, ignore_errors=True)
                 (self.directory / _UNFINISHED).mkdir(parents=True)
                 folder.write(identity)
-            self._remove_temporary()
             with replacing(self.directory / _IDS) as temporary:
                 temporary.write_bytes(lines)
             with open_own(self.directory / _CODES, os.O_RDWR) as file:  # sparse until it is written
@@ -327,14 +327,7 @@ class TokenWriter:
                     found[chunk] = {"crc32": record["crc32"], "unreadable": unreadable}
         return found
 
-    def _remove_temporary(self) -> None:
-        """Remove what a run left that was killed while it wrote."""
-        for name in (_IDS, _LABELS, _MORE_LABELS, _MANIFEST):
-            for temporary in self.directory.glob(f".{name}.*.tmp"):
-                temporary.unlink()
-
     def _remove_records(self) -> None:
-        self._remove_temporary()
         if (self.directory / _UNFINISHED).exists():
             shutil.rmtree(self.directory / _UNFINISHED)
 
