@@ -109,4 +109,5 @@ def test_the_reference_has_every_option():
         parser = commandline.parser_of(*words)
         for option in parser._option_string_actions if parser else ():
             assert option in ("-h", "--help") or f"`{option}`" in text, option
+    assert "**Positional arguments**" in text and "| `IMAGE` … |" in text and "| `FILE` |" in text
     assert text.count("| |") < 60  # rows without a word on what they mean are only heads of tables

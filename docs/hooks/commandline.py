@@ -74,11 +74,9 @@ def _described(words: tuple[str, ...]) -> Iterator[str]:
         else {}
     )
     yield from (_plain(parser.description or ""), "", "```text", (parser.usage or "").strip(), "```", "")
-    for group in parser._action_groups:
-        title, _, _ = (group.title or "").partition(";")
-        rows = [(action, _plain(_help(parser, action))) for action in group._group_actions if action.dest != "help"]
-        if not rows:
-            continue
+    for heading, actions in parser.sections.items():
+        title, _, _ = heading.partition(";")
+        rows = [(action, _plain(_help(parser, action))) for action in actions if action.dest != "help"]
         yield from (f"**{title[:1].upper()}{title[1:]}**", "")
         if title.startswith("settings"):
             yield from ("| setting | default | |", "|---|---|---|")

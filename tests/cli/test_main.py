@@ -155,7 +155,7 @@ def test_without_the_extra(tmp_path: Path, model: Path):
         "data fotos": f"fotos does not exist: give {sets} (owner/name)",
         "train --data fotos --output run": f"fotos does not exist: give {sets} (owner/name)",
         f"reconstruct bild --model {model}": f"bild does not exist: give an image file, {sets} (owner/name)",
-        f"vary images/0/a.png cat --model {model}": f"cat does not exist: give an image file, {sets} (owner/name)",
+        f"vary images/0/a.png kat --model {model}": f"kat does not exist: give an image file, {sets} (owner/name)",
     }
     helps = [*(f"{page} --help" for page in ("train", "train tokenizer", "train gpt", "extract", "evaluate gpt"))]
     plain = [f"generate --model {model}", "data images", f"reconstruct images --model {model}"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, cast, get_args, get_origin
 
 from detailflow.errors import DetailFlowError
 from detailflow.sampling import OFF, EngineName, SamplingConfig
@@ -23,7 +23,11 @@ MODEL = "a folder, hub name[@revision] or detailflow-16"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of one command, whose mistakes are `DetailFlowError`s and whose help fits a screen."""
+    """A parser of one command, whose mistakes are `DetailFlowError`s and whose help fits a screen.
+
+    Attributes:
+        sections: what was added below each heading, in the order of the help.
+    """
 
     def __init__(self, command: str, operands: str, description: str, add_help: bool = True, column: int = 30) -> None:
         width = min(shutil.get_terminal_size().columns - 2, 98)
@@ -36,11 +40,18 @@ class Parser(argparse.ArgumentParser):
             add_help=add_help,
             exit_on_error=False,
         )
-        self.group: Any = self
+        self.sections: dict[str, list[argparse.Action]] = {}
+        self._group, self._title = cast(Any, self), ""
 
     def heading(self, title: str) -> None:
         """Begin a group of options."""
-        self.group = self.add_argument_group(title)
+        self._group, self._title = self.add_argument_group(title), title
+
+    def add(self, name: str, *others: str, **options: Any) -> None:
+        """Add an argument of argparse's own kind below the last heading."""
+        action = self._group.add_argument(name, *others, **options)
+        title = self._title or ("options" if name.startswith("-") else "positional arguments")  # as argparse has it
+        self.sections.setdefault(title, []).append(action)
 
     def option(
         self, name: str, kind: Any = str, default: Any = None, help: str = "", metavar: str | None = None, **more: Any
@@ -52,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         """
         if kind is bool:
             action = argparse.BooleanOptionalAction if default else "store_true"
-            self.group.add_argument(name, action=action, default=bool(default), help=help)
+            self.add(name, action=action, default=bool(default), help=help)
             return
         if get_origin(kind) is tuple:
             kind = get_args(kind)[0]
@@ -60,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         if "(default: " not in help and default:
             help += " (default: %(default)s)"
         read = reader(name if name.startswith("-") else metavar or name, kind)
-        self.group.add_argument(name, type=read, default=default, metavar=metavar, help=help, **more)
+        self.add(name, type=read, default=default, metavar=metavar, help=help, **more)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Return the options; underscores and dashes in their names are the same."""
@@ -165,9 +176,7 @@ def add_sampling_options(parser: Parser, several: bool = False) -> None:
 
         values: dict[str, Any] = {"nargs": "+", "default": [None]} if several else {}
         metavar = setting.name.rpartition("_")[2].upper()
-        parser.group.add_argument(
-            name, type=read_or_off, metavar=metavar, help=setting.documentation.rstrip("."), **values
-        )
+        parser.add(name, type=read_or_off, metavar=metavar, help=setting.documentation.rstrip("."), **values)
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:

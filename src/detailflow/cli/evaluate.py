@@ -89,7 +89,7 @@ def gpt_parser() -> Parser:
     result.option("--num-samples", PositiveInt, 50_000, "images; for a quick look: 1000", "N")
     result.option("--labels", default="balanced", help="balanced or random (default: balanced)", metavar="HOW")
     seeds: dict[str, Any] = {"type": reader("--seeds", Seed), "nargs": "+", "default": [0], "metavar": "S"}
-    result.add_argument("--seeds", "--seed", help="several show the spread (default: 0)", **seeds)
+    result.add("--seeds", "--seed", help="several show the spread (default: 0)", **seeds)
     result.option("--keep-samples", bool, help="leave the images in DIR/samples, as .npz")
     add_sampling_options(result, several=True)
     result.option("--num-tokens", Numbers, [None], "stop after N tokens (default: all)", "N")

@@ -72,7 +72,7 @@ def make_parser(kind: Any, command: str, summary: str, can_plan: bool, page: str
     if can_plan:
         parser.option(DRY_RUN, bool, help="only say the cost: memory, time, disk")
     about = "this help, or that of a setting or group"
-    parser.group.add_argument("--help", default=argparse.SUPPRESS, metavar="NAME", help=about)
+    parser.add("--help", default=argparse.SUPPRESS, metavar="NAME", help=about)
     settings = list(list_settings(kind))
     groups = {setting.name.partition(".")[0] for setting in settings if "." in setting.name}
     if page and not any(setting.name.startswith(page) for setting in settings):
@@ -85,7 +85,7 @@ def make_parser(kind: Any, command: str, summary: str, can_plan: bool, page: str
     parser.heading(f"settings, with their defaults{more}")
     for setting in settings:
         name = f"--{setting.name}"
-        parser.group.add_argument(
+        parser.add(
             name, dest=setting.name, type=reader(name, setting.type), default=argparse.SUPPRESS,
             metavar=_plain(setting), help=_help(setting, page),
         )  # fmt: skip
