@@ -50,3 +50,8 @@ def test_the_files_have_all_columns(tmp_path: Path):
     assert train.column_names == test.column_names == ["image", "name"]
     assert f"train.parquet: {train.num_rows} images" in printed and test.num_rows == 300
     assert not set(train["image"].to_pylist()) & set(test["image"].to_pylist())
+    balanced = pq.read_table(tmp_path / "parts" / "balanced.parquet")["name"].to_pylist()
+    for name, times in {"thing": 3, "person": 1}.items():
+        ours = [given for given in train["name"].to_pylist() if given and given.startswith(name)]
+        assert sorted(given for given in balanced if given and given.startswith(name)) == sorted(times * ours)
+    assert balanced.count(None) == 3 * 40
