@@ -14,7 +14,7 @@ from detailflow.cli.settings import read_request, recipe_file
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.growing import grow_tokenizer
-from detailflow.settings import parse_settings
+from detailflow.settings import flat, parse_settings
 from detailflow.training.all_stages import train_all
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
 from detailflow.training.presets import FINE_TUNE, PRESETS, SIDES, AllStages, load_settings, tokenizer_sizes
@@ -215,3 +215,10 @@ def test_own_256_grows_from_own_128():
     assert {name: tensor.shape for name, tensor in grown.items()} == {
         name: tensor.shape for name, tensor in after.state_dict().items()
     }
+
+
+def test_own_256_is_own_128_but_for_its_size():
+    """Each file is whole, so that one can be read and copied alone; what the two share stays the same in both."""
+    small, large = (dict(flat(asdict(read(f"own-{side}/tokenizer")))) for side in (128, 256))
+    others = {name for name in small if small[name] != large[name]}
+    assert others == {"model.image_size", "model.num_tokens", "loop.accumulate"}

@@ -170,10 +170,12 @@ def _nested(folder: Path, kind: Kind) -> Path:
     if _holds_model(folder):
         other = _other_half(folder, kind)
         return folder if other is None or _is_of(folder, kind) else other
+    found: list[Path] = []
     with reading(folder):
-        found = [child for child in sorted(folder.iterdir()) if _holds_model(child) and _is_of(child, kind)]
-    if os.path.isdir(named := folder / kind):  # goes before others, but for published ones, whose pair may be meant
-        found = [named, *(child for child in found if child != named and is_published(child))]
+        children = sorted(folder.iterdir())
+        if os.path.isdir(named := folder / kind):  # goes before others, but for published ones, whose pair may be meant
+            found, children = [named], [child for child in children if child != named and is_published(child)]
+        found += [child for child in children if _holds_model(child) and _is_of(child, kind)]
     if len(found) > 1:
         names = ", ".join(child.name for child in found)
         paired = next((child for child in found if _other_half(child, "gpt") or _other_half(child, "tokenizer")), None)
