@@ -10,7 +10,7 @@ from PIL import Image
 
 from detailflow.cli import bench, classes, convert, data, evaluate, generate, reconstruct, serve, train
 from detailflow.cli import settings as cli_settings
-from detailflow.cli.common import Parser
+from detailflow.cli.common import Parser, check_apart
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
 from detailflow.sampling import SamplingConfig, SamplingOptions
@@ -180,3 +180,40 @@ def test_a_revision_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytest.
     assert main(["convert", "me/model@v3", "--output", "converted"]) == 0
     assert {revision for _, revision in asked} == {"v1", "refs/pr/1", "v2", "v3"}
     assert {repository for repository, _ in asked} == {"me/model"}
+
+
+@pytest.mark.parametrize(
+    ("data", "output", "message"),
+    [
+        ("photos", "photos", "photos is your data: choose another --output, such as runs/photos"),
+        ("photos/", "./photos/../photos", "photos/../photos is your data: choose another --output, such as runs/"),
+        ("photos", "photos/runs/a", "photos/runs/a is in your data, photos: choose another --output, such as runs/p"),
+        ("~/photos", "photos/new", "photos/new is in your data, ~/photos: choose another --output, such as runs/photo"),
+        ("photos", "link/new", "link/new is in your data, photos: choose another --output, such as runs/photos"),
+        ("photos", "runs/photos", ""),
+        ("photos", "photos-run", ""),
+        ("photos/cat", "photos", ""),
+        ("owner/name", "owner/name", ""),
+        ("photos/a.tar", "photos", ""),
+    ],
+)
+def test_no_output_in_the_data(data: str, output: str, message: str, home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(home)
+    (home / "photos" / "cat").mkdir(parents=True)
+    (home / "photos" / "a.tar").write_text("")
+    (home / "link").symlink_to("photos")
+    if message:
+        with pytest.raises(DetailFlowError) as caught:
+            check_apart(Path(output), data)
+        assert str(caught.value).startswith(message)
+    else:
+        check_apart(Path(output), data)
+
+
+def test_the_folder_that_is_suggested_is_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    for where, named in (("photos", "../runs/photos"), ("photos/cat", "../../runs/photos")):
+        monkeypatch.chdir(tmp_path / where)
+        with pytest.raises(DetailFlowError, match=f"such as {named}$"):
+            check_apart(Path("run"), str(tmp_path / "photos"))
+        check_apart(Path(named), str(tmp_path / "photos"))

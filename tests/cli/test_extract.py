@@ -106,6 +106,7 @@ def test_bad_folders(folder: Path, model: Path, tmp_path: Path, capsys: pytest.C
         (folder, model / "gpt", "store", f"holds an AR model (gpt), not a tokenizer: give {model}, which holds both"),
         (folder, tmp_path / "empty", "store", "has no config.json"),
         (folder, model, "file", "is not a folder"),
+        (folder, model, folder / "a", f"{folder / 'a'} is in your data, {folder}: choose another --output, such as r"),
     ):
         assert main(extract(data, tokenizer, tmp_path / output)) == 2
         err = capsys.readouterr().err

@@ -16,6 +16,8 @@ from PIL import Image
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
 from detailflow.cli.main import main
 from detailflow.machine import Ceilings
+from detailflow.training.all_stages import describe_all
+from detailflow.training.presets import AllStages
 
 TINY = Path(__file__).parents[1] / "parity" / "tiny-32"
 SETTINGS = {
@@ -495,6 +497,10 @@ def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, 
         (["--data", "images", "--output", "run", "--lora", "4"], "--lora is for the AR model of a trained model"),
         (["--data", "images", "--output", "run", "--init", "nowhere"], "unknown model 'nowhere'"),
         (["--data", "images", "--output", "run", "--init", "a.yaml"], "a.yaml is a file: give the folder"),
+        (["--data", "images", "--output", "images"], "images is your data: choose another --output, such as runs/im"),
+        (["--data", "images", "--output", "images/run", "--dry-run"], "images/run is in your data, images: choose"),
+        (["tokenizer", "--config", "a.yaml", "--output", "images"], "images is your data: choose another --output"),
+        (["tokenizer", "--config", "a.yaml", "--output", "images", "--dry-run"], "images is your data: choose"),
         (["--data", "images"], "the following arguments are required: --output"),
         (["--output", "run"], "the following arguments are required: --data"),
         (["--data", "nowhere/at/all", "--output", "run"], "nowhere/at/all does not exist"),
@@ -549,6 +555,18 @@ def test_all_in_a_row_without_classes(folder: Path, cifar: Path, capsys: pytest.
 
 def tuned(model: Path | str, *argv: str) -> list[str]:
     return ["train", "--data", "images", "--init", str(model), "--output", "run", "--device", "cpu", *argv]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_plan_is_told_line_by_line(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is known at once need not wait for what has to be measured."""
+    wanted = AllStages("images", init=str(model))
+    lines = describe_all(wanted, Path("run"), "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("detailflow.training.all_stages.ceiling_of", None)
+        assert next(lines).startswith("images: 8 images in 2 classes")
+        assert next(lines).startswith(f"from {model}: ")
+    assert next(lines).startswith("tokens: ")
 
 
 @pytest.mark.usefixtures("quick")

@@ -200,3 +200,18 @@ def check_output(folder: Path) -> None:
         if not existing.is_dir():
             raise DetailFlowError(f"cannot write to {folder}: {existing} is not a folder")
         tempfile.TemporaryFile(dir=existing).close()
+
+
+def check_apart(output: Path, data: str | None) -> None:
+    """Check that `output` is not in the folder `data`, where what is written would be read as images and classes."""
+    folder = os.path.expanduser(data or "")
+    if not data or not os.path.isdir(folder):
+        return
+    place = Path(os.path.realpath(output))
+    inside = next((at for at in (place, *place.parents) if at.exists() and at.samefile(folder)), None)
+    if inside is None:
+        return
+    here = Path.cwd()
+    home = os.path.relpath(inside.parent) if inside in (here, *here.parents) else ""
+    what = f"{output} is your data" if inside == place else f"{output} is in your data, {data}"
+    raise DetailFlowError(f"{what}: choose another --output, such as {Path(home, 'runs', inside.name)}")

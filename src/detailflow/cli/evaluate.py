@@ -12,6 +12,7 @@ from detailflow.cli.common import (
     add_device_option,
     add_model_options,
     add_sampling_options,
+    check_apart,
     check_output,
     reader,
 )
@@ -246,6 +247,7 @@ def _compare(argv: Sequence[str], command: str, stack: ExitStack) -> None:
 
 def _start(args: argparse.Namespace, stack: ExitStack) -> "Context":
     """Check what would fail only after long work, join the ranks of this launch and lock the output folder."""
+    check_apart(args.output, getattr(args, "data", None))
     check_output(args.output)
 
     import matplotlib  # noqa: F401  # which a report needs at the end

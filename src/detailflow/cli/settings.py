@@ -7,7 +7,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detailflow.cli.common import Parser, add_device_option, check_output, reader
+from detailflow.cli.common import Parser, add_device_option, check_apart, check_output, reader
 from detailflow.errors import DetailFlowError
 from detailflow.settings import Location, Setting, checked, flat, list_settings, listed, parse_settings, unknown
 
@@ -37,7 +37,7 @@ def read_request(
 
     Args:
         sizes: returns what the model that `--init` names says of the settings; files and options go before it.
-        can_plan: whether there is `--dry-run`, which needs no output folder and does not look at it.
+        can_plan: whether there is `--dry-run`, which needs no output folder and does not look into it.
     """
     if not argv or "--help" in argv or "-h" in argv:
         after = [*argv[argv.index("-h" if "-h" in argv else "--help") + 1 :], "-"][0] if argv else "-"
@@ -55,6 +55,9 @@ def read_request(
     if sizes and values.get("init"):
         values = dict(flat(sizes(checked("init", values["init"], Location)))) | values
     settings = parse_settings(kind, values, advice=ADVICE)
+    for name in ("data", "val_data"):
+        if output is not None:
+            check_apart(output, getattr(settings, name, None))
     if not dry_run:
         if output is None:
             raise DetailFlowError("the following arguments are required: --output")

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from detailflow.cli.common import Parser, add_device_option, check_output
+from detailflow.cli.common import Parser, add_device_option, check_apart, check_output
 from detailflow.cli.settings import DRY_RUN, RECIPES, Request, read_request, read_settings_file, recipe_file
 from detailflow.errors import DetailFlowError, MissingPackageError, missing_package
 from detailflow.settings import Location, PositiveInt, flat, parse_settings, unknown
@@ -115,8 +115,10 @@ def _all(argv: Sequence[str]) -> None:
     options = vars(preset_parser().parse_args(list(argv) or ["--help"]))
     output, device, dry_run = options.pop("output"), options.pop("device"), options.pop("dry_run")
     wanted = AllStages(**options)
+    check_apart(output, wanted.data)
     if dry_run:
-        print(describe_all(wanted, output, device))
+        for line in describe_all(wanted, output, device):
+            print(line, flush=True)
         return
     check_output(output)
     train_all(wanted, output, device)

@@ -1,6 +1,7 @@
 """Tokenizer, extraction and AR model in a row: the newcomer's one command. It first says what it will do."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -54,35 +55,37 @@ def train_all(wanted: AllStages, output: Path, device: str | None = None) -> Non
     write_run_report(output, source, wanted.data, device)
 
 
-def describe_all(wanted: AllStages, output: Path, device: str | None = None) -> str:
-    """Return what `train_all` would do, "" on other ranks; no file is written or downloaded but configs of `init`."""
+def describe_all(wanted: AllStages, output: Path, device: str | None = None) -> Iterator[str]:
+    """Yield what `train_all` would do, each line as soon as it is known, and nothing on other ranks.
+
+    No file is written or downloaded but configs of `init`.
+    """
     world = planned_world()
     if not world.is_main:
-        return ""
+        return
     chosen = launched(device)[1] if world.size == 1 else torch.device(device or "cpu")
     source = open_images(wanted.data, split=wanted.split)
-    return "\n".join([source.summary, *outlook(stage_settings(wanted, source, output, chosen), source, world, chosen)])
+    yield source.summary
+    yield from outlook(stage_settings(wanted, source, output, chosen), source, world, chosen)
 
 
-def outlook(stages: StageSettings, source: ImageSource, world: World, device: torch.device) -> list[str]:
-    """Return lines on what the stages will do: sizes, and time and memory by a few real steps on this machine."""
-    lines, total = [stages.choice], 0.0
-    ceiling = ceiling_of(stages.gpt, device)
+def outlook(stages: StageSettings, source: ImageSource, world: World, device: torch.device) -> Iterator[str]:
+    """Yield lines on what the stages will do: sizes, and time and memory by a few real steps on this machine."""
+    yield stages.choice
+    total, ceiling = 0.0, ceiling_of(stages.gpt, device)
     if stages.tokenizer:
         plan = plan_tokenizer(stages.tokenizer, world, device)
         total += (seconds := plan.expected_seconds(*ceiling))
-        lines.append(f"tokenizer: {plan.brief(seconds)}")
+        yield f"tokenizer: {plan.brief(seconds)}"
     crops = stages.extraction.num_crops
     total += (seconds := extraction_seconds(stages.extraction, stages.sizes, len(source), world, device))
-    lines.append(f"tokens: {crops} crop{'s' if crops > 1 else ''} of each image: {describe_duration(seconds)}")
+    yield f"tokens: {crops} crop{'s' if crops > 1 else ''} of each image: {describe_duration(seconds)}"
     expected = Expected(len(source), crops, source.class_names, stages.sizes)
     plan = plan_gpt(stages.gpt, world, device, expected)
     total += (seconds := plan.expected_seconds(*ceiling))
-    lines.append(f"AR model: {plan.brief(seconds)}")
-    lines.append(
-        f"in all about {describe_duration(total)} on {device}, as busy as it is; Ctrl-C stops, the same command goes on"
-    )
-    return lines
+    yield f"AR model: {plan.brief(seconds)}"
+    about = f"in all about {describe_duration(total)} on {device}, if it stays as busy as now"
+    yield f"{about}; Ctrl-C stops, the same command goes on"
 
 
 def _copy_tokenizer(source: str, folder: Path) -> None:
