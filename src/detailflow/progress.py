@@ -1,9 +1,20 @@
 """The one progress bar: shown on a terminal, by the main process, if the work takes longer than two seconds."""
 
+import os
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 PERCENT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # for decoding steps, which say nothing to users
+
+
+def bar_width() -> dict[str, Any]:
+    """Return tqdm's options for a bar as wide as the terminal; on one with no columns it would show nothing."""
+    with suppress(OSError, ValueError, AttributeError):  # it is no terminal
+        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
+            return {"ncols": 80, "nrows": 24}
+    return {"dynamic_ncols": True}
 
 
 def progress_bar(
@@ -18,5 +29,5 @@ def progress_bar(
     """
     from tqdm import tqdm
 
-    options = {"delay": 2, "leave": False, "disable": None, "dynamic_ncols": True, **options}
+    options = {"delay": 2, "leave": False, "disable": None, **bar_width(), **options}
     return tqdm(items, desc=desc, unit=unit, total=total, **options | ({} if main else {"disable": True}))

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from detailflow.cli.main import main
+from detailflow.errors import MissingPackageError
 
 
 @pytest.fixture
@@ -32,10 +33,11 @@ def test_all_that_is_known(photos: Path, capsys: pytest.CaptureFixture[str]):
     out, err = capsys.readouterr()
     assert err == ""
     line, *rest = out.splitlines()
-    expected = f"{photos}: 13 images in 3 classes (cat 4, dog 5, fish 4), 16×8 to 17×11; "
+    expected = f"{photos}: 13 images in 3 classes (cat 4, dog 5, fish 4), 1 of them unreadable, 16×8 to 17×11; "
     assert line == expected + "left aside: 1 archive (all.zip), 1 .txt"
     shown = "\n".join(rest)
     assert "  cat   4\n  dog   5\n  fish  4" in shown and "sizes: 16×8 to 17×11, most often 16×8 (2)" in shown
+    assert "\nwhat to expect: 13 images are enough to see that everything works. " in shown
     assert "left aside: 1 .txt (not the suffix of an image file)\n  fish/notes.txt" in shown and "unpack them" in shown
     assert f"unreadable: 1\n  {photos}/fish/3.png is not an image" in shown
     assert f"the same file several times: 1\n  {photos}/cat/0.png = {photos}/dog/4.png" in shown
@@ -49,6 +51,7 @@ def test_the_same_as_json(photos: Path, capsys: pytest.CaptureFixture[str]):
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == 13 and found["classes"] == {"cat": 4, "dog": 5, "fish": 4} and found["usable"]
     assert found["split"] == "train" and found["splits"] == {"train": 13, "val": 4}
+    assert found["expect"].startswith("13 images are enough to see")
     assert found["sizes"] == {"smallest": [16, 8], "largest": [18, 11]}
     assert found["left_aside"] == {"archive": ["all.zip"], ".txt": ["fish/notes.txt"]}
     assert [[Path(name).name for name in group] for group in found["duplicates"]] == [["0.png", "4.png"]]
@@ -56,6 +59,46 @@ def test_the_same_as_json(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["data", str(photos.parent / "splits"), "--split", "val", "--json"]) == 0
     (warning,) = json.loads(capsys.readouterr().out)["warnings"]
     assert "dog is a link to /nowhere, which is not there" in warning
+
+
+def test_the_first_line_has_the_sizes_of_all_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Other commands look at 256 of them, evenly spread."""
+    for index in range(300):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index:03d}.png")
+    Image.new("RGB", (99, 9)).save(tmp_path / "006.png")
+    assert "006" not in [f"{number * 300 // 256:03d}" for number in range(256)]
+    assert main(["data", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{tmp_path}: 300 images without classes, 8×8 to 99×9"
+
+
+def test_what_was_meant(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("detailflow.data.tables.import_datasets", _missing)
+    for given, said in (
+        ("photoz", "photoz does not exist: did you mean photos?"),
+        ("./photoz", "./photoz does not exist: did you mean ./photos?"),
+        ("photos/fsh/", "photos/fsh/ does not exist: did you mean photos/fish?"),
+        ("else", "else does not exist: give a folder of images, .parquet or .tar files, or a hub name (owner/name)"),
+        ("photos/all.zip", "photos/all.zip is an archive, which is not read: unpack it, and give the folder"),
+    ):
+        assert main(["data", given]) == 2
+        assert capsys.readouterr().err == f"detailflow: error: {said}\n"
+
+
+def _missing(*_: object) -> None:
+    raise MissingPackageError("datasets")
+
+
+def test_a_name_that_is_not_on_the_hub_either(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("datasets", reason="needs detailflow[train]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", _missing)  # which needs a network
+    assert main(["data", "photoz"]) == 2
+    assert capsys.readouterr().err.endswith("a data set of that name: did you mean photos?\n")
 
 
 def test_sets_that_cannot_be_used(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -37,7 +37,7 @@ def test_a_text_file_among_many_images(folder: Path, model: Path, tmp_path: Path
     out, err = capsys.readouterr()
     assert f"skipped: {folder / 'b' / '100.png'} is not an image" in out
     assert "1 of 300 images could not be read and were left out" in out
-    assert out.endswith(f"299 images, 2 crops each, in {tmp_path / 'store'}\n") and "extract" in err  # the progress bar
+    assert out.endswith(f"299 images, 2 crops each, in {tmp_path / 'store'}\n") and "tokens" in err  # the progress bar
     store = TokenStore.open(tmp_path / "store")
     assert np.bincount(store.labels).tolist() == [100, 99, 100]
     before = {p: Path(p).read_bytes() for p in written(tmp_path)}

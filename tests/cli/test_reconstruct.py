@@ -99,17 +99,19 @@ def test_every_mode(mode: str, suffix: str, model: Path, tmp_path: Path, capsys:
     assert all(math.isfinite(float(cell)) for cell in capsys.readouterr().out.splitlines()[1].split()[1:])
 
 
-def test_files_of_one_name_are_kept_apart(model: Path, tmp_path: Path):
+def test_files_of_one_name_are_kept_apart(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By their folders, or else by a number."""
     images = []
-    for i, name in enumerate(("a/x.png", "b/X.png", "c/x.png", "x-2.png")):
+    for i, name in enumerate(("in/a/x.png", "in/b/X.png", "in/x.png", "a-x.png", "y.png", "y.gif")):
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (i, i, i)).save(path)
         images.append(path)
     assert reconstruct(model, tmp_path / "out", *images) == 0
     names = sorted(path.name for path in (tmp_path / "out").glob("*-strip.png"))
-    assert len(list((tmp_path / "out").iterdir())) == 8
-    assert names == ["X-2-strip.png", "x-2-2-strip.png", "x-3-strip.png", "x-strip.png"]
+    expected = ["a-x", "b-X", "x", "a-x-2", "y", "y-2"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == expected
+    assert len(list((tmp_path / "out").iterdir())) == 12 and names == sorted(f"{name}-strip.png" for name in expected)
 
 
 @pytest.mark.parametrize("name", ["a" * 246, "é" * 120, "猫" * 80])

@@ -15,8 +15,10 @@ from PIL import Image
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
 from detailflow.cli.main import main
+from detailflow.data.images import open_images
 from detailflow.machine import Ceilings
 from detailflow.training.all_stages import describe_all
+from detailflow.training.inputs import images_input
 from detailflow.training.presets import AllStages
 
 TINY = Path(__file__).parents[1] / "parity" / "tiny-32"
@@ -537,7 +539,10 @@ def test_all_in_a_row_without_classes(folder: Path, cifar: Path, capsys: pytest.
         shutil.copy(path, "flat")
     assert main(everything("flat", count="1")) == 0
     out = capsys.readouterr().out
-    assert out.endswith("done: detailflow generate --model run\n")
+    after = "next: detailflow generate --model run; detailflow serve --model run; open run/report.html\n"
+    assert out.endswith(after) and Path("run/report.html").exists()
+    assert "\n10 images are enough to see that everything works. A model stays noise" in out
+    assert "held out for validation, too few to choose the best step well: 20 or more would be better\n" in out
     assert '"perceptual": ' in Path("run/tokenizer/log.jsonl").read_text()
     assert main(["generate", "--model", "run", "--output", "pictures", "--no-grid"]) == 0
     assert files(folder / "pictures") == ["0000-image.png"]
@@ -551,6 +556,18 @@ def test_all_in_a_row_without_classes(folder: Path, cifar: Path, capsys: pytest.
         "run holds a tokenizer and no AR model, whose training has not begun: repeat the training command to go on\n"
     )
     assert capsys.readouterr().err.endswith(f"detailflow: error: {problem}")
+
+
+def test_a_folder_of_another_data_set(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """That is said at once, and of the folder that was given."""
+    Path("run/tokenizer").mkdir(parents=True)
+    known = images_input(open_images("images")).read()
+    write("run/tokenizer/run.yaml", {"kind": "tokenizer", "known_by": {"data": known}})
+    Path("images/odd/7.png").unlink()
+    facts = "8 images in 2 classes then, 7 images in 2 classes now; changed: odd 4 → 3"
+    said = f"run holds a run that was begun with other images ({facts}): choose another folder"
+    assert complaint(everything("images"), capsys) == said
+    assert complaint(everything("images", "--dry-run"), capsys) == said
 
 
 def tuned(model: Path | str, *argv: str) -> list[str]:
@@ -578,8 +595,9 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     assert not Path("run").exists() and dry[0].startswith("images: 8 images in 2 classes")
     start = f"from {model}: its tokenizer as it is, and its AR model, which knows 0 of these 2 classes by name"
     assert dry[1] == start and dry[2].startswith("tokens: 10 crops of each image: ")
-    assert "parameters, up to 2 steps of 32 images: up to" in dry[3] and dry[4].startswith("in all about ")
-    assert len(dry) == 5
+    assert "parameters, up to 2 steps of 32 images: up to" in dry[3] and dry[5].startswith("in all about ")
+    assert dry[4].startswith("disk: about ") and dry[4].endswith("B for checkpoints, tokens and the model")
+    assert len(dry) == 6
     assert main([*argv, "--no-flip", "--dry-run"]) == 0
     assert "\ntokens: 5 crops of each image: " in capsys.readouterr().out
 

@@ -211,7 +211,10 @@ def test_suffixes_that_need_more_are_named(folder):
     source = open_images(folder)
     assert source.counts == ALL
     assert "1 file without a suffix (dog/LICENCE)" in source.summary
-    assert "2 .heic (read by pillow-heif)" in source.summary and "1 .nef (read by rawpy" in source.summary
+    assert (
+        "2 .heic (needs pillow-heif: pip install pillow-heif)" in source.summary
+        and "1 .nef (convert these to" in source.summary
+    )
     shutil.rmtree(folder / "fish")
     (folder / "fish").mkdir()
     (folder / "fish" / "a.heic").write_text("x")

@@ -242,7 +242,7 @@ def test_images_that_a_shard_holds_beside_are_named(tmp_path, content):
         ".dng": ["2.dng"],
         "link": ["3.png", "4.png"],
     }
-    assert "2 links (3.png, 4.png)" in source.summary and "1 .dng (read by rawpy" in source.summary
+    assert "2 links (3.png, 4.png)" in source.summary and "1 .dng (convert these to JPEG first)" in source.summary
 
 
 def test_folders_in_a_shard_may_be_classes(tmp_path, content):

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +159,41 @@ def test_a_whole_prefix(folder: Path, tmp_path: Path):
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_small_set_has_small_chunks_and_keeps_those_that_it_was_begun_with(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = open_images(folder)
+    assert extraction.chunk_images(tmp_path, source) == 64
+    assert extraction.chunk_images(tmp_path, source.subset([0] * 5000)) == 5000 // 32
+    assert extraction.chunk_images(tmp_path, source.subset([0] * 50_000)) == 512
+    store = run(folder, model, tmp_path / "a", crops="two")
+    before = files_in(store.directory)
+    monkeypatch.setattr(extraction, "CHUNK_IMAGES", 8)
+    assert extraction.chunk_images(tmp_path / "a", source) == 64
+    assert files_in(run(folder, model, tmp_path / "a", crops="two").directory) == before
+
+
+def test_ctrl_c_says_where_it_goes_on(folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is on disk by then stays, and the store is the same in the end."""
+    monkeypatch.setattr(extraction, "CHUNK_IMAGES", 8)
+    whole = run(folder, model, tmp_path / "whole", crops="two")
+    write, done = TokenWriter.write, list[int]()
+
+    def stopping(self: TokenWriter, chunk: int, *more: Any) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(chunk)
+        write(self, chunk, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenWriter, "write", stopping)
+        with pytest.raises(
+            KeyboardInterrupt, match="^interrupted after the tokens of 8 of 20 images: the same command"
+        ):
+            run(folder, model, tmp_path / "a", crops="two")
+    assert files_in(run(folder, model, tmp_path / "a", crops="two").directory) == files_in(whole.directory)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -32,10 +32,12 @@ from detailflow.training.plan import (
     Expected,
     Network,
     Plan,
+    describe_duration,
     networks_of,
     plan_gpt,
     plan_tokenizer,
     planned_world,
+    rough_bytes,
 )
 from detailflow.training.tokenizer import TokenizerStage
 
@@ -262,6 +264,31 @@ def test_sums():
     assert plan.seconds(1000.0, 0.5) == 100 * 500 / 500
 
 
+def test_the_disk_that_a_run_takes():
+    """Its last checkpoints, milestones, the best one by validation, and the model."""
+    one, model = 12 * 1100, 4 * 1000
+    assert of(replace(LOOP, keep=2, val_every=0)).disk_bytes == 2 * one + model
+    assert of(replace(LOOP, keep=2, val_every=10)).disk_bytes == 3 * one + model
+    assert of(replace(LOOP, keep=2, steps=100, val_every=10, milestone_every=25)).disk_bytes == 7 * one + model
+    assert of(replace(LOOP, keep=2, steps=1, val_every=10)).disk_bytes == one + model
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0.2 seconds"), (119, "120 seconds"), (120, "2 minutes"), (4014, "67 minutes"), (62_640, "17 hours")],
+)
+def test_a_duration_in_two_digits(seconds: float, text: str):
+    assert describe_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(512, "510 bytes"), (1234, "1.2 kB"), (466.7e6, "470 MB"), (2e9, "2 GB"), (1.234e15, "1,200,000 GB")],
+)
+def test_bytes_in_two_digits(size: float, text: str):
+    assert rough_bytes(size) == text
+
+
 def test_sums_of_several_processes():
     plan = of(replace(LOOP, accumulate=2, checkpoint_activations=True, precision="fp32"), world=4, ema=True)
     assert plan.operations == 4 * 600 and plan.checkpoint_bytes == 16 * 1100
@@ -284,7 +311,8 @@ def test_the_time_by_steps_that_were_tried():
     assert plan.seconds(1000.0, 0.5) == 100.0 and plan.expected_seconds(1000.0, 0.5) == 100 * 2.0
     assert plan.expected_seconds(10.0, 0.5) == plan.seconds(10.0, 0.5)  # 100 seconds a step are not tried
     assert of().expected_seconds(1000.0, 0.5) == 100.0
-    memory = f"{plan.all_memory / 1024:.1f} KiB of memory"
+    memory = "20 kB of memory"
+    assert plan.all_memory == 19_620
     assert plan.brief(200.0) == f"1,000 parameters, up to 100 steps of 16 images: up to 3.3 minutes, {memory}"
     assert of().brief(200.0).startswith("1,000 parameters, 100 steps of 16 images: 3.3 minutes")
 
@@ -334,7 +362,7 @@ def test_the_page():
     assert "tokens     128 of an image, 41.0G in all" in lines
     assert "processes  8 processes: 32 images of a step for each, in 4 parts of 8" in lines
     assert "products   64 TFLOP a step, 80.1 EFLOP in all" in lines
-    assert "time       about 17.4 hours, if every process reaches 40% of" in lines  # 80.1e18 / 8 / 160e12
+    assert "time       about 17 hours, if every process reaches 40% of" in lines  # 80.1e18 / 8 / 160e12
     assert "           the 400 TFLOP/s of bf16 products measured here on cuda" in lines
     assert any(line.endswith("for 1,254 checkpoints") for line in lines)
     assert "           10.0 GiB of tokens, which are there" in lines

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     """Print a report on the set."""
     args = parser().parse_args(argv)
 
-    from detailflow.data.source import size_range, tolerated
+    from detailflow.data.source import describe_amount, describe_sizes, size_range, tolerated
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are in `notes`, too
@@ -53,14 +53,15 @@ def main(argv: Sequence[str]) -> int:
         splits = dict(_count_splits(source, args))
     notes = source.notes
     sizes, unreadable, duplicates = _read_all(source)
-    ends = size_range(list(sizes))
+    ends, summary = size_range(list(sizes)), source.described(describe_sizes(list(sizes)), len(unreadable))
     report = {
         "data": source.where,
-        "summary": source.summary,
+        "summary": summary,
         "images": len(source),
         "classes": source.counts,
         "split": notes.split,
         "splits": splits,
+        "expect": describe_amount(len(source)),
         "sizes": {"smallest": ends[0], "largest": ends[-1]} if ends else None,
         "left_aside": notes.left_aside,
         "unreadable": unreadable,
@@ -140,6 +141,7 @@ def _as_text(report: dict[str, Any], sizes: Counter[tuple[int, int]]) -> Iterato
         (width, height), times = sizes.most_common(1)[0]
         often = f", most often {width}×{height} ({times:,})" if len(sizes) > 1 else ""
         yield from ("", f"sizes: {describe_sizes(list(sizes))}{often}")
+    yield from ("", f"what to expect: {report['expect']}")
     for kind, names in report["left_aside"].items():
         reason = f" ({why(kind)})" if why(kind) else ""
         yield from _list(f"left aside: {len(names):,} {plural(kind, len(names))}{reason}", names)

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,9 @@ class Inputs:
 
         self.given, self.left_out = given, list[DetailFlowError]()
         found: list[tuple[str, Reader]] = []
+        stems = _stems(given)
         for operand in progress_bar(given, desc="reading", unit="image"):
-            where, total, item = _open(operand, fit, tokens)
+            where, total, item = _open(operand, fit, tokens, stems)
             chosen: Iterable[int] = range(total)
             if most is not None and total > most:
                 note = f"{where}: {most:,} of its {total:,} images, evenly spread; {number} {total} takes all"
@@ -105,7 +107,24 @@ class Inputs:
             print(f"left out: {problem}", file=sys.stderr)
 
 
-def _open(operand: str, fit: "Fit", tokens: "Tokens | None") -> "tuple[str, int, Callable[[int], tuple[str, Reader]]]":
+def _stems(files: Sequence[str]) -> dict[str, str]:
+    """Return the name of each file without its suffix: cat/0 and dog/0 of a/cat/0.png and a/dog/0.png, else 0."""
+    alike: dict[str, list[str]] = {}
+    for file in files:
+        alike.setdefault(Path(file).stem.casefold(), []).append(file)
+    names = {file: Path(file).stem for file in files}
+    for several in alike.values():
+        folders = {os.path.dirname(os.path.abspath(file)) for file in several}
+        if len(folders) > 1:
+            with suppress(ValueError):  # on two drives
+                home = os.path.commonpath(folders)
+                names |= {file: os.path.splitext(os.path.relpath(file, home))[0] for file in several}
+    return names
+
+
+def _open(
+    operand: str, fit: "Fit", tokens: "Tokens | None", stems: Mapping[str, str]
+) -> "tuple[str, int, Callable[[int], tuple[str, Reader]]]":
     """Return what an operand is called, how many images it has, and the name and reader of each of them."""
     from detailflow.data.decode import image_suffixes
     from detailflow.data.folder import MANY
@@ -120,7 +139,7 @@ def _open(operand: str, fit: "Fit", tokens: "Tokens | None") -> "tuple[str, int,
     missing = path.suffix.lower() in image_suffixes() and not os.path.exists(path)
     if missing or (os.path.isfile(path) and path.suffix.lower() not in MANY):
         image = fit(load_rgb(operand))
-        return operand, 1, lambda _: (path.stem, lambda: image)
+        return operand, 1, lambda _: (stems[operand], lambda: image)
     try:
         source = open_images(operand)
     except NotThereError as error:

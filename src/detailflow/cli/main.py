@@ -32,6 +32,7 @@ COMMANDS = {  # each is the module of that name in this package, imported when a
 
 # Commands that show what the library logs; the standard output of reconstruct is its table.
 _SHOW_LOG = {
+    "generate": "stderr",
     "train": "stdout",
     "extract": "stdout",
     "evaluate": "stdout",

@@ -1,6 +1,7 @@
 """`detailflow train`: a tokenizer, an AR model, or all in a row from a preset."""
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,6 +110,7 @@ def preset_parser() -> Parser:
 
 
 def _all(argv: Sequence[str]) -> None:
+    from detailflow.distributed import World
     from detailflow.training.all_stages import describe_all, train_all
     from detailflow.training.presets import AllStages
 
@@ -122,4 +124,7 @@ def _all(argv: Sequence[str]) -> None:
         return
     check_output(output)
     train_all(wanted, output, device)
-    print(f"done: detailflow generate --model {output}")
+    if not World.from_launch().is_main:
+        return
+    model = shlex.quote(str(output))
+    print(f"next: detailflow generate --model {model}; detailflow serve --model {model}; open {output / 'report.html'}")

@@ -37,16 +37,18 @@ _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # formats 
 
 _COST = {"WEBP": 2, "JPEG2000": 2}  # how often a pixel counts: these decoders take sixteen bytes for it
 
-PLUGINS = {  # suffix → the package that reads such files
-    **dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif"),
-    ".jxl": "pillow-jxl-plugin",
-    **dict.fromkeys((".avif", ".avifs"), "pillow-avif-plugin"),
+REMEDIES = {  # suffix of images that are not read → what to do about it
+    **dict.fromkeys((".heic", ".heif", ".hif"), "needs pillow-heif: pip install pillow-heif"),
+    ".jxl": "needs pillow-jxl-plugin: pip install pillow-jxl-plugin",
+    **dict.fromkeys((".avif", ".avifs"), "needs pillow-avif-plugin: pip install pillow-avif-plugin"),
     **dict.fromkeys(
         (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw"),
-        "rawpy, which converts them",
+        "convert these to JPEG first",
     ),
-    ".dds": "nothing here: convert them to PNG",
-    **dict.fromkeys((".svg", ".eps", ".ps", ".pdf", ".ai", ".wmf", ".emf"), "nothing here: no raster image"),
+    ".dds": "convert these to PNG first",
+    **dict.fromkeys(
+        (".svg", ".eps", ".ps", ".pdf", ".ai", ".wmf", ".emf"), "no raster image: convert these to PNG first"
+    ),
 }
 _MODULES = (("pillow_heif", "register_heif_opener"), ("pillow_jxl", ""), ("pillow_avif", ""))
 

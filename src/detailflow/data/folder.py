@@ -22,7 +22,7 @@ _SYSTEM = frozenset((
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 ))  # fmt: skip
 _THUMBNAILS = ("thumbnails", "thumbs")  # smaller copies of the images beside them
-_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 
 _SPLITS = {  # as the `datasets` library names them, and a few more
     **dict.fromkeys(("train", "training", "trainval"), "train"),
@@ -130,7 +130,7 @@ def _leave_others(top: str, files: Iterable[str], taken: set[str], notes: Notes)
     for file in files:
         if file not in taken:
             suffix = _suffix(file)
-            notes.leave("archive" if suffix in _ARCHIVES else suffix or "file without a suffix", within(file, top))
+            notes.leave("archive" if suffix in ARCHIVES else suffix or "file without a suffix", within(file, top))
 
 
 def _is_saved(folder: str) -> bool:

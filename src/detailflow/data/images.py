@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from detailflow.data.decode import explained, image_suffixes, load_rgb, to_rgb
-from detailflow.data.folder import MANY, DataFiles, file_sizes, find_in_folder, first_folders, within
+from detailflow.data.folder import ARCHIVES, MANY, DataFiles, file_sizes, find_in_folder, first_folders, within
 from detailflow.data.parquet import open_parquet
 from detailflow.data.source import ImageSource, Notes, class_order, labelled, not_there, spread, tolerated
 from detailflow.data.tables import open_hub, open_saved
@@ -87,6 +87,8 @@ def find(data: str | os.PathLike[str], split: str | None = None) -> DataFiles:
         return find_in_folder(str(path), split)
     if is_file:
         if path.suffix.lower() not in MANY:
+            if path.suffix.lower() in ARCHIVES:
+                raise DetailFlowError(f"{data} is an archive, which is not read: unpack it, and give the folder")
             raise DetailFlowError(f"{data} is neither a folder of images nor a .parquet or .tar file")
         return DataFiles(path.suffix.lower(), data, [str(path)], Notes())
     if _RANGE.search(data):

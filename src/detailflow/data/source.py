@@ -9,18 +9,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from difflib import get_close_matches
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from detailflow.data.decode import PLUGINS, explained, image_size, load_rgb
+from detailflow.data.decode import REMEDIES, explained, image_size, load_rgb
 from detailflow.errors import DetailFlowError, NotThereError, printable
 from detailflow.labels import UNLABELLED
 
 _CLASSES_SHOWN, _NAMES_SHOWN, _KINDS_SHOWN = 10, 3, 6  # more are only counted
 _SIZES_READ = 256  # images whose headers are read for a summary
+_MOST_SIMILAR = 10_000  # entries of a folder that are compared with a name that is not there
 _MOST_CLASSES = 10**6
 _MOST_LABELS = 64  # of an image
 
@@ -59,15 +61,15 @@ class Notes:
 
 def _counted(kind: str, names: Sequence[str]) -> str:
     number = f"{len(names):,} {plural(kind, len(names))}"
-    if kind in PLUGINS:
+    if kind in REMEDIES:
         return f"{number} ({why(kind)})"
     return number if kind.startswith(".") or len(names) > _NAMES_SHOWN else f"{number} ({', '.join(names)})"
 
 
 def why(kind: str) -> str:
     """Return why files of a kind are left aside; "" if the kind itself tells."""
-    if kind in PLUGINS:
-        return f"read by {PLUGINS[kind]}"
+    if kind in REMEDIES:
+        return REMEDIES[kind]
     if kind == "archive":
         return "images in archives are not read between image files: unpack them, or give the archives alone"
     return "not the suffix of an image file" if kind.startswith(".") else ""
@@ -103,6 +105,26 @@ def describe_classes(counts: Mapping[str, int], total: int | None = None) -> str
         return f"{classes} ({', '.join(f'{name} {number:,}' for name, number in counts.items())})"
     fewest, most = min(counts.values()), max(counts.values())
     return f"{classes} of {fewest:,}{f' to {most:,}' if most > fewest else ''}"
+
+
+def describe_amount(images: int) -> str:
+    """Return what a model can learn from so many images and no others, a sentence or three."""
+    if images < 200:
+        can = "are enough to see that everything works. A model stays noise, or learns these very images by heart."
+    elif images < 2_000:
+        can = (
+            "are few. Expect their colours and rough shapes, and copies of single images after long training. Images "
+            "that are much alike, such as faces in one pose, go further than photographs of anything."
+        )
+    elif images < 20_000:
+        can = (
+            "teach what they have in common: layout, colours, textures. Things are recognisable if each class is alike."
+        )
+    elif images < 200_000:
+        can = "are what CIFAR-10 has: most classes become recognisable at small sizes, after hours rather than minutes."
+    else:
+        can = "are many: the size of the model and the time of training are the limit, not the images."
+    return f"{images:,} image{'s' * (images != 1)} {can}"
 
 
 def size_range(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -193,7 +215,14 @@ class ImageSource:
         text = describe_sizes(sizes)
         if text and count < len(self):
             text += f" ({count} looked at)"
-        return describe(self.where, describe_classes(self.counts, len(self)), text, self.notes)
+        return self.described(text)
+
+    def described(self, sizes: str, unreadable: int = 0) -> str:
+        """Return one line on the set, of which the sizes and the number of unreadable images are known."""
+        images = describe_classes(self.counts, len(self))
+        if unreadable:
+            images += f", {unreadable:,} of them unreadable"
+        return describe(self.where, images, sizes, self.notes)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -239,7 +268,18 @@ class ImageSource:
 def not_there(name: str, also: str = "") -> NotThereError:
     """Return the error that a set of images does not exist; `also` names what might be given besides sets."""
     sets = "a folder of images, .parquet or .tar files, or a hub name (owner/name)"
-    return NotThereError(f"{name} does not exist: give {also and f'{also}, '}{sets}")
+    give = f"give {also and f'{also}, '}{sets}"
+    return NotThereError(f"{name} does not exist: {similar(name) or give}")
+
+
+def similar(path: str) -> str:
+    """Return "did you mean photos?" of "photoz" if there is a folder or file of a similar name; else ""."""
+    folder, name = os.path.split(path.rstrip("/" + os.sep))
+    with suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
+        names = [entry.name for entry in islice(entries, _MOST_SIMILAR) if not entry.name.startswith(".")]
+        if close := get_close_matches(name, names, n=1, cutoff=0.75):
+            return f"did you mean {printable(os.path.join(folder, close[0]))}?"
+    return ""
 
 
 def count_classes(labels: np.ndarray, names: Sequence[str]) -> dict[str, int]:

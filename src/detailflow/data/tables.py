@@ -22,7 +22,7 @@ import numpy as np
 
 from detailflow.data.decode import explained
 from detailflow.data.folder import DataFiles, file_sizes
-from detailflow.data.source import ImageSource, labelled, not_there
+from detailflow.data.source import ImageSource, labelled, not_there, similar
 from detailflow.errors import DetailFlowError, MissingPackageError, first_line, missing_package, printable
 from detailflow.files import read_text
 
@@ -141,7 +141,10 @@ def load_hub(name: str, split: str, **options: Any) -> Any:
         reached = f"on the hub it cannot be opened as a data set ({first_line(error)})"
         if isinstance(error, ConnectionError):
             reached = "the hub cannot be reached to look for a data set of that name"
-        raise DetailFlowError(f"{name} is neither a file nor a folder here, and {reached}") from error
+        meant = similar(name)
+        raise DetailFlowError(
+            f"{name} is neither a file nor a folder here, and {reached}{meant and f': {meant}'}"
+        ) from error
 
 
 def _hub_id(name: str) -> str:

@@ -332,6 +332,15 @@ class TokenWriter:
             shutil.rmtree(self.directory / _UNFINISHED)
 
 
+def begun_chunk(directory: Path) -> int:
+    """Return how many images a chunk of the store has that is in a folder, or was begun there; 0 if there is none."""
+    found = None
+    for record in (_MANIFEST, _BEGUN):
+        with suppress(DetailFlowError):  # what uses the record will say so
+            found = found or RunFolder(directory, "tokens", record).read().get("chunk_images")
+    return found if type(found) is int and found > 0 else 0
+
+
 def _checksums(file: Path, size: int, pieces: Collection[int]) -> Iterator[tuple[int, int]]:
     """Yield (piece, checksum) of those pieces of a file, `size` bytes each."""
     bar = progress_bar(desc=f"check {file.name}", total=len(pieces) * size, unit="B", unit_scale=True)

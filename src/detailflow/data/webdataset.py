@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from detailflow.data.decode import PLUGINS, explained, image_suffixes
+from detailflow.data.decode import REMEDIES, explained, image_suffixes
 from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.source import ImageSource, Notes, labelled
 from detailflow.errors import DetailFlowError
@@ -165,7 +165,7 @@ class _Members:
             entries = json.loads(self._text(member))
             label = entries.get(self.label_column) if isinstance(entries, dict) else None
             self._put(self.json_labels, member, member.name[:-5], label)
-        elif last in PLUGINS:
+        elif last in REMEDIES:
             self.notes.leave(last, member.name)
 
     def _put(self, members: dict[str, Any], member: tarfile.TarInfo, key: str, value: Any) -> None:

@@ -8,12 +8,14 @@ import torch
 
 from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
+from detailflow.data.source import describe_amount
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.published import CONFIG_FILE
-from detailflow.training.checkpoints import of_loop, run_folder
+from detailflow.training.checkpoints import KNOWN_BY, of_loop, run_folder
 from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
+from detailflow.training.inputs import difference, images_input
 from detailflow.training.plan import (
     Expected,
     ceiling_of,
@@ -22,11 +24,13 @@ from detailflow.training.plan import (
     plan_gpt,
     plan_tokenizer,
     planned_world,
+    rough_bytes,
 )
 from detailflow.training.presets import AllStages, StageSettings, stage_settings
 from detailflow.training.run_report import write_run_report
 from detailflow.training.tokenizer import train_tokenizer
 
+TOKEN_BYTES = 3 * 2  # of each token of a crop: three rows of 16-bit codes
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +39,7 @@ def train_all(wanted: AllStages, output: Path, device: str | None = None) -> Non
     world, chosen = launched(device)
     with world.raise_together():
         source = open_images(wanted.data, split=wanted.split)
+        _check_data(output, source)
         stages = stage_settings(wanted, source, output, chosen)
         tokenizer, tokens, gpt = (output / name for name in ("tokenizer", "tokens", "gpt"))
         if stages.tokenizer and not wanted.init:
@@ -66,16 +71,20 @@ def describe_all(wanted: AllStages, output: Path, device: str | None = None) -> 
     chosen = launched(device)[1] if world.size == 1 else torch.device(device or "cpu")
     source = open_images(wanted.data, split=wanted.split)
     yield source.summary
+    _check_data(output, source)
     yield from outlook(stage_settings(wanted, source, output, chosen), source, world, chosen)
 
 
 def outlook(stages: StageSettings, source: ImageSource, world: World, device: torch.device) -> Iterator[str]:
     """Yield lines on what the stages will do: sizes, and time and memory by a few real steps on this machine."""
     yield stages.choice
-    total, ceiling = 0.0, ceiling_of(stages.gpt, device)
+    if not stages.gpt.init:
+        yield describe_amount(len(source))
+    total, disk, ceiling = 0.0, 0.0, ceiling_of(stages.gpt, device)
     if stages.tokenizer:
         plan = plan_tokenizer(stages.tokenizer, world, device)
         total += (seconds := plan.expected_seconds(*ceiling))
+        disk += plan.disk_bytes
         yield f"tokenizer: {plan.brief(seconds)}"
     crops = stages.extraction.num_crops
     total += (seconds := extraction_seconds(stages.extraction, stages.sizes, len(source), world, device))
@@ -83,7 +92,9 @@ def outlook(stages: StageSettings, source: ImageSource, world: World, device: to
     expected = Expected(len(source), crops, source.class_names, stages.sizes)
     plan = plan_gpt(stages.gpt, world, device, expected)
     total += (seconds := plan.expected_seconds(*ceiling))
+    disk += plan.disk_bytes + len(source) * crops * TOKEN_BYTES * stages.sizes.num_tokens
     yield f"AR model: {plan.brief(seconds)}"
+    yield f"disk: about {rough_bytes(disk)} for checkpoints, tokens and the model"
     about = f"in all about {describe_duration(total)} on {device}, if it stays as busy as now"
     yield f"{about}; Ctrl-C stops, the same command goes on"
 
@@ -96,6 +107,13 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
             raise DetailFlowError(f"{folder} holds another tokenizer than that of {source}: choose another folder")
         return
     hub.save(folder, "tokenizer", config, tensors)
+
+
+def _check_data(output: Path, source: ImageSource) -> None:
+    """Check that a run that was begun in the folder has these images, before anything else is said of them."""
+    known = dict(run_folder(output / "tokenizer").read().get(KNOWN_BY) or {}).get("data")
+    if known and (changed := difference("data", known, images_input(source).read())):
+        raise DetailFlowError(f"{output} holds a run that was begun with {changed}: choose another folder")
 
 
 def _check_steps(output: Path, steps: int) -> None:

@@ -77,8 +77,8 @@ def claim(
         for name in both:
             if changed := difference(name, known[name], content[name]):
                 raise DetailFlowError(
-                    f"{output} holds a run that was begun with {changed}: give it the same again, or choose another "
-                    f"folder (`detailflow train {kind} … --init {output}` starts from its weights)"
+                    f"{output} holds a run that was begun with {changed}: choose another folder, or give it the same "
+                    "again"
                 )
     elif finished:
         raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")

@@ -14,6 +14,7 @@ from detailflow.device import autocast
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import os_errors
+from detailflow.progress import bar_width
 from detailflow.tensors import save_torch
 from detailflow.torch_files import load_torch
 from detailflow.training.config import PRECISIONS, TokenizerTraining
@@ -128,7 +129,7 @@ def _train(
             heartbeat()
             yield batch
 
-    with tqdm(heard(images), total=steps, desc="features", unit="step", dynamic_ncols=True) as bar:
+    with tqdm(heard(images), total=steps, desc="features", unit="step", **bar_width()) as bar:
         device = next(network.parameters()).device
         accuracy = train_classifier(network, bar, steps, PRECISIONS[config.loop.precision], device)
     _log.info("feature network: %s of the last training images recognised", f"{accuracy:.1%}")

@@ -19,19 +19,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from detailflow import hub
 from detailflow.data.images import ImageSource, open_images, tolerated
-from detailflow.data.tokens import VALIDATION, TokenStore, TokenStoreInfo, TokenWriter
+from detailflow.data.tokens import VALIDATION, TokenStore, TokenStoreInfo, TokenWriter, begun_chunk
 from detailflow.data.transforms import crops_of, to_tensor
 from detailflow.device import autocast
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
+from detailflow.progress import bar_width
 from detailflow.training.config import PRECISIONS, Extraction
 from detailflow.training.passes import draw_position
 from detailflow.training.validation import split
 
 _log = logging.getLogger(__name__)
 CHUNK_IMAGES = 512  # what a killed process loses at most; seconds of work on a GPU, so that writing them takes no time
+CHUNKS, LEAST_CHUNK = 32, 64  # of a small set, which may be on a CPU: there 512 images take minutes
 
 
 class _ImageCrops(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
@@ -112,7 +114,9 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     source, validation = split(config, everything, world)
     with world.raise_together():
         sources = {output: source} if validation is None else {output / VALIDATION: validation, output: source}
-        writers = {path: TokenWriter(path, info, one.all_labels, CHUNK_IMAGES) for path, one in sources.items()}
+        writers = {
+            path: TokenWriter(path, info, one.all_labels, chunk_images(path, one)) for path, one in sources.items()
+        }
         if validation is None and (output / VALIDATION).exists() and not writers[output].finished:
             raise DetailFlowError(
                 f"{output / VALIDATION} is left from an extraction that held out images, and this one would train on "
@@ -124,6 +128,11 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
         for path, one in sources.items():  # the whole store last, as it is what says that all is finished
             _extract(config, model, one, writers[path], world)
     return TokenStore.open(output)
+
+
+def chunk_images(folder: Path, source: ImageSource) -> int:
+    """Return how many images a chunk has: as many as in what was begun in the folder, else fewer in a small set."""
+    return begun_chunk(folder) or min(CHUNK_IMAGES, max(LEAST_CHUNK, len(source) // CHUNKS))
 
 
 def _extract(
@@ -185,16 +194,20 @@ class _Extractor:
         if done and self.world.is_main:
             _log.info("%s: going on after %d of %d images", self.writer.directory, done, total)
         hidden = not self.world.is_main
-        desc = "extract (validation)" if self.writer.directory.name == VALIDATION else "extract"
-        with tqdm(total=total, initial=done, desc=desc, unit="img", dynamic_ncols=True, disable=hidden) as self.bar:
-            for first in range(0, len(self.todo), count):
-                chunks = self.todo[first : first + count]
-                with self.world.raise_together():
-                    if self.world.rank < len(chunks):
-                        self._extract(chunks[self.world.rank], len(chunks))
-                self._stop_at_too_many(chunks)
-                done += sum(len(self.writer.slots(chunk)) for chunk in chunks)
-                self.bar.update(done - self.bar.n)
+        desc = "tokens (held out)" if self.writer.directory.name == VALIDATION else "tokens"
+        with tqdm(total=total, initial=done, desc=desc, unit="img", disable=hidden, **bar_width()) as self.bar:
+            try:
+                for first in range(0, len(self.todo), count):
+                    chunks = self.todo[first : first + count]
+                    with self.world.raise_together():
+                        if self.world.rank < len(chunks):
+                            self._extract(chunks[self.world.rank], len(chunks))
+                    self._stop_at_too_many(chunks)
+                    done += sum(len(self.writer.slots(chunk)) for chunk in chunks)
+                    self.bar.update(done - self.bar.n)
+            except KeyboardInterrupt as stop:
+                at = f"interrupted after the tokens of {done} of {total} images: the same command goes on from there"
+                raise KeyboardInterrupt(*([at] if self.world.is_main else [])) from stop
             if self.world.is_main and (unreadable := self.writer.unreadable()):
                 self.bar.write(f"{len(unreadable)} of {total} images could not be read and were left out")
 

@@ -80,12 +80,12 @@ def _weight_files(folder: Path) -> Iterator[Path]:
 
 
 def difference(name: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
-    """Return how an input differs, as "other images (40 images in 2 classes then, …"; `None` if it does not."""
+    """Return how an input differs, as "other images (40 images in 2 classes then, …)"; `None` if it does not."""
     if theirs.get("fingerprint") == mine.get("fingerprint"):
         return None
-    prints = " and now ".join(str(one.get("fingerprint"))[:SHOWN] for one in (theirs, mine))
     what = {"data": "images", "tokens": "tokens"}.get(name)
     if what is None:
+        prints = " and now ".join(str(one.get("fingerprint"))[:SHOWN] for one in (theirs, mine))
         return f"another {name} (its fingerprint was {prints})"
     before, now = ({str(k): int(v) for k, v in dict(one.get("classes") or {}).items()} for one in (theirs, mine))
     changed = [
@@ -96,7 +96,7 @@ def difference(name: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) ->
         facts.append(f"changed: {', '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}")
     elif before:
         facts.append("as many of each class, in other files")
-    return f"other {what} ({'; '.join(facts)}; the fingerprint of their listing was {prints})"
+    return f"other {what} ({'; '.join(facts)})"
 
 
 def _number(one: Mapping[str, Any]) -> str:

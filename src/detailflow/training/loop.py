@@ -25,6 +25,7 @@ from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
+from detailflow.progress import bar_width
 from detailflow.runs import BEST, CHECKPOINTS, RUN_FILE, checkpoints, read_checkpoint
 from detailflow.seeds import mixed_seed
 from detailflow.training.checkpoints import LONGER_FROM, claim, go_on, load_checkpoint, run_folder, save_checkpoint
@@ -170,7 +171,8 @@ class _Training:
         if world.is_main and start:
             _log.info("%s: going on from step %d", self.output, start)
         batches = self.stage.batches(start)
-        progress: dict[str, Any] = dict(desc=run.kind, unit="step", dynamic_ncols=True, disable=not world.is_main)
+        desc = "AR model" if run.kind == "gpt" else run.kind
+        progress: dict[str, Any] = dict(desc=desc, unit="step", disable=not world.is_main, **bar_width())
         with (
             _StopOnSignal() as stopping,
             Trackers(loop.trackers, self.output, run.kind, asdict(run.config), start, world) as trackers,

@@ -154,6 +154,17 @@ class Plan:
         copies = 2 if self.ema else 1
         return (16 if self.ema else 12) * self.parameters(TRAINED, AUXILIARY) + 4 * copies * self.parameters(STAYING)
 
+    @property
+    def kept(self) -> int:
+        """The checkpoints that are on the disk at the end, besides the best one by validation."""
+        return self.loop.keep + (self.loop.steps // self.loop.milestone_every if self.loop.milestone_every else 0)
+
+    @property
+    def disk_bytes(self) -> float:
+        """Bytes of the run's folder: its checkpoints and its model."""
+        checkpoints = min(self.kept + bool(self.loop.val_every), self.loop.steps)
+        return checkpoints * self.checkpoint_bytes + 4 * self.parameters(TRAINED, STAYING)
+
     def seconds(self, ceiling: float, utilization: float) -> float:
         """Return the run's time on devices that each reach this part of so many operations per second."""
         return self.loop.steps * self.operations / self.world_size / (ceiling * utilization)
@@ -178,7 +189,7 @@ class Plan:
             parameters += f" of {_count(self.parameters(TRAINED) + staying)}"
         facts = f"{parameters} parameters, {most}{_several(loop.steps, 'step')} of "
         facts += f"{_several(loop.batch_size, 'image')}: {most}{describe_duration(seconds)}"
-        return f"{facts}, {_bytes(self.all_memory)} of memory"
+        return f"{facts}, {rough_bytes(self.all_memory)} of memory"
 
     def text(self, ceiling: float, utilization: float, device: str) -> str:
         """Return the plan as a page of at most 80 columns; for the arguments see `seconds`."""
@@ -187,7 +198,6 @@ class Plan:
         parts = f", in {loop.accumulate} parts of {each // loop.accumulate}" if loop.accumulate > 1 else ""
         on, duration = loop.checkpoint_activations, describe_duration(self.seconds(ceiling, utilization))
         epochs = "" if self.epochs is None else f": {self.epochs:,.1f} epochs"
-        kept = loop.keep + (loop.steps // loop.milestone_every if loop.milestone_every else 0)
         sections: dict[str, list[str]] = {
             "networks": [
                 f"{n.name:<30}{_count(n.parameters):>10}  {n.role}{', downloaded once' if n.downloaded else ''}"
@@ -210,7 +220,7 @@ class Plan:
                 f"the {_operations(ceiling)}/s of {loop.precision} products measured here on {device}",
             ],
             "disk": [
-                f"{_bytes(kept * self.checkpoint_bytes)} for {_several(kept, 'checkpoint')}",
+                f"{_bytes(self.kept * self.checkpoint_bytes)} for {_several(self.kept, 'checkpoint')}",
                 f"{_bytes(4 * self.parameters(TRAINED, STAYING))} for the model",
                 *([f"{_bytes(self.store_bytes)} of tokens, which are there"] if self.store_bytes else []),
             ],
@@ -343,9 +353,19 @@ def _bytes(value: float) -> str:
 
 
 def describe_duration(seconds: float) -> str:
-    """Return seconds in the unit that they are at least two of."""
+    """Return seconds in the unit that they are at least two of, to two digits."""
     units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
-    return next(f"{seconds / size:,.1f} {name}" for size, name in units if seconds >= 2 * size or size == 1)
+    return next(f"{_two_digits(seconds / size)} {name}" for size, name in units if seconds >= 2 * size or size == 1)
+
+
+def rough_bytes(value: float) -> str:
+    """Return bytes in the largest unit that they are at least one of, to two digits."""
+    size, unit = next(((10**n, u) for n, u in ((9, "GB"), (6, "MB"), (3, "kB")) if value >= 10**n), (1, "bytes"))
+    return f"{_two_digits(value / size)} {unit}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):,.10g}"
 
 
 def _scaled(value: float, units: dict[float, str], form: str) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow.data.images import ImageSource, spread
+from detailflow.data.source import describe_amount
 from detailflow.data.tokens import TokenStore
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowWarning, first_line, printable
@@ -353,22 +354,7 @@ def longer(command: str, steps: int) -> str:
 
 def expectations(images: int, stages: Sequence[Stage]) -> list[str]:
     """Return what a run on so many images can be, and what would make it better, a sentence each."""
-    if images < 200:
-        can = "are enough to see that everything works. A model stays noise, or learns these very images by heart."
-    elif images < 2_000:
-        can = (
-            "are few. Expect their colours and rough shapes, and copies of single images after long training. Images "
-            "that are much alike, such as faces in one pose, go further than photographs of anything."
-        )
-    elif images < 20_000:
-        can = (
-            "teach what they have in common: layout, colours, textures. Things are recognisable if each class is alike."
-        )
-    elif images < 200_000:
-        can = "are what CIFAR-10 has: most classes become recognisable at small sizes, after hours rather than minutes."
-    else:
-        can = "are many: the size of the model and the time of training are the limit, not the images."
-    found = [f"{images:,} images {can}"]
+    found = [describe_amount(images)]
     gpt = stages[-1]
     if start := gpt.settings.get("init"):
         found.append(

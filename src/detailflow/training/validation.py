@@ -19,6 +19,7 @@ from detailflow.psnr import psnr
 from detailflow.training.config import ImageSettings
 
 _log = logging.getLogger(__name__)
+ENOUGH = 20  # held-out images, below which a better step may be one by chance
 BATCH = 32  # images at once, whatever the number of ranks: rounding depends on it
 
 
@@ -64,7 +65,9 @@ def split(config: ImageSettings, source: Source, world: World) -> tuple[Source, 
         return source, None
     if world.is_main:
         verb = "is" if len(chosen) == 1 else "are"
-        _log.info("%s: %d of the %d images %s held out for validation", source.where, len(chosen), len(source), verb)
+        few = f", too few to choose the best step well: {ENOUGH} or more would be better" * (len(chosen) < ENOUGH)
+        counts = source.where, len(chosen), len(source), verb, few
+        _log.info("%s: %d of the %d images %s held out for validation%s", *counts)
     rest = [index for index in range(len(source)) if index not in chosen]
     return source.subset(rest), source.subset(sorted(chosen))
 
