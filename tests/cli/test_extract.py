@@ -64,7 +64,7 @@ def test_more_than_one_in_a_hundred(folder: Path, model: Path, tmp_path: Path, c
             (folder / "a" / f"bad{k}.png").unlink()
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(
-        "detailflow: error: 5 images cannot be read, more than 1%: remove or replace them (the first: "
+        "detailflow: error: 4 images cannot be read, more than 1%: remove or replace them (the first: "
     )
     assert all(f"{folder / 'a' / f'bad{k}.png'} is not an image" in message for k in range(3))
     assert not (tmp_path / "store" / "manifest.json").exists()

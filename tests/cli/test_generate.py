@@ -253,7 +253,7 @@ def test_an_impossible_folder_name(model: Path, tmp_path: Path, capsys: pytest.C
 def test_a_folder_in_the_place_of_a_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "0000-cat.png").mkdir()
     assert generate(model, tmp_path, "cat") == 2
-    assert "0000-cat.png: Is a directory" in capsys.readouterr().err
+    assert "0000-cat.png was not made by `detailflow generate`: move it" in capsys.readouterr().err
     assert files(tmp_path) == ["0000-cat.png"]
 
 
