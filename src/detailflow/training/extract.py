@@ -252,6 +252,10 @@ class _Extractor:
         self.world.barrier()  # until all have read that
         if self.world.rank < len(chunks):
             self.writer.forget(chunks[self.world.rank])  # the images may be put right
+        written = self.writer.written() if self.world.is_main else set()
+        if len(written) * self.writer.chunk_images < CHUNK_IMAGES:  # little is lost, and they may be removed, too
+            for chunk in written:
+                self.writer.forget(chunk)
         raise DetailFlowError(
             f"{count} images cannot be read, more than 1%: remove or replace them (the first: {first})"
         )
