@@ -18,7 +18,8 @@ from detailflow.errors import DetailFlowWarning
 from detailflow.models import efficientnet
 from detailflow.training import nearest, run_report
 from detailflow.training.report import read_history
-from detailflow.training.run_report import Stage, expectations, longer, write_run_report
+from detailflow.training.run_report import Stage, expectations, write_run_report
+from detailflow.training.run_report_text import hardly_trained, longer_tokenizer, with_options
 
 HOSTILE = ("<script>alert(1)<'script>", '"><img src=x onerror=alert(2)>', "{{ 7 * 7 }} & <b>")
 MAY_BE_EMPTY = {"meta", "link", "img", "source", "line", "circle"}
@@ -81,7 +82,7 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_stands_alone(run: Path):
     page = read(run)
     assert not page.open and "script" not in page.tags and not [x for x in page.attributes if x.startswith("on")]
-    assert page.loaded and all(address.startswith("data:") for address in page.loaded)
+    assert page.loaded and all(address.startswith(("data:", "#words")) for address in page.loaded)
     assert "default-src 'none'" in (run / "report.html").read_text(encoding="utf-8")
 
 
@@ -91,8 +92,16 @@ def test_names_are_text(run: Path, photos: Path):
     for name in (*HOSTILE, "<b>run", "<i>photos"):
         assert name in page.text
     commands = re.sub(r"\s+", " ", page.text)
-    assert "detailflow train --data" in commands and "--gpt-steps 4" in commands
-    assert "detailflow generate --model" in commands
+    assert "detailflow train --data" in commands
+    for command in (
+        "generate --model",
+        "vary photo.jpg",
+        "reconstruct photo.jpg",
+        "serve",
+        "evaluate tokenizer",
+        "convert",
+    ):
+        assert f"detailflow {command}" in commands
 
 
 def test_the_figures_are_the_logged_ones(run: Path):
@@ -115,14 +124,42 @@ def test_the_figures_are_the_logged_ones(run: Path):
 def test_the_pictures(run: Path):
     pictures = [uri for uri in read(run).loaded if uri.startswith("data:image/png")]
     sizes = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size for uri in pictures]
-    samples, counts = 3 * 13, 7  # of three classes; 1, 2, 4, 8, 16, 32 and 48 tokens
+    samples, counts = 3 * 8, 7  # of three classes; 1, 2, 4, 8, 16, 32 and 48 tokens
     held = len(TokenStore.open(run / "tokens").validation or ())
     pairs = (4 + min(4, held)) * 4
     assert sizes.count((32, 32)) == samples + min(6, held) * (counts + 1) + pairs
-    curves = [size for size in sizes if size[0] > 600]
+    assert sizes.count((32, 32)) == len(sizes)  # no curves of so few points
+
+
+def test_curves_and_commands_of_longer_runs(run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whose AR model has logged five times, and saw as many crops as a tokenizer needs."""
+    longer = tmp_path / "run"
+    shutil.copytree(run, longer)
+    lines = [f'{{"step": {step}, "loss": {9 - step / 100}, "psnr": 10.0}}\n' for step in (100, 200, 300, 400, 500)]
+    (longer / "gpt" / "log.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(run_report, "command_line", lambda: "detailflow train --data x --output y --gpt-steps 500")
+    write_run_report(longer, open_images(photos), str(photos), "cpu")
+    assert read(longer).text.count("Curves") == 1 and "AR model: loss" in read(longer).text
+    assert "tokenizer: loss" not in read(longer).text
+    short = re.sub(r"\s+", " ", read(longer).text)
     assert (
-        len(curves) == len(sizes) - sizes.count((32, 32)) == 2 * 4
-    )  # loss and PSNR, loss and accuracy; light and dark
+        "--tokenizer-steps 700" in short and "longer --gpt-steps 500" not in short and "--gpt-steps 1000" not in short
+    )
+    (longer / "tokenizer" / "log.jsonl").write_text("".join(lines))
+    write_run_report(longer, open_images(photos), str(photos), "cpu")
+    done = re.sub(r"\s+", " ", read(longer).text)
+    assert (
+        "--gpt-steps 1000" in done
+        and "--tokenizer-steps" not in done
+        and "Too early to say" not in done.replace("Too early to say: reconstructions", "")
+    )
+
+
+def test_what_a_short_run_says(run: Path):
+    text = re.sub(r"\s+", " ", read(run).text)
+    assert "in 3 steps, which is too short" in text and text.index("in 3 steps") < text.index("The AR model saw")
+    assert "Too early to say: the tokenizer has hardly been trained" in text and "No sign of memorising" not in text
+    assert "the studio" not in text and "samples cannot be sharper" in text  # the words
 
 
 def test_it_is_made_again_and_never_fails_a_run(run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
@@ -201,11 +238,12 @@ def test_the_verdict_follows_from_the_distances():
         "This model repeats training images, at least in part: in 100%"
     )
     assert nearest.verdict(unseen, unseen).startswith("No sign of memorising")
-    assert nearest.verdict(unseen + 0.3, unseen).startswith("These are no copies") and "hint" not in nearest.verdict(
-        unseen, unseen
-    )
+    assert nearest.verdict(unseen + 0.3, unseen).startswith(
+        "These samples are no copies, but not yet"
+    ) and "hint" not in nearest.verdict(unseen, unseen)
     assert nearest.verdict(unseen, unseen[:1]).endswith("With only 1 held-out image, take that as a hint and no more.")
     assert nearest.verdict(unseen, None).startswith("No images were held out")
+    assert nearest.verdict(unseen - 0.3, unseen, "why").startswith("Too early to say: why, so the samples are not yet")
 
 
 # ------------------------------------------------------------------------------------------------- what is said
@@ -233,6 +271,27 @@ def test_what_a_run_can_be(tmp_path: Path):
     assert "short run" not in said(1.0, images=2_000)
 
 
-def test_a_longer_command():
+def test_the_tokenizer_is_judged_first(tmp_path: Path):
+    stages = [Stage(kind, tmp_path / kind) for kind in ("tokenizer", "gpt")]
+    for stage, batch_size in zip(stages, (16, 64), strict=True):
+        stage.folder.mkdir()
+        (stage.folder / "run.yaml").write_text(f"loop: {{steps: 60, batch_size: {batch_size}}}\n")
+        (stage.folder / "log.jsonl").write_text('{"step": 60, "loss": 1}\n')
+    said = expectations(960, stages)
+    assert said[1].startswith("The tokenizer saw each image 1.0 times in 60 steps, which is too short")
+    assert "The AR model saw each image 4.0 times, which is a short run" in said[2]
+    assert hardly_trained(9_999, 10) and not hardly_trained(10_000, 5_000) and hardly_trained(10_000, 5_001)
+
+
+def test_longer_commands():
     command = "detailflow train --data 'my photos' --gpt-steps 20 --output run --gpt-steps=30"
-    assert longer(command, 60) == "detailflow train --data 'my photos' --output run --gpt-steps 60"
+    assert (
+        with_options(command, {"--gpt-steps": "60"})
+        == "detailflow train --data 'my photos' --output run --gpt-steps 60"
+    )
+    changed = longer_tokenizer(command, Path("run"), 1_000, 16, short_gpt=True)
+    assert changed == "detailflow train --data 'my photos' --output run-longer --tokenizer-steps 1300"
+    assert "--gpt-steps 20" in longer_tokenizer(
+        command.replace(" --gpt-steps=30", ""), Path("r"), 9, 16, short_gpt=False
+    )
+    assert "--tokenizer-steps 2500" in longer_tokenizer(command, Path("run"), 20_000, 32, short_gpt=True)

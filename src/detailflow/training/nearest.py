@@ -85,12 +85,21 @@ def nearer_share(samples: Tensor, unseen: Tensor) -> float:
     return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
 
 
-def verdict(samples: Tensor, unseen: Tensor | None) -> str:
-    """Return what the distances (n,) of samples and of unseen images to their nearest training images say."""
+def verdict(samples: Tensor, unseen: Tensor | None, unfinished: str = "") -> str:
+    """Return what the distances (n,) of samples and of unseen images to their nearest training images say.
+
+    Args:
+        unfinished: why the samples cannot be images yet, if so; then the distances say little.
+    """
     if unseen is None:
         return (
             "No images were held out, so there is nothing to compare these distances with: look at the pairs. "
             "A sample that is the same picture as its neighbour is a copy."
+        )
+    if unfinished:
+        return (
+            f"Too early to say: {unfinished}, so the samples are not yet images, and how near they are to training "
+            "images means little."
         )
     share = nearer_share(samples, unseen)
     found = f"in {share:.0%} of all pairs of a sample and a held-out image, the sample is nearer to a training image"
@@ -102,8 +111,8 @@ def verdict(samples: Tensor, unseen: Tensor | None) -> str:
         )
     else:
         text = (
-            "These are no copies, but the samples are also less like the training images than other real images are: "
-            f"{found}."
+            "These samples are no copies, but not yet such images either: other real images are more like the training "
+            f"images ({found})."
         )
     if len(unseen) < FEW:
         text += f" With only {len(unseen)} held-out image{'s' * (len(unseen) > 1)}, take that as a hint and no more."

@@ -3,7 +3,6 @@
 import base64
 import io
 import logging
-import shlex
 import time
 import warnings
 from collections.abc import Sequence
@@ -41,15 +40,25 @@ from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.extract import image_names
 from detailflow.training.nearest import Neighbours, embed_images, find_nearest, load_embedding, readable, verdict
 from detailflow.training.report import TITLES, Record, command_line, curve_png, read_history
+from detailflow.training.run_report_text import (
+    GPT,
+    POOR_PSNR,
+    WORDS,
+    hardly_trained,
+    longer_tokenizer,
+    uses,
+    with_options,
+)
 
 _log = logging.getLogger(__name__)
 PAGE_FILE, TEMPLATE = "report.html", "run_report.jinja"
-SAMPLES, CLASSES = 40, 10  # samples, spread over so many classes at most
+SAMPLES, CLASSES = 40, 10  # samples at most, spread over so many classes at most
+ACROSS = 8  # pictures beside each other; classes with fewer have half as many
 RECONSTRUCTED, MEASURED = 6, 64  # images that are shown, and that PSNR is the mean of
 COMPARED, AMONG = 200, 10_000  # held-out images, and the training images that they and the samples are compared with
 PAIRS, NEIGHBOURS = 4, 3  # of the samples nearest to a training image, and of each one's nearest images, shown
 LOSSLESS_SIDE = 64  # pixels of the largest pictures that are PNG files; larger ones are JPEG
-CURVES = ("loss", "psnr", "accuracy")
+CURVES, FEWEST_POINTS = ("loss", "psnr", "accuracy"), 5  # what is drawn, and how much of it there must be
 LIGHT, DARK = "#33373d", "#c9ced6"  # lines and text of the curves
 
 
@@ -136,6 +145,10 @@ class Stage:
         """How many images it saw in all, each as often as it came."""
         return self.steps * of_loop(self.settings, "batch_size")
 
+    def is_short(self, images: int) -> bool:
+        """Return whether it has hardly been trained here, on so many images, and not elsewhere before."""
+        return self.steps > 0 and not self.settings.get("init") and hardly_trained(self.images, images)
+
     @property
     def best(self) -> tuple[int, Record]:
         """The step whose model was exported, and what was logged of it."""
@@ -177,7 +190,7 @@ class _Run:
         finished = time.gmtime((self.output / "gpt" / CONFIG_FILE).stat().st_mtime)
         samples, groups = self._samples()
         reconstructions, psnr = self._reconstructions()
-        memory = self._memory(samples)
+        memory = self._memory(samples, self._unfinished(psnr))
         return environment.from_string(template).render(
             title=printable(self.output.resolve().name),
             finished=time.strftime("%Y-%m-%d %H:%M UTC", finished),
@@ -192,6 +205,7 @@ class _Run:
             curves=self._curves(),
             commands=self._commands(),
             small=self.size <= LOSSLESS_SIDE,
+            words=WORDS,
             **memory,
         )
 
@@ -215,7 +229,7 @@ class _Run:
         """Generate some images of some classes; return (class, image) of each, and a row for each class."""
         number = len(self.pipe.labels.ids)
         classes = spread(number, min(CLASSES, number))
-        count = SAMPLES // len(classes)
+        count = max(SAMPLES // len(classes) // ACROSS * ACROSS, ACROSS // 2)
         pictures = self.pipe([ClassId(label) for label in classes], num_images_per_class=count, seed=0)
         samples = [(classes[i // count], picture) for i, picture in enumerate(pictures)]
         return samples, [
@@ -253,7 +267,15 @@ class _Run:
             f"Mean over {len(originals):,} {which} image{'s' * (len(originals) != 1)}.",
         )
 
-    def _memory(self, samples: Sequence[tuple[int, Image.Image]]) -> dict[str, Any]:
+    def _unfinished(self, psnr: Table) -> str:
+        """Return why samples cannot be images yet, "" if there is no such reason."""
+        for stage in self.stages:
+            if stage.is_short(len(self.trained)):
+                return f"the {TITLES[stage.kind]} has hardly been trained"
+        final = psnr.rows[1][-1]
+        return f"reconstructions are at {final} dB only" if float(final) < POOR_PSNR else ""
+
+    def _memory(self, samples: Sequence[tuple[int, Image.Image]], unfinished: str) -> dict[str, Any]:
         """Compare samples and held-out images with the training images."""
         what, embed = load_embedding(self.pipe.device)
         trained = [self.trained[i] for i in spread(len(self.trained), min(AMONG, len(self.trained)))]
@@ -293,7 +315,7 @@ class _Run:
         return {
             "compared_by": what,
             "among": "" if len(trained) == len(self.trained) else f"{len(trained):,} of the {len(self.trained):,} ",
-            "verdict": verdict(of_samples.distances[:, 0], of_held.distances[:, 0] if of_held else None),
+            "verdict": verdict(of_samples.distances[:, 0], of_held.distances[:, 0] if of_held else None, unfinished),
             "dots": _dots(distances),
             "distances": Table([["distance to the nearest", "lowest", "median", "highest"], *rows]),
             "sample_pairs": pairs(
@@ -325,7 +347,7 @@ class _Run:
         found = []
         for stage in self.stages:
             for name in CURVES:
-                if any(name in record for record in stage.history):
+                if sum(name in record for record in stage.history) >= FEWEST_POINTS:
                     light, dark = (_embedded(curve_png(stage.history, name, ink), "png") for ink in (LIGHT, DARK))
                     found.append((f"{TITLES[stage.kind]}: {name}", light, dark))
         return found
@@ -333,29 +355,34 @@ class _Run:
     def _commands(self) -> list[tuple[str, str]]:
         """Return (what it does, command) for what a reader may want next."""
         found, command = [], command_line()
+        tokenizer, gpt = self.stages
         if command:
             found.append(("This run, and this page once more", command))
-            found.append(("To go on for twice as long with the AR model", longer(command, 2 * self.stages[1].steps)))
-        model = shlex.quote(str(self.output))
-        found.append(("Images", f"detailflow generate --model {model} --num 4 --progressive"))
-        found.append(("An image of yours as tokens", f"detailflow reconstruct photo.jpg --model {model}"))
+            if tokenizer.is_short(len(self.trained)):
+                batch, short_gpt = of_loop(tokenizer.settings, "batch_size"), gpt.is_short(len(self.trained))
+                text = longer_tokenizer(command, self.output, len(self.trained), batch, short_gpt)
+                found.append(
+                    ("A longer training of the tokenizer, in a folder of its own, as its tokens are others", text)
+                )
+            else:
+                text = with_options(command, {GPT: str(2 * gpt.steps)})
+                found.append(("To go on for twice as long with the AR model", text))
+        found += uses(str(self.output), self.data)
         return [(what, printable(text)) for what, text in found]
-
-
-def longer(command: str, steps: int) -> str:
-    """Return a training command with other --gpt-steps."""
-    words, option = shlex.split(command), "--gpt-steps"
-    while option in words:
-        at = words.index(option)
-        del words[at : at + 2]
-    words = [word for word in words if not word.startswith(f"{option}=")]
-    return shlex.join([*words, option, str(steps)])
 
 
 def expectations(images: int, stages: Sequence[Stage]) -> list[str]:
     """Return what a run on so many images can be, and what would make it better, a sentence each."""
     found = [describe_amount(images)]
     gpt = stages[-1]
+    for stage in stages[:-1]:
+        if stage.is_short(images):
+            seen = stage.images / max(images, 1)
+            found.append(
+                f"The tokenizer saw each image {seen:.1f} times in {stage.steps:,} steps, which "
+                "is too short: what it makes of images is blurred, and no AR model can make up for that. More steps of "
+                "the tokenizer come first, in a new folder."
+            )
     if start := gpt.settings.get("init"):
         found.append(
             f"It started from {start}, which was trained on others, so it can do more than these alone could teach."
