@@ -107,7 +107,8 @@ def verdict(samples: Tensor, unseen: Tensor | None, unfinished: str = "") -> str
         text = f"This model repeats training images, at least in part: {found}."
     elif share > FARTHER:
         text = (
-            f"No sign of memorising: samples are about as near to the training images as unseen images are ({found})."
+            "No sign of memorising, which says nothing about how good samples are: they are about as near to the training "
+            f"images as unseen images are ({found})."
         )
     else:
         text = (
