@@ -279,7 +279,7 @@ def test_the_tokenizer_is_judged_first(tmp_path: Path):
         (stage.folder / "log.jsonl").write_text('{"step": 60, "loss": 1}\n')
     said = expectations(960, stages)
     assert said[1].startswith("The tokenizer saw each image 1.0 times in 60 steps, which is too short")
-    assert "The AR model saw each image 4.0 times, which is a short run" in said[2]
+    assert "The AR model saw each image 4.0 times, which is a short run, too." in said[2]
     assert hardly_trained(9_999, 10) and not hardly_trained(10_000, 5_000) and hardly_trained(10_000, 5_001)
 
 

@@ -107,7 +107,7 @@ def verdict(samples: Tensor, unseen: Tensor | None, unfinished: str = "") -> str
         text = f"This model repeats training images, at least in part: {found}."
     elif share > FARTHER:
         text = (
-            "No sign of memorising, which says nothing about how good samples are: they are about as near to the training "
+            "No sign of memorising, which does not say that samples are good: they are about as near to the training "
             f"images as unseen images are ({found})."
         )
     else:

@@ -390,7 +390,8 @@ def expectations(images: int, stages: Sequence[Stage]) -> list[str]:
     passes, losses = gpt.images / max(images, 1), [r for r in gpt.history if "val_loss" in r]
     often = f"The AR model saw each image {passes:.1f} times"
     if passes < 20 and not start:
-        found.append(f"{often}, which is a short run: more steps will help most.")
+        first = any(stage.is_short(images) for stage in stages[:-1])
+        found.append(f"{often}, which is a short run{', too.' if first else ': more steps will help most.'}")
     elif len(losses) > 1:
         best = min(losses, key=lambda record: record["val_loss"])["step"]
         if best < 0.9 * gpt.steps:
