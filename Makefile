@@ -6,6 +6,7 @@ BIN := .venv/bin
 
 demo: .venv/core  ## images of every class, and how they take shape, into outputs/
 	$(BIN)/detailflow generate --num 1 --progressive --output outputs
+	$(BIN)/detailflow generate --model emoji-64 --num 4 --output outputs/emoji
 
 test: .venv/dev  ## what must pass before every commit
 	$(BIN)/ruff check

@@ -137,6 +137,16 @@ def test_folder_with_both_kinds():
 def test_the_shipped_model():
     assert hub.resolve(None, "gpt") == hub.resolve("shipped", "gpt") == hub.packaged_folder("gpt")
     assert hub.packaged_folder("gpt").parts[-4:] == ("detailflow", "weights", "shipped", "gpt")
+    assert hub.resolve("emoji-64", "gpt") == hub.packaged_folder("gpt", "emoji-64")
+
+
+@pytest.mark.parametrize("name", hub.PACKAGED)
+def test_a_folder_of_ones_own_goes_before_a_model_in_the_package(
+    name: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, name)
+    assert hub.resolve(name, "tokenizer") == Path(name)
 
 
 def test_wrong_kind_names_both(saved: Path):

@@ -94,3 +94,36 @@ def test_photographs_of_any_shape(shipped: DetailFlowPipeline, photograph_table:
         assert stage.psnr > colour + 3
         if width == height:
             assert stage == shipped.reconstruct(photo, counts=[48])[0]
+
+
+@pytest.fixture(scope="module")
+def emoji() -> DetailFlowPipeline:
+    return DetailFlowPipeline.from_pretrained("emoji-64")
+
+
+@pytest.fixture(scope="module")
+def figures(emoji: DetailFlowPipeline) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in emoji(list(range(10)), num_images_per_class=2, seed=3)])
+
+
+def test_the_model_of_emoji_is_small_and_has_its_licence(emoji: DetailFlowPipeline) -> None:
+    folder = packaged_folder("gpt", "emoji-64").parent
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 20e6
+    assert "Copyright (c) Microsoft Corporation" in (folder / "LICENSE").read_text()
+    assert emoji.labels.names[7] == "smiley" and len(emoji.labels.names) == 10
+
+
+def test_emoji_are_figures_on_white(figures: np.ndarray) -> None:
+    assert figures.shape == (20, 64, 64, 3) and len({image.tobytes() for image in figures}) == 20
+    corners = figures[:, [0, 0, -1, -1], [0, -1, 0, -1]].reshape(20, -1).mean(1)
+    assert (corners > 230).mean() >= 0.8  # a few fill their frame
+    assert (figures.std((1, 2)).max(1) > 25).all()
+
+
+def test_emoji_are_rebuilt(emoji: DetailFlowPipeline, figures: np.ndarray) -> None:
+    images = to_tensor(figures)
+    with torch.inference_mode():
+        ids = emoji.tokenizer.encode(images)
+        made = [emoji.tokenizer.decode(ids[:, :n], size=64) for n in (1, 16, 64)]
+    decibels = [psnr(image, images, peak=2).mean().item() for image in made]
+    assert decibels == sorted(decibels) and decibels[0] > 11 and decibels[-1] > 22

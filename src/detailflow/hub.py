@@ -60,7 +60,7 @@ ZOO = {
 }
 
 SHIPPED = "shipped"  # the model in the package that is meant if none is named
-PACKAGED = (SHIPPED,)  # the models in the package
+PACKAGED = (SHIPPED, "emoji-64")  # the models in the package
 GPT_SUFFIX = "-GPT-L"  # of a published AR model's name, after that of its tokenizer
 HUB = "https://huggingface.co"
 

@@ -19,7 +19,7 @@ from detailflow.settings import Location, checked, list_settings, unknown
 Dtype = Literal["float32", "bfloat16", "float16"]  # names in torch, the default first
 DTYPES = get_args(Dtype)
 SETS = "a folder, parquet or WebDataset files, or a hub name"
-MODEL = "a folder, hub name[@revision] or detailflow-16"
+MODEL = "a folder, hub name[@revision], emoji-64 or detailflow-16"
 
 
 class Parser(argparse.ArgumentParser):
