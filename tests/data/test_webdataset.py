@@ -149,7 +149,7 @@ def test_unreadable_shards_are_named_in_one_sentence(tmp_path, content, shards):
         open_images(write_tar(tmp_path / "a.tar", [("0.png", content), ("0.json", b"")]))
     with pytest.raises(DetailFlowError, match="b.tar holds no images: a WebDataset shard has files such as"):
         open_images(write_tar(tmp_path / "b.tar", [("0.txt", b"")]))
-    with pytest.raises(DetailFlowError, match="is neither a folder of images nor a .parquet or .tar file"):
+    with pytest.raises(DetailFlowError, match="c.tgz is an archive, which is not read: unpack it"):
         open_images(write_tar(tmp_path / "c.tgz", []))
 
 

@@ -208,7 +208,7 @@ def check_apart(output: Path, data: str | None) -> None:
     if not data or not os.path.isdir(folder):
         return
     place = Path(os.path.realpath(output))
-    inside = next((at for at in (place, *place.parents) if at.exists() and at.samefile(folder)), None)
+    inside = next((at for at in (place, *place.parents) if os.path.exists(at) and at.samefile(folder)), None)
     if inside is None:
         return
     here = Path.cwd()
