@@ -156,6 +156,7 @@ def test_a_key_that_the_server_wants(new_page: Callable[..., Page], serve: Calla
         if key != KEY:
             expect(dialog).to_contain_text("That was not the right one.")
     expect(dialog).to_be_hidden()
+    page.wait_for_selector("html[data-ready]")  # the model is known
     studio = Studio(page)
     studio.generate("dog", number=1)
     assert KEY not in page.url

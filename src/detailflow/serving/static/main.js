@@ -93,7 +93,7 @@ function suggestion(text, act) {
 }
 
 function generate() {
-  if (!studio.model) return;
+  if (!studio.model) return notices.fail("the server has not answered yet: try again in a moment");
   const image = studio.model.classes.length ? picker.take() : null;
   if (image || !studio.model.classes.length) make({ kind: "class", image });
 }
