@@ -25,6 +25,7 @@ from detailflow.training.plan import (
     plan_tokenizer,
     planned_world,
     rough_bytes,
+    several,
 )
 from detailflow.training.presets import AllStages, StageSettings, stage_settings
 from detailflow.training.run_report import write_run_report
@@ -88,7 +89,7 @@ def outlook(stages: StageSettings, source: ImageSource, world: World, device: to
         yield f"tokenizer: {plan.brief(seconds)}"
     crops = stages.extraction.num_crops
     total += (seconds := extraction_seconds(stages.extraction, stages.sizes, len(source), world, device))
-    yield f"tokens: {crops} crop{'s' if crops > 1 else ''} of each image: {describe_duration(seconds)}"
+    yield f"tokens: {several(crops, 'crop')} of each image: {describe_duration(seconds)}"
     expected = Expected(len(source), crops, source.class_names, stages.sizes)
     plan = plan_gpt(stages.gpt, world, device, expected)
     total += (seconds := plan.expected_seconds(*ceiling))

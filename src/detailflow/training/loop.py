@@ -31,7 +31,7 @@ from detailflow.seeds import mixed_seed
 from detailflow.training.checkpoints import LONGER_FROM, claim, go_on, load_checkpoint, run_folder, save_checkpoint
 from detailflow.training.config import PRECISIONS, LoopConfig
 from detailflow.training.inputs import Input
-from detailflow.training.report import read_history, write_report
+from detailflow.training.report import TITLES, read_history, write_report
 from detailflow.training.tracking import Trackers
 
 _log = logging.getLogger(__name__)
@@ -171,8 +171,9 @@ class _Training:
         if world.is_main and start:
             _log.info("%s: going on from step %d", self.output, start)
         batches = self.stage.batches(start)
-        desc = "AR model" if run.kind == "gpt" else run.kind
-        progress: dict[str, Any] = dict(desc=desc, unit="step", disable=not world.is_main, **bar_width())
+        progress: dict[str, Any] = dict(
+            desc=TITLES.get(run.kind, run.kind), unit="step", disable=not world.is_main, **bar_width()
+        )
         with (
             _StopOnSignal() as stopping,
             Trackers(loop.trackers, self.output, run.kind, asdict(run.config), start, world) as trackers,

@@ -187,8 +187,8 @@ class Plan:
         parameters = _count(self.parameters(TRAINED))
         if staying := self.parameters(STAYING):
             parameters += f" of {_count(self.parameters(TRAINED) + staying)}"
-        facts = f"{parameters} parameters, {most}{_several(loop.steps, 'step')} of "
-        facts += f"{_several(loop.batch_size, 'image')}: {most}{describe_duration(seconds)}"
+        facts = f"{parameters} parameters, {most}{several(loop.steps, 'step')} of "
+        facts += f"{several(loop.batch_size, 'image')}: {most}{describe_duration(seconds)}"
         return f"{facts}, {rough_bytes(self.all_memory)} of memory"
 
     def text(self, ceiling: float, utilization: float, device: str) -> str:
@@ -203,11 +203,9 @@ class Plan:
                 f"{n.name:<30}{_count(n.parameters):>10}  {n.role}{', downloaded once' if n.downloaded else ''}"
                 for n in self.networks
             ],
-            "length": [f"{_several(loop.steps, 'step')} of {_several(loop.batch_size, 'image')}{epochs}"],
+            "length": [f"{several(loop.steps, 'step')} of {several(loop.batch_size, 'image')}{epochs}"],
             "tokens": [f"{self.tokens} of an image, {_count(images * self.tokens)} in all"],
-            "processes": [
-                f"{_several(self.world_size, 'process')}: {_several(each, 'image')} of a step for each{parts}"
-            ],
+            "processes": [f"{several(self.world_size, 'process')}: {several(each, 'image')} of a step for each{parts}"],
             "memory": [
                 *(f"{name:<30}{_bytes(size):>10}" for name, size in self.memory.items()),
                 f"{'activations, about':<30}{_bytes(self.activations(on)):>10}",
@@ -220,7 +218,7 @@ class Plan:
                 f"the {_operations(ceiling)}/s of {loop.precision} products measured here on {device}",
             ],
             "disk": [
-                f"{_bytes(self.kept * self.checkpoint_bytes)} for {_several(self.kept, 'checkpoint')}",
+                f"{_bytes(self.kept * self.checkpoint_bytes)} for {several(self.kept, 'checkpoint')}",
                 f"{_bytes(4 * self.parameters(TRAINED, STAYING))} for the model",
                 *([f"{_bytes(self.store_bytes)} of tokens, which are there"] if self.store_bytes else []),
             ],
@@ -266,8 +264,8 @@ def plan_tokenizer(config: TokenizerTraining, world: World, device: torch.device
     count = image_count(source)
     start = count_of_steps(config.adversarial_from, loop.steps) / loop.steps if config.adversarial else 0.0
     epochs = loop.steps / BatchOrder(count, loop.batch_size, loop.seed).steps_per_epoch if count else None
-    images = _several(count, "image") if count else "a stream of images"
-    of = f"a tokenizer, on {images} of {_several(len(source.class_names), 'class')}"
+    images = several(count, "image") if count else "a stream of images"
+    of = f"a tokenizer, on {images} of {several(len(source.class_names), 'class')}"
     tokens, last_share = config.model.num_tokens, 1 - min(1.0, start)
     return Plan(of, loop, epochs, tokens, networks_of(stage), world.size, costs, last_share, trial=tried)
 
@@ -312,9 +310,9 @@ def plan_gpt(config: GPTTraining, world: World, device: torch.device = CPU, expe
     epochs, of = None, "an AR model, on tokens that are still to come: their images and classes are not counted"
     if expected.images:
         epochs = loop.steps / BatchOrder(expected.images, loop.batch_size, loop.seed).steps_per_epoch
-        crops = _several(expected.crops, "crop")
-        classes = f"of {_several(sizes.num_classes, 'class')}" if sizes.num_classes else "without classes"
-        of = f"an AR model, on {_several(expected.images, 'image')} {classes}, {crops} of each"
+        crops = several(expected.crops, "crop")
+        classes = f"of {several(sizes.num_classes, 'class')}" if sizes.num_classes else "without classes"
+        of = f"an AR model, on {several(expected.images, 'image')} {classes}, {crops} of each"
     networks, n = networks_of(stage), sizes.num_tokens
     return Plan(of, loop, epochs, n, networks, world.size, costs, 1.0, True, expected.bytes, tried)
 
@@ -336,7 +334,8 @@ def extraction_seconds(
     return min(times) / count * images * config.num_crops / world.size
 
 
-def _several(number: int, word: str) -> str:
+def several(number: int, word: str) -> str:
+    """Return "1 crop", "2,000 crops" or "3 classes"."""
     return f"{number:,} {word}" + ("" if number == 1 else "es" if word.endswith("s") else "s")
 
 
