@@ -61,6 +61,29 @@ def test_further_tokens_start_afresh(small: DetailFlowTokenizer):
     assert len(set(PER_TOKEN) & made.keys()) == len(PER_TOKEN)
 
 
+def test_a_decoder_grows(small: DetailFlowTokenizer):
+    """In depth, and to convolutions at its end; it draws the same pictures, and all that is new can learn."""
+    config = replace(small.config, decoder=replace(small.config.decoder, depth=7), pixel_channels=12)
+    torch.manual_seed(1)
+    fresh = DetailFlowTokenizer(config)
+    tensors = grow_tokenizer(small.state_dict(), small.config, fresh, "small")
+    large = DetailFlowTokenizer(config)
+    load_weights(large, tensors, "small")
+    ids = torch.randint(2048, (3, 48), generator=torch.Generator().manual_seed(0))
+    for n in (1, 16, 48):
+        torch.testing.assert_close(large.decode(ids[:, :n]), small.decode(ids[:, :n]))
+    assert large.fingerprint() == small.fingerprint()
+    adam = torch.optim.Adam(large.decoder.parameters(), lr=1e-3)
+    before = {name: x.clone() for name, x in large.decoder.named_parameters()}
+    for _ in range(3):  # the last layers of what is new learn first, and then what feeds them
+        large.decoder(large.quantizer.lookup(ids), 32, 32).square().mean().backward()
+        adam.step()
+        adam.zero_grad()
+    new = {name for name in before if name.startswith(("blocks.5.", "blocks.6.", "refine_pixels."))}
+    assert len(new) == 28 and not any(torch.equal(x, before[name]) for name, x in large.decoder.named_parameters())
+    assert grow_tokenizer(tensors, config, fresh, "large").keys() == tensors.keys()
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -70,6 +93,8 @@ def test_further_tokens_start_afresh(small: DetailFlowTokenizer):
         ({"codebook_dim": 16}, "codebook_dim is 8 there and 16 here"),
         ({"encoder": ViTConfig(128, 5, 4)}, "encoder is ViTConfig(width=128, depth=4, "),
         ({"decoder": ViTConfig(192, 5, 4)}, "decoder is ViTConfig(width=128, depth=5, "),
+        ({"decoder": ViTConfig(128, 4, 4)}, "decoder is ViTConfig(width=128, depth=5, "),
+        ({"linear_path": True}, "linear_path is False there and True here"),
     ],
 )
 def test_what_can_not_grow(sizes: dict, message: str, small: DetailFlowTokenizer):

@@ -2,10 +2,12 @@
 
 The paper recommends it for high resolutions. Only a tokenizer's query tokens and their positions depend on the number
 of tokens, and no weight on the resolution. No token sees later groups, so the first tokens of a grown model are at
-first exactly those of the smaller one.
+first exactly those of the smaller one. A decoder grows in depth, and to convolutions at its end, and draws the same
+pictures at first.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,8 +17,9 @@ from detailflow.models.gpt import GPTConfig
 from detailflow.models.loading import require_same
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 
-EXTRAS = ("linear_path", "pixel_channels", "absent_token")
+SIZES = ("encoder", "patch_size", "codebook_size", "codebook_dim", "linear_path", "absent_token")
 LINEAR = ("encoder.linear", "decoder.linear")
+LAST_OF_BLOCK = ("attn.proj.", "mlp.fc2.")
 PER_TOKEN = ("encoder.query_tokens", "encoder.refined_tokens", "encoder.query_pos_embed", "decoder.latent_pos_embed")
 
 
@@ -25,6 +28,8 @@ def grow_tokenizer(
 ) -> dict[str, Tensor]:
     """Return the weights of a smaller tokenizer for a larger network, which keeps its own for the further tokens.
 
+    Further blocks of the decoder, and convolutions at its end, change nothing until they learn.
+
     Args:
         tensors: the smaller tokenizer's, by name.
         theirs: its config; image size, α, group size and c may differ, as no weight depends on them.
@@ -32,7 +37,12 @@ def grow_tokenizer(
         source: the smaller tokenizer's name in messages.
     """
     ours = fresh.config
-    require_same(ours, theirs, ("encoder", "decoder", "patch_size", "codebook_size", "codebook_dim", *EXTRAS), source)
+    require_same(ours, theirs, SIZES, source)
+    deepened = replace(theirs.decoder, depth=max(theirs.decoder.depth, ours.decoder.depth))
+    channels = ours.pixel_channels if theirs.pixel_channels == 3 else theirs.pixel_channels
+    require_same(
+        ours, replace(theirs, decoder=deepened, pixel_channels=channels), ("decoder", "pixel_channels"), source
+    )
     _require_growth(ours.num_tokens, theirs.num_tokens, "a tokenizer", source)
     grown, own = dict(tensors), fresh.state_dict()
     for name in (*PER_TOKEN, *(LINEAR if ours.linear_path else ())):
@@ -41,6 +51,14 @@ def grow_tokenizer(
                 f"the weights of {source} do not fit: with a linear path it grows to 64 tokens at most"
             )
         grown[name] = torch.cat((tensors[name], own[name][theirs.num_tokens :].to(tensors[name])))
+    for name, tensor in own.items():  # blocks that add nothing at first, and a head of convolutions that does neither
+        if name not in grown:
+            grown[name] = torch.zeros_like(tensor) if name.split(".", 3)[-1].startswith(LAST_OF_BLOCK) else tensor
+    if channels != theirs.pixel_channels:
+        for name in ("decoder.to_pixels.weight", "decoder.to_pixels.bias"):
+            wider = own[name].unflatten(0, (-1, channels)).clone()
+            wider[:, :3] = tensors[name].unflatten(0, (-1, 3))
+            grown[name] = wider.flatten(0, 1)
     return grown
 
 
