@@ -1,6 +1,7 @@
 """Compiled generation for one number of images, with static caches: on a CPU by the same steps, uncompiled."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,28 @@ def test_steps_of_fixed_shapes(pipeline: DetailFlowPipeline, model: Path):
     assert len(seen) == 7
     assert [i.tobytes() for i in fixed([1], seed=3)] == [i.tobytes() for i in pipeline([1], seed=3)]
     assert len(seen) == 7
+
+
+def test_one_block_is_compiled_for_all_layers(
+    model: Path, pipeline: DetailFlowPipeline, monkeypatch: pytest.MonkeyPatch
+):
+    """Once for one token and once for a group; the tokens are as before."""
+    graphs = []
+
+    def compile_one(function: Any, device: torch.device) -> Any:
+        def keep(graph: torch.fx.GraphModule, inputs: object) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        return torch.compile(function, backend=keep, dynamic=False, fullgraph=True)
+
+    monkeypatch.setattr("detailflow.models.pretrained.compiled", compile_one)
+    fixed = DetailFlowPipeline.from_pretrained(model, device="cpu", engine="torch")
+    assert len(fixed.gpt.blocks) > 1
+    fixed.gpt.compile_generation(2)
+    greedy = fixed.gpt.generate(torch.tensor([1, 4]), temperature=0.0, guidance_scale=2.0)
+    assert torch.equal(greedy, pipeline.gpt.generate(torch.tensor([1, 4]), temperature=0.0, guidance_scale=2.0))
+    assert len(graphs) == 2
 
 
 def test_what_cannot_be_compiled(

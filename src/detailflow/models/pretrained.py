@@ -15,6 +15,8 @@ from detailflow.published import Kind, Variant
 from detailflow.sampling import EngineName
 from detailflow.settings import BatchSize, require
 
+Program = Callable[..., Tensor]  # what runs a network's layers
+
 
 class Pretrained(nn.Module):
     """A network that is made from a config, and loaded from and saved to model folders."""
@@ -26,7 +28,7 @@ class Pretrained(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.program: Callable[..., Tensor] | None = None  # compiled, for batches of `compiled_for` images
+        self.program: Program | None = None  # compiled, for batches of `compiled_for` images
         self.compiled_for: int | None = None
         self.engine: EngineName = "auto"  # that generates and decodes
         self.graphs: graphs.Graphs[Any] = graphs.Graphs()
@@ -73,11 +75,17 @@ class Pretrained(nn.Module):
     def _checksum(weights: Mapping[str, Tensor]) -> str:
         return hub.fingerprint({}, {name: torch.signbit(x) for name, x in weights.items()})
 
-    def compile_for(self, batch_size: int, function: Callable[..., Tensor]) -> None:
-        """Compile `function` for batches of that many images; `forget_compiled` undoes it."""
+    def compile_for(
+        self, batch_size: int, function: Program, program: Callable[[Program], Program] = lambda compiled: compiled
+    ) -> None:
+        """Compile `function` for batches of that many images; `forget_compiled` undoes it.
+
+        Args:
+            program: from the compiled function to what runs in place of the layers, if it is not all of that.
+        """
         require(BatchSize, batch_size=batch_size)
         self.forget_compiled()
-        self.program, self.compiled_for = compiled(function, self.device), batch_size
+        self.program, self.compiled_for = program(compiled(function, self.device)), batch_size
 
     def forget_compiled(self) -> None:
         """Drop the compiled program and all CUDA graphs, as after a change of the weights or their device."""
