@@ -1,5 +1,6 @@
 """Training in a given time, with tiny recipes on a CPU."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -42,10 +43,12 @@ def test_all_stages_in_a_given_time(tmp_path: Path, cifar_table: Path):
         (tmp_path / "recipe" / f"{stage}.yaml").write_text(yaml.safe_dump(settings))
     output = tmp_path / "made"
     options = ["--recipe", tmp_path / "recipe", "--device", "cpu", "--minutes", "0.1", "--trial-steps", "12"]
+    options += ["--steps", "gpt=3"]  # the others are measured
     command = [sys.executable, SCRIPT, "--data", cifar_table, "--output", output, *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "images per second, so 12 steps" in done.stdout
+    assert done.stdout.count("images per second, so 12 steps") == 2
+    assert json.loads((output / "gpt" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
     assert not list(output.glob("*-trial")) and (output / "tokenizer" / "features.pt").exists()
     assert len(DetailFlowPipeline.from_pretrained(output / "shipped", device="cpu")(3)) == 1
     assert "exists already" in subprocess.run(list(map(str, command)), capture_output=True, text=True).stderr
