@@ -21,7 +21,9 @@ train tokenizer --config {recipe}/tokenizer-correction.yaml --init {output}/firs
 --output {output}/tokenizer
 extract --config {recipe}/extract.yaml --data {data} --tokenizer {output}/tokenizer --output {output}/tokens
 train gpt --config {recipe}/gpt.yaml --tokens {output}/tokens --tokenizer {output}/tokenizer --output {output}/gpt
-convert {output}/tokenizer --output {output}/shipped/tokenizer
+train tokenizer --config {recipe}/decoder.yaml --init {output}/tokenizer --gpt {output}/gpt --data {data} \
+--output {output}/decoder
+convert {output}/decoder --dtype bfloat16 --output {output}/shipped/tokenizer
 convert {output}/gpt --dtype bfloat16 --output {output}/shipped/gpt
 """
 MEASURE = """
@@ -30,7 +32,7 @@ evaluate tokenizer --model {output}/shipped --data {test} --num-images {images} 
 --features {features} --num-tokens 1 2 4 8 16 24 32 40 48 --mistakes-at g1 g2 --lpips none \
 --output {output}/reconstruction
 evaluate gpt --model {output}/shipped --reference {output}/train.npz --features {features} --num-samples {images} \
---guidance-scale 1 2 3 4 6 --output {output}/samples
+--guidance-scale 1 2 3 4 --output {output}/samples
 evaluate samples {test} {output}/train.npz --num-images {images} --features {features} --output {output}/real
 """
 
@@ -56,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=lambda text: Path(text).expanduser(), help="a folder")
     parser.add_argument("--recipe", type=Path, default=HERE, help="the folder with the settings (default: this one)")
     parser.add_argument("--features", default=HERE / "cifar10-features.safetensors", help="as of `detailflow evaluate`")
-    parser.add_argument("--images", type=int, default=5000, help="images in each measurement (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=10000, help="images in each measurement (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     return parser.parse_args(argv)
 

@@ -32,8 +32,15 @@ TOKENIZER = {
 TINY = {
     "tokenizer": TOKENIZER,
     "tokenizer-correction": TOKENIZER,
-    "extract": {"crops": "two"},
+    "extract": {"crops": "six", "val_share": 0.1},
     "gpt": VIT | {"loop": LOOP},
+    "decoder": TOKENIZER
+    | {
+        "model": TOKENIZER["model"] | {"decoder": VIT | {"depth": 2}, "pixel_channels": 4},
+        "freeze": "encoder",
+        "adversarial": 0.1,
+        "adversarial_from": 0.0,
+    },
 }
 
 
@@ -47,23 +54,24 @@ def test_the_settings_are_those_of_the_shipped_model(
 ):
     make.main(["--data", "my train.parquet", "--output", str(tmp_path / "out"), "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and not list(tmp_path.iterdir())
+    assert len(lines) == 7 and not list(tmp_path.iterdir())
     kinds = {"train tokenizer": TokenizerTraining, "extract": Extraction, "train gpt": GPTTraining}
     settings = []
-    for line in lines[:4]:
+    for line in lines[:5]:
         command = next(name for name in kinds if line.startswith(f"detailflow {name} "))
         request = read_request(kinds[command], command, "", make.shlex.split(line)[len(command.split()) + 1 :])
         assert request is not None
         settings.append(request.settings)
-    first, second, tokens, last = settings
+    first, second, tokens, gpt, last = settings
     shipped = DetailFlowPipeline.from_pretrained(device="cpu")
-    assert first.model == second.model == shipped.tokenizer.config
+    assert first.model == second.model and last.model == shipped.tokenizer.config
     assert first.data == second.data == tokens.data == "my train.parquet"
     assert first.perceptual > 0 and second.perceptual > 0
-    assert second.init == str(tmp_path / "out" / "first") and last.tokenizer == tokens.tokenizer
+    assert second.init == str(tmp_path / "out" / "first")
+    assert gpt.tokenizer == tokens.tokenizer == last.init and last.gpt == str(tmp_path / "out" / "gpt")
     sizes = shipped.gpt.config
-    assert (last.width, last.depth, last.heads) == (sizes.width, sizes.depth, sizes.heads)
-    assert last.sampling == sizes.sampling
+    assert (gpt.width, gpt.depth, gpt.heads) == (sizes.width, sizes.depth, sizes.heads)
+    assert gpt.sampling == sizes.sampling
 
 
 def test_the_commands_run(make: ModuleType, cifar: Path, feature_file: Path, tmp_path: Path):

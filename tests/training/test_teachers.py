@@ -14,7 +14,7 @@ from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.training.classifier import FeatureNetwork, train_classifier
-from detailflow.training.config import PROJECTED, LoopConfig, TokenizerTraining
+from detailflow.training.config import PROJECTED, PROJECTED_BOTH, LoopConfig, TokenizerTraining
 from detailflow.training.tokenizer import TokenizerStage
 
 needs_weights = pytest.mark.skipif(
@@ -79,6 +79,31 @@ def test_efficientnet_serves_all_three_losses(cifar: Path, tmp_path: Path):
     other = stage(cifar, tmp_path, adversarial_network=PROJECTED)
     other.adversary.restore(made.adversary.state())
     assert not any("backbone" in name or "stages" in name for name in made.adversary.network.state_dict())
+
+
+@needs_weights
+def test_the_discriminator_looks_through_both_networks(cifar: Path, tmp_path: Path):
+    """The classifier is trained for it, stays as it is, and is in the discriminator's logits but not in its weights."""
+    both = dict(adversarial=0.1, adversarial_network=PROJECTED_BOTH, adversarial_from=0.0, coarse_probability=0.0)
+    made = stage(cifar, tmp_path, **both)
+    judge, classifier = made.adversary.network, made.teachers.classifier
+    assert isinstance(classifier, FeatureNetwork) and made.teachers.features is None
+    frozen = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    before = [head[0].bias.detach().clone() for head in judge.heads]
+    made.step(0, next(made.batches(0)), 1e-3)
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in classifier.state_dict().items())
+    assert len(before) == 8
+    assert all(not torch.equal(a, head[0].bias) for a, head in zip(before, judge.heads, strict=True))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        logits, other = judge.eval()(images), FeatureNetwork(10).eval()
+        judge.look_through(other)
+        changed = (judge(images) != logits).any(0)
+    assert logits.shape[1] > changed.sum() == 4 * 16  # four heads of 4 × 4
+    assert (
+        made.adversary.network.state_dict().keys()
+        == stage(cifar, tmp_path, **both).adversary.network.state_dict().keys()
+    )
 
 
 @needs_weights

@@ -19,7 +19,8 @@ from detailflow.models.efficientnet import CHANNELS, EfficientNetLite0
 from detailflow.models.loading import load_weights
 from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.training.augment import DRAWS, diff_augment
-from detailflow.training.config import PATCH, PRECISIONS, PROJECTED, TokenizerTraining
+from detailflow.training.classifier import FEATURE_WIDTHS, FeatureNetwork
+from detailflow.training.config import PATCH, PRECISIONS, PROJECTED, PROJECTED_BOTH, TokenizerTraining
 from detailflow.training.losses import consistency_loss, discriminator_loss, generator_loss, lecam_loss
 from detailflow.training.optimizer import Updater, gradients_stay
 
@@ -53,29 +54,42 @@ class PatchDiscriminator(nn.Module):
 class ProjectedDiscriminator(nn.Module):
     """Judges images by features of EfficientNet-Lite0 at four depths, unmixed (Sauer et al. 2021, arXiv 2111.01007).
 
-    The frozen backbone is no registered submodule, as in `DINODiscriminator`.
+    The frozen networks are no registered submodules, as in `DINODiscriminator`.
+
+    Args:
+        load: as there.
+        both: judge by the features of a classifier of the images' classes as well: `classifier`, to be set.
     """
 
     backbone_name = "EfficientNet-Lite0"
 
-    def __init__(self, load: bool = True, width: int = 128) -> None:
+    def __init__(self, load: bool = True, both: bool = False, width: int = 128) -> None:
         super().__init__()
+        self.both, self._classifier = both, tuple[FeatureNetwork, ...]()
         what = "the adversarial loss (projected discriminator)"
         self._unregistered = (EfficientNetLite0.from_package(what, _INSTEAD, load=load),)
-        halvings = (2, 1, 0, 0)  # so that all depths have about as many logits
-        heads = (_projected_head(inputs, width, n) for inputs, n in zip(CHANNELS[1:], halvings, strict=True))
-        self.heads = nn.ModuleList(heads)
+        depths = [*zip(CHANNELS[1:], (2, 1, 0, 0), strict=True)]  # so that all have about as many logits
+        if both:
+            depths += zip(FEATURE_WIDTHS, (3, 2, 1, 0), strict=True)
+        self.heads = nn.ModuleList(_projected_head(inputs, width, halvings) for inputs, halvings in depths)
 
     @property
     def backbone(self) -> EfficientNetLite0:
         """The frozen network of features."""
         return self._unregistered[0]
 
+    def look_through(self, classifier: FeatureNetwork) -> None:
+        """Give the frozen classifier that `both` asks for."""
+        self._classifier = (classifier,)
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) pixels in [-1, 1] → (B, L) logits, high for real, depth by depth."""
         maps = self.backbone.to(images.device).features(images)[1:]
-        parts = zip(self.heads, maps, _FEATURE_SCALES, strict=True)
-        return torch.cat([head(x / scale).flatten(1) for head, x, scale in parts], 1)
+        maps = [x / scale for x, scale in zip(maps, _FEATURE_SCALES, strict=True)]
+        if self.both:
+            (classifier,) = self._classifier
+            maps += classifier.features(images)
+        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], 1)
 
 
 _FEATURE_SCALES = (8.1, 7.1, 6.3, 2.9)  # root mean squares of the maps' values on photographs
@@ -292,8 +306,8 @@ def make_discriminator(network: str, load: bool) -> nn.Module:
     """Return the discriminator of that name, or DINO's with the weights of that file."""
     if network == PATCH:
         return PatchDiscriminator()
-    if network == PROJECTED:
-        return ProjectedDiscriminator(load)
+    if network in (PROJECTED, PROJECTED_BOTH):
+        return ProjectedDiscriminator(load, both=network == PROJECTED_BOTH)
     return DINODiscriminator(None if network == "dino" else network, load)
 
 
@@ -314,6 +328,11 @@ class Adversary:
         adam = torch.optim.Adam(parameters, lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
         self.updater = Updater(adam, loop, device)
         self.anchors = torch.zeros(2, device=device)  # moving averages of the logits of real and fake
+
+    def look_through(self, classifier: FeatureNetwork) -> None:
+        """Give a projected discriminator of both networks the frozen classifier."""
+        assert isinstance(self.network, ProjectedDiscriminator)
+        self.network.look_through(classifier)
 
     def generator_loss(self, pixels: Tensor, draws: Draws) -> Tensor:
         """Return the tokenizer's loss on (B + b, 3, s, s) pixels: clean, and corrected for the first b images."""

@@ -31,7 +31,8 @@ from detailflow.training.tracking import check_trackers
 CLASSIFIER = "classifier"  # in place of a network that would be downloaded
 PATCH = "patch"  # the discriminator that needs no download
 PROJECTED = "projected"  # the discriminator on features of EfficientNet-Lite0
-NETWORKS = (CLASSIFIER, PATCH, PROJECTED, EFFICIENTNET, "lpips", "dino")  # which are no files
+PROJECTED_BOTH = "projected-both"  # and on those of the classifier
+NETWORKS = (CLASSIFIER, PATCH, PROJECTED, PROJECTED_BOTH, EFFICIENTNET, "lpips", "dino")  # which are no files
 CROPS = {"ten": 10, "six": 6, "two": 2}
 Precision = Literal["bf16", "fp16", "fp32"]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -180,9 +181,10 @@ class TokenizerTraining(ImageSettings):
         perceptual_warmup: share or number of steps to full weight; from 1 on it is a number.
         classifier_epochs: epochs of training that classifier.
         adversarial: weight of the adversarial loss; 0 for none.
-        adversarial_network: dino, a file, patch or projected; dino is the paper's and downloads DINO ViT-S/16's weights
-            once, a file has those weights, patch is a small convolutional network that learns from scratch, and
-            projected has convolutions on features of EfficientNet-Lite0.
+        adversarial_network: dino, a file, patch, projected or projected-both; dino is the paper's and downloads DINO
+            ViT-S/16's weights once, a file has those weights, patch is a small convolutional network that learns from
+            scratch, projected has convolutions on features of EfficientNet-Lite0, and projected-both on those of the
+            classifier as well.
         adversarial_from: share or number of steps before it; from 1 on it is a number.
         adversarial_adaptive: scale that weight by gradients; by the ratio of the gradients of the pixel and perceptual
             losses to that of the adversarial loss, as VQGAN does. Not in the paper.

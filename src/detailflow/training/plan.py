@@ -75,7 +75,7 @@ def networks_of(stage: TokenizerStage | GPTStage) -> list[Network]:
     names: dict[type, str] = {SigLIP2: "SigLIP2", FeatureNetwork: "classifier", LPIPS: "VGG-16 (LPIPS)"}
     names[EfficientNetLite0] = "EfficientNet-Lite0"
     config = stage.config
-    teachers = (stage.teachers.alignment, stage.teachers.features, stage.teachers.lpips)
+    teachers = (stage.teachers.alignment, stage.teachers.features, stage.teachers.lpips, stage.teachers.classifier)
     sources: dict[type, str] = {SigLIP2: config.alignment_network, LPIPS: config.perceptual_network}
     for teacher in dict.fromkeys(filter(None, teachers)):  # one may be both
         kind = type(teacher)

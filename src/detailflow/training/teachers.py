@@ -14,18 +14,26 @@ from detailflow.distributed import World
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.training.classifier import FeatureNetwork, trained_classifier
-from detailflow.training.config import CLASSIFIER, PRECISIONS, TokenizerTraining
+from detailflow.training.config import CLASSIFIER, PRECISIONS, PROJECTED_BOTH, TokenizerTraining
 from detailflow.training.losses import LPIPS, SMALLEST_SIDE, perceptual_loss
 
 CLASSIFIER_BATCH = 256
 
 
 class Teachers(NamedTuple):
-    """What the settings ask for: features to compare, LPIPS instead of them, and the teacher of the first token."""
+    """What the settings ask for.
+
+    Attributes:
+        features: to compare.
+        lpips: instead of them.
+        alignment: the teacher of the first token.
+        classifier: of which the discriminator sees the features.
+    """
 
     features: EfficientNetLite0 | FeatureNetwork | None
     lpips: LPIPS | None
     alignment: SigLIP2 | EfficientNetLite0 | FeatureNetwork | None
+    classifier: FeatureNetwork | None = None
 
     @property
     def width(self) -> int | None:
@@ -105,4 +113,5 @@ def find_teachers(
     perceptual = find("perceptual", config.perceptual_network) if config.perceptual > 0 else None
     alignment = find("alignment", config.alignment_network) if config.alignment > 0 else None
     lpips = perceptual if isinstance(perceptual, LPIPS) else None
-    return Teachers(None if lpips else perceptual, lpips, alignment)
+    judges = config.adversarial > 0 and config.adversarial_network == PROJECTED_BOTH
+    return Teachers(None if lpips else perceptual, lpips, alignment, find("", CLASSIFIER) if judges else None)

@@ -26,7 +26,7 @@ from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.psnr import psnr
 from detailflow.training.adversary import Adversary, Draws
-from detailflow.training.config import CLASSIFIER, NETWORKS, PRECISIONS, TokenizerTraining
+from detailflow.training.config import CLASSIFIER, NETWORKS, PRECISIONS, PROJECTED_BOTH, TokenizerTraining
 from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_rank
 from detailflow.training.inputs import Input, files_input, images_input, model_input, tokens_input
 from detailflow.training.loop import Run, train
@@ -89,6 +89,8 @@ class TokenizerStage:
         if config.adversarial:
             self.adversary = Adversary(config, device, world, load)
         self.teachers = find_teachers(config, source, output, device, world, load)  # last, as it may train one
+        if self.adversary and self.teachers.classifier:
+            self.adversary.look_through(self.teachers.classifier)
         torch.manual_seed(loop.seed)
         self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width, self.frozen).to(device)
         self.updater = Updater(tokenizer_optimizers(self.networks, config), loop, device)
@@ -417,8 +419,8 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
     world, chosen = launched(device)
     with world.raise_together():
         everything = open_source(config)
-        for name in ("perceptual", "alignment"):
-            learns = getattr(config, name) and getattr(config, f"{name}_network") == CLASSIFIER
+        for name in ("perceptual", "alignment", "adversarial"):
+            learns = getattr(config, name) and getattr(config, f"{name}_network") in (CLASSIFIER, PROJECTED_BOTH)
             if learns and len(everything.class_names) < 2:
                 raise DetailFlowError(
                     f"the {name} loss learns its features from class labels, and these images have one class only: "
