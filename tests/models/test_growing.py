@@ -63,7 +63,9 @@ def test_further_tokens_start_afresh(small: DetailFlowTokenizer):
 
 def test_a_decoder_grows(small: DetailFlowTokenizer):
     """In depth, and to convolutions at its end; it draws the same pictures, and all that is new can learn."""
-    config = replace(small.config, decoder=replace(small.config.decoder, depth=7), pixel_channels=12)
+    config = replace(small.config, decoder=ViTConfig(64, 5, 4), pixel_channels=3)
+    small = DetailFlowTokenizer(config).eval()
+    config = replace(config, decoder=ViTConfig(64, 7, 4), pixel_channels=12)
     torch.manual_seed(1)
     fresh = DetailFlowTokenizer(config)
     tensors = grow_tokenizer(small.state_dict(), small.config, fresh, "small")
@@ -92,8 +94,9 @@ def test_a_decoder_grows(small: DetailFlowTokenizer):
         ({"codebook_size": 4096}, "codebook_size is 2048 there and 4096 here"),
         ({"codebook_dim": 16}, "codebook_dim is 8 there and 16 here"),
         ({"encoder": ViTConfig(128, 5, 4)}, "encoder is ViTConfig(width=128, depth=4, "),
-        ({"decoder": ViTConfig(192, 5, 4)}, "decoder is ViTConfig(width=128, depth=5, "),
-        ({"decoder": ViTConfig(128, 4, 4)}, "decoder is ViTConfig(width=128, depth=5, "),
+        ({"decoder": ViTConfig(192, 5, 4)}, "decoder is ViTConfig(width=128, depth=8, "),
+        ({"pixel_channels": 3}, "pixel_channels is 16 there and 3 here"),
+        ({"decoder": ViTConfig(128, 4, 4)}, "decoder is ViTConfig(width=128, depth=8, "),
         ({"linear_path": True}, "linear_path is False there and True here"),
     ],
 )

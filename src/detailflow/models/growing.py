@@ -51,7 +51,7 @@ def grow_tokenizer(
                 f"the weights of {source} do not fit: with a linear path it grows to 64 tokens at most"
             )
         grown[name] = torch.cat((tensors[name], own[name][theirs.num_tokens :].to(tensors[name])))
-    for name, tensor in own.items():  # blocks that add nothing at first, and a head of convolutions that does neither
+    for name, tensor in own.items():  # new blocks add nothing at first; nor do convolutions, as the last one is zeros
         if name not in grown:
             grown[name] = torch.zeros_like(tensor) if name.split(".", 3)[-1].startswith(LAST_OF_BLOCK) else tensor
     if channels != theirs.pixel_channels:
