@@ -20,7 +20,7 @@ from detailflow.pipeline import image_generator
 EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
 RUNTIME = "node_modules/onnxruntime-web"
 # Seeds whose draws are 1e-5 or more away from a border between two codes: nearer ones are decided by rounding.
-CAT, SEED = 3, 61
+CAT, SEED = 3, 62
 READY = "#generate:enabled"
 
 
@@ -98,9 +98,7 @@ def test_the_page(address: str, new_page: Callable, shipped: DetailFlowPipeline)
     page.get_by_role("button", name="Generate").click()
     page.get_by_text("2 images in").wait_for()
     tokens = np.array(json.loads(page.locator("#tokens").text_content()))
-    assert tokens.shape == (2, 48)
-    first = np.array(ours(shipped, 2))[:, 0]  # the same numbers draw from nearly the same distribution of 2,048 codes
-    assert np.abs(tokens[:, 0] - first).max() <= 20
+    assert tokens.shape == (2, 48) and (tokens[:, 0] == np.array(ours(shipped, 2))[:, 0]).all()
 
 
 @pytest.mark.parametrize(

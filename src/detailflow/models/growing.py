@@ -17,7 +17,7 @@ from detailflow.models.gpt import GPTConfig
 from detailflow.models.loading import require_same
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 
-SIZES = ("encoder", "patch_size", "codebook_size", "codebook_dim", "linear_path", "absent_token")
+EXTRAS = ("linear_path", "pixel_channels", "absent_token")
 LINEAR = ("encoder.linear", "decoder.linear")
 LAST_OF_BLOCK = ("attn.proj.", "mlp.fc2.")
 PER_TOKEN = ("encoder.query_tokens", "encoder.refined_tokens", "encoder.query_pos_embed", "decoder.latent_pos_embed")
@@ -37,12 +37,10 @@ def grow_tokenizer(
         source: the smaller tokenizer's name in messages.
     """
     ours = fresh.config
-    require_same(ours, theirs, SIZES, source)
-    deepened = replace(theirs.decoder, depth=max(theirs.decoder.depth, ours.decoder.depth))
+    deeper = replace(theirs.decoder, depth=max(theirs.decoder.depth, ours.decoder.depth))
     channels = ours.pixel_channels if theirs.pixel_channels == 3 else theirs.pixel_channels
-    require_same(
-        ours, replace(theirs, decoder=deepened, pixel_channels=channels), ("decoder", "pixel_channels"), source
-    )
+    reached = replace(theirs, decoder=deeper, pixel_channels=channels)
+    require_same(ours, reached, ("encoder", "decoder", "patch_size", "codebook_size", "codebook_dim", *EXTRAS), source)
     _require_growth(ours.num_tokens, theirs.num_tokens, "a tokenizer", source)
     grown, own = dict(tensors), fresh.state_dict()
     for name in (*PER_TOKEN, *(LINEAR if ours.linear_path else ())):
