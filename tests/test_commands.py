@@ -46,7 +46,7 @@ def check_options(words: list[str]) -> None:
     parser = commandline.parser_of(*known[-1]) if known else None
     for word in words:
         if parser and word.startswith("--") and word.partition("=")[0] not in ("--max-pixels", "--help", "--version"):
-            assert parser._spelled(word).partition("=")[0] in parser._option_string_actions, words
+            assert parser._spelled(word).partition("=")[0] in parser.known_options, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -107,7 +107,7 @@ def test_the_reference_has_every_option():
     for words in commandline.commands():
         assert f" detailflow {' '.join(words)}\n" in text
         parser = commandline.parser_of(*words)
-        for option in parser._option_string_actions if parser else ():
+        for option in parser.known_options if parser else ():
             assert option in ("-h", "--help") or f"`{option}`" in text, option
     assert "**Positional arguments**" in text and "| `IMAGE` … |" in text and "| `FILE` |" in text
     assert text.count("| |") < 60  # rows without a word on what they mean are only heads of tables

@@ -1,6 +1,5 @@
 """What the commands share: options, suggestions, `~` for the home folder, and model names with a revision."""
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -44,8 +43,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("make", PARSERS, ids=lambda make: make().prog)
 def test_every_option_that_names_a_path(make, home: Path):
-    parser: argparse.ArgumentParser = make()
-    actions = [a for a in parser._actions if a.dest == "model" or str(a.metavar).removesuffix(".npz") in PATHS]
+    parser: Parser = make()
+    every = [action for actions in parser.sections.values() for action in actions]
+    actions = [a for a in every if a.dest == "model" or str(a.metavar).removesuffix(".npz") in PATHS]
     read = {a.dest: Path(a.type("~/x")) for a in actions if a.type}
     assert read.keys() == {a.dest for a in actions}
     assert set(read.values()) == {home / "x"}
@@ -114,7 +114,7 @@ EVERY_PARSER = [
 @pytest.mark.parametrize("parser", EVERY_PARSER, ids=lambda parser: parser.prog)
 def test_a_suggestion_is_always_an_option(parser: Parser):
     """Each option with a letter twice is recognised, and what is suggested exists."""
-    options = [name for name in parser._option_string_actions if name.startswith("--")]
+    options = [name for name in parser.known_options if name.startswith("--")]
     assert len(options) > 1 or parser.prog.endswith("compare")
     for option in options:
         for wrong in (option + option[-1], option[:-1] if len(option) > 6 else option + "x"):

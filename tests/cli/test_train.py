@@ -310,7 +310,7 @@ def test_what_does_not_fit_the_weights_of_another(folder: Path, model: Path, cap
     assert complaint(from_scratch("run", "--init", "nowhere"), capsys).startswith("unknown model 'nowhere'")
     both = ["--init", start, "--encoder_init", "nowhere"]
     assert complaint(from_scratch("run", *both), capsys).startswith("init and encoder_init exclude each other")
-    assert not Path("run/run.yaml").exists()  # so the same folder will do
+    assert not Path("run").exists()
     assert (
         main(from_scratch("run", "--init", start, "--model.image_size", "64")) == 0
     )  # the weights are those of any size
@@ -615,12 +615,15 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert out.count("finished already") == 2 and start not in out
+    assert out.count("finished already") == 3 and start not in out  # tokens, those held out, and the AR model
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == content
     problem = "run/tokenizer holds another tokenizer than that of shipped: choose another folder"
     assert complaint(tuned("shipped", "--gpt-steps", "2"), capsys) == problem
     assert main(tuned(model, "--gpt-steps", "3")) == 0
     assert "run/gpt: going on from step 2" in capsys.readouterr().out
+    Path("images/odd/7.png").rename("images/odd/8.png")
+    assert main(tuned(model, "--gpt-steps", "4")) == 2
+    assert "holds tokens of other images" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick")

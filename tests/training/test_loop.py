@@ -215,6 +215,16 @@ def test_fewer_steps_than_recorded(tmp_path: Path):
         claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=3))))
 
 
+def test_a_finished_model_without_checkpoints_is_not_trained_over(tmp_path: Path):
+    claim(tmp_path, "gpt", asdict(Settings(LOOP)))
+    (tmp_path / "config.json").write_text("{}")
+    before = (tmp_path / RUN_FILE).read_bytes()
+    with pytest.raises(DetailFlowError, match="holds a finished model, but no checkpoint in resume/ to go on from"):
+        claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=9))))
+    assert (tmp_path / RUN_FILE).read_bytes() == before and (tmp_path / "config.json").exists()
+    assert claim(tmp_path, "gpt", asdict(Settings(LOOP))) is None
+
+
 @pytest.mark.parametrize("length", [0, 1, 100, -1])
 def test_a_truncated_one_gives_way_to_the_one_before(
     length: int, four: None, tmp_path: Path, caplog: pytest.LogCaptureFixture

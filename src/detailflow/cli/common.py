@@ -89,15 +89,24 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{' '.join(rest)} is more than this command takes: see {self.prog} --help")
         return result
 
+    @property
+    def known_options(self) -> dict[str, argparse.Action]:
+        """All options but --help, by their names."""
+        return {
+            name: action for actions in self.sections.values() for action in actions for name in action.option_strings
+        }
+
     def _operands_first(self) -> tuple[str, dict[str, str]]:
         """Return where operands belong if there are options of several values, and what these took that is like a file.
 
         A value may be a class that is called as a folder or a file is, but hardly one with a suffix.
         """
-        operands = [action.metavar for action in self._actions if not action.option_strings]
-        options, taken = list[str](), dict[str, str]()
+        operands = [
+            action.metavar for actions in self.sections.values() for action in actions if not action.option_strings
+        ]
+        known, options, taken = self.known_options, list[str](), dict[str, str]()
         for i, word in enumerate(self._words if operands else ()):
-            action = self._option_string_actions.get(word)
+            action = known.get(word)
             if action is not None and action.nargs == "+":
                 options.append(word)
                 values = takewhile(lambda value: not value.startswith("-"), self._words[i + 1 :])
@@ -106,16 +115,16 @@ class Parser(argparse.ArgumentParser):
 
     def _spelled(self, word: str) -> str:
         name, equals, value = word.partition("=")
-        if name.startswith("--") and name not in self._option_string_actions:
+        if name.startswith("--") and name not in (known := self.known_options):
             for other in (f"--{name[2:].replace('_', '-')}", f"--{name[2:].replace('-', '_')}"):
-                if other in self._option_string_actions:
+                if other in known:
                     return other + equals + value
         return word
 
     def error(self, message: str) -> NoReturn:
         """Raise a `DetailFlowError`, about a misspelled option if there is one: it may be why others are missing."""
         options = self._words[: self._words.index("--")] if "--" in self._words else self._words
-        known = self._option_string_actions
+        known = [*self.known_options, "--help"]
         for word in (word.partition("=")[0] for word in options if word.startswith("--")):
             if word not in known:
                 raise DetailFlowError(unknown("option", word, [*known, "--max-pixels"], f"see {self.prog} --help"))

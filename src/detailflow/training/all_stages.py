@@ -53,10 +53,7 @@ def train_all(wanted: AllStages, output: Path, device: str | None = None) -> Non
             _copy_tokenizer(wanted.init, tokenizer)
     if stages.tokenizer:
         train_tokenizer(stages.tokenizer, tokenizer, device)
-    if not (tokens / "manifest.json").exists():
-        extract(stages.extraction, tokens, device)
-    elif world.is_main:
-        _log.info("%s: these tokens are finished already", tokens)
+    extract(stages.extraction, tokens, device)  # or check that finished tokens are of these images
     train_gpt(stages.gpt, gpt, device)
     write_run_report(output, source, wanted.data, device)
 

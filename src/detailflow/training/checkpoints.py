@@ -84,6 +84,11 @@ def claim(
         raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")
     if finished and not longer and not (done < steps and _more_patience(recorded, settings)):
         return None
+    if finished and not done:
+        raise DetailFlowError(
+            f"{output} holds a finished model, but no checkpoint in {CHECKPOINTS}/ to go on from: choose another "
+            f"folder (init: {output} starts from its weights)"
+        )
     if not recorded:
         folder.write(settings)
     elif longer_from := done if longer else recorded.get(LONGER_FROM):

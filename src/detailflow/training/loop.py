@@ -118,6 +118,7 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
         except DetailFlowError:
             if fresh and world.is_main:  # nothing has happened yet that other settings could contradict
                 (output / RUN_FILE).unlink()
+                (output / CHECKPOINTS).rmdir()
             raise
         start = checkpoint.step if checkpoint else 0
         if checkpoint:
