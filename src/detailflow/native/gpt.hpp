@@ -49,20 +49,21 @@ public:
             for (int i = 0; i < steps; i++) embed(r, start + i, tokens, &x[(std::size_t(r) * steps + i) * width]);
         for (int layer = 0; layer < sizes.depth; layer++) {
             const Block<T>& block = blocks[layer];
-            rms_norm(x.data(), block.attention_norm, count, width, normed.data());
+            rms_norm(x.data(), block.attention_norm, count, width, normed.data(), threads);
             product(normed.data(), count, block.qkv, qkv.data(), false, threads);
             attention(layer, start, end);
             product(attended.data(), count, block.proj, x.data(), true, threads);
-            rms_norm(x.data(), block.mlp_norm, count, width, normed.data());
+            rms_norm(x.data(), block.mlp_norm, count, width, normed.data(), threads);
             product(normed.data(), count, block.gate, gate.data(), false, threads);
             product(normed.data(), count, block.up, up.data(), false, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && gate.size() > FEWEST_NUMBERS)
             for (std::size_t i = 0; i < gate.size(); i += LANES) {  // SwiGLU: silu(gate) · up
                 Vector g = load(&gate[i]), value = g / (1.0f + exp(-g)) * load(&up[i]);
-                for (int j = 0; j < LANES; j++) gated[i + j] = from_float<T>(value[j]);
+                store(&gated[i], value);
             }
             product(gated.data(), count, block.down, x.data(), true, threads);
         }
-        rms_norm(x.data(), norm, count, width, normed.data());
+        rms_norm(x.data(), norm, count, width, normed.data(), threads);
         product(normed.data(), count, head, logits, false, threads);
     }
 
@@ -100,7 +101,7 @@ private:
                 }
                 std::memcpy(value_cache + std::size_t(start + i) * head_size, v, sizeof(float) * head_size);
             }
-            static thread_local std::vector<float> scores;
+            static thread_local Array<float> scores;
             scores.resize(std::size_t(8) * length);
             T* out = &attended[std::size_t(row) * steps * width + offset];
             for (int from = start, until; from < end; from = until) {
@@ -134,9 +135,9 @@ private:
     const T *class_embedding, *token_embedding, *mask_embedding, *norm;
     Linear<T> head;
     std::vector<Block<T>> blocks;
-    std::vector<float> keys, values;  // (depth, rows, heads, head size, length) and (depth, rows, heads, length, head size)
-    std::vector<float> x, qkv, gate, up;
-    std::vector<T> normed, attended, gated;
+    Array<float> keys, values;  // (depth, rows, heads, head size, length) and (depth, rows, heads, length, head size)
+    Array<float> x, qkv, gate, up;
+    Array<T> normed, attended, gated;
 };
 
 }  // namespace detailflow

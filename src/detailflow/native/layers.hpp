@@ -17,6 +17,7 @@ constexpr int OUTPUTS = 8;             // of a product that a thread computes at
 constexpr int BLOCK = 2048;            // bytes of a weight's row at a time: OUTPUTS of them stay in the first-level cache
 constexpr int AHEAD = 16;              // outputs between a tile and the weights that it fetches
 constexpr std::size_t FEWEST_FOR_THREADS = std::size_t(1) << 21;  // multiplications of a product that several threads share
+constexpr std::size_t FEWEST_NUMBERS = std::size_t(1) << 15;      // of a norm or SwiGLU that they share
 
 // y (M, N) = or += x (M rows) · w (N rows)ᵀ over `size` numbers of rows of `in`; FETCH rows from `ahead` are fetched meanwhile.
 template <class T, int M, int N, int FETCH>
@@ -104,12 +105,15 @@ void product(const T* x, int rows, const Linear<T>& w, float* y, bool add, int t
 }
 
 // x / sqrt(mean(x²) + 1e-5) · weight, row by row.
-template <class T> void rms_norm(const float* x, const T* weight, int rows, int width, T* y) {
-    for (int m = 0; m < rows; m++, x += width, y += width) {
+template <class T> void rms_norm(const float* x, const T* weight, int rows, int width, T* y, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && std::size_t(rows) * width > FEWEST_NUMBERS)
+    for (int m = 0; m < rows; m++) {
+        const float* from = x + std::size_t(m) * width;
+        T* to = y + std::size_t(m) * width;
         Vector squares = {};
-        for (int i = 0; i < width; i += LANES) squares += load(x + i) * load(x + i);
+        for (int i = 0; i < width; i += LANES) squares += load(from + i) * load(from + i);
         float scale = 1 / std::sqrt(sum(squares) / width + 1e-5f);
-        for (int i = 0; i < width; i++) y[i] = from_float<T>(x[i] * scale * to_float(weight[i]));
+        for (int i = 0; i < width; i++) to[i] = from_float<T>(from[i] * scale * to_float(weight[i]));
     }
 }
 
@@ -151,7 +155,7 @@ void attend(const float* queries, std::size_t query_stride, const float* keys, c
             for (int q = 0; q < Q; q++) acc[q] += scores[q * padded + j] * value;
         }
         for (int q = 0; q < Q; q++)
-            for (int i = 0; i < LANES; i++) out[q * out_stride + d + i] = from_float<T>(acc[q][i] * norm[q]);
+            store(out + q * out_stride + d, acc[q] * norm[q]);
     }
 }
 
