@@ -24,18 +24,20 @@ typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 struct BFloat16 { uint16_t bits; };
 
-// Memory that begins with a cache line, so that no register is loaded from two: of a step of GPT-L that takes a tenth.
-template <class T> struct OnLines {
+// Memory that begins with a cache line, so that no register is loaded from two: that takes a tenth of a step of GPT-L. It is
+// not set to zero first.
+template <class T> struct Aligned {
     using value_type = T;
     static constexpr std::align_val_t LINE{64};
-    OnLines() = default;
-    template <class U> OnLines(const OnLines<U>&) {}
+    Aligned() = default;
+    template <class U> Aligned(const Aligned<U>&) {}
     T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), LINE)); }
-    void deallocate(T* from, std::size_t) { ::operator delete(from, LINE); }
-    bool operator==(const OnLines&) const { return true; }
-    bool operator!=(const OnLines&) const { return false; }
+    void deallocate(T* memory, std::size_t) { ::operator delete(memory, LINE); }
+    void construct(T* at) { ::new (at) T; }
+    bool operator==(const Aligned&) const { return true; }
+    bool operator!=(const Aligned&) const { return false; }
 };
-template <class T> using Array = std::vector<T, OnLines<T>>;
+template <class T> using Array = std::vector<T, Aligned<T>>;
 
 inline float to_float(float value) { return value; }
 inline float to_float(BFloat16 value) {
