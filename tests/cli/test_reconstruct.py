@@ -219,6 +219,16 @@ def test_an_image_is_not_replaced_by_its_own_picture(model: Path, tmp_path: Path
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("command", ["reconstruct", "vary"])
+def test_no_pictures_among_the_images(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The same command would take them for images."""
+    folder = photos(tmp_path / "photos")
+    before = sorted(folder.rglob("*"))
+    assert main([command, str(folder), "--output", str(folder / "out")]) == 2
+    assert "is in your data" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
 @pytest.mark.parametrize("problem", ["missing", "folder", "text", "truncated"])
 def test_an_image_that_cannot_be_read(problem: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from detailflow.cli.common import Parser, add_model_options, add_output_option, check_output
+from detailflow.cli.common import Parser, add_model_options, add_output_option, check_apart, check_output
 from detailflow.cli.inputs import Inputs, add_image_options
 from detailflow.progress import progress_bar
 
@@ -28,6 +28,8 @@ def main(argv: Sequence[str]) -> int:
     """Write `NAME-strip.png` and `NAME-reconstruction.png` for every image and print the table of PSNRs."""
     args = parser().parse_args(argv)
     check_output(args.output)
+    for images in args.images:
+        check_apart(args.output, images)
 
     from detailflow.models.tokenizer import DetailFlowTokenizer
     from detailflow.pictures import in_place_of, strip, write_png

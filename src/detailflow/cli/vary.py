@@ -13,6 +13,7 @@ from detailflow.cli.common import (
     add_model_options,
     add_output_option,
     add_sampling_options,
+    check_apart,
     check_output,
     sampling_options,
 )
@@ -64,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
     """Write the variations and a grid of them for every image."""
     args = parser().parse_args(argv)
     check_output(args.output)
+    for images in args.images:
+        check_apart(args.output, images)
 
     from detailflow.pictures import grid, in_place_of, write_png
     from detailflow.pipeline import DetailFlowPipeline
