@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,7 +118,8 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
         except DetailFlowError:
             if fresh and world.is_main:  # nothing has happened yet that other settings could contradict
                 (output / RUN_FILE).unlink()
-                (output / CHECKPOINTS).rmdir()
+                with suppress(OSError):  # it is not empty
+                    (output / CHECKPOINTS).rmdir()
             raise
         start = checkpoint.step if checkpoint else 0
         if checkpoint:
