@@ -565,7 +565,8 @@ def test_a_folder_of_another_data_set(folder: Path, capsys: pytest.CaptureFixtur
     write("run/tokenizer/run.yaml", {"kind": "tokenizer", "known_by": {"data": known}})
     Path("images/odd/7.png").unlink()
     facts = "8 images in 2 classes then, 7 images in 2 classes now; changed: odd 4 → 3"
-    said = f"run holds a run that was begun with other images ({facts}): choose another folder"
+    advice = "choose another folder, where --init run goes on from its models, or give it the same again"
+    said = f"run holds a run that was begun with other images ({facts}): {advice}"
     assert complaint(everything("images"), capsys) == said
     assert complaint(everything("images", "--dry-run"), capsys) == said
 
@@ -623,7 +624,7 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     assert "run/gpt: going on from step 2" in capsys.readouterr().out
     Path("images/odd/7.png").rename("images/odd/8.png")
     assert main(tuned(model, "--gpt-steps", "4")) == 2
-    assert "holds tokens of other images" in capsys.readouterr().err
+    assert "holds tokens of other images (as many, by other names): " in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick")
@@ -710,6 +711,7 @@ def test_all_in_a_row(folder: Path, cifar: Path, capsys: pytest.CaptureFixture[s
     assert main(everything(str(cifar))) == 0  # what is finished stays
     assert [line for line in capsys.readouterr().out.splitlines() if "finished already" in line] == [
         "run/tokenizer: this tokenizer is finished already",
+        "run/tokens/validation: these tokens are finished already",
         "run/tokens: these tokens are finished already",
         "run/gpt: this AR model is finished already",
     ]

@@ -285,7 +285,7 @@ def test_going_on_with_other_settings(
     assert len(store) == 20
     assert all(files_in(output)[name] == before[name] for name in ("codes.bin", "ids.jsonl"))
     (folder / "odd" / "zzz.png").write_bytes(next(folder.rglob("*.png")).read_bytes())
-    message = r"holds tokens of other images \(20 in 2 classes, .* then, 21 in 2 classes, .* now\)"
+    message = r"holds tokens of other images \(20 in 2 classes then, 21 in 2 classes now\)"
     with pytest.raises(DetailFlowError, match=message):
         run(folder, model, output, crops="two")
 

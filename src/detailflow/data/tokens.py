@@ -399,14 +399,11 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 def _check_same(folder: RunFolder, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
     """Check that a store has the settings, the tokenizer and the images that it should have."""
     folder.check(dict(recorded.get("settings", {})), identity["settings"])
-    images = f"other images ({_images(recorded)} then, {_images(identity)} now)"
+    counts = [f"{one.get('images')} in {len(one.get('class_names') or ())} classes" for one in (recorded, identity)]
+    changed = "as many, by other names" if counts[0] == counts[1] else f"{counts[0]} then, {counts[1]} now"
+    images = f"other images ({changed})"
     called = dict.fromkeys(("images", "ids_bytes", "ids_crc32"), images)
     called |= {"source_labels_crc32": "other labels", "class_names": "other classes"}
     rest = {name: value for name, value in identity.items() if name != "settings"}
     first = {"tokenizer_fingerprint": identity["tokenizer_fingerprint"]}
     folder.check(recorded, first | rest, called | {"tokenizer_fingerprint": "another tokenizer"})
-
-
-def _images(manifest: Mapping[str, Any]) -> str:
-    classes = len(manifest.get("class_names") or ())
-    return f"{manifest.get('images')} in {classes} classes, checksum of their names {manifest.get('ids_crc32')}"

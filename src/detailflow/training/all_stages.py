@@ -111,7 +111,10 @@ def _check_data(output: Path, source: ImageSource) -> None:
     """Check that a run that was begun in the folder has these images, before anything else is said of them."""
     known = dict(run_folder(output / "tokenizer").read().get(KNOWN_BY) or {}).get("data")
     if known and (changed := difference("data", known, images_input(source).read())):
-        raise DetailFlowError(f"{output} holds a run that was begun with {changed}: choose another folder")
+        raise DetailFlowError(
+            f"{output} holds a run that was begun with {changed}: choose another folder, where --init {output} goes on "
+            "from its models, or give it the same again"
+        )
 
 
 def _check_steps(output: Path, steps: int) -> None:
