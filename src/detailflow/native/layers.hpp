@@ -113,7 +113,7 @@ template <class T> void rms_norm(const float* x, const T* weight, int rows, int 
         Vector squares = {};
         for (int i = 0; i < width; i += LANES) squares += load(from + i) * load(from + i);
         float scale = 1 / std::sqrt(sum(squares) / width + 1e-5f);
-        for (int i = 0; i < width; i++) to[i] = from_float<T>(from[i] * scale * to_float(weight[i]));
+        for (int i = 0; i < width; i += LANES) store(to + i, load(from + i) * scale * load(weight + i));
     }
 }
 

@@ -47,15 +47,6 @@ inline float to_float(BFloat16 value) {
     return result;
 }
 
-template <class T> inline T from_float(float value);
-template <> inline float from_float<float>(float value) { return value; }
-template <> inline BFloat16 from_float<BFloat16>(float value) {  // to the nearest, ties to even; NaN stays NaN
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return {uint16_t(bits >> 16 | 64)};
-    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-
 // Keep a vector in a register: compilers would rather load it again in each multiplication that it takes part in.
 template <class V> inline void in_register(V& vector) {
 #if defined(__x86_64__)
@@ -75,9 +66,16 @@ inline Vector load(const float* from) {
 
 inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 
-inline void store(BFloat16* to, Vector value) {  // rounded as by `from_float`
-    typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+inline Vector load(const BFloat16* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Vector)(__builtin_convertvector(halves, Bits) << 16);
+}
+
+inline void store(BFloat16* to, Vector value) {  // to the nearest, ties to even; NaN stays NaN
     const Bits bits = (Bits)value, upper = bits >> 16;
     const Bits rounded = (bits + 0x7fff + (upper & 1)) >> 16;
     const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? upper | 64 : rounded, Halves);
