@@ -32,6 +32,7 @@ SIZES = {
     "many positions": SMALL | {"num_tokens": 1040, "group_size": 8, "depth": 1},
     "wide": SMALL | {"width": 96, "heads": 2, "mlp": 160, "codebook_size": 32},
 }
+BORDER = 1e-5  # of a uniform number: 3 times what the rounding of logits does at guidance 4
 ENGINES = (native.NativeGeneration, CachedModel)
 SAMPLINGS = {
     "greedy": SamplingConfig(3.0, temperature=0.0),
@@ -57,8 +58,11 @@ def random_gpt(**sizes: object) -> DetailFlowGPT:
     return gpt
 
 
-def steps_of(gpt: DetailFlowGPT, sampling: SamplingConfig, images: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draw the tokens of each step by the native engine and by PyTorch, after the same earlier ones."""
+def steps_of(gpt: DetailFlowGPT, sampling: SamplingConfig, images: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Draw the tokens of each step by the native engine and by PyTorch, after the same earlier ones.
+
+    The third is True if PyTorch would not draw the native engine's code even by a number that differs by `BORDER`.
+    """
     classes = torch.arange(images) % gpt.config.num_classes
     noise = image_noise([torch.Generator().manual_seed(i) for i in range(images)], gpt.config.num_tokens)
     ours, theirs = native.NativeGeneration(gpt, classes, sampling.guided), CachedModel(gpt, classes, sampling.guided)
@@ -70,16 +74,18 @@ def steps_of(gpt: DetailFlowGPT, sampling: SamplingConfig, images: int) -> Itera
         if sampling.guided:
             logits = logits[images:] + scale * (logits[:images] - logits[images:])
         ids[:, start:end] = sample(logits, noise[:, start:end], sampling)
-        yield drawn, ids[:, start:end].clone()
+        least, most = (sample(logits, noise[:, start:end] + shift, sampling) for shift in (-BORDER, BORDER))
+        yield drawn, ids[:, start:end].clone(), (drawn < least) | (drawn > most)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_tokens_of_the_shipped_model(sampling: SamplingConfig, shipped: DetailFlowGPT):
-    """But for one draw in a thousand, whose number is as near to the border of two codes as logits are rounded."""
+    """But for a few draws in a thousand, whose number is as near to the border of two codes as logits are rounded."""
     with torch.inference_mode():
-        pairs = [(ours == theirs).flatten() for ours, theirs in steps_of(shipped, sampling, 30)]
-    same = torch.cat(pairs)
-    assert (~same).sum() <= (0 if sampling.temperature == 0 else 1), f"{int((~same).sum())} of {len(same)}"
+        ours, theirs, beyond = (torch.cat(parts, 1) for parts in zip(*steps_of(shipped, sampling, 30), strict=True))
+    assert not beyond.any()
+    others = int((ours != theirs).sum())
+    assert others <= (0 if sampling.temperature == 0 else 5), f"{others} of {ours.numel()}"
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -138,7 +144,7 @@ def test_threads_change_nothing():
         for threads in (1, 2):
             torch.set_num_threads(threads)
             with torch.inference_mode():
-                found.append(torch.cat([ours for ours, _ in steps_of(gpt, SAMPLINGS["guided"], 4)], 1))
+                found.append(torch.cat([ours for ours, *_ in steps_of(gpt, SAMPLINGS["guided"], 4)], 1))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
