@@ -9,6 +9,8 @@ import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ LONGEST_NAME = 100  # bytes of a file name that we make up; some file systems al
 LARGEST_TEXT = 32 * 2**20  # bytes of a settings or metadata file
 LARGEST_YAML = 2**18  # bytes; reading so many takes seconds
 MOST_VALUES = 100_000  # that the aliases of YAML may stand for
+_MOST_SIMILAR = 10_000  # entries of a folder that are compared with a name that is not there
 _REMEDY = "correct the file, or get it again from where it came"
 
 
@@ -52,6 +55,16 @@ def writing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             yield temporary
+
+
+def similar(path: str) -> str:
+    """Return "did you mean photos?" of "photoz" if there is a folder or file of a similar name; else ""."""
+    folder, name = os.path.split(path.rstrip("/" + os.sep))
+    with suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
+        names = [entry.name for entry in islice(entries, _MOST_SIMILAR) if not entry.name.startswith(".")]
+        if close := get_close_matches(name, names, n=1, cutoff=0.75):
+            return f"did you mean {printable(os.path.join(folder, close[0]))}?"
+    return ""
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, first_line
-from detailflow.files import os_errors, read_json, reading, replacing
+from detailflow.files import os_errors, read_json, reading, replacing, similar
 from detailflow.published import (
     ARGUMENTS_FILE,
     CHECKPOINTS,
@@ -38,6 +38,7 @@ from detailflow.published import (
     published_config,
 )
 from detailflow.runs import RUN_FILE, checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
+from detailflow.settings import unknown
 from detailflow.tensors import SHARD_SIZE, TENSOR_FILES, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,9 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
             repository, advice = (getattr(pair, kind), _both_of(pair, name)) if pair else (name, None)
             return resolve(fetch(repository, _patterns(kind), revision, advice), kind)
     if "/" in name or isinstance(path_or_id, Path):
-        raise DetailFlowError(f"there is no such folder: {name}")
-    raise DetailFlowError(
-        f"unknown model {name!r}: give a folder, a hub name (owner/name) or one of {', '.join((*ZOO, *PACKAGED))}"
-    )
+        raise DetailFlowError(f"there is no such folder: {name}{f'; {meant}' if (meant := similar(name)) else ''}")
+    otherwise = f"give a folder, a hub name (owner/name) or one of {', '.join((*ZOO, *PACKAGED))}"
+    raise DetailFlowError(unknown("model", name, (*ZOO, *PACKAGED), similar(name) or otherwise))
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -244,6 +244,8 @@ def fetch(repository: str, patterns: Sequence[str], revision: str | None = None,
 
         folder = Path(snapshot_download(repository, allow_patterns=list(patterns), **chosen))
     except Exception as error:  # connection, name, permission, disk: the hub's client has an exception type for each
+        if meant := similar(repository):
+            raise DetailFlowError(f"{repository} is no folder here, nor could it be downloaded: {meant}") from error
         raise DetailFlowError(
             f"could not download {repository!r} from the Hugging Face hub ({first_line(error)}): "
             + (advice or "there is no local folder of that name; check it and the connection")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -18,10 +19,12 @@ GAP = 4
 FONT_SIZE = 12
 LINE = 16  # pixels from one line of a caption to the next
 LEAST_CAPTION = 72  # pixels, also below an image that is thinner
-# The first three are from `generate`, the next two from `reconstruct`, and those of `vary` and `decode` follow.
-Kind = Literal["sample", "grid", "strip", "comparison", "reconstruction", "variations", "variation", "decoded"]
+# The first four are from `generate` ("set" with --num-images), the next two from `reconstruct`, and those of `vary` and
+# `decode` follow.
+Kind = Literal["sample", "set", "grid", "strip", "comparison", "reconstruction", "variations", "variation", "decoded"]
 KEY = "detailflow"  # of the text in a PNG file that has its kind, and the name it was written under
 _HEAD = 1024  # bytes of a PNG file that contain the text
+_SINGLE = re.compile(r"(\d{4,}-.+|.+-reconstruction|.+-\d+-.+-\d+)\.png")  # names of single images that were made
 
 
 class StageLike(Protocol):
@@ -82,6 +85,15 @@ def is_overview(path: str) -> bool:
     name = os.path.basename(path)
     named = name == "grid.png" or name.startswith("strip-") or name.endswith(("-strip.png", "-variations.png"))
     return named and picture_kind(Path(path)) in ("grid", "strip", "comparison", "variations")
+
+
+def is_made(path: str) -> bool:
+    """Return True for an image that `generate`, `reconstruct` or `vary` wrote; a copy by another name is the user's."""
+    name = os.path.basename(path)
+    if not _SINGLE.fullmatch(name):  # files of other names are not opened
+        return False
+    kind, written = _read_text(Path(path))
+    return kind in ("sample", "set", "reconstruction", "variation") and written == quote(name)
 
 
 def generated(folder: Path) -> Iterator[Path]:

@@ -85,7 +85,7 @@ class PngWriter:
     def write(self, part: range, images: Sequence[Image.Image]) -> None:
         """Write a part, whole or not at all."""
         for index, image in zip(part, images, strict=True):
-            write_png(image, self._path(index))
+            write_png(image, self._path(index), "set")
 
     def finish(self) -> None:
         """Do what is left once all parts are there, in one process."""

@@ -17,6 +17,7 @@ from PIL import Image
 from detailflow.data import open_images
 from detailflow.data.decode import image_suffixes
 from detailflow.errors import DetailFlowError
+from detailflow.pictures import write_png
 
 from .conftest import write_tar
 
@@ -289,6 +290,26 @@ def test_links_to_elsewhere_are_followed_once(tmp_path):
     photos(tmp_path / "other", ("y",))
     (tmp_path / "other" / "back").symlink_to(tmp_path / "other")
     assert counts(tmp_path / "set") == {"cat": 4, "dog": 4, "fish": 9}
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("sample", "0000-cat.png"), ("set", "0000-cat.png"), ("variation", "a-8-any-0.png")]
+)
+def test_made_images_among_others_are_left_aside(folder, tmp_path, kind, name):
+    picture = Image.new("RGB", (16, 16))
+    write_png(picture, folder / name, kind)
+    write_png(picture, folder / "cat" / name, kind)
+    assert counts(folder) == ALL
+    assert f"left aside: 2 images made by detailflow ({name}, cat/{name})" in open_images(folder).summary
+    shutil.copy(folder / name, folder / "cat" / "mine.png")  # a copy is the user's
+    assert counts(folder)["cat"] == ALL["cat"] + 1
+    (tmp_path / "samples").mkdir()
+    write_png(picture, tmp_path / "samples" / name, kind)
+    assert len(open_images(tmp_path / "samples")) == 1
+    write_png(picture, tmp_path / "samples" / "b.png")
+    rows = f"file_name,label\n{name},cat\nb.png,dog\n"
+    (tmp_path / "samples" / "metadata.csv").write_text(rows)
+    assert counts(tmp_path / "samples") == {"cat": 1, "dog": 1}
 
 
 def test_a_dangling_link_is_named(folder):

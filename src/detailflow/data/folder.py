@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detailflow.data.decode import explained, image_suffixes
-from detailflow.data.source import Notes
+from detailflow.data.source import MADE, Notes
 from detailflow.errors import DetailFlowError, printable
-from detailflow.pictures import is_overview
+from detailflow.pictures import is_made, is_overview
 
 MANY = (".parquet", ".tar")  # files of many images
 _METADATA = ("metadata.csv", "metadata.jsonl")
@@ -111,8 +111,12 @@ def _sort(top: str, split: str | None, notes: Notes, metadata: list[str]) -> Dat
     metadata += [file for file in files if os.path.basename(file).lower() in _METADATA and file not in metadata]
     if not metadata and any(os.path.basename(file) == _METADATA_IN_PARQUET for file in files):
         notes.question = notes.question or f"{_METADATA_IN_PARQUET} is not read: write metadata.csv"
+    made = set() if metadata else {file for file in images if is_made(file)}
+    if len(made) < len(images):  # a folder of samples alone is read
+        images = [file for file in images if file not in made]
+        notes.leave(MADE, *(within(file, top) for file in sorted(made)))
     notes.leave("file of several images", *(within(file, top) for file in sorted(pictures)))
-    _leave_others(top, files, {*images, *pictures, *metadata}, notes)
+    _leave_others(top, files, {*images, *pictures, *made, *metadata}, notes)
     if not images:
         holds = f"; it holds {notes.aside()}" if notes.left_aside else ""
         raise DetailFlowError(

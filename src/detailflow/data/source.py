@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +17,14 @@ from PIL import Image
 
 from detailflow.data.decode import REMEDIES, explained, image_size, load_rgb
 from detailflow.errors import DetailFlowError, NotThereError, printable
+from detailflow.files import similar
 from detailflow.labels import UNLABELLED
 
 _CLASSES_SHOWN, _NAMES_SHOWN, _KINDS_SHOWN = 10, 3, 6  # more are only counted
 _SIZES_READ = 256  # images whose headers are read for a summary
-_MOST_SIMILAR = 10_000  # entries of a folder that are compared with a name that is not there
 _MOST_CLASSES = 10**6
 _MOST_LABELS = 64  # of an image
+MADE = "image made by detailflow"
 
 
 @dataclass
@@ -72,6 +72,8 @@ def why(kind: str) -> str:
         return REMEDIES[kind]
     if kind == "archive":
         return "images in archives are not read between image files: unpack them, or give the archives alone"
+    if kind == MADE:
+        return "it is read in a folder of its own, or under another name"
     return "not the suffix of an image file" if kind.startswith(".") else ""
 
 
@@ -270,16 +272,6 @@ def not_there(name: str, also: str = "") -> NotThereError:
     sets = "a folder of images, .parquet or .tar files, or a hub name (owner/name)"
     give = f"give {also and f'{also}, '}{sets}"
     return NotThereError(f"{name} does not exist: {similar(name) or give}")
-
-
-def similar(path: str) -> str:
-    """Return "did you mean photos?" of "photoz" if there is a folder or file of a similar name; else ""."""
-    folder, name = os.path.split(path.rstrip("/" + os.sep))
-    with suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
-        names = [entry.name for entry in islice(entries, _MOST_SIMILAR) if not entry.name.startswith(".")]
-        if close := get_close_matches(name, names, n=1, cutoff=0.75):
-            return f"did you mean {printable(os.path.join(folder, close[0]))}?"
-    return ""
 
 
 def count_classes(labels: np.ndarray, names: Sequence[str]) -> dict[str, int]:

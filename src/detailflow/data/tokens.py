@@ -246,7 +246,7 @@ class TokenWriter:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to be written."""
-        return (self.directory / _MANIFEST).exists()
+        return is_finished(self.directory)
 
     def slots(self, chunk: int) -> range:
         """Return the slots of a chunk."""
@@ -330,6 +330,11 @@ class TokenWriter:
     def _remove_records(self) -> None:
         if (self.directory / _UNFINISHED).exists():
             shutil.rmtree(self.directory / _UNFINISHED)
+
+
+def is_finished(directory: Path) -> bool:
+    """Return whether a folder has a finished store."""
+    return (directory / _MANIFEST).exists()
 
 
 def begun_chunk(directory: Path) -> int:
