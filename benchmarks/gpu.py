@@ -240,8 +240,8 @@ def time_steps(stage: Any, batches: Sequence[Any], device: Any, options: Options
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from detailflow.device import precision_dtype
     from detailflow.machine import measure_ceilings, seconds
-    from detailflow.training.config import PRECISIONS
 
     loop = stage.config.loop
     steps, first = (2, loop.steps - 20) if options.small else (12, loop.steps - 60)
@@ -265,7 +265,7 @@ def time_steps(stage: Any, batches: Sequence[Any], device: Any, options: Options
     row: Row = {"images": loop.batch_size, "what": "compiled" if loop.compile else "not compiled", "ms": step * 1e3}
     row["images per second"] = loop.batch_size / step
     if operations:
-        ceiling = measure_ceilings(device, PRECISIONS[loop.precision], 1 if options.small else 5).flops
+        ceiling = measure_ceilings(device, precision_dtype(loop.precision, device), 1 if options.small else 5).flops
         row |= {"GFLOP per image": operations / loop.batch_size / 1e9, "of the ceiling": operations / step / ceiling}
     if device.type == "cuda":
         row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30

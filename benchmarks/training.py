@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detailflow.cli.settings import read_request
 from detailflow.data.images import open_images
-from detailflow.device import choose_device
+from detailflow.device import choose_device, precision_dtype
 from detailflow.machine import device_name, measure_ceilings, seconds
 from detailflow.models.gpt import GPTConfig
-from detailflow.training.config import PRECISIONS, GPTTraining, TokenizerTraining
+from detailflow.training.config import GPTTraining, TokenizerTraining
 from detailflow.training.gpt import GPTStage
 from detailflow.training.tokenizer import TokenizerStage
 
@@ -98,9 +98,10 @@ def report(
         steps.run_all()
     times = [seconds(lambda i=i: steps.run(i), device) for i in range(args.steps)]  # type: ignore[misc]
     loop, step, operations = config.loop, sum(times) / args.steps, counter.get_total_flops() / args.steps
-    ceiling = measure_ceilings(device, PRECISIONS[loop.precision]).flops
+    dtype = precision_dtype(loop.precision, device)
+    ceiling = measure_ceilings(device, dtype).flops
     print(f"{args.stage}: torch {torch.__version__}, {device_name(device)}, {torch.get_num_threads()} threads")
-    print(f"{loop.precision}, batch {loop.batch_size}, {'' if loop.compile else 'not '}compiled")
+    print(f"{str(dtype).removeprefix('torch.')}, batch {loop.batch_size}, {'' if loop.compile else 'not '}compiled")
     print(f"ceiling {ceiling / 1e9:.0f} GFLOP/s\n")
     print(f"step                  {step * 1e3:10.1f} ms   (best {min(times) * 1e3:.1f})")
     print(f"images per second     {loop.batch_size / step:10.1f}")

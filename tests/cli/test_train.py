@@ -186,7 +186,7 @@ CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ({"flip": "perhaps"}, "flip must be true or false, not 'perhaps'"),
     ({"loop": {"learning_rate": -1}}, "loop.learning_rate must be above 0, not -1.0"),
     ({"loop": {"seed": -1}}, "loop.seed must be 0 to 2^64 - 1, not -1"),
-    ({"loop": {"precision": "fp8"}}, "loop.precision must be bf16, fp16 or fp32, not 'fp8'"),
+    ({"loop": {"precision": "fp8"}}, "loop.precision must be auto, bf16, fp16 or fp32, not 'fp8'"),
     ({"max_scale": 0.5}, "max_scale must be 1 (no zoom) or more, not 0.5"),
     ({"perceptual": -1}, "perceptual must be 0 or more, not -1.0"),
     ({"coarse_probability": 2}, "coarse_probability must be 0 to 1, not 2.0"),
@@ -594,7 +594,8 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     assert main([*argv, "--dry-run"]) == 0
     dry = capsys.readouterr().out.splitlines()
     assert not Path("run").exists() and dry[0].startswith("images: 8 images in 2 classes")
-    start = f"from {model}: its tokenizer as it is, and its AR model, which knows 0 of these 2 classes by name"
+    start = f"from {model}: its tokenizer of 32×32 pixels, as it is, and its AR model, which knows 0 of these 2 classes"
+    start += " by name"
     assert dry[1] == start and dry[2].startswith("tokens: 10 crops of each image: ")
     assert "parameters, up to 2 steps of 32 images: up to" in dry[3] and dry[5].startswith("in all about ")
     assert dry[4].startswith("disk: about ") and dry[4].endswith("B for checkpoints, tokens and the model")
@@ -621,7 +622,12 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     problem = "run/tokenizer holds another tokenizer than that of shipped: choose another folder"
     assert complaint(tuned("shipped", "--gpt-steps", "2"), capsys) == problem
     assert main(tuned(model, "--gpt-steps", "3")) == 0
-    assert "run/gpt: going on from step 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "run/gpt: going on from step 2" in out and "\ntokens: " not in out
+    assert "parameters, up to 3 steps (1 left) of 32 images: up to" in out and "what is left takes" in out
+    assert main(tuned(model)) == 0  # the steps that it was begun with, not the recipe's
+    out = capsys.readouterr().out
+    assert "run/gpt: 3 steps, as it was begun, and not the recipe's" in out and out.count("finished already") == 3
     Path("images/odd/7.png").rename("images/odd/8.png")
     assert main(tuned(model, "--gpt-steps", "4")) == 2
     assert "holds tokens of other images (as many, by other names): " in capsys.readouterr().err
@@ -659,7 +665,7 @@ def test_from_a_trained_model_with_its_decoder(folder: Path, model: Path, capsys
     argv = tuned(model, "--finetune-decoder", "--gpt-steps", "1")
     assert main([*argv, "--tokenizer-steps", "2"]) == 0
     out = capsys.readouterr().out
-    assert "its tokenizer, whose decoder is trained, and its AR model" in out and "\ntokenizer: " in out
+    assert "its tokenizer of 32×32 pixels, whose decoder is trained, and its AR model" in out and "\ntokenizer: " in out
     before, after = (DetailFlowTokenizer.from_pretrained(place) for place in (model, "run"))
     assert after.fingerprint() == before.fingerprint()
     old, new = before.state_dict(), after.state_dict()
@@ -717,6 +723,6 @@ def test_all_in_a_row(folder: Path, cifar: Path, capsys: pytest.CaptureFixture[s
     ]
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
     assert main(everything(str(cifar), "--gpt-steps", "2")) == 2
-    assert "run/gpt holds a run with another loop.steps (3, not 2)" in capsys.readouterr().err
+    assert "run/gpt holds a finished run of 3 steps, more than 2: give at least as many" in capsys.readouterr().err
     assert main(["generate", "--model", "run", "--output", "pictures"]) == 0
     assert len(files(folder / "pictures")) == 11

@@ -61,7 +61,7 @@ def test_no_warm_up_and_a_single_step():
         ({"warmup": 1.0}, "warmup must be at least 0 and below 1"),
         ({"final_rate": 1.1}, "final_rate must be 0 to 1"),
         ({"grad_clip": 0.0}, "grad_clip must be above 0"),
-        ({"precision": "fp8"}, "precision must be bf16, fp16 or fp32, not 'fp8'"),
+        ({"precision": "fp8"}, "precision must be auto, bf16, fp16 or fp32, not 'fp8'"),
         ({"seed": -1}, r"seed must be 0 to 2\^64 - 1, not -1"),
         ({"seed": 2**64}, r"seed must be 0 to 2\^64 - 1, not 18446744073709551616"),
         ({"workers": -1}, "workers must be 0 or more"),
@@ -206,12 +206,12 @@ def test_fewer_steps_than_recorded(tmp_path: Path):
     """If as many are not done yet; a finished run stays as it is."""
     claim(tmp_path, "gpt", asdict(Settings(LOOP)))
     save_checkpoint(tmp_path, 3, {})
-    with pytest.raises(DetailFlowError, match=r"another loop.steps \(5, not 2\)"):
+    with pytest.raises(DetailFlowError, match="holds a run that has taken 3 steps, more than 2"):
         claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=2))))
     fewer = claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=3))))
     assert fewer and fewer["loop"]["steps"] == 3
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(DetailFlowError, match=r"another loop.steps \(5, not 3\)"):
+    with pytest.raises(DetailFlowError, match="holds a finished run of 5 steps, more than 3"):
         claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=3))))
 
 

@@ -193,8 +193,9 @@ def test_networks_that_would_be_downloaded(cifar: Path, tower: Path, monkeypatch
     monkeypatch.setattr("detailflow.hub.fetch", None)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
     config = TokenizerTraining(
-        str(cifar), SIZES, LOOP, **PAPER, encoder_init="owner/name", alignment_network=str(tower)
-    )
+        str(cifar), SIZES, replace(LOOP, precision="bf16"), **PAPER,
+        encoder_init="owner/name", alignment_network=str(tower),
+    )  # fmt: skip
     plan = plan_tokenizer(config, World(size=4))
     assert plan.epochs == 100 / (200 // 16) and plan.tokens == 32
     networks = {network.name: network for network in plan.networks}
@@ -363,7 +364,7 @@ def test_the_page():
     assert "processes  8 processes: 32 images of a step for each, in 4 parts of 8" in lines
     assert "products   64 TFLOP a step, 80.1 EFLOP in all" in lines
     assert "time       about 17 hours, if every process reaches 40% of" in lines  # 80.1e18 / 8 / 160e12
-    assert "           the 400 TFLOP/s of bf16 products measured here on cuda" in lines
+    assert "           the 400 TFLOP/s of bfloat16 products measured here on cuda" in lines
     assert any(line.endswith("for 1,254 checkpoints") for line in lines)
     assert "           10.0 GiB of tokens, which are there" in lines
     assert "activations, about" in page and "with checkpoint_activations" in page

@@ -5,6 +5,7 @@ Another process, real images, every file real.
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,8 +236,6 @@ def test_a_finished_run(
 
 def test_killed_before_the_model_was_written(commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):
     """All steps are done, the model is not there or there in half."""
-    import shutil
-
     output = tmp_path / "run"
     shutil.copytree(finished["gpt"], output)
     (output / "config.json").unlink()
@@ -244,3 +243,13 @@ def test_killed_before_the_model_was_written(commands: dict[str, list[str]], fin
     assert main([*commands["gpt"], str(output)]) == 0
     assert contents(output)["config.json"] == contents(finished["gpt"])["config.json"]
     assert weights(output) == weights(finished["gpt"])
+
+
+def test_precision_of_an_earlier_version(commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):
+    """Runs that were begun in bf16, once the default, go on with today's; another one that is asked for is refused."""
+    output = shutil.copytree(finished["gpt"], tmp_path / "run")
+    record = (output / "run.yaml").read_text()
+    assert "precision: auto" in record
+    (output / "run.yaml").write_text(record.replace("precision: auto", "precision: bf16"))
+    assert main([*commands["gpt"], str(output)]) == 0
+    assert main([*commands["gpt"], str(output), "--loop.precision", "fp32"]) == 2

@@ -341,7 +341,7 @@ def test_a_finished_run_goes_on_for_more_steps(
     )
     assert main([*command, "8"]) == 0 and "is finished already" in capsys.readouterr().out
     assert main([*command, "6"]) == 2
-    assert "holds a run with another loop.steps (8, not 6)" in capsys.readouterr().err
+    assert "holds a finished run of 8 steps, more than 6: give at least as many" in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on_for_more_steps(commands: dict[str, list[str]], tmp_path: Path):

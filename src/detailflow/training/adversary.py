@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
 from detailflow import hub
-from detailflow.device import autocast
+from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, missing_package
 from detailflow.models.efficientnet import CHANNELS, EfficientNetLite0
@@ -20,7 +20,7 @@ from detailflow.models.loading import load_weights
 from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
 from detailflow.training.augment import DRAWS, diff_augment
 from detailflow.training.classifier import FEATURE_WIDTHS, FeatureNetwork
-from detailflow.training.config import PATCH, PRECISIONS, PROJECTED, PROJECTED_BOTH, TokenizerTraining
+from detailflow.training.config import PATCH, PROJECTED, PROJECTED_BOTH, TokenizerTraining
 from detailflow.training.losses import consistency_loss, discriminator_loss, generator_loss, lecam_loss
 from detailflow.training.optimizer import Updater, gradients_stay
 
@@ -316,7 +316,7 @@ class Adversary:
 
     def __init__(self, config: TokenizerTraining, device: torch.device, world: World, load: bool = True) -> None:
         loop = config.loop
-        self.device, self.precision, self.world = device, PRECISIONS[loop.precision], world
+        self.device, self.precision, self.world = device, precision_dtype(loop.precision, device), world
         self.lecam, self.consistency = config.lecam, config.consistency
         self.network = make_discriminator(config.adversarial_network, load).to(device).train()
         self.any_side = isinstance(self.network, DINODiscriminator)  # or the tokenizer's full size alone

@@ -9,9 +9,11 @@ import torch
 from detailflow import hub
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.source import describe_amount
+from detailflow.data.tokens import is_finished
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.published import CONFIG_FILE
+from detailflow.runs import checkpoints, step_of
 from detailflow.training.checkpoints import KNOWN_BY, of_loop, run_folder
 from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
@@ -45,8 +47,8 @@ def train_all(wanted: AllStages, output: Path, device: str | None = None) -> Non
         tokenizer, tokens, gpt = (output / name for name in ("tokenizer", "tokens", "gpt"))
         if stages.tokenizer and not wanted.init:
             _check_steps(output, stages.tokenizer.loop.steps)
-        if world.is_main and not (tokenizer.exists() or gpt.exists()):
-            for line in outlook(stages, source, world, chosen):
+        if world.is_main:
+            for line in outlook(stages, source, world, chosen, output):
                 _log.info("%s", line)
         if stages.tokenizer is None and world.is_main:
             assert wanted.init
@@ -70,31 +72,55 @@ def describe_all(wanted: AllStages, output: Path, device: str | None = None) -> 
     source = open_images(wanted.data, split=wanted.split)
     yield source.summary
     _check_data(output, source)
-    yield from outlook(stage_settings(wanted, source, output, chosen), source, world, chosen)
+    yield from outlook(stage_settings(wanted, source, output, chosen), source, world, chosen, output)
 
 
-def outlook(stages: StageSettings, source: ImageSource, world: World, device: torch.device) -> Iterator[str]:
-    """Yield lines on what the stages will do: sizes, and time and memory by a few real steps on this machine."""
+def outlook(
+    stages: StageSettings, source: ImageSource, world: World, device: torch.device, output: Path
+) -> Iterator[str]:
+    """Yield lines on what the stages will do: sizes, and time and memory by a few real steps on this machine.
+
+    Of a run that was begun in `output`, only on what is left; nothing if it is finished.
+    """
+    tokenizer = _left(output / "tokenizer", stages.tokenizer.loop.steps) if stages.tokenizer else 0.0
+    tokens, gpt = not is_finished(output / "tokens"), _left(output / "gpt", stages.gpt.loop.steps)
+    begun = any((output / name).exists() for name in ("tokenizer", "tokens", "gpt"))
+    yield from stages.as_begun
+    if not (tokenizer or tokens or gpt):
+        return
     yield stages.choice
-    if not stages.gpt.init:
+    if not stages.gpt.init and not begun:
         yield describe_amount(len(source))
     total, disk, ceiling = 0.0, 0.0, ceiling_of(stages.gpt, device)
-    if stages.tokenizer:
+    if stages.tokenizer and tokenizer:
         plan = plan_tokenizer(stages.tokenizer, world, device)
-        total += (seconds := plan.expected_seconds(*ceiling))
+        total += (seconds := plan.expected_seconds(*ceiling) * tokenizer)
         disk += plan.disk_bytes
-        yield f"tokenizer: {plan.brief(seconds)}"
+        yield f"tokenizer: {plan.brief(seconds, tokenizer)}"
     crops = stages.extraction.num_crops
-    total += (seconds := extraction_seconds(stages.extraction, stages.sizes, len(source), world, device))
-    yield f"tokens: {several(crops, 'crop')} of each image: {describe_duration(seconds)}"
-    expected = Expected(len(source), crops, source.class_names, stages.sizes)
-    plan = plan_gpt(stages.gpt, world, device, expected)
-    total += (seconds := plan.expected_seconds(*ceiling))
-    disk += plan.disk_bytes + len(source) * crops * TOKEN_BYTES * stages.sizes.num_tokens
-    yield f"AR model: {plan.brief(seconds)}"
-    yield f"disk: about {rough_bytes(disk)} for checkpoints, tokens and the model"
-    about = f"in all about {describe_duration(total)} on {device}, if it stays as busy as now"
-    yield f"{about}; Ctrl-C stops, the same command goes on"
+    if tokens:
+        total += (seconds := extraction_seconds(stages.extraction, stages.sizes, len(source), world, device))
+        disk += len(source) * crops * TOKEN_BYTES * stages.sizes.num_tokens
+        yield f"tokens: {several(crops, 'crop')} of each image: {describe_duration(seconds)}"
+    if gpt:
+        expected = Expected(len(source), crops, source.class_names, stages.sizes)
+        plan = plan_gpt(stages.gpt, world, device, expected)
+        total += (seconds := plan.expected_seconds(*ceiling) * gpt)
+        disk += plan.disk_bytes
+        yield f"AR model: {plan.brief(seconds, gpt)}"
+    if not begun:
+        yield f"disk: about {rough_bytes(disk)} for checkpoints, tokens and the model"
+    about = f"{'what is left takes' if begun else 'in all'} about {describe_duration(total)} on {device}"
+    yield f"{about}, if it stays as busy as now; Ctrl-C stops, the same command goes on"
+
+
+def _left(folder: Path, steps: int) -> float:
+    """Return the share of a stage's steps that is still to be taken."""
+    recorded = of_loop(run_folder(folder).read(), "steps")
+    if (folder / CONFIG_FILE).exists() and recorded >= steps:
+        return 0.0  # or it would say how it ended
+    done = max(map(step_of, checkpoints(folder)), default=0)
+    return max(0.0, 1 - done / steps)
 
 
 def _copy_tokenizer(source: str, folder: Path) -> None:

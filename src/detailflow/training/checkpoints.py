@@ -73,7 +73,16 @@ def claim(
     if recorded:
         both = content.keys() & known.keys()
         other_steps = longer or (not finished and steps >= done)
-        folder.check(recorded, _identity(settings, {KNOWN_BY, *both}, {*FREE, *(["steps"] if other_steps else [])}))
+        free = {*FREE, "steps"}
+        if settings["loop"].get("precision") == "auto":  # it may be another machine
+            free.add("precision")
+        folder.check(recorded, _identity(settings, {KNOWN_BY, *both}, free))
+        if not other_steps and steps != of_loop(recorded, "steps"):
+            least = of_loop(recorded, "steps") if finished else done
+            raise DetailFlowError(
+                f"{output} holds {f'a finished run of {least:,}' if finished else f'a run that has taken {least:,}'} "
+                f"steps, more than {steps:,}: give at least as many, or choose another folder"
+            )
         for name in both:
             if changed := difference(name, known[name], content[name]):
                 raise DetailFlowError(

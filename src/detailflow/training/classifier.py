@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow.data.batches import ImageBatches, StreamedBatches
-from detailflow.device import autocast
+from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import os_errors
 from detailflow.progress import bar_width
 from detailflow.tensors import save_torch
 from detailflow.torch_files import load_torch
-from detailflow.training.config import PRECISIONS, TokenizerTraining
+from detailflow.training.config import TokenizerTraining
 
 _log = logging.getLogger(__name__)
 
@@ -131,5 +131,5 @@ def _train(
 
     with tqdm(heard(images), total=steps, desc="features", unit="step", **bar_width()) as bar:
         device = next(network.parameters()).device
-        accuracy = train_classifier(network, bar, steps, PRECISIONS[config.loop.precision], device)
+        accuracy = train_classifier(network, bar, steps, precision_dtype(config.loop.precision, device), device)
     _log.info("feature network: %s of the last training images recognised", f"{accuracy:.1%}")

@@ -4,8 +4,6 @@ import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Literal
 
-import torch
-
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.models.efficientnet import EFFICIENTNET
@@ -34,8 +32,7 @@ PROJECTED = "projected"  # the discriminator on features of EfficientNet-Lite0
 PROJECTED_BOTH = "projected-both"  # and on those of the classifier
 NETWORKS = (CLASSIFIER, PATCH, PROJECTED, PROJECTED_BOTH, EFFICIENTNET, "lpips", "dino")  # which are no files
 CROPS = {"ten": 10, "six": 6, "two": 2}
-Precision = Literal["bf16", "fp16", "fp32"]
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 SMALLEST_FEATURES_SIDE = 8  # pixels of an image whose last map of a classifier's features is one pixel
 
 
@@ -51,7 +48,7 @@ class LoopConfig(Settings):
         initial_rate: where the warm-up begins; a share of the peak.
         final_rate: where the cosine ends; a share of the peak.
         grad_clip: largest norm of a step's gradient.
-        precision: bf16 or fp16 (autocast), or fp32.
+        precision: bf16 or fp16 (autocast), fp32, or auto; which is bf16 but on CPUs that are faster with fp32.
         accumulate: micro-batches per step and process; more of them need less memory.
         checkpoint_activations: compute activations again in the backward pass; less memory, a third more time.
         shard: split weights and optimizer over the processes (FSDP2); for AR models that do not fit one of them.
@@ -78,7 +75,7 @@ class LoopConfig(Settings):
     initial_rate: Share = 0.0
     final_rate: Share = 0.1
     grad_clip: Positive = 1.0
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     accumulate: PositiveInt = 1
     checkpoint_activations: bool = False
     shard: bool = False
@@ -316,7 +313,7 @@ class Extraction(ImageSettings):
         flip: false leaves the flips out: five, three or one crop. For text, or anything else with a left and a right.
         mistakes: number of codes to plant one of; the nearest ones.
         batch_size: crops per pass through the tokenizer; in each process.
-        precision: bf16, fp16 or fp32.
+        precision: bf16, fp16, fp32, or auto as in training.
         workers: processes that decode images; for each process.
         seed: of the planted mistakes.
     """

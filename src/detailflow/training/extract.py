@@ -21,13 +21,13 @@ from detailflow import hub
 from detailflow.data.images import ImageSource, open_images, tolerated
 from detailflow.data.tokens import VALIDATION, TokenStore, TokenStoreInfo, TokenWriter, begun_chunk
 from detailflow.data.transforms import crops_of, to_tensor
-from detailflow.device import autocast
+from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
 from detailflow.progress import bar_width
-from detailflow.training.config import PRECISIONS, Extraction
+from detailflow.training.config import Extraction
 from detailflow.training.passes import draw_position
 from detailflow.training.validation import split
 
@@ -140,7 +140,9 @@ def _extract(
 ) -> None:
     with world.raise_together():
         if world.is_main:
-            free = ("data", "tokenizer", "batch_size", "workers", "val_data", "val_share")  # or known by content
+            free = {"data", "tokenizer", "batch_size", "workers", "val_data", "val_share"}  # or known by content
+            if config.precision == "auto":
+                free.add("precision")
             settings = {name: value for name, value in asdict(config).items() if name not in free}
             validates = writer.directory.name == VALIDATION and config.val_data
             writer.begin(image_names(source, validates or config.data), settings)
@@ -233,7 +235,7 @@ class _Extractor:
                 # The device makes floats of the bytes, and keeps the codes until the chunk's end, so it need not wait.
                 images = to_tensor(crops.to(model.device, non_blocking=True).flatten(0, 1))
                 p = positions[found - slots.start].repeat_interleave(info.crops)
-                with autocast(model.device, PRECISIONS[config.precision]):
+                with autocast(model.device, precision_dtype(config.precision, model.device)):
                     rows.append((found, code_rows(model, images, p, generator, config.mistakes)))
             self.bar.update(len(part) * at_once)
         codes = np.zeros((len(slots), *info.codes_shape), np.int64)

@@ -28,7 +28,7 @@ from detailflow.data.source import spread
 from detailflow.data.token_batches import TokenBatches
 from detailflow.data.tokens import CLEAN, TokenStore
 from detailflow.data.transforms import to_uint8
-from detailflow.device import autocast, to_device
+from detailflow.device import autocast, precision_dtype, to_device
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.labels import UNLABELLED, ClassLabels
@@ -39,7 +39,7 @@ from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.seeds import mixed_seed
 from detailflow.settings import parse_settings
-from detailflow.training.config import PRECISIONS, GPTTraining
+from detailflow.training.config import GPTTraining
 from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_rank
 from detailflow.training.extract import made_by
 from detailflow.training.inputs import Input, model_input, tokens_input
@@ -69,7 +69,7 @@ class GPTStage:
         self.validation = store.validation if store else None
         self.world = world = world or World()
         loop = config.loop
-        self.precision, self.sizes = PRECISIONS[loop.precision], sizes
+        self.precision, self.sizes = precision_dtype(loop.precision, device), sizes
         self.model = DetailFlowGPT(sizes)
         if config.init and not resuming:
             load_weights(self.model, initial_weights(config.init, sizes), config.init)

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from detailflow.device import precision_dtype
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.machine import measure_ceilings
@@ -29,14 +30,14 @@ from detailflow.progress import bar_width
 from detailflow.runs import BEST, CHECKPOINTS, RUN_FILE, checkpoints, read_checkpoint
 from detailflow.seeds import mixed_seed
 from detailflow.training.checkpoints import LONGER_FROM, claim, go_on, load_checkpoint, run_folder, save_checkpoint
-from detailflow.training.config import PRECISIONS, LoopConfig
+from detailflow.training.config import LoopConfig
 from detailflow.training.inputs import Input
 from detailflow.training.report import TITLES, read_history, write_report
 from detailflow.training.tracking import Trackers
 
 _log = logging.getLogger(__name__)
 AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish
-BAD_STEPS = {"bf16": 5, "fp32": 5, "fp16": 25}  # in a row that stop a run; float16 may need 16 to find its loss scale
+BAD_STEPS, FP16_BAD_STEPS = 5, 25  # in a row that stop a run; float16 may need 16 to find its loss scale
 UTILIZATION_SECONDS = 60.0  # before model FLOP utilization is logged, as the machine's ceiling takes seconds to measure
 
 
@@ -371,7 +372,8 @@ class _Speed:
             values["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if self.run.operations and now - self.began >= UTILIZATION_SECONDS:
             with self.paused():
-                self.ceiling = self.ceiling or measure_ceilings(device, PRECISIONS[loop.precision], repeats=2).flops
+                dtype = precision_dtype(loop.precision, device)
+                self.ceiling = self.ceiling or measure_ceilings(device, dtype, repeats=2).flops
                 values["flop_utilization"] = self.run.operations(done - 1) * steps_per_second / self.ceiling
         return values
 
@@ -381,7 +383,7 @@ class _Health:
 
     def __init__(self, loop: LoopConfig, output: Path) -> None:
         self.loop, self.good = loop, next(iter(checkpoints(output)), None)
-        self.limit, self.on_cpu = BAD_STEPS[loop.precision], True
+        self.limit, self.on_cpu = FP16_BAD_STEPS if loop.precision == "fp16" else BAD_STEPS, True
         self._in_a_row, self._skipped = torch.zeros(()), torch.zeros(())
 
     @property

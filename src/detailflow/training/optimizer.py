@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from detailflow.training.config import PRECISIONS, LoopConfig
+from detailflow.training.config import LoopConfig
 
 
 class Updater:
@@ -31,7 +31,7 @@ class Updater:
         self.clip = config.grad_clip
         rates = [float(optimizer.param_groups[0]["lr"]) for optimizer in self.optimizers]
         self.ratios = [rate / rates[0] for rate in rates]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=PRECISIONS[config.precision] == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     def backward(self, loss: Tensor) -> None:
         """Add this loss's gradients."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from detailflow import hub
 from detailflow.data.batches import BatchOrder
 from detailflow.data.tokens import TokenStore
-from detailflow.device import autocast, choose_device
+from detailflow.device import autocast, choose_device, precision_dtype
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.labels import UNLABELLED
@@ -25,7 +25,7 @@ from detailflow.settings import parse_settings
 from detailflow.training import gpt, tokenizer
 from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
 from detailflow.training.classifier import FeatureNetwork
-from detailflow.training.config import PRECISIONS, Extraction, GPTTraining, LoopConfig, TokenizerTraining
+from detailflow.training.config import Extraction, GPTTraining, LoopConfig, TokenizerTraining
 from detailflow.training.counting import StepCosts, Trial, count_steps
 from detailflow.training.extract import code_rows
 from detailflow.training.gpt import GPTStage, model_config
@@ -180,20 +180,22 @@ class Plan:
             return self.seconds(ceiling, utilization)
         return self.seconds(self.costs.last / self.trial.seconds(), 1.0)
 
-    def brief(self, seconds: float) -> str:
-        """Return one line on the run, which will take so many seconds."""
+    def brief(self, seconds: float, left: float = 1.0) -> str:
+        """Return one line on the run; `left` is the share of its steps that is to be taken, in so many seconds."""
         loop = self.loop
         most = "up to " if loop.patience and loop.val_every else ""
         parameters = _count(self.parameters(TRAINED))
         if staying := self.parameters(STAYING):
             parameters += f" of {_count(self.parameters(TRAINED) + staying)}"
-        facts = f"{parameters} parameters, {most}{several(loop.steps, 'step')} of "
+        rest = f" ({loop.steps * left:,.0f} left)" if left < 1 else ""
+        facts = f"{parameters} parameters, {most}{several(loop.steps, 'step')}{rest} of "
         facts += f"{several(loop.batch_size, 'image')}: {most}{describe_duration(seconds)}"
         return f"{facts}, {rough_bytes(self.all_memory)} of memory"
 
     def text(self, ceiling: float, utilization: float, device: str) -> str:
         """Return the plan as a page of at most 80 columns; for the arguments see `seconds`."""
         loop, of_all = self.loop, self.loop.steps * self.operations
+        dtype = str(precision_dtype(loop.precision, torch.device(device))).removeprefix("torch.")
         each, images = loop.batch_size // self.world_size, loop.steps * loop.batch_size
         parts = f", in {loop.accumulate} parts of {each // loop.accumulate}" if loop.accumulate > 1 else ""
         on, duration = loop.checkpoint_activations, describe_duration(self.seconds(ceiling, utilization))
@@ -215,7 +217,7 @@ class Plan:
             "products": [f"{_operations(self.operations)} a step, {_operations(of_all)} in all"],
             "time": [
                 f"about {duration}, if every process reaches {utilization:.0%} of",
-                f"the {_operations(ceiling)}/s of {loop.precision} products measured here on {device}",
+                f"the {_operations(ceiling)}/s of {dtype} products measured here on {device}",
             ],
             "disk": [
                 f"{_bytes(self.kept * self.checkpoint_bytes)} for {several(self.kept, 'checkpoint')}",
@@ -234,7 +236,7 @@ def planned_world() -> World:
 
 def ceiling_of(config: TokenizerTraining | GPTTraining, device: torch.device) -> tuple[float, float]:
     """Measure the operations per second of matrix products; return them, and the part that training may reach."""
-    ceiling = measure_ceilings(device, PRECISIONS[config.loop.precision], repeats=2).flops
+    ceiling = measure_ceilings(device, precision_dtype(config.loop.precision, device), repeats=2).flops
     return ceiling, UTILIZATION["cpu" if device.type == "cpu" else "gpu"]
 
 
@@ -328,7 +330,7 @@ def extraction_seconds(
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        with autocast(device, PRECISIONS[config.precision]):
+        with autocast(device, precision_dtype(config.precision, device)):
             code_rows(model, crops, torch.zeros(count, dtype=torch.long), torch.Generator(), config.mistakes).cpu()
         times.append(time.perf_counter() - start)
     return min(times) / count * images * config.num_crops / world.size

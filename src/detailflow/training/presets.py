@@ -1,7 +1,7 @@
 """The settings of tokenizer, extraction and AR model: those of a preset, or to go on from a trained model."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -18,13 +18,14 @@ from detailflow.labels import UNLABELLED, ClassLabels
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.settings import Location, PositiveInt, Settings, parse_settings
-from detailflow.training.checkpoints import run_folder
+from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
 
 Preset = Literal["small-32", "own-64", "own-128", "own-256"]
 PRESETS = get_args(Preset)
 SIDES = dict(zip(PRESETS, (32, 64, 128, 256), strict=True))
 GPU_BYTES = {"own-256": 20 * 2**30, "own-128": 14 * 2**30}  # of a GPU of 24 and of 16 GB, with a margin
+LARGEST_ON_CPU = next(name for name in reversed(PRESETS) if name not in GPU_BYTES)
 FINE_TUNE = "fine-tune"
 LORA_RATE = 1.0e-3  # of thin matrices that begin at zero: ten times what the recipe has for all weights
 LOOKED_AT = 64  # images whose headers are read to choose a preset
@@ -41,7 +42,7 @@ class AllStages(Settings):
         init: model to start from in place of a preset; its tokenizer stays as it is.
         finetune_decoder: train that tokenizer's decoder, which leaves the tokens as they are.
         lora: rank of the matrices that LoRA trains beside those of the AR model of `init`.
-        tokenizer_steps, gpt_steps: in place of the recipe's.
+        tokenizer_steps, gpt_steps: in place of the recipe's, or of those that the run was begun with.
         no_flip: train on no mirror images.
     """
 
@@ -77,6 +78,7 @@ class StageSettings(NamedTuple):
         tokenizer: `None` if that of `gpt.init` stays as it is.
         sizes: the tokenizer's.
         choice: what was chosen and why, a sentence.
+        as_begun: steps that are not the recipe's as the run was begun with others, a sentence for each stage.
     """
 
     tokenizer: TokenizerTraining | None
@@ -84,6 +86,7 @@ class StageSettings(NamedTuple):
     gpt: GPTTraining
     sizes: TokenizerConfig
     choice: str
+    as_begun: Sequence[str] = ()
 
 
 def load_settings(preset: str, stage: str) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
 
     Args:
         source: the images of `wanted.data`.
-        output: what was begun there keeps its preset.
+        output: what was begun there keeps its preset and its steps.
     """
     images: dict[str, Any] = {"data": wanted.data, "split": wanted.split}
     if wanted.no_flip:
@@ -126,28 +129,34 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
     if wanted.lora:
         settings["lora"] = wanted.lora
         settings["loop"] |= {"learning_rate": LORA_RATE}
-    trained = None
+    trained, as_begun = None, list[str]()
     if not wanted.init or wanted.finetune_decoder:
         trained = parse_settings(TokenizerTraining, first | load_settings(recipe, "tokenizer") | images, recipe)
-        trained = _with_steps(trained, wanted.tokenizer_steps)
+        trained = _with_steps(trained, wanted.tokenizer_steps, output / "tokenizer", as_begun)
     extraction = {**load_settings(recipe, "extract"), **images, "tokenizer": tokenizer}
-    return StageSettings(
-        trained,
-        parse_settings(Extraction, extraction, recipe),
-        _with_steps(parse_settings(GPTTraining, settings, recipe), wanted.gpt_steps),
-        trained.model if trained else parse_settings(TokenizerConfig, first["model"], wanted.init),
-        choice,
-    )
+    gpt = _with_steps(parse_settings(GPTTraining, settings, recipe), wanted.gpt_steps, output / "gpt", as_begun)
+    sizes = trained.model if trained else parse_settings(TokenizerConfig, first["model"], wanted.init)
+    return StageSettings(trained, parse_settings(Extraction, extraction, recipe), gpt, sizes, choice, as_begun)
 
 
-def _with_steps(config: Any, steps: int | None) -> Any:
-    return config if steps is None else replace(config, loop=replace(config.loop, steps=steps))
+def _with_steps(config: Any, steps: int | None, folder: Path, as_begun: list[str]) -> Any:
+    """Return a stage's settings with the steps that were asked for, or else with those that `folder` was begun with."""
+    begun = of_loop(run_folder(folder).read(), "steps")
+    if not steps and begun and begun != config.loop.steps:
+        as_begun.append(
+            f"{folder}: {begun:,} steps, as it was begun, and not the recipe's {config.loop.steps:,} "
+            f"(--{folder.name}-steps changes that)"
+        )
+    steps = steps or begun or config.loop.steps
+    return replace(config, loop=replace(config.loop, steps=steps))
 
 
 def _describe_start(wanted: AllStages, source: ImageSource) -> str:
     """Return what is taken from the model to start from."""
     assert wanted.init
-    decoder = "its tokenizer, whose decoder is trained" if wanted.finetune_decoder else "its tokenizer as it is"
+    side = parse_settings(TokenizerConfig, hub.load_config(wanted.init, "tokenizer"), wanted.init).image_size
+    decoder = "whose decoder is trained" if wanted.finetune_decoder else "as it is"
+    decoder = f"its tokenizer of {side}×{side} pixels, {decoder}"
     theirs = parse_settings(GPTConfig, hub.load_config(wanted.init, "gpt"), wanted.init)
     known = ClassLabels(theirs.class_names, theirs.num_classes)
     found = sum(known.find(name) is not None for name in source.class_names)
@@ -159,7 +168,11 @@ def _describe_start(wanted: AllStages, source: ImageSource) -> str:
 
 def _preset(wanted: AllStages, source: ImageSource, output: Path, device: torch.device) -> tuple[str, str]:
     if wanted.preset:
-        return wanted.preset, f"preset {wanted.preset}, as you asked"
+        choice = f"preset {wanted.preset}, as you asked"
+        if not _can_train(wanted.preset, device):
+            least = f"{LARGEST_ON_CPU} is the largest for a CPU" if device.type == "cpu" else "this GPU has less"
+            choice += f", which is for a GPU of {GPU_BYTES[wanted.preset] / 2**30:.0f} GiB or more: {least}"
+        return wanted.preset, choice
     begun = run_folder(output / "tokenizer").read().get("model")
     side = begun.get("image_size") if isinstance(begun, Mapping) else None
     if name := next((name for name in PRESETS if SIDES[name] == side), None):

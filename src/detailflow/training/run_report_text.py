@@ -20,7 +20,7 @@ WORDS = (
     ("held out", "never trained on, so that one sees what the models do with images that are new to them"),
     ("loss", "what training makes smaller; compare it only with that of the same model on the same images"),
     ("val_…", "the same figure of held-out images (validation); val_loss is the one to watch for the AR model"),
-    ("accuracy", "share of tokens whose likeliest code is the right one; a few percent, or less, are usual"),
+    ("accuracy", "share of tokens whose likeliest code is the right one: 0.03, three percent, or less is usual"),
     ("exported step", "the step whose weights are the model: that of the lowest val_loss, or the last one"),
     ("passes", "how often training saw each image"),
 )

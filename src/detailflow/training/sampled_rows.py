@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detailflow.device import autocast
+from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.progress import progress_bar
-from detailflow.training.config import PRECISIONS, TokenizerTraining
+from detailflow.training.config import TokenizerTraining
 
 ROWS = 4096  # sampled once, before the first step
 _AT_ONCE = 64
@@ -25,7 +25,7 @@ class SampledRows:
 
     def __init__(self, config: TokenizerTraining, device: torch.device, world: World) -> None:
         assert config.gpt and config.init
-        self.device, self.precision = device, PRECISIONS[config.loop.precision]
+        self.device, self.precision = device, precision_dtype(config.loop.precision, device)
         self.count = max(1, round(config.sampled_share * config.loop.batch_size / world.size)) * world.size
         self.shard = world.shard(self.count)
         self.start = DetailFlowTokenizer.from_pretrained(config.init, device=device, dtype=torch.float32)

@@ -10,11 +10,12 @@ from torch import Tensor
 from detailflow.data.batches import ImageBatches, StreamedBatches
 from detailflow.data.images import ImageSource, open_images
 from detailflow.data.streams import StreamSource, open_stream
+from detailflow.device import precision_dtype
 from detailflow.distributed import World
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.training.classifier import FeatureNetwork, trained_classifier
-from detailflow.training.config import CLASSIFIER, PRECISIONS, PROJECTED_BOTH, TokenizerTraining
+from detailflow.training.config import CLASSIFIER, PROJECTED_BOTH, TokenizerTraining
 from detailflow.training.losses import LPIPS, SMALLEST_SIDE, perceptual_loss
 
 CLASSIFIER_BATCH = 256
@@ -101,7 +102,7 @@ def find_teachers(
             return LPIPS(None if name == "lpips" else name, load).to(device)
         else:
             tower = SigLIP2.from_pretrained if load else SigLIP2.without_weights
-            return tower(name, device=device, dtype=PRECISIONS[config.loop.precision])
+            return tower(name, device=device, dtype=precision_dtype(config.loop.precision, device))
         return shared[name]
 
     def classifier() -> FeatureNetwork:

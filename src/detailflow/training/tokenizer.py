@@ -17,7 +17,7 @@ from detailflow.data.images import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.tokens import TokenStore
 from detailflow.data.transforms import coarse_target, to_tensor
-from detailflow.device import autocast, to_device
+from detailflow.device import autocast, precision_dtype, to_device
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.models.growing import grow_tokenizer
@@ -26,7 +26,7 @@ from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.psnr import psnr
 from detailflow.training.adversary import Adversary, Draws
-from detailflow.training.config import CLASSIFIER, NETWORKS, PRECISIONS, PROJECTED_BOTH, TokenizerTraining
+from detailflow.training.config import CLASSIFIER, NETWORKS, PROJECTED_BOTH, TokenizerTraining
 from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_rank
 from detailflow.training.inputs import Input, files_input, images_input, model_input, tokens_input
 from detailflow.training.loop import Run, train
@@ -78,7 +78,7 @@ class TokenizerStage:
         self.config, self.source, self.device, self.world = config, source, device, world
         self.validation = validation
         self.validation_crops: Tensor | None = None
-        self.precision, self.frozen = PRECISIONS[loop.precision], config.freeze is not None
+        self.precision, self.frozen = precision_dtype(loop.precision, device), config.freeze is not None
         torch.manual_seed(loop.seed)
         self.model = initial_tokenizer(config, resuming).to(device).train()
         for part in (self.model.encoder, self.model.quantizer) if self.frozen else ():

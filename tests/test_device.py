@@ -1,0 +1,37 @@
+"""Which dtype training computes in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from detailflow import device
+from detailflow.device import precision_dtype
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "flags, dtype",
+    [
+        ("vendor_id : GenuineIntel\nflags : avx512_bf16 amx_bf16 amx_tile", torch.bfloat16),
+        ("vendor_id : AuthenticAMD\nflags : avx2 avx512_bf16", torch.bfloat16),
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16", torch.float32),
+        ("vendor_id : AuthenticAMD\nflags : avx2", torch.float32),
+        (None, torch.float32),  # no Linux
+    ],
+)
+def test_auto_is_the_faster_one(flags: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    def read_text(path: Path) -> str:
+        if flags is None:
+            raise FileNotFoundError
+        return flags
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    device._multiplies_bfloat16_fast.cache_clear()
+    try:
+        assert precision_dtype("auto", CPU) == dtype
+        assert precision_dtype("auto", torch.device("cuda")) == precision_dtype("bf16", CPU) == torch.bfloat16
+        assert precision_dtype("fp16", CPU) == torch.float16 and precision_dtype("fp32", CPU) == torch.float32
+    finally:
+        device._multiplies_bfloat16_fast.cache_clear()
