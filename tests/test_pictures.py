@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from detailflow import DetailFlowPipeline
-from detailflow.pictures import grid, strip
+from detailflow.errors import DetailFlowError
+from detailflow.pictures import check_ours, grid, strip, write_png
 
 
 def test_a_grid_shows_every_image():
@@ -64,3 +65,12 @@ def test_a_strip_of_a_reconstruction_ends_with_the_original(pipeline: DetailFlow
     sheet = np.asarray(strip(stages, original=original))
     assert sheet.shape == (128 + 2 * 16 + 8, 6 * 132 + 4, 3)
     np.testing.assert_array_equal(sheet[4:132, -132:-4][::4, ::4], np.asarray(original))
+
+
+def test_a_set_of_many_is_not_replaced(tmp_path):
+    image = Image.new("RGB", (8, 8))
+    write_png(image, tmp_path / "0000-cat.png", "sample")
+    assert check_ours([tmp_path / "0000-cat.png", tmp_path / "0001-cat.png"], "generate") == 1
+    write_png(image, tmp_path / "0001-cat.png", "set")
+    with pytest.raises(DetailFlowError, match="0001-cat.png was not made by `detailflow generate`"):
+        check_ours([tmp_path / "0000-cat.png", tmp_path / "0001-cat.png"], "generate")

@@ -70,7 +70,7 @@ def check_ours(paths: Iterable[Path], command: str) -> int:
     """Check that the files to be written replace none of the user's own; return how many of ours they replace."""
     earlier = [path for path in paths if os.path.exists(path)]  # which is False for names that cannot exist
     for path in earlier:
-        if not path.is_file() or picture_kind(path) is None:
+        if not path.is_file() or picture_kind(path) in (None, "set"):  # a set of many is not made again in a moment
             raise DetailFlowError(f"{path} was not made by `detailflow {command}`: move it, or choose another output")
     return len(earlier)
 
