@@ -114,7 +114,7 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
             repository, advice = (getattr(pair, kind), _both_of(pair, name)) if pair else (name, None)
             return resolve(fetch(repository, _patterns(kind), revision, advice), kind)
     if "/" in name or isinstance(path_or_id, Path):
-        raise DetailFlowError(f"there is no such folder: {name}{f'; {meant}' if (meant := similar(name)) else ''}")
+        raise DetailFlowError("; ".join(filter(None, (f"there is no such folder: {name}", similar(name)))))
     otherwise = f"give a folder, a hub name (owner/name) or one of {', '.join((*ZOO, *PACKAGED))}"
     raise DetailFlowError(unknown("model", name, (*ZOO, *PACKAGED), similar(name) or otherwise))
 
@@ -244,11 +244,12 @@ def fetch(repository: str, patterns: Sequence[str], revision: str | None = None,
 
         folder = Path(snapshot_download(repository, allow_patterns=list(patterns), **chosen))
     except Exception as error:  # connection, name, permission, disk: the hub's client has an exception type for each
-        if meant := similar(repository):
-            raise DetailFlowError(f"{repository} is no folder here, nor could it be downloaded: {meant}") from error
         raise DetailFlowError(
             f"could not download {repository!r} from the Hugging Face hub ({first_line(error)}): "
-            + (advice or "there is no local folder of that name; check it and the connection")
+            + (
+                advice
+                or f"there is no local folder of that name; {similar(repository) or 'check it and the connection'}"
+            )
         ) from error
     if not folder.is_dir():  # what the hub's client returns if no file matches
         raise DetailFlowError(f"{repository!r} on the Hugging Face hub holds no such model")

@@ -69,19 +69,18 @@ def claim(
     finished = os.path.isfile(output / CONFIG_FILE)  # which `export` writes last
     steps = of_loop(settings, "steps")
     done = max(map(step_of, checkpoints(output)), default=0) if recorded else 0
-    longer = of_loop(recorded, "steps") < steps
+    before = of_loop(recorded, "steps")
+    longer = before < steps
     if recorded:
         both = content.keys() & known.keys()
-        other_steps = longer or (not finished and steps >= done)
         free = {*FREE, "steps"}
         if settings["loop"].get("precision") == "auto":  # it may be another machine
             free.add("precision")
         folder.check(recorded, _identity(settings, {KNOWN_BY, *both}, free))
-        if not other_steps and steps != of_loop(recorded, "steps"):
-            least = of_loop(recorded, "steps") if finished else done
+        if steps < (least := before if finished else min(done, before)):
             raise DetailFlowError(
-                f"{output} holds {f'a finished run of {least:,}' if finished else f'a run that has taken {least:,}'} "
-                f"steps, more than {steps:,}: give at least as many, or choose another folder"
+                f"{output} holds {'a finished run of' if finished else 'a run that has taken'} {least:,} steps, "
+                f"more than {steps:,}: give at least as many, or choose another folder"
             )
         for name in both:
             if changed := difference(name, known[name], content[name]):

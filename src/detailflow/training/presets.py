@@ -120,8 +120,8 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
     first: dict[str, Any] = {}
     last: dict[str, Any] = {"tokens": tokens, "tokenizer": tokenizer}
     if wanted.init:
-        recipe, choice = FINE_TUNE, _describe_start(wanted, source)
         first, last = tokenizer_sizes(wanted.init), gpt_sizes(wanted.init) | last
+        recipe, choice = FINE_TUNE, _describe_start(wanted, source, first["model"]["image_size"])
         first["init"] = last["init"] = wanted.init
     else:
         recipe, choice = _preset(wanted, source, output, device)
@@ -151,10 +151,9 @@ def _with_steps(config: Any, steps: int | None, folder: Path, as_begun: list[str
     return replace(config, loop=replace(config.loop, steps=steps))
 
 
-def _describe_start(wanted: AllStages, source: ImageSource) -> str:
-    """Return what is taken from the model to start from."""
+def _describe_start(wanted: AllStages, source: ImageSource, side: int) -> str:
+    """Return what is taken from the model to start from, whose images have sides of so many pixels."""
     assert wanted.init
-    side = parse_settings(TokenizerConfig, hub.load_config(wanted.init, "tokenizer"), wanted.init).image_size
     decoder = "whose decoder is trained" if wanted.finetune_decoder else "as it is"
     decoder = f"its tokenizer of {side}×{side} pixels, {decoder}"
     theirs = parse_settings(GPTConfig, hub.load_config(wanted.init, "gpt"), wanted.init)
