@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from detailflow import device
 from detailflow.device import precision_dtype
+from detailflow.processor import processor_lines
 
 CPU = torch.device("cpu")
 
@@ -28,10 +28,10 @@ def test_auto_is_the_faster_one(flags: str | None, dtype: torch.dtype, monkeypat
         return flags
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    device._multiplies_bfloat16_fast.cache_clear()
+    processor_lines.cache_clear()
     try:
         assert precision_dtype("auto", CPU) == dtype
         assert precision_dtype("auto", torch.device("cuda")) == precision_dtype("bf16", CPU) == torch.bfloat16
         assert precision_dtype("fp16", CPU) == torch.float16 and precision_dtype("fp32", CPU) == torch.float32
     finally:
-        device._multiplies_bfloat16_fast.cache_clear()
+        processor_lines.cache_clear()

@@ -1,15 +1,14 @@
 """Devices, dtypes and compilation."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
-from pathlib import Path
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, first_line
+from detailflow.processor import multiplies_bfloat16_fast
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -73,20 +72,8 @@ def within_memory(what: str, advice: str) -> Iterator[None]:
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of "bf16", "fp16" or "fp32", or the faster one of bf16 and fp32 on this device for "auto"."""
     if precision == "auto":
-        precision = "bf16" if device.type != "cpu" or _multiplies_bfloat16_fast() else "fp32"
+        precision = "bf16" if device.type != "cpu" or multiplies_bfloat16_fast() else "fp32"
     return _PRECISIONS[precision]
-
-
-@cache
-def _multiplies_bfloat16_fast() -> bool:
-    """Return whether this processor is faster with bfloat16 matrices than with float32: with AMX, or AMD's since Zen 4.
-
-    On others a training step takes 1.3 to 3.3 times as long as in float32 (docs/speed.md#precision).
-    """
-    with suppress(OSError):
-        known = Path("/proc/cpuinfo").read_text()
-        return "amx_bf16" in known or ("avx512_bf16" in known and "AuthenticAMD" in known)
-    return False
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -1,11 +1,9 @@
 """Measure what a machine can do at best, and count what a computation needs of it."""
 
 import gc
-import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from detailflow.processor import processor_name
 
 READ_BYTES = 512 * 2**20  # larger than most caches
 MATRIX_SIDES = (1024, 2048, 4096)
@@ -112,7 +112,4 @@ def device_name(device: torch.device) -> str:
     """Return the name of the GPU or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):
-        if match := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()):
-            return match[1].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()

@@ -21,12 +21,12 @@ from torch import Tensor
 from detailflow.errors import DetailFlowError
 from detailflow.generation import Engine, SamplingConfig, with_null_class
 from detailflow.native.memory import gather
+from detailflow.processor import is_intel, processor_identity
 
 GPT = Any  # DetailFlowGPT, which imports this module
 log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
-PROCESSOR = ("flags", "model name", "Features", "CPU implementer", "CPU part")  # lines of /proc/cpuinfo, also of ARM's
 OPENMP = "-fopenmp"  # several threads; Apple's compiler has none
 BUILD_SECONDS = 300.0
 TYPES = (torch.float32, torch.bfloat16)
@@ -99,27 +99,16 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _processor() -> list[str]:
-    """Return what the system says of the processor, line by line."""
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return [platform.processor()]
-
-
 def _flags() -> tuple[str, ...]:
     """Return the compiler's flags, without an instruction that is slower than two of float32 on Intel's processors."""
-    intel = any("GenuineIntel" in line for line in _processor())
-    return (*FLAGS, "-mno-avx512bf16") if intel else FLAGS
+    return (*FLAGS, "-mno-avx512bf16") if is_intel() else FLAGS
 
 
 def _key(compiler: str) -> str:
     """Name a build by all that decides it: sources, flags, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
-    lines = _processor()
-    processor = "\n".join(sorted({line for line in lines if line.startswith(PROCESSOR)} or lines))
     sources = [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.glob("*.[hc]pp"))]
-    parts = [*sources, " ".join(_flags()).encode(), version, platform.machine().encode(), processor.encode()]
+    parts = [*sources, " ".join(_flags()).encode(), version, platform.machine().encode(), processor_identity().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
