@@ -13,23 +13,26 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from run import FEATURES, HERE, compare, finished, mean_and_error, over_seeds, run
+from run import FEATURES, HERE, compare_all, finished, markdown, over_seeds, run
 
 from detailflow.hub import packaged_folder
 from detailflow.training.extract import codes_fingerprint
 
-# What each adds to the one before it: causal_tokens of the first group, the share of sequences with planted mistakes,
-# and the paper's gFID.
-VARIANTS = {"parallel": (0, 0.0, 4.11), "self-correction": (0, 0.3, 3.68), "first-group-causal": (16, 0.3, 3.59)}
+# Of run.py's variants these: causal_tokens of the first group, and the share of sequences with planted mistakes.
+VARIANTS = {"parallel": (0, 0.0), "self-correction": (0, 0.3), "first-group-causal": (16, 0.3)}
 
 
-def copy_with(causal_tokens: int, output: Path) -> tuple[Path, Path]:
-    """Return a copy of the shipped tokenizer and of its token store for AR models with another first group."""
+def tokens_with(causal_tokens: int, output: Path) -> tuple[Path, Path]:
+    """Return the shipped tokenizer and its token store, or copies of both for AR models with another first group."""
+    shipped = packaged_folder("tokenizer")
+    config = json.loads((shipped / "config.json").read_text(encoding="utf-8"))
+    if config["causal_tokens"] == causal_tokens:
+        return shipped, output / "tokens"
     tokenizer, tokens = (output / f"{name}-c{causal_tokens}" for name in ("tokenizer", "tokens"))
     if not (tokens / "manifest.json").exists():
-        shutil.copytree(packaged_folder("tokenizer"), tokenizer, dirs_exist_ok=True)
-        config = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))
+        shutil.copytree(shipped, tokenizer, dirs_exist_ok=True)
         (tokenizer / "config.json").write_text(json.dumps(config | {"causal_tokens": causal_tokens}), encoding="utf-8")
         shutil.copytree(output / "tokens", tokens, dirs_exist_ok=True, ignore=lambda *_: ["manifest.json"])
         manifest = json.loads((output / "tokens" / "manifest.json").read_text(encoding="utf-8"))
@@ -38,53 +41,41 @@ def copy_with(causal_tokens: int, output: Path) -> tuple[Path, Path]:
     return tokenizer, tokens
 
 
-def command(line: str) -> list[str]:
+def command(*words: Any) -> list[str]:
     """Return a `detailflow` command as words."""
-    return ["detailflow", *shlex.split(line)]
+    return ["detailflow", *map(str, words)]
 
 
 def evaluation(args: argparse.Namespace, name: str, seed: int) -> list[str]:
     """Return the command that measures a variant's samples."""
-    model, scales = args.output / name / f"seed-{seed}", " ".join(map(str, args.guidance_scale))
-    return command(
-        f"evaluate gpt --model {model} --num-samples {args.num_samples} --seeds 0 --guidance-scale {scales}"
-        f" --reference {args.output}/reference.npz --features {args.features} --output {model}/generated"
-    )
+    model, features = args.output / name / f"seed-{seed}", ("--features", args.features)
+    what = ("--num-samples", args.num_samples, "--seeds", 0, "--guidance-scale", *args.guidance_scale)
+    reference = ("--reference", args.output / "reference.npz")
+    return command("evaluate", "gpt", "--model", model, *what, *reference, *features, "--output", model / "generated")
 
 
 def measure(args: argparse.Namespace, name: str, seed: int) -> None:
     """Train a variant from one seed, and measure its samples."""
-    causal, share, _ = VARIANTS[name]
-    tokenizer, tokens = copy_with(causal, args.output)
+    causal, share = VARIANTS[name]
+    tokenizer, tokens = tokens_with(causal, args.output)
     model = args.output / name / f"seed-{seed}"
-    run(
-        command(
-            f"train gpt --config {args.recipe} --tokens {tokens} --tokenizer {tokenizer} --planted_share {share}"
-            f" --loop.seed {seed} --output {model}/gpt"
-        ),
-        args,
-    )
+    inputs = ("--config", args.recipe, "--tokens", tokens, "--tokenizer", tokenizer)
+    settings = ("--planted_share", share, "--loop.seed", seed)
+    run(command("train", "gpt", *inputs, *settings, "--output", model / "gpt"), args)
     shutil.copytree(tokenizer, model / "tokenizer", dirs_exist_ok=True)
     run(evaluation(args, name, seed), args)
 
 
 def table(args: argparse.Namespace) -> str:
-    """Return the figures of all variants that are measured from every seed, at each guidance scale."""
-    lines = ["| guidance | variant | gFD | recall | recognised | change | |", "|---|---|---|---|---|---|---|"]
+    """Return the figures of all variants that are measured from every seed, in a table for each guidance scale."""
+    reports = {name: [finished(evaluation(args, name, seed)) for seed in args.seeds] for name in VARIANTS}
+    rows = {name: [r["sections"][0]["rows"] for r in found if r] for name, found in reports.items() if all(found)}
+    tables = []
     for at, scale in enumerate(args.guidance_scale):
-        before: tuple[list[float], float] | None = None
-        for name, (_, _, paper) in VARIANTS.items():
-            reports = [finished(evaluation(args, name, seed)) for seed in args.seeds]
-            if not all(reports):
-                before = None
-                continue
-            figures = over_seeds([report["sections"][0]["rows"][at] for report in reports if report])
-            shown = [mean_and_error(figures[key]) for key in ("gFD", "recall", "recognised")]
-            change, verdict = compare(before[0], figures["gFD"], paper - before[1]) if before else (0.0, "")
-            shown += [f"{change:+.3f}", verdict] if before else ["", ""]
-            lines.append(f"| {scale:g} | {name} | {' | '.join(shown)} |")
-            before = figures["gFD"], paper
-    return "\n".join(lines)
+        figures = {name: over_seeds([of_seed[at] for of_seed in found]) for name, found in rows.items()}
+        results = {name: {"guidance": scale, "figures": found} for name, found in figures.items()}
+        tables.append(markdown(compare_all(results)))
+    return "\n\n".join(tables)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,10 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-samples", type=int, default=5000)
     args = parser.parse_args(argv)
     args.dry_run, args.launch = False, shlex.quote(sys.executable)
-    tokens = "--tokenizer shipped --crops two --precision fp32 --batch_size 500"
-    run(command(f"extract --data {args.data} {tokens} --output {args.output}/tokens"), args)
-    reference = f"--size 32 --features {args.features} --output {args.output}/reference.npz"
-    run(command(f"evaluate statistics {args.data} {reference}"), args)
+    tokens = ("--tokenizer", "shipped", "--crops", "two", "--precision", "fp32", "--batch_size", 500)
+    run(command("extract", "--data", args.data, *tokens, "--output", args.output / "tokens"), args)
+    reference = ("--size", 32, "--features", args.features, "--output", args.output / "reference.npz")
+    run(command("evaluate", "statistics", args.data, *reference), args)
     for seed in args.seeds:
         for name in VARIANTS:
             measure(args, name, seed)

@@ -89,19 +89,22 @@ def is_overview(path: str) -> bool:
 
 def is_made(path: str) -> bool:
     """Return True for an image that `generate`, `reconstruct` or `vary` wrote; a copy by another name is the user's."""
-    name = os.path.basename(path)
-    if not _SINGLE.fullmatch(name):  # files of other names are not opened
+    if not _SINGLE.fullmatch(os.path.basename(path)):  # files of other names are not opened
         return False
-    kind, written = _read_text(Path(path))
-    return kind in ("sample", "set", "reconstruction", "variation") and written == quote(name)
+    return _kind_as_written(Path(path)) in ("sample", "set", "reconstruction", "variation")
 
 
 def generated(folder: Path) -> Iterator[Path]:
     """Yield the files that `generate` wrote into a folder; copies under other names are the user's."""
     for path in sorted(folder.iterdir()):
-        kind, name = _read_text(path) if path.suffix == ".png" and path.is_file() else ("", "")
-        if kind in ("sample", "grid", "strip") and name == quote(path.name):
+        if path.suffix == ".png" and path.is_file() and _kind_as_written(path) in ("sample", "grid", "strip"):
             yield path
+
+
+def _kind_as_written(path: Path) -> str:
+    """Return the kind in a PNG file's text if the file still has the name it was written under, else ""."""
+    kind, name = _read_text(path)
+    return kind if name == quote(path.name) else ""
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:

@@ -172,6 +172,11 @@ def checkpoints(folder: Path, kind: str = CHECKPOINTS) -> list[Path]:
     return sorted(filter(is_checkpoint, (folder / kind).glob("step-*.pt")), key=step_of, reverse=True)
 
 
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint in a run's folder, 0 if there is none."""
+    return max(map(step_of, checkpoints(folder)), default=0)
+
+
 def step_of(path: Path) -> int:
     """Return the step that a checkpoint's name states."""
     match = _NAME.fullmatch(path.name)

@@ -21,14 +21,14 @@ def test_three_variants(cifar: Path, tmp_path: Path):
         "--data",
         str(cifar),
         "--output",
-        str(tmp_path / "out"),
+        str(tmp_path / "my runs"),
         "--num-samples",
         "20",
     ]
     command += ["--recipe", str(recipe), "--guidance-scale", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| 2 |")]
-    rows = [line.split(" | ") for line in lines[-3:]]  # after those of the reports
-    assert [row[1] for row in rows] == ["parallel", "self-correction", "first-group-causal"]
-    assert [bool(row[5]) for row in rows] == [False, True, True]
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[-3:]]  # after those of the reports
+    assert [row[0] for row in rows] == ["| parallel", "| self-correction", "| first-group-causal"]
+    changes = [row[-2] for row in rows]
+    assert [bool(change.strip()) for change in changes] == [False, True, True]

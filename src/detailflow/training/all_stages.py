@@ -13,7 +13,7 @@ from detailflow.data.tokens import is_finished
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.published import CONFIG_FILE
-from detailflow.runs import checkpoints, step_of
+from detailflow.runs import newest_step
 from detailflow.training.checkpoints import KNOWN_BY, of_loop, run_folder
 from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
@@ -119,8 +119,7 @@ def _left(folder: Path, steps: int) -> float:
     recorded = of_loop(run_folder(folder).read(), "steps")
     if (folder / CONFIG_FILE).exists() and recorded >= steps:
         return 0.0  # or it would say how it ended
-    done = max(map(step_of, checkpoints(folder)), default=0)
-    return max(0.0, 1 - done / steps)
+    return max(0.0, 1 - newest_step(folder) / steps)
 
 
 def _copy_tokenizer(source: str, folder: Path) -> None:

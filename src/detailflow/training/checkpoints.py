@@ -21,6 +21,7 @@ from detailflow.runs import (
     as_plain,
     checkpoints,
     is_readable,
+    newest_step,
     read_checkpoint,
     step_of,
 )
@@ -68,7 +69,7 @@ def claim(
     settings[KNOWN_BY] = content = _read_inputs(output, inputs or {}, recorded, settings)
     finished = os.path.isfile(output / CONFIG_FILE)  # which `export` writes last
     steps = of_loop(settings, "steps")
-    done = max(map(step_of, checkpoints(output)), default=0) if recorded else 0
+    done = newest_step(output) if recorded else 0
     before = of_loop(recorded, "steps")
     longer = before < steps
     if recorded:

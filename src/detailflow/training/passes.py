@@ -132,9 +132,12 @@ class TokenizerNetworks(nn.Module):
         if position is None or choice is None or not len(choice):
             return Encoded([z], [codes], [clean], ids)
         count, end = len(choice), model.span(position)
-        near = model.quantizer.nearest_k(z[:count, position:end].detach(), self.mistakes)
+        wrong = choice  # of all codes, in whatever order
+        if self.mistakes < model.config.codebook_size:
+            near = model.quantizer.nearest_k(z[:count, position:end].detach(), self.mistakes)
+            wrong = near.gather(-1, choice[..., None])[..., 0]
         given = ids[:count].clone()
-        given[:, position:end] = wrong = near.gather(-1, choice[..., None])[..., 0]
+        given[:, position:end] = wrong
         corrected = model.correct_latents(patches.first(count), given, end)[:, end:]
         corrected_codes = model.quantizer.lookup(model.quantizer.nearest(corrected))
         planted = model.quantizer.lookup(wrong).detach()

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 import yaml
@@ -71,6 +71,9 @@ class AllStages(Settings):
             )
 
 
+Trained = TypeVar("Trained", TokenizerTraining, GPTTraining)
+
+
 class StageSettings(NamedTuple):
     """The settings of all stages.
 
@@ -129,26 +132,28 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
     if wanted.lora:
         settings["lora"] = wanted.lora
         settings["loop"] |= {"learning_rate": LORA_RATE}
-    trained, as_begun = None, list[str]()
+    trained, notes = None, list[str | None]()
     if not wanted.init or wanted.finetune_decoder:
         trained = parse_settings(TokenizerTraining, first | load_settings(recipe, "tokenizer") | images, recipe)
-        trained = _with_steps(trained, wanted.tokenizer_steps, output / "tokenizer", as_begun)
+        trained, note = _with_steps(trained, wanted.tokenizer_steps, output / "tokenizer")
+        notes.append(note)
     extraction = {**load_settings(recipe, "extract"), **images, "tokenizer": tokenizer}
-    gpt = _with_steps(parse_settings(GPTTraining, settings, recipe), wanted.gpt_steps, output / "gpt", as_begun)
+    gpt, note = _with_steps(parse_settings(GPTTraining, settings, recipe), wanted.gpt_steps, output / "gpt")
+    as_begun = [one for one in (*notes, note) if one]
     sizes = trained.model if trained else parse_settings(TokenizerConfig, first["model"], wanted.init)
     return StageSettings(trained, parse_settings(Extraction, extraction, recipe), gpt, sizes, choice, as_begun)
 
 
-def _with_steps(config: Any, steps: int | None, folder: Path, as_begun: list[str]) -> Any:
-    """Return a stage's settings with the steps that were asked for, or else with those that `folder` was begun with."""
-    begun = of_loop(run_folder(folder).read(), "steps")
-    if not steps and begun and begun != config.loop.steps:
-        as_begun.append(
-            f"{folder}: {begun:,} steps, as it was begun, and not the recipe's {config.loop.steps:,} "
-            f"(--{folder.name}-steps changes that)"
-        )
-    steps = steps or begun or config.loop.steps
-    return replace(config, loop=replace(config.loop, steps=steps))
+def _with_steps(config: Trained, steps: int | None, folder: Path) -> tuple[Trained, str | None]:
+    """Return a stage's settings with the steps that were asked for, or else with those that `folder` was begun with.
+
+    And in the second case a sentence, if they are not the recipe's.
+    """
+    begun, own, note = of_loop(run_folder(folder).read(), "steps"), config.loop.steps, None
+    if not steps and begun and begun != own:
+        note = f"{folder}: {begun:,} steps, as it was begun, and not the recipe's {own:,} "
+        note += f"(--{folder.name}-steps changes that)"
+    return replace(config, loop=replace(config.loop, steps=steps or begun or own)), note
 
 
 def _describe_start(wanted: AllStages, source: ImageSource, side: int) -> str:
