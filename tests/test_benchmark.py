@@ -160,8 +160,12 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     file = tmp_path / "new" / "speed.json"
     argv = ["bench", "--model", str(model), "--device", "cpu", "--repeats", "1", "--batch-sizes", "1", "2"]
     assert main([*argv, "--other", f"{other}:images", "--json", str(file)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    lines, early = out.splitlines(), err.splitlines()
     report = json.loads(file.read_text())
+    for r in report["rows"]:  # said as soon as it was known
+        label = f"{r['images']} × {r['dtype'] if r['what'] != 'other' else ''}"
+        assert any(line.startswith(f"{r['what']}, {label}") and f": {r['seconds']:.3g} s" in line for line in early)
     assert [r["what"] for r in report["rows"]] == [
         "naive",
         "generate, torch",

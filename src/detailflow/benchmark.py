@@ -272,8 +272,14 @@ def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(f(c, w) for f, c, w in zip(align, row, widths, strict=True)).rstrip() for row in cells]
 
 
-def benchmark(config: BenchmarkConfig, progress: Progress = lambda what: None) -> Report:
-    """Time everything; what is compared takes turns."""
+def benchmark(
+    config: BenchmarkConfig, progress: Progress = lambda what: None, measured: Progress = lambda line: None
+) -> Report:
+    """Time everything; what is compared takes turns.
+
+    Args:
+        measured: called with a line on each median as soon as it is known.
+    """
     device = choose_device(config.device)
     other = load_other(config.other) if config.other else None
     ceilings: dict[str, Ceilings] = {}
@@ -291,7 +297,9 @@ def benchmark(config: BenchmarkConfig, progress: Progress = lambda what: None) -
             progress(f"counting operations, {label}")
             with within_memory(f"{label}: this", "give smaller batch sizes"):
                 cases = make_cases(pipeline, batch, config, other)
-            found[batch] = cases, time_in_turns(cases, device, config.repeats, label, progress)
+            found[batch] = cases, (times := time_in_turns(cases, device, config.repeats, label, progress))
+            for what, taken in times.items():
+                measured(f"{what}, {label}: {median(taken.seconds):.3g} s")
             if config.compile:
                 torch.compiler.reset()  # programs for many sizes would pass the compiler's limit, and run uncompiled
         ceilings[dtype] = before.best(measure_ceilings(device, getattr(torch, dtype)))
@@ -341,7 +349,7 @@ def time_in_turns(
     times = {what: Times([], None) for what in cases}
     for repeat in range(repeats + 1):
         for what, case in cases.items():
-            progress(f"{what}, {label}")
+            progress(f"{what}, {label}, {f'round {repeat} of {repeats}' if repeat else 'warming up'}")
             with within_memory(f"{what}, {label}: this", "give smaller batch sizes"):
                 taken, peak = seconds_and_peak(case.run, device)
             if repeat:

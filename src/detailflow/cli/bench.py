@@ -1,6 +1,8 @@
 """`detailflow bench`: time a model, compared with a loop without a KV cache and with the machine's limits."""
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from detailflow.cli.common import DTYPES, Dtype, Parser, add_model_options, check_output
@@ -42,9 +44,12 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.benchmark import BenchmarkConfig, accuracy, benchmark
     from detailflow.files import write_json
 
-    measure = accuracy if options.pop("accuracy") else benchmark
+    compares = options.pop("accuracy")
+    config = BenchmarkConfig(**options)
     with progress_bar(desc="", bar_format="{desc} ({elapsed})", delay=0) as bar:
-        report = measure(BenchmarkConfig(**options), bar.set_description_str)
+        tell = bar.set_description_str
+        # The table follows at the end; what is known before is kept if that is never reached.
+        report = accuracy(config, tell) if compares else benchmark(config, tell, partial(bar.write, file=sys.stderr))
     print(report)
     if file:
         write_json(file, asdict(report))
