@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detailflow.device import precision_dtype
+from detailflow.device import choose_dtype, precision_dtype
 from detailflow.processor import processor_lines
 
 CPU = torch.device("cpu")
@@ -31,7 +31,16 @@ def test_auto_is_the_faster_one(flags: str | None, dtype: torch.dtype, monkeypat
     processor_lines.cache_clear()
     try:
         assert precision_dtype("auto", CPU) == dtype
-        assert precision_dtype("auto", torch.device("cuda")) == precision_dtype("bf16", CPU) == torch.bfloat16
+        assert precision_dtype("bf16", CPU) == precision_dtype("auto", torch.device("mps")) == torch.bfloat16
         assert precision_dtype("fp16", CPU) == torch.float16 and precision_dtype("fp32", CPU) == torch.float32
     finally:
         processor_lines.cache_clear()
+
+
+@pytest.mark.parametrize("has, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_without_bfloat16(has: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """As a T4, which only imitates it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has or including_emulation)
+    gpu = torch.device("cuda")
+    assert precision_dtype("auto", gpu) == choose_dtype(None, gpu) == dtype
+    assert precision_dtype("bf16", gpu) == torch.bfloat16

@@ -1,103 +1,97 @@
-"""Train a tokenizer, an AR model and the decoder again on one GPU in a given time, each stage measured first.
+"""Train a tokenizer on one GPU in a given time, and on its tokens an AR model and, beside it, the decoder again.
 
     python experiments/shipped-model/on_gpu.py --data train.tar --output runs/gpu --minutes 9
 
-The data may be anything that `detailflow train` reads. Each stage is a `detailflow` command, which is printed.
-Where speeds are known, `--steps tokenizer=4000 gpt=9000` saves the measuring, a minute or two of each stage.
+The data may be anything that `detailflow train` reads. Each stage is a `detailflow` command, which is printed. It
+begins with the steps of its recipe, or with `--steps tokenizer=4000`; once its speed is known, it goes on with as many
+as fit. To go on takes half a minute, so the right steps are worth giving.
 """
 
 import argparse
 import json
 import shlex
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 RECIPE = Path(__file__).parent / "gpu"
-TRIAL_STEPS = 240  # of a stage, to measure it; the last quarter has all losses
-SHARES = {"tokenizer": 0.5, "gpt": 0.3, "decoder": 0.2}  # of the time for training
-RESERVE = 45.0  # seconds for what follows the training: extraction, pictures, checkpoints
+STAGES = ("tokenizer", "gpt", "decoder")
+TOKENIZER_SHARE = 0.62  # of the time
+LAST = 8.0  # seconds after a run's last step: pictures, the checkpoint
+RESTART = 30.0  # seconds that a run takes to go on
+WATCHED = 0.3  # of a stage's time, after which its steps are chosen
+TOLERATED = 0.93, 1.25  # steps that fit, by those that were meant: within these a run is left alone
 
 
-class Clock:
-    """What is left of the time."""
-
-    def __init__(self, minutes: float) -> None:
-        self.end = time.monotonic() + minutes * 60
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.end - time.monotonic()
+def start(*words: Any) -> subprocess.Popen[bytes]:
+    """Start a `detailflow` command."""
+    command = [sys.executable, "-m", "detailflow", *map(str, words)]
+    print(shlex.join(["detailflow", *command[3:]]), flush=True)
+    return subprocess.Popen(command)
 
 
 def run(*words: Any) -> None:
     """Run a `detailflow` command, or end with its status."""
-    command = [sys.executable, "-m", "detailflow", *map(str, words)]
-    print(shlex.join(["detailflow", *command[3:]]), flush=True)
-    if status := subprocess.run(command).returncode:
+    if status := start(*words).wait():
         sys.exit(status)
 
 
-def seconds_per_step(output: Path, batch: int) -> float:
-    """Return a step's seconds by a run's log, without what came before the first line."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]
-    return sum(batch / speed for speed in speeds) / len(speeds)
+def speed(output: Path, batch: int) -> tuple[int, float] | None:
+    """Return how many steps a run has logged and the seconds of one, without its first lines; if there are enough."""
+    log = output / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    timed = [line for line in lines if "images_per_second" in line]
+    if len(timed) < 5:
+        return None
+    return timed[-1]["step"], batch / statistics.median(line["images_per_second"] for line in timed[3:])
 
 
-def train(stage: str, words: Sequence[Any], args: argparse.Namespace, seconds: float) -> None:
-    """Try a stage, choose its steps so that it takes `seconds` from now on, and run it."""
+def train(stage: str, words: Sequence[Any], args: argparse.Namespace, end: float) -> None:
+    """Run a stage, with as many steps as fit until `end` (of `time.monotonic`)."""
     recipe = args.recipe / f"{stage}.yaml"
-    batch = yaml.safe_load(recipe.read_text())["loop"]["batch_size"]
-    if args.batch_size:
-        batch = args.batch_size
-    command = [
-        "train",
-        "gpt" if stage == "gpt" else "tokenizer",
-        "--config",
-        recipe,
-        *words,
-        "--loop.batch_size",
-        batch,
-        *device(args),
-    ]
-    trial, output, start = args.output / f"{stage}-trial", args.output / stage, time.monotonic()
-    if steps := args.steps.get(stage):
-        run(*command, "--output", output, "--loop.steps", steps)
-        return
-    few = ["--loop.steps", args.trial_steps, "--loop.log_every", args.trial_steps // 6, "--loop.pictures_every", 10**6]
-    run(*command, "--output", trial, *few)
-    step, spent = seconds_per_step(trial, batch), time.monotonic() - start
-    beginning = max(0.0, spent - step * args.trial_steps) / 2  # of the run: its compiler has most in its cache
-    steps = max(args.trial_steps, int((seconds - spent - beginning) / step))
-    print(f"{stage}: {batch / step:,.0f} images per second, so {steps:,} steps", flush=True)
-    if (features := trial / "features.pt").exists():  # the classifier need not learn again
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.copy(features, output / features.name)
-    shutil.rmtree(trial)
-    run(*command, "--output", output, "--loop.steps", steps)
+    loop = yaml.safe_load(recipe.read_text())["loop"]
+    steps, batch = args.steps.get(stage, loop["steps"]), args.batch_size or loop["batch_size"]
+    output, kind = args.output / stage, "gpt" if stage == "gpt" else "tokenizer"
+    command = ["train", kind, "--config", recipe, *words, "--output", output, "--loop.batch_size", batch]
+    command += ["--device", args.device] if args.device else []
+    begun = time.monotonic()
+    process = start(*command, "--loop.steps", steps)
+    while process.poll() is None:
+        time.sleep(0.2)
+        now = time.monotonic()
+        known = speed(output, batch) if now > begun + WATCHED * (end - begun) else None
+        if known is None:
+            continue
+        done, step = known
+        fit = done + (end - now - LAST) / step
+        print(f"{stage}: {batch / step:,.0f} images per second, so {int(fit):,} steps fit", flush=True)
+        if not TOLERATED[0] < fit / steps < TOLERATED[1]:
+            process.send_signal(signal.SIGINT)  # it keeps a checkpoint
+            process.wait()
+            fewest = done + args.fewest_steps
+            process = start(*command, "--loop.steps", max(fewest, int(fit - RESTART / step)))
+        break
+    if status := process.wait():
+        sys.exit(status)
 
 
 def stage_and_steps(text: str) -> tuple[str, int]:
     """Parse STAGE=STEPS."""
     stage, _, steps = text.partition("=")
-    if stage not in SHARES or not steps.isdecimal() or not int(steps):
+    if stage not in STAGES or not steps.isdecimal() or not int(steps):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no stage ({', '.join(SHARES)}) with a number of steps, as gpt=9000"
+            f"{text!r} is no stage ({', '.join(STAGES)}) with a number of steps, as gpt=9000"
         )
     return stage, int(steps)
-
-
-def device(args: argparse.Namespace) -> list[str]:
-    """Return the option for it."""
-    return ["--device", args.device] if args.device else []
 
 
 def main() -> None:
@@ -109,50 +103,45 @@ def main() -> None:
         "--recipe", type=Path, default=RECIPE, help="folder of the settings (default: gpu, beside this)"
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)s)")
-    names = [*SHARES]
-    parser.add_argument("--stages", nargs="+", choices=names, default=names, help="the first of them (default: all)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="the first of them (default: all)")
     parser.add_argument("--device", help="cuda, cpu, … (default: the GPU, if any)")
     parser.add_argument("--batch-size", type=int, help="another one than the recipes'")
-    parser.add_argument(
-        "--trial-steps", type=int, default=TRIAL_STEPS, help="to measure a stage (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--steps",
-        nargs="+",
-        type=stage_and_steps,
-        default=[],
-        metavar="STAGE=N",
-        help="of stages that need no measuring",
-    )
+    parser.add_argument("--steps", nargs="+", type=stage_and_steps, default=[], metavar="STAGE=N", help="to begin with")
+    parser.add_argument("--fewest-steps", type=int, default=100, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.steps = dict(args.steps)
     if args.output.exists():
         sys.exit(f"{args.output} exists already: give a new folder")
-    if args.stages != names[: len(args.stages)]:
-        parser.error(f"--stages are the first of: {', '.join(names)}")
-    clock = Clock(args.minutes)
+    if tuple(args.stages) != STAGES[: len(args.stages)]:
+        parser.error(f"--stages are the first of: {', '.join(STAGES)}")
+    begun = time.monotonic()
+    end = begun + args.minutes * 60
     tokenizer, tokens, shipped = args.output / "tokenizer", args.output / "tokens", args.output / "shipped"
+    gpt, decoder, alone = args.output / "gpt", args.output / "decoder", len(args.stages) == 1
 
-    def share(stage: str) -> float:
-        rest = names[names.index(stage) : len(args.stages)]
-        return SHARES[stage] / sum(SHARES[name] for name in rest)
-
-    train("tokenizer", ["--data", args.data], args, (clock.left - RESERVE) * share("tokenizer"))
+    train("tokenizer", ["--data", args.data], args, end if alone else begun + (end - begun) * TOKENIZER_SHARE)
     run("convert", tokenizer, "--dtype", "bfloat16", "--output", shipped / "tokenizer")
-    if "gpt" not in args.stages:
+    if alone:
         return
-    extraction = ["--data", args.data, "--tokenizer", tokenizer, "--output", tokens]
-    run("extract", "--config", args.recipe / "extract.yaml", *extraction, *device(args))
-    gpt, decoder = args.output / "gpt", args.output / "decoder"
-    train("gpt", ["--tokens", tokens, "--tokenizer", tokenizer], args, (clock.left - 10) * share("gpt"))
+    extraction = ["--data", args.data, "--tokenizer", shipped / "tokenizer", "--output", tokens]
+    device = ["--device", args.device] if args.device else []
+    run("extract", "--config", args.recipe / "extract.yaml", *extraction, *device)
+    if "decoder" in args.stages and (features := tokenizer / "features.pt").exists():
+        decoder.mkdir(parents=True)  # the classifier need not learn again
+        shutil.copy(features, decoder / features.name)
+    words = {
+        "gpt": ["--tokens", tokens, "--tokenizer", shipped / "tokenizer"],
+        "decoder": ["--data", args.data, "--init", shipped / "tokenizer", "--tokens", tokens],
+    }
+    with ThreadPoolExecutor() as side_by_side:
+        stages = args.stages[1:]
+        for done in [side_by_side.submit(train, stage, words[stage], args, end) for stage in stages]:
+            done.result()
     run("convert", gpt, "--dtype", "bfloat16", "--output", shipped / "gpt")
-    if "decoder" not in args.stages:
-        return
-    rows = ["--data", args.data, "--init", tokenizer, "--tokens", tokens, "--gpt", gpt]
-    train("decoder", rows, args, clock.left - 10)
-    shutil.rmtree(shipped / "tokenizer")
-    run("convert", decoder, "--dtype", "bfloat16", "--output", shipped / "tokenizer")
-    print(f"{args.minutes * 60 - clock.left:.0f} s in all: {shipped}", flush=True)
+    if "decoder" in args.stages:
+        shutil.rmtree(shipped / "tokenizer")
+        run("convert", decoder, "--dtype", "bfloat16", "--output", shipped / "tokenizer")
+    print(f"{time.monotonic() - begun:.0f} s in all: {shipped}", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,7 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     `None` is bfloat16 on a GPU that has it, else float32.
     """
     if dtype is None:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise DetailFlowError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
@@ -72,8 +71,14 @@ def within_memory(what: str, advice: str) -> Iterator[None]:
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of "bf16", "fp16" or "fp32", or the faster one of bf16 and fp32 on this device for "auto"."""
     if precision == "auto":
-        precision = "bf16" if device.type != "cpu" or multiplies_bfloat16_fast() else "fp32"
+        fast = has_bfloat16(device) if device.type == "cuda" else device.type != "cpu" or multiplies_bfloat16_fast()
+        precision = "bf16" if fast else "fp32"
     return _PRECISIONS[precision]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether this is a GPU with bfloat16 of its own; older ones imitate it, slowly."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -417,7 +417,7 @@ def test_a_dry_run_of_the_papers_recipe(folder: Path, capsys: pytest.CaptureFixt
         "VGG-16 (LPIPS)                     14.7M  frozen",
     ):
         assert line in out
-    assert "the 100 GFLOP/s of bf16 products measured here on cpu" in out
+    assert "the 100 GFLOP/s of bfloat16 products measured here on cpu" in out
     assert files(folder) == before
 
 

@@ -1,6 +1,7 @@
 """Training in a given time, with tiny recipes on a CPU."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def test_all_stages_in_a_given_time(tmp_path: Path, cifar_table: Path):
     for stage in ("tokenizer", "extract", "gpt", "decoder"):
         settings = yaml.safe_load((RECIPE / f"{stage}.yaml").read_text())
         if stage != "extract":
-            settings["loop"] |= {"batch_size": 4, "compile": False, "trackers": []}
+            settings["loop"] |= {"batch_size": 4, "compile": False, "trackers": [], "log_every": 1}
         if stage in ("tokenizer", "decoder"):
             settings["classifier_epochs"] = 1
             settings["model"] |= {name: {"width": 32, "depth": 1, "heads": 2} for name in ("encoder", "decoder")}
@@ -42,13 +43,17 @@ def test_all_stages_in_a_given_time(tmp_path: Path, cifar_table: Path):
             settings |= {"workers": 0}
         (tmp_path / "recipe" / f"{stage}.yaml").write_text(yaml.safe_dump(settings))
     output = tmp_path / "made"
-    options = ["--recipe", tmp_path / "recipe", "--device", "cpu", "--minutes", "0.1", "--trial-steps", "12"]
-    options += ["--steps", "gpt=3"]  # the others are measured
+    options = ["--recipe", tmp_path / "recipe", "--device", "cpu", "--minutes", "0.2", "--fewest-steps", "3"]
+    options += ["--steps", "gpt=3"]  # the others begin with more than fit
     command = [sys.executable, SCRIPT, "--data", cifar_table, "--output", output, *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("images per second, so 12 steps") == 2
+    for stage in ("tokenizer", "decoder"):
+        assert re.search(rf"{stage}: [\d,]+ images per second, so ", done.stdout)
+        steps = yaml.safe_load((RECIPE / f"{stage}.yaml").read_text())["loop"]["steps"]
+        assert 8 <= json.loads((output / stage / "log.jsonl").read_text().splitlines()[-1])["step"] < steps
     assert json.loads((output / "gpt" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
-    assert not list(output.glob("*-trial")) and (output / "tokenizer" / "features.pt").exists()
+    features = [(output / stage / "features.pt").read_bytes() for stage in ("tokenizer", "decoder")]
+    assert features[0] == features[1]
     assert len(DetailFlowPipeline.from_pretrained(output / "shipped", device="cpu")(3)) == 1
     assert "exists already" in subprocess.run(list(map(str, command)), capture_output=True, text=True).stderr
