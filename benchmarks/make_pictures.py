@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from detailflow import DetailFlowError, DetailFlowPipeline, TokenSchedule
+from detailflow import DetailFlowPipeline, TokenSchedule
 from detailflow.cli.vary import Subject, variation_tiles
 from detailflow.data.images import open_images
+from detailflow.errors import told_in_a_sentence
 from detailflow.pictures import GAP, grid, strip
 from detailflow.pipeline import Stage, fit, stage_counts
 
@@ -168,31 +169,29 @@ def main() -> None:
     parser.add_argument("--varied", type=int, nargs="+", default=[6, 31], help="photographs to vary, by row")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    try:
-        pipeline = DetailFlowPipeline.from_pretrained(options.model)
-        schedule, seed, folder = pipeline.tokenizer.schedule, options.seed, options.output
-        folder.mkdir(parents=True, exist_ok=True)
-        makers: dict[str, Callable[[Path], object]] = {
-            "samples.png": lambda path: samples(pipeline, options.rows, seed).save(path, optimize=True),
-            "taking-shape.webp": lambda path: animate(taking_shape(pipeline, options.rows, seed), path),
-            "coarse-to-fine.png": lambda path: stack(
-                photographs(pipeline, options.data, options.strips) + generated(pipeline, options.strips, seed)
-            ).save(path, optimize=True),
-            "variations.png": lambda path: stack(variations(pipeline, options.data, options.varied, seed)).save(
-                path, optimize=True
-            ),
-            "masks.png": lambda path: masks(schedule).savefig(path, dpi=100),
-            "resolution.png": lambda path: resolution([schedule, DETAILFLOW_16]).savefig(path, dpi=100),
-        }
-        for name, make in makers.items():
-            stem = name.partition(".")[0]
-            if not options.only or stem in options.only:
-                path = folder / (name if stem in ("masks", "resolution") else options.prefix + name)
-                make(path)
-                print(f"wrote {path}")
-    except DetailFlowError as error:
-        parser.error(str(error))
+    pipeline = DetailFlowPipeline.from_pretrained(options.model)
+    schedule, seed, folder = pipeline.tokenizer.schedule, options.seed, options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    makers: dict[str, Callable[[Path], object]] = {
+        "samples.png": lambda path: samples(pipeline, options.rows, seed).save(path, optimize=True),
+        "taking-shape.webp": lambda path: animate(taking_shape(pipeline, options.rows, seed), path),
+        "coarse-to-fine.png": lambda path: stack(
+            photographs(pipeline, options.data, options.strips) + generated(pipeline, options.strips, seed)
+        ).save(path, optimize=True),
+        "variations.png": lambda path: stack(variations(pipeline, options.data, options.varied, seed)).save(
+            path, optimize=True
+        ),
+        "masks.png": lambda path: masks(schedule).savefig(path, dpi=100),
+        "resolution.png": lambda path: resolution([schedule, DETAILFLOW_16]).savefig(path, dpi=100),
+    }
+    for name, make in makers.items():
+        stem = name.partition(".")[0]
+        if not options.only or stem in options.only:
+            path = folder / (name if stem in ("masks", "resolution") else options.prefix + name)
+            make(path)
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_a_sentence():
+        main()

@@ -10,6 +10,7 @@ import argparse
 import numpy as np
 
 from detailflow.data.images import open_images
+from detailflow.errors import told_in_a_sentence
 
 
 def decibels(error: float) -> float:
@@ -48,4 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_a_sentence():
+        main()

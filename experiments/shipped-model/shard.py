@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from detailflow.data.images import open_images
+from detailflow.errors import told_in_a_sentence
 from detailflow.files import replacing
 
 
@@ -34,4 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_a_sentence():
+        main()

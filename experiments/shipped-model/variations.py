@@ -22,6 +22,7 @@ from torch import Tensor
 from detailflow import DetailFlowError, DetailFlowPipeline
 from detailflow.data.images import open_images, spread
 from detailflow.data.transforms import coarse_target, to_tensor, to_uint8
+from detailflow.errors import told_in_a_sentence
 from detailflow.evaluation.features import load_extractor
 from detailflow.pipeline import encode_images, fit, image_generator
 from detailflow.progress import progress_bar
@@ -63,11 +64,7 @@ def main() -> None:
         "--keep", type=int, nargs="+", default=[4, 8, 16, 32], help="numbers of tokens (default: 4 8 16 32)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    try:
-        measure(options)
-    except DetailFlowError as error:
-        parser.error(str(error))
+    measure(parser.parse_args())
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -116,4 +113,5 @@ def row(cells: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_a_sentence():
+        main()

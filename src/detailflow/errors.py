@@ -1,6 +1,9 @@
 """The exception for what a user can put right, and how its messages name things."""
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Control characters, which a terminal would obey, and those that change the direction of text.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -26,6 +29,16 @@ class MissingPackageError(DetailFlowError):
 
 class DetailFlowWarning(UserWarning):
     """Probably a mistake, in one sentence, such as an image that cannot be read."""
+
+
+@contextmanager
+def told_in_a_sentence() -> Iterator[None]:
+    """For scripts: print a `DetailFlowError` as one line and end with status 2, as the commands do."""
+    try:
+        yield
+    except DetailFlowError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def printable(name: str) -> str:

@@ -27,6 +27,15 @@ def test_a_shard_of_a_set(tmp_path: Path, cifar: Path, monkeypatch: pytest.Monke
     assert all(after.stored_bytes(i) == before.stored_bytes(i) for i in range(len(before)))
 
 
+@pytest.mark.parametrize("script", ["shard.py", "bounds.py"])
+def test_no_such_images(script: str, tmp_path: Path):
+    """One sentence and status 2, as the commands have it."""
+    words = [sys.executable, SCRIPT.with_name(script), "--data", tmp_path / "nowhere"]
+    words += ["--output", tmp_path / "images.tar"] if script == "shard.py" else []
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"error: .*nowhere does not exist[^\n]*\n", done.stderr), done.stderr
+
+
 @pytest.mark.slow
 def test_all_stages_in_a_given_time(tmp_path: Path, cifar_table: Path):
     (tmp_path / "recipe").mkdir()

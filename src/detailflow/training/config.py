@@ -48,7 +48,7 @@ class LoopConfig(Settings):
         initial_rate: where the warm-up begins; a share of the peak.
         final_rate: where the cosine ends; a share of the peak.
         grad_clip: largest norm of a step's gradient.
-        precision: bf16 or fp16 (autocast), fp32, or auto; which is bf16 but on GPUs without it and CPUs that are faster with fp32.
+        precision: bf16 or fp16 (autocast), fp32, or auto; which is bf16 where that is fast, else fp32.
         accumulate: micro-batches per step and process; more of them need less memory.
         checkpoint_activations: compute activations again in the backward pass; less memory, a third more time.
         shard: split weights and optimizer over the processes (FSDP2); for AR models that do not fit one of them.
