@@ -142,9 +142,9 @@ def test_curves_and_commands_of_longer_runs(run: Path, photos: Path, tmp_path: P
     assert read(longer).text.count("Curves") == 1 and "AR model: loss" in read(longer).text
     assert "tokenizer: loss" not in read(longer).text
     short = re.sub(r"\s+", " ", read(longer).text)
-    assert (
-        "--tokenizer-steps 700" in short and "longer --gpt-steps 500" not in short and "--gpt-steps 1000" not in short
-    )
+    assert "longer --gpt-steps 500" not in short and "--gpt-steps 1000" not in short
+    command = re.search(r"detailflow train --data x( --\S+ \S+)+", short.partition("in a folder of its own")[2])
+    assert command and re.fullmatch(r".* x --gpt-steps 500 --output \S+run-longer", command[0])  # no --tokenizer-steps
     (longer / "tokenizer" / "log.jsonl").write_text("".join(lines))
     write_run_report(longer, open_images(photos), str(photos), "cpu")
     done = re.sub(r"\s+", " ", read(longer).text)
@@ -295,3 +295,6 @@ def test_longer_commands():
         command.replace(" --gpt-steps=30", ""), Path("r"), 9, 16, short_gpt=False
     )
     assert "--tokenizer-steps 2500" in longer_tokenizer(command, Path("run"), 20_000, 32, short_gpt=True)
+    short = f"{command} --tokenizer-steps 50"
+    assert "--tokenizer-steps 2500" in longer_tokenizer(short, Path("run"), 20_000, 32, True, usual_steps=2400)
+    assert "--tokenizer-steps" not in longer_tokenizer(short, Path("run"), 20_000, 32, True, usual_steps=2500)

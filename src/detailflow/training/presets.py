@@ -177,11 +177,16 @@ def _preset(wanted: AllStages, source: ImageSource, output: Path, device: torch.
             least = f"{LARGEST_ON_CPU} is the largest for a CPU" if device.type == "cpu" else "this GPU has less"
             choice += f", which is for a GPU of {GPU_BYTES[wanted.preset] / 2**30:.0f} GiB or more: {least}"
         return wanted.preset, choice
-    begun = run_folder(output / "tokenizer").read().get("model")
-    side = begun.get("image_size") if isinstance(begun, Mapping) else None
-    if name := next((name for name in PRESETS if SIDES[name] == side), None):
+    if name := preset_of(run_folder(output / "tokenizer").read()):
         return name, f"preset {name}, as it was begun"
     return choose_preset(source, device)
+
+
+def preset_of(recorded: Mapping[str, Any]) -> str | None:
+    """Return the preset that a tokenizer's run was begun with, by the settings that it recorded."""
+    model = recorded.get("model")
+    side = model.get("image_size") if isinstance(model, Mapping) else None
+    return next((name for name in PRESETS if SIDES[name] == side), None)
 
 
 def choose_preset(source: ImageSource, device: torch.device) -> tuple[str, str]:

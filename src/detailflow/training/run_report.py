@@ -39,6 +39,7 @@ from detailflow.runs import BEST, checkpoints, step_of
 from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.extract import image_names
 from detailflow.training.nearest import Neighbours, embed_images, find_nearest, load_embedding, readable, verdict
+from detailflow.training.presets import load_settings, preset_of
 from detailflow.training.report import TITLES, Record, command_line, curve_png, read_history
 from detailflow.training.run_report_text import (
     GPT,
@@ -360,7 +361,9 @@ class _Run:
             found.append(("This run, and this page once more", command))
             if tokenizer.is_short(len(self.trained)):
                 batch, short_gpt = of_loop(tokenizer.settings, "batch_size"), gpt.is_short(len(self.trained))
-                text = longer_tokenizer(command, self.output, len(self.trained), batch, short_gpt)
+                preset = preset_of(tokenizer.settings)
+                usual = load_settings(preset, "tokenizer")["loop"]["steps"] if preset else 0
+                text = longer_tokenizer(command, self.output, len(self.trained), batch, short_gpt, usual)
                 found.append(
                     ("A longer training of the tokenizer, in a folder of its own, as its tokens are others", text)
                 )

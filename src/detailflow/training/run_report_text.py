@@ -43,10 +43,17 @@ def with_options(command: str, options: Mapping[str, str | None]) -> str:
     return shlex.join(words)
 
 
-def longer_tokenizer(command: str, output: Path, images: int, batch_size: int, short_gpt: bool) -> str:
-    """Return the command that trains a tokenizer for long enough, into a folder of its own."""
+def longer_tokenizer(
+    command: str, output: Path, images: int, batch_size: int, short_gpt: bool, usual_steps: int = 0
+) -> str:
+    """Return the command that trains a tokenizer for long enough, into a folder of its own.
+
+    Args:
+        usual_steps: the preset's own; if they are enough, it is those.
+    """
     steps = math.ceil(2 * max(FEW_CROPS, FEW_PASSES * images) / batch_size / 100) * 100
-    options: dict[str, str | None] = {OUTPUT: f"{output}-longer", TOKENIZER: str(steps)}
+    chosen = None if steps <= usual_steps else str(steps)
+    options: dict[str, str | None] = {OUTPUT: f"{output}-longer", TOKENIZER: chosen}
     return with_options(command, options | ({GPT: None} if short_gpt else {}))  # the preset's own length
 
 
