@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from detailflow import DetailFlowGPT, DetailFlowTokenizer
+from detailflow import DetailFlowGPT, DetailFlowTokenizer, ViTConfig
 from detailflow.data.images import open_images
 from detailflow.data.tokens import CLEAN, INPUT, TokenStore
 from detailflow.data.transforms import center_crop, ten_crops, to_tensor
@@ -18,8 +18,8 @@ from detailflow.models import pretrained
 from detailflow.psnr import psnr
 from detailflow.training import sampled_rows
 from detailflow.training.config import Extraction, LoopConfig, TokenizerTraining
-from detailflow.training.extract import extract
-from detailflow.training.tokenizer import TokenizerStage, train_tokenizer
+from detailflow.training.extract import codes_fingerprint, extract
+from detailflow.training.tokenizer import TokenizerStage, initial_tokenizer, train_tokenizer
 
 
 def training(cifar: Path, model: Path, **settings: Any) -> TokenizerTraining:
@@ -63,6 +63,24 @@ def test_the_decoder_learns_and_tokens_stay(
     states = before.state_dict(), after.state_dict()
     changed = {name.split(".")[0] for name, value in states[0].items() if not torch.equal(value, states[1][name])}
     assert changed == {"decoder"}
+
+
+def test_a_decoder_of_another_size_begins_anew(cifar: Path, model: Path, images: torch.Tensor, tmp_path: Path):
+    settings = training(cifar, model, decoder_anew=True, muon=1e-3)
+    sizes = replace(settings.model, decoder=ViTConfig(width=64, depth=2, heads=2), pixel_channels=8)
+    assert sizes.decoder.width != settings.model.decoder.width
+    settings = replace(settings, model=sizes)
+    with pytest.raises(DetailFlowError, match="do not fit: decoder is"):
+        train_tokenizer(replace(settings, decoder_anew=False), tmp_path / "run", "cpu")
+    with pytest.raises(DetailFlowError, match="decoder_anew trains a decoder for the tokens of init: set freeze"):
+        replace(settings, freeze=None)
+    torch.manual_seed(settings.loop.seed)
+    fresh = initial_tokenizer(settings)
+    train_tokenizer(settings, tmp_path / "run", "cpu")
+    before, after = (DetailFlowTokenizer.from_pretrained(path) for path in (model / "tokenizer", tmp_path / "run"))
+    assert after.config == sizes and torch.equal(before.encode(images), after.encode(images))
+    assert quality(after, images) > quality(fresh.eval(), images) + 3
+    assert codes_fingerprint(str(tmp_path / "run")) == codes_fingerprint(str(model / "tokenizer"))
 
 
 def test_rows_of_a_store_are_of_their_crops(cifar: Path, model: Path, tmp_path: Path):

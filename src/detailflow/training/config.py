@@ -154,6 +154,7 @@ class TokenizerTraining(ImageSettings):
         init: tokenizer to start from; a folder, hub name or zoo name. `model` has its sizes or more tokens.
         encoder_init: SigLIP2 vision tower for the encoder; a hub name, folder or file (docs/method.md#tokenizer).
         freeze: encoder, to train the decoder alone; that of `init`, by losses of pixels, so tokens keep their meaning.
+        decoder_anew: begin the decoder anew; with `freeze`, of any size. The first decoder is forgotten.
         tokens: token store of `init` and these images; with `freeze`, its crops and rows replace the random crops
             and the passes of the encoder.
         gpt: AR model of these tokens; with `freeze` and the adversarial loss, rows that it samples are decoded too, and
@@ -200,6 +201,7 @@ class TokenizerTraining(ImageSettings):
     init: Location | None = None
     encoder_init: Location | None = None
     freeze: Literal["encoder"] | None = None
+    decoder_anew: bool = False
     tokens: Location | None = None
     gpt: Location | None = None
     sampled_share: Annotated[float, Must("more than 0 and at most 1", lambda share: 0 < share <= 1)] = 0.5
@@ -236,6 +238,8 @@ class TokenizerTraining(ImageSettings):
             raise DetailFlowError("init and encoder_init exclude each other: a tokenizer has an encoder already")
         if self.freeze and not self.init:
             raise DetailFlowError("freeze keeps the tokens of a tokenizer: give that tokenizer as init")
+        if self.decoder_anew and not self.freeze:
+            raise DetailFlowError("decoder_anew trains a decoder for the tokens of init: set freeze to encoder")
         if self.freeze and self.alignment:
             raise DetailFlowError("alignment trains the encoder: set alignment to 0, or freeze to null")
         if self.tokens and not self.freeze:

@@ -377,9 +377,13 @@ def initial_tokenizer(config: TokenizerTraining, resuming: bool = False) -> Deta
     model = DetailFlowTokenizer(config.model)
     if config.init and not resuming:
         start = DetailFlowTokenizer.from_pretrained(config.init, device="cpu")
+        tensors, theirs = start.state_dict(), start.config
         if config.freeze:  # or the tokens would be others
-            require_same(config.model, start.config, ("num_tokens", "image_size"), config.init)
-        load_weights(model, grow_tokenizer(start.state_dict(), start.config, model, config.init), config.init)
+            require_same(config.model, theirs, ("num_tokens", "image_size"), config.init)
+        if config.decoder_anew:
+            tensors |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.")}
+            theirs = replace(theirs, decoder=config.model.decoder, pixel_channels=config.model.pixel_channels)
+        load_weights(model, grow_tokenizer(tensors, theirs, model, config.init), config.init)
     elif config.encoder_init and not resuming:
         initialise_encoder(model.encoder, config.encoder_init)
     return model
