@@ -40,6 +40,7 @@ def test_auto_is_the_faster_one(flags: str | None, dtype: torch.dtype, monkeypat
 @pytest.mark.parametrize("has, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_gpu_without_bfloat16(has: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """As a T4, which only imitates it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has or including_emulation)
     gpu = torch.device("cuda")
     assert precision_dtype("auto", gpu) == choose_dtype(None, gpu) == dtype

@@ -71,7 +71,10 @@ def within_memory(what: str, advice: str) -> Iterator[None]:
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of "bf16", "fp16" or "fp32", or the faster one of bf16 and fp32 on this device for "auto"."""
     if precision == "auto":
-        fast = has_bfloat16(device) if device.type == "cuda" else device.type != "cpu" or multiplies_bfloat16_fast()
+        if device.type == "cuda":
+            fast = has_bfloat16(device) or not torch.cuda.is_available()  # as in a plan for another machine
+        else:
+            fast = device.type != "cpu" or multiplies_bfloat16_fast()
         precision = "bf16" if fast else "fp32"
     return _PRECISIONS[precision]
 
