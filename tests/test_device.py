@@ -31,7 +31,8 @@ def test_auto_is_the_faster_one(flags: str | None, dtype: torch.dtype, monkeypat
     processor_lines.cache_clear()
     try:
         assert precision_dtype("auto", CPU) == dtype
-        assert precision_dtype("bf16", CPU) == precision_dtype("auto", torch.device("mps")) == torch.bfloat16
+        assert precision_dtype("auto", torch.device("cuda")) == precision_dtype("bf16", CPU) == torch.bfloat16
+        assert precision_dtype("auto", torch.device("mps")) == torch.bfloat16
         assert precision_dtype("fp16", CPU) == torch.float16 and precision_dtype("fp32", CPU) == torch.float32
     finally:
         processor_lines.cache_clear()

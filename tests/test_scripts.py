@@ -13,6 +13,7 @@ SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/*/*.py"
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_help(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(script.parent)  # as Python does for a script
     monkeypatch.setattr("signal.signal", lambda *_: None)  # Ctrl-C stays as it is here
     try:
         with pytest.raises(SystemExit, match="0"):

@@ -8,7 +8,6 @@ as fit. To go on takes half a minute, so the right steps are worth giving.
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import signal
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from detailflow.training.report import read_history
 
 RECIPE = Path(__file__).parent / "gpu"
 STAGES = ("tokenizer", "gpt", "decoder")
@@ -47,12 +48,10 @@ def run(*words: Any) -> None:
 
 def speed(output: Path, batch: int) -> tuple[int, float] | None:
     """Return how many steps a run has logged and the seconds of one, without its first lines; if there are enough."""
-    log = output / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    timed = [line for line in lines if "images_per_second" in line]
+    timed = [line for line in read_history(output) if "images_per_second" in line]
     if len(timed) < 5:
         return None
-    return timed[-1]["step"], batch / statistics.median(line["images_per_second"] for line in timed[3:])
+    return int(timed[-1]["step"]), batch / statistics.median(line["images_per_second"] for line in timed[3:])
 
 
 def train(stage: str, words: Sequence[Any], args: argparse.Namespace, end: float) -> None:
@@ -134,11 +133,11 @@ def main() -> None:
         "decoder": ["--data", args.data, "--init", shipped / "tokenizer", "--tokens", tokens],
     }
     with ThreadPoolExecutor() as side_by_side:
-        stages = args.stages[1:]
-        for done in [side_by_side.submit(train, stage, words[stage], args, end) for stage in stages]:
-            done.result()
+        trained = {stage: side_by_side.submit(train, stage, words[stage], args, end) for stage in args.stages[1:]}
+    trained["gpt"].result()  # ends the script if it failed
     run("convert", gpt, "--dtype", "bfloat16", "--output", shipped / "gpt")
     if "decoder" in args.stages:
+        trained["decoder"].result()
         shutil.rmtree(shipped / "tokenizer")
         run("convert", decoder, "--dtype", "bfloat16", "--output", shipped / "tokenizer")
     print(f"{time.monotonic() - begun:.0f} s in all: {shipped}", flush=True)

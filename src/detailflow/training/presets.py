@@ -132,14 +132,13 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
     if wanted.lora:
         settings["lora"] = wanted.lora
         settings["loop"] |= {"learning_rate": LORA_RATE}
-    trained, notes = None, list[str | None]()
+    trained = tokenizer_note = None
     if not wanted.init or wanted.finetune_decoder:
         trained = parse_settings(TokenizerTraining, first | load_settings(recipe, "tokenizer") | images, recipe)
-        trained, note = _with_steps(trained, wanted.tokenizer_steps, output / "tokenizer")
-        notes.append(note)
+        trained, tokenizer_note = _with_steps(trained, wanted.tokenizer_steps, output / "tokenizer")
     extraction = {**load_settings(recipe, "extract"), **images, "tokenizer": tokenizer}
-    gpt, note = _with_steps(parse_settings(GPTTraining, settings, recipe), wanted.gpt_steps, output / "gpt")
-    as_begun = [one for one in (*notes, note) if one]
+    gpt, gpt_note = _with_steps(parse_settings(GPTTraining, settings, recipe), wanted.gpt_steps, output / "gpt")
+    as_begun = [note for note in (tokenizer_note, gpt_note) if note]
     sizes = trained.model if trained else parse_settings(TokenizerConfig, first["model"], wanted.init)
     return StageSettings(trained, parse_settings(Extraction, extraction, recipe), gpt, sizes, choice, as_begun)
 
