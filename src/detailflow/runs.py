@@ -29,6 +29,7 @@ RUN_FILE = "run.yaml"
 CHECKPOINTS = "resume"  # not "checkpoints", by which the published layout is known
 MILESTONES = "milestones"
 BEST = "best"  # by validation
+FEATURES_FILE = "features.pt"  # a classifier of a run's images
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
@@ -127,12 +128,12 @@ def as_plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def first_difference(name: str, recorded: Any, value: Any) -> str | None:
     """Return where two settings differ, as "loop.steps (30, not 40)"; `None` if they are the same.
 
-    A setting that an earlier version did not have is the same if it is off.
+    A setting that an earlier version did not have is the same if it is off; its default precision was bf16, now auto.
     """
     if isinstance(recorded, dict) and isinstance(value, dict):
         found = (first_difference(f"{name}.{key}", recorded.get(key), value[key]) for key in value)
         return next(filter(None, found), None)
-    same = recorded == value or (recorded is None and not value)
+    same = recorded == value or (recorded is None and not value) or (recorded, value) == ("bf16", "auto")
     return None if same else f"{name} ({recorded!r}, not {value!r})"
 
 

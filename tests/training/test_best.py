@@ -1,6 +1,7 @@
 """The best step by validation: which steps can be compared, also when a run goes on with other settings."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,19 @@ def test_a_finished_run_whose_longer_one_never_starts(error: BaseException, tmp_
     assert train(tmp_path, [3.0, 1.0]) == 2
 
 
+def test_a_first_start_that_fails_leaves_no_features(tmp_path: Path):
+    """They would be taken for those of other images."""
+
+    def fail(resuming: bool) -> Counter:
+        (tmp_path / "features.pt").write_text("of these images")
+        raise DetailFlowError("a network is not there")
+
+    config = LoopConfig(steps=2, batch_size=1, learning_rate=0.1, trackers=())
+    with pytest.raises(DetailFlowError, match="a network is not there"):
+        loop.train(fail, Run("line", Settings(config), tmp_path, World(), torch.device("cpu")))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_loss_that_is_not_finite_is_not_the_best(tmp_path: Path):
     assert train(tmp_path / "first", [math.nan, 2.0, -math.inf, 3.0]) == 2
     assert train(tmp_path / "all", [math.nan, math.nan]) == 2 and not (tmp_path / "all" / "best").exists()
@@ -192,3 +206,30 @@ def test_the_model_is_there_before_the_report(tmp_path: Path):
     with pytest.raises(DetailFlowError, match="report.md"):
         train(tmp_path, [2.0, 1.0])
     assert (tmp_path / "config.json").read_text() == "2"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [3, 4])
+def test_the_best_step_is_not_lost_between_two_files(
+    at: int, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The disk is full, or the process killed, after the first of a step's files: a run that goes on has them all."""
+    losses, settings = [3.0, 2.5, 1.0, 2.0], {"checkpoint_minutes": 0, "milestone_every": 2}
+    assert train(tmp_path / "whole", losses, **settings) == 3
+    real, failed = shutil.copyfile, []
+
+    def copy(source: Path, target: Path) -> None:
+        if step_of(Path(source)) == at and not failed:
+            failed.append(source)
+            raise error
+        real(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    with pytest.raises(DetailFlowError if isinstance(error, OSError) else KeyboardInterrupt):
+        train(tmp_path / "run", losses, **settings)
+    assert failed and train(tmp_path / "run", losses, **settings) == 3
+    whole, run = (
+        [[p.name for p in checkpoints(tmp_path / one, kind)] for kind in ("resume", "best", "milestones")]
+        for one in ("whole", "run")
+    )
+    assert whole == run == [["step-00000004.pt", "step-00000003.pt"], ["step-00000003.pt"], run[2]] and len(run[2]) == 2

@@ -11,7 +11,7 @@ import torch
 
 from detailflow import DetailFlowTokenizer, hub
 from detailflow.data.images import open_images
-from detailflow.data.tokens import CLEAN, INPUT, LABEL, TokenStore, TokenWriter
+from detailflow.data.tokens import CLEAN, INPUT, LABEL, VALIDATION, TokenStore, TokenWriter
 from detailflow.data.transforms import center_crop, ten_crops, to_tensor, two_crops
 from detailflow.errors import DetailFlowError
 from detailflow.training import extract as extraction
@@ -112,6 +112,27 @@ def test_without_mirror_images(tokenizer: DetailFlowTokenizer, folder: Path, mod
     np.testing.assert_array_equal(store.codes[7, :, CLEAN], tokenizer.encode(crop))
     with pytest.raises(DetailFlowError, match="another flip"):
         run(folder, model, tmp_path / "store", crops="two")
+
+
+def test_names_whatever_the_folder_is_called(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(folder)
+    store = run(Path("."), model, tmp_path / "store", crops="two")
+    assert store.ids() == names_in(folder)
+    assert run(folder, model, tmp_path / "store", crops="two").fingerprint == store.fingerprint
+
+
+def test_damaged_tokens_for_validation(folder: Path, model: Path, tmp_path: Path):
+    codes = run(folder, model, tmp_path / "store", crops="two", val_share=0.3).directory / VALIDATION / "codes.bin"
+    content = bytearray(codes.read_bytes())
+    content[2] ^= 1
+    codes.write_bytes(content)
+    config = GPTTraining(
+        str(tmp_path / "store"), str(model / "tokenizer"), LoopConfig(1, 4, 0.1), width=16, depth=1, heads=2
+    )
+    with pytest.raises(DetailFlowError, match="validation/codes.bin is damaged"):
+        train_gpt(config, tmp_path / "gpt", "cpu")
 
 
 def test_ten_crops(tokenizer: DetailFlowTokenizer, folder: Path, model: Path, tmp_path: Path):

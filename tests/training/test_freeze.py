@@ -197,6 +197,12 @@ def test_stores_that_do_not_fit(cifar: Path, model: Path, tokens: Path, tmp_path
     with pytest.raises(DetailFlowError, match="has tokens of class., which is not among the images|has tokens of"):
         TokenizerStage(config, open_images(few), tmp_path, torch.device("cpu"))
     assert len(TokenStore.open(tokens)) == 200
+    damaged = shutil.copytree(tokens, tmp_path / "damaged")
+    content = bytearray((damaged / "codes.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "codes.bin").write_bytes(content)
+    with pytest.raises(DetailFlowError, match="codes.bin is damaged"):
+        train_tokenizer(training(cifar, model, tokens=str(damaged)), tmp_path / "run", "cpu")
 
 
 @pytest.mark.parametrize(

@@ -253,3 +253,14 @@ def test_precision_of_an_earlier_version(commands: dict[str, list[str]], finishe
     (output / "run.yaml").write_text(record.replace("precision: auto", "precision: bf16"))
     assert main([*commands["gpt"], str(output)]) == 0
     assert main([*commands["gpt"], str(output), "--loop.precision", "fp32"]) == 2
+
+
+def test_precision_stays(commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A run that was begun in float32 does not go on in what is chosen by itself."""
+    command, fp32 = [*commands["gpt"], str(tmp_path / "run")], ("--loop.precision", "fp32")
+    assert main([*command, *fp32, "--loop.steps", "2"]) == 0
+    before = contents(tmp_path / "run")
+    assert main(command) == 2
+    assert "another loop.precision ('fp32', not 'auto')" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
+    assert main([*command, *fp32, "--loop.steps", "4"]) == 0

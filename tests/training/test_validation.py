@@ -125,13 +125,34 @@ def test_copies_stay_on_one_side_if_a_class_gets_one_back(tmp_path: Path):
 
 
 def test_another_set(cifar: Path, tmp_path: Path):
-    config = Extraction(str(cifar), "model", val_data=str(cifar))
+    shutil.copytree(cifar, others := tmp_path / "others")
+    first = next((others / "class0").iterdir())
+    Image.new("RGB", (8, 8), "red").save(first)
+    config = Extraction(str(cifar), "model", val_data=str(others))
     source = open_images(cifar)
     train, validation = split(config, source, World())
     assert train is source and validation is not None and len(validation) == len(source)
     shutil.copytree(cifar / "class0", tmp_path / "images" / "class0")
     with pytest.raises(DetailFlowError, match="must have the same classes as the images to train on"):
         split(Extraction(str(cifar), "model", val_data=str(tmp_path / "images")), source, World())
+
+
+def test_a_split_of_the_same_set(cifar: Path, tmp_path: Path):
+    """Without its name it would be the split that is trained on."""
+    shutil.copytree(cifar, tmp_path / "train")
+    for folder in cifar.iterdir():
+        (tmp_path / "val" / folder.name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "val" / folder.name / "1.png")
+    source = open_images(tmp_path)
+    for data in (tmp_path, tmp_path / "train"):
+        with pytest.raises(DetailFlowError, match="has the images to train on: give others, or a split of it by"):
+            split(Extraction(str(tmp_path), "model", val_data=str(data)), source, World())
+    train, validation = split(
+        Extraction(str(tmp_path), "model", val_data=str(tmp_path), val_split="val"), source, World()
+    )
+    assert train is source and validation is not None and len(validation) == len(source.class_names) < len(source)
+    with pytest.raises(DetailFlowError, match="val_split is a split of val_data, which is not set"):
+        split(Extraction(str(tmp_path), "model", val_split="val"), source, World())
 
 
 def test_a_stream_has_no_share(cifar_table: Path, hub: Callable[[Path], str]):

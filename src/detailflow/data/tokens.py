@@ -165,7 +165,7 @@ class TokenStore:
             raise _damaged(self.directory / _IDS) from error
 
     def verify(self) -> None:
-        """Compare every file with its checksum, in bounded memory."""
+        """Compare every file with its checksum, in bounded memory; those for validation, too."""
         for name, checksum in ((_LABELS, "labels_crc32"), (_IDS, "ids_crc32"), (_MORE_LABELS, _MORE[1])):
             if (
                 checksum in self._manifest
@@ -176,6 +176,8 @@ class TokenStore:
         for chunk, found in _checksums(self.directory / _CODES, size, range(len(expected))):
             if found != expected[chunk]:
                 raise _damaged(self.directory / _CODES)
+        if validation := self.validation:
+            validation.verify()
 
 
 class TokenWriter:

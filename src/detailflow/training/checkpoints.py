@@ -74,10 +74,7 @@ def claim(
     longer = before < steps
     if recorded:
         both = content.keys() & known.keys()
-        free = {*FREE, "steps"}
-        if settings["loop"].get("precision") == "auto":  # it may be another machine
-            free.add("precision")
-        folder.check(recorded, _identity(settings, {KNOWN_BY, *both}, free))
+        folder.check(recorded, _identity(settings, {KNOWN_BY, *both}, {*FREE, "steps"}))
         if steps < (least := before if finished else min(done, before)):
             raise DetailFlowError(
                 f"{output} holds {'a finished run of' if finished else 'a run that has taken'} {least:,} steps, "
@@ -153,7 +150,7 @@ def save_checkpoint(
     model: Mapping[str, Any] | None = None,
     best: tuple[float, Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Write resume/step-….pt whole or not at all, and copies of milestones and of the best one so far.
+    """Write resume/step-….pt whole or not at all, and before it copies of milestones and of the best one so far.
 
     Of this checkpoint and those before it, the last `keep` that can be read stay, all milestones and one best.
 
@@ -161,17 +158,22 @@ def save_checkpoint(
         model: the "kind" and "config" of the model in it.
         best: the validation loss, if it is the lowest so far, and the settings that it depends on.
     """
-    path = output / CHECKPOINTS / f"step-{step:08d}.pt"
+    name = f"step-{step:08d}.pt"
+    # resume/ last: a run that was killed between two of them goes on from before this step, and writes all again.
+    folders = [*([MILESTONES] if milestone else []), *([BEST] if best is not None else []), CHECKPOINTS]
+    first, *copies = [output / folder / name for folder in folders]
+    path = output / CHECKPOINTS / name
     try:
         validation, comparable = best or (None, None)
         content = {"step": step, "validation": validation, "comparable": comparable, "state": state}
-        save_torch(path, {**(model or {}), **content})
-        for folder in [*([MILESTONES] if milestone else []), *([BEST] if best is not None else [])]:
-            (output / folder).mkdir(exist_ok=True)
-            with replacing(output / folder / path.name) as temporary:
-                shutil.copyfile(path, temporary)
+        first.parent.mkdir(exist_ok=True)
+        save_torch(first, {**(model or {}), **content})
+        for copy in copies:
+            copy.parent.mkdir(exist_ok=True)
+            with replacing(copy) as temporary:
+                shutil.copyfile(first, temporary)
         for older in checkpoints(output, BEST) if best is not None else []:
-            if older.name != path.name:
+            if older.name != name:
                 older.unlink(missing_ok=True)
     except OSError as error:
         raise DetailFlowError(f"{path}: the checkpoint cannot be written ({error.strerror or error})") from error

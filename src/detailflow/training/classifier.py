@@ -15,13 +15,13 @@ from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import os_errors
 from detailflow.progress import bar_width
+from detailflow.runs import FEATURES_FILE
 from detailflow.tensors import save_torch
 from detailflow.torch_files import load_torch
 from detailflow.training.config import TokenizerTraining
 
 _log = logging.getLogger(__name__)
 
-FEATURES_FILE = "features.pt"
 FEATURE_WIDTHS = (32, 64, 128, 192)
 
 

@@ -129,6 +129,7 @@ class ImageSettings(Settings):
         image_column: of parquet files and hub data sets.
         label_column: of these, and of metadata files.
         val_data: images to validate on; like `data`, with the same classes. Never trained on.
+        val_split: of val_data, such as val.
         val_share: share of `data` held out for validation instead; chosen by the content of each image.
     """
 
@@ -138,6 +139,7 @@ class ImageSettings(Settings):
     image_column: str = "image"
     label_column: str = "label"
     val_data: Location | None = None
+    val_split: str | None = None
     val_share: Share = 0.0
 
     @property

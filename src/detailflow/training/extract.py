@@ -140,9 +140,8 @@ def _extract(
 ) -> None:
     with world.raise_together():
         if world.is_main:
-            free = {"data", "tokenizer", "batch_size", "workers", "val_data", "val_share"}  # or known by content
-            if config.precision == "auto":
-                free.add("precision")
+            # What may differ, or is known by content.
+            free = {"data", "tokenizer", "batch_size", "workers", "val_data", "val_split", "val_share"}
             settings = {name: value for name, value in asdict(config).items() if name not in free}
             validates = writer.directory.name == VALIDATION and config.val_data
             writer.begin(image_names(source, validates or config.data), settings)
@@ -161,7 +160,7 @@ def image_names(source: ImageSource, data: str) -> Iterator[str]:
     path = Path(data).expanduser()
     if not path.is_dir():  # a file, or a pattern of files
         path = next((parent for parent in path.parents if not set("*?[{") & set(str(parent))), path.parent)
-    folder = f"{path}/" if path != Path() and path.is_dir() else ""
+    folder = f"{path}/" if path.is_dir() else ""
     return (source.name(slot).removeprefix(folder) for slot in range(len(source)))
 
 

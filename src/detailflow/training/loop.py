@@ -27,7 +27,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
 from detailflow.progress import bar_width
-from detailflow.runs import BEST, CHECKPOINTS, RUN_FILE, checkpoints, read_checkpoint
+from detailflow.runs import BEST, CHECKPOINTS, FEATURES_FILE, RUN_FILE, checkpoints, read_checkpoint
 from detailflow.seeds import mixed_seed
 from detailflow.training.checkpoints import LONGER_FROM, claim, go_on, load_checkpoint, run_folder, save_checkpoint
 from detailflow.training.config import LoopConfig
@@ -119,6 +119,7 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
         except DetailFlowError:
             if fresh and world.is_main:  # nothing has happened yet that other settings could contradict
                 (output / RUN_FILE).unlink()
+                (output / FEATURES_FILE).unlink(missing_ok=True)  # which are of these settings, too
                 with suppress(OSError):  # it is not empty
                     (output / CHECKPOINTS).rmdir()
             raise
@@ -271,7 +272,8 @@ class _Training:
         figures = self.stage.validate()
         if figures and self._is_comparable(done):
             loss = self.world.from_main(lambda: figures["val_loss"])  # so that all ranks decide alike
-            if math.isfinite(loss) and (self.best is None or loss < self.best[1]):
+            again = self.best is not None and done == self.best[0]  # it was killed after writing that one
+            if math.isfinite(loss) and (self.best is None or loss < self.best[1] or again):
                 self.best = done, loss
                 self._save(done, loss)
         return figures

@@ -52,16 +52,13 @@ class Updater:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
         if sharded := isinstance(norm, torch.distributed.tensor.DTensor):
             norm = norm.full_tensor()
-        for optimizer in self.optimizers:
-            if not optimizer.defaults.get("fused") or sharded:
-                if math.isfinite(float(norm)):
-                    self.scaler.step(optimizer)
-            elif self.scaler.is_enabled():  # which knows itself
-                self.scaler.step(optimizer)
-            else:
+        for optimizer in self.optimizers:  # all or none: clipping spreads what is not finite to all gradients
+            if optimizer.defaults.get("fused") and not sharded:
                 optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
                 optimizer.step()
                 del optimizer.found_inf  # type: ignore[attr-defined]
+            elif math.isfinite(float(norm)):
+                self.scaler.step(optimizer)
         if self.scaler.is_enabled():
             self.scaler.update()
         for optimizer in self.optimizers:

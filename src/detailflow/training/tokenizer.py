@@ -430,6 +430,8 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
                     f"the {name} loss learns its features from class labels, and these images have one class only: "
                     f"set {name} to 0 or {name}_network to another"
                 )
+        if config.tokens and world.is_main:
+            TokenStore.open(config.tokens).verify()
     source, validation = split(config, everything, world)
 
     def make(resuming: bool) -> TokenizerStage:

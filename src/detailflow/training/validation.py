@@ -51,8 +51,14 @@ def held_out(source: ImageSource, share: float) -> list[int]:
 def split(config: ImageSettings, source: Source, world: World) -> tuple[Source, ImageSource | None]:
     """Return the images to train on and those to validate on, `None` if there are none."""
     with world.raise_together():
+        if config.val_split and not config.val_data:
+            raise DetailFlowError("val_split is a split of val_data, which is not set: give the images to validate on")
         if config.val_data:
-            validation = open_images(config.val_data, **config.columns)
+            validation = open_images(config.val_data, split=config.val_split, **config.columns)
+            if validation.fingerprint == source.fingerprint:
+                raise DetailFlowError(
+                    f"val_data {config.val_data} has the images to train on: give others, or a split of it by val_split"
+                )
             if validation.class_names != source.class_names:
                 raise DetailFlowError(f"{config.val_data} must have the same classes as the images to train on")
             return source, validation
