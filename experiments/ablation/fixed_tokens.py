@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="a folder")
     parser.add_argument("--recipe", default=HERE / "gpt.yaml", help="settings of the AR models")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="every variant is trained from each")
-    parser.add_argument("--guidance-scale", nargs="+", type=float, default=[2.0, 4.0])
+    parser.add_argument("--guidance-scale", nargs="+", type=float, default=[1.0, 1.5, 2.0, 4.0])
     parser.add_argument("--num-samples", type=int, default=5000)
     args = parser.parse_args(argv)
     args.dry_run, args.launch = False, shlex.quote(sys.executable)
