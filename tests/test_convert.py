@@ -196,6 +196,23 @@ def test_what_cannot_be_converted(ours: Path, tmp_path: Path):
     assert "could not write the model" in error_of(TINY, tmp_path / "file")
     assert "could not write the model" in error_of(TINY, tmp_path / "file", to="published")
     assert not (tmp_path / "x").exists()
+    convert(TINY, tmp_path / "pair")
+    config = (tmp_path / "pair" / "gpt" / "config.json").read_bytes()
+    assert f"which another would hide: give {tmp_path / 'pair' / 'gpt'}" in error_of(TINY / "gpt", tmp_path / "pair")
+    assert not (tmp_path / "pair" / "config.json").exists()
+    (tmp_path / "pair" / "gpt" / "run.yaml").write_text("kind: gpt")  # as of a finished run
+    (tmp_path / "pair" / "gpt" / "resume").mkdir()
+    assert "holds a training run, whose model this would replace" in error_of(TINY, tmp_path / "pair")
+    assert (tmp_path / "pair" / "gpt" / "config.json").read_bytes() == config
+
+
+def test_damaged_weights_are_not_written(model: Path, tmp_path: Path):
+    tokenizer = DetailFlowTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        tokenizer.decoder.to_pixels.weight[0, 0] = float("nan")
+    with pytest.raises(DetailFlowError, match="decoder.to_pixels.weight has values that are not finite"):
+        tokenizer.save_pretrained(tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -146,7 +146,7 @@ def test_what_cannot_be_used(stopped: Path, capsys: pytest.CaptureFixture[str]):
     assert "gpt holds an AR model (gpt), not a tokenizer" in complaint(
         "reconstruct", image, "--model", str(gpt), *out
     ).replace("/resume/step-00000004.pt", "")
-    assert "holds a training run that is not finished: give another output folder" in complaint(
+    assert "holds a training run, whose model this would replace: give another folder" in complaint(
         "convert", str(tokenizer), "--output", str(tokenizer)
     )
     old = torch.load(tokenizer / "resume" / "step-00000004.pt", weights_only=True)

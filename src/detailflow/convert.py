@@ -76,6 +76,11 @@ def convert(
         raise DetailFlowError(
             f"{output} already holds a model, which would hide a pair inside: give another output folder"
         )
+    if len(found) == 1 and any((output / kind / CONFIG_FILE).exists() for kind in NETWORKS):
+        (kind,) = found
+        raise DetailFlowError(
+            f"{output} holds a pair of models, which another would hide: give {output / kind} or another folder"
+        )
     for kind, target in targets.items():
         _check_target(target, kind, to)
     configs: dict[Kind, dict[str, Any]] = {}
@@ -112,10 +117,10 @@ def _warn_of_loss(written: Path, kind: Kind, config: Mapping[str, Any]) -> None:
 
 
 def _check_target(target: Path, kind: Kind, to: str) -> None:
-    """Refuse a folder with a model of another kind or layout, or with a training run."""
+    """Refuse a folder with a model of another kind or layout, or with a training run, finished or not."""
     taken, published = (target / CONFIG_FILE).exists(), is_published(target)
-    if is_run(target) and not taken:
-        raise DetailFlowError(f"{target} holds a training run that is not finished: give another output folder")
+    if is_run(target):
+        raise DetailFlowError(f"{target} holds a training run, whose model this would replace: give another folder")
     if (published and to != "published") or (taken and not published and to == "published"):
         raise DetailFlowError(f"{target} already holds a model in the other layout: give another output folder")
     if taken and (found := hub.read_kind(target)) != kind:

@@ -372,6 +372,8 @@ def save(
     Each file is replaced at once, the config last: an interrupted first save leaves no model, not half of one.
     """
     folder = Path(folder)
+    if bad := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
+        raise DetailFlowError(f"{bad} has values that are not finite, so no model is written: the weights are damaged")
     text = json.dumps({"format": "detailflow", "kind": kind, **config}, indent=2, ensure_ascii=False)
     try:
         with os_errors(f"could not write the model to {folder}"):

@@ -80,7 +80,8 @@ class PngWriter:
 
     def is_done(self, part: range) -> bool:
         """Return whether a part is on disk, with all of its images: the set may have grown since."""
-        return all(self._path(index).is_file() for index in part)
+        paths = map(self._path, part)
+        return all(path.is_file() and path.stat().st_size > 0 for path in paths)
 
     def write(self, part: range, images: Sequence[Image.Image]) -> None:
         """Write a part, whole or not at all."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict, Unpack
 
-from detailflow.settings import Must, Settings
+from detailflow.settings import Must, Settings, at_most
 
 # What takes the decoding steps: C++ on a CPU, CUDA graphs, or PyTorch; "auto" is the first of them that can.
 EngineName = Literal["auto", "native", "graphs", "torch"]
@@ -41,7 +41,7 @@ class SamplingConfig(Settings):
     ] = 1.5
     guidance_schedule: GuidanceSchedule = "constant"
     temperature: Annotated[float, Must("0 (argmax) or more", lambda value: 0 <= value < float("inf"))] = 1.0
-    top_k: Annotated[int, Must("0 or more (0 is off)", lambda k: k >= 0)] | None = None
+    top_k: Annotated[int, Must("0 or more (0 is off)", lambda k: k >= 0), at_most(2**31 - 1)] | None = None
     top_p: Annotated[float, Must("above 0 and at most 1 (1 is off)", lambda p: 0 < p <= 1)] | None = None
 
     def __post_init__(self) -> None:

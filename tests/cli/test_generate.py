@@ -14,6 +14,7 @@ from PIL import Image
 from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
 from detailflow.data.images import open_images
+from detailflow.files import lock_folder
 
 
 def files(folder: Path) -> list[str]:
@@ -189,6 +190,7 @@ def test_grid_and_strips_are_no_samples(model: Path, tmp_path: Path):
         (["--guidance-scale", "-2"], "--guidance-scale must be"),
         (["--guidance-schedule", "cosine"], "--guidance-schedule must be constant or linear, not 'cosine'"),
         (["--top-k", "-1"], "--top-k must be 0 or more (0 is off), not -1"),
+        (["--top-k", "99999999999999999999999999"], "--top-k must be at most 2,147,483,647"),  # C++ would take another
         (["--top-k", "none"], "--top-k must be 0 or more (0 is off), not 'none'"),
         (["--top-p", "0"], "--top-p must be above 0 and at most 1 (1 is off), not 0.0"),
         (["--guidance-scale", "inf"], "--guidance-scale must be"),
@@ -198,6 +200,7 @@ def test_grid_and_strips_are_no_samples(model: Path, tmp_path: Path):
             ["--num-images", "1000000000"],
             "--num-images must be at most 10,000,000, not 1,000,000,000: make several sets",
         ),
+        (["--num-images", "2", "--batch-size", "200000"], "--batch-size must be at most 100,000, not 200,000"),
         (["--top-p", "1.5"], "--top-p must be above 0 and at most 1 (1 is off), not 1.5"),
         (["--num-tokens", "5"], "num_tokens must be 1 to 4 or a multiple of 4 up to 16, not 5"),
         (["--num", "0"], "--num must be a positive integer, not 0"),
@@ -222,6 +225,17 @@ def test_bad_input(argv: list[str], message: str, model: Path, tmp_path: Path, c
     assert err.startswith(f"detailflow: error: {message}")
     assert err.count("\n") == 1
     assert not output.exists()
+
+
+def test_two_at_once(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One would remove the other's images as those of an earlier call."""
+    assert generate(model, tmp_path / "out", "cat") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with lock_folder(tmp_path / "out", "generation"):
+        assert generate(model, tmp_path / "out", "1") == 2
+    assert "another generation is at work in" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert generate(model, tmp_path / "out", "1") == 0
 
 
 def test_a_file_where_the_output_folder_should_be(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

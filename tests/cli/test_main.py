@@ -183,6 +183,15 @@ def test_a_reader_that_leaves_gets_no_traceback():
     assert done.returncode in (0, 141)  # 0 where all was written before the reader left
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_behind_the_output():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "detailflow", "classes"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the standard output cannot be written: No space left on device" in done.stderr
+
+
 def test_ctrl_c(model: Path, tmp_path: Path):
     command = [sys.executable, "-m", "detailflow", "generate", "--num", "100000", "--model", str(model)]
     process = subprocess.Popen(

@@ -185,6 +185,8 @@ CONFIG_CASES: list[tuple[dict | str | None, str]] = [
     ({"model": {"group_size": 4.5}}, "model.group_size must be an integer, not 4.5"),
     ({"flip": "perhaps"}, "flip must be true or false, not 'perhaps'"),
     ({"loop": {"learning_rate": -1}}, "loop.learning_rate must be above 0, not -1.0"),
+    ({"loop": {"learning_rate": float("inf")}}, "loop.learning_rate must be finite, not inf"),
+    ({"pixel": float("inf")}, "pixel must be finite, not inf"),
     ({"loop": {"seed": -1}}, "loop.seed must be 0 to 2^64 - 1, not -1"),
     ({"loop": {"precision": "fp8"}}, "loop.precision must be auto, bf16, fp16 or fp32, not 'fp8'"),
     ({"max_scale": 0.5}, "max_scale must be 1 (no zoom) or more, not 0.5"),

@@ -190,6 +190,8 @@ def test_another_model(run: Any, pipeline: DetailFlowPipeline, tmp_path: Path):
         (("vary", "a.png", "--keep", "5"), "--keep must be 1 to 4 or a multiple of 4 up to 16, not 5"),
         (("vary", "a.png", "--class", "dgo"), "unknown class 'dgo'"),
         (("vary", "a.png", "--num", "0"), "--num must be"),
+        (("vary", "a.png", "--num", "100000000"), "--num must be at most 100,000, not 100,000,000"),
+        (("vary", "/dev/null"), "/dev/null is no regular file, nor a folder: give an image file"),
         (("vary", "missing.png"), "missing.png does not exist"),
         (("vary", "a.png", "cat"), "cat is a class, not an image: put --class cat after the images"),
         (("vary", "a.png", "cat", "Hot dog"), "are classes, not images: put --class cat 'Hot dog' after the images"),

@@ -480,6 +480,10 @@ def test_another_column_of_labels_is_asked_for(tmp_path):
     assert "metadata.csv has no column label: did you mean labels" in open_images(tmp_path).summary
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,cat\n1.png,dog\n")
     assert "did you mean" not in open_images(tmp_path).summary
+    (tmp_path / "metadata.csv").write_text("filename,label\n0.png,cat\n1.png,dog\n")
+    assert counts(tmp_path) == {"cat": 1, "dog": 1}
+    (tmp_path / "metadata.csv").write_text("path,label\n0.png,cat\n1.png,dog\n")
+    assert "metadata.csv has no column file_name, so its labels are not used" in open_images(tmp_path).summary
 
 
 @pytest.mark.parametrize("header", ["file_name,label,label", "file_name,label,Label ", "file_name,file_name,label"])

@@ -32,6 +32,18 @@ def test_tokens_there_and_back(http: httpx.Client, pipeline: DetailFlowPipeline)
     assert one["b64_json"] == next(d["b64_json"] for d in decoded["data"] if len(d["tokens"]) == 8)
 
 
+@pytest.mark.parametrize("given", [{"num_tokens": 0}, {"height": 0, "width": 0}, {"num_tokens": [0]}])
+def test_zero_is_not_all(given: dict[str, Any], http: httpx.Client):
+    answer = http.post("/v1/tokens/decode", json={"tokens": [0] * 16, **given})
+    assert answer.status_code == 400 and next(iter(given)) in answer.json()["error"]["message"]
+
+
+def test_a_top_k_beyond_all_codes(http: httpx.Client):
+    answer = http.post("/v1/images/generations", json={"prompt": "cat", "top_k": 2**64 + 1})
+    assert answer.status_code == 400 and "top_k must be at most 2,147,483,647" in answer.json()["error"]["message"]
+    assert http.get("/healthz").status_code == 200
+
+
 def test_a_whole_image_in_its_own_shape(http: httpx.Client):
     photo = Image.new("RGB", (96, 48), "red")
     form = {"whole": "true", "num_tokens": "8"}

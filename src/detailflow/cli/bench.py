@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from detailflow.cli.common import DTYPES, Dtype, Parser, add_model_options, check_output
+from detailflow.errors import DetailFlowError
 from detailflow.progress import progress_bar
 from detailflow.settings import BatchSize, Location, PositiveInt
 
@@ -29,6 +30,16 @@ def parser() -> Parser:
     return result
 
 
+def _is_report(file: Path) -> bool:
+    """Return whether a file may be replaced by a report: it is empty, or one."""
+    from detailflow.files import read_json
+
+    try:
+        return file.stat().st_size == 0 or "rows" in read_json(file)
+    except DetailFlowError:
+        return False
+
+
 def main(argv: Sequence[str]) -> int:
     """Print the table."""
     options = vars(parser().parse_args(argv))
@@ -38,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
         check_output(file.parent)
         with os_errors(f"cannot write {file}"):
             check_regular(file)
+        if file.exists() and not _is_report(file):
+            raise DetailFlowError(f"{file} is no report of `detailflow bench`: give another file, or remove it first")
 
     from dataclasses import asdict
 

@@ -65,7 +65,11 @@ def main(argv: Sequence[str]) -> int:
     classes = pipeline.class_ids(args.classes or pipeline.labels.ids)
     if args.num_images:
         _many(args, pipeline, classes, world, sampling)
-    else:
+        return 0
+
+    from detailflow.files import lock_folder
+
+    with lock_folder(args.output, "generation"):
         _few(args, pipeline, classes, sampling)
     return 0
 
@@ -90,12 +94,14 @@ def _many(
     sampling: Mapping[str, Any],
 ) -> None:
     """Write the set of `--num-images`, this process's share of it."""
-    from detailflow.pipeline import BATCH_SIZE
+    from detailflow.pipeline import BATCH_SIZE, LARGEST_CALL
     from detailflow.samples import SampleSet, generate_many
 
     num_tokens = pipeline.tokenizer.schedule.check_count(args.num_tokens)
     labels = [classes[i % len(classes)] for i in range(args.num_images)]
     batch_size = args.batch_size or (128 if pipeline.device.type == "cuda" else BATCH_SIZE)
+    if batch_size > LARGEST_CALL:
+        raise DetailFlowError(f"--batch-size must be at most {LARGEST_CALL:,}, not {batch_size:,}")
     if args.compile:
         if args.num_images < batch_size:
             raise DetailFlowError(f"--compile is for batches of {batch_size}, and {args.num_images} images fill none")

@@ -76,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, ReportedElsewhereError):
             _report(error)
         status = 2
+    except OSError as error:
+        if not _output_fails():  # other files have sentences of their own
+            _leave_process_group(1, error)
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _report(f"the standard output cannot be written: {error.strerror}")
+        status = 2
     except Exception as error:
         if not _out_of_memory(error):
             _leave_process_group(1, error)
@@ -86,6 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = usual
     _leave_process_group(status)
     return status
+
+
+def _output_fails() -> bool:
+    """Return whether the standard output takes no more, not even an empty line."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
 
 
 def _warning_line(message: object, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:

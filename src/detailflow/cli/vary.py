@@ -69,9 +69,11 @@ def main(argv: Sequence[str]) -> int:
         check_apart(args.output, images)
 
     from detailflow.pictures import grid, in_place_of, write_png
-    from detailflow.pipeline import DetailFlowPipeline
+    from detailflow.pipeline import LARGEST_CALL, DetailFlowPipeline
     from detailflow.samples import file_label
 
+    if args.num > LARGEST_CALL:
+        raise DetailFlowError(f"--num must be at most {LARGEST_CALL:,}, not {args.num:,}")
     sampling = sampling_options(args)
     pipeline = DetailFlowPipeline.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, engine=args.engine

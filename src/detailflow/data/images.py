@@ -30,7 +30,7 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LONGEST_RANGE = 1_000_000  # files
 _LONGEST_NUMBER = 12  # digits
 _MAGIC = re.compile(r"[*?[]")
-_FILE_NAMES = ("file_name", "image_file_name")  # columns of metadata files
+_FILE_NAMES = ("file_name", "image_file_name", "filename")  # columns of metadata files
 Labels = dict[str, str | list[str | None] | None]  # by path
 _LIKE_LABEL = ("label", "class", "categor")  # how a column of labels may be called
 
@@ -254,7 +254,9 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Label
         used = used or found > 0
         if not found:
             notes.leave(os.path.splitext(file)[1], base)
-            if alike := sorted(column for column in others if column.startswith(_LIKE_LABEL)):
+            if wanted in others:
+                notes.question = f"{base} has no column file_name, so its labels are not used: is it called otherwise?"
+            elif alike := sorted(column for column in others if column.startswith(_LIKE_LABEL)):
                 notes.question = (
                     f"{base} has no column {label_column}: did you mean {alike[0]} (--label-column {alike[0]})?"
                 )

@@ -271,6 +271,8 @@ def not_there(name: str, also: str = "") -> NotThereError:
     """Return the error that a set of images does not exist; `also` names what might be given besides sets."""
     sets = "a folder of images, .parquet or .tar files, or a hub name (owner/name)"
     give = f"give {also and f'{also}, '}{sets}"
+    if os.path.exists(name):  # a device, a pipe
+        return NotThereError(f"{name} is no regular file, nor a folder: {give}")
     return NotThereError(f"{name} does not exist: {similar(name) or give}")
 
 

@@ -214,7 +214,8 @@ class Service:
         """Return what `show`, in a thread, makes of each image that an image's first tokens show."""
         self.check_model(body.model)
         self._checked_tokens(body.tokens)
-        counts = body.num_tokens if isinstance(body.num_tokens, list) else [body.num_tokens or len(body.tokens)]
+        wanted = len(body.tokens) if body.num_tokens is None else body.num_tokens
+        counts = wanted if isinstance(wanted, list) else [wanted]
         if not 1 <= len(counts) <= MOST_STAGES:
             raise ApiError(400, f"num_tokens must be 1 to {MOST_STAGES} numbers, not {len(counts)}", "num_tokens")
         with _blamed_on("num_tokens"):
@@ -230,7 +231,7 @@ class Service:
 
     def _full_size(self, body: schemas.Tokens) -> tuple[int, int]:
         side = self.schedule.image_size
-        height, width = body.height or side, body.width or side
+        height, width = (side if given is None else given for given in (body.height, body.width))
         if not self.schedule.is_full_shape(height, width):
             message = f"height and width must be as `encode` gives them, not {height} and {width}"
             raise ApiError(400, message, "height", "invalid_value")
