@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a closed pipe can still be caught
     except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         return 141
     except KeyboardInterrupt as stop:  # training says at which step
         print(f"detailflow: {str(stop) or 'interrupted'}", file=sys.stderr)
@@ -76,23 +76,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, ReportedElsewhereError):
             _report(error)
         status = 2
-    except OSError as error:
-        if not _output_fails():  # other files have sentences of their own
-            _leave_process_group(1, error)
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _report(f"the standard output cannot be written: {error.strerror}")
-        status = 2
     except Exception as error:
-        if not _out_of_memory(error):
+        if _out_of_memory(error):
+            _report("there is not enough memory for this: choose smaller batches, images or models")
+        elif isinstance(error, OSError) and _output_fails():  # other files have sentences of their own
+            _close_output()
+            _report(f"the standard output cannot be written: {error.strerror}")
+        else:
             _leave_process_group(1, error)
             raise
-        _report("there is not enough memory for this: choose smaller batches, images or models")
         status = 2
     finally:
         warnings.formatwarning = usual
     _leave_process_group(status)
     return status
+
+
+def _close_output() -> None:
+    """Let what is still to be printed go nowhere, or Python would fail at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _output_fails() -> bool:

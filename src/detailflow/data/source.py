@@ -339,8 +339,8 @@ def labelled(rows: Rows, where: str, values: Sequence[Any] | None, class_names: 
 def _listed(value: Any) -> list[Any]:
     """Return the labels of an image, each once; blank text is no label."""
     several = value if isinstance(value, list) else [value]
-    some = [label for label in several if label not in (None, -1) and not (isinstance(label, str) and label.isspace())]
-    return [label for i, label in enumerate(some) if label != "" and label not in some[:i]]
+    some = [label for label in several if (label.strip() if isinstance(label, str) else label) not in (None, -1, "")]
+    return [label for i, label in enumerate(some) if label not in some[:i]]
 
 
 def _numbered(where: str, values: list[Any], class_names: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:

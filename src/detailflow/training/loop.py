@@ -272,8 +272,8 @@ class _Training:
         figures = self.stage.validate()
         if figures and self._is_comparable(done):
             loss = self.world.from_main(lambda: figures["val_loss"])  # so that all ranks decide alike
-            again = self.best is not None and done == self.best[0]  # it was killed after writing that one
-            if math.isfinite(loss) and (self.best is None or loss < self.best[1] or again):
+            # The best step comes again if the run was killed right after writing it.
+            if math.isfinite(loss) and (self.best is None or loss < self.best[1] or done == self.best[0]):
                 self.best = done, loss
                 self._save(done, loss)
         return figures
