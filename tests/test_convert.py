@@ -206,6 +206,31 @@ def test_what_cannot_be_converted(ours: Path, tmp_path: Path):
     assert (tmp_path / "pair" / "gpt" / "config.json").read_bytes() == config
 
 
+def put(value: float, name: str, folder: Path) -> None:
+    """Write one number of a model's weights anew."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["decoder.to_pixels.weight", "head.weight"])
+def test_damaged_weights_are_not_used(name: str, ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Those of a decoder drew black images."""
+    put(float("nan"), name, ours / ("gpt" if name.startswith("head") else "tokenizer"))
+    assert main(["generate", "--model", str(ours), "--output", str(tmp_path / "out")]) == 2
+    assert f"{name} has values that are not finite in float32: the weights are damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_too_large_for_a_type(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    put(1e6, "decoder.to_pixels.bias", ours / "tokenizer")
+    command = ["convert", str(ours / "tokenizer"), "--output", str(tmp_path / "out"), "--dtype"]
+    assert main([*command, "float16"]) == 2
+    assert "decoder.to_pixels.bias has values that are not finite in float16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "bfloat16"]) == 0
+
+
 def test_damaged_weights_are_not_written(model: Path, tmp_path: Path):
     tokenizer = DetailFlowTokenizer.from_pretrained(model)
     with torch.no_grad():

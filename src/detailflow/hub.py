@@ -39,7 +39,7 @@ from detailflow.published import (
 )
 from detailflow.runs import RUN_FILE, checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
 from detailflow.settings import unknown
-from detailflow.tensors import SHARD_SIZE, TENSOR_FILES, read_tensors, write_tensors
+from detailflow.tensors import SHARD_SIZE, TENSOR_FILES, check_finite, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -372,8 +372,7 @@ def save(
     Each file is replaced at once, the config last: an interrupted first save leaves no model, not half of one.
     """
     folder = Path(folder)
-    if bad := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
-        raise DetailFlowError(f"{bad} has values that are not finite, so no model is written: the weights are damaged")
+    check_finite(tensors, f"no model is written to {folder}")
     text = json.dumps({"format": "detailflow", "kind": kind, **config}, indent=2, ensure_ascii=False)
     try:
         with os_errors(f"could not write the model to {folder}"):

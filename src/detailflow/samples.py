@@ -277,10 +277,9 @@ def check_no_set(folder: Path) -> None:
         raise DetailFlowError(f"{folder} has a set of samples ({SETTINGS_FILE}): choose another folder")
 
 
-def remove_earlier(folder: Path, names: Iterable[str]) -> int:
-    """Remove what an earlier `generate` wrote to `folder`, except for files of these names; return how many files."""
-    kept = {(folder / name).stat().st_ino for name in names}  # a file system may not tell upper from lower case
-    earlier = [path for path in generated(folder) if path.stat().st_ino not in kept]
+def remove_earlier(folder: Path) -> int:
+    """Remove what an earlier `generate` wrote to `folder`; return how many files."""
+    earlier = list(generated(folder))
     try:
         for path in earlier:
             path.unlink()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detailflow import DetailFlowPipeline
+from detailflow import DetailFlowPipeline, pictures
 from detailflow.cli.main import main
 from detailflow.data.images import open_images
 from detailflow.files import lock_folder
@@ -119,6 +119,19 @@ def test_fewer_images_in_the_same_folder(model: Path, tmp_path: Path, capsys: py
     assert generate(model, tmp_path, "bird", "cat", "--no-grid", "--seed", "9") == 0
     assert capsys.readouterr().out == f"wrote 2 images to {tmp_path} in place of 2 earlier files\n"
     assert all((tmp_path / name).read_bytes() == content for name, content in own.items())
+
+
+def test_a_stopped_call_leaves_no_mixture(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stopped(image: Image.Image, path: Path, kind: str) -> None:
+        if path.name == "0001-cat.png":
+            raise KeyboardInterrupt
+        write_png(image, path, kind)
+
+    write_png = pictures.write_png
+    assert generate(model, tmp_path, "cat", "--num", "3") == 0
+    monkeypatch.setattr(pictures, "write_png", stopped)
+    assert generate(model, tmp_path, "cat", "--num", "3", "--seed", "1") == 130
+    assert files(tmp_path) == ["0000-cat.png"]
 
 
 @pytest.mark.parametrize("name", ["0000-cat.png", "strip-0001-cat.png", "grid.png"])

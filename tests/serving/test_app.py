@@ -215,6 +215,10 @@ def test_bodies_are_bounded(http: httpx.Client):
         refused = http.post("/v1/images/generations", content=body, headers=headers)
         assert (refused.status_code, refused.json()["error"]["code"]) == (413, "too_large")
     form = {"Content-Type": "multipart/form-data; boundary=x"}
+    photograph = b"--x\r\nContent-Disposition: form-data; name=image; filename=a\r\n\r\n" + b"x" * 2**21 + b"\r\n--x--"
+    for kind in ("multipart/form-data", "Multipart/Form-Data"):  # no image, but not too large for one
+        headers = {"Content-Type": f"{kind}; boundary=x"}
+        assert http.post("/v1/tokens/encode", content=photograph, headers=headers).status_code == 400
     endless = (b"--x\r\nContent-Disposition: form-data; name=image; filename=a\r\n\r\n", *[b"x" * 2**18] * 48)
     assert http.post("/v1/tokens/encode", content=iter(endless), headers=form).status_code == 413
 

@@ -80,6 +80,15 @@ def test_tokens_that_cannot_be(body: dict[str, Any], param: str, http: httpx.Cli
     assert refused.status_code == 400 and refused.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("route", ["encode", "reconstruct"])
+def test_a_form_has_no_unknown_fields(route: str, http: httpx.Client):
+    """A misspelt one would be left out without a word."""
+    refused = http.post(f"/v1/tokens/{route}", files={"image": png(photograph())}, data={"num_token": "4"})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "num_token")
+    assert error["message"] == "unknown parameter 'num_token': did you mean num_tokens?"
+
+
 # --- variations ------------------------------------------------------------------------------------------------------
 
 

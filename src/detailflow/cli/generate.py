@@ -133,7 +133,7 @@ def _few(
     samples = [f"{i:04d}-{file_label(pipeline, label)}.png" for i, label in enumerate(labels)]
     strips = [f"strip-{name}" for name in samples] if args.progressive else []
     names = [*samples, *strips, *(["grid.png"] if args.grid else [])]
-    earlier = check_ours([args.output / name for name in names], "generate")
+    check_ours([args.output / name for name in names], "generate")
 
     shown = []
     steps = schedule.valid_counts.index(num_tokens) + 1
@@ -141,6 +141,8 @@ def _few(
         options = {"seed": args.seed, "num_tokens": num_tokens, "counts": counts, "progress": bar.update, **sampling}
         for first in range(0, len(labels), BATCH_SIZE):
             stages = list(pipeline.stream(labels[first : first + BATCH_SIZE], first_image=first, **options))
+            if first == 0:  # all of them before the first new image: a call that is stopped leaves no mixture
+                earlier = remove_earlier(args.output)
             for i, image in enumerate(stages[-1].images):
                 write_png(image, args.output / samples[first + i], "sample")
                 if strips:
@@ -151,5 +153,4 @@ def _few(
         captions = [pipeline.class_name(label) for label in classes for _ in range(per_class)]
         rows = (per_class if per_class > 1 else None, captions) if pipeline.labels.count else ()
         write_png(grid(shown, *rows), args.output / "grid.png", "grid")
-    instead = in_place_of(earlier + remove_earlier(args.output, names))
-    print(f"wrote {len(labels)} image{'s' if len(labels) > 1 else ''} to {args.output}{instead}")
+    print(f"wrote {len(labels)} image{'s' if len(labels) > 1 else ''} to {args.output}{in_place_of(earlier)}")

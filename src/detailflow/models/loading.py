@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from detailflow.errors import DetailFlowError, first_line, some_names
 from detailflow.published import KEYS
 from detailflow.settings import parse_settings
+from detailflow.tensors import check_finite
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -74,6 +75,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: object
         if shape != needed:
             by = _key_of(model, name) if shape[1:] == needed[1:] else ""
             raise DetailFlowError(f"{source}: {name} has shape {shape}, where the config asks for {needed}{by}")
+    check_finite(tensors, source)
     model.load_state_dict(tensors, assign=assign)
 
 

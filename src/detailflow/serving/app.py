@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from importlib import metadata
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, File, Form, Query, Request, UploadFile
+from fastapi import FastAPI, Form, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp
 
@@ -161,16 +161,10 @@ def _add_tokens(app: FastAPI, service: Service, uploads: Uploads) -> None:
         responses=_RESPONSES,
         dependencies=[takes_form("the field image, a file")],
     )
-    async def encode_image(
-        request: Request,
-        image: Annotated[UploadFile, File(description="A raster image: PNG, JPEG, WebP, …")],
-        num_tokens: Annotated[int | None, Form(description="The first that many tokens; all if left out.")] = None,
-        whole: Annotated[bool, Form(description="The whole image in its own shape; else its centre square.")] = False,
-        model: Annotated[str | None, Form()] = None,
-    ) -> Any:
+    async def encode_image(body: Annotated[schemas.Upload, Form(media_type=FORM)], request: Request) -> Any:
         """Encode an image as tokens."""
-        service.check_model(model)
-        return await _unless_gone(request, service.encode(await uploads.open(image), num_tokens, whole))
+        service.check_model(body.model)
+        return await _unless_gone(request, service.encode(await uploads.open(body.image), body.num_tokens, body.whole))
 
     @app.post("/v1/tokens/decode", tags=["tokens"], response_model=schemas.Images, responses=_RESPONSES)
     async def decode_tokens(body: schemas.Tokens, request: Request) -> Any:

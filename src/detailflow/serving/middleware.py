@@ -73,7 +73,7 @@ class Guard:
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """Return `receive` with a limit on the bytes of the body."""
-        upload = _header(scope, b"content-type").startswith(b"multipart/")
+        upload = _header(scope, b"content-type").lower().startswith(b"multipart/")
         limit = self.config.max_upload + MULTIPART_EXTRA if upload else LARGEST_JSON
         received = 0
         too_large = ApiError(413, f"the body is too large: {limit:,} bytes are the most here")

@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, File, Form, UploadFile
+from fastapi import FastAPI, Form
 from fastapi.responses import Response
 from PIL import Image
 from pydantic import Field
@@ -16,7 +16,7 @@ from detailflow.serving import schemas
 from detailflow.serving.engine import Picture
 from detailflow.serving.errors import ApiError
 from detailflow.serving.service import Service, base64_png, image_data
-from detailflow.serving.uploads import Uploads, takes_form
+from detailflow.serving.uploads import FORM, Uploads, takes_form
 
 MOST_PIXELS = 16_000_000  # of all frames of an animation
 LAST_FRAME = 4  # times as long as the others
@@ -56,16 +56,10 @@ def add_pictures(app: FastAPI, service: Service, uploads: Uploads, responses: di
         responses=responses,
         dependencies=[takes_form("the field image, a file")],
     )
-    async def reconstruct_image(
-        image: Annotated[UploadFile, File(description="A raster image; its centre square is taken.")],
-        num_tokens: Annotated[
-            list[int] | None, Form(description="Once for each stage; 1, 2, 4, … and all if left out.")
-        ] = None,
-        model: Annotated[str | None, Form()] = None,
-    ) -> Any:
+    async def reconstruct_image(body: Annotated[schemas.Look, Form(media_type=FORM)]) -> Any:
         """Show an image from its first tokens, with PSNR, as `detailflow reconstruct` does."""
-        service.check_model(model)
-        return await _reconstruct(service, await uploads.open(image), num_tokens)
+        service.check_model(body.model)
+        return await _reconstruct(service, await uploads.open(body.image), body.num_tokens)
 
     files: dict[str, Any] = {kind: {} for kind in ("image/gif", "image/webp")}
     success: dict[int | str, dict[str, Any]] = {200: {"content": files, "description": "The animation."}}

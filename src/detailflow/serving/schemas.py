@@ -63,10 +63,13 @@ class Generation(Request):
     )
 
 
+_FORM = ConfigDict(strict=False)  # everything in a form is text
+
+
 class Variation(Request):
     """`POST /v1/images/variations`, a form."""
 
-    model_config = ConfigDict(strict=False)  # everything in a form is text
+    model_config = _FORM
     image: UploadFile | None = Field(
         None, description="A raster image: PNG, JPEG, WebP, …; its centre square is taken."
     )
@@ -85,6 +88,25 @@ class Edit(Variation):
     prompt: Label = Field(description="The class that the image shall become.")
 
 
+class Upload(Body):
+    """`POST /v1/tokens/encode`, a form."""
+
+    model_config = _FORM
+    image: UploadFile = Field(description="A raster image: PNG, JPEG, WebP, …")
+    num_tokens: int | None = Field(None, description="The first that many tokens; all if left out.")
+    whole: bool = Field(False, description="The whole image in its own shape; else its centre square.")
+    model: str | None = None
+
+
+class Look(Body):
+    """`POST /v1/tokens/reconstruct`, a form."""
+
+    model_config = _FORM
+    image: UploadFile = Field(description="A raster image; its centre square is taken.")
+    num_tokens: list[int] | None = Field(None, description="Once for each stage; 1, 2, 4, … and all if left out.")
+    model: str | None = None
+
+
 class Tokens(Body):
     """`POST /v1/tokens/decode`."""
 
@@ -99,7 +121,7 @@ class Tokens(Body):
     model: str | None = None
 
 
-PARAMETERS = sorted({*Edit.model_fields, *Tokens.model_fields, "whole", "search", "limit"})
+PARAMETERS = sorted({*Edit.model_fields, *Tokens.model_fields, *Upload.model_fields, "search", "limit"})
 
 
 class Usage(BaseModel):
