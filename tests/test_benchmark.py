@@ -85,6 +85,15 @@ def test_ceilings_are_measured():
     assert ceilings.bandwidth > 1e8 and ceilings.flops > 1e8
 
 
+def test_a_limit_in_few_bits_counts_what_float32_can_do(monkeypatch: pytest.MonkeyPatch):
+    """Some processors multiply bfloat16 at half the speed of float32."""
+    speeds = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 8.0}
+    monkeypatch.setattr(benchmark, "measure_ceilings", lambda device, dtype: machine.Ceilings(1.0, speeds[dtype]))
+    found = [benchmark.best_ceilings(torch.device("cpu"), dtype).flops for dtype in speeds]
+    assert found == [4.0, 4.0, 8.0]
+    assert benchmark.best_ceilings(torch.device("cuda"), torch.bfloat16).flops == 2.0
+
+
 def test_the_naive_loop_makes_the_same_tokens(pipeline: DetailFlowPipeline):
     gpt, classes = pipeline.gpt, [0, 3, 4]
     naive = list(benchmark.stream(gpt, classes, 5, benchmark.RecomputingGPT))
