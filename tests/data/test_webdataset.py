@@ -58,6 +58,40 @@ def test_split_folders_of_shards(shards, tmp_path):
     assert open_images(tmp_path, split="validation").name(0).endswith("val/images.tar 150")
 
 
+@pytest.mark.parametrize(
+    ("train", "other"),
+    [
+        ("train00000.tar", "val00000.tar"),
+        ("train2017-0.tar", "val2017-0.tar"),
+        ("TRAIN0.tar", "TEST0.tar"),
+        ("cifar10train.tar", "cifar10test.tar"),
+        ("imagenet_train_0.tar", "imagenet_validation_0.tar"),
+        ("0/train.tar", "0/test.tar"),
+    ],
+)
+def test_splits_in_the_names_of_shards(train, other, shards, tmp_path):
+    """A digit behind the word hid it, and the other split was trained on, too."""
+    for name, shard in ((train, "000"), (other, "003")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(shards / f"cifar-train-{shard}.tar", tmp_path / name)
+    assert open_images(tmp_path).name(0) == f"{tmp_path / train} 000" and len(open_images(tmp_path)) == 50
+    split = "val" if "val" in other.lower() else "test"
+    assert open_images(tmp_path, split=split).name(0) == f"{tmp_path / other} 150"
+
+
+def test_shards_of_which_some_are_of_a_split(shards, tmp_path):
+    """Perhaps the others are for training; the first line asks, and one can say so."""
+    for name, shard in (("data-0.tar", "000"), ("data-1.tar", "001"), ("test-0.tar", "003")):
+        shutil.copy(shards / f"cifar-train-{shard}.tar", tmp_path / name)
+    source = open_images(tmp_path)
+    assert len(source) == 150
+    assert source.summary.endswith("; all files are read, with test-0.tar: is this of another split?")
+    test = open_images(tmp_path, split="test")
+    assert len(test) == 50 and "left aside: 2 files of no split" in test.summary
+    with pytest.raises(DetailFlowError, match="no split 'train': it has test"):
+        open_images(tmp_path, split="train")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches(shards, workers):
     source = open_images(shards)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from detailflow.data.decode import explained, image_suffixes
 from detailflow.data.source import MADE, Notes
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError, printable, some_names
 from detailflow.pictures import is_made, is_overview
 
 MANY = (".parquet", ".tar")  # files of many images
@@ -313,7 +313,11 @@ def _files_of_split(top: str, names: list[str], split: str | None, notes: Notes)
     """Return the files of one split by their names: train-0-of-2.parquet, imagenet-train-0.tar, val/0.tar."""
     words = [_split_word(name) for name in names]
     known = {word: _SPLITS[word] for word in sorted(filter(None, words))}
-    if not known or (None in words and len(set(known.values())) == 1):
+    if not known:
+        return names
+    if split is None and None in words and len(set(known.values())) == 1:
+        named = {name for name, word in zip(names, words, strict=True) if word}
+        notes.question = f"all files are read, with {some_names(named)}: is this of another split?"
         return names
     picked = _pick_split(top, known, split, notes)
     notes.leave("file of no split", *(name for name, word in zip(names, words, strict=True) if word is None))
@@ -322,7 +326,7 @@ def _files_of_split(top: str, names: list[str], split: str | None, notes: Notes)
 
 def _split_word(path: str) -> str | None:
     parts = reversed(path.lower().split(os.sep))  # a file's own name comes before its folders'
-    return next((word for part in parts for word in re.split(r"[-_. ]", part) if word in _SPLITS), None)
+    return next((word for part in parts for word in _LETTERS.findall(part) if word in _SPLITS), None)
 
 
 def _pick_split(where: str, names: dict[str, str], split: str | None, notes: Notes) -> str:
