@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
-from detailflow.data.tokens import TokenStore
+from detailflow.data.tokens import TokenStore, TokenWriter
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
 from detailflow.training import extract as extraction
@@ -117,6 +119,34 @@ def test_two_processes(cifar: Path, model: Path, tmp_path: Path, monkeypatch: py
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("going on after 120 of 200 images") == done.stdout.count("200 images, 2 crops each") == 1
     assert files_in(tmp_path / "store") == files_in(tmp_path / "whole")
+
+
+def test_other_images_of_the_same_names(cifar: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stopped extraction writes what changed again; a finished one is of other images, and says so."""
+    monkeypatch.setattr(extraction, "CHUNK_IMAGES", CHUNK)
+    images = Path(shutil.copytree(cifar, tmp_path / "images"))
+    config = Extraction(str(images), str(model), crops="two")
+    write, written = TokenWriter.write, []
+
+    def stop_after_two(writer: TokenWriter, chunk: int, *rest: Any) -> None:
+        write(writer, chunk, *rest)
+        written.append(chunk)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenWriter, "write", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        extract(config, tmp_path / "store", "cpu")
+    changed = sorted(images.rglob("*.png"))[CHUNK + 1]
+    Image.new("RGB", (40, 32), "red").save(changed)
+    store = extract(config, tmp_path / "store", "cpu")
+    assert written[:4] == [0, 1, 1, 2]
+    assert files_in(store.directory) == files_in(extract(config, tmp_path / "whole", "cpu").directory)
+    Image.new("RGB", (50, 32), "red").save(changed)
+    before = files_in(store.directory)
+    with pytest.raises(DetailFlowError, match="store holds tokens of other images of the same names: extract into"):
+        extract(config, store.directory, "cpu")
+    assert files_in(store.directory) == before
 
 
 def test_one_at_a_time(cifar: Path, model: Path, tmp_path: Path):

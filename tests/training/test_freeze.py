@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from detailflow import DetailFlowGPT, DetailFlowTokenizer, ViTConfig
 from detailflow.data.images import open_images
@@ -196,6 +197,11 @@ def test_stores_that_do_not_fit(cifar: Path, model: Path, tokens: Path, tmp_path
     config = replace(training(cifar, model, tokens=str(tokens)), data=str(few))
     with pytest.raises(DetailFlowError, match="has tokens of class., which is not among the images|has tokens of"):
         TokenizerStage(config, open_images(few), tmp_path, torch.device("cpu"))
+    changed = shutil.copytree(cifar, tmp_path / "changed")
+    Image.new("RGB", (40, 32)).save(next((changed / "class0").iterdir()))
+    config = replace(training(cifar, model, tokens=str(tokens)), data=str(changed))
+    with pytest.raises(DetailFlowError, match="tokens of other images of the same names: extract those of .*changed"):
+        TokenizerStage(config, open_images(changed), tmp_path, torch.device("cpu"))
     assert len(TokenStore.open(tokens)) == 200
     damaged = shutil.copytree(tokens, tmp_path / "damaged")
     content = bytearray((damaged / "codes.bin").read_bytes())

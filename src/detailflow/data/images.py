@@ -14,6 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from detailflow.data.decode import explained, image_suffixes, load_rgb, to_rgb
 from detailflow.data.folder import ARCHIVES, MANY, DataFiles, file_sizes, find_in_folder, first_folders, within
 from detailflow.data.parquet import open_parquet
@@ -156,6 +158,9 @@ class _FileRows:
 
     def listing(self) -> Iterator[tuple[str, int]]:
         return file_sizes(self.files, self.root)
+
+    def stamps(self) -> np.ndarray:
+        return np.array([size for _, size in self.listing()])
 
 
 def _open_folder(found: DataFiles, image_column: str, label_column: str) -> ImageSource:

@@ -153,6 +153,9 @@ class Rows(Protocol):
     def listing(self) -> Iterable[tuple[str | int, ...]]:
         """Return each file's name within the set, its bytes and what else identifies it, without reading images."""
 
+    def stamps(self) -> np.ndarray:
+        """Return a number for each image, which another image in its place hardly has: the bytes of its file."""
+
 
 class _Subset:
     """Some of the rows of others."""
@@ -171,6 +174,9 @@ class _Subset:
 
     def listing(self) -> Iterable[tuple[str | int, ...]]:
         return [*self.rows.listing(), tuple(self.indices)]
+
+    def stamps(self) -> np.ndarray:
+        return self.rows.stamps()[list(self.indices)]
 
 
 class ImageSource:
@@ -206,6 +212,11 @@ class ImageSource:
         It does not depend on where the set is or by which path it was opened. No image is read for it.
         """
         return fingerprint(self._rows.listing(), self.class_names, self.all_labels.astype("<i8").tobytes())
+
+    @property
+    def stamps(self) -> np.ndarray:
+        """Return a number for each image, (len,) int64, by which another one in its place is told; none is read."""
+        return self._rows.stamps().astype(np.int64)
 
     @property
     def summary(self) -> str:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import socket
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -80,6 +81,11 @@ class TableRows:
             return [(self.files[0], len(self), self.hub[1])]
         counts = np.diff(self.ends, prepend=0).tolist()
         return [(*entry, count) for entry, count in zip(file_sizes(self.files), counts, strict=True)]
+
+    def stamps(self) -> np.ndarray:
+        if self.hub:
+            return np.full(len(self), zlib.crc32(self.hub[1].encode()))
+        return np.repeat([size for _, size in file_sizes(self.files)], np.diff(self.ends, prepend=0))
 
 
 def mapped_column(files: Sequence[str], column: str, file: int) -> Any:

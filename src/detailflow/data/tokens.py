@@ -40,6 +40,7 @@ VALIDATION = "validation"
 _FORMAT, _VERSION = "detailflow-tokens", 2
 _CODES, _LABELS, _IDS, _MANIFEST = "codes.bin", "labels.bin", "ids.jsonl", "manifest.json"
 _MORE_LABELS, _MORE = "more-labels.bin", ("more_labels", "more_labels_crc32")  # how many an image has, in the manifest
+_STAMPS = "images_crc32"  # of each chunk's readable images; stores of earlier versions have none
 _UNFINISHED, _BEGUN = "unfinished", "unfinished/begun.json"
 _CODE_TYPE: np.dtype[np.integer] = np.dtype("<u2")
 _LABEL_TYPE: np.dtype[np.integer] = np.dtype("<i8")
@@ -155,6 +156,14 @@ class TokenStore:
         """Return the codes of B images, of one crop and row each. → (B, N) uint16"""
         return self.codes[self.slots[images], crops, rows]
 
+    def check_images(self, stamps: np.ndarray, advice: str) -> None:
+        """Check that the images, which have the same names, are those that were encoded, by their stamps, (images,)."""
+        known = self._manifest.get(_STAMPS, [])
+        ends = np.searchsorted(self.slots, np.arange(1, len(known)) * self._manifest["chunk_images"])
+        for chunk, part in zip(known, np.split(stamps, ends), strict=False):
+            if chunk not in (None, _checksum(part)):
+                raise DetailFlowError(f"{self.directory} holds tokens of other images of the same names: {advice}")
+
     def ids(self) -> list[str]:
         """Return the images' names in their source."""
         try:
@@ -189,20 +198,29 @@ class TokenWriter:
     Args:
         labels: (slots,) of all images in the source, or (slots, most) if they have several; see `ImageSource`.
         chunk_images: images of a chunk; the last chunk may have fewer.
+        stamps: (slots,) integers that tell an image from another of its name.
     """
 
-    def __init__(self, directory: Path, info: TokenStoreInfo, labels: np.ndarray, chunk_images: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        info: TokenStoreInfo,
+        labels: np.ndarray,
+        chunk_images: int,
+        stamps: np.ndarray | None = None,
+    ) -> None:
         first, more = (labels, labels[:, None][:, :0]) if labels.ndim == 1 else (labels[:, 0], labels[:, 1:])
         if len(labels) and (first.min() < 0 or labels.min() < -1 or labels.max() >= len(info.class_names)):
             raise DetailFlowError(f"labels must be 0 to {len(info.class_names) - 1}, the store's classes")
         self.directory, self.info, self.chunk_images = directory, info, chunk_images
         self.labels, self.more_labels = first.astype(_LABEL_TYPE), more.astype(_LABEL_TYPE)
         self.chunks = -(-len(labels) // chunk_images)
+        self.stamps = np.zeros(len(labels), np.int64) if stamps is None else stamps
 
     def begin(self, ids: Iterable[str], settings: Mapping[str, Any]) -> None:
         """Make the folder this store's, or check that it is; one process does it, before any other writes.
 
-        Chunks of an earlier run that are not on disk as recorded will be written again.
+        Chunks of an earlier run that are not on disk as recorded, or whose images are others now, are written again.
 
         Args:
             ids: the images' names.
@@ -227,6 +245,8 @@ class TokenWriter:
         with _writing(self.directory):
             if self.finished:
                 _check_same(RunFolder(self.directory, "tokens", _MANIFEST), _read_manifest(self.directory), identity)
+                store = TokenStore.open(self.directory)
+                store.check_images(self.stamps[store.slots], "extract into another folder")
                 self._remove_records()
                 return
             folder, records = RunFolder(self.directory, "tokens", _BEGUN), self._records()
@@ -242,7 +262,8 @@ class TokenWriter:
                 file.truncate(len(self.labels) * self.info.image_bytes)
             size = self.chunk_images * self.info.image_bytes
             for chunk, checksum in _checksums(self.directory / _CODES, size, records):
-                if checksum != records[chunk]["crc32"]:
+                stamp = self._stamp(chunk, records[chunk]["unreadable"])
+                if checksum != records[chunk]["crc32"] or stamp != records[chunk].get(_STAMPS, stamp):
                     self.forget(chunk)
 
     @property
@@ -271,7 +292,7 @@ class TokenWriter:
         if codes.min() < 0 or codes.max() >= self.info.codebook_size:
             raise DetailFlowError(f"codes must be 0 to {self.info.codebook_size - 1}, the store's codebook")
         content = codes.astype(_CODE_TYPE).tobytes()
-        record = {"crc32": zlib.crc32(content), "unreadable": dict(unreadable)}
+        record = {"crc32": zlib.crc32(content), "unreadable": dict(unreadable), _STAMPS: self._stamp(chunk, unreadable)}
         with _writing(self.directory):
             # Not through a map: a full disk would kill the process.
             with open_own(self.directory / _CODES, os.O_RDWR) as file:
@@ -301,6 +322,7 @@ class TokenWriter:
             "labels_crc32": zlib.crc32(labels.tobytes()),
             "unreadable": unreadable,
             "chunks": [records[chunk]["crc32"] for chunk in range(self.chunks)],
+            _STAMPS: [records[chunk].get(_STAMPS) for chunk in range(self.chunks)],
         }
         if (self.directory / VALIDATION / _MANIFEST).exists():
             manifest["validation"] = TokenStore.open(self.directory / VALIDATION).fingerprint
@@ -315,6 +337,9 @@ class TokenWriter:
                 temporary.write_text(json.dumps(manifest, indent=1) + "\n")
             self._remove_records()
 
+    def _stamp(self, chunk: int, unreadable: Collection[int]) -> int:
+        return _checksum(self.stamps[[slot for slot in self.slots(chunk) if slot not in unreadable]])
+
     def _record(self, chunk: int) -> Path:
         return self.directory / _UNFINISHED / f"chunk-{chunk:06d}.json"
 
@@ -326,7 +351,7 @@ class TokenWriter:
                 record = read_json(self._record(chunk))
                 unreadable = {int(slot): str(problem) for slot, problem in dict(record["unreadable"]).items()}
                 if type(record["crc32"]) is int and unreadable.keys() <= set(self.slots(chunk)):
-                    found[chunk] = {"crc32": record["crc32"], "unreadable": unreadable}
+                    found[chunk] = record | {"unreadable": unreadable}
         return found
 
     def _remove_records(self) -> None:
@@ -356,6 +381,10 @@ def _checksums(file: Path, size: int, pieces: Collection[int]) -> Iterator[tuple
             opened.seek(piece * size)
             yield piece, zlib.crc32(opened.read(size))
             bar.update(size)
+
+
+def _checksum(stamps: np.ndarray) -> int:
+    return zlib.crc32(stamps.astype("<i8").tobytes())
 
 
 def _damaged(file: Path) -> DetailFlowError:

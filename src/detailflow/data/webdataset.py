@@ -57,6 +57,9 @@ class _ShardRows:
         sizes = self.spans[:, 1].tolist()
         yield from ((key.decode("utf-8", "replace"), size) for key, size in zip(self.keys.tolist(), sizes, strict=True))
 
+    def stamps(self) -> np.ndarray:
+        return self.spans[:, 1]
+
 
 def open_shards(found: DataFiles, image_column: str, label_column: str) -> ImageSource:
     """Open WebDataset shards as one set, in the order of the files and of their members.

@@ -115,7 +115,8 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     with world.raise_together():
         sources = {output: source} if validation is None else {output / VALIDATION: validation, output: source}
         writers = {
-            path: TokenWriter(path, info, one.all_labels, chunk_images(path, one)) for path, one in sources.items()
+            path: TokenWriter(path, info, one.all_labels, chunk_images(path, one), one.stamps)
+            for path, one in sources.items()
         }
         if validation is None and (output / VALIDATION).exists() and not writers[output].finished:
             raise DetailFlowError(

@@ -37,6 +37,7 @@ class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 f"{config.tokens} has tokens of {missing}, which is not among the images {config.data}"
             )
         self.places = [places[name] for name in names]
+        self.store.check_images(source.stamps[self.places], f"extract those of {config.data}")
 
     def batches(self, loop: LoopConfig, start_step: int, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Return endless batches of this process: bytes (B, R, R, 3), labels (B,) and rows (B, 2, N)."""
