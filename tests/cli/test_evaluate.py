@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,15 +155,61 @@ def test_a_reference_measured_once(cifar: Path, network: Path, tmp_path: Path, c
         assert f"--output must be a new .npz file, and {output} {problem}" in capsys.readouterr().err
 
 
+def test_a_reference_of_another_size(cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its features are of other pictures: the distance of a set from itself was not 0, without a word."""
+    stored, common = tmp_path / "stored.npz", ("--features", network, "--device", "cpu")
+    assert evaluate("statistics", cifar, *common, "--size", 16, "--output", stored) == 0
+    for size in ((), ("--size", 32)):
+        assert evaluate("samples", cifar, stored, *common, *size, "--output", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert f"{stored} has " in error and "images of 16×16 pixels" in error
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert evaluate("samples", cifar, stored, *common, "--size", 16, "--output", tmp_path / "out") == 0
+    assert figures(tmp_path / "out")[0]["FD"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_report_is_not_written_among_the_images(
+    cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Its pictures would be images of the set."""
+    images = Path(shutil.copytree(cifar, tmp_path / "images"))
+    common = ("--features", network, "--device", "cpu", "--output")
+    for sets in ((images, cifar), (cifar, images)):
+        for output in (images, images / "class0" / "report"):
+            assert evaluate("samples", *sets, *common, output) == 2
+            assert f"your data{'' if output == images else f', {images}'}: choose" in capsys.readouterr().err
+    assert sorted(images.rglob("*.p*")) == [images / path.relative_to(cifar) for path in sorted(cifar.rglob("*.p*"))]
+
+
+def test_a_set_that_is_not_finished(
+    cifar: Path, model: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    made = tmp_path / "made"
+    command = ["generate", "--model", str(model), "--num-images", "24", "--device", "cpu", "--output", str(made)]
+    assert main(command) == 0
+    last = max(made.glob("*.png"))
+    last.rename(tmp_path / "last.png")
+    argv = ["samples", made, cifar, "--features", network, "--device", "cpu", "--output", tmp_path / "out"]
+    assert evaluate(*argv) == 2
+    assert "made has 23 of its 24 images: repeat the `detailflow generate`" in capsys.readouterr().err
+    (tmp_path / "last.png").rename(last)
+    (made / "0.png").write_bytes(last.read_bytes())
+    assert evaluate(*argv) == 2
+    (made / "0.png").unlink()
+    assert main(["evaluate", "samples", str(made), str(made), *map(str, argv[3:])]) == 0
+
+
 def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from PIL import Image
 
+    noise = tmp_path / "noise"
+    noise.mkdir()
     for i in range(12):
-        Image.effect_noise((40, 48), 60 + i).convert("RGB").save(tmp_path / f"{i}.png")
-    argv = ["samples", tmp_path, cifar, "--features", network, "--device", "cpu", "--output", tmp_path / "out"]
+        Image.effect_noise((40, 48), 60 + i).convert("RGB").save(noise / f"{i}.png")
+    argv = ["samples", noise, cifar, "--features", network, "--device", "cpu", "--output", tmp_path / "out"]
     assert evaluate(*argv) == 2
     assert (
-        f"{tmp_path} has images of 40×48 pixels and {cifar} has images of 32×32 pixels: give a size (--size) for both"
+        f"{noise} has images of 40×48 pixels and {cifar} has images of 32×32 pixels: give a size (--size) for both"
         in capsys.readouterr().err
     )
     assert evaluate(*argv, "--size", 32) == 0

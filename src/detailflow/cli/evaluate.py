@@ -247,7 +247,8 @@ def _compare(argv: Sequence[str], command: str, stack: ExitStack) -> None:
 
 def _start(args: argparse.Namespace, stack: ExitStack) -> "Context":
     """Check what would fail only after long work, join the ranks of this launch and lock the output folder."""
-    check_apart(args.output, getattr(args, "data", None))
+    for images in ("data", "samples", "reference"):
+        check_apart(args.output, getattr(args, images, None))
     check_output(args.output)
 
     import matplotlib  # noqa: F401  # which a report needs at the end

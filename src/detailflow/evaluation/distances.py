@@ -155,7 +155,7 @@ def measure(
             checksum.update(batch)
             statistics.update(extractor(batch))
             bar.update(min(len(batch) * world.size, total - bar.n))
-    found = statistics.compute(checksum.compute())
+    found = replace(statistics.compute(checksum.compute()), side=getattr(images, "side", None))
     if stored:
         return replace(found, pool=stored.pool, spatial=stored.spatial)
     return found

@@ -22,7 +22,8 @@ from detailflow.data.transforms import center_crop
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, first_line
 from detailflow.evaluation.metrics import Gaussian
-from detailflow.files import check_regular, writing
+from detailflow.files import check_regular, read_json, writing
+from detailflow.samples import SETTINGS_FILE
 
 IMAGES = "arr_0"  # the entry of an ADM .npz that has images, (n, H, W, 3) bytes
 THREADS = 4  # that decode a rank's images; Pillow lets them run at once
@@ -46,6 +47,7 @@ class Statistics:
     checksum: str = ""  # of the images; empty if none were read
     num_classes: int = 0  # of the network
     recognised: float = 0.0  # the share of images whose likeliest class is their label
+    side: tuple[int, int] | None = None  # (height, width) of the images, if known
 
 
 def shard_range(total: int, world: World) -> range:
@@ -63,7 +65,7 @@ def check_total(total: int, world: World) -> None:
 class ImageSet:
     """Images of one size; made by `open_set`. Iterating gives bytes (B, H, W, 3) of this rank's images, in order.
 
-    `len` counts the images of all ranks. It is 0, and `side` None, for a file of statistics alone.
+    `len` counts the images of all ranks. It is 0 for a file of statistics alone, and `side` may be None.
     """
 
     source: "ImageSource | NpzImages | None"
@@ -169,22 +171,25 @@ def open_set(
         file = file / "samples.npz"
     source: ImageSource | NpzImages | None
     about: dict[str, Any] = {"data": str(path), "kind": "images", "preprocessing": "none"}
-    statistics, side = None, (size, size) if size else None
+    statistics: Statistics | None = None
+    side = (size, size) if size else None
     if file.suffix == ".npz":
         about["kind"] = "npz"
         if split is not None:
             raise DetailFlowError(f"{file} has no splits: leave out the split")
         source, statistics = _open_npz(file)
-        if source and size and source.side != (size, size):
-            height, width = source.side
-            raise DetailFlowError(f"{path} has images of {width}×{height} pixels, and not of {size}×{size}")
-        side = source.side if source else None
+        side = source.side if source else statistics.side if statistics else None
+        if size and side not in (None, (size, size)):
+            height, width = side
+            what = "images" if source else "statistics of images"
+            raise DetailFlowError(f"{path} has {what} of {width}×{height} pixels, and not of {size}×{size}")
     else:
         source = open_images(path, split=split)
         if size:
             about["preprocessing"] = f"shorter side to {size} pixels (bicubic with antialiasing), centre crop"
         else:
             side = _first_side(source)
+        _check_whole(file, len(source))
         about |= {"split": split} if split else {}
     total = len(source) if source else 0
     if count is not None and not 0 < count <= total:
@@ -193,6 +198,20 @@ def open_set(
     if count is not None and count < total:
         indices, statistics = spread(total, count), None  # as they are of all images
     return ImageSet(source, indices, side, size, statistics, about, world or World(), batch_size)
+
+
+def _check_whole(folder: Path, images: int) -> None:
+    """Check that a set that `generate --num-images` was making is finished."""
+    record: dict[str, Any] = {}
+    if os.path.isfile(folder / SETTINGS_FILE):
+        with suppress(DetailFlowError):  # somebody else's file of that name
+            record = read_json(folder / SETTINGS_FILE)
+    total = record.get("num_images")
+    if isinstance(total, int) and "gpt" in record and images != total:
+        raise DetailFlowError(
+            f"{folder} has {images:,} of its {total:,} images: repeat the `detailflow generate` that was not finished, "
+            f"or remove {SETTINGS_FILE} if you took some out"
+        )
 
 
 def _first_side(source: ImageSource) -> tuple[int, int] | None:
@@ -309,13 +328,14 @@ def _read_statistics(file: Path, names: set[str]) -> Statistics:
             return Gaussian(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), count)
 
         count = int(entry("count", np.integer)) if "count" in names else None
-        pool = gaussian("mu", "sigma")
+        pool, sides = gaussian("mu", "sigma"), {"height", "width"}
         return Statistics(
             features=str(entry("features", np.str_)) if "features" in names else "inception",
             fingerprint=str(entry("fingerprint", np.str_)) if "fingerprint" in names else None,
             pool=pool,
             spatial=gaussian("mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= names else None,
             kept=torch.from_numpy(entry("kept", np.floating, -1, len(pool.mean))).float() if "kept" in names else None,
+            side=(int(entry("height", np.integer)), int(entry("width", np.integer))) if sides <= names else None,
         )
 
 
@@ -326,6 +346,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         entries |= {"mu_s": statistics.spatial.mean, "sigma_s": statistics.spatial.covariance}
     entries |= {"count": statistics.pool.count, "kept": statistics.kept}
     entries |= {"features": statistics.features, "fingerprint": statistics.fingerprint}
+    entries |= dict(zip(("height", "width"), statistics.side or (), strict=False))
     with writing(path) as temporary, temporary.open("wb") as file:
         known = {name: np.asarray(value) for name, value in entries.items() if value is not None}
         np.savez(file, **known)  # type: ignore[arg-type]  # allow_pickle is new in NumPy 2
