@@ -109,6 +109,9 @@ def test_labels(tmp_path, content):
         labels(("0.cls", "2"))
     with pytest.raises(DetailFlowError, match="a.tar a/1 has no label: give every image one, or none"):
         labels(("0.cls", "dog"), ("1.cls", "\n"), ("2.cls", "cat"))
+    assert labels(*((f"{k}.cls", "-1") for k in range(3))) == ([0, 0, 0], ("image",))
+    with pytest.raises(DetailFlowError, match="a.tar a/1 has no label: give every image one, or none"):
+        labels(("0.cls", "dog"), ("1.cls", "-1"), ("2.cls", "cat"))
     with pytest.raises(DetailFlowError, match="neither class numbers nor names"):
         labels(("0.cls", "dog"), *entries[1:])
     with pytest.raises(DetailFlowError, match="no label 'breed': that is looked for in its .json files"):
