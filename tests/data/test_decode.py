@@ -262,6 +262,35 @@ def test_the_size_is_that_of_the_image_as_shown(form, orientation):
     assert image_size(content, "a") == load_rgb(content).size == ((24, 32) if orientation >= 5 else (32, 24))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["TIFF", "JPEG", "PNG", "WEBP"])
+def test_an_opened_image_is_turned_as_its_file_is(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(noise(), form, exif=exif)
+    image, expected = Image.open(io.BytesIO(content)), np.asarray(load_rgb(content))
+    for _ in ("not loaded yet", "loaded"):
+        np.testing.assert_array_equal(np.asarray(to_rgb(image)), expected)
+
+
+def test_images_that_cannot_be_read_have_a_sentence(tmp_path):
+    (tmp_path / "a.png").write_bytes(saved(noise(), "PNG"))
+    with Image.open(tmp_path / "a.png") as left:  # its pixels are not read here
+        pass
+    closed = noise()
+    closed.close()
+    cut = Image.open(io.BytesIO(saved(noise(), "PNG")[:1000]))
+    for image in (left, closed, cut):
+        with pytest.raises(
+            DetailFlowError, match=r"^the image cannot be read \(.+\): it is damaged, or was closed too"
+        ):
+            to_rgb(image)
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(DetailFlowError, match=r"^the image has no pixels: it is \d×\d, and each side must be at"):
+            to_rgb(Image.new("RGB", size))
+    assert to_rgb(Image.new("La", (1, 1))).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_textures_of_games_are_not_read():
     """Pillow decodes them pixel by pixel in Python."""
     with pytest.raises(DetailFlowError, match="is not an image"):
@@ -302,3 +331,55 @@ def test_a_pgm_file_says_its_scale(maxval):
     values = [0, round(maxval / 10), round(maxval / 20)]
     content = b"P5 3 1 %d\n" % maxval + struct.pack(">3H", *values)
     assert grey(content) == [0, 26, 13]
+
+
+def test_tiff_files_of_32_bits_without_a_sign():
+    values = np.array([[0, 2**31, 2**32 - 1]], np.uint32)
+    signed, unsigned = (struct.pack("<HHIHH", 339, 3, 1, kind, 0) for kind in (2, 1))
+    content = saved(Image.fromarray(values.view(np.int32)), "TIFF")
+    assert content.count(signed) == 1
+    assert grey(content.replace(signed, unsigned)) == [0, 128, 255]
+    assert grey(saved(Image.fromarray(np.array([[-1, 0, 255]], np.int32)), "TIFF")) == [0, 0, 255]
+
+
+# ------------------------------------------------------------------------------------------------- transparent values
+
+
+def png(width: int, bits: int, kind: int, row: bytes, transparent: bytes) -> bytes:
+    """A PNG file of one row, with a transparent value; `kind` is 0 for grey and 2 for RGB."""
+    header = struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "transparent", "shown"),
+    [
+        (1, bytes([0b01000000]), 1, [0, 255, 0]),
+        (2, bytes([0b01101100]), 1, [255, 170, 255]),
+        (4, bytes([0x7A, 0x10]), 7, [255, 170, 17]),
+        (8, bytes([7, 100, 200]), 7, [255, 100, 200]),
+        (8, bytes([7, 119, 0]), 7, [255, 119, 0]),  # 7 × 17 = 119
+        (16, struct.pack(">3H", 1000, 30000, 30001), 30000, [4, 255, 117]),
+    ],
+)
+def test_the_transparent_grey_of_a_png_file_is_white(bits, row, transparent, shown):
+    content = png(3, bits, 0, row, struct.pack(">H", transparent))
+    image = Image.open(io.BytesIO(content))
+    assert grey(content) == shown
+    for _ in ("not loaded yet", "loaded"):
+        assert np.asarray(to_rgb(image))[0, :, 0].tolist() == shown
+    part = image.crop((0, 0, 2, 1))
+    assert np.asarray(to_rgb(part))[0, :, 0].tolist() == shown[:2]
+
+
+def test_the_transparent_colour_of_a_png_file_of_16_bits_is_white():
+    row = struct.pack(">9H", 65535, 0, 0, 0, 0, 65535, 0x0102, 0x0304, 0x0506)
+    image = Image.open(io.BytesIO(png(3, 16, 2, row, struct.pack(">3H", 65535, 0, 0))))
+    before = image.info["transparency"]
+    assert np.asarray(to_rgb(image))[0].tolist() == [[255, 255, 255], [0, 0, 255], [1, 3, 5]]
+    assert image.info["transparency"] == before
+    content = png(3, 16, 2, row, struct.pack(">3H", 0x0102, 0x0304, 0x0506))
+    assert np.asarray(load_rgb(content))[0].tolist() == [[255, 0, 0], [0, 0, 255], [255, 255, 255]]

@@ -330,12 +330,12 @@ def test_parquet_labels(tmp_path):
     assert numbers.class_names == ("0", "1", "2") and numbers.labels.tolist() == [2, 0, 2]
     twice = open_images(write_parquet(tmp_path / "twice.parquet", pictures, [0, 1, 2], ["crane", "dog", "crane"]))
     assert twice.class_names == ("crane", "dog", "crane") and twice.labels.tolist() == [0, 1, 2]
-    for name, labels in (("none", None), ("hidden", [-1, -1, -1])):
+    for name, labels in (("none", None), ("hidden", [-1, -1, -1]), ("text", ["-1", "-1", " -1 "])):
         source = open_images(write_parquet(tmp_path / f"{name}.parquet", pictures, labels))
         assert source.class_names == ("image",) and source.labels.tolist() == [0, 0, 0]
     with pytest.raises(DetailFlowError, match="some.parquet row 1 has no label"):
         open_images(write_parquet(tmp_path / "some.parquet", pictures, [0, -1, 1]))
-    for blank in ("", " \t"):  # as in a CSV file
+    for blank in ("", " \t", "-1"):  # as in a CSV file
         with pytest.raises(DetailFlowError, match="blank.parquet row 1 has no label"):
             open_images(write_parquet(tmp_path / "blank.parquet", pictures, ["dog", blank, "cat"]))
     blank = open_images(write_parquet(tmp_path / "blank.parquet", pictures, ["", "", ""]))

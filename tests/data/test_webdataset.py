@@ -143,6 +143,9 @@ def test_labels(tmp_path, content):
         labels(("0.cls", "2"))
     with pytest.raises(DetailFlowError, match="a.tar a/1 has no label: give every image one, or none"):
         labels(("0.cls", "dog"), ("1.cls", "\n"), ("2.cls", "cat"))
+    assert labels(*((f"{k}.cls", "-1") for k in range(3))) == ([0, 0, 0], ("image",))
+    with pytest.raises(DetailFlowError, match="a.tar a/1 has no label: give every image one, or none"):
+        labels(("0.cls", "dog"), ("1.cls", "-1"), ("2.cls", "cat"))
     with pytest.raises(DetailFlowError, match="neither class numbers nor names"):
         labels(("0.cls", "dog"), *entries[1:])
     with pytest.raises(DetailFlowError, match="no label 'breed': that is looked for in its .json files"):
@@ -189,6 +192,47 @@ def test_unreadable_shards_are_named_in_one_sentence(tmp_path, content, shards):
         open_images(write_tar(tmp_path / "c.tgz", []))
 
 
+def test_a_shard_that_stops_at_the_end_of_a_file_is_a_warning(tmp_path, content):
+    whole = write_tar(tmp_path / "0.tar", [("0.png", content), ("1.png", content)]).read_bytes()
+    with tarfile.open(tmp_path / "0.tar") as archive:
+        second, end = archive.getmembers()[1].offset, archive.offset
+    for size, images in ((second, 1), (end, 2)):
+        (tmp_path / "0.tar").write_bytes(whole[:size])
+        with pytest.warns(UserWarning, match=r"^files may be missing from \S+0\.tar, as no mark of an archive's"):
+            assert len(open_images(tmp_path / "0.tar")) == images
+    for name, matched in (
+        ("1.tar", r"0\.tar and 1 other shard, as"),
+        ("2.tar", r"0\.tar and 2 other shards, as"),
+    ):
+        (tmp_path / name).write_bytes(whole[:second])
+        with pytest.warns(UserWarning, match=matched):
+            open_images(tmp_path)
+
+
+@pytest.mark.parametrize("zeros", [512, 1024, 10_240, 100_000])
+def test_the_end_of_a_shard_may_be_any_number_of_zeros(tmp_path, content, zeros, recwarn):
+    with tarfile.open(write_tar(tmp_path / "a.tar", [("0.png", content)])) as archive:
+        archive.getmembers()
+        end = archive.offset
+    for after in (b"", b"no header " * 100):
+        (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:end] + bytes(zeros) + after)
+        assert len(open_images(tmp_path / "a.tar")) == 1
+    assert not recwarn.list
+
+
+def test_archives_in_one_file_are_refused(tmp_path, content):
+    first, second = (
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", content)]).read_bytes() for name in ("0", "1")
+    )
+    with tarfile.open(tmp_path / "0.tar") as archive:
+        archive.getmembers()
+        end = archive.offset
+    for joined in (first + second, first[: end + 512] + second, first + bytes(100 * 512) + second):
+        (tmp_path / "0.tar").write_bytes(joined)
+        with pytest.raises(DetailFlowError, match=rf"^\S+0\.tar is several archives in one.* byte {end:,}: unpack it"):
+            open_images(tmp_path / "0.tar")
+
+
 def test_an_unreadable_image_is_named(tmp_path, content):
     source = open_images(write_tar(tmp_path / "a.tar", [("0.png", content), ("1.png", content[:500])]))
     with pytest.raises(DetailFlowError, match=r"a\.tar 1 is damaged"):
@@ -213,6 +257,24 @@ def test_keys_with_dots(content, tmp_path):
     assert source.labels.tolist() == [0, 1, 2] and all(source.image(index).size == (32, 32) for index in range(3))
     assert source.notes.left_aside == {".seg.png": ["a.seg.png"]} and "left aside: 1 .seg.png" in source.summary
     assert len(open_images(write_tar(tmp_path / "b.tar", [("caf\udce9.png", content)]))) == 1
+
+
+def test_names_that_begin_with_a_dot_and_a_slash(tmp_path, content):
+    members = [("./a.png", content), ("a.cls", b"x"), ("b.png", content), ("./b.json", b'{"label": "y"}')]
+    source = open_images(write_tar(tmp_path / "a.tar", members))
+    assert source.counts == {"x": 1, "y": 1} and source.name(0).endswith("a.tar a")
+    with pytest.warns(UserWarning, match=r"holds 1 file twice \(the first: a\.png\)"):
+        assert len(open_images(write_tar(tmp_path / "b.tar", [("./a.png", content), ("a.png", content)]))) == 1
+    source = open_images(write_tar(tmp_path / "c.tar", [("./cat/a.png", content), ("./dog/a.png", content)]))
+    assert "its images are in the folders cat, dog: if these are their classes" in source.summary
+
+
+def test_labels_of_no_image_are_named(tmp_path, content):
+    members = [("0.png", content), ("1.1.png", content), ("1.cls", b"0"), ("0.cls", b"0"), ("0.json", b'{"label": 5}')]
+    members += [("img/0.cls", b"0"), ("7.json", b'{"label": 5}'), ("8.json", b'{"width": 5}')]
+    source = open_images(write_tar(tmp_path / "a.tar", members))
+    assert source.notes.left_aside == {"label file without an image": ["7.json", "img/0.cls"]}
+    assert "left aside: 2 label files without an image (7.json, img/0.cls)" in source.summary
 
 
 # ------------------------------------------------------------------------------------------------- hostile shards

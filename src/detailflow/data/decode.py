@@ -9,12 +9,13 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
+from operator import methodcaller
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, features
@@ -62,7 +63,7 @@ _TURNS = {  # EXIF orientation → what shows the image upright
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
-_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC = 256, 257, 258, 262  # tags of TIFF files
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 256, 257, 258, 262, 339  # tags of TIFF files
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LONGEST_EXIF = 2**20  # bytes
 _STRIPE = 2**17  # pixels that are converted at once
@@ -138,7 +139,9 @@ def image_size(source: str | os.PathLike[str] | bytes, name: str) -> tuple[int, 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as `load_rgb` would; `image` itself stays as it is."""
-    return _upright(_to_rgb(image), _orientation(image))
+    with explained("the image cannot be read", Exception, hint="it is damaged, or was closed too early"):
+        image.load()  # in which Pillow turns a TIFF upright itself
+        return _upright(_to_rgb(image), _orientation(image))
 
 
 @contextmanager
@@ -261,16 +264,18 @@ def _upright(rgb: Image.Image, orientation: int) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert a loaded image to RGB in stripes, so that no step needs a copy of all of it."""
-    transparent = image.has_transparency_data
-    if image.mode == "RGB" and not transparent:
+    if not image.width * image.height:
+        raise DetailFlowError(
+            f"the image has no pixels: it is {image.width}×{image.height}, and each side must be at least 1"
+        )
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    white = _white(image) if image.mode == "F" or image.mode.startswith("I") else None
-    negative = white is not None and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # 8 bits Pillow inverts itself
+    convert = _conversion(image)
     if image.width * image.height <= _STRIPE:
-        return _stripe_to_rgb(image, transparent, white, negative)
+        return convert(image)
     result = Image.new("RGB", image.size)
     for top, stripe in _stripes(image):
-        result.paste(_stripe_to_rgb(stripe, transparent, white, negative), (0, top))
+        result.paste(convert(stripe), (0, top))
     return result
 
 
@@ -280,20 +285,69 @@ def _stripes(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def _stripe_to_rgb(image: Image.Image, transparent: bool, white: float | None, negative: bool) -> Image.Image:
-    if white is not None:
-        with np.errstate(all="ignore"):
-            values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=white)
-        if negative:
-            values = white - values
-        return Image.fromarray((values * (255 / white) + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if not transparent:
-        return image.convert("RGB")
+def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Return what converts a stripe of an image to RGB."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        tags, unsigned = getattr(image, "tag_v2", {}), _is_unsigned(image)
+        negative = tags.get(_PHOTOMETRIC) == 0  # 8 bits Pillow inverts itself
+        white, clear = _white(image, unsigned), image.info.get("transparency")
+        return partial(_numbers_to_rgb, white=white, unsigned=unsigned, negative=negative, clear=clear)
+    if image.has_transparency_data:
+        return partial(_over_white, clear=_clear(image))
+    return methodcaller("convert", "RGB")
+
+
+def _numbers_to_rgb(image: Image.Image, white: float, unsigned: bool, negative: bool, clear: Any) -> Image.Image:
+    stored = _numbers(image, unsigned)
+    with np.errstate(all="ignore"):
+        values = np.nan_to_num(stored.astype(np.float64), posinf=white)
+    if negative:
+        values = white - values
+    if isinstance(clear, int):
+        values[stored == clear] = white
+    return Image.fromarray((values * (255 / white) + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _over_white(image: Image.Image, clear: Any) -> Image.Image:
+    if clear != image.info.get("transparency"):
+        image = image.copy()  # the caller's stays as it is
+        image.info["transparency"] = clear
+    if image.mode == "La":  # from which Pillow converts to nothing else
+        image = image.convert("LA")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _white(image: Image.Image) -> float:
+def _clear(image: Image.Image) -> Any:
+    """Return an image's transparent value on the scale of its pixels: of a PNG file, Pillow gives it as stored.
+
+    A loaded image does not say how many bits were stored, but if it was grey of 2 or 4, all its pixels are multiples of
+    85 or 17. Of 16 bits Pillow keeps the upper 8.
+    """
+    clear = image.info.get("transparency")
+    if image.format not in ("PNG", None):  # None: part of another image
+        return clear
+    if isinstance(clear, tuple) and max(clear) > 255:
+        return tuple(value >> 8 for value in clear)
+    if isinstance(clear, int) and image.mode == "L":
+        steps = (step for step in (85, 17) if clear * step <= 255)
+        shades = [shade for shade, count in enumerate(image.histogram()) if count]
+        return clear * next((step for step in steps if not any(shade % step for shade in shades)), 1)
+    return clear
+
+
+def _is_unsigned(image: Image.Image) -> bool:
+    """Return whether a TIFF file has numbers of 32 bits without a sign, which Pillow gives one."""
+    tags = getattr(image, "tag_v2", {})
+    return image.mode == "I" and tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (1,)) == (1,)
+
+
+def _numbers(image: Image.Image, unsigned: bool) -> np.ndarray:
+    values = np.asarray(image)
+    return values.astype(np.uint32) if unsigned else values
+
+
+def _white(image: Image.Image, unsigned: bool) -> float:
     """Return the value of white in an image of one channel of 16 bits, 32 bits or floating-point numbers.
 
     Pillow would clip all of them to 0 to 255. Up to 16 bits the file gives it; PGM files are scaled to 16 by Pillow.
@@ -306,7 +360,7 @@ def _white(image: Image.Image) -> float:
         return 65535
     brightest = 0.0
     for _, stripe in _stripes(image):
-        values = np.asarray(stripe)
+        values = _numbers(stripe, unsigned)
         brightest = max(brightest, float(values.max(initial=0, where=np.isfinite(values))))
     if image.mode == "F" and brightest <= 2:  # resizing and sharpening exceed 1 a little
         return 1

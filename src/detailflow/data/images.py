@@ -172,7 +172,7 @@ def _open_folder(found: DataFiles, image_column: str, label_column: str) -> Imag
     classes = list(first_folders(found.files, top))
     if any(classes):
         _check_classes(found, classes)
-    return labelled(_FileRows(found.files, top), top, classes)
+    return labelled(_FileRows(found.files, top), top, classes, no_label=(None, ""))  # a folder may be called -1
 
 
 def _check_classes(found: DataFiles, classes: list[str | None]) -> None:

@@ -325,13 +325,20 @@ def class_order(names: Iterable[str]) -> list[str]:
     return names
 
 
-def labelled(rows: Rows, where: str, values: Sequence[Any] | None, class_names: tuple[str, ...] = ()) -> ImageSource:
+def labelled(
+    rows: Rows,
+    where: str,
+    values: Sequence[Any] | None,
+    class_names: tuple[str, ...] = (),
+    *,
+    no_label: Sequence[Any] = (None, -1, "", "-1"),
+) -> ImageSource:
     """Return the set of these images and their labels, which are class numbers or names, or none at all.
 
-    A list has several labels of its image. An empty one, `None` and -1 (the hub's mark of a hidden label) are no label:
-    either all images have one, or none.
+    A list has several labels of its image. An empty one and what is in `no_label` (-1 is the hub's mark of a hidden
+    label, as a number or as text) are no label: either all images have one, or none.
     """
-    lists = [_listed(value) for value in values or ()]
+    lists = [_listed(value, no_label) for value in values or ()]
     counts = np.array([len(labels) for labels in lists], np.int64)
     if not counts.any():
         return ImageSource(rows, np.zeros(len(rows), np.int64), UNLABELLED)
@@ -347,10 +354,10 @@ def labelled(rows: Rows, where: str, values: Sequence[Any] | None, class_names: 
     return ImageSource(rows, table, class_names)
 
 
-def _listed(value: Any) -> list[Any]:
-    """Return the labels of an image, each once; blank text is no label."""
+def _listed(value: Any, no_label: Sequence[Any]) -> list[Any]:
+    """Return the labels of an image, each once; blank text is as good as empty."""
     several = value if isinstance(value, list) else [value]
-    some = [label for label in several if (label.strip() if isinstance(label, str) else label) not in (None, -1, "")]
+    some = [label for label in several if (label.strip() if isinstance(label, str) else label) not in no_label]
     return [label for i, label in enumerate(some) if label not in some[:i]]
 
 

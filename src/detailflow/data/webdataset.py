@@ -7,11 +7,13 @@ file.
 import io
 import json
 import os
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from detailflow.progress import progress_bar
 _READERS = 8  # shards whose headers are read at once, for storage that answers slowly
 _LONGEST_NAME = 1024  # characters of a member's name, since every key takes the memory of the longest
 _LARGEST_TEXT = 16 * 2**20  # bytes of a header or a label
+_AFTER_END = 2**20  # bytes after the end of an archive in which another is looked for; tar fills up 10 KiB with zeros
 
 
 class _ShardRows:
@@ -85,6 +88,12 @@ def open_shards(found: DataFiles, image_column: str, label_column: str) -> Image
         notes.warnings += shard.notes.warnings
         for kind, names in shard.notes.left_aside.items():
             notes.leave(kind, *names)
+    if cut := [file for file, shard in zip(files, shards, strict=True) if not shard.ended]:
+        others = f" and {len(cut) - 1:,} other shard{'s' * (len(cut) > 2)}" if len(cut) > 1 else ""
+        notes.warnings.append(
+            f"files may be missing from {cut[0]}{others}, as no mark of an archive's end follows: copy such a shard "
+            "again, or write it again and close it"
+        )
     folders = sorted({key.partition("/")[0] for shard in shards for key in shard.spans if "/" in key})
     if unlabelled and len(folders) > 1:
         some = ", ".join(folders[:3]) + ", …" * (len(folders) > 3)
@@ -103,6 +112,7 @@ class _Shard(NamedTuple):
     spans: dict[str, tuple[int, int]]  # key → where the image begins in the file, and its bytes
     labels: list[Any]  # one for each of them
     notes: Notes
+    ended: bool  # the archive has a mark of its end
 
 
 class _BoundedReader(io.BufferedReader):
@@ -128,11 +138,29 @@ def _read_headers(file: str, image_column: str, label_column: str) -> _Shard:
         )
         for member in archive:
             members.add(member)
-        # `tarfile` takes a header that it cannot read for the end of the archive.
-        opened.seek(archive.offset)
-        if opened.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    return members.shard(file)
+        ended = _check_end(file, opened, archive.offset)
+    return members.shard(file, ended)
+
+
+def _check_end(file: str, opened: BinaryIO, end: int) -> bool:
+    """Check that nothing follows the members; return whether the archive has a mark of its end, a block of zeros.
+
+    There should be two, but not everyone writes them. `tarfile` takes the file's end for the archive's, too, and a
+    header that it cannot read.
+    """
+    opened.seek(end)
+    mark = opened.read(tarfile.BLOCKSIZE)
+    if mark.strip(b"\0"):
+        raise tarfile.ReadError(f"no header at byte {end}")
+    after = opened.read(_AFTER_END)
+    start = (len(after) - len(after.lstrip(b"\0"))) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    with suppress(tarfile.HeaderError):  # no header of a member: what follows an archive is not looked at
+        tarfile.TarInfo.frombuf(after[start : start + tarfile.BLOCKSIZE], tarfile.ENCODING, "surrogateescape")
+        raise DetailFlowError(
+            f"{file} is several archives in one, and only the first is read, up to byte {end:,}: "
+            "unpack it with tar --ignore-zeros and pack its files again"
+        )
+    return bool(mark)
 
 
 class _Members:
@@ -151,7 +179,8 @@ class _Members:
             raise tarfile.ReadError(f"{member.name} has the size {member.size}")
         if len(member.name) > _LONGEST_NAME:
             raise tarfile.ReadError(f"a name of {len(member.name):,} characters")
-        folder, _, name = member.name.rpartition("/")
+        path = posixpath.normpath(member.name)  # "./a.png" is beside "a.cls"
+        folder, _, name = path.rpartition("/")
         stem, _, suffixes = name.lower().partition(".")
         if not stem or "__MACOSX" in folder.split("/"):
             return
@@ -161,13 +190,13 @@ class _Members:
         elif not member.isreg():
             return
         elif not self.suffixes.isdisjoint((f".{suffixes}", last)):
-            self._put(self.images, member, member.name, (member.offset_data, member.size))
+            self._put(self.images, member, path, (member.offset_data, member.size))
         elif last == ".cls" and self.label_column == "label":
-            self._put(self.cls_labels, member, member.name[:-4], self._text(member).strip())
+            self._put(self.cls_labels, member, path[:-4], self._text(member).strip())
         elif last == ".json":
             entries = json.loads(self._text(member))
             label = entries.get(self.label_column) if isinstance(entries, dict) else None
-            self._put(self.json_labels, member, member.name[:-5], label)
+            self._put(self.json_labels, member, path[:-5], label)
         elif last in REMEDIES:
             self.notes.leave(last, member.name)
 
@@ -181,7 +210,7 @@ class _Members:
         self.archive.fileobj.seek(member.offset_data)  # a third of the time that `extractfile` takes, a million times
         return self.archive.fileobj.read(member.size).decode("utf-8-sig")
 
-    def shard(self, file: str) -> _Shard:
+    def shard(self, file: str, ended: bool) -> _Shard:
         spans: dict[str, tuple[int, int]] = {}
         dotted = []  # images whose suffix is only the last part of what follows the key
         for name, span in self.images.items():
@@ -200,11 +229,14 @@ class _Members:
                 spans[name[: name.rindex(".")]] = self.images[name]
         labels = {key: label for key, label in self.json_labels.items() if label is not None} | self.cls_labels
         of_keys = [labels.get(key, labels.get(_first_key(key))) for key in spans]
+        taken = {*spans, *map(_first_key, spans)}
+        unused = [f"{key}.{'cls' if key in self.cls_labels else 'json'}" for key in labels if key not in taken]
+        self.notes.leave("label file without an image", *unused)
         if self.replaced:
             count = f"{len(self.replaced):,} file{'s' * (len(self.replaced) > 1)}"
             first = f"(the first: {self.replaced[0]}): the last of each name is taken"
             self.notes.warnings.append(f"{file} holds {count} twice {first}")
-        return _Shard(spans, of_keys, self.notes)
+        return _Shard(spans, of_keys, self.notes, ended)
 
 
 def _first_key(name: str) -> str:
