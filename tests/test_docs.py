@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from detailflow.settings import list_settings
+from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")])
 PATH = re.compile(r"\b(?:src|docs|tests|benchmarks|experiments|examples)/[\w./-]*\w")
@@ -58,6 +61,22 @@ def test_every_message_that_is_explained():
     messages, known = explained(), texts()
     assert len(messages) > 10
     assert [message for message in messages if not any(begins(parts, message) for parts in known)] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "heading"), [(TokenizerTraining, "Tokenizer"), (Extraction, "Extraction"), (GPTTraining, "AR model")]
+)
+def test_every_setting(kind: type, heading: str):
+    """docs/train-your-own.md has a row for each, below the heading of its command, or of `loop.`."""
+    _, _, page = (ROOT / "docs" / "train-your-own.md").read_text(encoding="utf-8").partition("\n## Every setting\n")
+    parts = {part.partition("\n")[0]: part for part in page.partition("\n## ")[0].split("\n### ")}
+    (loop,) = (part for title, part in parts.items() if title.startswith("`loop.`"))
+    for setting in list_settings(kind):
+        group, _, name = setting.name.rpartition(".")
+        rows = re.findall(r"^\| (`[^|]*) \| (.*)", loop if group == "loop" else parts[heading], re.MULTILINE)
+        inside = rf"`{group.rpartition('.')[2]}\.?`"  # such as the row of `encoder`, which says what `width` is
+        texts = [head + rest * bool(re.search(inside, head)) for head, rest in rows]
+        assert any(f"`{name}`" in text for text in texts), setting.name
 
 
 def anchors(page: Path) -> set[str]:

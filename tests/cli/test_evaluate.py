@@ -42,6 +42,10 @@ def test_help_fits_a_screen(
     else:
         assert evaluate() == evaluate("--help") == 0
     lines = capsys.readouterr().out.splitlines()
+    if what == ["gpt"]:
+        named = [line.split()[0] for line in lines if line.startswith(("  --", "sampling", "measures", "model"))]
+        sampling = named[named.index("sampling") : named.index("measures")]
+        assert "--num-tokens" in sampling and "--features" not in sampling and "--output" not in sampling
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 98
 

@@ -8,6 +8,8 @@ import pytest
 
 from detailflow.cli.main import main
 from detailflow.cli.serve import _model_name
+from detailflow.errors import DetailFlowError
+from detailflow.serving.config import ServeConfig
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def environment(monkeypatch: pytest.MonkeyPatch):
         ("--model-name a?b", "'a?b' cannot be a model's name"),
         ("--batch-window -1", "--batch-window must be 0 or more, not -1.0"),
         ("--timeout 0", "--timeout must be above 0 seconds, not 0.0"),
-        ("--max-queue 8", "max_queue must be at least max_images"),
+        ("--max-queue 8", "--max-queue must be at least --max-images, or a request of 16 images"),
         ("--max-batch 0", "--max-batch must be a positive integer, not 0"),
         ("--max-pixels 0", "the limit on pixels"),
     ],
@@ -76,3 +78,8 @@ def test_without_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert main(["serve"]) == 2
     assert "serve needs the package fastapi: install it with pip install 'detailflow[serve]'" in capsys.readouterr().err
+
+
+def test_a_service_in_python_is_told_of_its_own_arguments():
+    with pytest.raises(DetailFlowError, match="max_queue must be at least max_images, .*; it is 4"):
+        ServeConfig(max_queue=4)

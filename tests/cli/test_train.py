@@ -165,6 +165,8 @@ def test_help_fits_a_screen(split: str, capsys: pytest.CaptureFixture[str]):
         assert main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
         assert 10 < len(lines) <= 60 and max(map(len, lines)) <= 115
+        assert f"a recipe such as own-64/{argv[1] if argv[0] == 'train' else 'extract'}\n" in "\n".join(lines)
+        assert lines[0].endswith(" [--config FILE] --output DIR [options]")
         assert ("--help loop" in "".join(lines)) == ("  --dry-run " in "".join(lines)) == (argv[0] == "train")
     assert main(["train", split, "--help", "loop"]) == 0
     assert "--loop.learning_rate LEARNING_RATE" in (out := capsys.readouterr().out) and "--data" not in out

@@ -89,6 +89,14 @@ def test_a_form_has_no_unknown_fields(route: str, http: httpx.Client):
     assert error["message"] == "unknown parameter 'num_token': did you mean num_tokens?"
 
 
+@pytest.mark.parametrize("route", ["images/variations", "tokens/reconstruct"])
+def test_a_field_of_another_route_is_not_suggested_in_its_own_place(route: str, http: httpx.Client):
+    refused = http.post(f"/v1/{route}", files={"image": png(photograph())}, data={"whole": "true"})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "whole")
+    assert error["message"] == "unknown parameter 'whole': see /docs"
+
+
 # --- variations ------------------------------------------------------------------------------------------------------
 
 

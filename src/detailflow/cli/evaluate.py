@@ -94,6 +94,7 @@ def gpt_parser() -> Parser:
     result.option("--keep-samples", bool, help="leave the images in DIR/samples, as .npz")
     add_sampling_options(result, several=True)
     result.option("--num-tokens", Numbers, [None], "stop after N tokens (default: all)", "N")
+    result.heading("measures and report")
     _add_features(result)
     _add_output(result)
     add_model_options(result, tokenizer=True, measures=True)

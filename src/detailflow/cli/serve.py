@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detailflow.cli.common import Parser, add_model_options
 from detailflow.errors import DetailFlowError
-from detailflow.serving.config import Timeout, Window
+from detailflow.serving.config import Timeout, Window, check_queue
 from detailflow.settings import BatchSize, PositiveInt
 
 KEY_VARIABLE = "DETAILFLOW_API_KEY"
@@ -30,7 +30,7 @@ def parser() -> Parser:
     window = "wait so long for a fuller batch while several clients ask"
     result.option("--batch-window", Window, 10.0, window, "MS")
     result.heading("limits")
-    result.option("--max-queue", PositiveInt, 256, "images that may wait", "N")
+    result.option("--max-queue", PositiveInt, 256, "images that may wait: --max-images or more", "N")
     result.option("--max-images", PositiveInt, 16, "images of a request", "N")
     result.option("--max-upload", PositiveInt, 10, "of an uploaded image", "MB")
     result.option("--timeout", Timeout, 120.0, "seconds for a request", "S")
@@ -42,6 +42,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     """Serve until the process is told to stop."""
     args = parser().parse_args(argv)
+    check_queue(args.max_queue, args.max_images, "--max-queue", "--max-images")
     # Before torch is imported: threads that spin while they wait would take the cores from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from detailflow.data.decode import MAX_PIXELS_VARIABLE, max_pixels

@@ -67,9 +67,10 @@ def read_request(
 
 def make_parser(kind: Any, command: str, summary: str, can_plan: bool, page: str = "") -> Parser:
     """Return the parser whose help shows one page: the settings that are not nested, or those that `page` names."""
-    parser = Parser(command, "--config FILE --output DIR", summary, add_help=False, column=34)
+    parser = Parser(command, "[--config FILE] --output DIR", summary, add_help=False, column=34)
     parser.heading("options")
-    parser.option("--config", Location, [], "YAML, or a recipe such as own-64/tokenizer", "FILE", action="append")
+    recipe = f"own-64/{command.rpartition(' ')[2]}"
+    parser.option("--config", Location, [], f"YAML, or a recipe such as {recipe}", "FILE", action="append")
     parser.option("--output", Path, metavar="DIR", help="where to write")
     add_device_option(parser)
     if can_plan:

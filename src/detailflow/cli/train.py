@@ -13,7 +13,8 @@ from detailflow.errors import DetailFlowError, MissingPackageError, missing_pack
 from detailflow.settings import Location, PositiveInt, flat, parse_settings, unknown
 
 AGAIN = "The same command goes on with a run that was interrupted."
-TOKENIZER = f"Train a tokenizer on images: a folder of class subfolders, parquet file(s), or a hub data set. {AGAIN}"
+DATA = "a folder, with class subfolders or without, parquet, WebDataset, a save_to_disk folder, or a hub data set"
+TOKENIZER = f"Train a tokenizer on images: {DATA}. {AGAIN}"
 GPT = f"Train an AR model on the tokens that `detailflow extract` wrote. {AGAIN}"
 
 
@@ -91,8 +92,7 @@ def preset_parser() -> Parser:
         "Train a tokenizer or an AR model (see `detailflow train tokenizer --help`, `detailflow train gpt --help`), "
         f"or, with --data, all in a row: tokenizer, extraction, AR model. {AGAIN}",
     )
-    data = "a folder of class subfolders, parquet, or a hub data set"
-    parser.option("--data", Location, help=data, required=True)
+    parser.option("--data", Location, help=DATA, required=True)
     parser.option("--preset", Preset, None, f"{', '.join(PRESETS)} (default: by the images' size)", "NAME")
     parser.option("--init", Location, help="start from this model: a folder, hub name, detailflow-16 or shipped")
     parser.option("--finetune-decoder", bool, help="train the decoder of --init, too")

@@ -10,6 +10,19 @@ Window = Annotated[float, Must("0 or more", lambda value: value >= 0), Must("at 
 Timeout = Annotated[float, Must("above 0 seconds", lambda seconds: 0 < seconds < float("inf"))]
 
 
+def check_queue(most: int, asked: int, queue: str = "max_queue", images: str = "max_images") -> None:
+    """Raise a `DetailFlowError`, which calls the two limits `queue` and `images`, if one request may ask for too many.
+
+    Args:
+        most: images that may wait.
+        asked: images of one request.
+    """
+    if asked > most:
+        raise DetailFlowError(
+            f"{queue} must be at least {images}, or a request of {asked} images would never be accepted; it is {most}"
+        )
+
+
 @dataclass(frozen=True)
 class ServeConfig(Settings):
     """What the service allows and how it batches.
@@ -40,10 +53,6 @@ class ServeConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_images > self.max_queue:
-            raise DetailFlowError(
-                f"max_queue must be at least max_images, or a request of {self.max_images} images would never be "
-                f"accepted; it is {self.max_queue}"
-            )
+        check_queue(self.max_queue, self.max_images)
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise DetailFlowError("the API key must be printable ASCII characters, at least one")

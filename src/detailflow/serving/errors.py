@@ -87,7 +87,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
         message = "the body was not sent as JSON: send it with the header Content-Type: application/json"
         return ApiError(400, message, code="invalid_json")
     if kind == "extra_forbidden":
-        close = get_close_matches(param or "", PARAMETERS, n=1)
+        others = [name for name in PARAMETERS if name != param]  # another route may have it
+        close = get_close_matches(param or "", others, n=1)
         advice = f"did you mean {close[0]}?" if close else "see /docs"
         return ApiError(400, f"unknown parameter {param!r}: {advice}", param, "unknown_parameter")
     if kind == "missing":

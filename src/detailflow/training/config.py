@@ -124,7 +124,8 @@ class ImageSettings(Settings):
     """Where the images come from.
 
     Attributes:
-        data: images; a folder with a subfolder per class, parquet or WebDataset files, or a hub data set.
+        data: images; a folder, with a subfolder per class or without, parquet or WebDataset files, a folder by
+            save_to_disk, or a hub data set.
         split: of the data, such as train.
         image_column: of parquet files and hub data sets.
         label_column: of these, and of metadata files.
