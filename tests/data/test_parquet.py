@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,13 @@ def test_folders_of_parquet_files(tmp_path):
     plain = open_images(tmp_path / "plain")
     assert plain.class_names == ("image",)
     assert "in folders (cat, dog), which give no labels: add a column 'label'" in plain.summary
+    inner = shutil.copytree(tmp_path / "hive", tmp_path / "label=experiment" / "set")
+    assert open_images(inner).class_names == ("cat", "dog")  # no folder above the set says what its images are
+    assert open_images(inner / "label=cat").class_names == ("cat",)
+    assert open_images(inner.parent).class_names == ("cat", "dog")  # and the nearest one goes first
+    (inner / "label=cat" / "0.parquet").rename(inner / "0.parquet")
+    shutil.rmtree(inner / "label=dog")
+    assert open_images(inner).class_names == ("image",)
 
 
 @pytest.mark.parametrize("names", ["cat", {"0": "cat"}, [1, 2], [None, ["x"]]])

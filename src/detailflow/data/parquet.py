@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from detailflow.data.decode import explained
-from detailflow.data.folder import DataFiles
+from detailflow.data.folder import DataFiles, within
 from detailflow.data.source import ImageSource, labelled
 from detailflow.data.tables import TableRows, check_names, import_datasets, mapped_column, require_columns
 from detailflow.errors import DetailFlowError, some_names
@@ -50,7 +50,11 @@ class ParquetFile(NamedTuple):
 def _read_footers(found: DataFiles, image_column: str, label_column: str) -> list[ParquetFile]:
     """Read the footers of parquet files that must have the same columns and class names."""
     import_datasets()
-    footers = [_read_footer(file, image_column, label_column) for file in found.files]
+    # A set may be one folder of several of a table by folders, but those above it say nothing of it.
+    top = os.path.dirname(os.path.normpath(found.where)) if os.path.isdir(found.where) else ""
+    footers = [
+        _read_footer(file, within(file, top) if top else file, image_column, label_column) for file in found.files
+    ]
     first = footers[0]
     for other in footers[1:]:
         if other.class_names != first.class_names:
@@ -68,7 +72,8 @@ def _read_footers(found: DataFiles, image_column: str, label_column: str) -> lis
     return footers
 
 
-def _read_footer(file: str, image_column: str, label_column: str) -> ParquetFile:
+def _read_footer(file: str, place: str, image_column: str, label_column: str) -> ParquetFile:
+    """Read a file's footer; `place` is its path as far as its folders may be labels, the nearest one first."""
     import pyarrow.parquet
 
     if os.path.exists(file) and not os.path.isfile(file):  # reading a pipe may never end
@@ -77,7 +82,7 @@ def _read_footer(file: str, image_column: str, label_column: str) -> ParquetFile
         with pyarrow.parquet.ParquetFile(file) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
         largest, columns = _check_expansion(file, metadata, image_column), schema.names
-    folders = [part.partition("=") for part in Path(file).parent.parts]
+    folders = [part.partition("=") for part in reversed(Path(place).parent.parts)]
     folder_label = next((unquote(value) for key, _, value in folders if key == label_column and value), None)
     require_columns(file, columns, image_column, "label" if folder_label is not None else label_column)
     if twice := [column for column in (image_column, label_column) if columns.count(column) > 1]:
