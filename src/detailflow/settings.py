@@ -254,8 +254,10 @@ def _converted_list(value: Any, kind: Any, text: bool) -> Any:
     if text and isinstance(value, str) and value.startswith("["):
         import yaml
 
-        with suppress(yaml.YAMLError, RecursionError):
-            value = yaml.safe_load(value)
+        from detailflow.files import load_yaml
+
+        with suppress(yaml.YAMLError):
+            value = load_yaml(value)
     if not isinstance(value, list | tuple):
         raise _InvalidError("a list, such as [a, b]", value)
     try:
