@@ -177,6 +177,8 @@ def _convert(value: Any, kind: Any, text: bool) -> Any:
         return _converted_list(value, arguments[0], text)
     if origin is Literal:
         valid, what = value in arguments, listed(arguments)
+    elif origin is Callable:
+        valid, what = callable(value), "a function"
     elif is_dataclass(kind):
         valid, what = isinstance(value, kind), getattr(kind, "__name__", str(kind))  # type: ignore[arg-type]
     elif kind in _READERS:

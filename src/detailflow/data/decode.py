@@ -138,7 +138,10 @@ def image_size(source: str | os.PathLike[str] | bytes, name: str) -> tuple[int, 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as `load_rgb` would; `image` itself stays as it is."""
-    return _upright(_to_rgb(image), _orientation(image))
+    if not image.width * image.height:
+        raise DetailFlowError(f"the image has no pixels: it has a size of {image.width}×{image.height}")
+    with explained("the image cannot be decoded"):
+        return _upright(_to_rgb(image), _orientation(image))
 
 
 @contextmanager
