@@ -183,6 +183,19 @@ def test_a_reader_that_leaves_gets_no_traceback():
     assert done.returncode in (0, 141)  # 0 where all was written before the reader left
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_output_that_is_closed(closed: str, tmp_path: Path):
+    """The work is done, in silence."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    command = f"{sys.executable} -m detailflow reconstruct {tmp_path / 'a.png'} --output {tmp_path / 'out'} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert ("PSNR" in done.stdout) == (closed == "2>&-") and ("wrote" in done.stderr) == (closed == ">&-")
+    assert "wrote" not in done.stdout and len(list((tmp_path / "out").iterdir())) == 2
+    wrong = subprocess.run(["bash", "-c", f"{command} --numm 3"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stdout == ""
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_a_full_disk_behind_the_output():
     with open("/dev/full", "w") as full:
