@@ -229,6 +229,26 @@ def test_ctrl_c(model: Path, tmp_path: Path):
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix != ".png"]
 
 
+DROPS = """
+import signal, time
+try:
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(0.2)
+except KeyboardInterrupt:  # as libraries in C do when they are imported
+    pass
+"""
+
+
+def test_ctrl_c_within_an_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It waits for the end of the import, and is not lost."""
+    (tmp_path / "drops.py").write_text(f"{DROPS}\ndef main(argv):\n    time.sleep(5)\n    return 0")
+    monkeypatch.setattr("detailflow.cli.__path__", [str(tmp_path)])
+    monkeypatch.setitem(front.COMMANDS, "drops", "")
+    assert main(["drops"]) == 130
+    assert capsys.readouterr().err == "detailflow: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("option", [["--max-pixels", "100"], ["--max-pixels=100"]])
 def test_one_option_sets_the_limit_on_pixels(
     option: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
