@@ -1,5 +1,6 @@
 """Files are replaced whole, locked and read with bounds."""
 
+import math
 import os
 import subprocess
 import sys
@@ -69,6 +70,25 @@ def test_yaml_that_is_none(text: str):
 def test_aliases_that_stand_for_little():
     values = load_yaml("a: &a {b: [1, 2]}\nc: *a\nd: {<<: *a, e: 3}")
     assert values == {"a": {"b": [1, 2]}, "c": {"b": [1, 2]}, "d": {"b": [1, 2], "e": 3}}
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3", "c: {a: 1, 'a': 1}", "- 1: 2\n  a: 3\n  a: 4"])
+def test_a_key_that_is_there_twice(text: str):
+    with pytest.raises(yaml.YAMLError, match="a is there twice"):
+        load_yaml(text)
+    assert load_yaml("a: &a {b: 1, c: 3}\nd: {<<: *a, b: 2}")["d"] == {"b": 2, "c": 3}
+
+
+def test_numbers_are_as_they_look(tmp_path: Path):
+    """Those that YAML would take for other ones stay text, also what was text before it was written."""
+    numbers = {"0": 0, "-7": -7, "1_000": 1000, "1.0e-3": 1e-3, "0.5": 0.5, ".5": 0.5, "-.inf": -math.inf, "1.": 1}
+    others = {"true": True, "null": None, "~": None, "off": False, "": None}
+    text = ["0100", "-010", "08", "1:30", "1:30.5", "0x10", "0b11", "1e-3", ".iNf", "+"]
+    for given, value in (numbers | others | {word: word for word in text}).items():
+        assert load_yaml(f"a: {given}") == {"a": value}
+    assert [type(load_yaml(given)) for given in ("1", "1.0")] == [int, float]
+    words = [*text, *numbers, *others]
+    assert load_yaml(yaml.safe_dump(words)) == words
 
 
 def test_text_comes_from_regular_files_of_a_bounded_size(tmp_path: Path):

@@ -217,6 +217,10 @@ def test_classes_without_names(pipeline: DetailFlowPipeline):
         {"top_p": 0.0},
         {"guidance_scale": -1.0},
         {"guidance_schedule": "cosine"},
+        {"progress": 5},
+        {"generator": 5},
+        {"generator": [5]},
+        {"generator": np.random.default_rng(0)},
     ],
 )
 def test_values_out_of_range(pipeline: DetailFlowPipeline, options: dict[str, int]):
@@ -297,6 +301,12 @@ def test_saved_and_loaded(pipeline: DetailFlowPipeline, model: Path):
     assert loaded.tokenizer.config == pipeline.tokenizer.config
     assert as_bytes(loaded(["cat"], seed=4)) == as_bytes(pipeline(["cat"], seed=4))
     assert isinstance(DetailFlowTokenizer.from_pretrained(str(model)), DetailFlowTokenizer)
+
+
+def test_a_place_that_is_none(pipeline: DetailFlowPipeline):
+    for model in (pipeline, pipeline.tokenizer):
+        with pytest.raises(DetailFlowError, match="^folder must be a path, not None$"):
+            model.save_pretrained(None)  # type: ignore[arg-type]
 
 
 def test_the_published_layout():
@@ -425,8 +435,15 @@ def test_reconstruction_is_decoding_what_was_encoded(pipeline: DetailFlowPipelin
 def test_reconstruction_from_other_modes_and_counts(pipeline: DetailFlowPipeline):
     stages = pipeline.reconstruct(gradient(40, 40).convert("L"), counts=[3, 12])
     assert [stage.num_tokens for stage in stages] == [3, 12]
-    with pytest.raises(DetailFlowError, match="num_tokens must be"):
-        pipeline.reconstruct(gradient(40, 40), counts=[5])
+    for counts, message in (
+        ([5], "each of counts must be 1 to 4 or a multiple of 4 up to 16, not 5"),
+        ([True], "each of counts must be an integer, not True"),
+        (8, r"counts must be a list of numbers of tokens, such as \[1, 16\], not 8"),
+    ):
+        with pytest.raises(DetailFlowError, match=message):
+            pipeline.reconstruct(gradient(40, 40), counts=counts)  # type: ignore[arg-type]
+        with pytest.raises(DetailFlowError, match=message):
+            pipeline.stream("cat", counts=counts)  # type: ignore[arg-type]
 
 
 def test_counts_of_stages():
@@ -481,13 +498,16 @@ def test_variations_in_batches(pipeline: DetailFlowPipeline):
     [
         ([1] * 16, {"keep": 5}, "keep must be 1 to 4 or a multiple of 4 up to 16, not 5"),
         ([1] * 16, {"keep": 0}, "keep must be 1 to 4"),
+        ([1] * 16, {"keep": "8"}, "keep must be an integer, not '8'"),
+        ([1] * 16, {"keep": 8, "num_images_per_class": 4}, "num_images_per_class is for a plain call: give num_images"),
+        ([1] * 16, {"keep": 8, "prefix": [1, 2, 3]}, "prefix is for a plain call: give the tokens in place of the"),
         ([1] * 8, {"keep": 12}, "keep must be at most the 8 tokens given, not 12"),
         ([64] * 16, {"keep": 8}, "tokens must lie in 0 to 63"),
         ([0.5] * 16, {"keep": 8}, "tokens must be integers"),
         ("cat.png", {"keep": 8}, "cat.png does not exist: give the path of an image file"),
         ({"a": 1}, {"keep": 8}, "tokens must be a list of integers"),
         ([1] * 16, {"keep": 8, "label": "dgo"}, "unknown class 'dgo'"),
-        ([1] * 16, {"keep": 8, "num_images": 0}, "num_images"),
+        ([1] * 16, {"keep": 8, "num_images": 0}, "^num_images must be a positive integer, not 0"),
         ([1] * 16, {"keep": 8, "size": (7, 5)}, r"no image is encoded at a size of \(7, 5\)"),
         ([1] * 16, {"keep": 8, "size": (0, 0)}, "no image is encoded at a size of"),
         ([1] * 16, {"keep": 8, "num_tokens": 4}, "num_tokens must be at least the 8 tokens of prefix, not 4"),

@@ -122,6 +122,7 @@ def test_what_is_missing():
         ("null", str, "null"),
         ("[a, b]", tuple[str, ...], ("a", "b")),
         ("[]", tuple[str, ...], ()),
+        ("[010, 8]", tuple[PositiveInt, ...], (10, 8)),
         ("off", PositiveInt | Literal["off"], "off"),
         ("a/b", Path, Path("a/b")),
     ],

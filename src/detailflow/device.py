@@ -62,8 +62,8 @@ def within_memory(what: str, advice: str) -> Iterator[None]:
     """Turn torch's errors about memory into a sentence."""
     try:
         yield
-    except RuntimeError as error:  # torch has two kinds for memory
-        if "allocate" not in str(error):
+    except RuntimeError as error:  # torch has three kinds for memory
+        if not any(part in str(error) for part in ("allocate", "Storage size calculation overflowed")):
             raise
         raise DetailFlowError(f"{what} does not fit in memory, so {advice}") from error
 

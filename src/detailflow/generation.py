@@ -176,6 +176,10 @@ def image_generators(generator: Generators | None, images: int) -> list[torch.Ge
         device = generator.device if generator is not None else "cpu"
         seeds = torch.randint(2**62, (images,), generator=generator, device=device)
         return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise DetailFlowError(
+            f"generator must be a torch.Generator or a list of {images} of them, not {generator!r:.40}"
+        )
     if len(generator) != images:
         raise DetailFlowError(
             f"generator must be one or a list of {images}, one per image, not a list of {len(generator)}"

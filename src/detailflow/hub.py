@@ -38,7 +38,7 @@ from detailflow.published import (
     published_config,
 )
 from detailflow.runs import RUN_FILE, checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
-from detailflow.settings import unknown
+from detailflow.settings import checked, unknown
 from detailflow.tensors import SHARD_SIZE, TENSOR_FILES, check_finite, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -371,7 +371,7 @@ def save(
 
     Each file is replaced at once, the config last: an interrupted first save leaves no model, not half of one.
     """
-    folder = Path(folder)
+    folder = Path(checked("folder", folder, Path))
     check_finite(tensors, f"no model is written to {folder}")
     text = json.dumps({"format": "detailflow", "kind": kind, **config}, indent=2, ensure_ascii=False)
     try:

@@ -20,18 +20,31 @@ from detailflow.errors import DetailFlowError, DetailFlowWarning
 from detailflow.generation import Generators, image_generators
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
-from detailflow.models.loading import check_ids
+from detailflow.models.loading import checked_ids
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.psnr import psnr
 from detailflow.published import Variant
 from detailflow.sampling import EngineName, SamplingOptions
 from detailflow.schedule import TokenSchedule
-from detailflow.settings import BatchSize, NotNegativeInt, PositiveInt, Seed, Settings, check_arguments, require
+from detailflow.settings import (
+    BatchSize,
+    NotNegativeInt,
+    PositiveInt,
+    Seed,
+    Settings,
+    check_arguments,
+    checked,
+    require,
+)
 
 BATCH_SIZE = 32
 LARGEST_CALL = 100_000  # images, which are all in memory in the end
 Labels = Label | Sequence[Label] | np.ndarray | Tensor
 Picture = Image.Image | str | os.PathLike[str]  # an image, or the path of a file of one
+_INSTEAD = {  # of options of a plain call, for variations
+    "num_images_per_class": "num_images, the number of variations",
+    "prefix": "the tokens in place of the image, and how many of them to keep",
+}
 _PICTURE = (Image.Image, str, os.PathLike)
 
 
@@ -177,8 +190,9 @@ class DetailFlowPipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write both models to `folder`, as tokenizer/ and gpt/."""
-        self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
-        self.gpt.save_pretrained(Path(folder) / "gpt")
+        folder = Path(checked("folder", folder, Path))
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.gpt.save_pretrained(folder / "gpt")
 
     def push_to_hub(
         self,
@@ -238,7 +252,7 @@ class DetailFlowPipeline:
             counts: yield only the stages of that many tokens; `None` is all of them.
             options: as in a plain call.
         """
-        wanted = None if counts is None else [self.tokenizer.schedule.check_count(n) for n in counts]
+        wanted = None if counts is None else self.tokenizer.schedule.check_counts(counts)
         return self._stages(list(self._batches(self._wanted(labels, num_images), **options)), wanted)
 
     def _stages(self, batches: Sequence[Iterator[Tensor]], wanted: Sequence[int] | None) -> Iterator[Stage]:
@@ -278,8 +292,13 @@ class DetailFlowPipeline:
             label: the class of the variations, also another one than the image's; `None` is no class.
             num_images: number of variations.
             size: (height, width) of the full image if it is not square, as `TokenSchedule.full_shape` has it.
-            options: as in a plain call.
+            options: as in a plain call, but for `num_images_per_class` and `prefix`, which are `num_images` and the
+                first `keep` tokens of `image` here.
         """
+        for name, instead in _INSTEAD.items():
+            if name in options:
+                raise DetailFlowError(f"{name} is for a plain call: give {instead}")
+        require(PositiveInt, num_images=num_images)
         ids = self.tokens(image)
         if self.tokenizer.schedule.check_count(keep, "keep") > len(ids):
             raise DetailFlowError(f"keep must be at most the {len(ids)} tokens given, not {keep}")
@@ -301,8 +320,7 @@ class DetailFlowPipeline:
             ids = torch.as_tensor(image)
         except (TypeError, ValueError, RuntimeError) as error:
             raise DetailFlowError(f"tokens must be a list of integers ({error})") from error
-        check_ids("tokens", ids, 1, self.tokenizer.config.codebook_size)
-        return ids
+        return checked_ids("tokens", ids, 1, self.tokenizer.config.codebook_size)
 
     def _batches(self, several: Sequence[int], **options: Unpack[GenerationOptions]) -> Iterator[Iterator[Tensor]]:
         """Check everything now; then, batch by batch, yield the codes so far, (B, n), after each decoding step."""
@@ -388,7 +406,7 @@ def reconstruct(
 ) -> Iterator[Reconstruction]:
     """Encode an image that `fit` returned, and yield it from its first 1, 2, 4, … N tokens, or `counts` tokens."""
     schedule = tokenizer.schedule
-    counts = stage_counts(schedule) if counts is None else [schedule.check_count(n) for n in counts]
+    counts = stage_counts(schedule) if counts is None else schedule.check_counts(counts)
     ids = encode_images(tokenizer, [original])
     for n in counts:
         height, width = schedule.decode_shape(n, original.height, original.width)

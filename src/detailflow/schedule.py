@@ -4,6 +4,7 @@ The paper's symbols: N tokens in groups of g, the first c of them one by one; n 
 R(n), decoded at side D(n), a multiple of the patch size f.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
-from detailflow.settings import Must, PositiveInt, Settings
+from detailflow.settings import Must, PositiveInt, Settings, checked
 
 LARGEST_ALPHA = 20  # beyond, R(n) jumps from 1 to R, and its powers leave floating-point numbers
 
@@ -84,12 +85,21 @@ class TokenSchedule(Settings):
         """Return a valid `n`, or N for `None`; an error calls it `name`."""
         if n is None:
             return self.num_tokens
+        n = checked(name, n, int)
         if n not in self.valid_counts:
             single = f"1 to {self.prefix} or " if self.prefix else ""
             raise DetailFlowError(
                 f"{name} must be {single}a multiple of {self.group_size} up to {self.num_tokens}, not {n}"
             )
         return n
+
+    def check_counts(self, counts: Iterable[int]) -> list[int]:
+        """Return valid counts, of which there may be none."""
+        if not isinstance(counts, Iterable):
+            raise DetailFlowError(
+                f"counts must be a list of numbers of tokens, such as [1, {self.num_tokens}], not {counts!r}"
+            )
+        return [self.check_count(n, "each of counts") for n in counts]
 
     def resolution(self, n: int) -> int:
         """Return R(n), the resolution in pixels that n tokens stand for (Sec. 3.2, Eq. 4)."""

@@ -177,6 +177,8 @@ def _convert(value: Any, kind: Any, text: bool) -> Any:
         return _converted_list(value, arguments[0], text)
     if origin is Literal:
         valid, what = value in arguments, listed(arguments)
+    elif origin is Callable:
+        valid, what = callable(value), "a function"
     elif is_dataclass(kind):
         valid, what = isinstance(value, kind), getattr(kind, "__name__", str(kind))  # type: ignore[arg-type]
     elif kind in _READERS:
@@ -254,8 +256,10 @@ def _converted_list(value: Any, kind: Any, text: bool) -> Any:
     if text and isinstance(value, str) and value.startswith("["):
         import yaml
 
-        with suppress(yaml.YAMLError, RecursionError):
-            value = yaml.safe_load(value)
+        from detailflow.files import load_yaml
+
+        with suppress(yaml.YAMLError):
+            value = load_yaml(value)
     if not isinstance(value, list | tuple):
         raise _InvalidError("a list, such as [a, b]", value)
     try:

@@ -183,6 +183,19 @@ def test_a_reader_that_leaves_gets_no_traceback():
     assert done.returncode in (0, 141)  # 0 where all was written before the reader left
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_output_that_is_closed(closed: str, tmp_path: Path):
+    """The work is done, in silence."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    command = f"{sys.executable} -m detailflow reconstruct {tmp_path / 'a.png'} --output {tmp_path / 'out'} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert ("PSNR" in done.stdout) == (closed == "2>&-") and ("wrote" in done.stderr) == (closed == ">&-")
+    assert "wrote" not in done.stdout and len(list((tmp_path / "out").iterdir())) == 2
+    wrong = subprocess.run(["bash", "-c", f"{command} --numm 3"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stdout == ""
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_a_full_disk_behind_the_output():
     with open("/dev/full", "w") as full:
@@ -214,6 +227,26 @@ def test_ctrl_c(model: Path, tmp_path: Path):
         process.kill()
     assert (process.returncode, out, err) == (130, "", "detailflow: interrupted\n")
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix != ".png"]
+
+
+DROPS = """
+import signal, time
+try:
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(0.2)
+except KeyboardInterrupt:  # as libraries in C do when they are imported
+    pass
+"""
+
+
+def test_ctrl_c_within_an_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It waits for the end of the import, and is not lost."""
+    (tmp_path / "drops.py").write_text(f"{DROPS}\ndef main(argv):\n    time.sleep(5)\n    return 0")
+    monkeypatch.setattr("detailflow.cli.__path__", [str(tmp_path)])
+    monkeypatch.setitem(front.COMMANDS, "drops", "")
+    assert main(["drops"]) == 130
+    assert capsys.readouterr().err == "detailflow: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("option", [["--max-pixels", "100"], ["--max-pixels=100"]])

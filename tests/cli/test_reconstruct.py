@@ -275,6 +275,36 @@ def test_no_image(capsys: pytest.CaptureFixture[str]):
     assert "the following arguments are required: IMAGE" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "-- -dash.png --output rec",
+            "--output comes after --, where nothing is an option: put -- and what follows it",
+        ),
+        (
+            "-- -dash.png --output=rec",
+            "--output comes after --, where nothing is an option: put -- and what follows it",
+        ),
+        ("-dash.jpg", "-dash.jpg begins with a dash, as options do: write ./-dash.jpg"),
+        ("a.png -dash.jpg --num 3", "-dash.jpg begins with a dash, as options do: write ./-dash.jpg"),
+        ("--dash.png", "--dash.png begins with a dash, as options do: write ./--dash.png"),  # as there is such a file
+        ("a.png --dash.jpg", "unknown option '--dash.jpg': see detailflow reconstruct --help"),
+        ("a.png --num -1.e5", "--num: expected one argument"),
+    ],
+)
+def test_images_that_begin_with_a_dash(
+    words: str, message: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "-dash.png", "--dash.png"):
+        Image.new("RGB", (32, 32)).save(name)
+    assert main(["reconstruct", *words.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"detailflow: error: {message}")
+    assert main(["reconstruct", "--output", "out", "--model", str(model), "--", "-dash.png", "--dash.png"]) == 0
+    assert main(["reconstruct", "./-dash.png", "--output", "out", "--model", str(model)]) == 0
+
+
 def test_a_model_of_the_other_kind(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     any_image("RGB").save(tmp_path / "a.png")
     assert reconstruct(model / "gpt", tmp_path / "out", tmp_path / "a.png") == 2

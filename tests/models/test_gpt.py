@@ -128,14 +128,26 @@ def test_wrong_inputs(gpt: DetailFlowGPT):
         (r"class_ids must be integers in 1 dimension\(s\)", torch.tensor(1), ids),
         (f"codes must lie in 0 to {CONFIG.codebook_size - 1}, not ", torch.tensor([3]), ids + CONFIG.codebook_size),
         (r"codes must be integers in 2 dimension\(s\)", torch.tensor([3]), ids.float()),
+        (r"class_ids must be a tensor of integers, as torch.tensor makes it, not \[3\]", [3], ids),
+        (r"codes must be a tensor of integers, as torch.tensor makes it, not \[\[1\]\]", torch.tensor([3]), [[1]]),
     ):
         with pytest.raises(DetailFlowError, match=name):
             gpt(classes, codes)
     for classes in (torch.tensor([3 + 1]), torch.tensor([-1]), torch.tensor([], dtype=torch.int64)):
         with pytest.raises(DetailFlowError, match="class_ids must"):
             gpt.generate(classes)
+    with pytest.raises(DetailFlowError, match="class_ids must be a tensor of integers"):
+        gpt.generate([3])  # type: ignore[arg-type]
     with pytest.raises(DetailFlowError, match="num_tokens must be 1 to 8 or a multiple of 4 up to 16, not 9"):
         gpt.generate(torch.tensor([0]), num_tokens=9)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32])
+def test_classes_and_codes_of_any_integers(gpt: DetailFlowGPT, dtype: torch.dtype):
+    classes, ids = torch.tensor([0, 3]), torch.arange(32).view(2, 16) % CONFIG.codebook_size
+    assert torch.equal(gpt(classes.to(dtype), ids.to(dtype)), gpt(classes, ids))
+    given = [gpt.generate(classes.to(kind), prefix=ids[:, :4].to(kind), temperature=0) for kind in (dtype, torch.int64)]
+    assert torch.equal(*given)
 
 
 def test_teacher_forcing_compiles_as_one_graph(gpt: DetailFlowGPT):

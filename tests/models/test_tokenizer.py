@@ -267,11 +267,37 @@ def test_wrong_counts(tokenizer: DetailFlowTokenizer, images: torch.Tensor, n: i
             0,
             "size must be a positive multiple of 8 pixels, or .*, not 0",
         ),
+        (
+            torch.zeros(1, 16, dtype=torch.int64),
+            8 * 10**8,
+            "a batch of 1 images at a size of 800000000 does not fit in memory, so give fewer codes or a smaller size",
+        ),
+        ([[0] * 16], None, r"codes must be a tensor of integers, as torch.tensor makes it, not \[\[0, 0, "),
     ],
 )
 def test_wrong_codes_and_sizes(tokenizer: DetailFlowTokenizer, ids: torch.Tensor, size: int | None, message: str):
     with pytest.raises(DetailFlowError, match=message):
         tokenizer.decode(ids, size=size)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32])
+def test_codes_of_any_integers(tokenizer: DetailFlowTokenizer, images: torch.Tensor, dtype: torch.dtype):
+    ids = tokenizer.encode(images)
+    assert torch.equal(tokenizer.decode(ids.to(dtype)), tokenizer.decode(ids))
+    given = [
+        tokenizer.encode_correction(images, position=0, wrong_tokens=wrong)
+        for wrong in (ids[:, 1:2], ids[:, 1:2].to(dtype))
+    ]
+    assert torch.equal(*given)
+
+
+def test_wrong_tokens_that_are_none(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
+    for wrong, message in (
+        ([[1]] * 3, "a tensor of integers, .*, not"),
+        (torch.tensor([1, 2, 3]), "integers in 2 dim"),
+    ):
+        with pytest.raises(DetailFlowError, match=f"wrong_tokens must be {message}"):
+            tokenizer.encode_correction(images, position=0, wrong_tokens=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("position", [-1, 9, 10, 16])
@@ -280,7 +306,7 @@ def test_wrong_positions(tokenizer: DetailFlowTokenizer, images: torch.Tensor, p
         tokenizer.encode_correction(images, position=position, wrong_tokens=torch.zeros(3, 4, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(("position", "shape"), [(0, (3, 4)), (8, (3, 1)), (8, (2, 4)), (8, (4,))])
+@pytest.mark.parametrize(("position", "shape"), [(0, (3, 4)), (8, (3, 1)), (8, (2, 4))])
 def test_wrong_tokens_of_another_shape(
     tokenizer: DetailFlowTokenizer, images: torch.Tensor, position: int, shape: tuple[int, ...]
 ):

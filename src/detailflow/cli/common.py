@@ -79,6 +79,10 @@ class Parser(argparse.ArgumentParser):
         _, taken = self._operands_first()
         for name in filter(os.path.isfile, taken):
             self.error(f"{name} is taken for a value of {taken[name]}")
+        after = self._words[len(self._before_dashes) :]
+        for name in (word.partition("=")[0] for word in after):
+            if name in self.known_options:
+                self.error(f"{name} comes after --, where nothing is an option: put -- and what follows it last")
         try:
             result, rest = self.parse_known_args(self._words, namespace)
         except argparse.ArgumentError as error:
@@ -88,6 +92,11 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self.error(f"{' '.join(rest)} is more than this command takes: see {self.prog} --help")
         return result
+
+    @property
+    def _before_dashes(self) -> list[str]:
+        """The words before --, which alone may be options."""
+        return list(takewhile(lambda word: word != "--", self._words))
 
     @property
     def known_options(self) -> dict[str, argparse.Action]:
@@ -123,8 +132,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a `DetailFlowError`, about a misspelled option if there is one: it may be why others are missing."""
-        options = self._words[: self._words.index("--")] if "--" in self._words else self._words
+        options = self._before_dashes
         known = [*self.known_options, "--help"]
+        for word in options:
+            if word.startswith("-") and (os.path.isfile(word) or re.fullmatch(r"-[^-\d.].*\.\w*[a-zA-Z]\w*", word)):
+                raise DetailFlowError(f"{word} begins with a dash, as options do: write ./{word}")
         for word in (word.partition("=")[0] for word in options if word.startswith("--")):
             if word not in known:
                 raise DetailFlowError(unknown("option", word, [*known, "--max-pixels"], f"see {self.prog} --help"))

@@ -3,11 +3,16 @@
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from _thread import interrupt_main
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 from detailflow import __version__
 from detailflow.errors import DetailFlowError, DetailFlowWarning, ReportedElsewhereError, missing_package
@@ -60,11 +65,15 @@ options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed from the start: what is printed goes nowhere
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to stop
         sys.stdout.reconfigure(errors="replace")
     usual, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
-        status = _run(list(sys.argv[1:] if argv is None else argv))
+        with _no_interrupt_in_imports():
+            status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a closed pipe can still be caught
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         _close_output()
@@ -90,6 +99,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = usual
     _leave_process_group(status)
     return status
+
+
+@contextmanager
+def _no_interrupt_in_imports() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of imports: raised within, libraries in C would drop it or end the process."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    at = frame
+    while at is not None and at.f_code is not main.__code__:  # what called us may be a module that is imported
+        if at.f_code.co_filename == "<frozen importlib._bootstrap>":
+            again = threading.Timer(0.05, interrupt_main)  # which comes back here, or to who handles it by then
+            again.daemon = True
+            again.start()
+            return
+        at = at.f_back
+    raise KeyboardInterrupt
 
 
 def _close_output() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -127,10 +128,14 @@ def read_settings_file(path: str) -> dict[str, Any]:
         raise DetailFlowError(f"--config {path}: this file cannot be read{missing}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
+        problem = str(getattr(error, "problem", "")).removeprefix("but ")
+        line = f" ({problem}, line {where.line + 1})" if where else ""
         raise DetailFlowError(f"--config {path}: this file is not valid YAML{line}") from error
     if not isinstance(content, dict):
         raise DetailFlowError(f"--config {path}: this file must have settings, each as KEY: VALUE")
+    ((name, count),) = Counter(name for name, _ in flat(content)).most_common(1) or [("", 0)]
+    if count > 1:
+        raise DetailFlowError(f"--config {path}: {name} is there twice, nested and with its dotted name")
     return content
 
 

@@ -14,7 +14,7 @@ from detailflow.device import to_device
 from detailflow.errors import DetailFlowError
 from detailflow.generation import Cache, Generators
 from detailflow.models.layers import attend
-from detailflow.models.loading import check_ids
+from detailflow.models.loading import checked_ids
 from detailflow.models.pretrained import Pretrained
 from detailflow.sampling import GuidanceSchedule, SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule
@@ -221,11 +221,8 @@ class DetailFlowGPT(Pretrained):
         Class id `num_classes` is the null class.
         """
         if not torch.compiler.is_compiling():  # a compiled step would break here
-            for name, given, dimensions, count in (
-                ("class_ids", class_ids, 1, self.config.num_classes + 1),
-                ("codes", ids, 2, self.config.codebook_size),
-            ):
-                check_ids(name, given, dimensions, count if given.device.type == "cpu" else None)  # no wait for a GPU
+            class_ids = checked_ids("class_ids", class_ids, 1, self.config.num_classes + 1, wait=False)
+            ids = checked_ids("codes", ids, 2, self.config.codebook_size, wait=False)
         if ids.ndim != 2 or ids.shape != (len(class_ids), self.config.num_tokens):
             raise DetailFlowError(
                 f"codes must have shape ({len(class_ids)}, {self.config.num_tokens}), not {tuple(ids.shape)}"
@@ -298,7 +295,8 @@ class DetailFlowGPT(Pretrained):
     ) -> Iterator[Tensor]:
         """Yield the codes so far, (B, n), after each decoding step, or first the prefix; see `generate`."""
         n = self.schedule.check_count(num_tokens)
-        check_ids("class_ids", class_ids, 1, self.config.num_classes + 1)  # where they are: a GPU would be waited for
+        # Where they are, and only then moved: a GPU would be waited for.
+        class_ids = checked_ids("class_ids", class_ids, 1, self.config.num_classes + 1)
         class_ids = to_device(class_ids, self.device)
         if not len(class_ids):
             raise DetailFlowError("class_ids must have at least one class")
@@ -309,7 +307,7 @@ class DetailFlowGPT(Pretrained):
         return generation.generate(engine, self.schedule, sampling, noise, n, self.device, prefix)
 
     def _checked_prefix(self, prefix: Tensor, images: int, num_tokens: int) -> Tensor:
-        check_ids("prefix", prefix, 2, self.config.codebook_size)
+        prefix = checked_ids("prefix", prefix, 2, self.config.codebook_size)
         if len(prefix) != images:
             raise DetailFlowError(f"prefix must have a row for each of {images} images, not {len(prefix)} rows")
         kept = self.schedule.check_count(prefix.shape[1], "the length of prefix")

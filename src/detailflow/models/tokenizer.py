@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detailflow import graphs
 from detailflow.data.transforms import to_uint8
-from detailflow.device import to_device
+from detailflow.device import to_device, within_memory
 from detailflow.errors import DetailFlowError
 from detailflow.models.layers import (
     Block,
@@ -26,7 +26,7 @@ from detailflow.models.layers import (
     resize_positions,
     unpatchify,
 )
-from detailflow.models.loading import check_ids
+from detailflow.models.loading import checked_ids
 from detailflow.models.pretrained import Pretrained
 from detailflow.schedule import TokenSchedule
 from detailflow.settings import Must, PositiveInt, Settings
@@ -308,7 +308,7 @@ class DetailFlowTokenizer(Pretrained):
         `size` is s or (height, width), `None` is D(n); `TokenSchedule.decode_shape` has the D(n) of images that are not
         square.
         """
-        check_ids("codes", ids, 2, self.config.codebook_size)
+        ids = checked_ids("codes", ids, 2, self.config.codebook_size)
         n = self.schedule.check_count(ids.shape[1])
         size = self.schedule.decode_size(n) if size is None else size
         sides, patch = size if isinstance(size, tuple) else (size, size), self.config.patch_size
@@ -316,7 +316,8 @@ class DetailFlowTokenizer(Pretrained):
             raise DetailFlowError(
                 f"size must be a positive multiple of {patch} pixels, or (height, width) of such, not {size}"
             )
-        return self.decode_quantized(self.quantizer.lookup(ids.to(self.device)), size)
+        with within_memory(f"a batch of {len(ids)} images at a size of {size}", "give fewer codes or a smaller size"):
+            return self.decode_quantized(self.quantizer.lookup(ids.to(self.device)), size)
 
     @torch.no_grad()
     def decode_bytes(self, ids: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -351,12 +352,12 @@ class DetailFlowTokenizer(Pretrained):
             (B, N) int64: clean before p, then `wrong_tokens`, then corrected.
         """
         images, end = self._checked(images), self.span(position)
+        wrong_tokens = checked_ids("wrong_tokens", wrong_tokens, 2, self.config.codebook_size)
         expected = (images.shape[0], end - position)
         if wrong_tokens.shape != expected:
             raise DetailFlowError(
                 f"wrong_tokens at position {position} must have shape {expected}, not {tuple(wrong_tokens.shape)}"
             )
-        check_ids("wrong_tokens", wrong_tokens, 2, self.config.codebook_size)
         patches = self.encode_patches(images)
         given = self.quantizer.nearest(self.encode_latents(patches, self.config.num_tokens))
         given[:, position:end] = wrong_tokens.to(self.device)

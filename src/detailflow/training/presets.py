@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-import yaml
 
 from detailflow import hub
 from detailflow.data.images import ImageSource, spread
 from detailflow.errors import DetailFlowError
+from detailflow.files import load_yaml
 from detailflow.labels import UNLABELLED, ClassLabels
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.tokenizer import TokenizerConfig
@@ -94,7 +94,7 @@ class StageSettings(NamedTuple):
 
 def load_settings(preset: str, stage: str) -> dict[str, Any]:
     """Return the settings of one stage ("tokenizer", "extract" or "gpt") of a recipe in `recipes/`."""
-    return yaml.safe_load((files("detailflow") / "recipes" / preset / f"{stage}.yaml").read_text())
+    return load_yaml((files("detailflow") / "recipes" / preset / f"{stage}.yaml").read_text())
 
 
 def tokenizer_sizes(source: str) -> dict[str, Any]:
