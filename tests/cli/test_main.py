@@ -244,9 +244,13 @@ def test_ctrl_c_within_an_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (tmp_path / "drops.py").write_text(f"{DROPS}\ndef main(argv):\n    time.sleep(5)\n    return 0")
     monkeypatch.setattr("detailflow.cli.__path__", [str(tmp_path)])
     monkeypatch.setitem(front.COMMANDS, "drops", "")
-    assert main(["drops"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main(["drops"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "detailflow: interrupted\n"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("option", [["--max-pixels", "100"], ["--max-pixels=100"]])
