@@ -4,7 +4,9 @@ The paper's symbols: N tokens in groups of g, the first c of them one by one; n 
 R(n), decoded at side D(n), a multiple of the patch size f.
 """
 
+import operator
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
@@ -85,6 +87,8 @@ class TokenSchedule(Settings):
         """Return a valid `n`, or N for `None`; an error calls it `name`."""
         if n is None:
             return self.num_tokens
+        with suppress(TypeError):
+            n = n if isinstance(n, bool) else operator.index(n)  # of NumPy's and torch's numbers, too
         n = checked(name, n, int)
         if n not in self.valid_counts:
             single = f"1 to {self.prefix} or " if self.prefix else ""

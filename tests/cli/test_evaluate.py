@@ -203,6 +203,19 @@ def test_a_set_that_is_not_finished(
     assert main(["evaluate", "samples", str(made), str(made), *map(str, argv[3:])]) == 0
 
 
+def test_a_growing_set_in_one_file_that_is_not_finished(
+    cifar: Path, model: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    made = tmp_path / "made"
+    command = ["generate", "--model", str(model), "--format", "npz", "--device", "cpu", "--output", str(made)]
+    assert main([*command, "--num-images", "12"]) == 0
+    record = json.loads((made / "samples.json").read_text())
+    (made / "samples.json").write_text(json.dumps(record | {"num_images": 24}))  # as a stopped call of 24 leaves it
+    argv = ("--features", network, "--device", "cpu", "--output", tmp_path / "out")
+    assert evaluate("samples", made, cifar, *argv) == 2
+    assert "made has 12 of its 24 images: repeat" in capsys.readouterr().err
+
+
 def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from PIL import Image
 

@@ -22,6 +22,9 @@ SETS = "a folder, parquet or WebDataset files, or a hub name"
 MODEL = "a folder, hub name[@revision], emoji-64 or detailflow-16"
 
 
+_IMAGE_NAME = re.compile(r"-[^-].*\.(?:png|jpe?g|webp|gif|bmp|tiff?|npz)", re.IGNORECASE)  # taken for an option
+
+
 class Parser(argparse.ArgumentParser):
     """A parser of one command, whose mistakes are `DetailFlowError`s and whose help fits a screen.
 
@@ -135,7 +138,7 @@ class Parser(argparse.ArgumentParser):
         options = self._before_dashes
         known = [*self.known_options, "--help"]
         for word in options:
-            if word.startswith("-") and (os.path.isfile(word) or re.fullmatch(r"-[^-\d.].*\.\w*[a-zA-Z]\w*", word)):
+            if word.startswith("-") and (os.path.isfile(word) or _IMAGE_NAME.fullmatch(word)):
                 raise DetailFlowError(f"{word} begins with a dash, as options do: write ./{word}")
         for word in (word.partition("=")[0] for word in options if word.startswith("--")):
             if word not in known:

@@ -315,10 +315,16 @@ def _files_of_split(top: str, names: list[str], split: str | None, notes: Notes)
     known = {word: _SPLITS[word] for word in sorted(filter(None, words))}
     if not known:
         return names
-    if split is None and None in words and len(set(known.values())) == 1:
+    if None in words and len(set(known.values())) == 1:
         named = {name for name, word in zip(names, words, strict=True) if word}
-        notes.question = f"all files are read, with {some_names(named)}: is this of another split?"
-        return names
+        if split is None:
+            notes.question = f"all files are read, with {some_names(named)}: is this of another split?"
+            return names
+        if _SPLITS.get(split.lower()) == "train":  # files of no split are those to train on
+            notes.split, notes.splits = "train", tuple(sorted({"train", *known.values()}, key=_ORDER.index))
+            others = named if "train" not in known.values() else set()
+            notes.leave("file of another split", *sorted(others))
+            return [name for name in names if name not in others]
     picked = _pick_split(top, known, split, notes)
     notes.leave("file of no split", *(name for name, word in zip(names, words, strict=True) if word is None))
     return [name for name, word in zip(names, words, strict=True) if word == picked]

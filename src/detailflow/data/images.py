@@ -23,6 +23,7 @@ from detailflow.data.source import ImageSource, Notes, class_order, labelled, no
 from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError, DetailFlowWarning, printable
+from detailflow.progress import progress_bar
 
 __all__ = ["ImageSource", "find", "load_rgb", "open_images", "spread", "to_rgb", "tolerated"]
 
@@ -146,6 +147,7 @@ class _FileRows:
 
     def __init__(self, files: list[str], root: str) -> None:
         self.files, self.root = files, root
+        self._stamps: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -160,7 +162,10 @@ class _FileRows:
         return file_sizes(self.files, self.root)
 
     def stamps(self) -> np.ndarray:
-        return np.array([size for _, size in self.listing()])
+        if self._stamps is None:
+            files = progress_bar(self.listing(), desc="look at files", total=len(self), unit="file")
+            self._stamps = np.array([size for _, size in files])
+        return self._stamps
 
 
 def _open_folder(found: DataFiles, image_column: str, label_column: str) -> ImageSource:

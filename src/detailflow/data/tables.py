@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import socket
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -84,7 +83,7 @@ class TableRows:
 
     def stamps(self) -> np.ndarray:
         if self.hub:
-            return np.full(len(self), zlib.crc32(self.hub[1].encode()))
+            return np.zeros(len(self), np.int64)  # the hub tells one commit from another, but not their images
         return np.repeat([size for _, size in file_sizes(self.files)], np.diff(self.ends, prepend=0))
 
 

@@ -94,7 +94,8 @@ def open_shards(found: DataFiles, image_column: str, label_column: str) -> Image
             f"files may be missing from {cut[0]}{others}, as no mark of an archive's end follows: copy such a shard "
             "again, or write it again and close it"
         )
-    folders = sorted({key.partition("/")[0] for shard in shards for key in shard.spans if "/" in key})
+    keys = (_plain(key) for shard in shards for key in shard.spans)
+    folders = sorted({key.partition("/")[0] for key in keys if "/" in key})
     if unlabelled and len(folders) > 1:
         some = ", ".join(folders[:3]) + ", …" * (len(folders) > 3)
         notes.question = f"its images are in the folders {some}: if these are their classes, unpack {where}"
@@ -179,7 +180,7 @@ class _Members:
             raise tarfile.ReadError(f"{member.name} has the size {member.size}")
         if len(member.name) > _LONGEST_NAME:
             raise tarfile.ReadError(f"a name of {len(member.name):,} characters")
-        path = posixpath.normpath(member.name)  # "./a.png" is beside "a.cls"
+        path = _plain(member.name)
         folder, _, name = path.rpartition("/")
         stem, _, suffixes = name.lower().partition(".")
         if not stem or "__MACOSX" in folder.split("/"):
@@ -190,7 +191,7 @@ class _Members:
         elif not member.isreg():
             return
         elif not self.suffixes.isdisjoint((f".{suffixes}", last)):
-            self._put(self.images, member, path, (member.offset_data, member.size))
+            self._put(self.images, member, member.name, (member.offset_data, member.size))
         elif last == ".cls" and self.label_column == "label":
             self._put(self.cls_labels, member, path[:-4], self._text(member).strip())
         elif last == ".json":
@@ -228,8 +229,9 @@ class _Members:
             else:
                 spans[name[: name.rindex(".")]] = self.images[name]
         labels = {key: label for key, label in self.json_labels.items() if label is not None} | self.cls_labels
-        of_keys = [labels.get(key, labels.get(_first_key(key))) for key in spans]
-        taken = {*spans, *map(_first_key, spans)}
+        keys = list(map(_plain, spans))
+        of_keys = [labels.get(key, labels.get(_first_key(key))) for key in keys]
+        taken = {*keys, *map(_first_key, keys)}
         unused = [f"{key}.{'cls' if key in self.cls_labels else 'json'}" for key in labels if key not in taken]
         self.notes.leave("label file without an image", *unused)
         if self.replaced:
@@ -237,6 +239,11 @@ class _Members:
             first = f"(the first: {self.replaced[0]}): the last of each name is taken"
             self.notes.warnings.append(f"{file} holds {count} twice {first}")
         return _Shard(spans, of_keys, self.notes, ended)
+
+
+def _plain(name: str) -> str:
+    """Return a name by which files of one key are found: "./a.png" is beside "a.cls"."""
+    return posixpath.normpath(name)
 
 
 def _first_key(name: str) -> str:

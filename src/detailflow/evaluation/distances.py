@@ -147,7 +147,8 @@ def measure(
     world = world or World()
     if stored and (stored.kept is not None or not total):
         kept = stored.kept[spread(len(stored.kept), min(keep, len(stored.kept)))] if stored.kept is not None else None
-        return Statistics(extractor.name, extractor.fingerprint, stored.pool, stored.spatial, kept if keep else None)
+        few = kept if keep else None
+        return Statistics(extractor.name, extractor.fingerprint, stored.pool, stored.spatial, few, side=stored.side)
     check_total(total, world)
     statistics, checksum = FeatureStatistics(extractor, total, world, keep, labels), Checksum(total, world)
     with progress_bar(desc="features", total=total, unit="image", main=world.is_main) as bar:

@@ -167,6 +167,7 @@ def open_set(
         world: the ranks that share the images.
     """
     file = Path(path).expanduser()
+    folder = file
     if os.path.isfile(file / "samples.npz"):
         file = file / "samples.npz"
     source: ImageSource | NpzImages | None
@@ -189,9 +190,9 @@ def open_set(
             about["preprocessing"] = f"shorter side to {size} pixels (bicubic with antialiasing), centre crop"
         else:
             side = _first_side(source)
-        _check_whole(file, len(source))
         about |= {"split": split} if split else {}
     total = len(source) if source else 0
+    _check_whole(folder, total)
     if count is not None and not 0 < count <= total:
         raise DetailFlowError(f"{path} has {total} images: {count} cannot be taken from it")
     indices: Sequence[int] = range(total)

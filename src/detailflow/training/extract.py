@@ -112,10 +112,11 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
             tokenizer_fingerprint=codes_fingerprint(config.tokenizer),
         )
     source, validation = split(config, everything, world)
+    sources = {output: source} if validation is None else {output / VALIDATION: validation, output: source}
+    stamps = {path: world.from_main(lambda one=one: one.stamps) for path, one in sources.items()}  # type: ignore[misc]
     with world.raise_together():
-        sources = {output: source} if validation is None else {output / VALIDATION: validation, output: source}
         writers = {
-            path: TokenWriter(path, info, one.all_labels, chunk_images(path, one), one.stamps)
+            path: TokenWriter(path, info, one.all_labels, chunk_images(path, one), stamps[path])
             for path, one in sources.items()
         }
         if validation is None and (output / VALIDATION).exists() and not writers[output].finished:
