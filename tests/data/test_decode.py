@@ -253,21 +253,24 @@ def test_the_size_of_a_png_is_read_without_its_pixels(monkeypatch):
     assert load_rgb(late).size == (3000, 4000)
 
 
+def turned(form: str, orientation: int) -> bytes:
+    """A file of 32×24 pixels with this EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return saved(noise(), form, exif=exif)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["TIFF", "JPEG", "PNG", "WEBP"])
 def test_the_size_is_that_of_the_image_as_shown(form, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    content = saved(noise(), form, exif=exif)
+    content = turned(form, orientation)
     assert image_size(content, "a") == load_rgb(content).size == ((24, 32) if orientation >= 5 else (32, 24))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["TIFF", "JPEG", "PNG", "WEBP"])
 def test_an_opened_image_is_turned_as_its_file_is(form, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    content = saved(noise(), form, exif=exif)
+    content = turned(form, orientation)
     image, expected = Image.open(io.BytesIO(content)), np.asarray(load_rgb(content))
     for _ in ("not loaded yet", "loaded"):
         np.testing.assert_array_equal(np.asarray(to_rgb(image)), expected)

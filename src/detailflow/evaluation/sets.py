@@ -22,7 +22,8 @@ from detailflow.data.transforms import center_crop
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, first_line
 from detailflow.evaluation.metrics import Gaussian
-from detailflow.files import check_regular, read_json, writing
+from detailflow.files import check_regular, writing
+from detailflow.runs import RunFolder
 from detailflow.samples import SETTINGS_FILE
 
 IMAGES = "arr_0"  # the entry of an ADM .npz that has images, (n, H, W, 3) bytes
@@ -204,9 +205,8 @@ def open_set(
 def _check_whole(folder: Path, images: int) -> None:
     """Check that a set that `generate --num-images` was making is finished."""
     record: dict[str, Any] = {}
-    if os.path.isfile(folder / SETTINGS_FILE):
-        with suppress(DetailFlowError):  # somebody else's file of that name
-            record = read_json(folder / SETTINGS_FILE)
+    with suppress(DetailFlowError):  # somebody else's file of that name
+        record = RunFolder(folder, "samples", SETTINGS_FILE).read()
     total = record.get("num_images")
     if isinstance(total, int) and "gpt" in record and images != total:
         raise DetailFlowError(
