@@ -12,7 +12,6 @@ import yaml
 from detailflow.errors import DetailFlowError
 from detailflow.files import (
     LARGEST_YAML,
-    load_yaml,
     lock_folder,
     output_names,
     read_json,
@@ -20,6 +19,7 @@ from detailflow.files import (
     replacing,
     write_json,
 )
+from detailflow.plain_yaml import load_yaml
 
 
 def names(folder: Path) -> list[str]:

@@ -16,8 +16,9 @@ import yaml
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, some_names
-from detailflow.files import LARGEST_YAML, load_yaml, os_errors, read_json, read_text, reading, replacing
+from detailflow.files import LARGEST_YAML, os_errors, read_json, read_text, reading, replacing
 from detailflow.labels import default_names
+from detailflow.plain_yaml import load_yaml
 from detailflow.tensors import in_pieces, is_weights, save_torch
 from detailflow.torch_files import load_torch
 

@@ -256,7 +256,7 @@ def _converted_list(value: Any, kind: Any, text: bool) -> Any:
     if text and isinstance(value, str) and value.startswith("["):
         import yaml
 
-        from detailflow.files import load_yaml
+        from detailflow.plain_yaml import load_yaml
 
         with suppress(yaml.YAMLError):
             value = load_yaml(value)

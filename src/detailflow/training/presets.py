@@ -13,10 +13,10 @@ import torch
 from detailflow import hub
 from detailflow.data.images import ImageSource, spread
 from detailflow.errors import DetailFlowError
-from detailflow.files import load_yaml
 from detailflow.labels import UNLABELLED, ClassLabels
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.tokenizer import TokenizerConfig
+from detailflow.plain_yaml import load_yaml
 from detailflow.settings import Location, PositiveInt, Settings, parse_settings
 from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
