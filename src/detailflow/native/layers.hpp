@@ -13,15 +13,16 @@
 
 namespace detailflow {
 
-constexpr int OUTPUTS = 8;             // of a product that a thread computes at a time
-constexpr int BLOCK = 2048;            // bytes of a weight's row at a time: OUTPUTS of them stay in the first-level cache
+constexpr int BLOCK = 2048;            // bytes of a weight's row at a time: eight of them stay in the first-level cache
 constexpr int AHEAD = 16;              // outputs between a tile and the weights that it fetches
 constexpr std::size_t FEWEST_FOR_THREADS = std::size_t(1) << 21;  // multiplications of a product that several threads share
 constexpr std::size_t FEWEST_NUMBERS = std::size_t(1) << 15;      // of a norm or SwiGLU that they share
 
-// y (M, N) = or += x (M rows) · w (N rows)ᵀ over `size` numbers of rows of `in`; FETCH rows from `ahead` are fetched meanwhile.
+// y (M, N) = or += x (M packed rows) · w (N rows)ᵀ over `size` numbers of rows of `in`; FETCH rows from `ahead` are fetched
+// meanwhile. Never inlined: among other code compilers keep the sums in memory, and products take 1.7 times as long.
 template <class T, int M, int N, int FETCH>
-inline void tile(const T* x, const T* w, int in, int size, const T* ahead, float* y, std::size_t stride, bool add) {
+[[gnu::noinline]] void tile(const Factor<T>* x, const T* w, int in, int size, const T* ahead, float* y, std::size_t stride,
+                            bool add) {
     constexpr int COUNT = (M * N + LANES - 1) / LANES * LANES;
     Vector acc[COUNT] = {};
     for (int k = 0; k < size; k += Chunk<T>::SIZE) {
@@ -29,13 +30,13 @@ inline void tile(const T* x, const T* w, int in, int size, const T* ahead, float
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
             weights[n] = Chunk<T>::load(w + std::size_t(n) * in + k);
-            in_register(weights[n].numbers);
+            weights[n].keep();
             if (n < FETCH) __builtin_prefetch(ahead + std::size_t(n) * in + k, 0, 2);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            auto row = Chunk<T>::load(x + std::size_t(m) * in + k);
-            in_register(row.numbers);
+            auto row = Chunk<T>::load(x + std::size_t(k) * M + m * Chunk<T>::SIZE);
+            row.keep();
 #pragma GCC unroll 8
             for (int n = 0; n < N; n++) acc[m * N + n] = Chunk<T>::multiply_add(acc[m * N + n], row, weights[n]);
         }
@@ -51,57 +52,82 @@ inline void tile(const T* x, const T* w, int in, int size, const T* ahead, float
     }
 }
 
+// Call `use` with the largest of MOST, MOST/2, …, 1, 0 that is not above `wanted`, as a constant.
+template <int MOST, class Use> void at_most(int wanted, Use use) {
+    if constexpr (MOST == 0) use(std::integral_constant<int, 0>());
+    else if (wanted >= MOST) use(std::integral_constant<int, MOST>());
+    else at_most<MOST / 2>(wanted, use);
+}
+
+// Put rows of `in` numbers in the order in which tiles of M rows take them: a chunk of each of the M, then their next chunks; rows
+// that are left at the end stay single. As they come, they lie a power of two apart, and push each other out of the cache.
+template <class T, int M> const Factor<T>* packed(const T* x, int rows, int in, int threads) {
+    static thread_local Array<Factor<T>> memory;
+    memory.resize(std::size_t(rows) * in);
+    Factor<T>* to = memory.data();
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int m = 0; m < rows; m++) {
+        const int first = m / M * M, together = first + M <= rows ? M : 1, at = together > 1 ? m - first : 0;
+        for (int k = 0; k < in; k += Chunk<T>::SIZE)
+            Chunk<T>::load(x + std::size_t(m) * in + k).store(to + std::size_t(m - at) * in + k * together + at * Chunk<T>::SIZE);
+    }
+    return to;
+}
+
 // A weight matrix (out, in) in PyTorch's memory.
 template <class T> struct Linear {
     const T* weight;
     int out, in;
 };
 
-// N outputs of all rows from output `n` on: M rows at a time, which share the fetching of later weights.
+// How many outputs of a product a thread computes at a time: the weights for eight stay in the first-level cache while pairs of rows
+// pass; eight rows stay there themselves.
+constexpr int outputs_at_once(int M) { return M >= 8 ? 16 : 8; }
+
+// Those outputs of all packed rows, from output `n` on, in tiles of M rows and N outputs, which share the fetching of later weights.
 template <class T, int M, int N>
-void outputs(const T* x, int rows, const Linear<T>& w, int n, float* y, bool add) {
-    constexpr int SIZE = BLOCK / sizeof(T);
+void outputs(const Factor<T>* x, int rows, const Linear<T>& w, int n, float* y, bool add) {
+    constexpr int SIZE = BLOCK / sizeof(T), COUNT = outputs_at_once(M);
     const std::size_t in = w.in, stride = w.out;
-    const int passes = rows / M;
+    const int fetches = std::max(1, N / (rows / M));  // N rows of later weights for the N of a tile
     for (int k = 0; k < w.in; k += SIZE, add = true) {
         const T* weight = w.weight + n * in + k;
+        const int size = std::min(SIZE, w.in - k);
         int m = 0, fetched = 0;
-        auto pass = [&](auto fetch) {
-            const T* ahead = weight + (AHEAD + fetched) * in;
-            tile<T, M, N, fetch>(x + m * in + k, weight, in, std::min(SIZE, w.in - k), ahead, y + m * stride + n, stride, add);
-            m += M, fetched += fetch;
-        };
-        while (m + M <= rows) {
-            if (fetched == N) pass(std::integral_constant<int, 0>());
-            else if (passes >= 8) pass(std::integral_constant<int, N / 8 ? N / 8 : 1>());
-            else if (passes >= 4) pass(std::integral_constant<int, N / 4>());
-            else if (passes >= 2) pass(std::integral_constant<int, N / 2>());
-            else pass(std::integral_constant<int, N>());
-        }
+        for (; m + M <= rows; m += M)
+            for (int i = 0; i < COUNT; i += N)
+                at_most<N>(fetched < COUNT ? fetches : 0, [&](auto fetch) {
+                    tile<T, M, N, fetch>(x + m * in + k * M, weight + i * in, in, size, weight + (AHEAD + fetched) * in,
+                                         y + m * stride + n + i, stride, add);
+                    fetched += fetch;
+                });
         for (; m < rows; m++)
-            tile<T, 1, N, 0>(x + m * in + k, weight, in, std::min(SIZE, w.in - k), weight, y + m * stride + n, stride, add);
+            for (int i = 0; i < COUNT; i += 8)
+                tile<T, 1, 8, 0>(x + m * in + k, weight + i * in, in, size, weight, y + m * stride + n + i, stride, add);
     }
 }
 
 // y (rows, out) = or += x (rows, in) · Wᵀ.
 template <class T>
 void product(const T* x, int rows, const Linear<T>& w, float* y, bool add, int threads) {
-    const bool several = threads > 1 && std::size_t(rows) * w.out * w.in > FEWEST_FOR_THREADS;
+    if (std::size_t(rows) * w.out * w.in <= FEWEST_FOR_THREADS) threads = 1;
     if constexpr (sizeof(T) == 2)
         if (amx::available() && w.out % 16 == 0 && w.in % 32 == 0) {
             amx::product(reinterpret_cast<const uint16_t*>(x), rows, reinterpret_cast<const uint16_t*>(w.weight), w.out,
-                         w.in, y, add, several ? threads : 1);
+                         w.in, y, add, threads);
             return;
         }
-#pragma omp parallel for schedule(static) num_threads(threads) if (several)
-    for (int n = 0; n < w.out; n += OUTPUTS) {
-        if (rows >= 4 && LANES == 4)
-            for (int i = 0; i < OUTPUTS; i += 4) outputs<T, 4, 4>(x, rows, w, n + i, y, add);
-        else if (rows >= 2 && LANES == 16) outputs<T, 2, OUTPUTS>(x, rows, w, n, y, add);
-        else if (rows >= 2)
-            for (int i = 0; i < OUTPUTS; i += 4) outputs<T, 2, 4>(x, rows, w, n + i, y, add);
-        else outputs<T, 1, OUTPUTS>(x, rows, w, n, y, add);
-    }
+    auto in_tiles = [&](auto tile) {
+        constexpr int M = decltype(tile)::rows, N = decltype(tile)::outputs;
+        const Factor<T>* factors = packed<T, M>(x, rows, w.in, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int n = 0; n < w.out; n += outputs_at_once(M)) outputs<T, M, N>(factors, rows, w, n, y, add);
+    };
+    using Largest = typename Chunk<T>::Largest;
+    if (rows >= Largest::rows) in_tiles(Largest());
+    else if (rows >= 4) in_tiles(Tile<4, 4>());
+    else if (rows >= 2) in_tiles(Tile<2, Chunk<T>::OF_TWO_ROWS>());
+    else in_tiles(Tile<1, 8>());
 }
 
 // x / sqrt(mean(x²) + 1e-5) · weight, row by row.

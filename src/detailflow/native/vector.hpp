@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 #if defined(__AVX512F__)
@@ -82,34 +83,59 @@ inline void store(BFloat16* to, Vector value) {  // to the nearest, ties to even
     std::memcpy(to, &halves, sizeof halves);
 }
 
-// What one multiplication takes of a row: LANES floats, or twice as many bfloat16 numbers.
+// How many rows and outputs of a product are summed up at once: as many as registers can hold beside what they are multiplied by.
+template <int ROWS, int OUTPUTS> struct Tile { static constexpr int rows = ROWS, outputs = OUTPUTS; };
+
+// What one multiplication takes of a row: LANES floats, or twice as many bfloat16 numbers. `Factor` is the type of the rows that
+// weights of type T are multiplied by, once they are packed.
 template <class T> struct Chunk;
 
 template <> struct Chunk<float> {
-    static constexpr int SIZE = LANES;
+    static constexpr int SIZE = LANES, OF_TWO_ROWS = LANES == 16 ? 8 : 4;
+    using Factor = float;
+    using Largest = std::conditional_t<LANES == 16, Tile<2, 8>, std::conditional_t<LANES == 8, Tile<2, 4>, Tile<4, 4>>>;
     Vector numbers;
     static Chunk load(const float* from) { return {detailflow::load(from)}; }
     static Vector multiply_add(Vector sum, Chunk a, Chunk b) { return sum + a.numbers * b.numbers; }
+    void store(float* to) const { detailflow::store(to, numbers); }
+    void keep() { in_register(numbers); }
 };
 
+#if defined(__AVX512BF16__)
 template <> struct Chunk<BFloat16> {
-    static constexpr int SIZE = 2 * LANES;
-    Integers numbers;  // in pairs
+    static constexpr int SIZE = 2 * LANES, OF_TWO_ROWS = 8;
+    using Factor = BFloat16;
+    using Largest = Tile<2, 8>;
+    Integers pairs;
     static Chunk load(const BFloat16* from) {
         Chunk result;
-        std::memcpy(&result.numbers, from, sizeof result.numbers);
+        std::memcpy(&result.pairs, from, sizeof result.pairs);
         return result;
     }
     static Vector multiply_add(Vector sum, Chunk a, Chunk b) {
-#if defined(__AVX512BF16__)
-        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a.numbers, (__m512bh)b.numbers);
-#else
-        const Integers upper = Integers{} + int32_t(0xffff0000);
-        sum += (Vector)(a.numbers << 16) * (Vector)(b.numbers << 16);
-        return sum + (Vector)(a.numbers & upper) * (Vector)(b.numbers & upper);
-#endif
+        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a.pairs, (__m512bh)b.pairs);
     }
+    void store(BFloat16* to) const { std::memcpy(to, &pairs, sizeof pairs); }
+    void keep() { in_register(pairs); }
 };
+#else
+template <> struct Chunk<BFloat16> {  // as floats, first those of even index, then the odd ones
+    static constexpr int SIZE = 2 * LANES, OF_TWO_ROWS = 4;
+    using Factor = float;
+    using Largest = std::conditional_t<LANES == 8, Tile<4, 2>, std::conditional_t<LANES == 16, Tile<8, 2>, Tile<4, 4>>>;
+    Vector even, odd;
+    static Chunk load(const BFloat16* from) {
+        Integers pairs;
+        std::memcpy(&pairs, from, sizeof pairs);
+        return {(Vector)(pairs << 16), (Vector)(pairs & int32_t(0xffff0000))};
+    }
+    static Chunk load(const float* from) { return {detailflow::load(from), detailflow::load(from + LANES)}; }
+    static Vector multiply_add(Vector sum, Chunk a, Chunk b) { return sum + a.even * b.even + a.odd * b.odd; }
+    void store(float* to) const { detailflow::store(to, even), detailflow::store(to + LANES, odd); }
+    void keep() { in_register(even), in_register(odd); }
+};
+#endif
+template <class T> using Factor = typename Chunk<T>::Factor;
 
 // Halves of two vectors of sums: each block of 2·WIDTH lanes becomes one of WIDTH, `a`'s blocks first, then `b`'s.
 template <int WIDTH, std::size_t... I> inline Vector fold(Vector a, Vector b, std::index_sequence<I...>) {
