@@ -1,11 +1,13 @@
 """Attention against PyTorch's own."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from detailflow.models import layers
-from detailflow.models.layers import attend
+from detailflow.models.layers import ViTConfig, attend
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -31,3 +33,21 @@ def test_both_ways_agree(scores: int, queries: int, masked: bool, monkeypatch: p
 def test_nothing_to_attend():
     empty = torch.zeros(0, 3, 4, 8)
     assert attend(empty, empty, empty).shape == (0, 3, 4, 8)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_where_float32_is_faster(monkeypatch: pytest.MonkeyPatch, fast: bool):
+    """On a processor that is slower in bfloat16 a block rounds its result only; with and without keys of others."""
+    torch.manual_seed(0)
+    block = layers.Block(ViTConfig(width=64, depth=1, heads=4)).to(torch.bfloat16).requires_grad_(False)
+    exact = copy.deepcopy(block).float()
+    x = torch.randn(2, 6, 64).bfloat16()
+    mask = torch.ones(6, 12, dtype=torch.bool).tril(6)
+    _, past = exact(x.float())
+    wanted, wanted_own = exact(x.float(), past, mask)
+    monkeypatch.setattr(layers, "multiplies_bfloat16_fast", lambda: fast)
+    _, past = block(x)
+    result, own = block(x, past, mask)
+    assert result.dtype == torch.bfloat16 and all(weight.dtype == torch.bfloat16 for weight in block.parameters())
+    assert (result.equal(wanted.bfloat16()) and own[0].equal(wanted_own[0])) is not fast
+    assert (result - wanted).abs().max() < 0.05
