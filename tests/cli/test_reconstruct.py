@@ -51,6 +51,16 @@ def test_a_strip_and_a_row_per_image(
         assert [float(cell) for cell in row[9:].split()] == [round(s.psnr, 2) for s in pipeline.reconstruct(image)]
 
 
+def test_a_photo_of_a_phone_held_upright_is_turned_once(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    shown = Image.effect_mandelbrot((50, 90), (-3, -2.5, 2, 2.5), 100).convert("RGB")
+    shown.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
+    assert reconstruct(model, tmp_path / "out", tmp_path / "photo.png") == 0
+    with Image.open(tmp_path / "out" / "photo-reconstruction.png") as written:
+        assert written.tobytes() == pipeline.reconstruct(shown)[-1].images[0].tobytes()
+
+
 def test_the_whole_image(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     wide = Image.effect_noise((90, 50), 60).convert("RGB")
     wide.save(tmp_path / "wide.png")

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from PIL.IcoImagePlugin import IcoImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from detailflow.data.decode import image_size, image_suffixes, load_rgb, max_pixels, raster_formats, to_rgb
+from detailflow.data.decode import _TURNS, image_size, image_suffixes, load_rgb, max_pixels, raster_formats, to_rgb
 from detailflow.data.source import why
 from detailflow.errors import DetailFlowError, printable
 
@@ -274,6 +274,46 @@ def test_an_opened_image_is_turned_as_its_file_is(form, orientation):
     image, expected = Image.open(io.BytesIO(content)), np.asarray(load_rgb(content))
     for _ in ("not loaded yet", "loaded"):
         np.testing.assert_array_equal(np.asarray(to_rgb(image)), expected)
+
+
+def stored_in_xmp(form: str, orientation: int) -> bytes:
+    """The same, as some programs write it: in XMP alone."""
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    if form != "PNG":
+        return saved(noise(), form, **{"tiffinfo": {700: xmp.encode()}} if form == "TIFF" else {"xmp": xmp.encode()})
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    return saved(noise(), form, pnginfo=info)
+
+
+def stored_as_text(form: str, orientation: int) -> bytes:
+    """The same, as ImageMagick wrote it into PNG files: EXIF as a text of hexadecimal digits."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = exif.tobytes()
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(content):8}\n{content.hex()}\n")
+    return saved(noise(), form, pnginfo=info)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize(
+    ("store", "form"),
+    [
+        *((turned, form) for form in ("JPEG", "PNG", "WEBP", "TIFF")),
+        *((stored_in_xmp, form) for form in ("JPEG", "PNG", "WEBP", "TIFF")),
+        (stored_as_text, "PNG"),
+    ],
+)
+def test_an_image_is_turned_once(store, form, orientation):
+    """An image that `load_rgb` returned is upright: whoever is given it turns it no more."""
+    upright = load_rgb(store(form, orientation))
+    assert upright.size == ((24, 32) if orientation >= 5 else (32, 24))
+    if form in ("PNG", "TIFF"):  # which keep all pixels
+        expected = np.asarray(noise().transpose(_TURNS[orientation]))
+        np.testing.assert_array_equal(np.asarray(upright), expected)
+    for image in (upright, to_rgb(upright), to_rgb(Image.open(io.BytesIO(store(form, orientation))))):
+        np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(upright))
 
 
 def test_images_that_cannot_be_read_have_a_sentence(tmp_path):

@@ -11,6 +11,7 @@ from answers import opened, photograph, png, same
 from PIL import Image
 
 from detailflow import DetailFlowPipeline
+from detailflow.data.decode import load_rgb
 from detailflow.pipeline import fit
 from detailflow.serving.pictures import MOST_PIXELS
 
@@ -35,6 +36,20 @@ def test_reconstruct_at_certain_numbers_of_tokens(http: httpx.Client, pipeline: 
     assert first["size"] == "{0}x{0}".format(pipeline.tokenizer.schedule.decode_size(8))
     refused = http.post("/v1/tokens/reconstruct", files={"image": png(photograph())}, data={"num_tokens": ["5"]})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "num_tokens")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_photo_of_a_phone_held_upright_is_turned_once(form: str, http: httpx.Client, pipeline: DetailFlowPipeline):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    photograph().save(file, form, exif=exif)
+    answer = http.post("/v1/tokens/reconstruct", files={"image": file.getvalue()}).json()
+    shown = load_rgb(file.getvalue())
+    assert shown.size == (60, 90)
+    expected = Image.fromarray(np.asarray(shown))  # the pixels and nothing else
+    assert (np.asarray(opened(answer["original"])) == np.asarray(fit(pipeline.tokenizer.schedule, expected))).all()
+    encoded = http.post("/v1/tokens/encode", files={"image": file.getvalue()}).json()
+    assert encoded["tokens"] == answer["tokens"] == pipeline.tokens(expected).tolist()
 
 
 def test_reconstruct_takes_pictures_only(http: httpx.Client):

@@ -259,7 +259,11 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright(rgb: Image.Image, orientation: int) -> Image.Image:
     turn = _TURNS.get(orientation)
-    return rgb if turn is None else rgb.transpose(turn)
+    if turn is None:
+        return rgb
+    upright = rgb.transpose(turn)
+    upright.info = {}  # in which EXIF, XMP or text would have it turned again
+    return upright
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
