@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from answers import photograph, png
 
 from detailflow import DetailFlowPipeline
 from detailflow.serving.app import create_app
@@ -69,6 +70,23 @@ def test_a_client_that_leaves_without_a_stream(here: Callable[..., Any]):
     until(lambda: value(server, "detailflow_requests_in_progress") == 0)
     assert value(server, "detailflow_images_cancelled_total") >= 8
     assert value(server, "detailflow_requests_total", method="POST", path="/v1/images/generations", status="499") == 1
+
+
+@pytest.mark.parametrize("route", ["encode", "reconstruct", "decode", "animate"])
+def test_a_client_that_leaves_while_its_image_waits(
+    here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, route: str
+):
+    server = here()
+    go_on = threading.Event()
+    monkeypatch.setattr(server.service.batcher, "_run", lambda key, tasks: iter([[]] if go_on.wait(60) else []))
+    sent: dict[str, Any] = {"json": {"tokens": [1, 2, 3, 4]}}
+    if route in ("encode", "reconstruct"):
+        sent = {"files": {"image": png(photograph())}}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/tokens/{route}", timeout=0.5, **sent)
+    labels = {"method": "POST", "path": f"/v1/tokens/{route}", "status": "499"}
+    until(lambda: value(server, "detailflow_requests_total", **labels) == 1)
+    go_on.set()
 
 
 def test_time_is_limited(here: Callable[..., Any]):

@@ -1,10 +1,10 @@
 """The routes: OpenAI's images API, tokens, classes, health and metrics."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Form, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.serving import errors, schemas
 from detailflow.serving.config import ServeConfig
+from detailflow.serving.leaving import unless_gone
 from detailflow.serving.middleware import Guard
 from detailflow.serving.pictures import add_pictures
 from detailflow.serving.reference import reference_page
@@ -20,8 +21,6 @@ from detailflow.serving.service import Answer, Service
 from detailflow.serving.studio import add_studio
 from detailflow.serving.uploads import FORM, Uploads, takes_form
 
-T = TypeVar("T")
-CLIENT_GONE = 499  # nginx's number, for the metrics: nobody reads it
 _REFUSALS = {
     400: "Something in the request is wrong; the message says what would be right.",
     401: "The API key is missing or wrong.",
@@ -132,7 +131,7 @@ def _add_images(app: FastAPI, service: Service, uploads: Uploads) -> None:
         async def start() -> Answer:
             return await service.vary(body, None if body.image is None else await uploads.open(body.image))
 
-        answer = await _unless_gone(request, start())
+        answer = await unless_gone(request, start())
         return answer if isinstance(answer, Response) else await _respond(request, answer, body.stream)
 
     @app.post("/v1/images/variations", dependencies=[takes_form("the field image, a file, or tokens")], **of_form)
@@ -164,12 +163,16 @@ def _add_tokens(app: FastAPI, service: Service, uploads: Uploads) -> None:
     async def encode_image(body: Annotated[schemas.Upload, Form(media_type=FORM)], request: Request) -> Any:
         """Encode an image as tokens."""
         service.check_model(body.model)
-        return await _unless_gone(request, service.encode(await uploads.open(body.image), body.num_tokens, body.whole))
+
+        async def encode() -> schemas.Encoded:
+            return await service.encode(await uploads.open(body.image), body.num_tokens, body.whole)
+
+        return await unless_gone(request, encode())
 
     @app.post("/v1/tokens/decode", tags=["tokens"], response_model=schemas.Images, responses=_RESPONSES)
     async def decode_tokens(body: schemas.Tokens, request: Request) -> Any:
         """Decode an image's first tokens, at one or several stages."""
-        return await _unless_gone(request, service.decode(body))
+        return await unless_gone(request, service.decode(body))
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
@@ -207,22 +210,6 @@ def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 async def _respond(request: Request, answer: Answer, stream: bool | None) -> Any:
     if not stream:
-        return await _unless_gone(request, answer.whole())
+        return await unless_gone(request, answer.whole())
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | Response:
-    """Return what `work` returns; give it up if the client closes the connection."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else Response(status_code=CLIENT_GONE)
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Form
+from fastapi import FastAPI, Form, Request
 from fastapi.responses import Response
 from PIL import Image
 from pydantic import Field
@@ -15,6 +15,7 @@ from detailflow.pipeline import enlarged, fit, stage_counts
 from detailflow.serving import schemas
 from detailflow.serving.engine import Picture
 from detailflow.serving.errors import ApiError
+from detailflow.serving.leaving import unless_gone
 from detailflow.serving.service import Service, base64_png, image_data
 from detailflow.serving.uploads import FORM, Uploads, takes_form
 
@@ -56,19 +57,22 @@ def add_pictures(app: FastAPI, service: Service, uploads: Uploads, responses: di
         responses=responses,
         dependencies=[takes_form("the field image, a file")],
     )
-    async def reconstruct_image(body: Annotated[schemas.Look, Form(media_type=FORM)]) -> Any:
+    async def reconstruct_image(body: Annotated[schemas.Look, Form(media_type=FORM)], request: Request) -> Any:
         """Show an image from its first tokens, with PSNR, as `detailflow reconstruct` does."""
         service.check_model(body.model)
-        return await _reconstruct(service, await uploads.open(body.image), body.num_tokens)
+
+        async def reconstruct() -> Reconstruction:
+            return await _reconstruct(service, await uploads.open(body.image), body.num_tokens)
+
+        return await unless_gone(request, reconstruct())
 
     files: dict[str, Any] = {kind: {} for kind in ("image/gif", "image/webp")}
     success: dict[int | str, dict[str, Any]] = {200: {"content": files, "description": "The animation."}}
 
     @app.post("/v1/tokens/animate", tags=["tokens"], response_class=Response, responses=responses | success)
-    async def animate_tokens(body: Animation) -> Response:
+    async def animate_tokens(body: Animation, request: Request) -> Response:
         """Return an animation of an image that takes shape, a frame for each stage of its tokens."""
-        content = await _animate(service, body)
-        return Response(content, media_type=f"image/{body.format}")
+        return await unless_gone(request, _animate(service, body))
 
 
 async def _reconstruct(service: Service, image: Image.Image, counts: list[int] | None) -> Reconstruction:
@@ -85,7 +89,7 @@ def _seen(picture: Picture, original: Image.Image) -> Seen:
     return Seen(**image_data(picture).model_dump(), psnr=psnr if math.isfinite(psnr) else None)
 
 
-async def _animate(service: Service, body: Animation) -> bytes:
+async def _animate(service: Service, body: Animation) -> Response:
     side = service.schedule.image_size
     size = body.size or side * math.ceil(SMALLEST_SIDE / side)
     counts = [n for n in service.schedule.valid_counts if n <= len(body.tokens)]
@@ -94,7 +98,8 @@ async def _animate(service: Service, body: Animation) -> bytes:
         raise ApiError(400, f"size must be at most {most} for {len(counts)} frames, not {size}", "size")
     tokens = schemas.Tokens(tokens=body.tokens, num_tokens=counts, height=None, width=None, model=body.model)
     frames = await service.decoded(tokens, partial(_frame, size=size))
-    return await asyncio.to_thread(_animation, frames, body)
+    content = await asyncio.to_thread(_animation, frames, body)
+    return Response(content, media_type=f"image/{body.format}")
 
 
 def _animation(frames: list[Image.Image], body: Animation) -> bytes:
