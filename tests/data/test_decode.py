@@ -316,6 +316,26 @@ def test_an_image_is_turned_once(store, form, orientation):
         np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(upright))
 
 
+def with_scans(content: bytes, more: int) -> bytes:
+    """A JPEG with its last scan that many times more, which a decoder takes as it comes."""
+    last = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + more * last + content[-2:]
+
+
+def test_a_jpeg_has_no_more_scans_than_any_real_one():
+    """Each is work for all pixels, and takes a few bytes: thousands of them keep a processor busy for minutes."""
+    content = saved(noise(), "JPEG", progressive=True)
+    upright = np.asarray(load_rgb(content))
+    assert load_rgb(with_scans(content, 50)).size == (32, 24)
+    for more in (100, 1000):
+        with pytest.raises(DetailFlowError, match=r"^a\.jpg is a JPEG of 1,?\d\d\d? scans, .+: 100 are the most; "):
+            load_rgb(with_scans(content, more), "a.jpg")
+    scan = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
+    profile = saved(noise(), "JPEG", progressive=True, icc_profile=1000 * scan)
+    for harmless in (profile, content + 1000 * scan):  # no scans: they are in metadata, or behind the image
+        np.testing.assert_array_equal(np.asarray(load_rgb(harmless)), upright)
+
+
 def test_images_that_cannot_be_read_have_a_sentence(tmp_path):
     (tmp_path / "a.png").write_bytes(saved(noise(), "PNG"))
     with Image.open(tmp_path / "a.png") as left:  # its pixels are not read here

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +17,8 @@ import pytest
 from answers import photograph, png
 
 from detailflow import DetailFlowPipeline
+from detailflow.data.decode import load_rgb
+from detailflow.serving import uploads
 from detailflow.serving.app import create_app
 from detailflow.serving.config import ServeConfig
 
@@ -140,6 +145,57 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(running: Callable[...
         assert answers["waiting"].status_code == 503 and answers["waiting"].headers["Retry-After"]
         with pytest.raises(httpx.ConnectError):
             ask(server.url)
+
+
+def test_uploads_that_take_long_are_two_at_a_time_and_keep_nobody_waiting(
+    here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    """Also after their clients have left: a thread cannot be stopped."""
+    go_on, begun = threading.Event(), []
+
+    def slow(*given: Any) -> Any:
+        begun.append(given)
+        assert go_on.wait(60)
+        return load_rgb(*given)
+
+    monkeypatch.setattr(uploads, "load_rgb", slow)
+    server = here()
+    for _ in range(4):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/tokens/encode", files={"image": png(photograph())}, timeout=0.3)
+    until(lambda: value(server, "detailflow_requests_in_progress") == 0)
+    assert len(begun) == uploads.AT_ONCE
+    assert ask(server.url, LONG | {"n": 1}).status_code == 200
+    go_on.set()
+    until(lambda: httpx.post(f"{server.url}/v1/tokens/encode", files={"image": png(photograph())}).is_success)
+    assert len(begun) == uploads.AT_ONCE + 1
+
+
+_STUCK = """
+import sys, threading
+from detailflow.cli.main import main
+from detailflow.serving import uploads
+uploads.load_rgb = lambda *given: threading.Event().wait()
+sys.exit(main(["serve", "--device", "cpu", "--port", "0"]))
+"""
+
+
+def test_an_upload_that_takes_long_does_not_hold_the_end_up():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[5].rstrip(",")
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/tokens/encode", files={"image": png(photograph())}, timeout=1)
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, "")
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_below_another_path_the_key_is_needed_as_well(shipped: DetailFlowPipeline):

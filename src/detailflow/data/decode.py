@@ -6,6 +6,7 @@ most eight bytes of memory a pixel (sixteen for WebP and JPEG 2000), and an imag
 
 import io
 import os
+import re
 import sys
 import threading
 import warnings
@@ -66,6 +67,9 @@ _ORIENTATION = 0x0112
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 256, 257, 258, 262, 339  # tags of TIFF files
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LONGEST_EXIF = 2**20  # bytes
+_MOST_SCANS = 100  # of a JPEG; progressive ones have about ten, and each is work for all pixels, however few its bytes
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # those of JPEG that a length follows, and its end
+_SOS, _EOI, _SINGLE_PASS = 0xDA, 0xD9, (0xC0, 0xC1)
 _STRIPE = 2**17  # pixels that are converted at once
 _OPENING = threading.Lock()
 
@@ -202,6 +206,8 @@ def _open_image(file: BinaryIO) -> Image.Image:
 def _decode(file: BinaryIO, name: str, least: int | None) -> Image.Image:
     image = _open_image(file)
     _check_pixels(image, name, max_pixels())
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(file, name)
     if least:
         image.draft(None, (least, least))
     image.load()
@@ -217,6 +223,29 @@ def _check_pixels(image: Image.Image, name: str, limit: int) -> None:
         raise DetailFlowError(
             f"{name} is too large an image: it has {image.width}×{image.height} pixels{twice}, and {limit:,} are the "
             f"most; raise that limit with --max-pixels {pixels} if you trust the file"
+        )
+
+
+def _check_scans(file: BinaryIO, name: str) -> None:
+    """Count a JPEG's scans: thousands of them fit into a small file and would take minutes."""
+    position = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(position)
+    start = scans = 0
+    components = None  # of a frame that may have all it has in one scan
+    while (found := _MARKER.search(content, start)) and (marker := found[1][0]) != _EOI:
+        start = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
+        if marker in _SINGLE_PASS:
+            components = content[found.end() + 7 : found.end() + 8]
+        elif marker == _SOS:
+            if components == content[found.end() + 2 : found.end() + 3]:
+                return  # all is in this scan, and no other is read
+            scans += 1
+    if scans > _MOST_SCANS:
+        raise DetailFlowError(
+            f"{name} is a JPEG of {scans:,} scans, which could take minutes to decode: {_MOST_SCANS} are the most; "
+            "save it again in another program"
         )
 
 

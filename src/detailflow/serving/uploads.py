@@ -2,7 +2,10 @@
 
 import asyncio
 import logging
-from typing import Any
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, BinaryIO
 
 from fastapi import Depends, Request, UploadFile
 from PIL import Image
@@ -46,12 +49,28 @@ class Uploads:
         """
         if upload.size is not None and upload.size > self.config.max_upload:
             raise ApiError(413, f"{NAME} is too large: {self.config.max_upload:,} bytes are the most", "image")
-        async with self._room:
-            content = await upload.read()
+        await self._room.acquire()
+        image = self._start(upload.file, asyncio.get_running_loop())
+        try:
+            return await asyncio.wrap_future(image)
+        except DetailFlowError as error:
+            raise ApiError(400, str(error), "image", "invalid_image") from error
+
+    def _start(self, file: BinaryIO, loop: asyncio.AbstractEventLoop) -> Future[Image.Image]:
+        """Decode an image in a thread of its own, which no other answer waits for, nor the end of the process."""
+        result: Future[Image.Image] = Future()
+        result.set_running_or_notify_cancel()  # a client that leaves does not stop it
+
+        def work() -> None:
             try:
-                return await asyncio.to_thread(self._decode, content)
-            except DetailFlowError as error:
-                raise ApiError(400, str(error), "image", "invalid_image") from error
+                result.set_result(self._decode(file.read()))
+            except Exception as error:
+                result.set_exception(error)
+            with suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(self._room.release)
+
+        threading.Thread(target=work, name="upload", daemon=True).start()
+        return result
 
     def _decode(self, content: bytes) -> Image.Image:
         width, height = image_size(content, NAME)
