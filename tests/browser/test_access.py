@@ -107,6 +107,16 @@ def test_the_keyboard_is_enough(studio: Studio):
     expect(page.get_by_role("status")).to_have_text("Done: 4 images of horse")
 
 
+def test_the_link_to_the_images_leaves_them_as_they_are(studio: Studio):
+    studio.generate("cat", number=2, seed=5)
+    before, address = studio.images, studio.page.url
+    studio.page.get_by_role("link", name="Skip to the images").press("Enter")
+    expect(studio.page.get_by_role("region", name="Images", exact=True)).to_be_focused()
+    assert studio.page.url == address
+    expect(studio.tiles).to_have_count(2)
+    assert all((a == b).all() for a, b in zip(studio.images, before, strict=True))
+
+
 def test_a_thousand_classes(new_page: Callable[..., Page], serve: Callable[..., Any], published: Path):
     server = serve("--model", str(published.parent), "--model-name", "thousand")
     studio = Studio(new_page(server.url))

@@ -35,6 +35,10 @@ letChoose(byId("theme"), "theme", ["auto", "dark", "light"]);
 illustrate(byId("illustration"));
 byId("controls").addEventListener("submit", (event) => (event.preventDefault(), generate()));
 byId("stop").addEventListener("click", () => studio.stop());
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address is that of the images
+  byId("stage").focus();
+});
 addEventListener("popstate", (event) => returnTo(event.state));
 addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
