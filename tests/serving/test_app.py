@@ -231,6 +231,32 @@ def test_bodies_that_are_no_requests(content: bytes, http: httpx.Client):
     assert refused.status_code == 400 and refused.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_json_has_no_name_twice(http: httpx.Client):
+    content = b'{"prompt": "cat", "seed": 1, "seed": 2}'
+    refused = http.post("/v1/images/generations", content=content, headers={"Content-Type": "application/json"})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (400, "seed", "duplicate_parameter")
+    assert error["message"] == "seed is given more than once: give it once"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "name", "message"),
+    [
+        ("POST", "/v1/images/generations?seed=1", "seed", "in the address: this route takes none there"),
+        ("GET", "/v1/models?limit=1", "limit", "in the address: this route takes none there"),
+        ("GET", "/v1/classes?searching=dog", "searching", "in the address: did you mean search?"),
+        ("GET", "/v1/classes?search=dog&search=cat", "search", "search is given more than once"),
+    ],
+)
+def test_an_address_has_no_unknown_parameter_and_none_twice(
+    method: str, path: str, name: str, message: str, http: httpx.Client
+):
+    refused = http.request(method, path, json={"prompt": "cat"} if method == "POST" else None)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, name) and message in error["message"]
+    assert http.get("/healthz?from=probe").status_code == http.get("/?from=link").status_code == 200
+
+
 def test_what_the_readme_pipes_an_answer_into(http: httpx.Client, tmp_path: Path):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (line,) = [line for line in readme.splitlines() if line.lstrip().startswith("python3 -c")]

@@ -97,6 +97,27 @@ def test_a_form_has_no_unknown_fields(route: str, field: str, advice: str, http:
     assert error["message"] == f"unknown parameter {field!r}: {advice}"
 
 
+@pytest.mark.parametrize(
+    ("route", "name"),
+    [
+        ("tokens/encode", "image"),
+        ("tokens/encode", "num_tokens"),
+        ("tokens/reconstruct", "image"),
+        ("images/variations", "image"),
+        ("images/variations", "seed"),
+        ("images/edits", "tokens"),
+    ],
+)
+def test_a_form_has_no_field_twice(route: str, name: str, http: httpx.Client):
+    """Which of the two would count?"""
+    parts: list[tuple[str, Any]] = [("image", ("a.png", png(photograph())))]
+    parts += [(name, (None, value)) for value in ("1", "2")] if name != "image" else parts
+    refused = http.post(f"/v1/{route}", files=parts)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (400, name, "duplicate_parameter")
+    assert error["message"] == f"{name} is given more than once: give it once"
+
+
 # --- variations ------------------------------------------------------------------------------------------------------
 
 

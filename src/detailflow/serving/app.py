@@ -18,6 +18,7 @@ from detailflow.serving.middleware import Guard
 from detailflow.serving.pictures import add_pictures
 from detailflow.serving.reference import reference_page
 from detailflow.serving.service import Answer, Service
+from detailflow.serving.strict import StrictRoute
 from detailflow.serving.studio import add_studio
 from detailflow.serving.uploads import FORM, Uploads, takes_form
 
@@ -77,6 +78,7 @@ def create_app(pipeline: DetailFlowPipeline, config: ServeConfig | None = None) 
         docs_url=None,  # FastAPI's pages load scripts from other hosts
         redoc_url=None,
     )
+    app.router.route_class = StrictRoute
     app.service = service
     errors.install(app)
     _add_models(app, service)

@@ -1,6 +1,6 @@
 """Errors in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -74,6 +74,12 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
 
+def advice_on(name: str, known: Iterable[str]) -> str:
+    """Return what to do about a parameter that is none of those known."""
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else "see /docs"
+
+
 def _invalid(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a request, as a sentence."""
     first = error.errors()[0]
@@ -88,8 +94,7 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, message, code="invalid_json")
     if kind == "extra_forbidden":
         others = [name for name in PARAMETERS if name != param]  # another route may have it
-        close = get_close_matches(param or "", others, n=1)
-        advice = f"did you mean {close[0]}?" if close else "see /docs"
+        advice = advice_on(param or "", others)
         return ApiError(400, f"unknown parameter {param!r}: {advice}", param, "unknown_parameter")
     if kind == "missing":
         return ApiError(400, f"{param or 'the body'} is missing: see /docs", param, "missing_required_parameter")

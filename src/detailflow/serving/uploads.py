@@ -14,6 +14,7 @@ from detailflow.data.decode import image_size, load_rgb
 from detailflow.errors import DetailFlowError
 from detailflow.serving.config import ServeConfig
 from detailflow.serving.errors import ApiError
+from detailflow.serving.strict import refuse_twice
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # malformed forms are answered, and fill no log
 NAME = "the upload"  # in messages
@@ -22,14 +23,18 @@ AT_ONCE = 2  # images that are decoded, each of which may take eight bytes a pix
 FORM = "multipart/form-data"
 
 
-def takes_form(fields: str) -> Any:
-    """Return the dependency of a route that takes a form with these fields: it refuses other kinds of body."""
+def takes_form(fields: str, several: str | None = None) -> Any:
+    """Return the dependency of a route that takes a form with these fields: it refuses other kinds of body.
+
+    Each field may be there once, but for `several`.
+    """
 
     async def check(request: Request) -> None:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in ("", FORM, "application/x-www-form-urlencoded"):
             message = f"the body must be a form ({FORM}) with {fields}, as curl -F image=@photo.png sends it"
             raise ApiError(400, message, "image", "invalid_form")
+        refuse_twice(name for name, _ in (await request.form()).multi_items() if name != several)
 
     return Depends(check)
 

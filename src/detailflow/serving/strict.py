@@ -1,0 +1,58 @@
+"""Routes that leave out nothing without a word: unknown parameters of the address, names that are there twice."""
+
+import json
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from detailflow.serving.errors import ApiError, advice_on
+
+
+class StrictRoute(APIRoute):
+    """A route whose parameters are known and given once, in the address and in JSON; forms see `takes_form`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request."""
+        handler = super().get_route_handler()
+        known = [field.alias for field in self.dependant.query_params]
+        is_api = self.path.startswith("/v1/")  # pages and probes may have an address with anything behind it
+
+        async def checked(request: Request) -> Response:
+            if is_api:
+                names = [name for name, _ in request.query_params.multi_items()]
+                refuse_unknown(names, known)
+                refuse_twice(names)
+            return await handler(_Strict(request.scope, request.receive))
+
+        return checked
+
+
+class _Strict(Request):
+    async def json(self) -> Any:
+        return json.loads(await self.body(), object_pairs_hook=_unique)
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise an `ApiError` for a parameter in the address that the route does not know."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            advice = advice_on(name, known) if known else "this route takes none there"
+            message = f"unknown parameter {name!r} in the address: {advice}"
+            raise ApiError(400, message, name, "unknown_parameter")
+
+
+def refuse_twice(names: Iterable[str]) -> None:
+    """Raise an `ApiError` for a name that is there more than once: which of its values counts, nobody can know."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ApiError(400, f"{name} is given more than once: give it once", name, "duplicate_parameter")
+        seen.add(name)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    refuse_twice(name for name, _ in pairs)
+    return dict(pairs)
