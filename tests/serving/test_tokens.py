@@ -54,6 +54,11 @@ def test_a_whole_image_in_its_own_shape(http: httpx.Client):
     assert opened(data["b64_json"]).width > opened(data["b64_json"]).height
     refused = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], "height": 9_999, "width": 8})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "height"
+    for given, missing in (("height", "width"), ("width", "height")):
+        refused = http.post("/v1/tokens/decode", json={"tokens": encoded["tokens"], given: shape[given]})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, missing)
+        assert error["message"].startswith(f"{missing} is missing: give both height and width")
 
 
 def test_generated_tokens_are_those_of_the_image(http: httpx.Client):

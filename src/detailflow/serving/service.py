@@ -231,6 +231,10 @@ class Service:
 
     def _full_size(self, body: schemas.Tokens) -> tuple[int, int]:
         side = self.schedule.image_size
+        if (body.height is None) != (body.width is None):
+            missing = "width" if body.width is None else "height"
+            message = f"{missing} is missing: give both height and width, as `encode` gives them, or neither"
+            raise ApiError(400, message, missing, "invalid_value")
         height, width = (side if given is None else given for given in (body.height, body.width))
         if not self.schedule.is_full_shape(height, width):
             message = f"height and width must be as `encode` gives them, not {height} and {width}"
