@@ -79,6 +79,8 @@ def test_animations_have_bounds(http: httpx.Client, pipeline: DetailFlowPipeline
     for body, param in (
         ({"tokens": list(range(16)), "size": 2048}, "size"),
         ({"tokens": [64]}, "tokens"),
+        ({"tokens": [1] * 5}, "tokens"),  # no image is shown from so many
+        ({"tokens": [1] * 60}, "tokens"),
         ({"tokens": [1], "format": "png"}, "format"),
     ):
         refused = http.post("/v1/tokens/animate", json=body)

@@ -16,7 +16,7 @@ from detailflow.serving import schemas
 from detailflow.serving.engine import Picture
 from detailflow.serving.errors import ApiError
 from detailflow.serving.leaving import unless_gone
-from detailflow.serving.service import Service, base64_png, image_data
+from detailflow.serving.service import Service, base64_png, blamed_on, image_data
 from detailflow.serving.uploads import FORM, Uploads, takes_form
 
 MOST_PIXELS = 16_000_000  # of all frames of an animation
@@ -92,7 +92,9 @@ def _seen(picture: Picture, original: Image.Image) -> Seen:
 async def _animate(service: Service, body: Animation) -> Response:
     side = service.schedule.image_size
     size = body.size or side * math.ceil(SMALLEST_SIDE / side)
-    counts = [n for n in service.schedule.valid_counts if n <= len(body.tokens)]
+    with blamed_on("tokens"):
+        last = service.schedule.check_count(len(service.checked_tokens(body.tokens)), "the number of tokens")
+    counts = [n for n in service.schedule.valid_counts if n <= last]
     if size**2 * len(counts) > MOST_PIXELS:
         most = math.isqrt(MOST_PIXELS // len(counts))
         raise ApiError(400, f"size must be at most {most} for {len(counts)} frames, not {size}", "size")

@@ -125,13 +125,13 @@ class Service:
             ApiError: if something in the request is wrong.
         """
         checked = self._check(body)
-        with _blamed_on("keep"):
+        with blamed_on("keep"):
             keep = self.schedule.check_count(self.schedule.quarter if body.keep is None else body.keep, "keep")
         if image is not None:
             tokens = (await self.encode(image, None, whole=False)).tokens
         else:
             try:
-                tokens = self._checked_tokens(schemas.CODES.validate_json(body.tokens or ""))
+                tokens = self.checked_tokens(schemas.CODES.validate_json(body.tokens or ""))
             except ValidationError as error:
                 message = "tokens must be a JSON list of whole numbers, such as [1, 2, 3]"
                 raise ApiError(400, message, "tokens", "invalid_value") from error
@@ -150,11 +150,11 @@ class Service:
             raise ApiError(400, f"n must be 1 to {self.config.max_images}, not {body.n}", "n", "invalid_value")
         if body.size not in (None, "auto", self.size):
             raise ApiError(400, f"size must be auto or {self.size}, not {body.size!r}", "size", "invalid_value")
-        with _blamed_on("prompt", code="unknown_class"):
+        with blamed_on("prompt", code="unknown_class"):
             class_id = self._class_id(body)
-        with _blamed_on("num_tokens"):
+        with blamed_on("num_tokens"):
             num_tokens = self.schedule.check_count(body.num_tokens)
-        with _blamed_on(*SAMPLING):
+        with blamed_on(*SAMPLING):
             sampling = self.pipeline.gpt.sampling(**{name: getattr(body, name) for name in SAMPLING})
         return _Checked(class_id, num_tokens, sampling)
 
@@ -166,8 +166,12 @@ class Service:
             return labels.count  # the null class
         return labels.index(body.prompt)
 
-    def _checked_tokens(self, tokens: list[int]) -> list[int]:
-        codes = self.pipeline.tokenizer.config.codebook_size
+    def checked_tokens(self, tokens: list[int]) -> list[int]:
+        """Return tokens that may be those of an image, or the first of them."""
+        codes, most = self.pipeline.tokenizer.config.codebook_size, self.schedule.num_tokens
+        if len(tokens) > most:
+            message = f"tokens must be at most {most}, as many as this model's images have, not {len(tokens)}"
+            raise ApiError(400, message, "tokens", "invalid_value")
         if max(tokens) >= codes:
             raise ApiError(400, f"tokens must be 0 to {codes - 1}, not {max(tokens)}", "tokens", "invalid_value")
         return tokens
@@ -194,7 +198,7 @@ class Service:
 
     async def encode(self, image: Image.Image, num_tokens: int | None, whole: bool) -> schemas.Encoded:
         """Return an image's tokens."""
-        with _blamed_on("num_tokens"):
+        with blamed_on("num_tokens"):
             n = self.schedule.check_count(num_tokens)
         fitted = np.asarray(await asyncio.to_thread(fit, self.schedule, image, whole))
         height, width = fitted.shape[:2]
@@ -213,12 +217,12 @@ class Service:
     async def decoded(self, body: schemas.Tokens, show: Callable[[engine.Picture], T]) -> list[T]:
         """Return what `show`, in a thread, makes of each image that an image's first tokens show."""
         self.check_model(body.model)
-        self._checked_tokens(body.tokens)
+        self.checked_tokens(body.tokens)
         wanted = len(body.tokens) if body.num_tokens is None else body.num_tokens
         counts = wanted if isinstance(wanted, list) else [wanted]
         if not 1 <= len(counts) <= MOST_STAGES:
             raise ApiError(400, f"num_tokens must be 1 to {MOST_STAGES} numbers, not {len(counts)}", "num_tokens")
-        with _blamed_on("num_tokens"):
+        with blamed_on("num_tokens"):
             for n in counts:
                 if self.schedule.check_count(n) > len(body.tokens):
                     raise DetailFlowError(f"num_tokens must be at most the {len(body.tokens)} tokens given, not {n}")
@@ -319,7 +323,7 @@ def usage(tokens: int) -> schemas.Usage:
 
 
 @contextmanager
-def _blamed_on(*params: str, code: str = "invalid_value") -> Iterator[None]:
+def blamed_on(*params: str, code: str = "invalid_value") -> Iterator[None]:
     """Say which parameter a `DetailFlowError` is about: the one that its message names, or else the first."""
     try:
         yield
