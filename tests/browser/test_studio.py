@@ -202,3 +202,15 @@ def test_the_link_is_copied(new_page: Callable[..., Page], url: str):
     expect(page.get_by_role("alert")).to_contain_text("The link is copied.")
     assert page.evaluate("navigator.clipboard.readText()") == page.url
     assert "class=bird" in page.url and "seed=2" in page.url
+
+
+def test_a_large_transparent_picture_is_over_white(
+    new_page: Callable[..., Page], serve: Callable[..., Any], tmp_path: Path
+):
+    """As a small one is, which is sent as it is."""
+    Image.new("RGBA", (64, 48), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    page = new_page(serve(DETAILFLOW_MAX_PIXELS="1000").url)
+    page.locator("#file").set_input_files(tmp_path / "clear.png")
+    Studio(page).finish()
+    original = pixels(page.get_by_role("img", name="Your picture, as it was encoded"))
+    assert original.min() >= 254

@@ -45,9 +45,12 @@ export async function withinLimits(picture, limits) {
   }
   const { width, height } = bitmap;
   if (picture.size <= limits.upload_bytes && width * height <= limits.upload_pixels) return picture;
-  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height));
-  const canvas = new OffscreenCanvas(Math.round(width * scale), Math.round(height * scale));
+  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height), Math.sqrt(limits.upload_pixels / (width * height)));
+  const [w, h] = [width, height].map((side) => Math.max(1, Math.floor(side * scale)));
+  const canvas = new OffscreenCanvas(w, h);
   const context = canvas.getContext("2d");
+  context.fillStyle = "white"; // as the server shows what is transparent; a JPEG would have it black
+  context.fillRect(0, 0, canvas.width, canvas.height);
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
