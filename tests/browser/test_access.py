@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,22 @@ def test_a_thousand_classes(new_page: Callable[..., Page], serve: Callable[..., 
     expect(options.first).to_have_text("crane")
     studio.generate("207", number=1, seed=1)
     assert "class=n02099601" in studio.page.url
+
+
+def test_a_class_that_is_written_exactly_is_taken(
+    new_page: Callable[..., Page], serve: Callable[..., Any], model: Path, tmp_path: Path
+):
+    """Of two that differ in nothing but case."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    for path in folder.rglob("*.json"):
+        path.write_text(path.read_text(encoding="utf-8").replace('"bird"', '"Cat"'), encoding="utf-8")
+    studio = Studio(new_page(serve("--model", str(folder)).url))
+    for name in ("Cat", "cat"):
+        studio.generate(name, number=1, seed=1)
+        expect(studio.page.get_by_role("status")).to_have_text(f"Done: 1 image of {name}")
+        studio.classes.fill(name)
+        studio.classes.blur()
+        assert studio.classes.input_value() == name
 
 
 def test_a_slow_connection(new_page: Callable[..., Page], url: str):

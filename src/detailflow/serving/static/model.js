@@ -37,11 +37,13 @@ export class Model {
     return this.classes.find((one) => one.prompt === prompt || one.name === prompt);
   }
 
-  /** Return the classes that a search finds, the best first. */
+  /** Return the classes that a search finds, the best first: case matters only if names differ in nothing else. */
   search(text) {
-    const word = text.trim().toLowerCase();
+    const exact = text.trim();
+    const word = exact.toLowerCase();
     if (!word) return this.classes;
     const rank = (one) => {
+      if (one.names === exact) return -1;
       const names = one.names.toLowerCase();
       if (names === word || one.wordnet_id === word || String(one.id) === word) return 0;
       if (names.startsWith(word)) return 1;
