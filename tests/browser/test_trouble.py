@@ -146,6 +146,23 @@ def test_a_server_that_is_busy(new_page: Callable[..., Page], serve: Callable[..
     expect(studio.banner).to_be_hidden()
 
 
+def test_a_key_that_no_request_can_carry_is_not_taken(new_page: Callable[..., Page], serve: Callable[..., Any]):
+    page = new_page(serve(DETAILFLOW_API_KEY=KEY).url, wait="dialog[open]")
+    dialog = page.get_by_role("dialog", name="This server wants a key")
+    field = dialog.get_by_label("API key")
+    for key in ("schlüssel", "ключ", "key…"):
+        field.fill(key)
+        dialog.get_by_role("button", name="Use it").click()
+        assert field.evaluate(
+            "(field) => field.matches(':invalid') && field.title.startsWith('A key has only letters')"
+        )
+        expect(dialog).to_be_visible()
+    field.fill(KEY)
+    dialog.get_by_role("button", name="Use it").click()
+    page.wait_for_selector("html[data-ready]")
+    Studio(page).generate("dog", number=1)
+
+
 def test_a_key_that_the_server_wants(new_page: Callable[..., Page], serve: Callable[..., Any]):
     server = serve(DETAILFLOW_API_KEY=KEY)
     page = new_page(server.url, wait="dialog[open]")
