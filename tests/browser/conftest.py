@@ -69,11 +69,13 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         if message.type in ("error", "warning") and not refused:
             problems.append(message.text)
 
-    def create(url: str, wait: str = "html[data-ready]", **options: Any) -> Page:
+    def create(url: str, wait: str = "html[data-ready]", script: str = "", **options: Any) -> Page:
         context = browser.new_context(
             **{"viewport": {"width": 1280, "height": 800}, "reduced_motion": "reduce"} | options
         )
         contexts.append(context)
+        if script:  # before all others
+            context.add_init_script(script)
         page = context.new_page()
         page.on("console", logged)
         page.on("pageerror", lambda error: problems.append(str(error)))

@@ -14,6 +14,8 @@ from studio import Studio, same
 from detailflow import DetailFlowPipeline
 
 KEY = "a-key-of-the-tests"
+FORBID = """for (const name of ["localStorage", "sessionStorage"])
+  Object.defineProperty(window, name, { get() { throw new DOMException("forbidden", "SecurityError"); } });"""
 
 
 def test_values_that_cannot_be_are_said_beside_their_fields(studio: Studio):
@@ -161,6 +163,21 @@ def test_a_key_that_no_request_can_carry_is_not_taken(new_page: Callable[..., Pa
     dialog.get_by_role("button", name="Use it").click()
     page.wait_for_selector("html[data-ready]")
     Studio(page).generate("dog", number=1)
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_browser_that_remembers_nothing(new_page: Callable[..., Page], serve: Callable[..., Any], key: str | None):
+    """As with cookies forbidden: reading its storage is an error then."""
+    server = serve(**{"DETAILFLOW_API_KEY": key} if key else {})
+    page = new_page(server.url, wait="dialog[open]" if key else "html[data-ready]", script=FORBID)
+    if key:
+        page.get_by_label("API key").fill(key)
+        page.get_by_role("button", name="Use it").click()
+        page.wait_for_selector("html[data-ready]")
+    studio = Studio(page)
+    studio.button("Theme: auto").click()
+    expect(studio.button("Theme: dark")).to_be_visible()
+    studio.generate("dog", number=1)
 
 
 def test_a_key_that_the_server_wants(new_page: Callable[..., Page], serve: Callable[..., Any]):

@@ -1,6 +1,7 @@
 // The service's documented API. Errors are `ApiError` if the server says what is wrong, else `Unreachable`.
 
 import { serverSentEvents } from "./events.js";
+import { recall, remember } from "./memory.js";
 
 const KEY = "detailflow-api-key";
 const NO_ANSWER = [502, 504]; // of a proxy before a server that is down
@@ -22,11 +23,11 @@ export class Api {
   }
 
   get key() {
-    return sessionStorage.getItem(KEY);
+    return recall("sessionStorage", KEY);
   }
 
   set key(value) {
-    sessionStorage.setItem(KEY, value);
+    remember("sessionStorage", KEY, value);
   }
 
   /** Return the server's model and its classes. */

@@ -1,5 +1,7 @@
 // How the page looks, which the browser remembers.
 
+import { recall, remember } from "./memory.js";
+
 /** Let a button change a setting of the page: `data-NAME` of the root has one of `choices`. */
 export function letChoose(button, name, choices) {
   const key = `detailflow-${name}`;
@@ -9,9 +11,9 @@ export function letChoose(button, name, choices) {
   };
   button.addEventListener("click", () => {
     const next = choices[(choices.indexOf(document.documentElement.dataset[name]) + 1) % choices.length];
-    localStorage.setItem(key, next);
+    remember("localStorage", key, next);
     show(next);
   });
-  const stored = localStorage.getItem(key);
+  const stored = recall("localStorage", key);
   show(choices.includes(stored) ? stored : choices[0]);
 }

@@ -1,0 +1,21 @@
+// What the browser remembers, or, if people forbid it to, this page until it is left.
+
+const page = new Map();
+
+/** Return what was remembered in "localStorage" or "sessionStorage"; `null` if nothing was. */
+export function recall(storage, key) {
+  try {
+    return window[storage].getItem(key);
+  } catch {
+    return page.get(key) ?? null;
+  }
+}
+
+/** Remember a text. */
+export function remember(storage, key, value) {
+  try {
+    window[storage].setItem(key, value);
+  } catch {
+    page.set(key, value); // storage is forbidden, or full
+  }
+}
