@@ -49,8 +49,10 @@ def test_what_cannot_be_served(argv: str, message: str, capsys: pytest.CaptureFi
     assert out == "" and err.startswith("detailflow: error: ") and message in err and err.count("\n") == 1
 
 
-def test_a_key_is_characters_of_a_header(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setenv("DETAILFLOW_API_KEY", "schlüssel\n")
+@pytest.mark.parametrize("key", ["schlüssel\n", "schluessel ", " schluessel"])
+def test_a_key_is_characters_of_a_header(key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Spaces at its ends do not arrive: no client could ever send it."""
+    monkeypatch.setenv("DETAILFLOW_API_KEY", key)
     assert main(["serve", "--port", "0"]) == 2
     out, err = capsys.readouterr()
     assert "the API key must be printable ASCII characters" in err and "schl" not in out + err

@@ -54,5 +54,8 @@ class ServeConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_queue(self.max_queue, self.max_images)
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
-            raise DetailFlowError("the API key must be printable ASCII characters, at least one")
+        key = self.api_key
+        if key is not None and not (key.isascii() and key.isprintable() and key and key == key.strip()):
+            raise DetailFlowError(
+                "the API key must be printable ASCII characters, at least one, without a space at either end"
+            )
