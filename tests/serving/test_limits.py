@@ -147,6 +147,21 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(running: Callable[...
             ask(server.url)
 
 
+def test_at_the_end_a_body_that_does_not_come_is_refused(here: Callable[..., Any], capsys: pytest.CaptureFixture[str]):
+    server = here(grace=1.0)
+    with socket.create_connection(server.listener.getsockname()) as slow:
+        slow.sendall(
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 99\r\n\r\n{"
+        )
+        until(lambda: value(server, "detailflow_requests_in_progress") == 1)
+        server.stop()
+        slow.settimeout(20)
+        head, _, body = b"".join(iter(lambda: slow.recv(1000), b"")).partition(b"\r\n\r\n")
+    assert b" 503 " in head and json.loads(body)["error"]["code"] == "stopping"
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_uploads_that_take_long_are_two_at_a_time_and_keep_nobody_waiting(
     here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from detailflow.serving.batcher import ClosingError
 from detailflow.serving.config import ServeConfig
 from detailflow.serving.errors import ApiError, api_error
 from detailflow.serving.metrics import Metrics
@@ -45,12 +46,14 @@ class Guard:
             async with asyncio.timeout(self.config.timeout + 1):  # jobs end at their own deadline, a second earlier
                 self._authorize(scope)
                 await self.app(scope, self._bounded(scope, receive), watched)
-        except (ApiError, TimeoutError) as error:
+        except (ApiError, TimeoutError, asyncio.CancelledError) as error:
             try:
                 if status:  # too late for another answer
                     raise TimeoutError from error
+                # A server that ends cancels what it waits for no longer.
+                problem = ClosingError() if isinstance(error, asyncio.CancelledError) else error
                 async with asyncio.timeout(1):
-                    await api_error(error).response()(scope, receive, watched)
+                    await api_error(problem).response()(scope, receive, watched)
             except TimeoutError:
                 _log.info("a client did not read its answer in time")
                 await _abort(send)
