@@ -86,9 +86,9 @@ def test_every_class_can_be_named(imagenet: ClassLabels):
         ("cat", "unknown class 'cat': did you mean tabby cat or tiger cat or Persian cat?"),  # "vat" is closer
         ("n00000000", "unknown class 'n00000000': the classes are tench, goldfish, great white shark, tiger shark, "
          "hammerhead, … (1000 in all)"),
-        ("a red poppy at sunset", "(1000 in all); classes are separated by spaces; there are no text prompts"),
+        ("a red poppy at sunset", "(1000 in all); a label is one class; there are no text prompts"),
         ("tench,goldfish", "did you mean "),
-        ("tench,goldfish", "? classes are separated by spaces; there are no text prompts"),
+        ("tench,goldfish", "? a label is one class; there are no text prompts"),
         ("1000", "unknown class 1000: the numbers are 0 to 999"),
         (-1, "unknown class -1: the numbers are 0 to 999"),
         ("", "unknown class ''"),

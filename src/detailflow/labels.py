@@ -129,7 +129,7 @@ class ClassLabels:
         close = with_word[:3] or get_close_matches(_key(label), known)
         advice = f"did you mean {' or '.join(known[key] for key in close)}?" if close else classes
         if "," in label or (" " in label.strip() and not any(" " in key for key in close)):
-            advice += f"{'' if close else ';'} classes are separated by spaces; there are no text prompts"
+            advice += f"{'' if close else ';'} a label is one class; there are no text prompts"
         return advice
 
 

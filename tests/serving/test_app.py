@@ -231,7 +231,34 @@ def test_bodies_that_are_no_requests(content: bytes, http: httpx.Client):
     assert refused.status_code == 400 and refused.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "\xff"}', "the body is no valid JSON: it is not UTF-8 at byte 12"),
+        (b"[" * 100_000, "the body is no valid JSON: it is nested too deeply"),
+        (b'{"n": %s}' % (b"1" * 5000), "the body is no valid JSON: a number in it has thousands of digits"),
+        (b'{"prompt": "cat"', "the body is no valid JSON: Expecting ',' delimiter at character 16"),
+    ],
+)
+def test_json_that_cannot_be_read_is_told_why(content: bytes, message: str, http: httpx.Client):
+    refused = http.post("/v1/images/generations", content=content, headers={"Content-Type": "application/json"})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["message"]) == (400, "invalid_json", message)
+
+
+@pytest.mark.parametrize(
+    "body", [{"n": 10**4000}, {"seed": 1, "x" * 5000: 1}, {"model": "m" * 5000}, {"prompt": "c" * 999}]
+)
+def test_what_a_client_made_up_does_not_fill_an_answer(body: dict[str, Any], http: httpx.Client):
+    refused = http.post("/v1/images/generations", json={"prompt": "cat", **body})
+    assert refused.status_code in (400, 404) and len(refused.content) < 400
+
+
 def test_json_has_no_name_twice(http: httpx.Client):
+    odd = http.post(
+        "/v1/images/generations", content=b'{"\\ud800": 1, "\\ud800": 2}', headers={"Content-Type": "application/json"}
+    )
+    assert odd.status_code == 400
     content = b'{"prompt": "cat", "seed": 1, "seed": 2}'
     refused = http.post("/v1/images/generations", content=content, headers={"Content-Type": "application/json"})
     error = refused.json()["error"]

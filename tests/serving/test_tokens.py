@@ -195,6 +195,8 @@ def test_routes_for_forms_refuse_json(route: str, fields: str, http: httpx.Clien
         ("edits", {"tokens": "[1, 2]", "prompt": "kat"}, "prompt", "unknown class 'kat': did you mean cat?"),
         ("variations", {}, "image", "give either image or tokens"),
         ("variations", {"tokens": "[1, 2]", "keep": "4"}, "keep", "keep must be at most the 2 tokens given, not 4"),
+        ("variations", {"tokens": "[1, 2]"}, "keep", "not 4, a quarter of an image's, which stay if it is left out"),
+        ("variations", {"image": "photo.png"}, "image", "image must be a file, not text: send what the file contains"),
         ("variations", {"tokens": "[1, 2]", "keep": "5"}, "keep", "keep must be 1 to 4 or a multiple of 4 up to 16"),
         ("variations", {"tokens": "[1, 2]", "keep": "x"}, "keep", "keep: input should be a valid integer"),
         ("variations", {"tokens": "[64]", "keep": "1"}, "tokens", "tokens must be 0 to 63, not 64"),

@@ -1,5 +1,6 @@
 """Errors in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -9,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, printable
 from detailflow.serving.batcher import ClosingError, ComputingError, QueueFullError
 from detailflow.serving.schemas import PARAMETERS
 
@@ -27,8 +28,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, dict(headers or {}))
-        self.param, self.code = param, code or _CODES.get(status)
+        super().__init__(status, _short(message), dict(headers or {}))
+        self.param, self.code = param and _short(param), code or _CODES.get(status)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -40,6 +41,11 @@ class ApiError(HTTPException):
     def response(self) -> JSONResponse:
         """The answer."""
         return JSONResponse(self.content, self.status_code, self.headers)
+
+
+def _short(text: str) -> str:
+    """Return text that any answer can hold, without words and numbers of any length that a client made up."""
+    return re.sub(r"(\w{40})\w{20,}", r"\1…", printable(text))
 
 
 def api_error(error: Exception) -> ApiError:
@@ -86,9 +92,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
     where = [str(part) for part in first["loc"][1:] if not isinstance(part, int)]
     param, kind, message = (where[0] if where else None), first["type"], first["msg"]
     if kind == "json_invalid":
-        return ApiError(
-            400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json"
-        )
+        what = first.get("ctx", {}).get("error", message)
+        return ApiError(400, f"the body is no valid JSON: {what} at character {first['loc'][1]}", code="invalid_json")
     if not where and isinstance(first.get("input"), bytes):  # as another kind of content
         message = "the body was not sent as JSON: send it with the header Content-Type: application/json"
         return ApiError(400, message, code="invalid_json")
@@ -96,6 +101,9 @@ def _invalid(error: RequestValidationError) -> ApiError:
         others = [name for name in PARAMETERS if name != param]  # another route may have it
         advice = advice_on(param or "", others)
         return ApiError(400, f"unknown parameter {param!r}: {advice}", param, "unknown_parameter")
+    if param == "image" and isinstance(first.get("input"), str):
+        advice = "send what the file contains, as curl -F image=@photo.png does, with @"
+        return ApiError(400, f"image must be a file, not text: {advice}", param, "invalid_value")
     if kind == "missing":
         return ApiError(400, f"{param or 'the body'} is missing: see /docs", param, "missing_required_parameter")
     text = message if message[1:2].isupper() else f"{message[0].lower()}{message[1:]}"

@@ -137,6 +137,8 @@ class Service:
                 raise ApiError(400, message, "tokens", "invalid_value") from error
         if keep > len(tokens):
             message = f"keep must be at most the {len(tokens)} tokens given, not {keep}"
+            if body.keep is None:
+                message += ", a quarter of an image's, which stay if it is left out"
             raise ApiError(400, message, "keep", "invalid_value")
         if keep > checked.num_tokens:
             message = f"num_tokens must be at least keep, which is {keep}, not {checked.num_tokens}"

@@ -31,7 +31,19 @@ class StrictRoute(APIRoute):
 
 class _Strict(Request):
     async def json(self) -> Any:
-        return json.loads(await self.body(), object_pairs_hook=_unique)
+        """Return the body; FastAPI answers a `JSONDecodeError` itself, but for others only says that there was one."""
+        content = await self.body()
+        try:
+            return json.loads(content, object_pairs_hook=_unique)
+        except json.JSONDecodeError:
+            raise
+        except UnicodeDecodeError as error:
+            reason = f"it is not UTF-8 at byte {error.start}"
+        except RecursionError:
+            reason = "it is nested too deeply"
+        except ValueError:  # Python's limit on what it takes for a number
+            reason = "a number in it has thousands of digits"
+        raise ApiError(400, f"the body is no valid JSON: {reason}", code="invalid_json")
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
