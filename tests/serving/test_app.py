@@ -308,6 +308,19 @@ def test_routes_that_are_not_there(http: httpx.Client):
     assert http.get("/v1/images/generations").json()["error"]["code"] == "method_not_allowed"
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/docs", "/openapi.json", "/studio/main.js", "/healthz", "/readyz", "/metrics", "/v1/models", "/v1/classes"],
+)
+def test_head_is_get_without_a_body(path: str, http: httpx.Client):
+    head, get = http.head(path), http.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path != "/metrics":  # which count this
+        assert head.headers["content-length"] == str(len(get.content))
+    assert http.head("/v1/images/generations").status_code == 405
+
+
 # --- operations ------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +329,8 @@ def test_metrics(http: httpx.Client):
     answer = http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     lines = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if line[0] != "#")
+    http.head("/v1/models")
+    assert 'detailflow_requests_total{method="HEAD",path="/v1/models",status="200"}' in http.get("/metrics").text
     route = 'method="POST",path="/v1/images/generations",status="200"'
     assert float(lines[f"detailflow_requests_total{{{route}}}"]) >= 1
     assert float(lines['detailflow_request_seconds_count{path="/v1/images/generations"}']) >= 1

@@ -33,19 +33,23 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0
+        is_head = scope["method"] == "HEAD"
+        inner = {**scope, "method": "GET"} if is_head else scope  # which is answered alike, but for the body
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+            elif is_head:
+                message["body"] = b""
             await send(message)
 
         self.metrics.in_progress.inc()
         try:
             async with asyncio.timeout(self.config.timeout + 1):  # jobs end at their own deadline, a second earlier
                 self._authorize(scope)
-                await self.app(scope, self._bounded(scope, receive), watched)
+                await self.app(inner, self._bounded(scope, receive), watched)
         except (ApiError, TimeoutError, asyncio.CancelledError) as error:
             try:
                 if status:  # too late for another answer
@@ -59,7 +63,7 @@ class Guard:
                 await _abort(send)
         finally:
             self.metrics.in_progress.dec()
-            path = getattr(scope.get("route"), "path", "other")
+            path = getattr(inner.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self.metrics.requests.labels(method, path, status).inc()
             self.metrics.latency.labels(path).observe(time.perf_counter() - started)

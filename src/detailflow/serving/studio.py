@@ -45,6 +45,6 @@ def add_studio(app: FastAPI) -> None:
     """Serve the page at / and its files below `PREFIX`."""
     app.mount(PREFIX.rstrip("/"), _Files(directory=FILES))
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def studio() -> FileResponse:
         return FileResponse(FILES / "index.html", headers=_HEADERS)
