@@ -92,12 +92,12 @@ def create_app(pipeline: DetailFlowPipeline, config: ServeConfig | None = None) 
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models", tags=["models"], responses=_only(401))
+    @app.get("/v1/models", tags=["models"], responses=_only(400, 401))
     async def list_models() -> schemas.Models:
         """List the model of this server."""
         return schemas.Models(data=[service.describe()])
 
-    @app.get("/v1/models/{model:path}", tags=["models"], responses=_only(401, 404))
+    @app.get("/v1/models/{model:path}", tags=["models"], responses=_only(400, 401, 404))
     async def get_model(model: str) -> schemas.Model:
         """Return what a model can do: its sizes, its best sampling, the server's limits."""
         service.check_model(model)
