@@ -1,6 +1,7 @@
 """From the published layout to ours and back."""
 
 import argparse
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -204,6 +205,56 @@ def test_what_cannot_be_converted(ours: Path, tmp_path: Path):
     (tmp_path / "pair" / "gpt" / "resume").mkdir()
     assert "holds a training run, whose model this would replace" in error_of(TINY, tmp_path / "pair")
     assert (tmp_path / "pair" / "gpt" / "config.json").read_bytes() == config
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Return the names and bytes of all files in a folder and those inside."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("to", ["detailflow", "published"])
+def test_of_a_pair_both_are_written_or_none(to: str, ours: Path, tmp_path: Path):
+    broken, output = Path(shutil.copytree(ours, tmp_path / "broken")), tmp_path / "output"
+    put(float("nan"), "head.weight", broken / "gpt")
+    assert "head.weight has values that are not finite" in error_of(broken, output, to=to)
+    assert not output.exists()
+    convert(ours, output, to=to)
+    before = content(output)
+    assert "head.weight has values that are not finite" in error_of(broken, output, to=to)
+    assert content(output) == before
+
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "gpt").write_text("a file")
+    assert f"could not write the model to {tmp_path / 'taken' / 'gpt'}: " in error_of(ours, tmp_path / "taken", to=to)
+    assert content(tmp_path / "taken") == {"gpt": b"a file"} and len(list((tmp_path / "taken").iterdir())) == 1
+
+
+def test_a_pair_is_saved_whole_or_not_at_all(pipeline: DetailFlowPipeline, tmp_path: Path):
+    (tmp_path / "gpt").write_text("a file")
+    with pytest.raises(DetailFlowError, match="could not write the model to .*gpt: "):
+        pipeline.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt"]
+
+
+def test_a_full_disk_leaves_the_pair_that_was_there(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output = Path(shutil.copytree(ours, tmp_path / "output"))
+    before, real = content(output), save_file
+
+    def full(tensors: dict, path: Path, **options: object) -> None:
+        if "head.weight" in tensors:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, **options)
+
+    monkeypatch.setattr("detailflow.tensors.save_file", full)
+    assert "No space left on device" in error_of(TINY, output, dtype=torch.bfloat16)
+    assert content(output) == before
+
+
+def test_a_folder_in_the_place_of_the_card(tmp_path: Path):
+    (tmp_path / "out" / "README.md").mkdir(parents=True)
+    message = f"cannot write {tmp_path / 'out' / 'README.md'}: it is a folder, not a file"
+    assert error_of(TINY, tmp_path / "out") == message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"]
 
 
 def put(value: float, name: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from detailflow.errors import DetailFlowError
-from detailflow.tensors import PIECE, in_pieces, read_headers, read_state_dict, read_tensors, write_tensors
+from detailflow.tensors import PIECE, in_pieces, read_headers, read_state_dict, read_tensors, writing_tensors
 
 
 def some_tensors(count: int = 6) -> dict[str, torch.Tensor]:
@@ -20,6 +20,11 @@ def some_tensors(count: int = 6) -> dict[str, torch.Tensor]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], *shard_size: str) -> None:
+    with writing_tensors(folder, tensors, *shard_size):
+        pass
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -168,14 +173,15 @@ def test_loading_holds_little_more_than_the_model(tmp_path: Path):
     """Published checkpoints carry optimizer state and are in float32; ours may be as well."""
     from detailflow import DetailFlowGPT
     from detailflow.models.gpt import GPTConfig
-    from detailflow.published import save_published
+    from detailflow.published import saving_published
 
     model = DetailFlowGPT(
         GPTConfig(num_classes=10, width=768, depth=10, heads=12)
     )  # 75M parameters, 151 MB in bfloat16
     model.save_pretrained(tmp_path / "ours")
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    save_published(tmp_path / "published", "gpt", config, model.state_dict())
+    with saving_published(tmp_path / "published", "gpt", config, model.state_dict()):
+        pass
     path = tmp_path / "published" / "checkpoints" / "128.pt"
     state = torch.load(path, weights_only=True, mmap=True)
     moments = {name: tensor.clone() for name, tensor in state["model"].items()}

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError
-from detailflow.files import os_errors, read_json, replacing
+from detailflow.files import check_regular, making, os_errors, read_json, writing
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.loading import build
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
@@ -26,7 +27,7 @@ from detailflow.published import (
     is_published,
     model_folder,
     read_arguments,
-    save_published,
+    saving_published,
 )
 from detailflow.runs import is_run
 from detailflow.settings import parse_settings
@@ -83,26 +84,33 @@ def convert(
         )
     for kind, target in targets.items():
         _check_target(target, kind, to)
-    configs: dict[Kind, dict[str, Any]] = {}
-    for kind, path in progress_bar(found.items(), desc="converting", unit="model", total=len(found)):
-        network, config_type = NETWORKS[kind]
+    models: dict[Kind, Any] = {}
+    for kind, path in progress_bar(found.items(), desc="reading", unit="model", total=len(found)):
         config, tensors = hub.load(path, kind, variant, dtype)
-        model: Any = build(network, config_type, config, tensors, path)  # checks that all is there and fits
-        configs[kind] = config = asdict(model.config)
-        origin = _origin(path)
+        models[kind] = build(*NETWORKS[kind], config, tensors, path)  # checks that all is there and fits
         if kind == "gpt" and is_published(path) and has_both_variants(path):
             kept, other = ("EMA", "model") if variant == "ema" else ("raw", "ema")
             _log.info(
                 "of its two sets of weights the %s ones are converted: --variant %s takes the others", kept, other
             )
-        if to == "published":
-            save_published(targets[kind], kind, config, model.state_dict(), origin)
+    configs: dict[Kind, dict[str, Any]] = {kind: asdict(model.config) for kind, model in models.items()}
+    card = _card(output, configs, str(source))
+    with ExitStack() as stack:  # which puts all files in place once all are written, those of the first model last
+        stack.enter_context(os_errors(f"could not write the model to {output}"))
+        stack.enter_context(making(output))
+        if card is not None:
+            stack.enter_context(writing(output / CARD_FILE)).write_text(card, encoding="utf-8")
+        for kind, model in progress_bar(models.items(), desc="writing", unit="model", total=len(models)):
+            target, origin, tensors = targets[kind], _origin(found[kind]), model.state_dict()
+            if to == "published":
+                saving = saving_published(target, kind, configs[kind], tensors, origin)
+            else:
+                extra = {"published": origin} if origin else {}
+                saving = hub.saving(target, kind, configs[kind] | extra, tensors, shard_size)
+            stack.enter_context(saving)
+    if to == "published":
+        for kind, config in configs.items():
             _warn_of_loss(targets[kind], kind, config)
-        else:
-            extra = {"published": origin} if origin else {}
-            hub.save(targets[kind], kind, config | extra, model.state_dict(), shard_size)
-        del tensors, model
-    _write_card(output, configs, str(source))
     return targets
 
 
@@ -141,13 +149,15 @@ def _origin(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _write_card(folder: Path, configs: Mapping[Kind, Mapping[str, Any]], source: str) -> None:
-    """Write a model card for the hub, unless there is one by somebody else."""
+def _card(folder: Path, configs: Mapping[Kind, Mapping[str, Any]], source: str) -> str | None:
+    """Return the text of a model card for the hub; `None` if there is one by somebody else."""
     from huggingface_hub import ModelCard, ModelCardData
 
     path = folder / CARD_FILE
-    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        return
+    with os_errors(f"cannot write {path}"):
+        check_regular(path)
+        if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
+            return None
     pair = hub.zoo_model(source)
     tags = {"tokenizer": "image-tokenizer", "gpt": "class-conditional"}
     data = ModelCardData(
@@ -186,5 +196,4 @@ model = {loader}.from_pretrained("{name}")
 |---|---|---|
 {chr(10).join(rows)}
 """
-    with os_errors(f"could not write {path}"), replacing(path) as temporary:
-        ModelCard(text).save(temporary)
+    return str(ModelCard(text))

@@ -113,6 +113,20 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; on an error those that were made are removed again if they are empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # it is not empty, or was never made
+                path.rmdir()
+        raise
+
+
 def open_own(path: Path, flags: int) -> IO[bytes]:
     """Open or create a file in a folder that is ours to write to; its content stays.
 

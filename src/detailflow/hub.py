@@ -11,8 +11,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, first_line
-from detailflow.files import os_errors, read_json, reading, replacing, similar
+from detailflow.files import making, os_errors, read_json, reading, replacing, similar
 from detailflow.published import (
     ARGUMENTS_FILE,
     CHECKPOINTS,
@@ -39,7 +39,7 @@ from detailflow.published import (
 )
 from detailflow.runs import RUN_FILE, checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
 from detailflow.settings import checked, unknown
-from detailflow.tensors import SHARD_SIZE, TENSOR_FILES, check_finite, read_tensors, write_tensors
+from detailflow.tensors import SHARD_SIZE, TENSOR_FILES, check_finite, read_tensors, writing_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -360,26 +360,37 @@ def _read_config(folder: Path, kind: Kind) -> dict[str, Any]:
     return config
 
 
-def save(
-    folder: str | Path,
+def save(folder: str | Path, kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a model in our layout."""
+    with saving(Path(checked("folder", folder, Path)), kind, config, tensors):
+        pass
+
+
+@contextmanager
+def saving(
+    folder: Path,
     kind: Kind,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     shard_size: str = SHARD_SIZE,
-) -> None:
+) -> Iterator[None]:
     """Write a model in our layout, in shards if it is larger than `shard_size`.
 
-    Each file is replaced at once, the config last: an interrupted first save leaves no model, not half of one.
+    All files are written at the start of the context and put in place at its end, or vanish on an error: in nested
+    contexts, all models are written or none. The config comes last: an interrupted first save leaves no model, not half
+    of one.
     """
-    folder = Path(checked("folder", folder, Path))
     check_finite(tensors, f"no model is written to {folder}")
     text = json.dumps({"format": "detailflow", "kind": kind, **config}, indent=2, ensure_ascii=False)
     try:
-        with os_errors(f"could not write the model to {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(folder, tensors, shard_size)
-            with replacing(folder / CONFIG_FILE) as path:
-                path.write_text(text + "\n", encoding="utf-8")
+        with (
+            os_errors(f"could not write the model to {folder}"),
+            making(folder),
+            replacing(folder / CONFIG_FILE) as path,
+            writing_tensors(folder, tensors, shard_size),
+        ):
+            path.write_text(text + "\n", encoding="utf-8")
+            yield
     except SafetensorError as error:
         raise DetailFlowError(f"could not write the model to {folder}: {error}") from error
 

@@ -3,7 +3,8 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -191,8 +192,10 @@ class DetailFlowPipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write both models to `folder`, as tokenizer/ and gpt/."""
         folder = Path(checked("folder", folder, Path))
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        self.gpt.save_pretrained(folder / "gpt")
+        with ExitStack() as stack:  # which puts them in place once both are written
+            for model in (self.tokenizer, self.gpt):
+                content = asdict(model.config), model.state_dict()
+                stack.enter_context(hub.saving(folder / model.kind, model.kind, *content))
 
     def push_to_hub(
         self,

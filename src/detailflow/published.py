@@ -8,6 +8,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,10 @@ import yaml
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, some_names
-from detailflow.files import LARGEST_YAML, os_errors, read_json, read_text, reading, replacing
+from detailflow.files import LARGEST_YAML, making, os_errors, read_json, read_text, reading, replacing
 from detailflow.labels import default_names
 from detailflow.plain_yaml import load_yaml
-from detailflow.tensors import in_pieces, is_weights, save_torch
+from detailflow.tensors import in_pieces, is_weights, write_torch
 from detailflow.torch_files import load_torch
 
 Kind = Literal["tokenizer", "gpt"]
@@ -313,14 +314,15 @@ def _assemble(ours: str, state: Mapping[str, Tensor], sources: tuple[str, ...], 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save_published(
+@contextmanager
+def saving_published(
     folder: Path,
     kind: Kind,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     origin: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a model, in our keys and names, in the published layout; the config last.
+) -> Iterator[None]:
+    """Write a model, in our keys and names, in the published layout; as `hub.saving` does, the config last.
 
     `origin` is the published "config" and "arguments" of a model that had them; else they are made from ours.
     """
@@ -332,16 +334,17 @@ def save_published(
             tensor = tensor[None]
         state |= zip(theirs, tensor.chunk(len(theirs)), strict=True)
     origin = origin or _published_config(kind, config)
-    with os_errors(f"could not write the model to {folder}"):
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        checkpoint = {"model": state, "ema": state} if kind == "gpt" else {"model": state}
-        save_torch(folder / CHECKPOINTS / f"{config['num_tokens']}.pt", checkpoint)
-        for name, text in (
-            (ARGUMENTS_FILE, origin["arguments"]),
-            (CONFIG_FILE, json.dumps(origin["config"], indent=4) + "\n"),
-        ):
-            with replacing(folder / name) as path:
-                path.write_text(text, encoding="utf-8")
+    checkpoint = {"model": state, "ema": state} if kind == "gpt" else {"model": state}
+    texts = {CONFIG_FILE: json.dumps(origin["config"], indent=4) + "\n", ARGUMENTS_FILE: origin["arguments"]}
+    with (
+        os_errors(f"could not write the model to {folder}"),
+        making(folder / CHECKPOINTS),
+        ExitStack() as stack,  # which puts the files in place in the opposite order
+    ):
+        for name, text in texts.items():
+            stack.enter_context(replacing(folder / name)).write_text(text, encoding="utf-8")
+        write_torch(stack.enter_context(replacing(folder / CHECKPOINTS / f"{config['num_tokens']}.pt")), checkpoint)
+        yield
 
 
 def _published_config(kind: Kind, config: Mapping[str, Any]) -> dict[str, Any]:

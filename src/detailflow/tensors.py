@@ -28,7 +28,13 @@ Key = TypeVar("Key")
 
 def save_torch(path: Path, content: Any) -> None:
     """Write a file of `torch.save`, whole or not at all; an `OSError` if that fails."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary:
+        write_torch(temporary, content)
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """Write a file of `torch.save`; an `OSError` if that fails."""
+    with path.open("wb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch's own, after the file's
@@ -176,10 +182,12 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(numbers.aminmax()).isfinite().all())  # ten times as fast as looking at each number
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str = SHARD_SIZE) -> None:
+@contextmanager
+def writing_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str = SHARD_SIZE) -> Iterator[None]:
     """Write model.safetensors, or shards of at most `shard_size` ("5GB", "200MB") and their index.
 
-    All are written first and then put in place; if that is interrupted among shards, there is no index.
+    All are written at the start of the context and put in place at its end, or vanish on an error. If it is interrupted
+    while shards are put in place, there is no index.
 
     Raises:
         OSError, SafetensorError: if that fails.
@@ -189,15 +197,16 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str =
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(whole, max_shard_size=shard_bytes(shard_size))
     index = folder / INDEX_FILE
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # which puts the files in place in the opposite order
+        if split.is_sharded:
+            content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            text = json.dumps(content, indent=2) + "\n"
+            stack.enter_context(replacing(index)).write_text(text, encoding="utf-8")
         for name, members in split.filename_to_tensors.items():
             path = stack.enter_context(replacing(folder / name))
             save_file({member: whole[member] for member in members}, path, metadata={"format": "pt"})
+        yield
         index.unlink(missing_ok=True)
-    if split.is_sharded:
-        with replacing(index) as path:
-            content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     digits = "[0-9]" * 5
     for path in (*folder.glob(f"model-{digits}-of-{digits}.safetensors"), folder / WEIGHTS_FILE):
         if path.name not in split.filename_to_tensors:
