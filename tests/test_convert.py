@@ -3,7 +3,9 @@
 import argparse
 import errno
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -255,6 +257,44 @@ def test_a_folder_in_the_place_of_the_card(tmp_path: Path):
     message = f"cannot write {tmp_path / 'out' / 'README.md'}: it is a folder, not a file"
     assert error_of(TINY, tmp_path / "out") == message
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"]
+
+
+NOT_UTF8 = os.fsdecode(b"q\xfe")  # no name of a folder on macOS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("to", ["detailflow", "published"])
+def test_a_path_that_is_not_utf8(to: str, ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    why = "its path is not valid UTF-8, and PyTorch reads no weights there: rename it, or choose another folder"
+    output, shown = tmp_path / NOT_UTF8, tmp_path / "q\N{REPLACEMENT CHARACTER}"
+    assert main(["convert", str(ours), "--output", str(output), "--to", to]) == 2
+    assert capsys.readouterr().err == f"detailflow: error: cannot write to {shown}: {why}\n"
+    assert error_of(ours / "gpt", output, to=to) == f"could not write the model to {shown}: {why}"
+    assert not output.exists()
+    convert(ours, tmp_path / "sound", to=to)
+    (tmp_path / "sound").rename(output)
+    assert main(["generate", "--model", str(output), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"detailflow: error: could not read {shown / 'tokenizer'}") and error.endswith(f": {why}\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_no_model_is_trained_where_it_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = Path(__file__).parent / "data" / "images"
+    for command in (["train"], ["train", "tokenizer", "--config", "small-32/tokenizer"]):
+        assert main([*command, "--data", str(data), "--output", str(tmp_path / NOT_UTF8)]) == 2
+        assert "its path is not valid UTF-8" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["detailflow", "published"])
+def test_half_a_character_in_a_config(to: str, model: Path, tmp_path: Path):
+    own = Path(shutil.copytree(model / "gpt", tmp_path / "own"))
+    config = json.loads((own / "config.json").read_text()) | {"tokenizer": "\ud800", "class_names": [*"abcd", "\udfff"]}
+    (own / "config.json").write_text(json.dumps(config))
+    convert(own, tmp_path / "out", to=to)
+    if to == "detailflow":
+        assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
 
 
 def put(value: float, name: str, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from detailflow import hub
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, printable
 from detailflow.files import check_regular, making, os_errors, read_json, writing
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.loading import build
@@ -175,7 +175,7 @@ def _card(folder: Path, configs: Mapping[Kind, Mapping[str, Any]], source: str) 
         for key, value in config.items()
         if key != "class_names"
     ]
-    name = folder.resolve().name
+    name = printable(folder.resolve().name)
     text = f"""---
 {data.to_yaml()}
 ---

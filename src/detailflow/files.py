@@ -256,6 +256,15 @@ def check_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
+def check_utf8(path: Path) -> None:
+    """Raise an `OSError` if a path is not valid UTF-8, as a file of weights must have it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        reason = "its path is not valid UTF-8, and PyTorch reads no weights there: rename it, or choose another folder"
+        raise OSError(errno.EILSEQ, reason, str(path)) from None
+
+
 def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT, errors: str = "strict") -> str:
     """Return the UTF-8 text of a regular file of at most `most` bytes.
 

@@ -389,7 +389,7 @@ def saving(
             replacing(folder / CONFIG_FILE) as path,
             writing_tensors(folder, tensors, shard_size),
         ):
-            path.write_text(text + "\n", encoding="utf-8")
+            path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # JSON has halves of pairs so
             yield
     except SafetensorError as error:
         raise DetailFlowError(f"could not write the model to {folder}: {error}") from error

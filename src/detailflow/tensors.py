@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
-from detailflow.files import check_regular, read_json, reading, replacing
+from detailflow.files import check_regular, check_utf8, read_json, reading, replacing
 from detailflow.torch_files import load_torch
 
 WEIGHTS_FILE = "model.safetensors"
@@ -135,6 +135,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
     try:
         with reading(file):
             check_regular(file)
+            check_utf8(file)
             with safe_open(file, "pt") as opened:
                 yield opened
     except SafetensorError as error:
@@ -194,6 +195,7 @@ def writing_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
+    check_utf8(folder)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(whole, max_shard_size=shard_bytes(shard_size))
     index = folder / INDEX_FILE

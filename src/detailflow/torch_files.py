@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 
 from detailflow.errors import DetailFlowError
-from detailflow.files import reading
+from detailflow.files import check_utf8, reading
 
 LARGEST_PICKLE = 4 * 2**20  # bytes, for about 20,000 tensors
 _ZIP_TAIL = 56 + 20 + 22  # bytes of the three records that end a zip file
@@ -43,6 +43,9 @@ def load_torch(path: Path, mmap: bool = False) -> Any:
             same.
     """
     check_torch_file(path)
+    if mmap:
+        with reading(path):
+            check_utf8(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about pickle protocols

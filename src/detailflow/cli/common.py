@@ -211,11 +211,13 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def check_output(folder: Path) -> None:
-    """Prove that `folder` exists or can be made, and can be written to; leaves nothing behind."""
-    from detailflow.files import os_errors
+def check_output(folder: Path, models: bool = False) -> None:
+    """Prove that `folder` exists or can be made, and can be written to, also `models`; leaves nothing behind."""
+    from detailflow.files import check_utf8, os_errors
 
     with os_errors(f"cannot write to {folder}"):
+        if models:
+            check_utf8(folder)
         with suppress(FileNotFoundError, NotADirectoryError):
             folder.lstat()  # raises for a name that cannot be
         existing = folder.absolute()

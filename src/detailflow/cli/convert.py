@@ -27,7 +27,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     """Convert and say what was written."""
     args = parser().parse_args(argv)
-    check_output(args.output)
+    check_output(args.output, models=True)
 
     import torch
 

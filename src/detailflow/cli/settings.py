@@ -38,7 +38,7 @@ def read_request(
 
     Args:
         sizes: returns what the model that `--init` names says of the settings; files and options go before it.
-        can_plan: whether there is `--dry-run`, which needs no output folder and does not look into it.
+        can_plan: whether it trains: there is `--dry-run`, which needs no output folder and does not look into it.
     """
     if not argv or "--help" in argv or "-h" in argv:
         after = [*argv[argv.index("-h" if "-h" in argv else "--help") + 1 :], "-"][0] if argv else "-"
@@ -62,7 +62,7 @@ def read_request(
     if not dry_run:
         if output is None:
             raise DetailFlowError("the following arguments are required: --output")
-        check_output(output)
+        check_output(output, models=can_plan)
     return Request(settings, output or Path(), device, dry_run)
 
 

@@ -122,7 +122,7 @@ def _all(argv: Sequence[str]) -> None:
         for line in describe_all(wanted, output, device):
             print(line, flush=True)
         return
-    check_output(output)
+    check_output(output, models=True)
     train_all(wanted, output, device)
     if not World.from_launch().is_main:
         return
