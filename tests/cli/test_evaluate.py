@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from detailflow.cli.main import main
@@ -93,6 +94,30 @@ def test_tokenizer(model: Path, cifar: Path, network: Path, tmp_path: Path, caps
     first = figures(tmp_path / "out")
     assert evaluate(*argv) == 0  # the same again
     assert figures(tmp_path / "out") == first
+
+
+def test_more_samples_go_on_with_the_kept_ones(
+    model: Path, cifar: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    argv = ["--model", model, "--reference", cifar, "--features", network, "--device", "cpu", "--batch-size", 3]
+    argv += ["--output", tmp_path / "out"]
+    assert evaluate("gpt", *argv, "--num-samples", 6, "--keep-samples") == 0
+    (kept,) = (tmp_path / "out" / "samples").glob("*/samples.npz")
+    before = np.load(kept)["arr_0"]
+    assert evaluate("gpt", *argv, "--num-samples=9", "--keep-samples") == 0
+    after = np.load(kept)["arr_0"]
+    assert len(after) == 9 and (after[:6] == before).all()
+    assert load(tmp_path / "out")["provenance"]["data"]["samples"]["images"] == 9
+    capsys.readouterr()
+    for other in (
+        ["--num-samples", 8, "--keep-samples"],
+        ["--num-samples", 12],
+        ["--num-samples", 12, "--keep-samples", "--seed", 1],
+    ):
+        assert evaluate("gpt", *argv, *other) == 2
+        error = capsys.readouterr().err
+        assert "out has the report of another evaluation (" in error
+        assert error.endswith("): choose another folder, or remove report.json\n")
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:

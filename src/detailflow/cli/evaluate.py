@@ -196,7 +196,8 @@ def _gpt(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     )
     names = (*SamplingConfig.__dataclass_fields__, "num_tokens")
     settings = sweep(pipeline, **{name: getattr(args, name) for name in names})  # raises before any download
-    models = _check_folder(args, command, context, {"tokenizer": args.tokenizer or args.model, "gpt": args.model})
+    sources: dict[Kind, str | None] = {"tokenizer": args.tokenizer or args.model, "gpt": args.model}
+    models = _check_folder(args, command, context, sources, args.num_samples if args.keep_samples else 0)
     reference = context.open(args.reference, pipeline.tokenizer.config.image_size, split=args.split)
     extractor = load_extractor(args.features, context.device, args.weights)
     options = GPTOptions(
@@ -263,7 +264,11 @@ def _start(args: argparse.Namespace, stack: ExitStack) -> "Context":
 
 
 def _check_folder(
-    args: argparse.Namespace, command: str, context: "Context", sources: "Mapping[Kind, str | None]"
+    args: argparse.Namespace,
+    command: str,
+    context: "Context",
+    sources: "Mapping[Kind, str | None]",
+    kept_samples: int = 0,
 ) -> dict[str, Any]:
     """Return what the report says about the models, after a check that its folder is free for it."""
     from detailflow.evaluation.report import check_folder, model_entry
@@ -272,7 +277,7 @@ def _check_folder(
     with context.world.raise_together():
         if context.world.is_main:
             models = {kind: model_entry(source, kind) for kind, source in sources.items()}
-            check_folder(args.output, command, models)
+            check_folder(args.output, command, models, kept_samples)
     return models
 
 

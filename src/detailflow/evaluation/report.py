@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -275,19 +276,28 @@ def model_entry(source: str | None, kind: Kind) -> dict[str, str]:
     return {"name": source or "the shipped model", "fingerprint": hub.fingerprint(*found)}
 
 
-def check_folder(folder: Path, command: str, models: Mapping[str, Any]) -> None:
-    """Check that `folder` has no report but one of the same command on the same models, which may be replaced."""
+def check_folder(folder: Path, command: str, models: Mapping[str, Any], kept_samples: int = 0) -> None:
+    """Check that `folder` has no report but one of the same command on the same models, which may be replaced.
+
+    Args:
+        kept_samples: number of images that the command keeps there, which may be more than it was; 0 if it keeps none.
+    """
     if not (folder / JSON_FILE).exists():
         return
     try:
         provenance = load(folder)["provenance"]
     except DetailFlowError:
         raise DetailFlowError(f"{folder} has a {JSON_FILE} that is no report of ours: choose another folder") from None
-    if provenance.get("command") != command or provenance.get("models") != _finite(dict(models)):
+    before, count = str(provenance.get("command")), dict(flattened(provenance)).get("data.samples.images")
+    goes_on = isinstance(count, int) and count < kept_samples and _without_count(before) == _without_count(command)
+    if not (before == command or goes_on) or provenance.get("models") != _finite(dict(models)):
         raise DetailFlowError(
-            f"{folder} has the report of another evaluation ({provenance.get('command')}): "
-            "choose another folder, or remove it"
+            f"{folder} has the report of another evaluation ({before}): choose another folder, or remove {JSON_FILE}"
         )
+
+
+def _without_count(command: str) -> str:
+    return re.sub(r" --num-samples[ =]\S+", "", command)
 
 
 def load(path: Path) -> dict[str, Any]:
