@@ -6,6 +6,7 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -444,6 +445,40 @@ def test_reconstruction_from_other_modes_and_counts(pipeline: DetailFlowPipeline
             pipeline.reconstruct(gradient(40, 40), counts=counts)  # type: ignore[arg-type]
         with pytest.raises(DetailFlowError, match=message):
             pipeline.stream("cat", counts=counts)  # type: ignore[arg-type]
+
+
+def test_stages_that_never_come(pipeline: DetailFlowPipeline):
+    for options, message in (
+        ({"counts": [16], "num_tokens": 8}, "each of counts must be at most num_tokens, which is 8, not 16"),
+        ({"counts": [1, 4], "prefix": [0] * 8}, "each of counts must be at least the 8 tokens of prefix, not 1"),
+    ):
+        with pytest.raises(DetailFlowError) as refused:
+            pipeline.stream("cat", **options)
+        assert str(refused.value) == message
+    for batch_size in (1, 2):  # the prefix is the first stage
+        stages = pipeline.stream("cat", prefix=[0] * 8, num_images_per_class=2, batch_size=batch_size)
+        assert [stage.num_tokens for stage in stages] == [8, 12, 16]
+
+
+def test_models_in_each_others_place(pipeline: DetailFlowPipeline):
+    with pytest.raises(DetailFlowError) as refused:
+        DetailFlowPipeline(pipeline.gpt, pipeline.tokenizer)  # type: ignore[arg-type]
+    assert str(refused.value) == "tokenizer must be a DetailFlowTokenizer, not a DetailFlowGPT"
+
+
+@pytest.mark.parametrize("size", [32, ("a", "b"), (32.0, 32.0), (32,), (32, 32, 32), "32"])
+def test_sizes_of_variations_that_are_none(size: Any, pipeline: DetailFlowPipeline):
+    with pytest.raises(DetailFlowError) as refused:
+        pipeline.vary(gradient(40, 40), keep=8, size=size)
+    assert str(refused.value) == f"size must be (height, width), both integers, not {size!r}"
+
+
+def test_no_name_is_no_folder(pipeline: DetailFlowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for model in (pipeline, pipeline.gpt):
+        with pytest.raises(DetailFlowError, match="folder must be a path, not ''"):
+            model.save_pretrained("")
+    assert not list(tmp_path.iterdir())
 
 
 def test_counts_of_stages():

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,6 +169,12 @@ def image_noise(generators: Sequence[torch.Generator], num_tokens: int) -> Tenso
     """Return (B, N) float64 uniform numbers on the CPU, one row from each image's own generator."""
     rows = [torch.rand(num_tokens, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators]
     return torch.stack(rows)
+
+
+def image_generator(seed: int, image: int) -> torch.Generator:
+    """Return the noise generator of one image; the mixing is fixed, so that images stay the same for good."""
+    state = np.random.SeedSequence(seed, spawn_key=(image,)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def image_generators(generator: Generators | None, images: int) -> list[torch.Generator]:

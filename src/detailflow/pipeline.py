@@ -19,6 +19,7 @@ from detailflow.data.transforms import center_crop, resized, to_tensor
 from detailflow.device import choose_device, choose_dtype, to_host, within_memory
 from detailflow.errors import DetailFlowError, DetailFlowWarning
 from detailflow.generation import Generators, image_generators
+from detailflow.generation import image_generator as image_generator
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.loading import checked_ids
@@ -107,6 +108,9 @@ class DetailFlowPipeline:
     """
 
     def __init__(self, tokenizer: DetailFlowTokenizer, gpt: DetailFlowGPT) -> None:
+        for name, model, kind in (("tokenizer", tokenizer, DetailFlowTokenizer), ("gpt", gpt, DetailFlowGPT)):
+            if not isinstance(model, kind):
+                raise DetailFlowError(f"{name} must be a {kind.__name__}, not a {type(model).__name__}")
         for key in ("num_tokens", "group_size", "causal_tokens", "codebook_size"):
             ours, theirs = getattr(tokenizer.config, key), getattr(gpt.config, key)
             if ours != theirs:
@@ -252,23 +256,23 @@ class DetailFlowPipeline:
         Args:
             labels: as in a plain call.
             num_images: as in a plain call.
-            counts: yield only the stages of that many tokens; `None` is all of them.
+            counts: yield only the stages of that many tokens; `None` is all of them, from those of `prefix` on.
             options: as in a plain call.
         """
-        wanted = None if counts is None else self.tokenizer.schedule.check_counts(counts)
-        return self._stages(list(self._batches(self._wanted(labels, num_images), **options)), wanted)
+        batches = list(self._batches(self._wanted(labels, num_images), **options))
+        prefix, last = options.get("prefix"), options.get("num_tokens")
+        first = 1 if prefix is None else len(self.tokens(prefix))
+        return self._stages(batches, self.tokenizer.schedule.check_counts(counts, first=first, last=last))
 
-    def _stages(self, batches: Sequence[Iterator[Tensor]], wanted: Sequence[int] | None) -> Iterator[Stage]:
+    def _stages(self, batches: Sequence[Iterator[Tensor]], wanted: Sequence[int]) -> Iterator[Stage]:
         """Decode the same batches as in a plain call, because another batch size may round differently."""
         if len(batches) == 1:
             steps = ([ids] for ids in batches[0])
         else:  # each to its end, or the caches of all would be in memory at once
             whole = [ids for *_, ids in batches]
-            counts = [n for n in self.tokenizer.schedule.valid_counts if n <= whole[0].shape[1]]
-            steps = ([ids[:, :n] for ids in whole] for n in counts)
+            steps = ([ids[:, :n] for ids in whole] for n in sorted(set(wanted)))
         for parts in steps:
-            n = parts[0].shape[1]
-            if wanted is None or n in wanted:
+            if (n := parts[0].shape[1]) in wanted:
                 images = [image for ids in parts for image in decode_images(self.tokenizer, ids)]
                 yield Stage(n, self.tokenizer.schedule.decode_size(n), images)
 
@@ -305,13 +309,12 @@ class DetailFlowPipeline:
         ids = self.tokens(image)
         if self.tokenizer.schedule.check_count(keep, "keep") > len(ids):
             raise DetailFlowError(f"keep must be at most the {len(ids)} tokens given, not {keep}")
-        if size is not None and not self.tokenizer.schedule.is_full_shape(*size):
-            raise DetailFlowError(f"no image is encoded at a size of {size}: see TokenSchedule.full_shape")
+        full = None if size is None else self.tokenizer.schedule.check_full_shape(size)
         class_ids = [self.gpt.config.num_classes] if label is None else self.class_ids([label])  # the null class
         images = []
         for steps in self._batches(class_ids, **options | {"num_images_per_class": num_images, "prefix": ids[:keep]}):
             *_, codes = steps
-            shape = None if size is None else self.tokenizer.schedule.decode_shape(codes.shape[1], *size)
+            shape = None if full is None else self.tokenizer.schedule.decode_shape(codes.shape[1], *full)
             images += decode_images(self.tokenizer, codes, shape)
         return images
 
@@ -429,12 +432,6 @@ def stage_counts(schedule: TokenSchedule, num_tokens: int | None = None) -> list
     """Return the valid powers of two below n, then n (`None` is N): stages that show how an image takes shape."""
     last = schedule.check_count(num_tokens)
     return [n for n in schedule.valid_counts if n < last and n.bit_count() == 1] + [last]
-
-
-def image_generator(seed: int, image: int) -> torch.Generator:
-    """Return the noise generator of one image; the mixing is fixed, so that images stay the same for good."""
-    state = np.random.SeedSequence(seed, spawn_key=(image,)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
 
 
 def encode_images(tokenizer: DetailFlowTokenizer, images: Sequence[Image.Image]) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -87,23 +87,29 @@ class TokenSchedule(Settings):
         """Return a valid `n`, or N for `None`; an error calls it `name`."""
         if n is None:
             return self.num_tokens
-        with suppress(TypeError):
-            n = n if isinstance(n, bool) else operator.index(n)  # of NumPy's and torch's numbers, too
-        n = checked(name, n, int)
-        if n not in self.valid_counts:
+        if (n := _integer(name, n)) not in self.valid_counts:
             single = f"1 to {self.prefix} or " if self.prefix else ""
             raise DetailFlowError(
                 f"{name} must be {single}a multiple of {self.group_size} up to {self.num_tokens}, not {n}"
             )
         return n
 
-    def check_counts(self, counts: Iterable[int]) -> list[int]:
-        """Return valid counts, of which there may be none."""
+    def check_counts(self, counts: Iterable[int] | None, *, first: int = 1, last: int | None = None) -> list[int]:
+        """Return valid counts from `first` to `last`, of which there may be none; `None` is all of them, or N."""
+        last = self.check_count(last)
+        if counts is None:
+            return [n for n in self.valid_counts if first <= n <= last]
         if not isinstance(counts, Iterable):
             raise DetailFlowError(
                 f"counts must be a list of numbers of tokens, such as [1, {self.num_tokens}], not {counts!r}"
             )
-        return [self.check_count(n, "each of counts") for n in counts]
+        checked_counts = [self.check_count(n, "each of counts") for n in counts]
+        for n in checked_counts:
+            if n > last:
+                raise DetailFlowError(f"each of counts must be at most num_tokens, which is {last}, not {n}")
+            if n < first:
+                raise DetailFlowError(f"each of counts must be at least the {first} tokens of prefix, not {n}")
+        return checked_counts
 
     def resolution(self, n: int) -> int:
         """Return R(n), the resolution in pixels that n tokens stand for (Sec. 3.2, Eq. 4)."""
@@ -145,6 +151,16 @@ class TokenSchedule(Settings):
         bounded = min(height, width) > 0 and max(height, width) <= self.image_size**2
         return bounded and self.full_shape(height, width) == (height, width)
 
+    def check_full_shape(self, size: Any) -> tuple[int, int]:
+        """Return a `size` that `full_shape` can be, (height, width)."""
+        try:
+            height, width = map(operator.index, size)
+        except (TypeError, ValueError):
+            raise DetailFlowError(f"size must be (height, width), both integers, not {size!r:.100}") from None
+        if not self.is_full_shape(height, width):
+            raise DetailFlowError(f"no image is encoded at a size of {size}: see TokenSchedule.full_shape")
+        return height, width
+
     def best_count(self, side: int) -> int:
         """Return the valid n with D(n) = `side` whose R(n) is nearest to `side`, the later one on a tie."""
         candidates = [n for n in self.valid_counts if self.decode_size(n) == side]
@@ -163,6 +179,14 @@ class TokenSchedule(Settings):
         """Return one past the last of the tokens that are predicted together with the one at `position`."""
         return position + 1 if position < self.prefix else self.group_start(position) + self.group_size
 
+    def check_span(self, position: int) -> int:
+        """Return `span_end` of a valid `position` of wrong tokens: any below c, from c on the start of a group."""
+        if any(start == _integer("position", position) for start, _ in self.steps):
+            return self.span_end(position)
+        single = f"below {self.prefix} or " if self.prefix else ""
+        multiple = f"a multiple of {self.group_size} below {self.num_tokens}"
+        raise DetailFlowError(f"position must be {single}{multiple}, not {position}")
+
     def attention_mask(self, n: int, device: torch.device | str | None = None) -> Tensor:
         """Return the (n, n) group mask, True if row i may attend to column j (Sec. 3.3; docs/method.md#groups).
 
@@ -172,3 +196,11 @@ class TokenSchedule(Settings):
         row, column = i[:, None], i[None, :]
         same_or_earlier_group = column // self.group_size <= row // self.group_size
         return torch.where(row < self.prefix, column <= row, same_or_earlier_group)
+
+
+def _integer(name: str, value: Any) -> int:
+    """Return an integer, also one of NumPy's or torch's; a truth value is none."""
+    with suppress(TypeError):
+        value = value if isinstance(value, bool) else operator.index(value)
+    number: int = checked(name, value, int)
+    return number

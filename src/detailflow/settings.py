@@ -182,7 +182,7 @@ def _convert(value: Any, kind: Any, text: bool) -> Any:
     elif is_dataclass(kind):
         valid, what = isinstance(value, kind), getattr(kind, "__name__", str(kind))  # type: ignore[arg-type]
     elif kind in _READERS:
-        if text and kind is Path and value == "":  # which would be the current folder
+        if kind is Path and value == "":  # which would be the current folder
             raise _InvalidError("a path", value)
         if isinstance(value, str):
             value = _read(value, kind, text)

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -303,6 +304,12 @@ def test_wrong_tokens_that_are_none(tokenizer: DetailFlowTokenizer, images: torc
 @pytest.mark.parametrize("position", [-1, 9, 10, 16])
 def test_wrong_positions(tokenizer: DetailFlowTokenizer, images: torch.Tensor, position: int):
     with pytest.raises(DetailFlowError, match=f"position must be below 8 or a multiple of 4 below 16, not {position}"):
+        tokenizer.encode_correction(images, position=position, wrong_tokens=torch.zeros(3, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("position", [12.0, True, "8", None])
+def test_positions_that_are_no_integers(tokenizer: DetailFlowTokenizer, images: torch.Tensor, position: Any):
+    with pytest.raises(DetailFlowError, match=f"position must be an integer, not {position!r}"):
         tokenizer.encode_correction(images, position=position, wrong_tokens=torch.zeros(3, 4, dtype=torch.int64))
 
 

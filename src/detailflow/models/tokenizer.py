@@ -380,11 +380,7 @@ class DetailFlowTokenizer(Pretrained):
 
     def span(self, position: int) -> int:
         """Return the end of the tokens that are wrong together if those at `position` are."""
-        if any(start == position for start, _ in self.schedule.steps):
-            return self.schedule.span_end(position)
-        single = f"below {self.schedule.prefix} or " if self.schedule.prefix else ""
-        multiple = f"a multiple of {self.config.group_size} below {self.config.num_tokens}"
-        raise DetailFlowError(f"position must be {single}{multiple}, not {position}")
+        return self.schedule.check_span(position)
 
     def encode_patches(self, images: Tensor) -> Patches:
         """(B, 3, H, W) pixels → their patches in every block of the encoder."""
