@@ -9,12 +9,29 @@ gives the same images as `detailflow generate`. The README in the exported folde
 
 import argparse
 import json
+import math
+import os
 import struct
+import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import onnxruntime
+
+BATCH_SIZE = 32
+LARGEST_CALL = 100_000  # images
+LARGEST_INTEGER = 2**31 - 1
+CONTENT = {  # of model.json
+    **dict.fromkeys(("num_tokens", "group_size", "causal_tokens", "heads", "head_dim", "num_classes"), int),
+    **dict.fromkeys(("null_class", "code_row", "mask_row"), int),
+    **dict.fromkeys(("steps", "counts", "sizes"), list),
+    "class_names": (list, type(None)),
+    "sampling": dict,
+}
+SAMPLING = {"guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p"}
 
 
 class Generator:
@@ -24,16 +41,19 @@ class Generator:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads  # 0 is all processors
         self.model = model
-        self.step, self.decoder = (
-            onnxruntime.InferenceSession(folder / model["files"][precision][part], options)
-            for part in ("step", "decoder")
-        )
+        try:
+            self.step, self.decoder = (
+                onnxruntime.InferenceSession(folder / model["files"][precision][part], options)
+                for part in ("step", "decoder")
+            )
+        except Exception as error:  # ONNX Runtime has an exception type for each cause
+            fail(f"could not load the networks in {folder} ({str(error).partition(chr(10))[0]}): repeat the export")
 
-    def tokens(self, classes: np.ndarray, seed: int, sampling: dict, num_tokens: int) -> np.ndarray:
-        """Draw the first `num_tokens` tokens of an image for each class number: (B,) → (B, n)."""
+    def tokens(self, classes: np.ndarray, seed: int, sampling: dict, num_tokens: int, first: int = 0) -> np.ndarray:
+        """Draw the first `num_tokens` tokens of an image for each class number, (B,) → (B, n); `first` is its index."""
         model, guided = self.model, sampling["guidance_scale"] != 1
         tokens = np.zeros((len(classes), model["num_tokens"]), np.int64)
-        noise = np.stack([image_noise(seed, i, model["num_tokens"]) for i in range(len(classes))])
+        noise = np.stack([image_noise(seed, first + i, model["num_tokens"]) for i in range(len(classes))])
         if guided:
             classes = np.concatenate((classes, np.full_like(classes, model["null_class"])))
         outputs = [output.name for output in self.step.get_outputs()]
@@ -97,12 +117,12 @@ def sample(logits: np.ndarray, noise: np.ndarray, sampling: dict) -> np.ndarray:
     tiny = np.finfo(np.float32).tiny  # no temperature is 0 in float32
     logits = (logits - logits.max(-1, keepdims=True)) / np.float32(max(sampling["temperature"], tiny))
     top_k, top_p = sampling["top_k"], sampling["top_p"]
-    if top_k or top_p:
+    if top_k or (top_p and top_p < 1):
         order = np.argsort(-logits, -1, kind="stable")  # of equally likely codes the lower ones stay
         likely = np.take_along_axis(logits, order, -1)
         if top_k:
             likely[..., top_k:] = -np.inf
-        if top_p:
+        if top_p and top_p < 1:
             probabilities = softmax(likely)
             outside = probabilities.cumsum(-1) - probabilities >= top_p
             outside[..., 0] = False
@@ -129,33 +149,58 @@ def write_png(path: Path, image: np.ndarray) -> None:
             file.write(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)))
 
 
+def fail(message: str) -> NoReturn:
+    """Print one sentence on what is wrong, and end with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def class_number(model: dict, label: str) -> int:
     """Return the number of a class that is given by its name or number."""
     if not model["num_classes"]:
-        raise SystemExit(f"this model has no classes: leave out {label}")
+        fail(f"this model has no classes: leave out {label}")
     names = model["class_names"] or []
-    number = names.index(label) if label in names else int(label) if label.isdecimal() else -1
+    is_number = label.isdecimal() and len(label) < 10
+    number = names.index(label) if label in names else int(label) if is_number else -1
     if not 0 <= number < model["num_classes"]:
         some = ", ".join(names[:10]) or f"0 to {model['num_classes'] - 1}"
-        raise SystemExit(f"unknown class {label}: the classes are {some}{', …' if len(names) > 10 else ''}")
+        fail(f"unknown class {label}: the classes are {some}{', …' if len(names) > 10 else ''}")
     return number
 
 
-def not_negative(text: str) -> int:
-    """Read a whole number of 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return int(text)
+def number(kind: type, what: str, holds: Callable) -> Callable[[str], int | float]:
+    """Return a reader of one option that takes only numbers which hold."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text}")
+        return value
+
+    return read
 
 
 def read_model(folder: Path) -> dict:
     """Return what the folder's model.json says."""
     path = folder / "model.json"
     if not path.exists():
-        raise SystemExit(f"there is no {path}: write it with `detailflow export --onnx {folder}`")
-    model = json.loads(path.read_text(encoding="utf-8"))
+        fail(f"there is no {path}: write it with `detailflow export --onnx {folder}`")
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        fail(f"could not read {path}: {error.strerror}")
+    except (ValueError, RecursionError):
+        model = None
+    if not isinstance(model, dict) or model.get("format") != "detailflow-onnx":
+        fail(f"{path} is not what `detailflow export` writes: repeat the export")
     if "files" not in model:
-        raise SystemExit(f"{folder}: the export is not complete: repeat it")
+        fail(f"{folder}: the export is not complete: repeat it")
+    wrong = [name for name, kind in CONTENT.items() if not isinstance(model.get(name, ...), kind)]
+    if wrong or not model["sampling"].keys() >= SAMPLING:
+        fail(f"{path} is damaged, see {', '.join(wrong or ['sampling'])}: repeat the export")
     return model
 
 
@@ -164,19 +209,40 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="Generate images with exported ONNX files.")
     result.add_argument("folder", type=Path, help="what `detailflow export` wrote")
     result.add_argument("classes", nargs="*", metavar="CLASS", help="names or numbers (default: all)")
-    result.add_argument("--num", type=not_negative, default=1, help="images per class")
-    result.add_argument("--seed", type=not_negative, default=0)
+    count = number(int, "a positive integer", lambda value: 1 <= value <= LARGEST_CALL)
+    seed = number(int, "0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
+    most = 4 * (os.cpu_count() or 1)
+    threads = number(int, f"0 to {most}", lambda value: 0 <= value <= most)
+    scale = number(float, "0 or more (1 is no guidance), at most 1e+06", lambda value: 0 <= value <= 1e6)
+    temperature = number(float, "0 (argmax) or more", lambda value: 0 <= value < math.inf)
+    top_k = number(int, "0 or more (0 is off)", lambda value: 0 <= value <= LARGEST_INTEGER)
+    top_p = number(float, "above 0 and at most 1 (1 is off)", lambda value: 0 < value <= 1)
+    result.add_argument("--num", type=count, default=1, help="images per class")
+    result.add_argument("--seed", type=seed, default=0)
     result.add_argument("--num-tokens", type=int, help="stop after so many, for coarse images")
     result.add_argument("--output", type=Path, default=Path("outputs"), help="where to write")
     result.add_argument("--precision", choices=("float32", "int8"), default="float32")
-    result.add_argument(
-        "--threads", type=not_negative, default=0, help="small models are fastest with one (default: all)"
-    )
-    result.add_argument("--guidance-scale", type=float, help="1 is no guidance")
-    result.add_argument("--temperature", type=float, help="0 always takes the most likely code")
-    result.add_argument("--top-k", type=not_negative, help="0 keeps all codes")
-    result.add_argument("--top-p", type=float, help="0 keeps all codes")
+    result.add_argument("--threads", type=threads, default=0, help="small models are fastest with one (default: all)")
+    result.add_argument("--guidance-scale", type=scale, help="1 is no guidance")
+    result.add_argument("--temperature", type=temperature, help="0 always takes the most likely code")
+    result.add_argument("--top-k", type=top_k, help="0 keeps all codes")
+    result.add_argument("--top-p", type=top_p, help="1 keeps all codes")
     return result
+
+
+def write(generator: Generator, classes: np.ndarray, seed: int, sampling: dict, num_tokens: int, folder: Path) -> None:
+    """Write an image of each class, from 1, 2, 4, … and all tokens, and the tokens."""
+    counts, names = generator.model["counts"], generator.model["class_names"]
+    all_tokens = []
+    for first in range(0, len(classes), BATCH_SIZE):
+        tokens = generator.tokens(classes[first : first + BATCH_SIZE], seed, sampling, num_tokens, first)
+        all_tokens += tokens.tolist()
+        for n in [n for n in counts if n < num_tokens and n.bit_count() == 1] + [num_tokens]:
+            for i, image in enumerate(generator.images(tokens[:, :n]), first):
+                name = names[classes[i]] if names else str(classes[i])
+                safe = "".join(letter if letter.isalnum() else "-" for letter in name)
+                write_png(folder / f"{i:04d}-{safe}-{n:03d}.png", image)
+    (folder / "tokens.json").write_text(json.dumps(all_tokens))
 
 
 def main() -> None:
@@ -187,19 +253,18 @@ def main() -> None:
     sampling = {name: model["sampling"][name] if value is None else value for name, value in sampling.items()}
     last = model["num_tokens"] if args.num_tokens is None else args.num_tokens
     if last not in model["counts"]:
-        raise SystemExit(f"--num-tokens must be one of {model['counts']}, not {last}")
+        fail(f"--num-tokens must be one of {model['counts']}, not {last}")
     given = [class_number(model, label) for label in args.classes]
-    classes = np.repeat(given or list(range(model["num_classes"])) or [model["null_class"]], max(args.num, 1))
+    numbers = given or list(range(model["num_classes"])) or [model["null_class"]]
+    if len(numbers) * args.num > LARGEST_CALL:
+        fail(f"{len(numbers) * args.num} images are too many: make at most {LARGEST_CALL} at once")
+    classes = np.repeat(numbers, args.num)
     generator = Generator(args.folder, model, args.precision, args.threads)
-    tokens = generator.tokens(classes, args.seed, sampling, last)
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "tokens.json").write_text(json.dumps(tokens.tolist()))
-    for n in [n for n in model["counts"] if n < last and n.bit_count() == 1] + [last]:  # 1, 2, 4, … all
-        for i, image in enumerate(generator.images(tokens[:, :n])):
-            name = model["class_names"][classes[i]] if model["class_names"] else str(classes[i])
-            safe = "".join(letter if letter.isalnum() else "-" for letter in name)
-            write_png(args.output / f"{i:04d}-{safe}-{n:03d}.png", image)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        write(generator, classes, args.seed, sampling, last, args.output)
+    except OSError as error:
+        fail(f"cannot write to {args.output}: {error.strerror}")
     print(f"wrote {len(classes)} image{'' if len(classes) == 1 else 's'}, from coarse to fine, to {args.output}")
 
 
