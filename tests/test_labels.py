@@ -150,9 +150,9 @@ def test_some_of_imagenets_classes_keep_their_synonyms():
 def test_numbers_are_names_where_the_names_are_numbers(names: tuple[str, ...]):
     labels = ClassLabels(names, len(names))
     for value, index in ((1, 0), (10, 1), (2, 2)):
-        assert [labels.index(label) for label in (value, str(value), f" {value} ", names[index])] == [index] * 4
-    for label in (0, "0", 3, "3", -1):
-        message = f"unknown class {label!r}: numbers are names here, and the classes are {names[0]}"
+        assert [labels.index(label) for label in (index, str(value), f" {value} ", names[index])] == [index] * 4
+    for label in ("0", "3", "-1"):
+        message = f"unknown class {label!r}: numbers in text are names here, and the classes are {names[0]}"
         with pytest.raises(DetailFlowError, match=message):
             labels.index(label)
     assert [labels.index(ClassId(i)) for i in range(3)] == [0, 1, 2]
@@ -161,7 +161,7 @@ def test_numbers_are_names_where_the_names_are_numbers(names: tuple[str, ...]):
 
 def test_the_whole_name_as_it_is_written_wins():
     labels = ClassLabels(("UPPER", "upper", "7", "07"), 4)
-    assert [labels.index(label) for label in ("UPPER", "upper", " upper ", 7, "7", "07")] == [0, 1, 1, 2, 2, 3]
+    assert [labels.index(label) for label in ("UPPER", "upper", " upper ", 2, "7", "07")] == [0, 1, 1, 2, 2, 3]
     with pytest.raises(
         DetailFlowError, match=r"2 classes are called 'Upper': give the number, one of 0 \(UPPER\), 1 \(upper\)"
     ):
@@ -214,6 +214,19 @@ def test_one_name_for_several_classes():
     with pytest.raises(DetailFlowError) as caught:
         ClassLabels(("crane", "dog", "Crane"), 3).index("CRANE")
     assert str(caught.value) == "2 classes are called 'CRANE': give the number, one of 0 (crane), 2 (Crane)"
+
+
+def test_one_name_for_several_classes_among_numbers():
+    labels = ClassLabels(("7", "dup", "dup"), 3)
+    with pytest.raises(DetailFlowError) as caught:
+        labels.index("dup")
+    assert str(caught.value) == (
+        "2 classes are called 'dup': give the number, one of 1 (dup), 2 (dup), "
+        "as an integer in Python or JSON (numbers in text are names here)"
+    )
+    assert [labels.index(label) for label in (1, 2, np.int64(0), "7")] == [1, 2, 0, 0]
+    with pytest.raises(DetailFlowError, match="unknown class 7: the numbers are 0 to 2"):
+        labels.index(7)
 
 
 def test_no_names():

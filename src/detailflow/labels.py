@@ -15,7 +15,7 @@ UNLABELLED = ("image",)  # the class names of a set of images without labels
 
 
 class ClassId(int):
-    """A class number, while a plain number may be the name of another class."""
+    """A class number; of a model without classes, that of the null class, which no label means."""
 
 
 @cache
@@ -36,8 +36,8 @@ class ClassLabels:
 
     A class that was given as a WordNet id, as ImageNet's folders are, has ImageNet's names. A name of ImageNet's, such
     as "tench, Tinca tinca", stands for each of its synonyms too; any other is taken whole. Case matters only if two
-    classes differ in nothing else. If a class's name is a number, numbers are always names. A model without classes has
-    the null class alone, whose number is 0.
+    classes differ in nothing else. An integer is always a class's number; text that is a number is one, too, unless a
+    class's name is a number. A model without classes has the null class alone, whose number is 0.
     """
 
     def __init__(self, names: Sequence[str] | None, count: int) -> None:
@@ -71,22 +71,22 @@ class ClassLabels:
             return int(label)
         if not self.count:
             raise DetailFlowError(f"this model has no classes: leave out {label!r}")
-        if isinstance(label, ClassId):
-            return self._check(label)
-        text = label if isinstance(label, str) else str(_integer(label))
-        matches = self._matches(text)
+        if not isinstance(label, str):
+            return self._check(_integer(label))
+        matches = self._matches(label)
         if len(matches) > 1:
             known_by = [self.wnids[i] if self.wnids else "" for i in matches]
             way = "number or WordNet id" if any(known_by) else "number"
             ways = [f"{i} ({wnid}{wnid and ': '}{self.names[i]})" for i, wnid in zip(matches, known_by, strict=True)]
+            where = ", as an integer in Python or JSON (numbers in text are names here)" if self.numbered else ""
             raise DetailFlowError(
-                f"{len(matches)} classes are called {label!r}: give the {way}, one of {', '.join(ways)}"
+                f"{len(matches)} classes are called {label!r}: give the {way}, one of {', '.join(ways)}{where}"
             )
         if matches:
             return matches[0]
-        if _is_number(text) and not self.numbered:
-            return self._check(int(text))
-        raise DetailFlowError(f"unknown class {label!r}: {self._advice(text)}")
+        if _is_number(label) and not self.numbered:
+            return self._check(int(label))
+        raise DetailFlowError(f"unknown class {label!r}: {self._advice(label)}")
 
     def _matches(self, name: str) -> list[int]:
         """Return the classes of exactly this name, else those of this name in another case."""
@@ -123,7 +123,7 @@ class ClassLabels:
         some = ", ".join(self.name(i) for i in range(self.count if self.count <= 20 else 5))
         classes = f"the classes are {some}{'' if self.count <= 20 else f', … ({self.count} in all)'}"
         if self.numbered and _is_number(label):
-            return f"numbers are names here, and {classes}"
+            return f"numbers in text are names here, and {classes}"
         known = {_key(name): name for synonyms in self._synonyms for name in synonyms}
         with_word = [key for key in known if _key(label) in key.split()]
         close = with_word[:3] or get_close_matches(_key(label), known)

@@ -230,7 +230,7 @@ class DetailFlowPipeline:
 
         Args:
             labels: class names, numbers or, for ImageNet's classes, WordNet ids: one, several, or an array or tensor of
-                numbers. If the names themselves are numbers, so are labels. `None` for a model without classes.
+                numbers. If a name is a number, numbers in text are names. `None` for a model without classes.
             num_images: number of images of a model without classes; `None` is 1.
             options: see `GenerationOptions` and `SamplingOptions`.
         """

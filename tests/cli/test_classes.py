@@ -99,8 +99,8 @@ def test_classes_that_are_called_by_numbers(model: Path, tmp_path: Path, capsys:
     assert main(["generate", "3", *options, "--output", str(tmp_path / "three")]) == 2
     error = capsys.readouterr().err
     assert (
-        error
-        == "detailflow: error: unknown class '3': numbers are names here, and the classes are 0, 1, 10, 2, UPPER\n"
+        error == "detailflow: error: unknown class '3': numbers in text are names here, and "
+        "the classes are 0, 1, 10, 2, UPPER\n"
     )
 
 
