@@ -28,6 +28,7 @@ from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, ssim
 from detailflow.evaluation.published import quotes
 from detailflow.evaluation.report import GAIN, Figure, Picture, Plot, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
+from detailflow.models.lpips import LPIPS, SMALLEST_SIDE, VGG16_FILE
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.pictures import grid
 from detailflow.pipeline import image_generator, stage_counts
@@ -35,7 +36,6 @@ from detailflow.progress import progress_bar
 from detailflow.psnr import psnr
 from detailflow.schedule import TokenSchedule
 from detailflow.settings import Seed, require
-from detailflow.training.losses import LPIPS, SMALLEST_SIDE, VGG16_FILE
 
 PICTURES = 6  # images that the report shows
 LPIPS_IMAGES = 8  # at once: VGG's maps of one are 30 MiB at 256×256

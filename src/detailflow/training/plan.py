@@ -19,6 +19,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.labels import UNLABELLED
 from detailflow.machine import measure_ceilings
 from detailflow.models.efficientnet import EfficientNetLite0
+from detailflow.models.lpips import LPIPS
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.settings import parse_settings
@@ -29,7 +30,6 @@ from detailflow.training.config import Extraction, GPTTraining, LoopConfig, Toke
 from detailflow.training.counting import StepCosts, Trial, count_steps
 from detailflow.training.extract import code_rows
 from detailflow.training.gpt import GPTStage, model_config
-from detailflow.training.losses import LPIPS
 from detailflow.training.teachers import image_count, open_source
 from detailflow.training.tokenizer import TokenizerStage, count_of_steps
 

@@ -13,10 +13,11 @@ from detailflow.data.streams import StreamSource, open_stream
 from detailflow.device import precision_dtype
 from detailflow.distributed import World
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
+from detailflow.models.lpips import LPIPS, SMALLEST_SIDE
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.training.classifier import FeatureNetwork, trained_classifier
 from detailflow.training.config import CLASSIFIER, PROJECTED_BOTH, TokenizerTraining
-from detailflow.training.losses import LPIPS, SMALLEST_SIDE, perceptual_loss
+from detailflow.training.losses import perceptual_loss
 
 CLASSIFIER_BATCH = 256
 

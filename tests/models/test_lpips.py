@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError
-from detailflow.training.losses import LPIPS, MAPS, SMALLEST_SIDE
+from detailflow.models.lpips import LPIPS, MAPS, SMALLEST_SIDE
 
 WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of those convolutions in torchvision's numbering
