@@ -295,9 +295,8 @@ def _sequences(
     for span in spans:
         planted = clean.clone()
         planted[:, span.start : span.end] = wrong[:, span.start : span.end]
-        after = tokenizer.quantizer.nearest(tokenizer.correct_latents(patches, planted, span.end))[:, span.end :]
         result[span, False] = planted
-        result[span, True] = torch.cat((planted[:, : span.end], after), 1)
+        result[span, True] = tokenizer.correct(patches, planted, span.end)
     return result
 
 

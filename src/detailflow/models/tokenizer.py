@@ -361,8 +361,7 @@ class DetailFlowTokenizer(Pretrained):
         patches = self.encode_patches(images)
         given = self.quantizer.nearest(self.encode_latents(patches, self.config.num_tokens))
         given[:, position:end] = wrong_tokens.to(self.device)
-        corrected = self.quantizer.nearest(self.correct_latents(patches, given, end))
-        return torch.cat((given[:, :end], corrected[:, end:]), 1)
+        return self.correct(patches, given, end)
 
     def _checked(self, images: Tensor) -> Tensor:
         """Check the range of images, which waits for the GPU, and move them to the device and dtype of the weights."""
@@ -399,6 +398,11 @@ class DetailFlowTokenizer(Pretrained):
         if patches.linear is not None:
             queries = queries + patches.linear[:, :needed]
         return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))[:, :n]
+
+    def correct(self, patches: Patches, given: Tensor, end: Tensor | int) -> Tensor:
+        """Return (B, N) codes: `given` before `end`, mistakes included, then corrected; see `correct_latents`."""
+        corrected = self.quantizer.nearest(self.correct_latents(patches, given, end))
+        return torch.where(torch.arange(given.shape[1], device=given.device) < end, given, corrected)
 
     def correct_latents(self, patches: Patches, given: Tensor, end: Tensor | int) -> Tensor:
         """Return (B, N, d) unit vectors of the self-correction pass (Sec. 3.3); those from `end` on are new.

@@ -88,9 +88,7 @@ def code_rows(
     around = (starts + torch.arange(g)).clamp(max=n - 1).to(images.device)  # (B, g): all that can be planted
     wrong = model.plant_mistakes(z.gather(1, around[..., None].expand(-1, -1, z.shape[-1])), mistakes, generator)
     given = torch.where(planted, wrong.gather(1, within), clean)
-    ends = ends.to(images.device)
-    corrected = model.quantizer.nearest(model.correct_latents(patches, given, ends))
-    given = torch.where(at.to(images.device) < ends, given, corrected)
+    given = model.correct(patches, given, ends.to(images.device))
     return torch.stack((clean, given, torch.where(planted, clean, given)), 1)
 
 
