@@ -20,7 +20,7 @@ from PIL import Image
 from detailflow import DetailFlowPipeline, TokenSchedule
 from detailflow.cli.vary import Subject, variation_tiles
 from detailflow.data.images import open_images
-from detailflow.errors import told_in_a_sentence
+from detailflow.errors import exit_on_error
 from detailflow.pictures import GAP, grid, strip
 from detailflow.pipeline import Stage, fit, stage_counts
 
@@ -193,5 +193,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_error():
         main()

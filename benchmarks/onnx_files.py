@@ -25,7 +25,7 @@ from onnx_generate import Generator  # noqa: E402
 from detailflow import DetailFlowPipeline  # noqa: E402
 from detailflow.data import open_images  # noqa: E402
 from detailflow.data.transforms import center_crop, to_tensor  # noqa: E402
-from detailflow.errors import told_in_a_sentence  # noqa: E402
+from detailflow.errors import exit_on_error  # noqa: E402
 from detailflow.export.folder import PRECISIONS, export  # noqa: E402
 from detailflow.generation import with_null_class  # noqa: E402
 from detailflow.pipeline import image_generator  # noqa: E402
@@ -152,5 +152,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_error():
         main()

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from detailflow.cli.settings import read_request
 from detailflow.data.images import open_images
 from detailflow.device import choose_device, precision_dtype
-from detailflow.errors import told_in_a_sentence
+from detailflow.errors import exit_on_error
 from detailflow.machine import device_name, measure_ceilings, seconds
 from detailflow.models.gpt import GPTConfig
 from detailflow.training.config import GPTTraining, TokenizerTraining
@@ -146,5 +146,5 @@ def profile(steps: Steps, device: torch.device) -> list[tuple[str, float]]:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_error():
         main()

@@ -19,7 +19,7 @@ from torch import Tensor
 from detailflow import DetailFlowPipeline
 from detailflow.data.images import open_images
 from detailflow.data.transforms import center_crop, to_tensor, to_uint8
-from detailflow.errors import told_in_a_sentence
+from detailflow.errors import exit_on_error
 from detailflow.evaluation.features import load_extractor
 from detailflow.evaluation.metrics import Moments, frechet_distance
 from detailflow.pictures import grid
@@ -129,5 +129,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_error():
         main()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from detailflow import DetailFlowPipeline
 from detailflow.data.images import open_images, spread
-from detailflow.errors import told_in_a_sentence
+from detailflow.errors import exit_on_error
 from detailflow.pipeline import decode_images, encode_images, fit
 from detailflow.progress import progress_bar
 from detailflow.training.nearest import embed_images, find_nearest, load_embedding, nearer_share
@@ -61,5 +61,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_error():
         main()

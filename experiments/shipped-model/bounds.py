@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 
 from detailflow.data.images import open_images
-from detailflow.errors import told_in_a_sentence
+from detailflow.errors import exit_on_error
 
 
 def decibels(error: float) -> float:
@@ -49,5 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_error():
         main()

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from detailflow.data.images import open_images
-from detailflow.errors import told_in_a_sentence
+from detailflow.errors import exit_on_error
 from detailflow.files import replacing
 
 
@@ -35,5 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_error():
         main()

@@ -22,7 +22,7 @@ from torch import Tensor
 from detailflow import DetailFlowError, DetailFlowPipeline
 from detailflow.data.images import open_images, spread
 from detailflow.data.transforms import coarse_target, to_tensor, to_uint8
-from detailflow.errors import told_in_a_sentence
+from detailflow.errors import exit_on_error
 from detailflow.evaluation.features import load_extractor
 from detailflow.pipeline import encode_images, fit, image_generator
 from detailflow.progress import progress_bar
@@ -113,5 +113,5 @@ def row(cells: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_error():
         main()

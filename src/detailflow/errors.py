@@ -18,7 +18,7 @@ class DetailFlowError(ValueError):
 
 
 class NotThereError(DetailFlowError):
-    """A set of images that is nowhere."""
+    """No set of images exists at this path or name."""
 
 
 class MissingPackageError(DetailFlowError):
@@ -32,7 +32,7 @@ class DetailFlowWarning(UserWarning):
 
 
 @contextmanager
-def told_in_a_sentence() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """For scripts: print a `DetailFlowError` as one line and end with status 2, as the commands do."""
     try:
         yield

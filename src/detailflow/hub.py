@@ -34,8 +34,8 @@ from detailflow.published import (
     is_published,
     kind_of,
     load_published,
+    load_published_config,
     model_folder,
-    published_config,
 )
 from detailflow.runs import RUN_FILE, checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
 from detailflow.settings import checked, unknown
@@ -327,7 +327,7 @@ def load_config(path_or_id: str | Path | None, kind: Kind) -> dict[str, Any]:
     path = resolve(path_or_id, kind)
     if _is_unfinished(path):
         return run_config(checkpoint_of(path), kind)
-    return _with_guidance(published_config(path, kind), kind) if is_published(path) else _read_config(path, kind)
+    return _with_guidance(load_published_config(path, kind), kind) if is_published(path) else _read_config(path, kind)
 
 
 @cache  # once for each, as some commands load a model more than once

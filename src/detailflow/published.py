@@ -156,7 +156,7 @@ def has_both_variants(path: Path) -> bool:
     return raw.dtype != averaged.dtype or not torch.equal(raw, averaged)
 
 
-def published_config(path: Path, kind: Kind) -> dict[str, Any]:
+def load_published_config(path: Path, kind: Kind) -> dict[str, Any]:
     """Return the config of what `load_published` reads, without its weights."""
     return _inspect(path, kind, "ema")[0]
 
@@ -333,7 +333,7 @@ def saving_published(
         while tensor.ndim < _PADDED.get(ours, (0, 0))[1]:
             tensor = tensor[None]
         state |= zip(theirs, tensor.chunk(len(theirs)), strict=True)
-    origin = origin or _published_config(kind, config)
+    origin = origin or _to_published(kind, config)
     checkpoint = {"model": state, "ema": state} if kind == "gpt" else {"model": state}
     texts = {CONFIG_FILE: json.dumps(origin["config"], indent=4) + "\n", ARGUMENTS_FILE: origin["arguments"]}
     with (
@@ -348,7 +348,7 @@ def saving_published(
         yield
 
 
-def _published_config(kind: Kind, config: Mapping[str, Any]) -> dict[str, Any]:
+def _to_published(kind: Kind, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the published keys and arguments of a model that never was in that layout, if it can be."""
     impossible = {
         "causal_tokens of 0": not config["causal_tokens"],

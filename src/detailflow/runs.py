@@ -39,11 +39,6 @@ class RunFolder:
 
     A run that finds its own record in the folder goes on with what is there; any other leaves the folder as it is.
 
-    Example:
-        >>> folder = RunFolder(Path("samples"), "samples", "samples.json")
-        >>> with folder.lock("generation"):  # doctest: +SKIP
-        ...     folder.claim({"seed": 0})
-
     Attributes:
         path: the folder.
         content: what the run writes, for messages: "a run", "samples", "tokens".
@@ -87,19 +82,6 @@ class RunFolder:
             text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         with writing(self.record_path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-    def claim(self, settings: Mapping[str, Any], called: Mapping[str, str] | None = None) -> bool:
-        """Make the folder this run's, or check that it already is; return whether it already was.
-
-        Args:
-            settings: all that the content depends on.
-            called: as for `check`.
-        """
-        if recorded := self.read():
-            self.check(recorded, settings, called)
-        else:
-            self.write(settings)
-        return bool(recorded)
 
     def check(
         self, recorded: Mapping[str, Any], settings: Mapping[str, Any], called: Mapping[str, str] | None = None
