@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "method.md"
+SUFFIXES = (".py", ".pt", ".json", ".safetensors")
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 
@@ -20,13 +21,31 @@ def test_every_file_and_function_that_the_page_names_exists():
     assert len(links) > 30
     for link in links:
         assert (PAGE.parent / link).exists(), link
-    where = re.findall(r"^\*(?:Sec\.|\[`)[^*]+\*", text, re.MULTILINE)  # the line below a heading
-    assert len(where) >= 10
-    code = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
-    for name in {name for line in where for name in re.findall(r"`([A-Za-z_.]+)`", line) if "/" not in name}:
-        if not name.endswith((".py", ".pt", ".json", ".safetensors")):
-            *_, last = name.split(".")
-            assert re.search(rf"\b(?:def|class) {last}\b", code), name
+    for name, link in [*names_of_headings(text), *names_in_sentences(text)]:
+        code = (PAGE.parent / link).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"\b(?:def|class) {part}\b", code), (name, link)
+
+
+def names_of_headings(text: str) -> list[tuple[str, str]]:
+    """Return (name, file) of what stands in italics below the headings: a name's file is the next one, or the last."""
+    found = []
+    where = re.findall(r"^\*(?:Sec\.|Options|Not in|\[`)[^*]+\*", text, re.MULTILINE)
+    assert len(where) >= 12
+    for lines in where:
+        pieces = re.split(r"\[`[^`]+`\]\(([^)]+)\)", lines)  # words, file, words, file, words
+        for i, words in enumerate(pieces[::2]):
+            names = [name for name in re.findall(r"`([A-Za-z_.]+)`", words) if not name.endswith(SUFFIXES)]
+            found += [(name, pieces[min(2 * i + 1, len(pieces) - 2)]) for name in names]
+    assert len(found) > 30
+    return found
+
+
+def names_in_sentences(text: str) -> list[tuple[str, str]]:
+    """Return (name, file) of each "`name` in [`file`](…)" and "`name` and `name` in …"."""
+    found = re.findall(r"(?:`([\w.]+)` and )?`([\w.]+)` in\s+\[`[^`]+`\]\(([^)]+\.py)\)", text)
+    assert len(found) > 20
+    return [(name, link) for *names, link in found for name in names if name]
 
 
 def test_every_citation_of_the_page_is_a_section_of_it():
