@@ -69,7 +69,7 @@ class Soak:
                         self.problems.append(f"{kind.__name__}: {error!r}")
                     await asyncio.sleep(0.2)
                 except (OSError, SyntaxError, ValueError, KeyError) as error:
-                    self.problem(f"{kind.__name__} got what is no whole image: {error!r}")
+                    self.problem(f"{kind.__name__} got what is not a whole image: {error!r}")
 
     def request(self, rng: Random, **more: Any) -> Request:
         """Return a request for one or two images of any class, some of them coarse."""

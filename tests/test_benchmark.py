@@ -230,8 +230,8 @@ def test_accuracy_of_a_model_that_differs(pipeline: DetailFlowPipeline):
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used here"),
         (["--json", "."], "cannot write .: it is a folder, not a file"),
-        (["--json", __file__], "is no report of `detailflow bench`: give another file, or remove it first"),
-        (["--json", "/dev/null"], "cannot write /dev/null: it is no regular file"),
+        (["--json", __file__], "is not a report of `detailflow bench`: give another file, or remove it first"),
+        (["--json", "/dev/null"], "cannot write /dev/null: it is not a regular file"),
     ],
 )
 def test_wrong_options(

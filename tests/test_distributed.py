@@ -101,7 +101,7 @@ def test_what_both_find(command: list[str], tmp_path: Path):
     """One of them says it."""
     (first, _, err), (second, _, other) = launch(partial(ranks.command_line, [*command, "--tokens=nowhere"]), tmp_path)
     assert (first, second) == (2, 2), err + other
-    assert len(complaints(err)) == 1 and "nowhere is no token store" in err and not complaints(other)
+    assert len(complaints(err)) == 1 and "nowhere is not a token store" in err and not complaints(other)
 
 
 def test_samples_of_one_do_not_fit(model: Path, tmp_path: Path):
@@ -123,7 +123,7 @@ def test_a_report_of_something_else(cifar: Path, tmp_path: Path):
     command = ["evaluate", "samples", str(cifar), str(cifar), "--output", str(tmp_path / "report"), "--device", "cpu"]
     (first, _, err), (second, _, other) = launch(partial(ranks.command_line, command), tmp_path)
     assert (first, second) == (2, 2), err + other
-    assert "has a report.json that is no report of ours" in complaints(err)[0] and not complaints(other)
+    assert "has a report.json that is not a report of ours" in complaints(err)[0] and not complaints(other)
 
 
 @pytest.mark.parametrize("bug", [False, True])

@@ -95,7 +95,7 @@ def test_text_comes_from_regular_files_of_a_bounded_size(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "zero.json").symlink_to("/dev/zero")
     for name in ("pipe.json", "zero.json"):
-        with pytest.raises(DetailFlowError, match=f"could not read .*{name}: it is no regular file"):
+        with pytest.raises(DetailFlowError, match=f"could not read .*{name}: it is not a regular file"):
             read_json(tmp_path / name)
     (tmp_path / "large.yaml").write_text("#" * (LARGEST_YAML + 1))
     with pytest.raises(OSError, match="it is larger than 262,144 bytes"):
@@ -122,7 +122,7 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path):
         assert (tmp_path / "new").exists()
     assert not (tmp_path / "new").exists()
     with (
-        pytest.raises(DetailFlowError, match="cannot write to .*kept: it is no folder"),
+        pytest.raises(DetailFlowError, match="cannot write to .*kept: it is not a folder"),
         lock_folder(folder / "kept", "run"),
     ):
         pass
@@ -213,7 +213,7 @@ def test_only_a_regular_file_is_replaced(kind: str, tmp_path: Path):
         os.mkfifo(tmp_path / "pipe")
         path.symlink_to(tmp_path / "pipe")
     before, content = os.lstat(path).st_ino, names(tmp_path)
-    reason = "a folder, not a file" if kind == "folder" else "no regular file"
+    reason = "a folder, not a file" if kind == "folder" else "not a regular file"
     with pytest.raises(DetailFlowError, match=f"cannot write {path}: it is {reason}"):
         write_json(path, {})
     assert os.lstat(path).st_ino == before and names(tmp_path) == content

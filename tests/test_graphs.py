@@ -356,7 +356,7 @@ def test_a_step_on_the_meta_device_knows_no_values(graphed: DetailFlowPipeline):
 
 
 def test_a_number_from_python_would_be_noticed(graphed: DetailFlowPipeline, monkeypatch: pytest.MonkeyPatch):
-    """The recording itself: a temperature that is no buffer stays that of the first batch."""
+    """The recording itself: a temperature that is not a buffer stays that of the first batch."""
     draw = graphs_module.draw
     monkeypatch.setattr(graphs_module, "draw", lambda *args: draw(*args[:4]))
     gpt, ids = graphed.gpt, torch.tensor([1, 2])

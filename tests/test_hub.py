@@ -182,7 +182,10 @@ def test_typo_in_config(saved: Path):
         (b"", "config.json is not valid JSON (Expecting value, line 1, column 1): correct the file, or get it again"),
         (b"\xff\xfe\x00", "config.json is not valid JSON (UTF-8 text with one object): correct the file, or get it"),
         (b"[1]", "config.json must hold a JSON object, not a list: correct the file, or get it again"),
-        (b"{}", 'config.json is no DetailFlow config: it lacks "format": "detailflow", so give another model, or get'),
+        (
+            b"{}",
+            'config.json is not a DetailFlow config: it lacks "format": "detailflow", so give another model, or get',
+        ),
     ],
 )
 def test_a_damaged_config_is_named_with_what_to_do(
@@ -296,7 +299,7 @@ def test_failed_download(monkeypatch: pytest.MonkeyPatch, failure: Exception):
     message = error_of("detailflow-16", "gpt")
     assert "could not download 'ByteFlow-AI/DetailFlow-16-GPT-L'" in message and "local folder" in message
     both = "https://huggingface.co/ByteFlow-AI/DetailFlow-16 and https://huggingface.co/ByteFlow-AI/DetailFlow-16-GPT-L"
-    assert f"detailflow-16 is no local folder, and stands for two repositories, {both}: " in message
+    assert f"detailflow-16 is not a local folder, and stands for two repositories, {both}: " in message
     assert message.endswith("or give a folder that holds copies of both (--model FOLDER)")
     assert "two repositories" not in error_of("someone/model", "gpt")
 

@@ -217,7 +217,9 @@ def test_our_layout_with_a_folder_called_checkpoints(stray: str, model: Path, tm
 
 def test_a_config_of_another_format_beside_checkpoints(gpt: Path):
     edit_config(gpt, format="other")
-    with pytest.raises(DetailFlowError, match='config.json is no DetailFlow config: it lacks "format": "detailflow"'):
+    with pytest.raises(
+        DetailFlowError, match='config.json is not a DetailFlow config: it lacks "format": "detailflow"'
+    ):
         hub.load(gpt, "gpt")
 
 

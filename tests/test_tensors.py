@@ -67,9 +67,9 @@ def test_the_tensors_are_copies(tmp_path: Path):
         ("[]", "must hold a JSON object, not a list"),
         ("{}", "must name the file of each tensor under 'weight_map'"),
         ('{"weight_map": ["a.safetensors"]}', "must name the file of each tensor"),
-        ('{"weight_map": {"t0": 3}}', "names 3, which is no .safetensors file beside it"),
-        ('{"weight_map": {"t0": "../other/model.safetensors"}}', "names '../other/model.safetensors', which is no"),
-        ('{"weight_map": {"t0": "model.pt"}}', "names 'model.pt', which is no .safetensors file beside it"),
+        ('{"weight_map": {"t0": 3}}', "names 3, which is not a .safetensors file beside it"),
+        ('{"weight_map": {"t0": "../other/model.safetensors"}}', "names '../other/model.safetensors', which is not a"),
+        ('{"weight_map": {"t0": "model.pt"}}', "names 'model.pt', which is not a .safetensors file beside it"),
         ('{"weight_map": {"t0": "model-00009-of-00009.safetensors"}}', "has no model-00009-of-00009.safetensors"),
     ],
 )
@@ -103,13 +103,13 @@ def test_pieces():
 
 def test_tensors_come_from_regular_files(tmp_path: Path):
     os.mkfifo(tmp_path / "model.safetensors")
-    with pytest.raises(DetailFlowError, match=r"could not read .*model.safetensors: it is no regular file"):
+    with pytest.raises(DetailFlowError, match=r"could not read .*model.safetensors: it is not a regular file"):
         read_tensors(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
     os.mkfifo(tmp_path / "a.safetensors")
     for read in (read_headers, read_tensors):
-        with pytest.raises(DetailFlowError, match=r"could not read .*a.safetensors: it is no regular file"):
+        with pytest.raises(DetailFlowError, match=r"could not read .*a.safetensors: it is not a regular file"):
             read(tmp_path)
 
 

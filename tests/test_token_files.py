@@ -93,8 +93,8 @@ def test_a_folder_in_place_of_a_token_file(tmp_path: Path):
         ({"sizes": None}, "no item named 'sizes.npy'"),
         ({"version": np.array(2)}, "is a token file of version 2, but this program reads 1"),
         ({"version": np.array([1, 2])}, "is a token file of version"),
-        ({"format": np.array("another")}, "is no token file: `detailflow encode` makes them"),
-        ({"format": None}, "is no token file"),
+        ({"format": np.array("another")}, "is not a token file: `detailflow encode` makes them"),
+        ({"format": None}, "is not a token file"),
         ({"fingerprint": None}, "no item named 'fingerprint.npy'"),
     ],
 )

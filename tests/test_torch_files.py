@@ -66,7 +66,7 @@ def test_files_that_are_damaged(plain: Path):
     with pytest.raises(DetailFlowError, match="could not read .*none.pt: No such file"):
         check_torch_file(plain.with_name("none.pt"))
     os.mkfifo(plain.with_name("pipe.pt"))
-    with pytest.raises(DetailFlowError, match="could not read .*pipe.pt: it is no regular file"):
+    with pytest.raises(DetailFlowError, match="could not read .*pipe.pt: it is not a regular file"):
         check_torch_file(plain.with_name("pipe.pt"))
     content = plain.read_bytes()
     for cut in (4, 40, len(content) // 2, len(content) - 30, len(content) - 1):

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 LOADED = {("script", "src"), ("img", "src"), ("link", "href"), ("iframe", "src"), ("source", "src"), ("video", "src")}
-NOT_LOADED = {"canonical", "prev", "next", "alternate", "edit"}  # <link rel=…> that are no resources
+NOT_LOADED = {"canonical", "prev", "next", "alternate", "edit"}  # <link rel=…> that are not resources
 
 
 class Page(HTMLParser):

@@ -88,7 +88,7 @@ def stage_and_steps(text: str) -> tuple[str, int]:
     stage, _, steps = text.partition("=")
     if stage not in STAGES or not steps.isdecimal() or not int(steps):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no stage ({', '.join(STAGES)}) with a number of steps, as gpt=9000"
+            f"{text!r} is not a stage ({', '.join(STAGES)}) with a number of steps, as gpt=9000"
         )
     return stage, int(steps)
 

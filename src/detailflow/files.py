@@ -138,7 +138,7 @@ def open_own(path: Path, flags: int) -> IO[bytes]:
     opened = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(opened).st_mode):
         os.close(opened)
-        raise OSError(errno.EINVAL, f"{path.name} is no regular file", str(path))
+        raise OSError(errno.EINVAL, f"{path.name} is not a regular file", str(path))
     return os.fdopen(opened, "r+b" if flags & os.O_RDWR else "wb")
 
 
@@ -189,7 +189,7 @@ def _lock(folder: Path, work: str) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            raise OSError("it is no folder") from None
+            raise OSError("it is not a folder") from None
         file = open_own(path, os.O_RDWR)
     with file:
         if not _flock(file):
@@ -246,14 +246,14 @@ def _remove_temporary(folder: Path, within: bool = True) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raise an `OSError` if `path` is there and no regular file, which must be neither read nor replaced.
+    """Raise an `OSError` if `path` is there and not a regular file, which must be neither read nor replaced.
 
     Reading a pipe or a device may never end.
     """
     if path.is_dir():
         raise OSError(errno.EISDIR, "it is a folder, not a file", str(path))
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def check_utf8(path: Path) -> None:
@@ -274,7 +274,7 @@ def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT, errors: st
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with open(path, "rb") as file:
         content = file.read(min(most, found.st_size) + 1)  # Python takes as much memory as it is asked to read
     if len(content) > most:

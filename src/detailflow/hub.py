@@ -228,7 +228,7 @@ def _both_of(pair: PublishedPair, name: str) -> str:
     """Return what to do if a half of a published pair cannot be downloaded."""
     both = f"{HUB}/{pair.tokenizer} and {HUB}/{pair.gpt}"
     return (
-        f"{name} is no local folder, and stands for two repositories, {both}: "
+        f"{name} is not a local folder, and stands for two repositories, {both}: "
         "check the connection, or give a folder that holds copies of both (--model FOLDER)"
     )
 
@@ -353,7 +353,8 @@ def _read_config(folder: Path, kind: Kind) -> dict[str, Any]:
     config = read_json(path)
     if config.pop("format", None) != "detailflow":
         raise DetailFlowError(
-            f'{path} is no DetailFlow config: it lacks "format": "detailflow", so give another model, or get it again'
+            f'{path} is not a DetailFlow config: it lacks "format": "detailflow", '
+            "so give another model, or get it again"
         )
     check_kind(folder, config.pop("kind", None), kind)
     config.pop("published", None)  # what `convert` keeps of the published config

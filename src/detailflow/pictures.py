@@ -81,7 +81,7 @@ def in_place_of(earlier: int) -> str:
 
 
 def is_overview(path: str) -> bool:
-    """Return True for a grid or strip that `generate`, `reconstruct` or `vary` made: it is no image of a data set."""
+    """Return True for a grid or strip that `generate`, `reconstruct` or `vary` made, not an image of a data set."""
     name = os.path.basename(path)
     named = name == "grid.png" or name.startswith("strip-") or name.endswith(("-strip.png", "-variations.png"))
     return named and picture_kind(Path(path)) in ("grid", "strip", "comparison", "variations")

@@ -11,7 +11,7 @@ PERCENT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # for decodi
 
 def bar_width() -> dict[str, Any]:
     """Return tqdm's options for a bar as wide as the terminal; on one with no columns it would show nothing."""
-    with suppress(OSError, ValueError, AttributeError):  # it is no terminal
+    with suppress(OSError, ValueError, AttributeError):  # it is not a terminal
         if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
             return {"ncols": 80, "nrows": 24}
     return {"dynamic_ncols": True}

@@ -169,7 +169,7 @@ def _inspect(path: Path, kind: Kind, variant: Variant) -> tuple[dict[str, Any], 
     found = kind_of(theirs)
     if found is None:
         raise DetailFlowError(
-            f"{config_path} has neither num_latent_tokens nor block_size, so it is no published config"
+            f"{config_path} has neither num_latent_tokens nor block_size, so it is not a published config"
         )
     check_kind(folder, found, kind)
     config: dict[str, Any] = {ours: _integer(theirs, key, config_path) for ours, key in KEYS[kind].items()}
@@ -285,7 +285,7 @@ def _read_state(path: Path, variant: Variant) -> dict[str, Tensor]:
     for name, tensor in state.items():
         unused = str(name).startswith(_TRAINING_ONLY) and isinstance(tensor, Tensor)
         if not unused and not (is_weights(tensor) and tensor.ndim > 0):
-            raise DetailFlowError(f"{name!s} in {path} is no tensor of floating-point weights")
+            raise DetailFlowError(f"{name!s} in {path} is not a tensor of floating-point weights")
     return {str(name): tensor for name, tensor in state.items()}
 
 
@@ -295,7 +295,7 @@ def _check_names(state: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...
     for what, difference in (("lacks", wanted - present), ("has the unexpected", present - wanted)):
         if difference:
             raise DetailFlowError(
-                f"{path} is no published DetailFlow checkpoint of this kind: it {what} {some_names(difference)}"
+                f"{path} is not a published DetailFlow checkpoint of this kind: it {what} {some_names(difference)}"
             )
 
 

@@ -180,9 +180,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             None if content.get("comparable") is None else dict(content["comparable"]),
         )
     except Exception as error:  # what stands there may be of any type
-        raise DetailFlowError(f"could not read {path}: it is no checkpoint of a training run") from error
+        raise DetailFlowError(f"could not read {path}: it is not a checkpoint of a training run") from error
     if not isinstance(checkpoint.state, dict) or not isinstance(checkpoint.config, dict | None):
-        raise DetailFlowError(f"could not read {path}: it is no checkpoint of a training run")
+        raise DetailFlowError(f"could not read {path}: it is not a checkpoint of a training run")
     return checkpoint
 
 
@@ -248,5 +248,5 @@ def _weights(path: Path, checkpoint: Checkpoint, kind: Kind, variant: str) -> di
         raise DetailFlowError(f"{path} holds no weights of {kind}")
     for name, tensor in stored.items():
         if not is_weights(tensor):
-            raise DetailFlowError(f"{name!s} in {path} is no tensor of floating-point weights")
+            raise DetailFlowError(f"{name!s} in {path} is not a tensor of floating-point weights")
     return {str(name): tensor for name, tensor in stored.items()}

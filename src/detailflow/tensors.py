@@ -153,7 +153,7 @@ def _files(path: Path) -> list[Path]:
         raise DetailFlowError(f"{index} must name the file of each tensor under 'weight_map'")
     for name in shards.values():
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise DetailFlowError(f"{index} names {name!r}, which is no .safetensors file beside it")
+            raise DetailFlowError(f"{index} names {name!r}, which is not a .safetensors file beside it")
     return [path / name for name in sorted(set(shards.values()))]
 
 

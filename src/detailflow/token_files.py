@@ -65,7 +65,7 @@ class TokenFile:
             ) from error
         if found is not None and found[0] == FORMAT:
             raise DetailFlowError(f"{path} is a token file of version {found[1]}, but this program reads {VERSION}")
-        raise DetailFlowError(f"{path} is no token file: `detailflow encode` makes them")
+        raise DetailFlowError(f"{path} is not a token file: `detailflow encode` makes them")
 
     @classmethod
     def _checked(cls, archive: zipfile.ZipFile) -> "TokenFile":

@@ -24,7 +24,7 @@ from detailflow.files import check_utf8, reading
 
 LARGEST_PICKLE = 4 * 2**20  # bytes, for about 20,000 tensors
 _ZIP_TAIL = 56 + 20 + 22  # bytes of the three records that end a zip file
-_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of files in torch's old format, which are no zip files
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of files in torch's old format, which are not zip files
 _OLD_PICKLES = 5  # in such a file: this number, a version, the system, the content, the storages' names
 _ITEM_BYTES = {
     **{f"torch.{name}Storage": size for size, names in {
@@ -58,7 +58,7 @@ def check_torch_file(path: Path) -> None:
     """Check that what `torch.load` will read is plain values and tensors, and no larger than the file."""
     with reading(path):
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe may never end
-            raise OSError("it is no regular file")
+            raise OSError("it is not a regular file")
         try:
             with path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -82,7 +82,7 @@ def check_torch_file(path: Path) -> None:
 
 def _damaged(path: Path) -> DetailFlowError:
     return DetailFlowError(
-        f"could not read {path}: it is damaged, incomplete or no PyTorch checkpoint, so fetch it again"
+        f"could not read {path}: it is damaged, incomplete or not a PyTorch checkpoint, so fetch it again"
     )
 
 

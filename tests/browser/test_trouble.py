@@ -51,7 +51,7 @@ def test_a_file_that_is_no_picture(studio: Studio, tmp_path: Path):
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
     studio.page.locator("#file").set_input_files(text)
-    expect(studio.banner).to_contain_text("“notes.txt” is no picture")
+    expect(studio.banner).to_contain_text("“notes.txt” is not a picture")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     studio.page.locator("#file").set_input_files(broken)

@@ -87,7 +87,7 @@ def test_help_as_a_command(capsys: pytest.CaptureFixture[str]):
 
 def test_an_option_before_the_command(capsys: pytest.CaptureFixture[str]):
     assert main(["--seed", "1", "generate", "cat"]) == 2
-    expected = "--seed is no command: options come after the command, as in detailflow COMMAND --seed"
+    expected = "--seed is not a command: options come after the command, as in detailflow COMMAND --seed"
     assert capsys.readouterr().err == f"detailflow: error: {expected}\n"
 
 

@@ -39,7 +39,7 @@ def test_a_strip_and_a_row_per_image(
         with Image.open(tmp_path / "out" / f"{name}-reconstruction.png") as written:
             assert written.tobytes() == pipeline.reconstruct(image)[-1].images[0].tobytes()
     source = open_images(tmp_path / "out")
-    assert len(source) == 2  # strips are no images of a set
+    assert len(source) == 2  # strips are not images of a set
     with Image.open(tmp_path / "out" / "wide-strip.png") as sheet:
         assert sheet.width == 6 * 132 + 4  # 1, 2, 4, 8, 16 tokens and the original
     out, err = capsys.readouterr()

@@ -362,8 +362,11 @@ def gpt(model: Path, tokens: Path | str, *argv: str) -> list[str]:
             ["--sampling.guidence_scale", "2"],
             "unknown option '--sampling.guidence_scale': did you mean --sampling.guidance_scale?",
         ),
-        (["--tokens", "nowhere"], "nowhere is no token store (no manifest.json): make one with `detailflow extract`"),
-        (["--tokens", "images"], "images is no token store"),
+        (
+            ["--tokens", "nowhere"],
+            "nowhere is not a token store (no manifest.json): make one with `detailflow extract`",
+        ),
+        (["--tokens", "images"], "images is not a token store"),
         (["--tokenizer", "nowhere/at/all"], "there is no such folder: nowhere/at/all"),
     ],
 )
@@ -479,7 +482,7 @@ def test_mistakes_that_a_dry_run_finds(folder: Path, tokens: Path, model: Path, 
         "nowhere/at/all does not exist"
     )
     assert complaint([*TRAIN, "--dry-run", "--loop.stepz", "3"], capsys).startswith("unknown option '--loop.stepz'")
-    assert complaint(gpt(model, "images", "--dry-run"), capsys).startswith("images is no token store")
+    assert complaint(gpt(model, "images", "--dry-run"), capsys).startswith("images is not a token store")
     assert complaint([*TRAIN, "--dry-run", "--device", "quantum"], capsys).startswith("device 'quantum' cannot be used")
     extraction = ["extract", "--data", "images", "--tokenizer", str(model), "--output", "t", "--dry-run"]
     assert complaint(extraction, capsys).startswith("unknown option '--dry-run': see detailflow extract --help")

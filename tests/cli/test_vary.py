@@ -57,7 +57,7 @@ def test_variations_are_those_of_the_pipeline(pipeline: DetailFlowPipeline, run:
                 for i, variation in enumerate(expected):
                     shown = read(f"out/{name}-{k}-{label.replace(' ', '-')}-{i}.png")
                     assert shown.tobytes() == variation.tobytes()
-    assert len(open_images("out")) == 16  # the grids are no images of a set
+    assert len(open_images("out")) == 16  # the grids are not images of a set
 
 
 def test_the_grid(pipeline: DetailFlowPipeline, run: Any):
@@ -191,7 +191,7 @@ def test_another_model(run: Any, pipeline: DetailFlowPipeline, tmp_path: Path):
         (("vary", "a.png", "--class", "dgo"), "unknown class 'dgo'"),
         (("vary", "a.png", "--num", "0"), "--num must be"),
         (("vary", "a.png", "--num", "100000000"), "--num must be at most 100,000, not 100,000,000"),
-        (("vary", "/dev/null"), "/dev/null is no regular file, nor a folder: give an image file"),
+        (("vary", "/dev/null"), "/dev/null is not a regular file, nor a folder: give an image file"),
         (("vary", "missing.png"), "missing.png does not exist"),
         (("vary", "a.png", "cat"), "cat is a class, not an image: put --class cat after the images"),
         (("vary", "a.png", "cat", "Hot dog"), "are classes, not images: put --class cat 'Hot dog' after the images"),

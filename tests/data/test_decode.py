@@ -201,7 +201,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "device.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "device.png"):
-        with pytest.raises(DetailFlowError, match=f"{name} is no regular file"):
+        with pytest.raises(DetailFlowError, match=f"{name} is not a regular file"):
             load_rgb(tmp_path / name)
     for name in ("a" * 300 + ".png", "a\0b.png"):
         with pytest.raises(DetailFlowError, match="cannot be opened|does not exist"):

@@ -183,7 +183,7 @@ def test_rows_that_name_no_regular_file(tmp_path):
             with pytest.raises(DetailFlowError, match=f"row {index} "):
                 read(index)
     os.mkfifo(tmp_path / "pipe.parquet")
-    with pytest.raises(DetailFlowError, match=r"neither a folder of images nor|no regular file|does not exist"):
+    with pytest.raises(DetailFlowError, match=r"neither a folder of images nor|not a regular file|does not exist"):
         open_images(tmp_path / "pipe.parquet")
 
 

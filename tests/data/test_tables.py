@@ -85,7 +85,7 @@ def test_a_saved_folder_of_pipes(tmp_path):
     with pytest.raises(DetailFlowError, match=r"\.arrow is missing"):
         open_images(folder)
     os.mkfifo(arrow)
-    with pytest.raises(DetailFlowError, match=r"\.arrow is no regular file"):
+    with pytest.raises(DetailFlowError, match=r"\.arrow is not a regular file"):
         open_images(folder)
 
 

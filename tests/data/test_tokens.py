@@ -83,7 +83,7 @@ def test_going_on_ends_in_the_same_bytes(store, tmp_path):
     with pytest.raises(DetailFlowError, match="again lacks 2 of its chunks"):
         writer_for(directory).finish()
     with pytest.raises(
-        DetailFlowError, match="no token store .*: repeat the `detailflow extract` that was not finished"
+        DetailFlowError, match="not a token store .*: repeat the `detailflow extract` that was not finished"
     ):
         TokenStore.open(directory)
     (directory / "unfinished" / ".chunk-000002.json.12-0123abcd.tmp").write_text("{")  # as a killed process leaves it
@@ -211,7 +211,7 @@ def test_open_refuses_a_manifest_that_does_not_fit(store, change, message):
 
 
 def test_open_refuses_missing_or_damaged_files(store, tmp_path):
-    with pytest.raises(DetailFlowError, match="is no token store .*: make one with `detailflow extract`"):
+    with pytest.raises(DetailFlowError, match="is not a token store .*: make one with `detailflow extract`"):
         TokenStore.open(tmp_path / "nowhere")
     (store.directory / "codes.bin").write_bytes(b"short")
     with pytest.raises(DetailFlowError, match="has 5 bytes"):

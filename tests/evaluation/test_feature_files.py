@@ -103,7 +103,9 @@ def test_half_precision_is_computed_in_float32(feature_file: Path, tmp_path: Pat
 )
 def test_metadata_that_cannot_be(metadata: dict[str, str], feature_file: Path, tmp_path: Path):
     save_file(load_file(feature_file), tmp_path / "a.safetensors", metadata=metadata)
-    with pytest.raises(DetailFlowError, match="a.safetensors is no feature network that is known: its metadata must"):
+    with pytest.raises(
+        DetailFlowError, match="a.safetensors is not a feature network that is known: its metadata must"
+    ):
         load_extractor(str(tmp_path / "a.safetensors"))
 
 
@@ -125,10 +127,10 @@ def test_tensors_that_do_not_fit(feature_file: Path, tmp_path: Path):
 
 
 def test_files_that_are_none(tmp_path: Path):
-    with pytest.raises(DetailFlowError, match="none.safetensors does not exist or is no file"):
+    with pytest.raises(DetailFlowError, match="none.safetensors does not exist or is not a file"):
         load_extractor(str(tmp_path / "none.safetensors"))
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(DetailFlowError, match="folder.safetensors does not exist or is no file"):
+    with pytest.raises(DetailFlowError, match="folder.safetensors does not exist or is not a file"):
         load_extractor(str(tmp_path / "folder.safetensors"))
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(DetailFlowError, match="text.safetensors: it is damaged or incomplete"):

@@ -65,7 +65,7 @@ def test_what_is_written(tmp_path: Path):
     ]
 
     def refuse(text: str) -> None:
-        raise AssertionError(f"{text} is no JSON")
+        raise AssertionError(f"{text} is not JSON")
 
     content = json.loads((tmp_path / "a" / "b" / "report.json").read_text(), parse_constant=refuse)
     assert content == load(tmp_path / "a" / "b") == load(tmp_path / "a" / "b" / "report.json")
@@ -140,7 +140,7 @@ def test_a_folder_belongs_to_one_evaluation(tmp_path: Path):
     with pytest.raises(DetailFlowError, match="another evaluation"):
         check_folder(tmp_path, COMMAND, {"tokenizer": {"name": "m", "fingerprint": "g"}})
     (tmp_path / "report.json").write_text('{"mine": 1}')
-    with pytest.raises(DetailFlowError, match="has a report.json that is no report of ours"):
+    with pytest.raises(DetailFlowError, match="has a report.json that is not a report of ours"):
         check_folder(tmp_path, COMMAND, models)
 
 

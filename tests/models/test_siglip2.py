@@ -41,7 +41,7 @@ def reference(width: int = WIDTH, heads: int = 2, depth: int = DEPTH):
 def hidden_state(model, images: Tensor) -> Tensor:
     """transformers' last hidden state.
 
-    It takes patches, a mask of those that are no padding, and the grids' rows and columns.
+    It takes patches, a mask of those that are not padding, and the grids' rows and columns.
     """
     batch, _, height, width = images.shape
     rows, columns = height // PATCH, width // PATCH
@@ -182,7 +182,7 @@ def test_shards(model, folder: Path, tmp_path: Path):
     assert f"has no {shards[1].name}" in error_of(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "../x.safetensors"}}))
-    assert "which is no .safetensors file beside it" in error_of(tmp_path)
+    assert "which is not a .safetensors file beside it" in error_of(tmp_path)
 
 
 def test_nothing_else_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -234,10 +234,10 @@ def test_bodies_that_are_no_requests(content: bytes, http: httpx.Client):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"prompt": "\xff"}', "the body is no valid JSON: it is not UTF-8 at byte 12"),
-        (b"[" * 100_000, "the body is no valid JSON: it is nested too deeply"),
-        (b'{"n": %s}' % (b"1" * 5000), "the body is no valid JSON: a number in it has thousands of digits"),
-        (b'{"prompt": "cat"', "the body is no valid JSON: Expecting ',' delimiter at character 16"),
+        (b'{"prompt": "\xff"}', "the body is not valid JSON: it is not UTF-8 at byte 12"),
+        (b"[" * 100_000, "the body is not valid JSON: it is nested too deeply"),
+        (b'{"n": %s}' % (b"1" * 5000), "the body is not valid JSON: a number in it has thousands of digits"),
+        (b'{"prompt": "cat"', "the body is not valid JSON: Expecting ',' delimiter at character 16"),
     ],
 )
 def test_json_that_cannot_be_read_is_told_why(content: bytes, message: str, http: httpx.Client):

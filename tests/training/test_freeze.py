@@ -184,7 +184,7 @@ def test_stores_that_do_not_fit(cifar: Path, model: Path, tokens: Path, tmp_path
         TokenizerStage(training(cifar, model, **settings), source, tmp_path, torch.device("cpu"))
 
     stage(tokens=str(tokens))
-    with pytest.raises(DetailFlowError, match="is no token store"):
+    with pytest.raises(DetailFlowError, match="is not a token store"):
         stage(tokens=str(tmp_path))
     other = DetailFlowTokenizer(DetailFlowTokenizer.from_pretrained(model / "tokenizer").config)
     other.save_pretrained(tmp_path / "other")

@@ -239,7 +239,7 @@ def test_the_verdict_follows_from_the_distances():
     )
     assert nearest.verdict(unseen, unseen).startswith("No sign of memorising")
     assert nearest.verdict(unseen + 0.3, unseen).startswith(
-        "These samples are no copies, but not yet"
+        "These samples are not copies, but not yet"
     ) and "hint" not in nearest.verdict(unseen, unseen)
     assert nearest.verdict(unseen, unseen[:1]).endswith("With only 1 held-out image, take that as a hint and no more.")
     assert nearest.verdict(unseen, None).startswith("No images were held out")

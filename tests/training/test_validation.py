@@ -228,7 +228,7 @@ def test_the_token_store_has_two_parts(validated_tokens: Path, cifar: Path, mode
 def test_the_validation_store_is_the_one_of_its_manifest(validated_tokens: Path, tokens: Path, tmp_path: Path):
     copy = Path(shutil.copytree(validated_tokens, tmp_path / "copy"))
     shutil.rmtree(copy / "validation")
-    with pytest.raises(DetailFlowError, match="validation is no token store"):
+    with pytest.raises(DetailFlowError, match="validation is not a token store"):
         _ = TokenStore.open(copy).validation
     shutil.copytree(tokens, copy / "validation")
     with pytest.raises(DetailFlowError, match="validation is not the validation store of .*copy: extract the tokens"):

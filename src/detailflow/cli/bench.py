@@ -50,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
         with os_errors(f"cannot write {file}"):
             check_regular(file)
         if file.exists() and not _is_report(file):
-            raise DetailFlowError(f"{file} is no report of `detailflow bench`: give another file, or remove it first")
+            raise DetailFlowError(
+                f"{file} is not a report of `detailflow bench`: give another file, or remove it first"
+            )
 
     from dataclasses import asdict
 

@@ -161,7 +161,7 @@ def _take_max_pixels(argv: list[str]) -> None:
             raise DetailFlowError("--max-pixels needs a number: the most pixels that an image may have")
         os.environ[MAX_PIXELS_VARIABLE] = value if equals else argv[i + 1]
         del argv[i : i + (1 if equals else 2)]
-        max_pixels()  # raises if that is no number
+        max_pixels()  # raises if that is not a number
         return
 
 
@@ -204,7 +204,7 @@ def _run(argv: list[str]) -> int:
     command, *rest = argv
     if command.startswith("-"):
         raise DetailFlowError(
-            f"{command} is no command: options come after the command, as in detailflow COMMAND {command}"
+            f"{command} is not a command: options come after the command, as in detailflow COMMAND {command}"
         )
     if command not in COMMANDS:
         raise DetailFlowError(unknown("command", command, COMMANDS, f"the commands are {', '.join(COMMANDS)}"))

@@ -183,7 +183,7 @@ def _open_file(path: Path, name: str) -> BinaryIO:
         if path.is_dir():
             raise DetailFlowError(f"{name} is a folder: give the path of one image file")
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise DetailFlowError(f"{name} is no regular file: give the path of an image file")
+            raise DetailFlowError(f"{name} is not a regular file: give the path of an image file")
         try:
             return open(path, "rb", buffering=2**16)
         except FileNotFoundError as error:

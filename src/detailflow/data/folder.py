@@ -15,7 +15,7 @@ MANY = (".parquet", ".tar")  # files of many images
 _METADATA = ("metadata.csv", "metadata.jsonl")
 _METADATA_IN_PARQUET = "metadata.parquet"
 
-# What systems and programs leave beside people's files; hidden files and folders are no data either.
+# What systems and programs leave beside people's files; hidden files and folders are not data either.
 _SYSTEM = frozenset((
     "@eadir", "#recycle", "@recycle", "@__thumb", "__macosx", "lost+found", "$recycle.bin", "system volume information",
     "#snapshot", "~snapshot", "@recently-snapshot", "@tmp", "recycler", "recycled", "__pycache__",

@@ -299,7 +299,7 @@ def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
             header = reader.fieldnames
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
-                raise ValueError("a row is no object")
+                raise ValueError("a row is not an object")
             columns = list(map(_column, header or row))
             if twice := [name for name in wanted if columns.count(name) > 1]:
                 raise DetailFlowError(f"{file} has several columns called {twice[0]}: keep one of them")
@@ -308,7 +308,7 @@ def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _inside(folder: str, name: Any, where: str) -> str:
     if not isinstance(name, str):
-        raise DetailFlowError(f"{where} has {name!r} as file_name, which is no text")
+        raise DetailFlowError(f"{where} has {name!r} as file_name, which is not text")
     path, home = os.path.normpath(os.path.join(folder, name)), os.path.abspath(folder)
     if os.path.isabs(name) or os.path.commonpath((os.path.abspath(path), home)) != home:
         raise DetailFlowError(f"{where} names {name}, which is not in the folder {folder}: give paths within it")

@@ -77,7 +77,7 @@ def _read_footer(file: str, place: str, image_column: str, label_column: str) ->
     import pyarrow.parquet
 
     if os.path.exists(file) and not os.path.isfile(file):  # reading a pipe may never end
-        raise DetailFlowError(f"{file} is no regular file: give the path of a parquet file")
+        raise DetailFlowError(f"{file} is not a regular file: give the path of a parquet file")
     with explained(f"{file} is not a readable parquet file"):  # nor if its names are not UTF-8
         with pyarrow.parquet.ParquetFile(file) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow

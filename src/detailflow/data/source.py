@@ -263,7 +263,7 @@ class ImageSource:
             return stored
         with explained(f"{name} cannot be read"):
             if os.path.exists(stored) and not os.path.isfile(stored):  # reading a pipe or a device may never end
-                raise DetailFlowError(f"{name} cannot be read: {stored} is no regular file")
+                raise DetailFlowError(f"{name} cannot be read: {stored} is not a regular file")
             with open(stored, "rb") as file:
                 return file.read()
 
@@ -283,14 +283,14 @@ def not_there(name: str, also: str = "") -> NotThereError:
     sets = "a folder of images, .parquet or .tar files, or a hub name (owner/name)"
     give = f"give {also and f'{also}, '}{sets}"
     if os.path.exists(name):  # a device, a pipe
-        return NotThereError(f"{name} is no regular file, nor a folder: {give}")
+        return NotThereError(f"{name} is not a regular file, nor a folder: {give}")
     return NotThereError(f"{name} does not exist: {similar(name) or give}")
 
 
 def count_classes(labels: np.ndarray, names: Sequence[str]) -> dict[str, int]:
     """Return the number of labels of each class by its name: "cat", or "crane (134)" of two classes called crane.
 
-    Numbers below 0 are no labels.
+    Numbers below 0 are not labels.
     """
     times = Counter(names)
     counts = np.bincount(labels[labels >= 0], minlength=len(names)).tolist()
@@ -336,7 +336,7 @@ def labelled(
     """Return the set of these images and their labels, which are class numbers or names, or none at all.
 
     A list has several labels of its image. An empty one and what is in `no_label` (-1 is the hub's mark of a hidden
-    label, as a number or as text) are no label: either all images have one, or none.
+    label, as a number or as text) are not a label: either all images have one, or none.
     """
     lists = [_listed(value, no_label) for value in values or ()]
     counts = np.array([len(labels) for labels in lists], np.int64)

@@ -201,7 +201,7 @@ def open_saved(found: DataFiles, image_column: str, label_column: str) -> ImageS
             raise DetailFlowError(f"{folder} names {outside[0]}, which is not in it: no other file is read")
         for path in (os.path.join(folder, name) for name in ("dataset_info.json", *names)):
             if not os.path.isfile(path):  # reading a pipe may never end
-                problem = "no regular file" if os.path.exists(path) else "missing"
+                problem = "not a regular file" if os.path.exists(path) else "missing"
                 raise DetailFlowError(f"{path} is {problem}: save the set again")
         dataset = datasets.load_from_disk(folder)
         files = [os.path.join(folder, name) for name in names]

@@ -421,7 +421,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         advice = (
             "repeat the `detailflow extract` that was not finished" if begun else "make one with `detailflow extract`"
         )
-        raise DetailFlowError(f"{directory} is no token store (no {_MANIFEST}): {advice}")
+        raise DetailFlowError(f"{directory} is not a token store (no {_MANIFEST}): {advice}")
     manifest = RunFolder(directory, "tokens", _MANIFEST).read()
     if manifest.get("format") != _FORMAT:
         raise DetailFlowError(f"{file} is not the manifest of a token store: its format is not {_FORMAT!r}")

@@ -137,7 +137,7 @@ def measure(
     Args:
         images: bytes (B, H, W, 3) in batches of any sizes, those of this rank's `shard_range(total, world)`.
         keep, labels: as in `FeatureStatistics`.
-        total: images of all ranks; needed if `images` is no `ImageSet`.
+        total: images of all ranks; needed if `images` is not an `ImageSet`.
     """
     stored = None
     if isinstance(images, ImageSet):

@@ -167,11 +167,11 @@ def _convolution(inputs: int, outputs: int) -> nn.Sequential:
 def _residual(path: Path, device: torch.device) -> NormalizedNetwork:
     """Load a `ResidualFeatures` from a safetensors file, whose shapes say its sizes."""
     if not path.is_file():
-        raise DetailFlowError(f"{path} does not exist or is no file: give a .safetensors file of a feature network")
+        raise DetailFlowError(f"{path} does not exist or is not a file: give a .safetensors file of a feature network")
     metadata = read_metadata(path)
     if any(metadata.get(key) not in values for key, values in METADATA.items()):
         raise DetailFlowError(
-            f"{path} is no feature network that is known: its metadata must say architecture {ARCHITECTURE}, and "
+            f"{path} is not a feature network that is known: its metadata must say architecture {ARCHITECTURE}, and "
             "nothing of how images are prepared"
         )
     tensors = read_tensors(path, torch.float32, integers=True)

@@ -205,7 +205,7 @@ def _finite(value: Any) -> Any:
 def curves(rows: Sequence[Row], x: str, measure: str) -> dict[str, list[tuple[float | None, Figure]]]:
     """Return the points of each curve by x, one for every combination of the other settings that vary.
 
-    If no value of x comes twice, all is one curve. A value that is no number, such as "off", is a level line without x.
+    If no value of x comes twice, all is one curve. A value that is not a number, such as "off", is a level line.
     """
     values = [row.setting[x] for row in rows]
     others = [key for key in rows[0].setting if key != x and len({row.setting[key] for row in rows}) > 1]
@@ -287,7 +287,9 @@ def check_folder(folder: Path, command: str, models: Mapping[str, Any], kept_sam
     try:
         provenance = load(folder)["provenance"]
     except DetailFlowError:
-        raise DetailFlowError(f"{folder} has a {JSON_FILE} that is no report of ours: choose another folder") from None
+        raise DetailFlowError(
+            f"{folder} has a {JSON_FILE} that is not a report of ours: choose another folder"
+        ) from None
     before, count = str(provenance.get("command")), dict(flattened(provenance)).get("data.samples.images")
     goes_on = isinstance(count, int) and count < kept_samples and _without_count(before) == _without_count(command)
     if not (before == command or goes_on) or provenance.get("models") != _finite(dict(models)):
@@ -308,7 +310,7 @@ def load(path: Path) -> dict[str, Any]:
     content = read_json(file)
     kinds = {"sections": list, "provenance": dict, "kind": str, "title": str, "notes": list}
     if content.get("format") != FORMAT or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
-        raise DetailFlowError(f"{file} is no report of an evaluation")
+        raise DetailFlowError(f"{file} is not a report of an evaluation")
     texts = all(isinstance(note, str) for note in content["notes"])
     subjects = all(isinstance(content["provenance"].get(x, {}), dict) for x in ("data", "features", "preprocessing"))
     if not texts or not subjects or not all(map(_is_section, content["sections"])):

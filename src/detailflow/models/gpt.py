@@ -342,7 +342,7 @@ class DetailFlowGPT(Pretrained):
     def tables(self) -> tuple[Tensor, Tensor]:
         """Return the rotary table and the (N, N) mask on the model's device; made once, as each is some kernels.
 
-        They are no buffers: these would take the weights' dtype, and have no values in a model that is still to be
+        They are not buffers: these would take the weights' dtype, and have no values in a model that is still to be
         loaded.
         """
         if self._tables is None or self._tables[0].device != self.device:

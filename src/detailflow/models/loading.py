@@ -31,7 +31,7 @@ def build(
     sizes: Any = parse_settings(config_type, config, f"the {getattr(network, 'kind', 'model')} config of {source}")
     if (depth := _depth(sizes)) > len(tensors):
         raise DetailFlowError(
-            f"{source}: the checkpoint does not fit its config: {len(tensors)} tensors are no {depth} layers"
+            f"{source}: the checkpoint does not fit its config: {len(tensors)} tensors are not {depth} layers"
         )
     try:
         with torch.device("meta"), _NoDraws():

@@ -18,7 +18,7 @@ _CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 4
 
 
 class ApiError(HTTPException):
-    """An answer that is no success, with one sentence that says what would be right."""
+    """An answer that is not a success, with one sentence that says what would be right."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ def _invalid(error: RequestValidationError) -> ApiError:
     param, kind, message = (where[0] if where else None), first["type"], first["msg"]
     if kind == "json_invalid":
         what = first.get("ctx", {}).get("error", message)
-        return ApiError(400, f"the body is no valid JSON: {what} at character {first['loc'][1]}", code="invalid_json")
+        return ApiError(400, f"the body is not valid JSON: {what} at character {first['loc'][1]}", code="invalid_json")
     if not where and isinstance(first.get("input"), bytes):  # as another kind of content
         message = "the body was not sent as JSON: send it with the header Content-Type: application/json"
         return ApiError(400, message, code="invalid_json")

@@ -223,7 +223,7 @@ class Problem(BaseModel):
 
 
 class Failure(BaseModel):
-    """An answer that is no success."""
+    """An answer that is not a success."""
 
     error: Problem
 

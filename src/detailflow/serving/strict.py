@@ -43,7 +43,7 @@ class _Strict(Request):
             reason = "it is nested too deeply"
         except ValueError:  # Python's limit on what it takes for a number
             reason = "a number in it has thousands of digits"
-        raise ApiError(400, f"the body is no valid JSON: {reason}", code="invalid_json")
+        raise ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:

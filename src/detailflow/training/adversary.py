@@ -54,7 +54,7 @@ class PatchDiscriminator(nn.Module):
 class ProjectedDiscriminator(nn.Module):
     """Judges images by features of EfficientNet-Lite0 at four depths, unmixed (Sauer et al. 2021, arXiv 2111.01007).
 
-    The frozen networks are no registered submodules, as in `DINODiscriminator`.
+    The frozen networks are not registered as submodules, as in `DINODiscriminator`.
 
     Args:
         load: as there.
@@ -108,7 +108,7 @@ def _projected_head(channels: int, width: int, halvings: int) -> nn.Sequential:
 class DINODiscriminator(nn.Module):
     """Judges every patch of an image at five depths of DINO ViT-S/16.
 
-    The backbone is no registered submodule, so that optimisers, checkpoints, DistributedDataParallel, `train` and
+    The backbone is not registered as a submodule, so that optimisers, checkpoints, DistributedDataParallel, `train` and
     `requires_grad_` see the heads alone; it follows the images to their device.
 
     Args:

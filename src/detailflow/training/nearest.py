@@ -112,8 +112,8 @@ def verdict(samples: Tensor, unseen: Tensor | None, unfinished: str = "") -> str
         )
     else:
         text = (
-            "These samples are no copies, but not yet such images either: other real images are more like the training "
-            f"images ({found})."
+            "These samples are not copies, but not yet such images either: other real images are more like "
+            f"the training images ({found})."
         )
     if len(unseen) < FEW:
         text += f" With only {len(unseen)} held-out image{'s' * (len(unseen) > 1)}, take that as a hint and no more."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 FEW_CROPS, FEW_PASSES = 10_000, 2  # with fewer of either a training has hardly begun, and no sample is an image
-POOR_PSNR = 16.0  # dB of reconstructions from all tokens, below which samples are no images either
+POOR_PSNR = 16.0  # dB of reconstructions from all tokens, below which samples are not images either
 TOKENIZER, GPT, OUTPUT = "--tokenizer-steps", "--gpt-steps", "--output"
 WORDS = (
     ("tokenizer", "the model that turns an image into tokens, and tokens into an image"),

@@ -31,7 +31,7 @@ export function listenForPictures(open, refuse) {
   function take(files) {
     const picture = files.find((one) => one.type.startsWith("image/"));
     if (picture) open(picture);
-    else refuse(`“${files[0].name}” is no picture: give a PNG, JPEG or WebP file`);
+    else refuse(`“${files[0].name}” is not a picture: give a PNG, JPEG or WebP file`);
   }
 }
 
