@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detailflow.cli.main import main
+from detailflow.training.config import Extraction
+from detailflow.training.extract import extract
 
 LOOP = {
     "steps": 50,
@@ -136,3 +138,33 @@ def test_sharded_weights_are_the_same(
     """FSDP2 beside DistributedDataParallel."""
     run([*commands["gpt"], "--output", str(tmp_path / "parted"), "--loop.shard", "true"], 2)
     assert_same(finished("gpt", 2), tmp_path / "parted", 1e-5)
+
+
+@pytest.mark.parametrize("way", ["", "shard", "lora"])
+def test_several_processes_go_on_with_a_run_of_one(
+    way: str,
+    commands: dict[str, list[str]],
+    finished: Callable[[str, int], Path],
+    cifar: Path,
+    model: Path,
+    tmp_path: Path,
+):
+    """From its last checkpoint but one; at the end they read its best one, of a step before."""
+    output, tokens = tmp_path / "run", tmp_path / "tokens"
+    extract(Extraction(str(cifar), str(model), val_share=0.2), tokens, "cpu")
+    loop = {"steps": 8, "learning_rate": 3, "checkpoint_minutes": 0, "val_every": 1, "shard": way == "shard"}
+    command = [*commands["gpt"], "--output", str(output), "--tokens", str(tokens)]
+    command += [word for name, value in loop.items() for word in (f"--loop.{name}", str(value).lower())]
+    if way == "lora":
+        command += ["--lora", "2", "--init", str(finished("gpt", 1))]
+    run(command, 1)
+    last = output / "resume" / "step-00000008.pt"
+    exported, whole = load_file(output / "model.safetensors"), torch.load(last)["state"]
+    assert [path.name for path in (output / "best").iterdir()] != [last.name]
+    last.unlink()
+    (output / "config.json").unlink()
+    run(command, 2)
+    torch.testing.assert_close(load_file(output / "model.safetensors"), exported, rtol=0, atol=0)
+    resumed = torch.load(last)["state"]
+    torch.testing.assert_close(resumed["model"], whole["model"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(resumed["optimizer"]["state"], whole["optimizer"]["state"], rtol=1e-4, atol=1e-4)

@@ -189,7 +189,7 @@ class GPTStage:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        own = get_optimizer_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
+        own = get_optimizer_state_dict(self.model, self.updater.optimizers[0])  # WHOLE, it would be rank 0's alone
         optimizer = {
             "state": state["optimizer"]["state"],
             "param_groups": own["param_groups"],

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow.device import precision_dtype
-from detailflow.distributed import World
-from detailflow.errors import DetailFlowError
+from detailflow.distributed import World, lost
+from detailflow.errors import DetailFlowError, first_line
 from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
 from detailflow.progress import bar_width
@@ -142,8 +142,11 @@ def _restore(stage: Stage, state: dict[str, Any], folder: Path, step: int) -> No
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # torch has one for each case
+        if lost(error):  # not the checkpoint, but another rank failed
+            raise
         raise DetailFlowError(
-            f"{folder}: the checkpoint of step {step} does not fit this run; remove it to go on from the one before"
+            f"{folder}: the checkpoint of step {step} does not fit this run ({type(error).__name__}: "
+            f"{first_line(error)}); move it to another folder to go on from the one before"
         ) from error
 
 
