@@ -1,6 +1,9 @@
 """The best step by validation: which steps can be compared, also when a run goes on with other settings."""
 
+import contextlib
+import itertools
 import math
+import pkgutil
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from detailflow.runs import checkpoints, step_of
 from detailflow.training import loop
 from detailflow.training.config import LoopConfig
 from detailflow.training.loop import Run
+from detailflow.training.report import read_history
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,11 @@ class Counter:
 
 def train(output: Path, losses: list[float], comparable_from: float = 0.0, **settings: Any) -> int:
     """Train and return the step that was exported."""
+    init = settings.pop("init", None)
     config = LoopConfig(
         **{"steps": len(losses), "batch_size": 1, "learning_rate": 0.1, "trackers": (), "val_every": 1, **settings}
     )
-    run = Run("line", Settings(config), output, World(), torch.device("cpu"))
+    run = Run("line", Settings(config, init), output, World(), torch.device("cpu"))
     loop.train(lambda _: Counter(losses, comparable_from), run)
     return int((output / "config.json").read_text())
 
@@ -233,3 +238,39 @@ def test_the_best_step_is_not_lost_between_two_files(
         for one in ("whole", "run")
     )
     assert whole == run == [["step-00000004.pt", "step-00000003.pt"], ["step-00000003.pt"], run[2]] and len(run[2]) == 2
+
+
+class Killed(BaseException):
+    """What nothing expects."""
+
+
+def logged(output: Path) -> list[dict[str, float]]:
+    return [{name: record[name] for name in ("step", "val_loss")} for record in read_history(output)]
+
+
+@pytest.mark.parametrize("init", [None, "a model"])
+@pytest.mark.parametrize("work", ["Trackers.log", "save_checkpoint"])
+def test_a_run_that_is_killed_at_any_step_has_the_log_of_one_that_was_not(
+    work: str, init: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whether it was after the step was logged or after its checkpoint was written; each has one record."""
+    losses = [3.0, 1.0, 2.0, 1.5]
+    train(tmp_path / "whole", losses, init=init, checkpoint_minutes=0)
+    work = f"detailflow.training.loop.{work}"
+    usual = pkgutil.resolve_name(work)
+    for at in range(len(losses) + (init is not None)):
+        output, calls = tmp_path / str(at), itertools.count()
+
+        def dies(*given: Any, at: int = at, calls: Iterator[int] = calls, **settings: Any) -> Any:
+            result = usual(*given, **settings)
+            if next(calls) == at:
+                raise Killed
+            return result
+
+        monkeypatch.setattr(work, dies)
+        with contextlib.suppress(Killed):
+            train(output, losses, init=init, checkpoint_minutes=0)
+        assert next(calls) == at + 1
+        monkeypatch.setattr(work, usual)
+        assert train(output, losses, init=init, checkpoint_minutes=0) == 2
+        assert logged(output) == logged(tmp_path / "whole")

@@ -163,7 +163,7 @@ class _Training:
         self.loop: LoopConfig = run.config.loop
         self.health = _Health(self.loop, run.output)
         self.speed = _Speed(run, 0)
-        self.saved, self.saved_at = 0, time.monotonic()  # the step of the last checkpoint, and when it was written
+        self.saved_at = time.monotonic()  # when the last checkpoint was written
         # The settings that make validation losses comparable, and the best step so far with its loss.
         self.comparable = {"comparable_from": stage.comparable_from, "val_images": self.loop.val_images}
         self.best = self.world.from_main(self._find_best) if self.loop.val_every else None
@@ -173,7 +173,7 @@ class _Training:
         from tqdm import tqdm
 
         loop, run, world = self.loop, self.run, self.world
-        self.saved = self.done = start
+        self.done = start
         self.speed = _Speed(run, start)
         if world.is_main and start:
             _log.info("%s: going on from step %d", self.output, start)
@@ -207,10 +207,11 @@ class _Training:
                     self.health.check(done)
                 with self.speed.paused():
                     figures = self._validate(done) if validates else {}
-                    if (keeps or self._has_stalled(done)) and self.saved < done:
-                        self._save(done)
-                if logs or shows or figures:
+                if logs or shows or figures:  # before the checkpoint, from which a run goes on with the next step
                     self._log(done, scalars if logs else {}, figures, shows, trackers, bar)
+                with self.speed.paused():
+                    if keeps or self._is_best(done) or self._has_stalled(done):
+                        self._save(done)
                 if stop:
                     world.barrier()  # or the launcher, seeing one gone, would end the one that still writes
                     at = f"interrupted at step {done} of {loop.steps}: the same command goes on from there"
@@ -223,6 +224,8 @@ class _Training:
             with self.world.raise_together():
                 if figures and self.world.is_main:
                     trackers.log(0, figures)
+            if self._is_best(0):
+                self._save(0)
 
     def finish(self) -> None:
         """Export the model, the best by validation if there is one, and write the report."""
@@ -271,15 +274,17 @@ class _Training:
         return (self.world.all_reduce(torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
 
     def _validate(self, done: int) -> dict[str, float]:
-        """Measure the images that are held out; keep a checkpoint of the best step so far."""
+        """Measure the images that are held out, and note the best step so far."""
         figures = self.stage.validate()
         if figures and self._is_comparable(done):
             loss = self.world.from_main(lambda: figures["val_loss"])  # so that all ranks decide alike
             # The best step comes again if the run was killed right after writing it.
             if math.isfinite(loss) and (self.best is None or loss < self.best[1] or done == self.best[0]):
                 self.best = done, loss
-                self._save(done, loss)
         return figures
+
+    def _is_best(self, done: int) -> bool:
+        return self.best is not None and self.best[0] == done
 
     def _is_comparable(self, done: int) -> bool:
         """Return whether all losses are trained at a step; the last one counts in any case."""
@@ -299,17 +304,17 @@ class _Training:
                 return step, loss
         return None
 
-    def _save(self, done: int, loss: float | None = None) -> None:
-        """Write a checkpoint; with `loss` it is the best by validation so far."""
+    def _save(self, done: int) -> None:
+        """Write a checkpoint, also as the best by validation so far if it is that."""
         state = self.stage.state()
         with self.world.raise_together():
             if self.world.is_main:
                 model = {"kind": self.run.kind, "config": self.stage.model_config()}
-                best = None if loss is None else (loss, self.comparable)
+                best = (self.best[1], self.comparable) if self.best and self._is_best(done) else None
                 self.health.good = save_checkpoint(
                     self.output, done, state, self.loop.keep, self._is_milestone(done), model, best
                 )
-        self.saved, self.saved_at = done, time.monotonic()
+        self.saved_at = time.monotonic()
 
     def _log(
         self,
@@ -338,8 +343,7 @@ class _Training:
                         write_png(picture, self.output / "pictures" / f"{name}-{done:08d}.png")
                     trackers.log(done, {**values, **figures}, pictures)
         except DetailFlowError:
-            if self.saved < done:
-                self._save(done)
+            self._save(done)
             raise
 
 

@@ -34,7 +34,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """All of a run's trackers, from `start_step` on; what was logged beyond it before is dropped.
+    """All of a run's trackers, from `start_step` on; what was logged beyond it before is dropped, and at 0 everything.
 
     Args:
         names: of trackers, besides log.jsonl; only rank 0 logs.
@@ -62,14 +62,15 @@ class Trackers:
             raise
 
     def _open(self, names: Sequence[str], kind: str, config: Mapping[str, Any], start_step: int) -> None:
-        kept = [json.dumps(record) + "\n" for record in read_history(self.output) if record["step"] <= start_step]
+        records = read_history(self.output) if start_step else []
+        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= start_step]
         with writing(self.output / HISTORY_FILE) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         if "tensorboard" in names:
             from torch.utils.tensorboard import SummaryWriter
 
             with _writing("TensorBoard's log", self.output):
-                purge = start_step + 1 if start_step else None
+                purge = start_step + 1 if start_step else 0
                 self.board = SummaryWriter(str(self.output / "tensorboard"), purge_step=purge)
                 self.board.flush()
         if "wandb" in names:
