@@ -245,6 +245,23 @@ def test_killed_before_the_model_was_written(commands: dict[str, list[str]], fin
     assert weights(output) == weights(finished["gpt"])
 
 
+def test_killed_before_the_report_was_written(
+    commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path
+):
+    """The model is there; without a checkpoint it stays the only thing that is."""
+    output = shutil.copytree(finished["gpt"], tmp_path / "run")
+    for name in ("report.md", "samples.png"):
+        (output / name).unlink()
+    assert main([*commands["gpt"], str(output)]) == 0
+    for name in ("report.md", "samples.png", "config.json", "log.jsonl"):
+        assert (output / name).read_bytes() == (finished["gpt"] / name).read_bytes()
+    assert weights(output) == weights(finished["gpt"])
+    (output / "report.md").unlink()
+    shutil.rmtree(output / "resume")
+    assert main([*commands["gpt"], str(output)]) == 0
+    assert not (output / "report.md").exists()
+
+
 def test_precision_of_an_earlier_version(commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):
     """Runs that were begun in bf16, once the default, go on with today's; another one that is asked for is refused."""
     output = shutil.copytree(finished["gpt"], tmp_path / "run")

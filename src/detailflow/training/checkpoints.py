@@ -27,6 +27,7 @@ from detailflow.runs import (
 )
 from detailflow.tensors import save_torch
 from detailflow.training.inputs import Input, difference
+from detailflow.training.report import REPORT_FILE
 
 _log = logging.getLogger(__name__)
 KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name
@@ -56,6 +57,8 @@ def claim(
     output: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Input] | None = None
 ) -> dict[str, Any] | None:
     """Make `output` this run's folder, or check that it already is; return `None` if the run is finished.
+
+    A run that ended after its model and before its report goes on: it takes no steps, and writes both.
 
     Args:
         inputs: the settings that are known by the content of what they name, which may move.
@@ -88,7 +91,8 @@ def claim(
                 )
     elif finished:
         raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")
-    if finished and not longer and not (done < steps and _more_patience(recorded, settings)):
+    reported = os.path.isfile(output / REPORT_FILE) or not done  # without a checkpoint it cannot be written
+    if finished and reported and not longer and not (done < steps and _more_patience(recorded, settings)):
         return None
     if finished and not done:
         raise DetailFlowError(
