@@ -131,10 +131,31 @@ def test_another_set(cifar: Path, tmp_path: Path):
     config = Extraction(str(cifar), "model", val_data=str(others))
     source = open_images(cifar)
     train, validation = split(config, source, World())
-    assert train is source and validation is not None and len(validation) == len(source)
+    assert train is source and validation is not None and validation.name(0) == str(first) and len(validation) == 1
     shutil.copytree(cifar / "class0", tmp_path / "images" / "class0")
     with pytest.raises(DetailFlowError, match="must have the same classes as the images to train on"):
         split(Extraction(str(cifar), "model", val_data=str(tmp_path / "images")), source, World())
+
+
+@pytest.mark.parametrize("stored", ["folder", "parquet"])
+def test_images_that_are_trained_on_are_no_validation(
+    stored: str, cifar: Path, cifar_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Whatever they are called: they are known by their stored bytes."""
+    source = open_images(cifar if stored == "folder" else cifar_table)
+    for index, name in enumerate(source.class_names):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "renamed.png").write_bytes(source.stored_bytes(source.labels.tolist().index(index)))
+    config = Extraction("data", "model", val_data=str(tmp_path / "val"))
+    with pytest.raises(DetailFlowError, match=r"val_data .*val has the images to train on: give others"):
+        split(config, source, World())
+    first = tmp_path / "val" / source.class_names[0]
+    Image.new("RGB", (8, 8), "red").save(first / "one.png")
+    (first / "other.png").write_text("not an image")
+    _, validation = split(config, source, World())
+    assert validation is not None and len(validation) == 2 and validation.class_names == source.class_names
+    count = len(source.class_names)
+    assert f"{count} of the {count + 2} images of val_data {tmp_path / 'val'} are among the images" in caplog.text
 
 
 def test_a_split_of_the_same_set(cifar: Path, tmp_path: Path):

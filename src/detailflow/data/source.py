@@ -267,6 +267,14 @@ class ImageSource:
             with open(stored, "rb") as file:
                 return file.read()
 
+    def stored_size(self, index: int) -> int:
+        """Return the number of bytes that are stored of an image; a file of its own is not read for it."""
+        stored = self._rows.stored(index)
+        if isinstance(stored, bytes):
+            return len(stored)
+        with explained(f"{self.name(index)} cannot be read"):
+            return os.stat(stored).st_size
+
     def some(self, count: int) -> Iterator[Image.Image]:
         """Yield up to `count` images spread over the set; the nearest one before replaces one that cannot be read."""
         before = -1

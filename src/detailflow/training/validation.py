@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,20 +49,33 @@ def held_out(source: ImageSource, share: float) -> list[int]:
     return np.flatnonzero(chosen).tolist()
 
 
+def trained_on(validation: ImageSource, source: ImageSource) -> list[int]:
+    """Return the indices of the images for validation whose stored bytes are among those to train on.
+
+    Of these, only images of as many bytes as one for validation are read as a whole.
+    """
+    digests: dict[bytes, list[int]] = {}
+    sizes: set[int] = set()
+    for index in range(len(validation)):
+        with suppress(DetailFlowError):  # what cannot be read is no copy
+            content = validation.stored_bytes(index)
+            digests.setdefault(hashlib.sha256(content).digest(), []).append(index)
+            sizes.add(len(content))
+    found: list[int] = []
+    for index in progress_bar(range(len(source)), desc="compare with val_data", unit="img"):
+        with suppress(DetailFlowError):
+            if source.stored_size(index) in sizes:
+                found += digests.pop(hashlib.sha256(source.stored_bytes(index)).digest(), [])
+    return sorted(found)
+
+
 def split(config: ImageSettings, source: Source, world: World) -> tuple[Source, ImageSource | None]:
     """Return the images to train on and those to validate on, `None` if there are none."""
+    if config.val_data:
+        return source, _other_images(config, source, world)
     with world.raise_together():
-        if config.val_split and not config.val_data:
+        if config.val_split:
             raise DetailFlowError("val_split is a split of val_data, which is not set: give the images to validate on")
-        if config.val_data:
-            validation = open_images(config.val_data, split=config.val_split, **config.columns)
-            if validation.fingerprint == source.fingerprint:
-                raise DetailFlowError(
-                    f"val_data {config.val_data} has the images to train on: give others, or a split of it by val_split"
-                )
-            if validation.class_names != source.class_names:
-                raise DetailFlowError(f"{config.val_data} must have the same classes as the images to train on")
-            return source, validation
         if not config.val_share:
             return source, None
         if isinstance(source, StreamSource):
@@ -76,6 +90,30 @@ def split(config: ImageSettings, source: Source, world: World) -> tuple[Source, 
         _log.info("%s: %d of the %d images %s held out for validation%s", *counts)
     rest = [index for index in range(len(source)) if index not in chosen]
     return source.subset(rest), source.subset(sorted(chosen))
+
+
+def _other_images(config: ImageSettings, source: ImageSource | StreamSource, world: World) -> ImageSource:
+    """Return the images of `val_data` without those that are trained on; with a stream they are not compared."""
+    assert config.val_data
+    with world.raise_together():
+        validation = open_images(config.val_data, split=config.val_split, **config.columns)
+        same = validation.fingerprint == source.fingerprint
+        if not same and validation.class_names != source.class_names:
+            raise DetailFlowError(f"{config.val_data} must have the same classes as the images to train on")
+    copies = set[int]()
+    if isinstance(source, ImageSource) and not same:
+        copies = set(world.from_main(lambda: trained_on(validation, source)))
+    with world.raise_together():
+        if same or len(copies) == len(validation):
+            raise DetailFlowError(
+                f"val_data {config.val_data} has the images to train on: give others, or a split of it by val_split"
+            )
+    if not copies:
+        return validation
+    if world.is_main:
+        text = "%d of the %d images of val_data %s are among the images to train on, and are left out of validation"
+        _log.warning(text, len(copies), len(validation), config.val_data)
+    return validation.subset([index for index in range(len(validation)) if index not in copies])
 
 
 def sample_crops(source: ImageSource, count: int, size: int) -> Tensor:
