@@ -8,7 +8,7 @@ from, and the config of its model.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,15 @@ class RunFolder:
             text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         with writing(self.record_path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+    def require_free(self, names: Iterable[str]) -> None:
+        """Check that a folder without a record has none of these files, which would be overwritten or mixed up."""
+        for name in names:
+            if os.path.lexists(self.path / name):
+                raise DetailFlowError(
+                    f"{self.path} has {name} in it, which is not of {self.content}: choose another folder, or move it "
+                    "elsewhere"
+                )
 
     def check(
         self, recorded: Mapping[str, Any], settings: Mapping[str, Any], called: Mapping[str, str] | None = None

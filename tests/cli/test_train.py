@@ -738,3 +738,58 @@ def test_all_in_a_row(folder: Path, cifar: Path, capsys: pytest.CaptureFixture[s
     assert "run/gpt holds a finished run of 3 steps, more than 2: give at least as many" in capsys.readouterr().err
     assert main(["generate", "--model", "run", "--output", "pictures"]) == 0
     assert len(files(folder / "pictures")) == 11
+
+
+OWN = ("report.md", "log.jsonl", "curves.png", "model.safetensors", "reconstructions.png", "codes.bin")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_files_of_somebody_else_stay(name: str, folder: Path, capsys: pytest.CaptureFixture[str]):
+    Path("run").mkdir()
+    Path("run", name).write_text("mine")
+    Path("run", "notes.txt").write_text("mine, too")
+    other = f"run has {name} in it, which is not of a run: choose another folder, or move it elsewhere"
+    assert complaint(TRAIN, capsys) == other
+    assert files(folder / "run") == sorted([name, "notes.txt"]) and Path("run", name).read_text() == "mine"
+    Path("run", name).unlink()
+    assert main(TRAIN) == 0 and Path("run/notes.txt").read_text() == "mine, too"
+    tokens = ["extract", "--data", "images", "--tokenizer", "run", "--device", "cpu", "--output"]
+    other = "run has run.yaml in it, which is not of tokens: choose another folder, or move it elsewhere"
+    assert complaint([*tokens, "run"], capsys) == other
+
+
+@pytest.mark.parametrize("name", ["codes.bin", "labels.bin", "ids.jsonl"])
+def test_extraction_leaves_files_of_somebody_else(
+    name: str, folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
+):
+    Path("store").mkdir()
+    Path("store", name).write_text("mine")
+    argv = ["extract", "--data", "images", "--tokenizer", str(model), "--device", "cpu", "--output", "store"]
+    other = f"store has {name} in it, which is not of tokens: choose another folder, or move it elsewhere"
+    assert complaint(argv, capsys) == other
+    assert files(folder / "store") == [name] and Path("store", name).read_text() == "mine"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_page_of_somebody_else_stays(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    Path("run").mkdir()
+    Path("run/report.html").write_text("mine")
+    other = "run has report.html in it, which is not of a run: choose another folder, or move it elsewhere"
+    for more in (["--dry-run"], []):
+        assert complaint(tuned(model, *more), capsys) == other
+    assert files(folder / "run") == ["report.html"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_odd_things_in_the_folder_of_a_run(begun: bool, folder: Path, capsys: pytest.CaptureFixture[str]):
+    if begun:
+        assert main(TRAIN) == 0
+        shutil.rmtree("run/resume")
+        Path("run/config.json").unlink()
+    Path("run/config.json").mkdir(parents=True)
+    assert complaint(TRAIN, capsys) == "run/config.json must be a file of the run: move what is there elsewhere"
+    Path("run/config.json").rmdir()
+    Path("run/resume").write_text("mine")
+    before = files(folder)
+    assert complaint(TRAIN, capsys) == "run/resume must be a folder of the run: move what is there elsewhere"
+    assert files(folder) == before and Path("run/resume").read_text() == "mine"

@@ -229,7 +229,7 @@ def test_codes_that_are_no_file(tmp_path):
     """A link would lead to a file that nobody named, and a pipe would be waited for."""
     (tmp_path / "diary.txt").write_text("dear diary")
     for name, make in (("link", lambda path: path.symlink_to(tmp_path / "diary.txt")), ("pipe", os.mkfifo)):
-        (tmp_path / name).mkdir()
+        (tmp_path / name / "unfinished").mkdir(parents=True)  # of a run that was begun; else it is refused before
         make(tmp_path / name / "codes.bin")
         with pytest.raises(DetailFlowError, match=f"{name} cannot be written .*codes.bin is"):
             writer_for(tmp_path / name)

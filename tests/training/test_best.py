@@ -206,11 +206,22 @@ def test_a_loss_that_is_not_finite_is_not_the_best(tmp_path: Path):
     assert train(tmp_path / "all", [math.nan, math.nan]) == 2 and not (tmp_path / "all" / "best").exists()
 
 
-def test_the_model_is_there_before_the_report(tmp_path: Path):
-    (tmp_path / "report.md").mkdir()
+def test_the_model_is_there_before_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same command writes the report once that can be done."""
+
+    def fails(*_: object) -> None:
+        (tmp_path / "report.md").mkdir()
+        usual(*_)
+
+    usual = loop.write_report
+    monkeypatch.setattr(loop, "write_report", fails)
     with pytest.raises(DetailFlowError, match="report.md"):
         train(tmp_path, [2.0, 1.0])
     assert (tmp_path / "config.json").read_text() == "2"
+    monkeypatch.setattr(loop, "write_report", usual)
+    (tmp_path / "report.md").rmdir()
+    assert train(tmp_path, [2.0, 1.0]) == 2
+    assert "the exported model is that of step 2" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

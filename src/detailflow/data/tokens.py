@@ -32,7 +32,7 @@ from detailflow.data.source import count_classes
 from detailflow.errors import DetailFlowError
 from detailflow.files import check_regular, open_own, read_json, replacing
 from detailflow.progress import progress_bar
-from detailflow.runs import RunFolder, as_plain
+from detailflow.runs import RUN_FILE, RunFolder, as_plain
 from detailflow.settings import Must, PositiveInt, Settings, parse_settings
 
 CLEAN, INPUT, LABEL = range(3)  # the rows of one crop
@@ -40,6 +40,7 @@ VALIDATION = "validation"
 _FORMAT, _VERSION = "detailflow-tokens", 2
 _CODES, _LABELS, _IDS, _MANIFEST = "codes.bin", "labels.bin", "ids.jsonl", "manifest.json"
 _MORE_LABELS, _MORE = "more-labels.bin", ("more_labels", "more_labels_crc32")  # how many an image has, in the manifest
+STORE_FILES = (_CODES, _LABELS, _IDS, _MORE_LABELS)
 _STAMPS = "images_crc32"  # of each chunk's readable images; stores of earlier versions have none
 _UNFINISHED, _BEGUN = "unfinished", "unfinished/begun.json"
 _CODE_TYPE: np.dtype[np.integer] = np.dtype("<u2")
@@ -253,8 +254,12 @@ class TokenWriter:
             if records and (begun := folder.read()):
                 _check_same(folder, begun, identity)
             else:  # nothing is written yet that other settings could contradict
-                shutil.rmtree(self.directory / _UNFINISHED, ignore_errors=True)
-                (self.directory / _UNFINISHED).mkdir(parents=True)
+                left = [name for name in STORE_FILES if (self.directory / name).exists()]
+                if len(left) < 3 and not (self.directory / _UNFINISHED).exists():  # three are a store without manifest
+                    folder.require_free((*left, RUN_FILE))
+                (self.directory / _UNFINISHED).mkdir(parents=True, exist_ok=True)
+                for chunk in records:
+                    self.forget(chunk)
                 folder.write(identity)
             with replacing(self.directory / _IDS) as temporary:
                 temporary.write_bytes(lines)

@@ -30,7 +30,7 @@ from detailflow.training.plan import (
     several,
 )
 from detailflow.training.presets import AllStages, StageSettings, stage_settings
-from detailflow.training.run_report import write_run_report
+from detailflow.training.run_report import PAGE_FILE, write_run_report
 from detailflow.training.tokenizer import train_tokenizer
 
 TOKEN_BYTES = 3 * 2  # of each token of a crop: three rows of 16-bit codes
@@ -84,7 +84,7 @@ def outlook(
     """
     tokenizer = _left(output / "tokenizer", stages.tokenizer.loop.steps) if stages.tokenizer else 0.0
     tokens, gpt = not is_finished(output / "tokens"), _left(output / "gpt", stages.gpt.loop.steps)
-    begun = any((output / name).exists() for name in ("tokenizer", "tokens", "gpt"))
+    begun = _is_begun(output)
     yield from stages.as_begun
     if not (tokenizer or tokens or gpt):
         return
@@ -114,6 +114,10 @@ def outlook(
     yield f"{about}, if it stays as busy as now; Ctrl-C stops, the same command goes on"
 
 
+def _is_begun(output: Path) -> bool:
+    return any((output / name).exists() for name in ("tokenizer", "tokens", "gpt"))
+
+
 def _left(folder: Path, steps: int) -> float:
     """Return the share of a stage's steps that is still to be taken."""
     recorded = of_loop(run_folder(folder).read(), "steps")
@@ -134,6 +138,8 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
 
 def _check_data(output: Path, source: ImageSource) -> None:
     """Check that a run that was begun in the folder has these images, before anything else is said of them."""
+    if not _is_begun(output):
+        run_folder(output).require_free([PAGE_FILE])
     known = dict(run_folder(output / "tokenizer").read().get(KNOWN_BY) or {}).get("data")
     if known and (changed := difference("data", known, images_input(source).read())):
         raise DetailFlowError(

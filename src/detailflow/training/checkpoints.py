@@ -1,12 +1,13 @@
 """A training run's folder: which run it belongs to, and the checkpoints in it, each written whole or not at all."""
 
 import logging
-import os
 import shutil
 from collections.abc import Container, Mapping
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
+from detailflow.data.tokens import STORE_FILES
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.files import replacing
@@ -14,6 +15,7 @@ from detailflow.published import CONFIG_FILE
 from detailflow.runs import (
     BEST,
     CHECKPOINTS,
+    FEATURES_FILE,
     MILESTONES,
     RUN_FILE,
     Checkpoint,
@@ -25,13 +27,19 @@ from detailflow.runs import (
     read_checkpoint,
     step_of,
 )
-from detailflow.tensors import save_torch
+from detailflow.tensors import INDEX_FILE, WEIGHTS_FILE, save_torch
 from detailflow.training.inputs import Input, difference
-from detailflow.training.report import REPORT_FILE
+from detailflow.training.report import CAPTIONS, CURVES_FILE, HISTORY_FILE, REPORT_FILE
 
 _log = logging.getLogger(__name__)
 KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name
 LONGER_FROM = "longer_from"  # in run.yaml: the step at which the run was last given more steps
+# What a run writes into its folder, and so is not there before; and tokens, which have a folder of their own.
+OVERWRITTEN = (
+    *(HISTORY_FILE, REPORT_FILE, CURVES_FILE, WEIGHTS_FILE, INDEX_FILE, FEATURES_FILE),
+    *(f"{name}.png" for name in CAPTIONS),
+    *STORE_FILES,
+)
 # Settings of the loop that may change when a run goes on: they change how it is done, not what comes out.
 FREE = {
     *(
@@ -70,7 +78,10 @@ def claim(
     recorded, settings = folder.read(), {"kind": kind, **as_plain(config)}
     known = dict(recorded.get(KNOWN_BY) or {})
     settings[KNOWN_BY] = content = _read_inputs(output, inputs or {}, recorded, settings)
-    finished = os.path.isfile(output / CONFIG_FILE)  # which `export` writes last
+    for path, is_wrong, right in ((output / CONFIG_FILE, isdir, "file"), (output / CHECKPOINTS, isfile, "folder")):
+        if is_wrong(path):
+            raise DetailFlowError(f"{path} must be a {right} of the run: move what is there elsewhere")
+    finished = isfile(output / CONFIG_FILE)  # which `export` writes last
     steps = of_loop(settings, "steps")
     done = newest_step(output) if recorded else 0
     before = of_loop(recorded, "steps")
@@ -91,7 +102,9 @@ def claim(
                 )
     elif finished:
         raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")
-    reported = os.path.isfile(output / REPORT_FILE) or not done  # without a checkpoint it cannot be written
+    else:
+        folder.require_free(OVERWRITTEN)
+    reported = isfile(output / REPORT_FILE) or not done  # without a checkpoint it cannot be written
     if finished and reported and not longer and not (done < steps and _more_patience(recorded, settings)):
         return None
     if finished and not done:
