@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError, one_line, printable
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,7 @@ from detailflow.errors import DetailFlowError, printable
 def test_names_can_be_printed_anywhere(name, shown):
     assert printable(name) == shown == str(DetailFlowError(name))
     shown.encode()
+
+
+def test_a_name_in_a_table_is_one_line():
+    assert one_line("two\nlines\tand a \x1btab") == "two\\x0alines\\x09and a \\x1btab"

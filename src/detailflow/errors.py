@@ -50,6 +50,11 @@ def printable(name: str) -> str:
     return _CONTROLS.sub(_escaped, name)
 
 
+def one_line(text: str) -> str:
+    """Return what `printable` does, with newlines and tabs escaped, too: a line of a table."""
+    return re.sub("[\n\t]", _escaped, printable(text))
+
+
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

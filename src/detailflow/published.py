@@ -85,6 +85,14 @@ _WAYS: dict[Kind, str] = {
 }
 
 
+class WrongKindError(DetailFlowError):
+    """A model of another kind; `held` says so without the way out, which depends on how it was given."""
+
+    def __init__(self, held: str, way: str) -> None:
+        super().__init__(held + way)
+        self.held = held
+
+
 # --- recognising -----------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +128,8 @@ def check_kind(folder: Path, found: Any, wanted: Kind) -> None:
         runs = [run for run in folder.parents if name and folder.is_relative_to(run / found)]
         both = next((run for run in runs if (run / wanted / CONFIG_FILE).is_file()), None)
         way = f": give {both}, which holds both" if both else _WAYS[wanted] if name else ""
-        raise DetailFlowError(f"{folder} holds {name or f'a model of kind {found!r}'}, not {KIND_NAMES[wanted]}{way}")
+        held = f"{folder} holds {name or f'a model of kind {found!r}'}, not {KIND_NAMES[wanted]}"
+        raise DetailFlowError(held + way) if both else WrongKindError(held, way)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -43,6 +43,17 @@ def test_all_that_is_known(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert f"the same file several times: 1\n  {photos}/cat/0.png = {photos}/dog/4.png" in shown
 
 
+def test_names_with_newlines_and_tabs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Each class is a line of the table."""
+    for name in ("a\nb", "a\tb"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name / "0.png")
+    assert main(["data", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "2 classes (a\\x09b 1, a\\x0ab 1)" in out and "\nclasses\n  a\\x09b  1\n  a\\x0ab  1\n" in out
+    assert f"= {tmp_path}/a\\x0ab/0.png\n" in out
+
+
 def test_the_same_as_json(photos: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(photos, photos.parent / "splits" / "Train")
     shutil.copytree(photos / "cat", photos.parent / "splits" / "val" / "cat")

@@ -631,6 +631,11 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert out.count("finished already") == 3 and start not in out  # tokens, those held out, and the AR model
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == content
+    kept = f"run holds a run that was begun with --init {model}, whose tokenizer stays as it is"
+    told = complaint(["train", "--data", "images", "--output", "run", "--device", "cpu"], capsys)
+    assert told == f"{kept}: give --init {model}, or choose another folder"
+    told = complaint(tuned(model, "--finetune-decoder"), capsys)
+    assert told == f"{kept}: leave --finetune-decoder out, or choose another folder"
     problem = "run/tokenizer holds another tokenizer than that of shipped: choose another folder"
     assert complaint(tuned("shipped", "--gpt-steps", "2"), capsys) == problem
     assert main(tuned(model, "--gpt-steps", "3")) == 0
@@ -663,7 +668,7 @@ def test_from_a_trained_model_by_lora(folder: Path, model: Path, capsys: pytest.
     before, after = (DetailFlowGPT.from_pretrained(place).state_dict() for place in (model, "run"))
     assert all(torch.equal(before[name], after[name]) for name in before if "block" not in name and "class" not in name)
     assert main(tuned("start", "--gpt-steps", "4")) == 2
-    assert "run/gpt holds a run with another loop.learning_rate (0.001, not 0.0001)" in capsys.readouterr().err
+    assert "run/gpt holds a run with another lora (4, not 0)" in capsys.readouterr().err
     changed = DetailFlowGPT.from_pretrained("start")
     torch.nn.init.normal_(changed.head.weight)
     changed.save_pretrained("start/gpt")  # the products belong to the matrices of before
@@ -793,3 +798,15 @@ def test_odd_things_in_the_folder_of_a_run(begun: bool, folder: Path, capsys: py
     before = files(folder)
     assert complaint(TRAIN, capsys) == "run/resume must be a folder of the run: move what is there elsewhere"
     assert files(folder) == before and Path("run/resume").read_text() == "mine"
+
+
+def test_a_model_of_the_other_kind_to_start_from(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    """It is given as --init: `train gpt` has no --model."""
+    start = f"{shutil.copytree(model / 'tokenizer', 'start')} holds a tokenizer, not an AR model (gpt): "
+    start += "give an AR model (gpt) as --init"
+    gpt = ["train", "gpt", "--tokens", "tokens", "--tokenizer", "start", "--output", "run"]
+    assert complaint([*gpt, "--init", "start"], capsys) == start
+    assert complaint(tuned("start"), capsys) == start
+    shutil.copytree(model / "gpt", "other")
+    told = complaint([*TRAIN, "--init", "other"], capsys)
+    assert told == "other holds an AR model (gpt), not a tokenizer: give a tokenizer as --init"

@@ -197,6 +197,9 @@ def test_stores_that_do_not_fit(cifar: Path, model: Path, tokens: Path, tmp_path
     config = replace(training(cifar, model, tokens=str(tokens)), data=str(few))
     with pytest.raises(DetailFlowError, match="has tokens of class., which is not among the images|has tokens of"):
         TokenizerStage(config, open_images(few), tmp_path, torch.device("cpu"))
+    config = training(cifar, model, tokens=str(tokens), val_share=0.3)
+    with pytest.raises(DetailFlowError, match=r", which val_share 0\.3 holds out: repeat the val_share of the tokens"):
+        train_tokenizer(config, tmp_path / "held-out", "cpu")
     changed = shutil.copytree(cifar, tmp_path / "changed")
     Image.new("RGB", (40, 32)).save(next((changed / "class0").iterdir()))
     config = replace(training(cifar, model, tokens=str(tokens)), data=str(changed))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detailflow.cli.common import MODEL, Parser
-from detailflow.errors import printable
+from detailflow.errors import one_line
 from detailflow.labels import ClassLabels, default_names
 from detailflow.settings import Location, parse_settings
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     for i in range(labels.count) if args.search is None else labels.search(args.search):
         number = str(i).rjust(len(str(labels.count - 1)))
         parts = (number, *(wnid.ljust(9) for wnid in labels.wnids[i : i + 1]), *labels.names[i : i + 1])
-        print(printable("  ".join(parts)))
+        print(one_line("  ".join(parts)))
     return 0
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from detailflow.cli.common import SETS, Parser
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError, one_line, printable
 from detailflow.progress import progress_bar
 from detailflow.settings import Location
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         "fingerprint": source.fingerprint,
         "usable": len(unreadable) <= tolerated(len(source)) and len(unreadable) < len(source),
     }
-    print(json.dumps(report, indent=2) if args.json else "\n".join(map(printable, _as_text(report, sizes))))
+    print(json.dumps(report, indent=2) if args.json else "\n".join(map(one_line, _as_text(report, sizes))))
     if not report["usable"]:
         raise DetailFlowError(
             f"{len(unreadable)} of the {len(source)} images cannot be read, more than 1%: remove or replace them"
@@ -135,8 +135,9 @@ def _as_text(report: dict[str, Any], sizes: Counter[tuple[int, int]]) -> Iterato
         yield from ("", "splits")
         yield from (f"  {name}  {'not readable' if n is None else f'{n:,}'}" for name, n in splits.items())
     if tuple(classes) != UNLABELLED:
-        longest = max(map(len, classes))
-        yield from ("", "classes", *(f"  {name.ljust(longest)}  {count:,}" for name, count in classes.items()))
+        shown = {one_line(name): count for name, count in classes.items()}
+        longest = max(map(len, shown))
+        yield from ("", "classes", *(f"  {name.ljust(longest)}  {count:,}" for name, count in shown.items()))
     if sizes:
         (width, height), times = sizes.most_common(1)[0]
         often = f", most often {width}×{height} ({times:,})" if len(sizes) > 1 else ""

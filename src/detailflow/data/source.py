@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from detailflow.data.decode import REMEDIES, explained, image_size, load_rgb
-from detailflow.errors import DetailFlowError, NotThereError, printable
+from detailflow.errors import DetailFlowError, NotThereError, one_line, printable
 from detailflow.files import similar
 from detailflow.labels import UNLABELLED
 
@@ -87,7 +87,7 @@ def describe(where: str, images: str, sizes: str, notes: Notes) -> str:
     split = f" (split {notes.split} of {', '.join(notes.splits)})" if notes.split else ""
     aside = notes.aside()
     parts = [f"{where}{split}: {images}{sizes and ', '}{sizes}", aside and f"left aside: {aside}", notes.question]
-    return printable("; ".join(filter(None, parts)))
+    return one_line("; ".join(filter(None, parts)))
 
 
 def describe_classes(counts: Mapping[str, int], total: int | None = None) -> str:

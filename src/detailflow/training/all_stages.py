@@ -42,7 +42,7 @@ def train_all(wanted: AllStages, output: Path, device: str | None = None) -> Non
     world, chosen = launched(device)
     with world.raise_together():
         source = open_images(wanted.data, split=wanted.split)
-        _check_data(output, source)
+        _check_folder(wanted, output, source)
         stages = stage_settings(wanted, source, output, chosen)
         tokenizer, tokens, gpt = (output / name for name in ("tokenizer", "tokens", "gpt"))
         if stages.tokenizer and not wanted.init:
@@ -71,7 +71,7 @@ def describe_all(wanted: AllStages, output: Path, device: str | None = None) -> 
     chosen = launched(device)[1] if world.size == 1 else torch.device(device or "cpu")
     source = open_images(wanted.data, split=wanted.split)
     yield source.summary
-    _check_data(output, source)
+    _check_folder(wanted, output, source)
     yield from outlook(stage_settings(wanted, source, output, chosen), source, world, chosen, output)
 
 
@@ -136,8 +136,8 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
     hub.save(folder, "tokenizer", config, tensors)
 
 
-def _check_data(output: Path, source: ImageSource) -> None:
-    """Check that a run that was begun in the folder has these images, before anything else is said of them."""
+def _check_folder(wanted: AllStages, output: Path, source: ImageSource) -> None:
+    """Check that a run that was begun in the folder has these images and way, before anything else is said of them."""
     if not _is_begun(output):
         run_folder(output).require_free([PAGE_FILE])
     known = dict(run_folder(output / "tokenizer").read().get(KNOWN_BY) or {}).get("data")
@@ -146,6 +146,21 @@ def _check_data(output: Path, source: ImageSource) -> None:
             f"{output} holds a run that was begun with {changed}: choose another folder, where --init {output} goes on "
             "from its models, or give it the same again"
         )
+    _check_start(wanted, output)
+
+
+def _check_start(wanted: AllStages, output: Path) -> None:
+    """Check that a run whose tokenizer was taken as it is from another model takes it again."""
+    if not (output / "tokenizer" / CONFIG_FILE).is_file() or run_folder(output / "tokenizer").read():
+        return
+    start = run_folder(output / "gpt").read().get("init")
+    begun = f"{output} holds a run that was begun with --init {start}, whose tokenizer stays as it is"
+    if not start:  # it came no further
+        begun = f"{output / 'tokenizer'} holds a model that was not trained there"
+    if not wanted.init:
+        raise DetailFlowError(f"{begun}: give --init {start or 'with that model'}, or choose another folder")
+    if wanted.finetune_decoder:
+        raise DetailFlowError(f"{begun}: leave --finetune-decoder out, or choose another folder")
 
 
 def _check_steps(output: Path, steps: int) -> None:

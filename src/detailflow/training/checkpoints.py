@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
@@ -152,10 +152,13 @@ def of_loop(settings: Mapping[str, Any], name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _identity(settings: Mapping[str, Any], ignored: Container[str], free: Container[str]) -> dict[str, Any]:
-    """Return the settings that must be those of the record: without some, and without some of the loop's."""
-    identity = {name: value for name, value in settings.items() if name not in ignored}
-    return identity | {"loop": {name: value for name, value in identity["loop"].items() if name not in free}}
+def _identity(settings: Mapping[str, Any], ignored: Iterable[str], free: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that must be those of the record: without some, and without some of the loop's.
+
+    The loop's are the last, as other settings may bring those of the loop with them.
+    """
+    identity = {name: value for name, value in settings.items() if name not in {*ignored, "loop"}}
+    return identity | {"loop": {name: value for name, value in settings["loop"].items() if name not in free}}
 
 
 def save_checkpoint(

@@ -17,6 +17,7 @@ from detailflow.labels import UNLABELLED, ClassLabels
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.plain_yaml import load_yaml
+from detailflow.published import KIND_NAMES, Kind, WrongKindError
 from detailflow.settings import Location, PositiveInt, Settings, parse_settings
 from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
@@ -99,14 +100,22 @@ def load_settings(preset: str, stage: str) -> dict[str, Any]:
 
 def tokenizer_sizes(source: str) -> dict[str, Any]:
     """Return the settings that a tokenizer to start from implies."""
-    return {"model": asdict(parse_settings(TokenizerConfig, hub.load_config(source, "tokenizer"), source))}
+    return {"model": asdict(parse_settings(TokenizerConfig, _start_config(source, "tokenizer"), source))}
 
 
 def gpt_sizes(source: str) -> dict[str, Any]:
     """Return the settings that an AR model to start from implies."""
-    config = parse_settings(GPTConfig, hub.load_config(source, "gpt"), source)
+    config = parse_settings(GPTConfig, _start_config(source, "gpt"), source)
     sizes = {key: getattr(config, key) for key in ("width", "depth", "heads", "dropout")}
     return sizes | {"sampling": asdict(config.sampling)}
+
+
+def _start_config(source: str, kind: Kind) -> dict[str, Any]:
+    """Return the config of the model that --init names."""
+    try:
+        return hub.load_config(source, kind)
+    except WrongKindError as error:
+        raise DetailFlowError(f"{error.held}: give {KIND_NAMES[kind]} as --init") from error
 
 
 def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device: torch.device) -> StageSettings:
@@ -160,7 +169,7 @@ def _describe_start(wanted: AllStages, source: ImageSource, side: int) -> str:
     assert wanted.init
     decoder = "whose decoder is trained" if wanted.finetune_decoder else "as it is"
     decoder = f"its tokenizer of {side}×{side} pixels, {decoder}"
-    theirs = parse_settings(GPTConfig, hub.load_config(wanted.init, "gpt"), wanted.init)
+    theirs = parse_settings(GPTConfig, _start_config(wanted.init, "gpt"), wanted.init)
     known = ClassLabels(theirs.class_names, theirs.num_classes)
     found = sum(known.find(name) is not None for name in source.class_names)
     classes = f"knows {found:,} of these {len(source.class_names):,} classes by name"

@@ -21,7 +21,9 @@ from detailflow.training.extract import image_names, made_by
 class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """The crops that were encoded, each with its clean row and the one with planted mistakes and what corrects them."""
 
-    def __init__(self, config: TokenizerTraining, source: ImageSource | StreamSource) -> None:
+    def __init__(
+        self, config: TokenizerTraining, source: ImageSource | StreamSource, validation: ImageSource | None = None
+    ) -> None:
         assert config.tokens and config.init
         if isinstance(source, StreamSource):
             raise DetailFlowError("tokens goes with images that are not streamed: set streaming to false")
@@ -33,9 +35,10 @@ class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         places = {name: index for index, name in enumerate(image_names(source, config.data))}
         names = self.store.ids()
         if missing := next((name for name in names if name not in places), None):
-            raise DetailFlowError(
-                f"{config.tokens} has tokens of {missing}, which is not among the images {config.data}"
-            )
+            where = f"is not among the images {config.data}"
+            if config.val_share and validation and missing in image_names(validation, config.data):
+                where = f"val_share {config.val_share} holds out: repeat the val_share of the tokens"
+            raise DetailFlowError(f"{config.tokens} has tokens of {missing}, which {where}")
         self.places = [places[name] for name in names]
         self.store.check_images(source.stamps[self.places], f"extract those of {config.data}")
 

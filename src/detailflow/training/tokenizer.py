@@ -83,7 +83,7 @@ class TokenizerStage:
         self.model = initial_tokenizer(config, resuming).to(device).train()
         for part in (self.model.encoder, self.model.quantizer) if self.frozen else ():
             part.requires_grad_(False)
-        self.rows = StoredRows(config, source) if config.tokens and load else None
+        self.rows = StoredRows(config, source, validation) if config.tokens and load else None
         self.sampled = SampledRows(config, device, world) if config.gpt and load else None
         self.adversary: Adversary | None = None
         if config.adversarial:
