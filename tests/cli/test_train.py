@@ -810,3 +810,14 @@ def test_a_model_of_the_other_kind_to_start_from(folder: Path, model: Path, caps
     shutil.copytree(model / "gpt", "other")
     told = complaint([*TRAIN, "--init", "other"], capsys)
     assert told == "other holds an AR model (gpt), not a tokenizer: give a tokenizer as --init"
+
+
+def test_a_folder_whose_name_is_not_utf_8(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    """TensorBoard cannot write there, all else can."""
+    name = os.fsdecode(b"caf\xe9")
+    argv = [*TRAIN, "--output", name]
+    assert complaint(argv, capsys).startswith("caf\N{REPLACEMENT CHARACTER}: TensorBoard writes only to names in UTF-8")
+    assert not Path(name).exists()
+    monkeypatch.setattr("sys.argv", ["detailflow", *argv])
+    assert main([*argv, "--loop.trackers", "[]"]) == 0
+    assert "--output 'caf\N{REPLACEMENT CHARACTER}'" in Path(name, "report.md").read_text("utf-8")

@@ -33,7 +33,7 @@ from detailflow.training.checkpoints import LONGER_FROM, claim, go_on, load_chec
 from detailflow.training.config import LoopConfig
 from detailflow.training.inputs import Input
 from detailflow.training.report import TITLES, read_history, write_report
-from detailflow.training.tracking import Trackers
+from detailflow.training.tracking import Trackers, check_name
 
 _log = logging.getLogger(__name__)
 AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish
@@ -105,6 +105,8 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
     """
     output, world, loop = run.output, run.world, run.config.loop
     loop.images_at_once(world)
+    with world.raise_together():
+        check_name(output, loop.trackers)
     with run_folder(output).lock("training run", world):
         fresh = not os.path.exists(output / RUN_FILE)
         settings = world.from_main(lambda: claim(output, run.kind, asdict(run.config), run.inputs))

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from detailflow.errors import printable
 from detailflow.files import read_text, reading, writing
 from detailflow.pictures import write_png
 
@@ -56,7 +57,7 @@ def command_line() -> str | None:
     program = Path(sys.argv[0])
     if program.name != "detailflow" and program.parts[-2:] != ("detailflow", "__main__.py"):
         return None
-    return shlex.join(["detailflow", *sys.argv[1:]])
+    return printable(shlex.join(["detailflow", *sys.argv[1:]]))
 
 
 def write_report(
