@@ -812,12 +812,17 @@ def test_a_model_of_the_other_kind_to_start_from(folder: Path, model: Path, caps
     assert told == "other holds an AR model (gpt), not a tokenizer: give a tokenizer as --init"
 
 
-def test_a_folder_whose_name_is_not_utf_8(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
-    """TensorBoard cannot write there, all else can."""
+def test_names_that_are_not_utf_8(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    """Of the output it is said before the first step, as weights cannot be written there; images may have one."""
     name = os.fsdecode(b"caf\xe9")
     argv = [*TRAIN, "--output", name]
-    assert complaint(argv, capsys).startswith("caf\N{REPLACEMENT CHARACTER}: TensorBoard writes only to names in UTF-8")
+    refusal = "cannot write to caf\N{REPLACEMENT CHARACTER}: its path is not valid UTF-8"
+    assert complaint(argv, capsys).startswith(refusal)
+    monkeypatch.setattr("detailflow.cli.train.check_output", lambda *_, **__: None)
+    assert complaint(argv, capsys).startswith(refusal)  # as from Python
     assert not Path(name).exists()
+    shutil.copytree("images", name)
+    argv = [*TRAIN, "--data", name]
     monkeypatch.setattr("sys.argv", ["detailflow", *argv])
-    assert main([*argv, "--loop.trackers", "[]"]) == 0
-    assert "--output 'caf\N{REPLACEMENT CHARACTER}'" in Path(name, "report.md").read_text("utf-8")
+    assert main(argv) == 0
+    assert "--data 'caf\N{REPLACEMENT CHARACTER}'" in Path("run", "report.md").read_text("utf-8")

@@ -24,6 +24,7 @@ from torch import Tensor
 from detailflow.device import precision_dtype
 from detailflow.distributed import World, lost
 from detailflow.errors import DetailFlowError, first_line
+from detailflow.files import check_utf8, os_errors
 from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
 from detailflow.progress import bar_width
@@ -33,7 +34,7 @@ from detailflow.training.checkpoints import LONGER_FROM, claim, go_on, load_chec
 from detailflow.training.config import LoopConfig
 from detailflow.training.inputs import Input
 from detailflow.training.report import TITLES, read_history, write_report
-from detailflow.training.tracking import Trackers, check_name
+from detailflow.training.tracking import Trackers
 
 _log = logging.getLogger(__name__)
 AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish
@@ -105,8 +106,8 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
     """
     output, world, loop = run.output, run.world, run.config.loop
     loop.images_at_once(world)
-    with world.raise_together():
-        check_name(output, loop.trackers)
+    with world.raise_together(), os_errors(f"cannot write to {output}"):
+        check_utf8(output)
     with run_folder(output).lock("training run", world):
         fresh = not os.path.exists(output / RUN_FILE)
         settings = world.from_main(lambda: claim(output, run.kind, asdict(run.config), run.inputs))

@@ -33,14 +33,6 @@ def check_trackers(names: Sequence[str]) -> None:
             raise missing_package(f"the tracker {name}", name)
 
 
-def check_name(output: Path, names: Sequence[str]) -> None:
-    """Check that these trackers can write to a folder of this name."""
-    if "tensorboard" in names and any("\ud800" <= character <= "\udfff" for character in str(output)):
-        raise DetailFlowError(
-            f"{output}: TensorBoard writes only to names in UTF-8: choose another folder, or set loop.trackers to []"
-        )
-
-
 class Trackers:
     """All of a run's trackers, from `start_step` on; what was logged beyond it before is dropped, and at 0 everything.
 
