@@ -1,6 +1,8 @@
 """Attention against PyTorch's own."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -51,3 +53,20 @@ def test_bfloat16_where_float32_is_faster(monkeypatch: pytest.MonkeyPatch, fast:
     assert result.dtype == torch.bfloat16 and all(weight.dtype == torch.bfloat16 for weight in block.parameters())
     assert (result.equal(wanted.bfloat16()) and own[0].equal(wanted_own[0])) is not fast
     assert (result - wanted).abs().max() < 0.05
+
+
+def test_bfloat16_in_several_threads(monkeypatch: pytest.MonkeyPatch):
+    """Nothing of a block changes while it computes in float32."""
+    monkeypatch.setattr(layers, "multiplies_bfloat16_fast", lambda: False)
+    torch.manual_seed(0)
+    block = layers.Block(ViTConfig(width=64, depth=1, heads=4)).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 6, 64).bfloat16()
+    alone = block(x)[0]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for result, _ in threads.map(lambda _: block(x), range(200)):
+                assert result.equal(alone)
+    finally:
+        sys.setswitchinterval(before)

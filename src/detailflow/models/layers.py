@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from detailflow.errors import DetailFlowError
 from detailflow.processor import multiplies_bfloat16_fast
@@ -76,14 +75,32 @@ class ViTConfig(Settings):
         return self.mlp  # type: ignore[return-value]  # never None after __post_init__
 
 
+class Linear(nn.Linear):
+    """A linear layer that computes in float32 for input of that type if its weights are bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and self.weight.dtype == torch.bfloat16:
+            return F.linear(x, self.weight.float(), self.bias.float())
+        return super().forward(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A norm that computes in float32 for input of that type if its weights are bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and self.weight.dtype == torch.bfloat16:
+            return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return super().forward(x)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; `past` has keys and values of other tokens to attend to as well."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, past: KeyValue | None = None, mask: Tensor | None = None) -> tuple[Tensor, KeyValue]:
         batch, length, width = x.shape
@@ -101,8 +118,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -113,17 +130,24 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm1 = LayerNorm(config.width, eps=1e-6)
         self.attn = Attention(config.width, config.heads)
-        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm2 = LayerNorm(config.width, eps=1e-6)
         self.mlp = MLP(config.width, config.hidden)
 
     def forward(self, x: Tensor, past: KeyValue | None = None, mask: Tensor | None = None) -> tuple[Tensor, KeyValue]:
-        if self.norm1.weight.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bfloat16_fast():
-            weights = {name: weight.float() for name, weight in self.named_parameters()}
+        if (
+            self.norm1.weight.dtype == torch.bfloat16
+            and x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not multiplies_bfloat16_fast()
+        ):
             past = past and (past[0].float(), past[1].float())
-            result, own = functional_call(self, weights, (x.float(), past, mask))
+            result, own = self._add(x.float(), past, mask)
             return result.to(x.dtype), own
+        return self._add(x, past, mask)
+
+    def _add(self, x: Tensor, past: KeyValue | None, mask: Tensor | None) -> tuple[Tensor, KeyValue]:
         attended, own = self.attn(self.norm1(x), past, mask)
         x = x + attended
         return x + self.mlp(self.norm2(x)), own
