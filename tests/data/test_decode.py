@@ -331,6 +331,9 @@ def test_a_jpeg_has_no_more_scans_than_any_real_one():
         with pytest.raises(DetailFlowError, match=r"^a\.jpg is a JPEG of 1,?\d\d\d? scans, .+: 100 are the most; "):
             load_rgb(with_scans(content, more), "a.jpg")
     scan = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
+    single = b"\xff\xc0\0\x11\x08\0\x18\0\x20\x03" + bytes(9) + b"\xff\xda\0\x0c\x03" + bytes(9)
+    with pytest.raises(DetailFlowError, match="scans"):  # ends as if all were in one scan
+        load_rgb(with_scans(content, 1000)[:-2] + single + content[-2:], "a.jpg")
     profile = saved(noise(), "JPEG", progressive=True, icc_profile=1000 * scan)
     for harmless in (profile, content + 1000 * scan):  # no scans: they are in metadata, or behind the image
         np.testing.assert_array_equal(np.asarray(load_rgb(harmless)), upright)
