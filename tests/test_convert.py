@@ -252,6 +252,23 @@ def test_a_full_disk_leaves_the_pair_that_was_there(ours: Path, tmp_path: Path, 
     assert content(output) == before
 
 
+@pytest.mark.parametrize("failing", range(4))  # two files of each model
+def test_a_disk_that_turns_out_to_be_full(failing: int, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All files are on the disk before the first is put in place."""
+    output = Path(shutil.copytree(ours, tmp_path / "output"))
+    before, real, calls = content(output), os.fsync, []
+
+    def full(file: int) -> None:
+        calls.append(file)
+        if len(calls) > failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in error_of(TINY, output, dtype=torch.bfloat16)
+    assert len(calls) == failing + 1 and content(output) == before
+
+
 def test_a_folder_in_the_place_of_the_card(tmp_path: Path):
     (tmp_path / "out" / "README.md").mkdir(parents=True)
     message = f"cannot write {tmp_path / 'out' / 'README.md'}: it is a folder, not a file"

@@ -105,12 +105,17 @@ def replacing(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files for their owner only
         yield temporary
         temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        _sync_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content to the disk, where a full one may show itself only now."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -142,7 +147,7 @@ def open_own(path: Path, flags: int) -> IO[bytes]:
     return os.fdopen(opened, "r+b" if flags & os.O_RDWR else "wb")
 
 
-def _sync(folder: Path) -> None:
+def _sync_names(folder: Path) -> None:
     """Flush a folder's names to the disk, so that a power cut does not undo a replacement."""
     with suppress(OSError):  # some systems cannot open folders, and some file systems cannot sync them
         opened = os.open(folder, os.O_RDONLY)

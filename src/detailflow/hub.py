@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, first_line
-from detailflow.files import making, os_errors, read_json, reading, replacing, similar
+from detailflow.files import making, os_errors, read_json, reading, replacing, similar, sync
 from detailflow.published import (
     ARGUMENTS_FILE,
     CHECKPOINTS,
@@ -391,6 +391,7 @@ def saving(
             writing_tensors(folder, tensors, shard_size),
         ):
             path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # JSON has halves of pairs so
+            sync(path)
             yield
     except SafetensorError as error:
         raise DetailFlowError(f"could not write the model to {folder}: {error}") from error

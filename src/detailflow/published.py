@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, some_names
-from detailflow.files import LARGEST_YAML, check_utf8, making, os_errors, read_json, read_text, reading, replacing
+from detailflow.files import LARGEST_YAML, check_utf8, making, os_errors, read_json, read_text, reading, replacing, sync
 from detailflow.labels import default_names
 from detailflow.plain_yaml import load_yaml
 from detailflow.tensors import in_pieces, is_weights, write_torch
@@ -352,8 +352,12 @@ def saving_published(
     ):
         check_utf8(folder)
         for name, text in texts.items():
-            stack.enter_context(replacing(folder / name)).write_text(text, encoding="utf-8")
-        write_torch(stack.enter_context(replacing(folder / CHECKPOINTS / f"{config['num_tokens']}.pt")), checkpoint)
+            path = stack.enter_context(replacing(folder / name))
+            path.write_text(text, encoding="utf-8")
+            sync(path)
+        path = stack.enter_context(replacing(folder / CHECKPOINTS / f"{config['num_tokens']}.pt"))
+        write_torch(path, checkpoint)
+        sync(path)
         yield
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
-from detailflow.files import check_regular, check_utf8, read_json, reading, replacing
+from detailflow.files import check_regular, check_utf8, read_json, reading, replacing, sync
 from detailflow.torch_files import load_torch
 
 WEIGHTS_FILE = "model.safetensors"
@@ -203,10 +203,13 @@ def writing_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str
         if split.is_sharded:
             content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             text = json.dumps(content, indent=2) + "\n"
-            stack.enter_context(replacing(index)).write_text(text, encoding="utf-8")
+            path = stack.enter_context(replacing(index))
+            path.write_text(text, encoding="utf-8")
+            sync(path)
         for name, members in split.filename_to_tensors.items():
             path = stack.enter_context(replacing(folder / name))
             save_file({member: whole[member] for member in members}, path, metadata={"format": "pt"})
+            sync(path)
         yield
         index.unlink(missing_ok=True)
     digits = "[0-9]" * 5
