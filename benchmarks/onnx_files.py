@@ -27,8 +27,7 @@ from detailflow.data import open_images  # noqa: E402
 from detailflow.data.transforms import center_crop, to_tensor  # noqa: E402
 from detailflow.errors import exit_on_error  # noqa: E402
 from detailflow.export.folder import PRECISIONS, export  # noqa: E402
-from detailflow.generation import with_null_class  # noqa: E402
-from detailflow.pipeline import image_generator  # noqa: E402
+from detailflow.generation import image_generator, with_null_class  # noqa: E402
 from detailflow.psnr import psnr  # noqa: E402
 
 PHOTOS = ROOT / "tests" / "data" / "images" / "cifar10.parquet"

@@ -14,8 +14,7 @@ from torch import nn
 from detailflow import DetailFlowPipeline, benchmark, machine
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
-from detailflow.generation import generate
-from detailflow.pipeline import image_generator
+from detailflow.generation import generate, image_generator
 
 
 def matrices(pipeline: DetailFlowPipeline, *prefixes: str) -> int:

@@ -17,8 +17,8 @@ from detailflow import DetailFlowError, DetailFlowGPT, DetailFlowPipeline, Detai
 from detailflow.data.transforms import center_crop
 from detailflow.device import choose_device, within_memory
 from detailflow.errors import DetailFlowWarning
-from detailflow.generation import Engine
-from detailflow.pipeline import image_generator, stage_counts
+from detailflow.generation import Engine, image_generator
+from detailflow.pipeline import stage_counts
 
 NOISE = {(0, 0): [0.3904639972043583, 0.30718335883949344], (2**40, 7): [0.5825745527585999, 0.6969457588092554]}
 

@@ -16,7 +16,7 @@ from detailflow import DetailFlowError, DetailFlowGPT, DetailFlowPipeline, GPTCo
 from detailflow.benchmark import BenchmarkConfig, make_cases
 from detailflow.cli.main import main
 from detailflow.distributed import World
-from detailflow.pipeline import image_generator
+from detailflow.generation import image_generator
 from detailflow.serving.app import create_app
 from detailflow.training.config import Extraction, GPTTraining, LoopConfig
 from detailflow.training.extract import extract

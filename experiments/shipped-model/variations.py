@@ -24,7 +24,8 @@ from detailflow.data.images import open_images, spread
 from detailflow.data.transforms import coarse_target, to_tensor, to_uint8
 from detailflow.errors import exit_on_error
 from detailflow.evaluation.features import load_extractor
-from detailflow.pipeline import encode_images, fit, image_generator
+from detailflow.generation import image_generator
+from detailflow.pipeline import encode_images, fit
 from detailflow.progress import progress_bar
 from detailflow.psnr import psnr
 

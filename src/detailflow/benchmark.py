@@ -16,7 +16,16 @@ from torch import Tensor
 from detailflow import graphs, native
 from detailflow.device import choose_device, within_memory
 from detailflow.errors import DetailFlowError
-from detailflow.generation import CachedModel, Engine, draw, generate, guidance_at, image_noise, with_null_class
+from detailflow.generation import (
+    CachedModel,
+    Engine,
+    draw,
+    generate,
+    guidance_at,
+    image_generator,
+    image_noise,
+    with_null_class,
+)
 from detailflow.hub import ZOO
 from detailflow.machine import (
     Ceilings,
@@ -30,7 +39,7 @@ from detailflow.machine import (
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
-from detailflow.pipeline import DetailFlowPipeline, image_generator
+from detailflow.pipeline import DetailFlowPipeline
 from detailflow.sampling import EngineName
 
 FIRST = next(iter(ZOO))

@@ -18,8 +18,7 @@ from detailflow.data.images import load_rgb, to_rgb
 from detailflow.data.transforms import center_crop, resized, to_tensor
 from detailflow.device import choose_device, choose_dtype, to_host, within_memory
 from detailflow.errors import DetailFlowError, DetailFlowWarning
-from detailflow.generation import Generators, image_generators
-from detailflow.generation import image_generator as image_generator
+from detailflow.generation import Generators, image_generator, image_generators
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.loading import checked_ids

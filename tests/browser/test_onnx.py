@@ -15,7 +15,7 @@ import torch
 
 from detailflow import DetailFlowPipeline
 from detailflow.export.folder import export
-from detailflow.pipeline import image_generator
+from detailflow.generation import image_generator
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
 RUNTIME = "node_modules/onnxruntime-web"

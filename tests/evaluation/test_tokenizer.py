@@ -112,7 +112,7 @@ def test_the_codebook(pipeline: DetailFlowPipeline, cifar: Path, originals: Tens
 
 def test_planted_mistakes_and_their_correction(pipeline: DetailFlowPipeline, cifar: Path, originals: Tensor):
     """The wrong tokens are drawn anew here, by each image's own generator; the rest is the public API."""
-    from detailflow.pipeline import image_generator
+    from detailflow.generation import image_generator
 
     tokenizer = pipeline.tokenizer
     report = evaluated(tokenizer, cifar, extractor=Blocks(), counts=[16], mistakes=[Span(2, 3), Span(8, 12)], seed=3)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from detailflow import DetailFlowPipeline
-from detailflow.pipeline import image_generator
+from detailflow.generation import image_generator
 
 pytest.importorskip("onnx", reason="needs the packages of detailflow[onnx]")
 pytest.importorskip("onnxruntime", reason="needs the packages of detailflow[onnx]")

@@ -28,10 +28,11 @@ from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, ssim
 from detailflow.evaluation.published import quotes
 from detailflow.evaluation.report import GAIN, Figure, Picture, Plot, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
+from detailflow.generation import image_generator
 from detailflow.models.lpips import LPIPS, SMALLEST_SIDE, VGG16_FILE
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.pictures import grid
-from detailflow.pipeline import image_generator, stage_counts
+from detailflow.pipeline import stage_counts
 from detailflow.progress import progress_bar
 from detailflow.psnr import psnr
 from detailflow.schedule import TokenSchedule

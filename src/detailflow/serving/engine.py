@@ -9,8 +9,8 @@ from torch import Tensor
 
 from detailflow.data.transforms import to_tensor
 from detailflow.device import to_host
-from detailflow.generation import SamplingConfig
-from detailflow.pipeline import DetailFlowPipeline, image_generator
+from detailflow.generation import SamplingConfig, image_generator
+from detailflow.pipeline import DetailFlowPipeline
 from detailflow.serving.batcher import Result, Task
 
 
