@@ -335,3 +335,9 @@ def other_build() -> Iterator[None]:
             library = native.opened(Path(path))
             patch.setattr(native, "library", lambda: library)
         yield
+
+
+def test_no_images():
+    gpt = random_gpt(**SMALL)
+    engine = native.NativeGeneration(gpt, torch.zeros(0, dtype=torch.int64), guided=True)
+    assert engine.step(torch.zeros(0, 24, dtype=torch.int64), 0, 1).shape == (0, 1, 96)

@@ -110,6 +110,7 @@ void outputs(const Factor<T>* x, int rows, const Linear<T>& w, int n, float* y, 
 // y (rows, out) = or += x (rows, in) · Wᵀ.
 template <class T>
 void product(const T* x, int rows, const Linear<T>& w, float* y, bool add, int threads) {
+    if (rows == 0) return;
     if (std::size_t(rows) * w.out * w.in <= FEWEST_FOR_THREADS) threads = 1;
     if constexpr (sizeof(T) == 2)
         if (amx::available() && w.out % 16 == 0 && w.in % 32 == 0) {

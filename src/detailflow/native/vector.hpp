@@ -83,7 +83,7 @@ inline void store(BFloat16* to, Vector value) {  // to the nearest, ties to even
     std::memcpy(to, &halves, sizeof halves);
 }
 
-// How many rows and outputs of a product are summed up at once: as many as registers can hold beside what they are multiplied by.
+// How many rows and outputs of a product are summed up at once: about as many as registers can hold.
 template <int ROWS, int OUTPUTS> struct Tile { static constexpr int rows = ROWS, outputs = OUTPUTS; };
 
 // What one multiplication takes of a row: LANES floats, or twice as many bfloat16 numbers. `Factor` is the type of the rows that
