@@ -160,12 +160,14 @@ def class_number(model: dict, label: str) -> int:
     if not model["num_classes"]:
         fail(f"this model has no classes: leave out {label}")
     names = model["class_names"] or []
-    is_number = label.isdecimal() and len(label) < 10
-    number = names.index(label) if label in names else int(label) if is_number else -1
-    if not 0 <= number < model["num_classes"]:
+    if names.count(label) > 1:
+        fail(f"{names.count(label)} classes are called {label}: give the number of one")
+    is_number = label.isascii() and label.isdecimal() and len(label) < 10 and not any(map(str.isdecimal, names))
+    index = names.index(label) if label in names else int(label) if is_number else -1
+    if not 0 <= index < model["num_classes"]:
         some = ", ".join(names[:10]) or f"0 to {model['num_classes'] - 1}"
         fail(f"unknown class {label}: the classes are {some}{', …' if len(names) > 10 else ''}")
-    return number
+    return index
 
 
 def number(kind: type, what: str, holds: Callable) -> Callable[[str], int | float]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,25 @@ def test_images_from_coarse_to_fine(shipped: DetailFlowPipeline, exported: Path,
         wanted = stages[int(name[9:12])]
         assert image.size == wanted.size
         assert np.abs(np.asarray(image, int) - np.asarray(wanted, int)).max() <= 1  # a rounding apart
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "message"),
+    [
+        (["1", "10", "2"], "0", "unknown class 0: the classes are 1, 10, 2"),
+        (["dup", "dup", "cat"], "dup", "2 classes are called dup: give the number of one"),
+        (
+            ["a", "b", "c"],
+            "\N{ARABIC-INDIC DIGIT TWO}",
+            "unknown class \N{ARABIC-INDIC DIGIT TWO}: the classes are a, b, c",
+        ),
+    ],
+)
+def test_classes_are_what_the_commands_take(names: list[str], label: str, message: str, exported: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(exported, tmp_path / "exported"))
+    model = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(model | {"class_names": names, "num_classes": 3}))
+    assert sentence(folder, tmp_path / "out", label) == message
 
 
 def test_in_8_bits(exported: Path, shipped: DetailFlowPipeline, tmp_path: Path):
