@@ -188,7 +188,7 @@ def test_one_flipped_bit(store, name):
     ("change", "message"),
     [
         ({"format": "other"}, "is not the manifest"),
-        ({"version": 1}, "has version 1, but this DetailFlow reads 2: delete it and extract again"),
+        ({"version": 1}, "has version 1, but this DetailFlow reads 2: remove .* and extract again"),
         ({"images": 51}, "bytes, and the manifest says"),
         ({"images": 0}, "0 images"),
         ({"num_tokens": 16}, "bytes, and the manifest says"),

@@ -224,6 +224,16 @@ def test_the_model_is_there_before_the_report(tmp_path: Path, monkeypatch: pytes
     assert "the exported model is that of step 2" in (tmp_path / "report.md").read_text()
 
 
+def test_a_report_costs_no_model(tmp_path: Path):
+    """What validates otherwise might find another step the best: with such settings the model stays as it is."""
+    assert train(tmp_path, [1.0, 2.0]) == 1
+    (tmp_path / "report.md").unlink()
+    assert train(tmp_path, [1.0, 2.0], val_images=3) == 1
+    assert not (tmp_path / "report.md").exists()
+    assert train(tmp_path, [1.0, 2.0]) == 1
+    assert "the exported model is that of step 1" in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", [3, 4])
 def test_the_best_step_is_not_lost_between_two_files(

@@ -432,7 +432,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise DetailFlowError(f"{file} is not the manifest of a token store: its format is not {_FORMAT!r}")
     if (version := manifest.get("version")) != _VERSION:
         raise DetailFlowError(
-            f"{file} has version {version}, but this DetailFlow reads {_VERSION}: delete it and extract again"
+            f"{file} has version {version}, but this DetailFlow reads {_VERSION}: remove {directory} and extract again"
         )
     return manifest
 

@@ -66,7 +66,8 @@ def claim(
 ) -> dict[str, Any] | None:
     """Make `output` this run's folder, or check that it already is; return `None` if the run is finished.
 
-    A run that ended after its model and before its report goes on: it takes no steps, and writes both.
+    A run that ended after its model and before its report goes on, if nothing of its loop was changed, which might
+    change the model: it takes no steps, and writes both.
 
     Args:
         inputs: the settings that are known by the content of what they name, which may move.
@@ -104,7 +105,8 @@ def claim(
         raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")
     else:
         folder.require_free(OVERWRITTEN)
-    reported = isfile(output / REPORT_FILE) or not done  # without a checkpoint it cannot be written
+    # Without a checkpoint the report cannot be written.
+    reported = isfile(output / REPORT_FILE) or not done or settings["loop"] != recorded.get("loop")
     if finished and reported and not longer and not (done < steps and _more_patience(recorded, settings)):
         return None
     if finished and not done:

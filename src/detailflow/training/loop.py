@@ -121,8 +121,8 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
             stage = make_stage(checkpoint is not None)
         except DetailFlowError:
             if fresh and world.is_main:  # nothing has happened yet that other settings could contradict
-                (output / RUN_FILE).unlink()
                 (output / FEATURES_FILE).unlink(missing_ok=True)  # which are of these settings, too
+                (output / RUN_FILE).unlink()
                 with suppress(OSError):  # it is not empty
                     (output / CHECKPOINTS).rmdir()
             raise
@@ -345,7 +345,7 @@ class _Training:
                     for name, picture in pictures.items():
                         write_png(picture, self.output / "pictures" / f"{name}-{done:08d}.png")
                     trackers.log(done, {**values, **figures}, pictures)
-        except DetailFlowError:
+        except Exception:
             self._save(done)
             raise
 
