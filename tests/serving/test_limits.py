@@ -1,6 +1,7 @@
 """Limits under load: the queue, time, clients that leave or do not read, and an end in order."""
 
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ import httpx
 import openai
 import pytest
 from answers import photograph, png
+from PIL import Image
 
 from detailflow import DetailFlowPipeline
 from detailflow.data.decode import load_rgb
@@ -184,6 +186,25 @@ def test_uploads_that_take_long_are_two_at_a_time_and_keep_nobody_waiting(
     go_on.set()
     until(lambda: httpx.post(f"{server.url}/v1/tokens/encode", files={"image": png(photograph())}).is_success)
     assert len(begun) == uploads.AT_ONCE + 1
+
+
+def test_refused_uploads_leave_no_image_in_memory(here: Callable[..., Any]):
+    """Nor do they wait for the garbage collector, which does not know how large they are."""
+    server, content = here(), png(photograph())
+
+    def images() -> set[int]:
+        return {id(one) for one in gc.get_objects() if issubclass(type(one), Image.Image)}
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = images()
+        for _ in range(5):
+            refused = httpx.post(f"{server.url}/v1/tokens/encode", files={"image": content[: len(content) // 2]})
+            assert refused.json()["error"]["code"] == "invalid_image"
+        until(lambda: images() <= before)
+    finally:
+        gc.enable()
 
 
 _STUCK = """

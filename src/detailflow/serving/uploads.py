@@ -55,9 +55,8 @@ class Uploads:
         if upload.size is not None and upload.size > self.config.max_upload:
             raise ApiError(413, f"{NAME} is too large: {self.config.max_upload:,} bytes are the most", "image")
         await self._room.acquire()
-        image = self._start(upload.file, asyncio.get_running_loop())
         try:
-            return await asyncio.wrap_future(image)
+            return await asyncio.wrap_future(self._start(upload.file, asyncio.get_running_loop()))
         except DetailFlowError as error:
             raise ApiError(400, str(error), "image", "invalid_image") from error
 
@@ -65,17 +64,17 @@ class Uploads:
         """Decode an image in a thread of its own, which no other answer waits for, nor the end of the process."""
         result: Future[Image.Image] = Future()
         result.set_running_or_notify_cancel()  # a client that leaves does not stop it
-
-        def work() -> None:
-            try:
-                result.set_result(self._decode(file.read()))
-            except Exception as error:
-                result.set_exception(error)
-            with suppress(RuntimeError):  # the loop is closed: the server has ended
-                loop.call_soon_threadsafe(self._room.release)
-
-        threading.Thread(target=work, name="upload", daemon=True).start()
+        threading.Thread(target=self._work, args=(file, loop, result), name="upload", daemon=True).start()
         return result
+
+    def _work(self, file: BinaryIO, loop: asyncio.AbstractEventLoop, result: Future[Image.Image]) -> None:
+        try:
+            result.set_result(self._decode(file.read()))
+        except Exception as error:
+            result.set_exception(error)
+            del result  # a failure's traceback holds this frame
+        with suppress(RuntimeError):  # the loop is closed: the server has ended
+            loop.call_soon_threadsafe(self._room.release)
 
     def _decode(self, content: bytes) -> Image.Image:
         width, height = image_size(content, NAME)
