@@ -207,6 +207,23 @@ def test_refused_uploads_leave_no_image_in_memory(here: Callable[..., Any]):
         gc.enable()
 
 
+def test_uploads_go_on_after_threads_could_not_start(here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "upload":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    server, start = here(), threading.Thread.start
+
+    def encode() -> httpx.Response:
+        return httpx.post(f"{server.url}/v1/tokens/encode", files={"image": png(photograph())}, timeout=10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert [encode().status_code for _ in range(uploads.AT_ONCE)] == [500] * uploads.AT_ONCE
+    assert encode().status_code == 200
+
+
 _STUCK = """
 import sys, threading
 from detailflow.cli.main import main

@@ -64,7 +64,12 @@ class Uploads:
         """Decode an image in a thread of its own, which no other answer waits for, nor the end of the process."""
         result: Future[Image.Image] = Future()
         result.set_running_or_notify_cancel()  # a client that leaves does not stop it
-        threading.Thread(target=self._work, args=(file, loop, result), name="upload", daemon=True).start()
+        thread = threading.Thread(target=self._work, args=(file, loop, result), name="upload", daemon=True)
+        try:
+            thread.start()
+        except Exception:  # there are as many threads as there may be
+            self._room.release()
+            raise
         return result
 
     def _work(self, file: BinaryIO, loop: asyncio.AbstractEventLoop, result: Future[Image.Image]) -> None:
