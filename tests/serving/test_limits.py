@@ -267,3 +267,26 @@ def test_below_another_path_the_key_is_needed_as_well(shipped: DetailFlowPipelin
             return found
 
     assert asyncio.run(statuses()) == [401, 401, 401, 401, 503]  # the last is open, and not ready yet
+
+
+def test_who_calls_the_app_can_cancel(shipped: DetailFlowPipeline):
+    """A server that is not ending passes that on, and gives no answer to it."""
+    app = create_app(shipped)  # whose batcher has not started: an answer takes as long as one waits for it
+
+    async def cancelled() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+
+            async def post() -> httpx.Response:
+                return await client.post("/v1/images/generations", json=LONG)
+
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await post()
+            task = asyncio.create_task(post())
+            await asyncio.sleep(0.2)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(cancelled())
+    assert value(app, "detailflow_requests_in_progress") == value(app, "detailflow_queue_images") == 0

@@ -43,7 +43,9 @@ class App(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """Put the guard around everything else."""
-        return Guard(super().build_middleware_stack(), self.service.config, self.service.metrics)
+        service = self.service
+        app = super().build_middleware_stack()
+        return Guard(app, service.config, service.metrics, lambda: service.batcher.closing)
 
     def openapi(self) -> dict[str, Any]:
         """Describe the API; status 422 is FastAPI's own, for what is answered with 400 here."""

@@ -147,6 +147,11 @@ class Batcher:
         return self._thread.is_alive()
 
     @property
+    def closing(self) -> bool:
+        """Whether the service is stopping."""
+        return self._closing
+
+    @property
     def accepts(self) -> bool:
         """Whether new work is taken."""
         return self.alive and not self._closing

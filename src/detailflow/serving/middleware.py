@@ -24,8 +24,8 @@ _METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"}  # anybo
 class Guard:
     """Check the key, bound the body and the time, count the answer."""
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics) -> None:
-        self.app, self.config, self.metrics = app, config, metrics
+    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics, ending: Callable[[], bool]) -> None:
+        self.app, self.config, self.metrics, self.ending = app, config, metrics, ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -51,6 +51,8 @@ class Guard:
                 self._authorize(scope)
                 await self.app(inner, self._bounded(scope, receive), watched)
         except (ApiError, TimeoutError, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and not self.ending():  # by who called the app
+                raise
             try:
                 if status:  # too late for another answer
                     raise TimeoutError from error
