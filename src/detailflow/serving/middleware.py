@@ -34,7 +34,9 @@ class Guard:
             return
         started, status = time.perf_counter(), 0
         is_head = scope["method"] == "HEAD"
-        inner = {**scope, "method": "GET"} if is_head else scope  # which is answered alike, but for the body
+        inner = scope
+        if is_head:  # which is answered as GET, but for the body, and knows no ranges
+            inner = {**scope, "method": "GET", "headers": [one for one in scope["headers"] if one[0] != b"range"]}
 
         async def watched(message: Message) -> None:
             nonlocal status
