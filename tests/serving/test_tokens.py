@@ -125,6 +125,12 @@ def test_a_form_has_no_field_twice(route: str, name: str, http: httpx.Client):
     assert error["message"] == f"{name} is given more than once: give it once"
 
 
+def test_a_form_with_several_images_of_openais_client(client: openai.OpenAI):
+    """Which sends them under a name that is unknown here, as often as it may be there."""
+    with pytest.raises(openai.BadRequestError, match=r"unknown parameter 'image\[\]': did you mean image\?"):
+        client.images.edit(image=[png(photograph())] * 2, prompt="cat")
+
+
 # --- variations ------------------------------------------------------------------------------------------------------
 
 

@@ -138,7 +138,11 @@ def _add_images(app: FastAPI, service: Service, uploads: Uploads) -> None:
         answer = await unless_gone(request, start())
         return answer if isinstance(answer, Response) else await _respond(request, answer, body.stream)
 
-    @app.post("/v1/images/variations", dependencies=[takes_form("the field image, a file, or tokens")], **of_form)
+    @app.post(
+        "/v1/images/variations",
+        dependencies=[takes_form(schemas.Variation, "the field image, a file, or tokens")],
+        **of_form,
+    )
     async def vary_image(body: Annotated[schemas.Variation, Form(media_type=FORM)], request: Request) -> Any:
         """Vary an image: its first tokens stay, and the model writes the others.
 
@@ -148,7 +152,7 @@ def _add_images(app: FastAPI, service: Service, uploads: Uploads) -> None:
 
     @app.post(
         "/v1/images/edits",
-        dependencies=[takes_form("the fields prompt and image, a file, or tokens in its place")],
+        dependencies=[takes_form(schemas.Edit, "the fields prompt and image, a file, or tokens in its place")],
         **of_form,
     )
     async def edit_image(body: Annotated[schemas.Edit, Form(media_type=FORM)], request: Request) -> Any:
@@ -162,7 +166,7 @@ def _add_tokens(app: FastAPI, service: Service, uploads: Uploads) -> None:
         tags=["tokens"],
         response_model=schemas.Encoded,
         responses=_RESPONSES,
-        dependencies=[takes_form("the field image, a file")],
+        dependencies=[takes_form(schemas.Upload, "the field image, a file")],
     )
     async def encode_image(body: Annotated[schemas.Upload, Form(media_type=FORM)], request: Request) -> Any:
         """Encode an image as tokens."""

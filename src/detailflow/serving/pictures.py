@@ -55,7 +55,7 @@ def add_pictures(app: FastAPI, service: Service, uploads: Uploads, responses: di
         tags=["tokens"],
         response_model=Reconstruction,
         responses=responses,
-        dependencies=[takes_form("the field image, a file", several="num_tokens")],
+        dependencies=[takes_form(schemas.Look, "the field image, a file", several="num_tokens")],
     )
     async def reconstruct_image(body: Annotated[schemas.Look, Form(media_type=FORM)], request: Request) -> Any:
         """Show an image from its first tokens, with PSNR, as `detailflow reconstruct` does."""

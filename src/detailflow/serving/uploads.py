@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from fastapi import Depends, Request, UploadFile
 from PIL import Image
+from pydantic import BaseModel
 
 from detailflow.data.decode import image_size, load_rgb
 from detailflow.errors import DetailFlowError
@@ -23,18 +24,19 @@ AT_ONCE = 2  # images that are decoded, each of which may take eight bytes a pix
 FORM = "multipart/form-data"
 
 
-def takes_form(fields: str, several: str | None = None) -> Any:
-    """Return the dependency of a route that takes a form with these fields: it refuses other kinds of body.
+def takes_form(form: type[BaseModel], fields: str, several: str | None = None) -> Any:
+    """Return the dependency of a route that takes a form: it refuses other kinds of body, and says `fields` then.
 
-    Each field may be there once, but for `several`.
+    Each field of the form may be there once, but for `several`. Unknown fields are refused when the form is read.
     """
+    once = form.model_fields.keys() - {several}
 
     async def check(request: Request) -> None:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in ("", FORM, "application/x-www-form-urlencoded"):
             message = f"the body must be a form ({FORM}) with {fields}, as curl -F image=@photo.png sends it"
             raise ApiError(400, message, "image", "invalid_form")
-        refuse_twice(name for name, _ in (await request.form()).multi_items() if name != several)
+        refuse_twice(name for name, _ in (await request.form()).multi_items() if name in once)
 
     return Depends(check)
 
