@@ -1,7 +1,9 @@
 """The service as clients see it: a process of the command, OpenAI's own client, and plain HTTP."""
 
+import asyncio
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from answers import KEY, same
 from PIL import Image
 
 from detailflow import DetailFlowPipeline
+from detailflow.serving.app import create_app
 
 # --- OpenAI's client -------------------------------------------------------------------------------------------
 
@@ -247,11 +250,55 @@ def test_json_that_cannot_be_read_is_told_why(content: bytes, message: str, http
 
 
 @pytest.mark.parametrize(
-    "body", [{"n": 10**4000}, {"seed": 1, "x" * 5000: 1}, {"model": "m" * 5000}, {"prompt": "c" * 999}]
+    "body",
+    [
+        {"n": 10**4000},
+        {"num_tokens": 10**4000},
+        {"top_k": -(10**4000)},
+        {"guidance_schedule": "g " * 9000},
+        {"seed": 1, "x" * 5000: 1},
+        {"- " * 20_000: 1},
+        {"model": "m" * 5000},
+        {"model": "m " * 20_000},
+        {"size": "x " * 9000},
+        {"prompt": "c" * 999},
+        {"prompt": "c'" * 499},
+        {"prompt": "1" * 999},
+        {"prompt": 10**4000},
+    ],
 )
 def test_what_a_client_made_up_does_not_fill_an_answer(body: dict[str, Any], http: httpx.Client):
     refused = http.post("/v1/images/generations", json={"prompt": "cat", **body})
-    assert refused.status_code in (400, 404) and len(refused.content) < 400
+    assert refused.status_code in (400, 404) and len(refused.content) < 600
+
+
+def test_nor_does_it_where_it_is_part_of_an_address_or_is_there_twice(http: httpx.Client):
+    twice = f'{{"{"- " * 9000}": 1, "{"- " * 9000}": 2}}'
+    headers = {"Content-Type": "application/json"}
+    for refused in (
+        http.get("/v1/models", params={"- " * 9000: 1}),
+        http.post("/v1/images/generations", content=twice, headers=headers),
+        http.post("/v1/tokens/decode", json={"tokens": [1], "height": 10**4000, "width": 10**4000}),
+        http.post("/v1/tokens/decode", json={"tokens": [1], "num_tokens": [1, 10**4000]}),
+    ):
+        assert refused.status_code == 400 and len(refused.content) < 600
+
+
+def test_what_the_server_says_itself_is_whole(model: Path, tmp_path: Path):
+    """Such as class names of any length."""
+    name = "Llanfairpwllgwyngyllgogerychwyrndrobwllllantysiliogogogoch_" * 3
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    for path in folder.rglob("*.json"):
+        path.write_text(path.read_text(encoding="utf-8").replace('"bird"', f'"{name}"'), encoding="utf-8")
+    app = create_app(DetailFlowPipeline.from_pretrained(folder, device="cpu"))
+
+    async def message(prompt: str) -> str:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            refused = await client.post("/v1/images/generations", json={"prompt": prompt})
+            return str(refused.json()["error"]["message"])
+
+    assert asyncio.run(message(name[1:])).endswith(f"did you mean {name}?")
+    assert name in asyncio.run(message("unicorn"))
 
 
 def test_json_has_no_name_twice(http: httpx.Client):

@@ -1,6 +1,5 @@
 """Errors in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
 
-import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -14,6 +13,7 @@ from detailflow.errors import DetailFlowError, printable
 from detailflow.serving.batcher import ClosingError, ComputingError, QueueFullError
 from detailflow.serving.schemas import PARAMETERS
 
+LONGEST = 100  # characters of what a client gave, in messages
 _CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
 
@@ -28,8 +28,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, _short(message), dict(headers or {}))
-        self.param, self.code = param and _short(param), code or _CODES.get(status)
+        super().__init__(status, printable(message), dict(headers or {}))
+        self.param, self.code = param and shortened(printable(param)), code or _CODES.get(status)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -43,9 +43,10 @@ class ApiError(HTTPException):
         return JSONResponse(self.content, self.status_code, self.headers)
 
 
-def _short(text: str) -> str:
-    """Return text that any answer can hold, without words and numbers of any length that a client made up."""
-    return re.sub(r"(\w{40})\w{20,}", r"\1…", printable(text))
+def shortened(value: object) -> str:
+    """Return what a client gave as messages have it, who may make it up of any length: of more, its start and end."""
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 4 :]}"
 
 
 def api_error(error: Exception) -> ApiError:
@@ -100,7 +101,7 @@ def _invalid(error: RequestValidationError) -> ApiError:
     if kind == "extra_forbidden":
         others = [name for name in PARAMETERS if name != param]  # another route may have it
         advice = advice_on(param or "", others)
-        return ApiError(400, f"unknown parameter {param!r}: {advice}", param, "unknown_parameter")
+        return ApiError(400, f"unknown parameter {shortened(repr(param))}: {advice}", param, "unknown_parameter")
     if param == "image" and isinstance(first.get("input"), str):
         advice = "send what the file contains, as curl -F image=@photo.png does, with @"
         return ApiError(400, f"image must be a file, not text: {advice}", param, "invalid_value")

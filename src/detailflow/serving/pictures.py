@@ -92,7 +92,7 @@ def _seen(picture: Picture, original: Image.Image) -> Seen:
 async def _animate(service: Service, body: Animation) -> Response:
     side = service.schedule.image_size
     size = body.size or side * math.ceil(SMALLEST_SIDE / side)
-    with blamed_on("tokens"):
+    with blamed_on(tokens=body.tokens):
         last = service.schedule.check_count(len(service.checked_tokens(body.tokens)), "the number of tokens")
     counts = [n for n in service.schedule.valid_counts if n <= last]
     if size**2 * len(counts) > MOST_PIXELS:

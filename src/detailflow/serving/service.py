@@ -22,7 +22,7 @@ from detailflow.schedule import TokenSchedule
 from detailflow.serving import engine, schemas
 from detailflow.serving.batcher import Batcher, Job
 from detailflow.serving.config import ServeConfig
-from detailflow.serving.errors import ApiError, api_error
+from detailflow.serving.errors import ApiError, api_error, shortened
 from detailflow.serving.metrics import Metrics
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raise an `ApiError` for the name of another model."""
         if name is not None and name != self.config.model_name:
-            message = f"there is no model {name!r} here: this server has {self.config.model_name!r}"
+            message = f"there is no model {shortened(repr(name))} here: this server has {self.config.model_name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
     def submit(self, key: Any, items: list[Any]) -> Job:
@@ -125,7 +125,7 @@ class Service:
             ApiError: if something in the request is wrong.
         """
         checked = self._check(body)
-        with blamed_on("keep"):
+        with blamed_on(keep=body.keep):
             keep = self.schedule.check_count(self.schedule.quarter if body.keep is None else body.keep, "keep")
         if image is not None:
             tokens = (await self.encode(image, None, whole=False)).tokens
@@ -149,15 +149,20 @@ class Service:
     def _check(self, body: schemas.Request) -> "_Checked":
         self.check_model(body.model)
         if not 1 <= (body.n or 1) <= self.config.max_images:
-            raise ApiError(400, f"n must be 1 to {self.config.max_images}, not {body.n}", "n", "invalid_value")
+            raise ApiError(
+                400, f"n must be 1 to {self.config.max_images}, not {shortened(body.n)}", "n", "invalid_value"
+            )
         if body.size not in (None, "auto", self.size):
-            raise ApiError(400, f"size must be auto or {self.size}, not {body.size!r}", "size", "invalid_value")
-        with blamed_on("prompt", code="unknown_class"):
+            raise ApiError(
+                400, f"size must be auto or {self.size}, not {shortened(repr(body.size))}", "size", "invalid_value"
+            )
+        with blamed_on("unknown_class", prompt=body.prompt):
             class_id = self._class_id(body)
-        with blamed_on("num_tokens"):
+        with blamed_on(num_tokens=body.num_tokens):
             num_tokens = self.schedule.check_count(body.num_tokens)
-        with blamed_on(*SAMPLING):
-            sampling = self.pipeline.gpt.sampling(**{name: getattr(body, name) for name in SAMPLING})
+        given = {name: getattr(body, name) for name in SAMPLING}
+        with blamed_on(**given):
+            sampling = self.pipeline.gpt.sampling(**given)
         return _Checked(class_id, num_tokens, sampling)
 
     def _class_id(self, body: schemas.Request) -> int:
@@ -200,7 +205,7 @@ class Service:
 
     async def encode(self, image: Image.Image, num_tokens: int | None, whole: bool) -> schemas.Encoded:
         """Return an image's tokens."""
-        with blamed_on("num_tokens"):
+        with blamed_on(num_tokens=num_tokens):
             n = self.schedule.check_count(num_tokens)
         fitted = np.asarray(await asyncio.to_thread(fit, self.schedule, image, whole))
         height, width = fitted.shape[:2]
@@ -224,8 +229,8 @@ class Service:
         counts = wanted if isinstance(wanted, list) else [wanted]
         if not 1 <= len(counts) <= MOST_STAGES:
             raise ApiError(400, f"num_tokens must be 1 to {MOST_STAGES} numbers, not {len(counts)}", "num_tokens")
-        with blamed_on("num_tokens"):
-            for n in counts:
+        for n in counts:
+            with blamed_on(num_tokens=n):
                 if self.schedule.check_count(n) > len(body.tokens):
                     raise DetailFlowError(f"num_tokens must be at most the {len(body.tokens)} tokens given, not {n}")
         height, width = self._full_size(body)
@@ -243,7 +248,7 @@ class Service:
             raise ApiError(400, message, missing, "invalid_value")
         height, width = (side if given is None else given for given in (body.height, body.width))
         if not self.schedule.is_full_shape(height, width):
-            message = f"height and width must be as `encode` gives them, not {height} and {width}"
+            message = f"height and width must be as `encode` gives them, not {shortened(height)} and {shortened(width)}"
             raise ApiError(400, message, "height", "invalid_value")
         return height, width
 
@@ -325,10 +330,16 @@ def usage(tokens: int) -> schemas.Usage:
 
 
 @contextmanager
-def blamed_on(*params: str, code: str = "invalid_value") -> Iterator[None]:
-    """Say which parameter a `DetailFlowError` is about: the one that its message names, or else the first."""
+def blamed_on(code: str = "invalid_value", /, **params: Any) -> Iterator[None]:
+    """Say which parameter a `DetailFlowError` is about: the one that its message names, or else the first.
+
+    The values of the parameters are shortened in the message.
+    """
     try:
         yield
     except DetailFlowError as error:
-        named = [name for name in params if str(error).startswith(name)]
-        raise ApiError(400, str(error), (named or params)[0], code) from error
+        message = str(error)
+        named = [name for name in params if message.startswith(name)]
+        for text in map(repr, params.values()):
+            message = message.replace(text, shortened(text))
+        raise ApiError(400, message, (named or [*params])[0], code) from error

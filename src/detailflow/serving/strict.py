@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from detailflow.serving.errors import ApiError, advice_on
+from detailflow.serving.errors import ApiError, advice_on, shortened
 
 
 class StrictRoute(APIRoute):
@@ -52,7 +52,7 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             advice = advice_on(name, known) if known else "this route takes none there"
-            message = f"unknown parameter {name!r} in the address: {advice}"
+            message = f"unknown parameter {shortened(repr(name))} in the address: {advice}"
             raise ApiError(400, message, name, "unknown_parameter")
 
 
@@ -61,7 +61,7 @@ def refuse_twice(names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise ApiError(400, f"{name} is given more than once: give it once", name, "duplicate_parameter")
+            raise ApiError(400, f"{shortened(name)} is given more than once: give it once", name, "duplicate_parameter")
         seen.add(name)
 
 
