@@ -10,7 +10,9 @@ from typing import Any
 import axe_playwright_python
 import pytest
 from playwright.sync_api import Page, expect
-from studio import Studio
+from studio import Studio, same
+
+from detailflow import DetailFlowPipeline
 
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 RUN = "() => axe.run(document, { resultTypes: ['violations', 'incomplete'] })"
@@ -150,6 +152,31 @@ def test_a_class_that_is_written_exactly_is_taken(
         studio.classes.fill(name)
         studio.classes.blur()
         assert studio.classes.input_value() == name
+
+
+def test_a_class_that_shares_its_name_is_asked_for_by_its_number(
+    new_page: Callable[..., Page],
+    serve: Callable[..., Any],
+    pipeline: DetailFlowPipeline,
+    model: Path,
+    tmp_path: Path,
+):
+    """Even if that number is the name of another class."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    for path in folder.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        for name, other in (("airplane", "4"), ("cat", "twin"), ("Hot dog", "twin")):
+            text = text.replace(f'"{name}"', f'"{other}"')
+        path.write_text(text, encoding="utf-8")
+    studio = Studio(new_page(serve("--model", str(folder)).url))
+    studio.set(Images=1, Seed=1)
+    for place, class_id in enumerate((3, 4)):
+        studio.classes.fill("twin")
+        options = studio.page.get_by_role("listbox", name="Classes", exact=True).get_by_role("option")
+        options.nth(place).click()
+        studio.button("Generate").click()
+        studio.finish()
+        assert same(studio.images, pipeline(class_id, seed=1))
 
 
 def test_a_slow_connection(new_page: Callable[..., Page], url: str):

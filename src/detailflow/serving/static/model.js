@@ -12,10 +12,10 @@ export class Model {
     this.sampling = model.sampling;
     this.limits = model.limits;
     const uses = Map.groupBy(classes, (one) => one.names);
-    this.classes = classes.map((one) => ({
-      ...one,
-      prompt: one.wordnet_id ?? (uses.get(one.names).length > 1 ? String(one.id) : one.names), // means this class alone
-    }));
+    this.classes = classes.map((one) => {
+      const label = one.wordnet_id ?? (uses.get(one.names).length > 1 ? one.id : one.names); // means this class alone
+      return { ...one, label, prompt: String(label) }; // text that is a number may be another class's name
+    });
   }
 
   get numTokens() {

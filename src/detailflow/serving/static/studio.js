@@ -147,7 +147,7 @@ export class Studio extends EventTarget {
   #stages(step, signal) {
     if (step.source.file) return this.#reconstructed(step, signal);
     if (step.source.tokens) return this.#decoded(step, signal);
-    const fields = { ...step.settings, prompt: step.image?.prompt ?? null, stream: true, partial_images: EVERY_STAGE };
+    const fields = { ...step.settings, prompt: step.image?.label ?? null, stream: true, partial_images: EVERY_STAGE };
     if (step.kind === "class") return this.api.generate(fields, signal);
     return this.api.vary(step.kept, { ...fields, keep: step.kept.length }, signal);
   }
