@@ -17,6 +17,8 @@ KEY = "a-key-of-the-tests"
 FORBID = """for (const name of ["localStorage", "sessionStorage"])
   Object.defineProperty(window, name, { get() { throw new DOMException("forbidden", "SecurityError"); } });"""
 
+FILL = """Storage.prototype.setItem = () => { throw new DOMException("full", "QuotaExceededError"); };"""
+
 
 def test_values_that_cannot_be_are_said_beside_their_fields(studio: Studio):
     guidance = studio.page.get_by_role("spinbutton", name="Guidance")
@@ -165,11 +167,14 @@ def test_a_key_that_no_request_can_carry_is_not_taken(new_page: Callable[..., Pa
     Studio(page).generate("dog", number=1)
 
 
+@pytest.mark.parametrize("script", [FORBID, FILL], ids=["forbidden", "full"])
 @pytest.mark.parametrize("key", [None, KEY])
-def test_a_browser_that_remembers_nothing(new_page: Callable[..., Page], serve: Callable[..., Any], key: str | None):
-    """As with cookies forbidden: reading its storage is an error then."""
+def test_a_browser_that_remembers_nothing(
+    new_page: Callable[..., Page], serve: Callable[..., Any], key: str | None, script: str
+):
+    """As with cookies forbidden, when reading its storage is an error, or with a storage that is full."""
     server = serve(**{"DETAILFLOW_API_KEY": key} if key else {})
-    page = new_page(server.url, wait="dialog[open]" if key else "html[data-ready]", script=FORBID)
+    page = new_page(server.url, wait="dialog[open]" if key else "html[data-ready]", script=script)
     if key:
         page.get_by_label("API key").fill(key)
         page.get_by_role("button", name="Use it").click()

@@ -4,10 +4,11 @@ const page = new Map();
 
 /** Return what was remembered in "localStorage" or "sessionStorage"; `null` if nothing was. */
 export function recall(storage, key) {
+  if (page.has(key)) return page.get(key); // newer than what is stored
   try {
     return window[storage].getItem(key);
   } catch {
-    return page.get(key) ?? null;
+    return null;
   }
 }
 
@@ -15,6 +16,7 @@ export function recall(storage, key) {
 export function remember(storage, key, value) {
   try {
     window[storage].setItem(key, value);
+    page.delete(key);
   } catch {
     page.set(key, value); // storage is forbidden, or full
   }
