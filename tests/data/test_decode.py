@@ -334,6 +334,15 @@ def test_a_jpeg_has_no_more_scans_than_any_real_one():
     single = b"\xff\xc0\0\x11\x08\0\x18\0\x20\x03" + bytes(9) + b"\xff\xda\0\x0c\x03" + bytes(9)
     with pytest.raises(DetailFlowError, match="scans"):  # ends as if all were in one scan
         load_rgb(with_scans(content, 1000)[:-2] + single + content[-2:], "a.jpg")
+    plain = saved(noise(), "JPEG")
+    start, end = plain.index(b"\xff\xda"), plain.rindex(b"\xff\xd9")
+    partial = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0\0"
+    with pytest.raises(DetailFlowError, match="scans"):  # one before that which has all has others read after it
+        load_rgb(plain[:start] + partial + plain[start:end] + 1000 * partial + plain[end:], "a.jpg")
+    comment = b"\xff\xfe\xff\xff" + bytes(65533)
+    with pytest.raises(DetailFlowError, match=r"^a\.jpg is a JPEG that does not end within 16,\d+,\d+ bytes"):
+        load_rgb(content[:2] + 300 * comment + content[2:], "a.jpg")
+    assert load_rgb(plain[:2] + 10 * comment + plain[2:]).size == (32, 24)
     profile = saved(noise(), "JPEG", progressive=True, icc_profile=1000 * scan)
     for harmless in (profile, content + 1000 * scan):  # no scans: they are in metadata, or behind the image
         np.testing.assert_array_equal(np.asarray(load_rgb(harmless)), upright)

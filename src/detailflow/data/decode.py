@@ -68,7 +68,7 @@ _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 256, 257, 258, 262, 339  
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LONGEST_EXIF = 2**20  # bytes
 _MOST_SCANS = 100  # of a JPEG; progressive ones have about ten, and each is work for all pixels, however few its bytes
-_MOST_BEFORE_SCANS = 2**24  # bytes of metadata; a JPEG's scans have less than four a pixel
+_MOST_METADATA = 2**24  # bytes; a JPEG's scans have less than four a pixel
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # those of JPEG that a length follows, and its end
 _SOS, _EOI, _SINGLE_PASS = 0xDA, 0xD9, (0xC0, 0xC1)
 _STRIPE = 2**17  # pixels that are converted at once
@@ -231,7 +231,8 @@ def _check_scans(file: BinaryIO, name: str, width: int, height: int) -> None:
     """Count a JPEG's scans: thousands of them fit into a small file and would take minutes."""
     position = file.tell()
     file.seek(0)
-    content = file.read(_MOST_BEFORE_SCANS + 4 * width * height)
+    most = _MOST_METADATA + 4 * width * height
+    content = file.read(most)
     file.seek(position)
     start = scans = 0
     components = None  # of a frame that may have all it has in one scan
@@ -240,9 +241,11 @@ def _check_scans(file: BinaryIO, name: str, width: int, height: int) -> None:
         if marker in _SINGLE_PASS:
             components = content[found.end() + 7 : found.end() + 8]
         elif marker == _SOS:
-            if components == content[found.end() + 2 : found.end() + 3]:
+            if not scans and components == content[found.end() + 2 : found.end() + 3]:
                 break  # all is in this scan, and no other is read
             scans += 1
+    if not found and len(content) == most:
+        raise DetailFlowError(f"{name} is a JPEG that does not end within {most:,} bytes: save it in another program")
     if scans > _MOST_SCANS:
         raise DetailFlowError(
             f"{name} is a JPEG of {scans:,} scans, which could take minutes to decode: {_MOST_SCANS} are the most; "
