@@ -135,9 +135,10 @@ def _as_text(report: dict[str, Any], sizes: Counter[tuple[int, int]]) -> Iterato
         yield from ("", "splits")
         yield from (f"  {name}  {'not readable' if n is None else f'{n:,}'}" for name, n in splits.items())
     if tuple(classes) != UNLABELLED:
-        shown = {one_line(name): count for name, count in classes.items()}
-        longest = max(map(len, shown))
-        yield from ("", "classes", *(f"  {name.ljust(longest)}  {count:,}" for name, count in shown.items()))
+        names = list(map(one_line, classes))
+        longest = max(map(len, names))
+        counts = zip(names, classes.values(), strict=True)
+        yield from ("", "classes", *(f"  {name.ljust(longest)}  {count:,}" for name, count in counts))
     if sizes:
         (width, height), times = sizes.most_common(1)[0]
         often = f", most often {width}×{height} ({times:,})" if len(sizes) > 1 else ""

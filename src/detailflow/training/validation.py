@@ -35,8 +35,7 @@ def held_out(source: ImageSource, share: float) -> list[int]:
     draws = []
     for index in progress_bar(range(len(source)), desc="hold out", unit="img"):
         try:
-            digest = hashlib.sha256(source.stored_bytes(index)).digest()
-            draws.append(int.from_bytes(digest[:8], "big") / 2**64)
+            draws.append(int.from_bytes(_digest(source, index)[:8], "big") / 2**64)
         except DetailFlowError:  # training will say so
             draws.append(1.0)
     limit = max(share, np.nextafter(min(draws), 1.0))
@@ -58,15 +57,19 @@ def trained_on(validation: ImageSource, source: ImageSource) -> list[int]:
     sizes: set[int] = set()
     for index in range(len(validation)):
         with suppress(DetailFlowError):  # what cannot be read is no copy
-            content = validation.stored_bytes(index)
-            digests.setdefault(hashlib.sha256(content).digest(), []).append(index)
-            sizes.add(len(content))
+            digests.setdefault(_digest(validation, index), []).append(index)
+            sizes.add(validation.stored_size(index))
     found: list[int] = []
     for index in progress_bar(range(len(source)), desc="compare with val_data", unit="img"):
         with suppress(DetailFlowError):
             if source.stored_size(index) in sizes:
-                found += digests.pop(hashlib.sha256(source.stored_bytes(index)).digest(), [])
+                found += digests.pop(_digest(source, index), [])
     return sorted(found)
+
+
+def _digest(source: ImageSource, index: int) -> bytes:
+    """Return what tells an image's stored bytes from those of others."""
+    return hashlib.sha256(source.stored_bytes(index)).digest()
 
 
 def split(config: ImageSettings, source: Source, world: World) -> tuple[Source, ImageSource | None]:
