@@ -74,7 +74,7 @@ def generation(options: Options, emit: Emit, model: str) -> None:
 
     from detailflow.benchmark import RecomputingGPT, decoding_work, generation_work
     from detailflow.generation import CachedModel
-    from detailflow.graphs import GraphedModel
+    from detailflow.graphs import GraphedModel, UnfusedModel
     from detailflow.labels import ClassId
     from detailflow.machine import measure_ceilings
 
@@ -85,6 +85,7 @@ def generation(options: Options, emit: Emit, model: str) -> None:
 
     for batch in (1, 2) if options.small else (1, 8, 32, 128):
         labels = [ClassId(i % gpt.config.num_classes) for i in range(batch)]
+        gpt.graphs.clear()  # a model keeps four programs
         codes = torch.zeros(batch, gpt.config.num_tokens, dtype=torch.int64, device=device)
 
         def images(engine: type, labels: Sequence[int] = labels) -> object:
@@ -94,7 +95,9 @@ def generation(options: Options, emit: Emit, model: str) -> None:
             "naive": partial(images, RecomputingGPT),
             "PyTorch": partial(images, CachedModel),
             "graphs": partial(images, GraphedModel),
+            "graphs, PyTorch's kernels": partial(images, UnfusedModel),
             "tokens alone, graphs": partial(tokens_of, gpt, labels, GraphedModel),
+            "tokens alone, graphs, PyTorch's kernels": partial(tokens_of, gpt, labels, UnfusedModel),
             "pipeline, to PIL images": partial(pipe, labels, batch_size=batch),
             "decode, checked": partial(tokenizer.decode, codes),
             "decode to bytes, graphs": partial(tokenizer.decode_bytes, codes),

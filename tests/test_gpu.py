@@ -122,8 +122,9 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_of_both_engines(dtype: str):
-    """Equal, whatever changes between batches; the same kernels run on the same numbers."""
+def test_tokens_of_both_engines(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """Equal, whatever changes between batches: PyTorch's kernels run on the same numbers, captured or not."""
+    monkeypatch.setattr(GraphedModel, "fused", False)
     eager, graphed = shipped(dtype=dtype, engine="torch").gpt, shipped(dtype=dtype, engine="graphs").gpt
     for case in CASES:
         options = dict(case)
@@ -133,6 +134,50 @@ def test_tokens_of_both_engines(dtype: str):
     prefix = expected[:, :16]
     kept = [one.generate(ids, prefix=prefix, generator=seeds(2)) for one in (eager, graphed)]
     assert torch.equal(*kept) and torch.equal(kept[0][:, :16], prefix)
+
+
+@pytest.mark.parametrize("images, guided", [(1, False), (1, True), (3, True), (4, True)])
+def test_logits_of_kernels(images: int, guided: bool):
+    """Along sampled tokens: no further from float32's than PyTorch's in bfloat16, and the same each time."""
+    kernels = pytest.importorskip("detailflow.kernels", reason="there is no Triton")
+    model, exact = shipped(dtype="bfloat16").gpt, shipped(dtype="float32").gpt
+    if (problem := kernels.why_not(model)) is not None:
+        pytest.skip(problem)
+    ids, n = torch.arange(images, device=DEVICE), model.config.num_tokens
+    tokens = exact.generate(ids, generator=seeds(images))
+
+    def logits(kind: type[CachedModel], network: DetailFlowGPT) -> Tensor:
+        engine = kind(network, ids, guided)
+        steps = [engine.step(tokens, *step).float() for step in network.schedule.steps]
+        return torch.cat(steps, 1)
+
+    expected = logits(CachedModel, exact)
+    fused, again, eager = (logits(kind, model) for kind in (kernels.FusedModel, kernels.FusedModel, CachedModel))
+    assert fused.shape == (images * (1 + guided), n, model.config.codebook_size)
+    assert torch.equal(fused, again)
+    errors = [(found - expected).square().mean().sqrt().item() for found in (fused, eager)]
+    assert errors[0] <= 1.05 * errors[1], errors
+    greedy = [agreement(found.argmax(-1), expected.argmax(-1)) for found in (fused, eager)]
+    assert greedy[0] >= greedy[1] - 0.02, greedy
+
+
+def test_graphs_of_kernels():
+    """The same tokens each time, whatever came between; the first is PyTorch's but for a draw near a border."""
+    kernels = pytest.importorskip("detailflow.kernels", reason="there is no Triton")
+    graphed, eager = shipped(dtype="bfloat16", engine="graphs").gpt, shipped(dtype="bfloat16", engine="torch").gpt
+    if (problem := kernels.why_not(graphed)) is not None:
+        pytest.skip(problem)
+    before = None
+    for classes in ([3, 5], [7, 0], [3, 5]):
+        ids = torch.tensor(classes)
+        tokens = graphed.generate(ids, generator=seeds(2))
+        assert agreement(tokens[:, :1], eager.generate(ids, generator=seeds(2), num_tokens=1)) >= 0.5
+        assert before is None or classes == [7, 0] or torch.equal(tokens, before)
+        before = tokens if classes == [3, 5] else before
+    kept = graphed.generate(ids, prefix=before[:, :16], generator=seeds(2))
+    assert torch.equal(kept[:, :16], before[:, :16])
+    program = next(iter(graphed.graphs._programs.values()))[0]
+    assert isinstance(program.engine, kernels.FusedModel) and not kernels.problems
 
 
 def test_images_and_streams_of_both_engines():

@@ -5,21 +5,24 @@ always works in the same memory: what changes from call to call is copied into t
 """
 
 import gc
+import logging
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from detailflow.device import to_device
+from detailflow.errors import first_line
 from detailflow.generation import CachedModel, SamplingConfig, draw, guidance_at, temperature_of
 
+log = logging.getLogger(__name__)
 MOST = 4  # programs that a model keeps; each holds a KV cache
 STALE = 100  # batches after which a program that none of them used makes room for another
 REMEMBERED = 256  # keys that came up lately
@@ -162,9 +165,14 @@ class Graphs(Generic[P]):
 
 
 class Decoding:
-    """All decoding steps of batches of one size, captured. Class, noise, guidance and temperature are in buffers."""
+    """All decoding steps of batches of one size, captured. Class, noise, guidance and temperature are in buffers.
 
-    def __init__(self, model: Any, images: int, sampling: SamplingConfig) -> None:
+    They are taken by the kernels of `kernels.py` if these can run the model, and by PyTorch otherwise.
+    """
+
+    engine: CachedModel
+
+    def __init__(self, model: Any, images: int, sampling: SamplingConfig, fused: bool = True) -> None:
         device, steps, n = model.device, model.schedule.steps, model.config.num_tokens
         with torch.inference_mode(False):  # buffers that may be changed in any mode
             self.tokens = torch.zeros(images, n, dtype=torch.int64, device=device)
@@ -173,10 +181,17 @@ class Decoding:
             self.temperature = torch.ones((), device=device)
             self.finite = torch.ones((), dtype=torch.bool, device=device)
             class_ids = torch.zeros(images, dtype=torch.int64, device=device)
-        self.engine = CachedModel(weakref.proxy(model), class_ids, sampling.guided)  # or both would live on
         self.sampling, self.schedule, self.device = sampling, model.schedule, device
         calls = [partial(self._advance, index, *step) for index, step in enumerate(steps)]
-        self.replay = dict(zip(steps, CAPTURE[device.type](calls, device), strict=True))
+        for engine in _engines(model, images) if fused else (CachedModel,):
+            self.engine = engine(weakref.proxy(model), class_ids, sampling.guided)  # or both would live on
+            try:
+                self.replay = dict(zip(steps, CAPTURE[device.type](calls, device), strict=True))
+                return
+            except Exception as error:
+                if engine is CachedModel or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                _give_up_kernels(device, error)
 
     @torch.inference_mode()
     def _advance(self, index: int, start: int, end: int) -> None:
@@ -197,22 +212,64 @@ class Decoding:
         self.tokens.zero_()
 
 
+def _engines(model: Any, images: int) -> list[type[CachedModel]]:
+    """List the engines whose steps may be captured, the fastest first."""
+    if images != model.compiled_for:
+        with suppress(ImportError):  # there is no Triton for this platform
+            from detailflow import kernels
+
+            if kernels.why_not(model) is None:
+                return [kernels.FusedModel, CachedModel]
+    return [CachedModel]
+
+
+def _give_up_kernels(device: torch.device, error: Exception) -> None:
+    """Leave all steps on this device to PyTorch from now on, and say so."""
+    from detailflow import kernels
+
+    kernels.problems[device] = f"{type(error).__name__}: {first_line(error)}"
+    log.warning("the kernels of a decoding step cannot be used, so PyTorch's are (%s)", kernels.problems[device])
+
+
 class GraphedModel(CachedModel):
     """The PyTorch engine with captured steps; those of a batch that is not captured it takes one by one."""
 
     program: Decoding | None = None
+    fused = True  # whether kernels may take the steps
 
     def start(self, noise: Tensor, sampling: SamplingConfig, device: torch.device) -> tuple[Tensor, Tensor]:
         """Begin with (B, N) noise; see `Engine.start`. The tokens are the program's, if there is one."""
         kind, program = _kind(sampling), None
         if _fits(self.model, len(self.class_ids)):
-            make, at_once = partial(Decoding, self.model, len(noise), kind), self.model.engine == "graphs"
-            program = self.model.graphs.lend((len(noise), kind), self.model, make, self, at_once)
+            make = partial(Decoding, self.model, len(noise), kind, self.fused)
+            key, at_once = (len(noise), kind, self.fused), self.model.engine == "graphs"
+            program = self.model.graphs.lend(key, self.model, make, self, at_once)
         if program is None:
             return super().start(noise, sampling, device)
         program.load(self.class_ids, noise, sampling)
         self.program, self.caches = program, program.engine.caches
         return program.tokens, program.noise
+
+    @cached_property
+    def uncaptured(self) -> CachedModel:
+        """What takes steps that are not captured, as the captured ones: the same seed gives the same image."""
+        images = len(self.class_ids) // (1 + self.guided)
+        kind = _engines(self.model, images)[0] if self.fused else CachedModel
+        engine = kind(self.model, self.class_ids[:images], self.guided)
+        engine.caches = self.caches
+        return engine
+
+    def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        """(B, N) tokens, known before `start` → logits (B or 2B, end − start, K)."""
+        if type(self.uncaptured) is not CachedModel:
+            try:
+                return self.uncaptured.step(tokens, start, end)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                _give_up_kernels(self.model.device, error)
+                del self.uncaptured
+        return super().step(tokens, start, end)
 
     def advance(
         self, tokens: Tensor, noise: Tensor, start: int, end: int, sampling: SamplingConfig, scale: float
@@ -222,6 +279,12 @@ class GraphedModel(CachedModel):
             return super().advance(tokens, noise, start, end, sampling, scale)
         self.program.replay[start, end]()
         return self.program.finite
+
+
+class UnfusedModel(GraphedModel):
+    """The same without kernels, to compare with: captured steps that are PyTorch's own."""
+
+    fused = False
 
 
 def _kind(sampling: SamplingConfig) -> SamplingConfig:

@@ -1,0 +1,81 @@
+"""The kernels of a decoding step without a GPU: what they compute, by Triton's interpreter, and that they compile.
+
+Both need a process of their own: Triton is told before it is imported.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from detailflow import DetailFlowGPT, GPTConfig
+from detailflow import graphs as graphs_module
+
+pytest.importorskip("triton", reason="Triton is not for this platform")
+
+from detailflow import kernels
+
+HERE = Path(__file__).parent
+CONFIG = GPTConfig(10, 64, 2, 4, num_tokens=16, group_size=4, codebook_size=64)
+
+
+def small(dtype: torch.dtype = torch.bfloat16) -> DetailFlowGPT:
+    torch.manual_seed(0)
+    return DetailFlowGPT(CONFIG).eval().to(dtype)
+
+
+def run(*command: str, **environment: str) -> str:
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | environment
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=variables, timeout=300)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_kernels_by_the_interpreter():
+    tests = "-q", "-p", "no:cacheprovider", "--rootdir", str(HERE.parent), str(HERE / "interpreted_kernels.py")
+    assert " passed" in run("-m", "pytest", *tests, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("capability", ["80", "90", "100"])
+def test_kernels_compile(capability: str, tmp_path: Path):
+    """For NVIDIA's GPUs since Ampere."""
+    compiled = run(str(HERE / "compiled_kernels.py"), capability, TRITON_CACHE_DIR=str(tmp_path)).split()
+    assert set(compiled) == {"_begin", "_qkv", "_attend", "_add", "_gate", "_head"}
+
+
+def test_what_kernels_are_not_for():
+    assert kernels.why_not(small(torch.float32)) == "kernels are for bfloat16"
+    assert kernels.why_not(small()) == "kernels are for NVIDIA's GPUs from Ampere on"
+    for sizes, problem in (
+        (dict(mlp=48), "multiples of 32"),
+        (dict(width=128, heads=1), None),
+        (dict(width=96, heads=1), "a head must be"),
+        (dict(num_tokens=128, group_size=128), "a group of at most 64"),
+    ):
+        config = GPTConfig(10, **(dict(width=64, heads=4, depth=1, codebook_size=64) | sizes))  # type: ignore[arg-type]
+        found = kernels.why_not(DetailFlowGPT(config).to(torch.bfloat16))
+        assert found and (problem or "NVIDIA") in found
+    replaced = small()
+    replaced.head = torch.nn.Sequential(replaced.head)  # type: ignore[assignment]
+    assert kernels.why_not(replaced) == "some of its layers were replaced"
+
+
+def test_kernels_that_cannot_start(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """PyTorch takes the steps, after one line that says why: here that there is no GPU."""
+    monkeypatch.setitem(graphs_module.CAPTURE, "cpu", lambda calls, device: [call() or call for call in calls])
+    monkeypatch.setattr(kernels, "problems", {})
+    monkeypatch.setattr(kernels, "why_not", lambda model: kernels.problems.get(model.device))
+    gpt, ids = small(), torch.tensor([1, 2])
+    gpt.engine = "torch"
+    expected = gpt.generate(ids, temperature=0)
+    gpt.engine = "graphs"
+    with caplog.at_level(logging.WARNING):
+        for options in (dict(temperature=0.0), dict(temperature=0.0, guidance_scale=1.0), dict(temperature=0.0)):
+            tokens = gpt.generate(ids, **options)  # type: ignore[arg-type]
+    assert torch.equal(tokens, expected)
+    assert len(caplog.messages) == 1 and "so PyTorch's are (" in caplog.messages[0]
+    assert torch.device("cpu") in kernels.problems and len(gpt.graphs) == 2
