@@ -199,6 +199,8 @@ def tokenizer_training(
     from detailflow.training.tokenizer import TokenizerStage
 
     settings = yaml.safe_load((ROOT / recipe).read_text()) | {"data": "-"}
+    if "freeze" in settings:
+        settings["init"] = "-"
     settings["loop"] |= {"batch_size": batch, "compile": compile, "accumulate": 1, "trackers": []}
     if options.small:
         settings |= {"alignment": 0}
@@ -336,6 +338,7 @@ def loading(options: Options, emit: Emit) -> None:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 CIFAR = "experiments/shipped-model/gpu/tokenizer.yaml"
+DECODER = "experiments/shipped-model/gpu/decoder.yaml"
 PAPER = "src/detailflow/recipes/imagenet/tokenizer.yaml"
 PARTS: dict[str, tuple[int, Callable[[Options, Emit], None]]] = {  # name → most seconds, function
     "tests": (120, partial(run_tests, chosen="not compiled")),
@@ -353,6 +356,10 @@ PARTS: dict[str, tuple[int, Callable[[Options, Emit], None]]] = {  # name → mo
     "profile, a CIFAR-10 tokenizer, compiled": (
         60,  # the compiler's cache has it
         partial(tokenizer_training, recipe=CIFAR, batch=512, compile=True, measure=profile_steps),
+    ),
+    "profile, its decoder with a discriminator": (
+        60,
+        partial(tokenizer_training, recipe=DECODER, batch=96, compile=True, measure=profile_steps),
     ),
     "generation, DetailFlow-16, compiled": (150, compiled_generation),
     "tests, compiled": (150, partial(run_tests, chosen="compiled")),

@@ -82,6 +82,9 @@ def test_a_decoder_of_another_size_begins_anew(cifar: Path, model: Path, images:
     assert after.config == sizes and torch.equal(before.encode(images), after.encode(images))
     assert quality(after, images) > quality(fresh.eval(), images) + 3
     assert codes_fingerprint(str(tmp_path / "run")) == codes_fingerprint(str(model / "tokenizer"))
+    smaller = replace(sizes, decoder=ViTConfig(width=32, depth=1, heads=2), pixel_channels=3)  # fewer weights, too
+    again = initial_tokenizer(replace(settings, init=str(tmp_path / "run"), model=smaller)).eval()
+    assert torch.equal(again.encode(images), before.encode(images))
 
 
 def test_rows_of_a_store_are_of_their_crops(cifar: Path, model: Path, tmp_path: Path):

@@ -381,6 +381,7 @@ def initial_tokenizer(config: TokenizerTraining, resuming: bool = False) -> Deta
         if config.freeze:  # or the tokens would be others
             require_same(config.model, theirs, ("num_tokens", "image_size"), config.init)
         if config.decoder_anew:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")}
             tensors |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.")}
             theirs = replace(theirs, decoder=config.model.decoder, pixel_channels=config.model.pixel_channels)
         load_weights(model, grow_tokenizer(tensors, theirs, model, config.init), config.init)
