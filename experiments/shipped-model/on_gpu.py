@@ -46,28 +46,44 @@ def run(*words: Any) -> None:
         sys.exit(status)
 
 
-def speed(output: Path, batch: int) -> tuple[int, float] | None:
-    """Return how many steps a run has logged and the seconds of one, without its first lines; if there are enough."""
+def speed(output: Path, batch: int, full: float = 0.0) -> tuple[int, float] | None:
+    """Return how many steps a run has logged and the seconds of one with all losses, if there are enough lines.
+
+    The first lines are of steps that the compiler makes slow, of this run or of another beside it.
+
+    Args:
+        full: the step from which on all losses are trained.
+    """
     timed = [line for line in read_history(output) if "images_per_second" in line]
-    if len(timed) < 5:
+    later = [line for line in timed[3:] if line["step"] > full]
+    if len(later) < 5:
         return None
-    return int(timed[-1]["step"]), batch / statistics.median(line["images_per_second"] for line in timed[3:])
+    return int(timed[-1]["step"]), batch / statistics.median(line["images_per_second"] for line in later[-10:])
+
+
+def all_losses_from(settings: dict[str, Any], steps: int) -> float:
+    """Return the step from which on a tokenizer's discriminator is trained, too: such steps take much longer."""
+    if not settings.get("adversarial"):
+        return 0.0
+    value: float = settings.get("adversarial_from", 0.0)
+    return value if value >= 1 else value * steps
 
 
 def train(stage: str, words: Sequence[Any], args: argparse.Namespace, end: float) -> None:
     """Run a stage, with as many steps as fit until `end` (of `time.monotonic`)."""
     recipe = args.recipe / f"{stage}.yaml"
-    loop = yaml.safe_load(recipe.read_text())["loop"]
+    settings = yaml.safe_load(recipe.read_text())
+    loop = settings["loop"]
     steps, batch = args.steps.get(stage, loop["steps"]), args.batch_size or loop["batch_size"]
     output, kind = args.output / stage, "gpt" if stage == "gpt" else "tokenizer"
     command = ["train", kind, "--config", recipe, *words, "--output", output, "--loop.batch_size", batch]
     command += ["--device", args.device] if args.device else []
-    begun = time.monotonic()
+    begun, full = time.monotonic(), all_losses_from(settings, steps)
     process = start(*command, "--loop.steps", steps)
     while process.poll() is None:
         time.sleep(0.2)
         now = time.monotonic()
-        known = speed(output, batch) if now > begun + WATCHED * (end - begun) else None
+        known = speed(output, batch, full) if now > begun + WATCHED * (end - begun) else None
         if known is None:
             continue
         done, step = known
@@ -125,9 +141,6 @@ def main() -> None:
     extraction = ["--data", args.data, "--tokenizer", shipped / "tokenizer", "--output", tokens]
     device = ["--device", args.device] if args.device else []
     run("extract", "--config", args.recipe / "extract.yaml", *extraction, *device)
-    if "decoder" in args.stages and (features := tokenizer / "features.pt").exists():
-        decoder.mkdir(parents=True)  # the classifier need not learn again
-        shutil.copy(features, decoder / features.name)
     words = {
         "gpt": ["--tokens", tokens, "--tokenizer", shipped / "tokenizer"],
         "decoder": ["--data", args.data, "--init", shipped / "tokenizer", "--tokens", tokens],

@@ -36,6 +36,21 @@ def test_no_such_images(script: str, tmp_path: Path):
     assert done.returncode == 2 and re.fullmatch(r"error: .*nowhere does not exist[^\n]*\n", done.stderr), done.stderr
 
 
+def test_speed_is_that_of_steps_with_all_losses(tmp_path: Path):
+    """Not of the first, beside a compiler, nor of those before the discriminator learns, which are faster."""
+    script = runpy.run_path(str(SCRIPT))
+    assert script["all_losses_from"](dict(adversarial=0.5, adversarial_from=0.25), 400) == 100
+    assert script["all_losses_from"](dict(adversarial=0.0, adversarial_from=0.25), 400) == 0
+    assert script["all_losses_from"](dict(adversarial=0.5, adversarial_from=300), 400) == 300
+    speeds = [10.0] * 3 + [400.0] * 7 + [100.0] * 5
+    lines = [json.dumps({"step": 10 * i, "images_per_second": speed}) for i, speed in enumerate(speeds, 1)]
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(lines[:10]) + "\n")
+    assert script["speed"](tmp_path, 200) == (100, 0.5) and script["speed"](tmp_path, 200, 100) is None
+    log.write_text("\n".join(lines) + "\n")
+    assert script["speed"](tmp_path, 200, 100) == (150, 2.0)
+
+
 @pytest.mark.slow
 def test_all_stages_in_a_given_time(tmp_path: Path, cifar_table: Path):
     (tmp_path / "recipe").mkdir()
@@ -62,7 +77,5 @@ def test_all_stages_in_a_given_time(tmp_path: Path, cifar_table: Path):
         steps = yaml.safe_load((RECIPE / f"{stage}.yaml").read_text())["loop"]["steps"]
         assert 8 <= json.loads((output / stage / "log.jsonl").read_text().splitlines()[-1])["step"] < steps
     assert json.loads((output / "gpt" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
-    features = [(output / stage / "features.pt").read_bytes() for stage in ("tokenizer", "decoder")]
-    assert features[0] == features[1]
     assert len(DetailFlowPipeline.from_pretrained(output / "shipped", device="cpu")(3)) == 1
     assert "exists already" in subprocess.run(list(map(str, command)), capture_output=True, text=True).stderr
