@@ -40,7 +40,14 @@ def parts_of(node: ast.expr) -> list[str | None]:
 def texts() -> list[list[str | None]]:
     """Every text in the code that says enough to be known by it."""
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "src").rglob("*.py"))]
-    found = [parts_of(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.expr)]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.expr)]
+    found = [parts_of(node) for node in nodes]
+    for node in nodes:
+        match node:
+            case ast.Call(func=ast.Name(id="explained"), args=[problem, *_]):
+                found.append([*parts_of(problem), " (", None, ")", None])
+            case ast.Call(func=ast.Name(id="os_errors"), args=[problem]):
+                found.append([*parts_of(problem), ": ", None])
     return [parts for parts in found if sum(len(part or "") for part in parts) >= FEWEST]
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from detailflow import hub
-from detailflow.errors import DetailFlowError, printable
-from detailflow.files import check_regular, making, os_errors, read_json, writing
+from detailflow.errors import DetailFlowError, os_errors, printable
+from detailflow.files import check_regular, making, read_json, writing
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.loading import build
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig

@@ -1,4 +1,4 @@
-"""The exception for what a user can put right, and how its messages name things."""
+"""The exception for what a user can put right, how other errors become one, and how its messages name things."""
 
 import re
 import sys
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 # Control characters, which a terminal would obey, and those that change the direction of text.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
+
+Errors = type[Exception] | tuple[type[Exception], ...]
 
 
 class DetailFlowError(ValueError):
@@ -29,6 +31,26 @@ class MissingPackageError(DetailFlowError):
 
 class DetailFlowWarning(UserWarning):
     """Probably a mistake, in one sentence, such as an image that cannot be read."""
+
+
+@contextmanager
+def explained(problem: str, kinds: Errors = (OSError, ValueError), hint: str = "") -> Iterator[None]:
+    """Turn errors of these kinds into a `DetailFlowError`: "PROBLEM (what the error says): HINT"."""
+    try:
+        yield
+    except DetailFlowError:
+        raise
+    except kinds as error:
+        raise DetailFlowError(f"{problem} ({reason_of(error)}){hint and ': '}{hint}") from error
+
+
+@contextmanager
+def os_errors(problem: str) -> Iterator[None]:
+    """Turn an `OSError` into a `DetailFlowError`: "PROBLEM: what the error says"."""
+    try:
+        yield
+    except OSError as error:
+        raise DetailFlowError(f"{problem}: {reason_of(error)}") from error
 
 
 @contextmanager
@@ -64,6 +86,11 @@ def first_line(error: BaseException) -> str:
     """Return the first line of a library's error message, to be part of a sentence."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why something failed, to be part of a sentence: of an `OSError` in the system's words."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def missing_package(what: str, package: str | None, instead: str = "", extra: str = "train") -> MissingPackageError:

@@ -1,4 +1,4 @@
-"""Files: replaced whole or not at all, locked, read as text, YAML or JSON; one sentence for every `OSError`."""
+"""Files: replaced whole or not at all, locked, read as text, YAML or JSON."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError, os_errors, printable
 from detailflow.plain_yaml import load_yaml
 
 if TYPE_CHECKING:
@@ -30,15 +30,6 @@ _REMEDY = "correct the file, or get it again from where it came"
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def os_errors(problem: str) -> Iterator[None]:
-    """Turn an `OSError` into a `DetailFlowError` of `problem` and the reason."""
-    try:
-        yield
-    except OSError as error:
-        raise DetailFlowError(f"{problem}: {error.strerror or error}") from error
 
 
 def reading(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
@@ -250,14 +241,14 @@ def _remove_temporary(folder: Path, within: bool = True) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: str | os.PathLike[str]) -> None:
     """Raise an `OSError` if `path` is there and not a regular file, which must be neither read nor replaced.
 
     Reading a pipe or a device may never end.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OSError(errno.EISDIR, "it is a folder, not a file", str(path))
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
@@ -277,11 +268,10 @@ def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT, errors: st
         OSError: if it cannot be read, with the reason as its `strerror`.
         UnicodeDecodeError: if it is not UTF-8 and `errors` is "strict".
     """
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    check_regular(path)
     with open(path, "rb") as file:
-        content = file.read(min(most, found.st_size) + 1)  # Python takes as much memory as it is asked to read
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(most, size) + 1)  # Python takes as much memory as it is asked to read
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
     return content.decode("utf-8", errors)

@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from detailflow.errors import DetailFlowError, first_line
-from detailflow.files import making, os_errors, read_json, reading, replacing, similar, sync
+from detailflow.errors import DetailFlowError, explained, first_line, os_errors
+from detailflow.files import making, read_json, reading, replacing, similar, sync
 from detailflow.published import (
     ARGUMENTS_FILE,
     CHECKPOINTS,
@@ -269,7 +269,9 @@ def push(
         raise DetailFlowError(f"a repository on the hub is named owner/name, not {repository!r}")
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
-        try:
+        hint = "check the name, the connection and that you are logged in (hf auth login)"
+        problem = f"could not upload the model to {repository!r} on the Hugging Face hub"
+        with explained(problem, Exception, hint):  # as in `fetch`
             from huggingface_hub import HfApi
 
             api = HfApi()
@@ -279,11 +281,6 @@ def push(
             commit = api.upload_folder(
                 repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message
             )
-        except Exception as error:  # as in `fetch`
-            raise DetailFlowError(
-                f"could not upload the model to {repository!r} on the Hugging Face hub ({first_line(error)}): "
-                "check the name, the connection and that you are logged in (hf auth login)"
-            ) from error
     return str(commit)
 
 

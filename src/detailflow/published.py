@@ -16,8 +16,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from detailflow.errors import DetailFlowError, some_names
-from detailflow.files import LARGEST_YAML, check_utf8, making, os_errors, read_json, read_text, reading, replacing, sync
+from detailflow.errors import DetailFlowError, os_errors, some_names
+from detailflow.files import LARGEST_YAML, check_utf8, making, read_json, read_text, reading, replacing, sync
 from detailflow.labels import default_names
 from detailflow.plain_yaml import load_yaml
 from detailflow.tensors import in_pieces, is_weights, write_torch

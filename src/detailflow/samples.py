@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, os_errors
 from detailflow.files import lock_folder, replacing, shortened
 from detailflow.hub import fingerprint
 from detailflow.labels import ClassId
@@ -217,11 +217,10 @@ def generate_many(
 @contextmanager
 def _errors(folder: Path, reading: bool = False) -> Iterator[None]:
     try:
-        yield
+        with os_errors(f"cannot write the samples to {folder}"):
+            yield
     except DetailFlowError:
         raise
-    except OSError as error:
-        raise DetailFlowError(f"cannot write the samples to {folder}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, KeyError, ValueError) as error:
         if not reading:
             raise
@@ -280,11 +279,9 @@ def check_no_set(folder: Path) -> None:
 def remove_earlier(folder: Path) -> int:
     """Remove what an earlier `generate` wrote to `folder`; return how many files."""
     earlier = list(generated(folder))
-    try:
-        for path in earlier:
+    for path in earlier:
+        with os_errors(f"cannot remove {path}"):
             path.unlink()
-    except OSError as error:
-        raise DetailFlowError(f"cannot remove {path}: {error.strerror or error}") from error
     return len(earlier)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from detailflow.errors import DetailFlowError, first_line
+from detailflow.errors import DetailFlowError, explained
 from detailflow.files import check_regular, reading, writing
 from detailflow.schedule import TokenSchedule
 
@@ -54,15 +54,11 @@ class TokenFile:
         with reading(path):
             path.stat()
             check_regular(path)
-        try:
-            with zipfile.ZipFile(path) as archive:
-                found = _identity(archive)
-                if found == (FORMAT, VERSION):
-                    return cls._checked(archive)
-        except Exception as error:  # a damaged file raises errors of all kinds
-            raise DetailFlowError(
-                f"{path} is damaged, or no token file of `detailflow encode` ({first_line(error)})"
-            ) from error
+        problem = f"{path} is damaged, or no token file of `detailflow encode`"
+        with explained(problem, Exception), zipfile.ZipFile(path) as archive:  # damage raises errors of all kinds
+            found = _identity(archive)
+            if found == (FORMAT, VERSION):
+                return cls._checked(archive)
         if found is not None and found[0] == FORMAT:
             raise DetailFlowError(f"{path} is a token file of version {found[1]}, but this program reads {VERSION}")
         raise DetailFlowError(f"{path} is not a token file: `detailflow encode` makes them")

@@ -10,7 +10,6 @@ import argparse
 import io
 import os
 import pickle
-import stat
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import IO, Any
 import torch
 
 from detailflow.errors import DetailFlowError
-from detailflow.files import check_utf8, reading
+from detailflow.files import check_regular, check_utf8, reading
 
 LARGEST_PICKLE = 4 * 2**20  # bytes, for about 20,000 tensors
 _ZIP_TAIL = 56 + 20 + 22  # bytes of the three records that end a zip file
@@ -57,8 +56,7 @@ def load_torch(path: Path, mmap: bool = False) -> Any:
 def check_torch_file(path: Path) -> None:
     """Check that what `torch.load` will read is plain values and tensors, and no larger than the file."""
     with reading(path):
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe may never end
-            raise OSError("it is not a regular file")
+        check_regular(path)
         try:
             with path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)

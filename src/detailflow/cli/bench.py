@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from detailflow.cli.common import DTYPES, Dtype, Parser, add_model_options, check_output
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, os_errors
 from detailflow.progress import progress_bar
 from detailflow.settings import BatchSize, Location, PositiveInt
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the table."""
     options = vars(parser().parse_args(argv))
     if file := options.pop("json"):
-        from detailflow.files import check_regular, os_errors
+        from detailflow.files import check_regular
 
         check_output(file.parent)
         with os_errors(f"cannot write {file}"):

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, get_args, get_origin
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, os_errors
 from detailflow.sampling import OFF, EngineName, SamplingConfig
 from detailflow.settings import Location, checked, list_settings, unknown
 
@@ -213,7 +213,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_output(folder: Path, models: bool = False) -> None:
     """Prove that `folder` exists or can be made, and can be written to, also `models`; leaves nothing behind."""
-    from detailflow.files import check_utf8, os_errors
+    from detailflow.files import check_utf8
 
     with os_errors(f"cannot write to {folder}"):
         if models:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, features
 from PIL.TiffImagePlugin import TiffImageFile
 
-from detailflow.errors import DetailFlowError, first_line, printable
+from detailflow.errors import DetailFlowError, explained, first_line, printable
 
 MAX_PIXELS = 178_956_970  # beyond that Pillow, too, takes a file for an attack
 MAX_PIXELS_VARIABLE = "DETAILFLOW_MAX_PIXELS"  # reaches worker processes, however they are started
@@ -73,8 +73,6 @@ _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # those of JPEG that a len
 _SOS, _EOI, _SINGLE_PASS = 0xDA, 0xD9, (0xC0, 0xC1)
 _STRIPE = 2**17  # pixels that are converted at once
 _OPENING = threading.Lock()
-
-Errors = type[Exception] | tuple[type[Exception], ...]
 
 
 @cache
@@ -147,18 +145,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     with explained("the image cannot be read", Exception, hint="it is damaged, or was closed too early"):
         image.load()  # in which Pillow turns a TIFF upright itself
         return _upright(_to_rgb(image), _orientation(image))
-
-
-@contextmanager
-def explained(problem: str, kinds: Errors = (OSError, ValueError), hint: str = "") -> Iterator[None]:
-    """Turn errors of these kinds into a `DetailFlowError`: "PROBLEM (what the error says): HINT"."""
-    try:
-        yield
-    except DetailFlowError:
-        raise
-    except kinds as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise DetailFlowError(f"{problem} ({reason}){hint and ': '}{hint}") from error
 
 
 @contextmanager

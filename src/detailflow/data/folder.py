@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from detailflow.data.decode import explained, image_suffixes
+from detailflow.data.decode import image_suffixes
 from detailflow.data.source import MADE, Notes
-from detailflow.errors import DetailFlowError, printable, some_names
+from detailflow.errors import DetailFlowError, explained, printable, some_names
 from detailflow.pictures import is_made, is_overview
 
 MANY = (".parquet", ".tar")  # files of many images

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from detailflow.data.decode import explained
 from detailflow.data.folder import DataFiles, within
 from detailflow.data.source import ImageSource, labelled
 from detailflow.data.tables import TableRows, check_names, import_datasets, mapped_column, require_columns
-from detailflow.errors import DetailFlowError, some_names
+from detailflow.errors import DetailFlowError, explained, some_names
 from detailflow.files import writing
 from detailflow.progress import progress_bar
 

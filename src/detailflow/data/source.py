@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from detailflow.data.decode import REMEDIES, explained, image_size, load_rgb
-from detailflow.errors import DetailFlowError, NotThereError, one_line, printable
-from detailflow.files import similar
+from detailflow.data.decode import REMEDIES, image_size, load_rgb
+from detailflow.errors import DetailFlowError, NotThereError, explained, one_line, printable
+from detailflow.files import check_regular, similar
 from detailflow.labels import UNLABELLED
 
 _CLASSES_SHOWN, _NAMES_SHOWN, _KINDS_SHOWN = 10, 3, 6  # more are only counted
@@ -262,8 +262,7 @@ class ImageSource:
         if isinstance(stored, bytes):
             return stored
         with explained(f"{name} cannot be read"):
-            if os.path.exists(stored) and not os.path.isfile(stored):  # reading a pipe or a device may never end
-                raise DetailFlowError(f"{name} cannot be read: {stored} is not a regular file")
+            check_regular(stored)
             with open(stored, "rb") as file:
                 return file.read()
 

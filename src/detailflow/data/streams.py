@@ -17,7 +17,7 @@ from detailflow.data.images import find
 from detailflow.data.source import Notes, describe, fingerprint
 from detailflow.data.tables import check_columns, import_datasets, load_hub, stored_image
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowError, first_line
+from detailflow.errors import DetailFlowError, explained
 from detailflow.labels import UNLABELLED
 
 _log = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ class StreamSource:
         # The library shuffles the files; its own buffer of images cannot hold more than 2 GB.
         rows = self._part(world).shuffle(seed=int(rng.integers(2**31)), buffer_size=1)
         waiting: list[dict[str, Any]] = []
-        try:
+        # The errors are the network's, the file system's and Arrow's: `datasets` passes many kinds on.
+        with explained(f"{self.name} cannot be read any further", Exception):
             for row in rows:
                 if len(waiting) < buffer:
                     waiting.append(row)
@@ -82,8 +83,6 @@ class StreamSource:
                     drawn = int(rng.integers(buffer))
                     row, waiting[drawn] = waiting[drawn], row
                     yield row
-        except Exception as error:  # the network's, the file system's and Arrow's: `datasets` passes many kinds on
-            raise DetailFlowError(f"{self.name} cannot be read any further ({first_line(error)})") from error
         if not waiting:
             raise DetailFlowError(f"{self.name} holds no images for process {world.rank + 1} of {world.size}")
         for drawn in rng.permutation(len(waiting)).tolist():

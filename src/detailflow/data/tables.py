@@ -20,10 +20,9 @@ from urllib.request import HTTPRedirectHandler, build_opener
 
 import numpy as np
 
-from detailflow.data.decode import explained
 from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.source import ImageSource, labelled, not_there
-from detailflow.errors import DetailFlowError, MissingPackageError, first_line, missing_package, printable
+from detailflow.errors import DetailFlowError, MissingPackageError, explained, first_line, missing_package, printable
 from detailflow.files import read_text, similar
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=/)|[a-z]+::", re.IGNORECASE)
@@ -294,10 +293,8 @@ def _short(text: str) -> str:
 
 
 def _fetch(url: str, name: str) -> bytes:
-    try:
+    with explained(f"{name} cannot be fetched from {_short(url)}", Exception):  # each file system has its own kinds
         content = _download(url)
-    except Exception as error:  # every kind of file system has errors of its own
-        raise DetailFlowError(f"{name} cannot be fetched from {_short(url)} ({first_line(error)})") from error
     if len(content) > _LARGEST:
         raise DetailFlowError(f"{name} cannot be fetched: {_short(url)} has more than {_LARGEST >> 20} MiB")
     return content

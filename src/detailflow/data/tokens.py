@@ -21,7 +21,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from detailflow.data.source import count_classes
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, explained
 from detailflow.files import check_regular, open_own, read_json, replacing
 from detailflow.progress import progress_bar
 from detailflow.runs import RUN_FILE, RunFolder, as_plain
@@ -396,15 +396,9 @@ def _damaged(file: Path) -> DetailFlowError:
     return DetailFlowError(f"{file} is damaged, for its checksum is not the manifest's: extract the tokens again")
 
 
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DetailFlowError(
-            f"{directory} cannot be written ({error.strerror}): repeat the command to go on once it can, "
-            "or choose another folder"
-        ) from error
+def _writing(directory: Path) -> AbstractContextManager[None]:
+    hint = "repeat the command to go on once it can, or choose another folder"
+    return explained(f"{directory} cannot be written", OSError, hint)
 
 
 def _check_size(file: Path, expected: int) -> None:

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from detailflow.data.decode import REMEDIES, explained, image_suffixes
+from detailflow.data.decode import REMEDIES, image_suffixes
 from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.source import ImageSource, Notes, labelled
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, explained
 from detailflow.progress import progress_bar
 
 _READERS = 8  # shards whose headers are read at once, for storage that answers slowly

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from detailflow import hub
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError, os_errors, printable
 from detailflow.files import read_json, replacing
 from detailflow.machine import device_name
 from detailflow.published import Kind
@@ -118,7 +118,7 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write report.json, report.md and the PNG files to `folder`: each whole or not at all, the JSON file last."""
         content = json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n"
-        try:
+        with os_errors(f"cannot write the report to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:  # which puts the files in place in the opposite order, once all are written
                 for name, text in ((JSON_FILE, content), (MARKDOWN_FILE, self.markdown())):
@@ -128,8 +128,6 @@ class Report:
                     draw(plot, stack.enter_context(replacing(folder / f"{plot.name}.png")))
                 for picture in self.pictures:
                     picture.image.save(stack.enter_context(replacing(folder / f"{picture.name}.png")), format="PNG")
-        except OSError as error:
-            raise DetailFlowError(f"cannot write the report to {folder}: {error.strerror or error}") from error
 
     def markdown(self) -> str:
         """Return the report as Markdown."""

@@ -20,7 +20,7 @@ from detailflow.data.batches import note_unreadable
 from detailflow.data.images import ImageSource, open_images, spread, tolerated
 from detailflow.data.transforms import center_crop
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowError, first_line
+from detailflow.errors import DetailFlowError, explained
 from detailflow.evaluation.metrics import Gaussian
 from detailflow.files import check_regular, writing
 from detailflow.runs import RunFolder
@@ -264,13 +264,11 @@ class NpzImages:
     def image(self, index: int) -> Image.Image:
         """Return an image as RGB."""
         size = math.prod(self._image)
-        try:
+        with explained(f"{self.where} is damaged and cannot be read", _DAMAGE):
             self._member.seek(self._offset + index * size)
             content = self._member.read(size)
             if len(content) < size:
                 raise EOFError(f"it ends at image {index}")
-        except _DAMAGE as error:
-            raise DetailFlowError(f"{self.where} is damaged and cannot be read ({first_line(error)})") from error
         pixels = np.frombuffer(content, np.uint8).reshape(*self.side, -1)
         return Image.fromarray(np.broadcast_to(pixels, (*self.side, 3)))  # grey is the same in all three
 
@@ -279,16 +277,12 @@ def _open_npz(file: Path) -> tuple[NpzImages | None, Statistics | None]:
     """Open the images and read the statistics in a file, either of which may be missing."""
     if not file.exists():
         raise DetailFlowError(f"{file} does not exist: give an .npz file, a folder or another set of images")
-    try:
+    with explained(f"{file} is damaged, or no .npz file", _DAMAGE):
         check_regular(file)
         with zipfile.ZipFile(file) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
         images = NpzImages(file) if IMAGES in names else None
         statistics = _read_statistics(file, names) if {"mu", "sigma"} <= names else None
-    except DetailFlowError:
-        raise
-    except _DAMAGE as error:
-        raise DetailFlowError(f"{file} is damaged, or no .npz file ({first_line(error)})") from error
     if images is None and statistics is None:
         raise DetailFlowError(
             f"{file} has neither images ({IMAGES}) nor statistics (mu and sigma), "

@@ -7,7 +7,7 @@ from types import FrameType
 
 import uvicorn
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, explained
 from detailflow.serving.app import App
 
 KEEP_ALIVE = 75  # seconds that an idle connection stays open: more than the usual reverse proxy keeps one
@@ -23,7 +23,8 @@ def listen(host: str, port: int) -> socket.socket:
     """
     if not 0 <= port < 2**16:
         raise DetailFlowError(f"--port must be 0 to {2**16 - 1}, not {port}")
-    try:
+    problem, hint = f"cannot listen on {host} port {port}", "give another --host or --port"
+    with explained(problem, (OSError, UnicodeError), hint):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
@@ -33,11 +34,6 @@ def listen(host: str, port: int) -> socket.socket:
         except BaseException:
             listener.close()
             raise
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DetailFlowError(
-            f"cannot listen on {host} port {port} ({reason}): give another --host or --port"
-        ) from error
     return listener
 
 

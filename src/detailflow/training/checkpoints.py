@@ -9,7 +9,7 @@ from typing import Any
 
 from detailflow.data.tokens import STORE_FILES
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, explained
 from detailflow.files import replacing
 from detailflow.published import CONFIG_FILE
 from detailflow.runs import (
@@ -185,7 +185,7 @@ def save_checkpoint(
     folders = [*([MILESTONES] if milestone else []), *([BEST] if best is not None else []), CHECKPOINTS]
     first, *copies = [output / folder / name for folder in folders]
     path = output / CHECKPOINTS / name
-    try:
+    with explained(f"{path}: the checkpoint cannot be written", OSError):
         validation, comparable = best or (None, None)
         content = {"step": step, "validation": validation, "comparable": comparable, "state": state}
         first.parent.mkdir(exist_ok=True)
@@ -197,8 +197,6 @@ def save_checkpoint(
         for older in checkpoints(output, BEST) if best is not None else []:
             if older.name != name:
                 older.unlink(missing_ok=True)
-    except OSError as error:
-        raise DetailFlowError(f"{path}: the checkpoint cannot be written ({error.strerror or error})") from error
     left = keep - 1
     for older in [other for other in checkpoints(output) if step_of(other) < step]:  # a newer one is damaged
         if left < 1:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from detailflow.data.batches import ImageBatches, StreamedBatches
 from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowError
-from detailflow.files import os_errors
+from detailflow.errors import DetailFlowError, os_errors
 from detailflow.progress import bar_width
 from detailflow.runs import FEATURES_FILE
 from detailflow.tensors import save_torch

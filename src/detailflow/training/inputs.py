@@ -11,7 +11,7 @@ from detailflow import hub
 from detailflow.data.images import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.tokens import TokenStore
-from detailflow.errors import DetailFlowError
+from detailflow.files import reading
 from detailflow.published import Kind
 
 MOST_CLASSES = 2000  # whose counts are kept
@@ -64,11 +64,8 @@ def files_input(path_or_name: str | None, at_start: bool = False) -> Input | Non
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(_weight_files(path)):
-        try:
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise DetailFlowError(f"could not read {file}: {error.strerror or error}") from error
+        with reading(file), file.open("rb") as opened:
+            content = hashlib.file_digest(opened, "sha256").hexdigest()
         digest.update(f"{'' if path.is_file() else file.name} {content}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from detailflow.device import precision_dtype
 from detailflow.distributed import World, lost
-from detailflow.errors import DetailFlowError, first_line
-from detailflow.files import check_utf8, os_errors
+from detailflow.errors import DetailFlowError, first_line, os_errors
+from detailflow.files import check_utf8
 from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
 from detailflow.progress import bar_width

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowError, missing_package
+from detailflow.errors import DetailFlowError, missing_package, reason_of
 from detailflow.files import open_own, read_text, reading, writing
 from detailflow.training.report import HISTORY_FILE, read_history
 
@@ -146,8 +146,7 @@ def _writing(what: str, output: Path) -> Iterator[None]:
     except DetailFlowError:
         raise
     except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise DetailFlowError(f"cannot write {what} to {output}: {reason or error or type(error).__name__}") from error
+        raise DetailFlowError(f"cannot write {what} to {output}: {reason_of(error)}") from error
 
 
 def _without_tensorboard(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
