@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from detailflow import DetailFlowError, DetailFlowGPT, DetailFlowPipeline, GPTConfig
 from detailflow.benchmark import BenchmarkConfig, make_cases
+from detailflow.cli import bench
 from detailflow.cli.main import main
 from detailflow.distributed import World
 from detailflow.generation import image_generator
@@ -136,7 +137,9 @@ def test_evaluate(folder: Path, unlabelled: Path, feature_file: Path, tmp_path: 
 
 
 def test_bench(free: DetailFlowPipeline, folder: Path, capsys: Any):
-    for case in make_cases(free, 2, BenchmarkConfig(), other=None).values():
+    args = bench.parser().parse_args([])
+    config = BenchmarkConfig(**{field.name: getattr(args, field.name) for field in fields(BenchmarkConfig)})
+    for case in make_cases(free, 2, config, other=None).values():
         case.run()
     assert run(folder, "bench", "--accuracy", "--dtypes", "float32") == 0
     assert "float32" in capsys.readouterr().out

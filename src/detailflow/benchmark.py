@@ -49,19 +49,19 @@ Progress = Callable[[str], object]  # called with the name of what comes next
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to time; see `detailflow bench --help`."""
+    """What to time; `detailflow bench --help` says what each setting is, and its default."""
 
-    model: str | None = None
-    tokenizer: str | None = None
-    random_weights: bool = False
-    batch_sizes: Sequence[int] = (1, 8)
-    dtypes: Sequence[str] = ("float32", "bfloat16")
-    device: str | None = None
-    compile: bool = False
-    naive: bool = True
-    repeats: int = 5
-    other: str | None = None
-    engine: EngineName = "auto"
+    model: str | None
+    tokenizer: str | None
+    random_weights: bool
+    batch_sizes: Sequence[int]
+    dtypes: Sequence[str]
+    device: str | None
+    compile: bool
+    naive: bool
+    repeats: int
+    other: str | None
+    engine: EngineName
 
 
 class RecomputingGPT(Engine):

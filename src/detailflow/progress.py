@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+LONG_RUN: dict[str, Any] = {"delay": 0, "leave": True, "disable": False}  # a run's own bar: at once, also in a log file
 PERCENT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # for decoding steps, which say nothing to users
 
 

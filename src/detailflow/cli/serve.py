@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detailflow.cli.common import Parser, add_model_options
 from detailflow.errors import DetailFlowError
-from detailflow.serving.config import Timeout, Window, check_queue
+from detailflow.serving.config import ServeConfig, Timeout, Window, check_queue
 from detailflow.settings import BatchSize, PositiveInt
 
 KEY_VARIABLE = "DETAILFLOW_API_KEY"
@@ -26,14 +26,14 @@ def parser() -> Parser:
     result.option("--no-auth", bool, help="ask for no key, even beyond this machine")
     result.option("--access-log", bool, help="a line for each request")
     result.heading("batches")
-    result.option("--max-batch", BatchSize, 16, "images at once", "N")
+    result.option("--max-batch", BatchSize, ServeConfig.max_batch, "images at once", "N")
     window = "wait so long for a fuller batch while several clients ask"
-    result.option("--batch-window", Window, 10.0, window, "MS")
+    result.option("--batch-window", Window, ServeConfig.batch_window, window, "MS")
     result.heading("limits")
-    result.option("--max-queue", PositiveInt, 256, "images that may wait: --max-images or more", "N")
-    result.option("--max-images", PositiveInt, 16, "images of a request", "N")
-    result.option("--max-upload", PositiveInt, 10, "of an uploaded image", "MB")
-    result.option("--timeout", Timeout, 120.0, "seconds for a request", "S")
+    result.option("--max-queue", PositiveInt, ServeConfig.max_queue, "images that may wait: --max-images or more", "N")
+    result.option("--max-images", PositiveInt, ServeConfig.max_images, "images of a request", "N")
+    result.option("--max-upload", PositiveInt, ServeConfig.max_upload // 2**20, "of an uploaded image", "MB")
+    result.option("--timeout", Timeout, ServeConfig.timeout, "seconds for a request", "S")
     add_model_options(result, tokenizer=True)
     result.option("--model-name", help="what clients call the model", metavar="NAME")
     return result
@@ -48,7 +48,6 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.data.decode import MAX_PIXELS_VARIABLE, max_pixels
     from detailflow.pipeline import DetailFlowPipeline
     from detailflow.serving.app import create_app
-    from detailflow.serving.config import ServeConfig
     from detailflow.serving.server import Server, is_loopback, listen, url
 
     pixels = max_pixels() if MAX_PIXELS_VARIABLE in os.environ else ServeConfig.max_pixels

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from detailflow import hub
 from detailflow.errors import DetailFlowError
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
+from detailflow.models.layers import convolution
 from detailflow.models.loading import load_weights
 from detailflow.tensors import WEIGHTS_FILE, read_metadata, read_state_dict, read_tensors
 from detailflow.torch_files import load_torch
@@ -140,10 +141,8 @@ class ResidualFeatures(nn.Module):
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         widths = (3, width, 2 * width, 4 * width, 4 * width)
-        self.enter = nn.ModuleList(_convolution(i, o) for i, o in pairwise(widths))
-        self.refine = nn.ModuleList(
-            nn.Sequential(_convolution(w, w), _convolution(w, w)) for w in (2 * width, 4 * width)
-        )
+        self.enter = nn.ModuleList(convolution(i, o) for i, o in pairwise(widths))
+        self.refine = nn.ModuleList(nn.Sequential(convolution(w, w), convolution(w, w)) for w in (2 * width, 4 * width))
         self.head = nn.Linear(4 * width, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,10 +157,6 @@ class ResidualFeatures(nn.Module):
         x = F.max_pool2d(self.enter[3](x), 2)
         features = (x + self.refine[1](x)).mean((2, 3))
         return features, self.head(features)
-
-
-def _convolution(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.GELU())
 
 
 def _residual(path: Path, device: torch.device) -> NormalizedNetwork:

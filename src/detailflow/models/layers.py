@@ -75,11 +75,16 @@ class ViTConfig(Settings):
         return self.mlp  # type: ignore[return-value]  # never None after __post_init__
 
 
+def _converts(weight: Tensor, x: Tensor) -> bool:
+    """Return whether weights are bfloat16 and their input is float32, in which is then computed."""
+    return x.dtype == torch.float32 and weight.dtype == torch.bfloat16
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in float32 for input of that type if its weights are bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 and self.weight.dtype == torch.bfloat16:
+        if _converts(self.weight, x):
             return F.linear(x, self.weight.float(), self.bias.float())
         return super().forward(x)
 
@@ -88,7 +93,7 @@ class LayerNorm(nn.LayerNorm):
     """A norm that computes in float32 for input of that type if its weights are bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 and self.weight.dtype == torch.bfloat16:
+        if _converts(self.weight, x):
             return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
         return super().forward(x)
 
@@ -151,6 +156,11 @@ class Block(nn.Module):
         attended, own = self.attn(self.norm1(x), past, mask)
         x = x + attended
         return x + self.mlp(self.norm2(x)), own
+
+
+def convolution(inputs: int, outputs: int) -> nn.Sequential:
+    """Return a 3×3 convolution with batch normalization and a GELU, of which the small feature networks are made."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.GELU())
 
 
 def has_patches(images: Tensor, patch: int) -> bool:

@@ -13,7 +13,8 @@ from detailflow.data.batches import ImageBatches, StreamedBatches
 from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, os_errors
-from detailflow.progress import bar_width
+from detailflow.models.layers import convolution
+from detailflow.progress import LONG_RUN, progress_bar
 from detailflow.runs import FEATURES_FILE
 from detailflow.tensors import save_torch
 from detailflow.torch_files import load_torch
@@ -32,8 +33,8 @@ class FeatureNetwork(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         pairs = zip((3, *FEATURE_WIDTHS[:-1]), FEATURE_WIDTHS, strict=True)
-        self.enter = nn.ModuleList(_convolution(i, o) for i, o in pairs)
-        self.refine = nn.ModuleList(_convolution(w, w) for w in FEATURE_WIDTHS)
+        self.enter = nn.ModuleList(convolution(i, o) for i, o in pairs)
+        self.refine = nn.ModuleList(convolution(w, w) for w in FEATURE_WIDTHS)
         self.head = nn.Linear(FEATURE_WIDTHS[-1], num_classes)
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -54,10 +55,6 @@ class FeatureNetwork(nn.Module):
     def alignment_target(self, images: Tensor) -> Tensor:
         """(B, 3, R, R) → (B, `width`) float32, the mean over the last map, as `SigLIP2.alignment_target`."""
         return self.features(images)[-1].float().mean((2, 3))
-
-
-def _convolution(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.GELU())
 
 
 def train_classifier(
@@ -117,8 +114,6 @@ def _train(
     make_batches: Callable[[], ImageBatches | StreamedBatches],
     heartbeat: Callable[[], None],
 ) -> None:
-    from tqdm import tqdm
-
     torch.manual_seed(config.loop.seed)
     images = make_batches()
     steps = config.classifier_epochs * images.steps_per_epoch
@@ -128,7 +123,7 @@ def _train(
             heartbeat()
             yield batch
 
-    with tqdm(heard(images), total=steps, desc="features", unit="step", **bar_width()) as bar:
+    with progress_bar(heard(images), desc="features", unit="step", total=steps, **LONG_RUN) as bar:
         device = next(network.parameters()).device
         accuracy = train_classifier(network, bar, steps, precision_dtype(config.loop.precision, device), device)
     _log.info("feature network: %s of the last training images recognised", f"{accuracy:.1%}")

@@ -26,7 +26,7 @@ from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
-from detailflow.progress import bar_width
+from detailflow.progress import LONG_RUN, progress_bar
 from detailflow.training.config import Extraction
 from detailflow.training.passes import draw_position
 from detailflow.training.validation import split
@@ -183,8 +183,6 @@ class _Extractor:
     @torch.no_grad()
     def run(self) -> None:
         """Extract them, the n-th of each rank at about the same time."""
-        from tqdm import tqdm
-
         count, total = self.world.size, len(self.source)
         mine = self.todo[self.world.rank :: count]
         passes = [part for chunk in mine for part in self._passes(chunk)]
@@ -194,9 +192,10 @@ class _Extractor:
         done = total - sum(len(self.writer.slots(chunk)) for chunk in self.todo)
         if done and self.world.is_main:
             _log.info("%s: going on after %d of %d images", self.writer.directory, done, total)
-        hidden = not self.world.is_main
         desc = "tokens (held out)" if self.writer.directory.name == VALIDATION else "tokens"
-        with tqdm(total=total, initial=done, desc=desc, unit="img", disable=hidden, **bar_width()) as self.bar:
+        with progress_bar(
+            desc=desc, unit="img", total=total, main=self.world.is_main, initial=done, **LONG_RUN
+        ) as self.bar:
             try:
                 for first in range(0, len(self.todo), count):
                     chunks = self.todo[first : first + count]

@@ -27,7 +27,7 @@ from detailflow.errors import DetailFlowError, first_line, os_errors
 from detailflow.files import check_utf8
 from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
-from detailflow.progress import bar_width
+from detailflow.progress import LONG_RUN, progress_bar
 from detailflow.runs import BEST, CHECKPOINTS, FEATURES_FILE, RUN_FILE, checkpoints, read_checkpoint
 from detailflow.seeds import mixed_seed
 from detailflow.training.checkpoints import LONGER_FROM, claim, go_on, load_checkpoint, run_folder, save_checkpoint
@@ -173,21 +173,19 @@ class _Training:
 
     def train(self, start: int) -> None:
         """Take the steps from `start` on, all or until validation stalls; after the last one there is a checkpoint."""
-        from tqdm import tqdm
-
         loop, run, world = self.loop, self.run, self.world
         self.done = start
         self.speed = _Speed(run, start)
         if world.is_main and start:
             _log.info("%s: going on from step %d", self.output, start)
         batches = self.stage.batches(start)
-        progress: dict[str, Any] = dict(
-            desc=TITLES.get(run.kind, run.kind), unit="step", disable=not world.is_main, **bar_width()
-        )
+        desc = TITLES.get(run.kind, run.kind)
         with (
             _StopOnSignal() as stopping,
             Trackers(loop.trackers, self.output, run.kind, asdict(run.config), start, world) as trackers,
-            tqdm(total=loop.steps, initial=start, **progress) as bar,
+            progress_bar(
+                desc=desc, unit="step", total=loop.steps, main=world.is_main, initial=start, **LONG_RUN
+            ) as bar,
         ):
             if start == 0 and loop.val_every and getattr(run.config, "init", None):
                 self._log_start(trackers)
