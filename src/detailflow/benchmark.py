@@ -41,6 +41,7 @@ from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.sampling import EngineName
+from detailflow.words import several
 
 FIRST = next(iter(ZOO))
 Begin = Callable[[DetailFlowGPT, Tensor, bool], Engine]  # an engine
@@ -268,7 +269,7 @@ class Report:
 
     def __str__(self) -> str:
         cells = [[*HEADER, "bound by", "peak MiB"], *(row.cells() for row in self.rows)]
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}, {self.clock}"
+        threads = f"{several(self.threads, 'thread')}, {self.clock}"
         lines = [f"{self.machine}, torch {self.torch}, {threads}", self.model]
         lines += [f"ceilings, {dtype}: {ceilings}" for dtype, ceilings in self.ceilings.items()]
         return "\n".join([*lines, "", *aligned(cells)])

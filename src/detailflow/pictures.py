@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from detailflow.errors import DetailFlowError
 from detailflow.files import writing
+from detailflow.words import several
 
 SMALLEST_TILE = 128  # pixels; smaller images are enlarged by the smallest whole factor that reaches it
 GAP = 4
@@ -77,7 +78,7 @@ def check_ours(paths: Iterable[Path], command: str) -> int:
 
 def in_place_of(earlier: int) -> str:
     """Return the end of a sentence on files that were written: how many earlier ones they replaced, if any."""
-    return f" in place of {earlier} earlier file{'s' if earlier > 1 else ''}" if earlier else ""
+    return f" in place of {several(earlier, 'earlier file')}" if earlier else ""
 
 
 def is_overview(path: str) -> bool:
@@ -134,7 +135,7 @@ def strip(stages: Sequence[StageLike], image: int = 0, original: Image.Image | N
     for stage in stages:
         psnr = getattr(stage, "psnr", None)
         tiles.append(stage.images[image])
-        caption = f"{stage.num_tokens} token{'s' if stage.num_tokens > 1 else ''}"
+        caption = several(stage.num_tokens, "token")
         captions.append([caption] if psnr is None else [caption, f"{psnr:.1f} dB"])
     if original is not None:
         tiles, captions = [*tiles, original], [*captions, ["original"]]

@@ -6,6 +6,7 @@ from pathlib import Path
 from detailflow.cli.common import Parser, add_model_options, add_output_option, check_output
 from detailflow.errors import DetailFlowError
 from detailflow.progress import progress_bar
+from detailflow.words import several
 
 
 def parser() -> Parser:
@@ -56,5 +57,5 @@ def main(argv: Sequence[str]) -> int:
         if args.full_size:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         write_png(image, path, "decoded")
-    print(f"wrote {len(paths):,} image{'s' if len(paths) > 1 else ''} to {args.output}{in_place_of(earlier)}")
+    print(f"wrote {several(len(paths), 'image')} to {args.output}{in_place_of(earlier)}")
     return 0

@@ -8,6 +8,7 @@ from detailflow.cli.common import Parser, add_model_options, check_output
 from detailflow.cli.inputs import Inputs, add_image_options
 from detailflow.errors import DetailFlowError
 from detailflow.progress import progress_bar
+from detailflow.words import several
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
     tokens.append(_encoded(tokenizer, waiting))
     codes = np.concatenate(tokens)[:, :count]
     TokenFile(codes, np.array(sizes), tuple(names), tokenizer.fingerprint()).write(args.output)
-    images = f"{'each of ' * (len(names) > 1)}{len(names):,} image{'s' if len(names) > 1 else ''}"
-    print(f"wrote {count} token{'s' if count > 1 else ''} of {images} to {args.output}{instead}")
+    images = f"{'each of ' * (len(names) > 1)}{several(len(names), 'image')}"
+    print(f"wrote {several(count, 'token')} of {images} to {args.output}{instead}")
     inputs.report_left_out()
     return 0
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from detailflow.cli.settings import read_request
+from detailflow.words import several
 
 SUMMARY = (
     "Write the tokens of every image, with and without planted mistakes, to a token store for `detailflow train gpt`."
@@ -19,5 +20,5 @@ def main(argv: Sequence[str]) -> int:
         store = extract(request.settings, request.output, request.device)
         if World.from_launch().is_main:
             crops = store.info.crops
-            print(f"{len(store)} images, {crops} crop{'s' if crops > 1 else ''} each, in {request.output}")
+            print(f"{len(store)} images, {several(crops, 'crop')} each, in {request.output}")
     return 0

@@ -15,6 +15,7 @@ from detailflow.cli.common import (
 from detailflow.errors import DetailFlowError
 from detailflow.progress import PERCENT, progress_bar
 from detailflow.settings import BatchSize, PositiveInt, Seed, listed
+from detailflow.words import several
 
 if TYPE_CHECKING:
     from detailflow.distributed import World
@@ -153,4 +154,4 @@ def _few(
         captions = [pipeline.class_name(label) for label in classes for _ in range(per_class)]
         rows = (per_class if per_class > 1 else None, captions) if pipeline.labels.count else ()
         write_png(grid(shown, *rows), args.output / "grid.png", "grid")
-    print(f"wrote {len(labels)} image{'s' if len(labels) > 1 else ''} to {args.output}{in_place_of(earlier)}")
+    print(f"wrote {several(len(labels), 'image')} to {args.output}{in_place_of(earlier)}")

@@ -21,6 +21,7 @@ from detailflow.cli.inputs import Inputs, add_image_options
 from detailflow.errors import DetailFlowError
 from detailflow.progress import PERCENT, progress_bar
 from detailflow.settings import PositiveInt, Seed
+from detailflow.words import several
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
             write_png(sheet, args.output / f"{name}-variations.png", "variations")
     done = len(inputs.names) - len(inputs.left_out)
     each = f"of each of {done} images" if done > 1 else f"of {inputs.names[0]}"
-    print(f"wrote {len(names)} variation{'s' if len(names) > 1 else ''} {each} to {args.output}{in_place_of(earlier)}")
+    print(f"wrote {several(len(names), 'variation')} {each} to {args.output}{in_place_of(earlier)}")
     inputs.report_left_out()
     return 0
 
@@ -129,20 +130,16 @@ def variation_tiles(
         (image,) = pipeline.vary(tokens, keep=n, num_tokens=n, size=subject.size)
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
-    first = (shown(len(tokens)), _counted(len(tokens))) if original is None else (original, "original")
+    first = (shown(len(tokens)), several(len(tokens), "token")) if original is None else (original, "original")
     tiles, variations = list[tuple[Image.Image, str]](), list[Image.Image]()
     for keep in keeps:
-        tiles += [first, (shown(keep), _counted(keep))]
+        tiles += [first, (shown(keep), several(keep, "token"))]
         for label in classes:
             images = pipeline.vary(tokens, keep=keep, label=label, size=subject.size, **options)
             name = "no class" if label is None else pipeline.class_name(label)
             tiles += [(image, name) for image in images]
             variations += images
     return tiles, variations
-
-
-def _counted(tokens: int) -> str:
-    return f"{tokens} token{'s' if tokens > 1 else ''}"
 
 
 def _inputs(args: argparse.Namespace, pipeline: "DetailFlowPipeline", keep: int) -> Inputs:

@@ -19,6 +19,7 @@ from detailflow.data.decode import REMEDIES, image_size, load_rgb
 from detailflow.errors import DetailFlowError, NotThereError, explained, one_line, printable
 from detailflow.files import check_regular, similar
 from detailflow.labels import UNLABELLED
+from detailflow.words import several
 
 _CLASSES_SHOWN, _NAMES_SHOWN, _KINDS_SHOWN = 10, 3, 6  # more are only counted
 _SIZES_READ = 256  # images whose headers are read for a summary
@@ -97,12 +98,12 @@ def describe_classes(counts: Mapping[str, int], total: int | None = None) -> str
     """
     labels = sum(counts.values())
     total = labels if total is None else total
-    images = f"{total:,} image{'s' * (total != 1)}"
+    images = several(total, "image")
     if labels > total:
         images += f" with {labels:,} labels"
     if tuple(counts) == UNLABELLED:
         return f"{images} without classes"
-    classes = f"{images} in {len(counts):,} class{'es' * (len(counts) != 1)}"
+    classes = f"{images} in {several(len(counts), 'class')}"
     if len(counts) <= _CLASSES_SHOWN:
         return f"{classes} ({', '.join(f'{name} {number:,}' for name, number in counts.items())})"
     fewest, most = min(counts.values()), max(counts.values())
@@ -126,7 +127,7 @@ def describe_amount(images: int) -> str:
         can = "are what CIFAR-10 has: most classes become recognisable at small sizes, after hours rather than minutes."
     else:
         can = "are many: the size of the model and the time of training are the limit, not the images."
-    return f"{images:,} image{'s' * (images != 1)} {can}"
+    return f"{several(images, 'image')} {can}"
 
 
 def size_range(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.source import ImageSource, Notes, labelled
 from detailflow.errors import DetailFlowError, explained
 from detailflow.progress import progress_bar
+from detailflow.words import several
 
 _READERS = 8  # shards whose headers are read at once, for storage that answers slowly
 _LONGEST_NAME = 1024  # characters of a member's name, since every key takes the memory of the longest
@@ -89,7 +90,7 @@ def open_shards(found: DataFiles, image_column: str, label_column: str) -> Image
         for kind, names in shard.notes.left_aside.items():
             notes.leave(kind, *names)
     if cut := [file for file, shard in zip(files, shards, strict=True) if not shard.ended]:
-        others = f" and {len(cut) - 1:,} other shard{'s' * (len(cut) > 2)}" if len(cut) > 1 else ""
+        others = f" and {several(len(cut) - 1, 'other shard')}" if len(cut) > 1 else ""
         notes.warnings.append(
             f"files may be missing from {cut[0]}{others}, as no mark of an archive's end follows: copy such a shard "
             "again, or write it again and close it"
@@ -235,9 +236,8 @@ class _Members:
         unused = [f"{key}.{'cls' if key in self.cls_labels else 'json'}" for key in labels if key not in taken]
         self.notes.leave("label file without an image", *unused)
         if self.replaced:
-            count = f"{len(self.replaced):,} file{'s' * (len(self.replaced) > 1)}"
             first = f"(the first: {self.replaced[0]}): the last of each name is taken"
-            self.notes.warnings.append(f"{file} holds {count} twice {first}")
+            self.notes.warnings.append(f"{file} holds {several(len(self.replaced), 'file')} twice {first}")
         return _Shard(spans, of_keys, self.notes, ended)
 
 

@@ -27,11 +27,11 @@ from detailflow.training.plan import (
     plan_tokenizer,
     planned_world,
     rough_bytes,
-    several,
 )
 from detailflow.training.presets import AllStages, StageSettings, stage_settings
 from detailflow.training.run_report import PAGE_FILE, write_run_report
 from detailflow.training.tokenizer import train_tokenizer
+from detailflow.words import several
 
 TOKEN_BYTES = 3 * 2  # of each token of a crop: three rows of 16-bit codes
 _log = logging.getLogger(__name__)

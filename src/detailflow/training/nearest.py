@@ -15,6 +15,7 @@ from detailflow.data.images import ImageSource
 from detailflow.data.transforms import center_crop, to_tensor
 from detailflow.errors import DetailFlowError
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
+from detailflow.words import several
 
 BATCH = 64  # images at once
 LARGEST_SIDE = 128  # pixels of the images that are compared; larger ones tell no more and take longer
@@ -116,5 +117,5 @@ def verdict(samples: Tensor, unseen: Tensor | None, unfinished: str = "") -> str
             f"the training images ({found})."
         )
     if len(unseen) < FEW:
-        text += f" With only {len(unseen)} held-out image{'s' * (len(unseen) > 1)}, take that as a hint and no more."
+        text += f" With only {several(len(unseen), 'held-out image')}, take that as a hint and no more."
     return text

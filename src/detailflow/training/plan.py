@@ -32,6 +32,7 @@ from detailflow.training.extract import code_rows
 from detailflow.training.gpt import GPTStage, model_config
 from detailflow.training.teachers import image_count, open_source
 from detailflow.training.tokenizer import TokenizerStage, count_of_steps
+from detailflow.words import several
 
 UTILIZATION = {"cpu": 0.5, "gpu": 0.4}  # of the measured ceiling that training is assumed to reach
 TRAINED, AUXILIARY, FROZEN = "trained", "trained, not kept", "frozen"
@@ -334,11 +335,6 @@ def extraction_seconds(
             code_rows(model, crops, torch.zeros(count, dtype=torch.long), torch.Generator(), config.mistakes).cpu()
         times.append(time.perf_counter() - start)
     return min(times) / count * images * config.num_crops / world.size
-
-
-def several(number: int, word: str) -> str:
-    """Return "1 crop", "2,000 crops" or "3 classes"."""
-    return f"{number:,} {word}" + ("" if number == 1 else "es" if word.endswith("s") else "s")
 
 
 def _count(value: float) -> str:

@@ -14,6 +14,7 @@ from detailflow.data.transforms import to_tensor, to_uint8
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.training.validation import sample_crops
+from detailflow.words import several
 
 PICTURES = 8  # images in each
 
@@ -38,7 +39,7 @@ def draw_reconstructions(model: DetailFlowTokenizer, originals: Tensor, mistakes
     shown = sorted(counts & set(schedule.valid_counts))
     side = (model.config.image_size,) * 2
     by_count = [F.interpolate(model.decode(ids[:, :n]).float(), side, mode="bilinear") for n in shown]
-    mistaken, captions = [model.decode(ids)], [_tokens(schedule.num_tokens)]
+    mistaken, captions = [model.decode(ids)], [several(schedule.num_tokens, "token")]
     for position in sorted({0, schedule.prefix if schedule.prefix < schedule.num_tokens else 0}):
         end = schedule.span_end(position)
         z = model.encode_latents(model.encode_patches(images), schedule.num_tokens)[:, position:end]
@@ -50,13 +51,9 @@ def draw_reconstructions(model: DetailFlowTokenizer, originals: Tensor, mistakes
         captions += [wrong, f"{wrong}\nlater ones corrected"]
     model.train()
     return {
-        "reconstructions": _table(originals, by_count, [_tokens(n) for n in shown]),
+        "reconstructions": _table(originals, by_count, [several(n, "token") for n in shown]),
         "mistakes": _table(originals, mistaken, captions),
     }
-
-
-def _tokens(count: int) -> str:
-    return f"{count} token{'s' if count > 1 else ''}"
 
 
 def _table(originals: Tensor, columns: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:

@@ -50,6 +50,7 @@ from detailflow.training.run_report_text import (
     uses,
     with_options,
 )
+from detailflow.words import several
 
 _log = logging.getLogger(__name__)
 PAGE_FILE, TEMPLATE = "report.html", "run_report.jinja"
@@ -265,7 +266,7 @@ class _Run:
         which = "held-out" if self.held else "training"
         return groups, Table(
             [["tokens", *map(str, counts)], ["PSNR, dB", *(f"{mean:.2f}" for mean in means)]],
-            f"Mean over {len(originals):,} {which} image{'s' * (len(originals) != 1)}.",
+            f"Mean over {several(len(originals), f'{which} image')}.",
         )
 
     def _unfinished(self, psnr: Table) -> str:
