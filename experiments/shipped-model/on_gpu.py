@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from detailflow.training.report import read_history
+from detailflow.training.tracking import read_history
 
 RECIPE = Path(__file__).parent / "gpu"
 STAGES = ("tokenizer", "gpt", "decoder")

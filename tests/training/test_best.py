@@ -20,7 +20,7 @@ from detailflow.runs import checkpoints, step_of
 from detailflow.training import loop
 from detailflow.training.config import LoopConfig
 from detailflow.training.loop import Run
-from detailflow.training.report import read_history
+from detailflow.training.tracking import read_history
 
 
 @dataclass(frozen=True)

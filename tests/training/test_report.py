@@ -10,7 +10,8 @@ from PIL import Image
 
 from detailflow.cli.main import main
 from detailflow.training import loop
-from detailflow.training.report import command_line, draw_curves, read_history, write_report
+from detailflow.training.report import command_line, draw_curves, write_report
+from detailflow.training.tracking import read_history
 
 
 def test_a_log_that_was_cut_short(tmp_path: Path):

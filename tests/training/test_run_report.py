@@ -17,9 +17,9 @@ from detailflow.data.tokens import TokenStore
 from detailflow.errors import DetailFlowWarning
 from detailflow.models import efficientnet
 from detailflow.training import nearest, run_report
-from detailflow.training.report import read_history
 from detailflow.training.run_report import Stage, expectations, write_run_report
 from detailflow.training.run_report_text import hardly_trained, longer_tokenizer, with_options
+from detailflow.training.tracking import read_history
 
 HOSTILE = ("<script>alert(1)<'script>", '"><img src=x onerror=alert(2)>', "{{ 7 * 7 }} & <b>")
 MAY_BE_EMPTY = {"meta", "link", "img", "source", "line", "circle"}

@@ -24,8 +24,8 @@ from detailflow.errors import DetailFlowError
 from detailflow.runs import read_checkpoint
 from detailflow.training.config import Extraction, LoopConfig, TokenizerTraining
 from detailflow.training.extract import extract
-from detailflow.training.report import read_history
 from detailflow.training.tokenizer import TokenizerStage
+from detailflow.training.tracking import read_history
 from detailflow.training.validation import held_out, sample_crops, split
 
 NETWORK = {"width": 16, "depth": 1, "heads": 2}

@@ -29,7 +29,8 @@ from detailflow.runs import (
 )
 from detailflow.tensors import INDEX_FILE, WEIGHTS_FILE, save_torch
 from detailflow.training.inputs import Input, difference
-from detailflow.training.report import CAPTIONS, CURVES_FILE, HISTORY_FILE, REPORT_FILE
+from detailflow.training.report import CAPTIONS, CURVES_FILE, REPORT_FILE
+from detailflow.training.tracking import HISTORY_FILE
 
 _log = logging.getLogger(__name__)
 KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name

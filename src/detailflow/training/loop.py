@@ -33,8 +33,8 @@ from detailflow.seeds import mixed_seed
 from detailflow.training.checkpoints import LONGER_FROM, claim, go_on, load_checkpoint, run_folder, save_checkpoint
 from detailflow.training.config import LoopConfig
 from detailflow.training.inputs import Input
-from detailflow.training.report import TITLES, read_history, write_report
-from detailflow.training.tracking import Trackers
+from detailflow.training.report import TITLES, write_report
+from detailflow.training.tracking import Trackers, read_history
 
 _log = logging.getLogger(__name__)
 AGAIN_SECONDS = 2.0  # after which another Ctrl-C is another wish

@@ -1,7 +1,6 @@
 """The page that a finished run leaves in its folder: figures, curves, pictures and the command."""
 
 import io
-import json
 import math
 import shlex
 import sys
@@ -13,10 +12,11 @@ from typing import Any
 from PIL import Image
 
 from detailflow.errors import printable
-from detailflow.files import read_text, reading, writing
+from detailflow.files import writing
 from detailflow.pictures import write_png
+from detailflow.training.tracking import Record
 
-HISTORY_FILE, REPORT_FILE, CURVES_FILE = "log.jsonl", "report.md", "curves.png"
+REPORT_FILE, CURVES_FILE = "report.md", "curves.png"
 ACROSS = 3  # panels of the curves
 TITLES = {"tokenizer": "tokenizer", "gpt": "AR model"}
 CAPTIONS = {
@@ -24,32 +24,6 @@ CAPTIONS = {
     "mistakes": "The same with planted mistakes, and with the tokens after them corrected",
     "samples": "Samples, a row for each of some classes spread over all",
 }
-
-LARGEST_HISTORY = 2**30  # bytes: a line each 20 steps is some hundred bytes
-Record = Mapping[str, float]
-
-
-def read_history(output: Path) -> list[dict[str, float]]:
-    """Return what a run has logged, a record for each step that was logged."""
-    path, records = output / HISTORY_FILE, []
-    if path.is_file():
-        with reading(path):
-            lines = read_text(path, LARGEST_HISTORY, errors="replace").split("\n")
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):  # the last line of a run that was killed while it wrote, or damage
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int) and _is_number(record["step"]):
-                records.append(
-                    {name: value for name, value in record.items() if name.isprintable() and _is_number(value)}
-                )
-    return records
-
-
-def _is_number(value: Any) -> bool:
-    """Return whether a logged value is a number; those that no float32 can be are damage, and too large to draw."""
-    return isinstance(value, int | float) and not 1e38 <= abs(value) < math.inf
 
 
 def command_line() -> str | None:

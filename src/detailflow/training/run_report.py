@@ -40,7 +40,7 @@ from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.extract import image_names
 from detailflow.training.nearest import Neighbours, embed_images, find_nearest, load_embedding, readable, verdict
 from detailflow.training.presets import load_settings, preset_of
-from detailflow.training.report import TITLES, Record, command_line, curve_png, read_history
+from detailflow.training.report import TITLES, command_line, curve_png
 from detailflow.training.run_report_text import (
     GPT,
     POOR_PSNR,
@@ -50,6 +50,7 @@ from detailflow.training.run_report_text import (
     uses,
     with_options,
 )
+from detailflow.training.tracking import Record, read_history
 from detailflow.words import several
 
 _log = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """Where a run's curves and pictures go: log.jsonl always, TensorBoard and Weights & Biases if they are asked for."""
 
 import json
+import math
 import os
 import secrets
 import threading
@@ -16,10 +17,11 @@ from PIL import Image
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, missing_package, reason_of
 from detailflow.files import open_own, read_text, reading, writing
-from detailflow.training.report import HISTORY_FILE, read_history
 
 TRACKERS = ("tensorboard", "wandb")  # each is named as the package that it needs
-WANDB_ID_FILE = "wandb-id.txt"
+HISTORY_FILE, WANDB_ID_FILE = "log.jsonl", "wandb-id.txt"
+LARGEST_HISTORY = 2**30  # bytes: a line each 20 steps is some hundred bytes
+Record = Mapping[str, float]
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -123,6 +125,29 @@ class Trackers:
                 raise
         finally:
             threading.excepthook = self._hook
+
+
+def read_history(output: Path) -> list[dict[str, float]]:
+    """Return what a run has logged, a record for each step that was logged."""
+    path, records = output / HISTORY_FILE, []
+    if path.is_file():
+        with reading(path):
+            lines = read_text(path, LARGEST_HISTORY, errors="replace").split("\n")
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):  # the last line of a run that was killed while it wrote, or damage
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and _is_number(record["step"]):
+                records.append(
+                    {name: value for name, value in record.items() if name.isprintable() and _is_number(value)}
+                )
+    return records
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a logged value is a number; those that no float32 can be are damage, and too large to draw."""
+    return isinstance(value, int | float) and not 1e38 <= abs(value) < math.inf
 
 
 def run_id(output: Path) -> str:
