@@ -72,7 +72,7 @@ def generation(options: Options, emit: Emit, model: str) -> None:
     """Time whole images and the decoder by every engine, at each batch size, in turns."""
     import torch
 
-    from detailflow.benchmark import RecomputingGPT, decoding_work, generation_work
+    from detailflow.benchmark import RecomputingGPT, decoding_cost, generation_costs
     from detailflow.generation import CachedModel
     from detailflow.graphs import GraphedModel, UnfusedModel
     from detailflow.labels import ClassId
@@ -102,8 +102,8 @@ def generation(options: Options, emit: Emit, model: str) -> None:
             "decode, checked": partial(tokenizer.decode, codes),
             "decode to bytes, graphs": partial(tokenizer.decode_bytes, codes),
         }
-        work = [*generation_work(gpt, batch), decoding_work(tokenizer, codes)]
-        limits = {"graphs": ceilings.limit(work), "decode to bytes, graphs": ceilings.limit(work[-1:])}
+        costs = [*generation_costs(gpt, batch), decoding_cost(tokenizer, codes)]
+        limits = {"graphs": ceilings.limit(costs), "decode to bytes, graphs": ceilings.limit(costs[-1:])}
         timed = in_turns(cases, device, 1 if options.small else 9)
         for what, times in timed.items():
             median = statistics.median(times)

@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from detailflow.benchmark import Case, RecomputingGPT, generation_work, time_in_turns
+from detailflow.benchmark import Case, RecomputingGPT, generation_costs, time_in_turns
 from detailflow.device import choose_device
 from detailflow.generation import CachedModel
 from detailflow.machine import measure_ceilings
@@ -61,7 +61,7 @@ def main() -> None:
             for name, (gpt, batch) in models.items()
         }
         measured = time_in_turns(runs, device, args.repeats)
-        limits = {name: ceilings.limit(generation_work(gpt, batch))[0] for name, (gpt, batch) in models.items()}
+        limits = {name: ceilings.limit(generation_costs(gpt, batch))[0] for name, (gpt, batch) in models.items()}
         table(title, [(name, median(measured[name].seconds), limits[name]) for name in models])
 
     generations("all tokens of one image", [(f"N = {n}", 1, {"num_tokens": n}) for n in (64, 128, 256, 512)])

@@ -42,7 +42,7 @@ def test_each_step_s_operations_and_bytes(pipeline: DetailFlowPipeline, batch: i
     ]
     with_scale = copy.copy(gpt)
     with_scale.config = replace(config, guidance_scale=guidance)
-    assert benchmark.generation_work(with_scale, batch) == expected
+    assert benchmark.generation_costs(with_scale, batch) == expected
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -52,8 +52,8 @@ def test_operations_and_bytes_of_the_decoder(pipeline: DetailFlowPipeline, batch
     patches = (pipeline.tokenizer.schedule.decode_size(n) // decoder.patch_size) ** 2
     operations = matrices(pipeline, "decoder.blocks") * (n + patches) + matrices(pipeline, "decoder.project") * n
     operations += matrices(pipeline, "decoder.to_pixels") * patches + 2 * (n + patches) ** 2 * vit.width * vit.depth
-    work = benchmark.decoding_work(pipeline.tokenizer, torch.zeros(batch, n, dtype=torch.int64))
-    assert work == (4 * matrices(pipeline, "decoder"), 2 * batch * operations)
+    cost = benchmark.decoding_cost(pipeline.tokenizer, torch.zeros(batch, n, dtype=torch.int64))
+    assert cost == (4 * matrices(pipeline, "decoder"), 2 * batch * operations)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -67,14 +67,14 @@ def test_operations_and_bytes_of_the_encoder(pipeline: DetailFlowPipeline, batch
     operations = blocks * (n + patches) + embed * patches + project * n + config.codebook_size * config.codebook_dim * n
     operations += 2 * (patches**2 + n * (n + patches)) * vit.width * vit.depth
     images = torch.zeros(batch, 3, config.image_size, config.image_size)
-    work = benchmark.encoding_work(pipeline.tokenizer, images)
-    assert work == (4 * (blocks + embed + project), 2 * batch * operations)
+    cost = benchmark.encoding_cost(pipeline.tokenizer, images)
+    assert cost == (4 * (blocks + embed + project), 2 * batch * operations)
 
 
 def test_the_limit_is_the_nearer_ceiling_of_each_part():
     ceilings = machine.Ceilings(bandwidth=10.0, flops=100.0)
-    assert ceilings.limit([machine.Work(bytes=20, flops=100)]) == (2.0, "memory")
-    parts = [machine.Work(bytes=20, flops=100), machine.Work(bytes=20, flops=500)]
+    assert ceilings.limit([machine.Cost(bytes=20, flops=100)]) == (2.0, "memory")
+    parts = [machine.Cost(bytes=20, flops=100), machine.Cost(bytes=20, flops=500)]
     assert ceilings.limit(parts) == (7.0, "compute")
 
 
@@ -124,8 +124,8 @@ def test_turns():
 
 def test_medians_and_ratios():
     """Of three rounds; the ratio to the naive loop is that of each round, as a busy machine changes between them."""
-    work = [machine.Work(bytes=0, flops=2.0)]
-    cases = {name: benchmark.Case(lambda: None, work, generates=True) for name in ("naive", "generate")}
+    costs = [machine.Cost(bytes=0, flops=2.0)]
+    cases = {name: benchmark.Case(lambda: None, costs, generates=True) for name in ("naive", "generate")}
     times = {
         "naive": benchmark.Times([10.0, 20.0, 80.0], 7.0),
         "generate": benchmark.Times([5.0, 4.0, 8.0], None),

@@ -29,8 +29,8 @@ from detailflow.generation import (
 from detailflow.hub import ZOO
 from detailflow.machine import (
     Ceilings,
-    Work,
-    count_work,
+    Cost,
+    count_cost,
     device_name,
     measure_ceilings,
     seconds_and_peak,
@@ -107,33 +107,33 @@ def engines(gpt: DetailFlowGPT) -> dict[str, Begin]:
     return found
 
 
-def generation_work(gpt: DetailFlowGPT, batch: int) -> list[Work]:
+def generation_costs(gpt: DetailFlowGPT, batch: int) -> list[Cost]:
     """Count each decoding step's operations, and its bytes of weights and of earlier keys and values."""
     config, tokens = gpt.config, stream(gpt, [0] * batch)
     per_token = 2 * batch * (1 + config.sampling.guided) * config.width * config.depth * gpt.head.weight.itemsize
-    work = [(start, count_work(lambda: next(tokens), gpt)) for start, _ in gpt.schedule.steps]
-    return [Work(step.bytes + start * per_token, step.flops) for start, step in work]
+    costs = [(start, count_cost(lambda: next(tokens), gpt)) for start, _ in gpt.schedule.steps]
+    return [Cost(step.bytes + start * per_token, step.flops) for start, step in costs]
 
 
-def decoding_work(tokenizer: DetailFlowTokenizer, codes: Tensor) -> Work:
+def decoding_cost(tokenizer: DetailFlowTokenizer, codes: Tensor) -> Cost:
     """Count decoding (B, n) codes at side D(n)."""
-    return count_work(lambda: tokenizer.decode(codes), tokenizer.decoder)
+    return count_cost(lambda: tokenizer.decode(codes), tokenizer.decoder)
 
 
-def encoding_work(tokenizer: DetailFlowTokenizer, images: Tensor) -> Work:
+def encoding_cost(tokenizer: DetailFlowTokenizer, images: Tensor) -> Cost:
     """Count encoding (B, 3, R, R) images."""
     encoder = tokenizer.encoder
-    return count_work(
+    return count_cost(
         lambda: tokenizer.encode(images), encoder.blocks, encoder.patch_embed, tokenizer.quantizer.project
     )
 
 
 @dataclass(frozen=True)
 class Case:
-    """A function to time, the work that it cannot avoid (None if unknown), and whether it generates whole images."""
+    """A function to time, what it costs at least (None if unknown), and whether it generates whole images."""
 
     run: Callable[[], object]
-    work: Sequence[Work] | None = None
+    costs: Sequence[Cost] | None = None
     generates: bool = False
 
 
@@ -151,8 +151,8 @@ def make_cases(
         *_, tokens = stream(models.gpt, class_ids, engine=engine)
         return models.tokenizer.decode(tokens)
 
-    *previews, decoding = (decoding_work(tokenizer, codes[:, :n]) for n in tokenizer.schedule.valid_counts)
-    whole = [*generation_work(gpt, batch), decoding]
+    *previews, decoding = (decoding_cost(tokenizer, codes[:, :n]) for n in tokenizer.schedule.valid_counts)
+    whole = [*generation_costs(gpt, batch), decoding]
     cases = {"naive": Case(lambda: images_of(RecomputingGPT), whole, generates=True)} if config.naive else {}
     for name, engine in engines(gpt).items():
         cases[f"generate, {name}"] = Case(lambda engine=engine: images_of(engine), whole, generates=True)  # type: ignore[misc]
@@ -165,7 +165,7 @@ def make_cases(
         cases["other"] = Case(lambda: other(class_ids), generates=True)
     cases["stream"] = Case(lambda: [tokenizer.decode(tokens) for tokens in stream(gpt, class_ids)], whole + previews)
     cases["decode"] = Case(lambda: tokenizer.decode(codes), [decoding])
-    cases["encode"] = Case(lambda: tokenizer.encode(images), [encoding_work(tokenizer, images)])
+    cases["encode"] = Case(lambda: tokenizer.encode(images), [encoding_cost(tokenizer, images)])
     return cases
 
 
@@ -348,9 +348,9 @@ def make_rows(
         middle, naive, limit, bound = median(taken), None, None, None
         if case.generates and "naive" in times:
             naive = median(a / b for a, b in zip(taken, times["naive"].seconds, strict=True))
-        if case.work:
-            limit, bound = ceilings.limit(case.work)
-        kind = dtype if case.work else "its own"
+        if case.costs:
+            limit, bound = ceilings.limit(case.costs)
+        kind = dtype if case.costs else "its own"
         ratios = naive, limit and middle / limit, bound
         yield Row(what, kind, batch, middle, min(taken), max(taken), middle / batch, *ratios, times[what].peak)
 

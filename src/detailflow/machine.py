@@ -21,7 +21,7 @@ MATRIX_SIDES = (1024, 2048, 4096)
 GPU_CALLS = 10  # per measurement, so that the launch of a kernel hardly counts
 
 
-class Work(NamedTuple):
+class Cost(NamedTuple):
     """Bytes to read and floating-point operations to do before anything that follows can begin."""
 
     bytes: float
@@ -35,9 +35,9 @@ class Ceilings:
     bandwidth: float
     flops: float
 
-    def limit(self, work: Sequence[Work]) -> tuple[float, str]:
+    def limit(self, costs: Sequence[Cost]) -> tuple[float, str]:
         """Return the least seconds for parts that run one after the other, and what most of them wait for."""
-        times = [(part.bytes / self.bandwidth, part.flops / self.flops) for part in work]
+        times = [(part.bytes / self.bandwidth, part.flops / self.flops) for part in costs]
         memory = sum(a for a, b in times if a > b)
         compute = sum(b for a, b in times if a <= b)
         return memory + compute, "memory" if memory > compute else "compute"
@@ -64,12 +64,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5)
     return Ceilings(bandwidth, flops)
 
 
-def count_work(function: Callable[[], object], *modules: nn.Module) -> Work:
+def count_cost(function: Callable[[], object], *modules: nn.Module) -> Cost:
     """Call a function; count its operations, and the bytes of all weight matrices of the modules that it uses."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # other kernels may not be counted
         function()
     weights = [m.weight for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
-    return Work(sum(weight.nbytes for weight in weights), counter.get_total_flops())
+    return Cost(sum(weight.nbytes for weight in weights), counter.get_total_flops())
 
 
 def uses_processor_time(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from PIL import Image
 from detailflow.cli.main import main
 from detailflow.data.images import open_images
 from detailflow.errors import DetailFlowError
-from detailflow.training.checkpoints import claim, go_on
+from detailflow.training.checkpoints import go_on, reserve_run
 from detailflow.training.inputs import difference, files_input, images_input
 
 NETWORK = {"width": 16, "depth": 1, "heads": 2}
@@ -127,14 +127,14 @@ def test_a_run_of_an_earlier_version(here: Path):
     They are known by their path once more, and by content from then on.
     """
     config = {"data": "photos", "loop": {}}
-    assert claim(here / "run", "tokenizer", config)
+    assert reserve_run(here / "run", "tokenizer", config)
     inputs = {"data": images_input(open_images("photos"))}
     with pytest.raises(DetailFlowError, match="another data"):
-        claim(here / "run", "tokenizer", config | {"data": "photos/"}, inputs)
-    settings = claim(here / "run", "tokenizer", config, inputs)
+        reserve_run(here / "run", "tokenizer", config | {"data": "photos/"}, inputs)
+    settings = reserve_run(here / "run", "tokenizer", config, inputs)
     assert settings
     go_on(here / "run", settings)
-    assert claim(here / "run", "tokenizer", config | {"data": "photos/"}, inputs)
+    assert reserve_run(here / "run", "tokenizer", config | {"data": "photos/"}, inputs)
 
 
 def test_networks_in_files(here: Path):

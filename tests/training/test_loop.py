@@ -13,7 +13,7 @@ import yaml
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.runs import RUN_FILE
-from detailflow.training.checkpoints import claim, go_on, load_checkpoint, save_checkpoint
+from detailflow.training.checkpoints import go_on, load_checkpoint, reserve_run, save_checkpoint
 from detailflow.training.config import LoopConfig
 
 
@@ -98,22 +98,22 @@ LOOP = LoopConfig(steps=5, batch_size=1, learning_rate=0.1)
 
 def test_a_folder_belongs_to_one_run(tmp_path: Path):
     output = tmp_path / "deep" / "run"
-    assert claim(output, "gpt", asdict(Settings(LOOP)))
+    assert reserve_run(output, "gpt", asdict(Settings(LOOP)))
     (output / "resume").rmdir()  # as the message about checkpoints that cannot be read advises
-    assert claim(output, "gpt", asdict(Settings(LOOP)))  # tuples came back as lists
+    assert reserve_run(output, "gpt", asdict(Settings(LOOP)))  # tuples came back as lists
     assert (output / "resume").is_dir()
     with pytest.raises(DetailFlowError, match=r"another names \(\['a', 'b'\], not \['a'\]\)"):
-        claim(output, "gpt", asdict(Settings(LOOP, ("a",))))
+        reserve_run(output, "gpt", asdict(Settings(LOOP, ("a",))))
     with pytest.raises(DetailFlowError, match=r"another kind \('gpt', not 'tokenizer'\)"):
-        claim(output, "tokenizer", asdict(Settings(LOOP)))
+        reserve_run(output, "tokenizer", asdict(Settings(LOOP)))
     (output / "config.json").write_text("{}")
-    assert not claim(output, "gpt", asdict(Settings(LOOP)))
+    assert not reserve_run(output, "gpt", asdict(Settings(LOOP)))
 
 
 def test_a_model_from_elsewhere_is_not_overwritten(model: Path):
     before = (model / "tokenizer" / "config.json").read_bytes()
     with pytest.raises(DetailFlowError, match="holds a model that was not trained there"):
-        claim(model / "tokenizer", "tokenizer", asdict(Settings(LOOP)))
+        reserve_run(model / "tokenizer", "tokenizer", asdict(Settings(LOOP)))
     assert sorted(p.name for p in (model / "tokenizer").iterdir()) == ["config.json", "model.safetensors"]
     assert (model / "tokenizer" / "config.json").read_bytes() == before
 
@@ -121,14 +121,14 @@ def test_a_model_from_elsewhere_is_not_overwritten(model: Path):
 def test_a_damaged_run_file(tmp_path: Path):
     (tmp_path / RUN_FILE).write_text("kind: [")
     with pytest.raises(DetailFlowError, match=f"{RUN_FILE} is damaged"):
-        claim(tmp_path, "gpt", asdict(Settings(LOOP)))
+        reserve_run(tmp_path, "gpt", asdict(Settings(LOOP)))
 
 
 @pytest.mark.parametrize("name", ["file", "file/deeper", "x" * 300])
 def test_a_folder_that_cannot_be_made(name: str, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(DetailFlowError, match="cannot write .*run.yaml"):
-        claim(tmp_path / name, "gpt", asdict(Settings(LOOP)))
+        reserve_run(tmp_path / name, "gpt", asdict(Settings(LOOP)))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -192,37 +192,37 @@ def test_a_checkpoint_is_on_the_disk_before_those_before_it_go(tmp_path: Path, m
 
 
 def test_settings_that_may_change_when_a_run_goes_on(tmp_path: Path):
-    claim(tmp_path, "gpt", asdict(Settings(LOOP)))
+    reserve_run(tmp_path, "gpt", asdict(Settings(LOOP)))
     more = replace(LOOP, workers=3, log_every=1, keep=5, trackers=(), accumulate=4, checkpoint_minutes=9)
-    settings = claim(tmp_path, "gpt", asdict(Settings(more)))
+    settings = reserve_run(tmp_path, "gpt", asdict(Settings(more)))
     assert settings and yaml.safe_load((tmp_path / RUN_FILE).read_text())["loop"]["workers"] != 3
     go_on(tmp_path, settings)
     assert yaml.safe_load((tmp_path / RUN_FILE).read_text())["loop"]["workers"] == 3
     with pytest.raises(DetailFlowError, match=r"another loop.learning_rate \(0.1, not 0.2\)"):
-        claim(tmp_path, "gpt", asdict(Settings(replace(more, learning_rate=0.2))))
+        reserve_run(tmp_path, "gpt", asdict(Settings(replace(more, learning_rate=0.2))))
 
 
 def test_fewer_steps_than_recorded(tmp_path: Path):
     """If as many are not done yet; a finished run stays as it is."""
-    claim(tmp_path, "gpt", asdict(Settings(LOOP)))
+    reserve_run(tmp_path, "gpt", asdict(Settings(LOOP)))
     save_checkpoint(tmp_path, 3, {})
     with pytest.raises(DetailFlowError, match="holds a run that has taken 3 steps, more than 2"):
-        claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=2))))
-    fewer = claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=3))))
+        reserve_run(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=2))))
+    fewer = reserve_run(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=3))))
     assert fewer and fewer["loop"]["steps"] == 3
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DetailFlowError, match="holds a finished run of 5 steps, more than 3"):
-        claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=3))))
+        reserve_run(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=3))))
 
 
 def test_a_finished_model_without_checkpoints_is_not_trained_over(tmp_path: Path):
-    claim(tmp_path, "gpt", asdict(Settings(LOOP)))
+    reserve_run(tmp_path, "gpt", asdict(Settings(LOOP)))
     (tmp_path / "config.json").write_text("{}")
     before = (tmp_path / RUN_FILE).read_bytes()
     with pytest.raises(DetailFlowError, match="holds a finished model, but no checkpoint in resume/ to go on from"):
-        claim(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=9))))
+        reserve_run(tmp_path, "gpt", asdict(Settings(replace(LOOP, steps=9))))
     assert (tmp_path / RUN_FILE).read_bytes() == before and (tmp_path / "config.json").exists()
-    assert claim(tmp_path, "gpt", asdict(Settings(LOOP))) is None
+    assert reserve_run(tmp_path, "gpt", asdict(Settings(LOOP))) is None
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, -1])

@@ -12,7 +12,7 @@ from detailflow.data.images import open_images
 from detailflow.data.transforms import center_crop, coarse_target, to_tensor
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import TokenizerConfig
-from detailflow.training.adversary import Draws
+from detailflow.training.adversary import AugmentationNoise
 from detailflow.training.config import LoopConfig, TokenizerTraining
 from detailflow.training.losses import (
     discriminator_loss,
@@ -285,7 +285,7 @@ def test_the_feature_network_stays_frozen_and_the_judge_learns_apart(cifar: Path
     assert any(not torch.equal(v, judge[k]) for k, v in made.adversary.network.named_parameters())
     assert any(not torch.equal(v, model[k]) for k, v in made.model.named_parameters())
     before = {k: v.clone() for k, v in made.model.named_parameters()}
-    made.adversary.step([(images, torch.cat((images.flip(0), images[:4])), Draws.make(6))], 1e-2)
+    made.adversary.step([(images, torch.cat((images.flip(0), images[:4])), AugmentationNoise.make(6))], 1e-2)
     assert all(torch.equal(v, before[k]) and v.grad is None for k, v in made.model.named_parameters())
 
 

@@ -97,7 +97,7 @@ def test_the_discriminator_looks_through_both_networks(cifar: Path, tmp_path: Pa
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         logits, other = judge.eval()(images), FeatureNetwork(10).eval()
-        judge.look_through(other)
+        judge.set_classifier(other)
         changed = (judge(images) != logits).any(0)
     assert logits.shape[1] > changed.sum() == 4 * 16  # four heads of 4 × 4
     assert (

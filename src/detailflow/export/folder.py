@@ -38,7 +38,7 @@ def export(pipeline: DetailFlowPipeline, folder: Path, title: str, largest_file:
     content = describe(pipeline)
     files: dict[str, dict[str, str]] = {kind: {} for kind in PRECISIONS}
     with lock_folder(folder, "export"):
-        _claim(folder, list(_names(parts)))
+        _reserve(folder, list(_names(parts)))
         jobs = [(kind, part) for kind in PRECISIONS for part in parts]
         for kind, part in progress_bar(jobs, desc="exporting", unit="file", total=len(jobs)):
             suffix, bits = PRECISIONS[kind]
@@ -95,7 +95,7 @@ def _names(parts: Parts) -> Iterator[str]:
             yield from (f"{part}{suffix}.onnx", f"{part}{suffix}.onnx.data")
 
 
-def _claim(folder: Path, names: list[str]) -> None:
+def _reserve(folder: Path, names: list[str]) -> None:
     """Mark the folder as an unfinished export; refuse one with files that no export wrote."""
     path = folder / MODEL_FILE
     if path.exists():

@@ -22,7 +22,7 @@ from detailflow.training.augment import DRAWS, diff_augment
 from detailflow.training.classifier import FEATURE_WIDTHS, FeatureNetwork
 from detailflow.training.config import PATCH, PROJECTED, PROJECTED_BOTH, TokenizerTraining
 from detailflow.training.losses import consistency_loss, discriminator_loss, generator_loss, lecam_loss
-from detailflow.training.optimizer import Updater, gradients_stay
+from detailflow.training.optimizer import Updater, no_sync
 
 BACKBONE = "vit_small_patch16_224.dino"  # timm's name, and on the hub timm/…
 SIDE = 224  # of the images that DINO was trained on
@@ -78,7 +78,7 @@ class ProjectedDiscriminator(nn.Module):
         """The frozen network of features."""
         return self._unregistered[0]
 
-    def look_through(self, classifier: FeatureNetwork) -> None:
+    def set_classifier(self, classifier: FeatureNetwork) -> None:
         """Give the frozen classifier that `both` asks for."""
         self._classifier = (classifier,)
 
@@ -259,20 +259,20 @@ PLAIN_CUTOUT, STRONG_CUTOUT = 0.2, 0.5  # the latter for the consistency loss
 ANCHOR_DECAY = 0.999  # of LeCAM's moving averages
 
 
-class Draws(NamedTuple):
+class AugmentationNoise(NamedTuple):
     """A step's random numbers: (B, VIEWS, DRAWS) to augment images, (VIEWS, CROP_DRAWS) for the crops of all."""
 
     views: Tensor
     crops: Tensor
 
     @classmethod
-    def make(cls, count: int) -> "Draws":
+    def make(cls, count: int) -> "AugmentationNoise":
         """Draw for `count` images from torch's generator."""
         return cls(torch.rand(count, VIEWS, DRAWS), torch.rand(VIEWS, CROP_DRAWS))
 
-    def of(self, images: slice) -> "Draws":
+    def of(self, images: slice) -> "AugmentationNoise":
         """Return those of some images."""
-        return Draws(self.views[images], self.crops)
+        return AugmentationNoise(self.views[images], self.crops)
 
 
 class _Judgement(nn.Module):
@@ -282,23 +282,23 @@ class _Judgement(nn.Module):
         super().__init__()
         self.network, self.augment, self.consistency = network, augment, consistency
 
-    def forward(self, real: Tensor, fake: Tensor, draws: Draws) -> tuple[Tensor, ...]:
+    def forward(self, real: Tensor, fake: Tensor, noise: AugmentationNoise) -> tuple[Tensor, ...]:
         """Return the logits of real and fake, and of both under strong augmentation for the consistency loss."""
-        plain = (self.judge(real, draws, REAL), self.judge(fake, draws, FAKE))
+        plain = (self.judge(real, noise, REAL), self.judge(fake, noise, FAKE))
         if not self.consistency:
             return plain
-        return (*plain, self.judge(real, draws, STRONG_REAL, True), self.judge(fake, draws, STRONG_FAKE, True))
+        return (*plain, self.judge(real, noise, STRONG_REAL, True), self.judge(fake, noise, STRONG_FAKE, True))
 
-    def judge(self, images: Tensor, draws: Draws, view: int, strong: bool = False) -> Tensor:
+    def judge(self, images: Tensor, noise: AugmentationNoise, view: int, strong: bool = False) -> Tensor:
         """(B, 3, H, W) → logits; or (B + b, …), if the last b are corrected reconstructions of the first b images."""
-        more = len(images) - len(draws.views)
-        views = torch.cat((draws.views[:, view], draws.views[:more, view + 1])) if more else draws.views[:, view]
+        more = len(images) - len(noise.views)
+        views = torch.cat((noise.views[:, view], noise.views[:more, view + 1])) if more else noise.views[:, view]
         if strong:
             images = diff_augment(images, views, STRONG_CUTOUT, probability=1.0)
         elif self.augment:
             images = diff_augment(images, views, PLAIN_CUTOUT)
         if isinstance(self.network, DINODiscriminator):
-            return self.network(images, draws.crops[view])
+            return self.network(images, noise.crops[view])
         return self.network(images)
 
 
@@ -329,27 +329,27 @@ class Adversary:
         self.updater = Updater(adam, loop, device)
         self.anchors = torch.zeros(2, device=device)  # moving averages of the logits of real and fake
 
-    def look_through(self, classifier: FeatureNetwork) -> None:
+    def set_classifier(self, classifier: FeatureNetwork) -> None:
         """Give a projected discriminator of both networks the frozen classifier."""
         assert isinstance(self.network, ProjectedDiscriminator)
-        self.network.look_through(classifier)
+        self.network.set_classifier(classifier)
 
-    def generator_loss(self, pixels: Tensor, draws: Draws) -> Tensor:
+    def generator_loss(self, pixels: Tensor, noise: AugmentationNoise) -> Tensor:
         """Return the tokenizer's loss on (B + b, 3, s, s) pixels: clean, and corrected for the first b images."""
         self.network.requires_grad_(False)
         with autocast(self.device, self.precision):
-            logits = self.judge(pixels, draws, TOKENIZERS)
+            logits = self.judge(pixels, noise, TOKENIZERS)
         self.network.requires_grad_(True)
         return generator_loss(logits.float())
 
-    def step(self, parts: Sequence[tuple[Tensor, Tensor, Draws]], rate: float) -> dict[str, Tensor | float]:
-        """Take one step on micro-batches of (B real, B + b fake, draws), and return its loss terms to log."""
+    def step(self, parts: Sequence[tuple[Tensor, Tensor, AugmentationNoise]], rate: float) -> dict[str, Tensor | float]:
+        """Take one step on micro-batches of (B real, B + b fake, noise), and return its loss terms to log."""
         logged: dict[str, Tensor] = {}
         means = torch.zeros(2, device=self.device)
-        for i, (real, fake, draws) in enumerate(parts):
-            with gradients_stay(self.judgement, i + 1 < len(parts)):
+        for i, (real, fake, noise) in enumerate(parts):
+            with no_sync(self.judgement, i + 1 < len(parts)):
                 with autocast(self.device, self.precision):
-                    logits = [x.float() for x in self.judgement(real, fake.detach(), draws)]
+                    logits = [x.float() for x in self.judgement(real, fake.detach(), noise)]
                 losses = {"discriminator": discriminator_loss(*logits[:2])}
                 if self.lecam:
                     losses["lecam"] = lecam_loss(*logits[:2], *self.anchors.unbind())

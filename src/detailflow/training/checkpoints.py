@@ -62,7 +62,7 @@ def run_folder(output: Path) -> RunFolder:
     return RunFolder(output, "a run", RUN_FILE)
 
 
-def claim(
+def reserve_run(
     output: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Input] | None = None
 ) -> dict[str, Any] | None:
     """Make `output` this run's folder, or check that it already is; return `None` if the run is finished.
@@ -124,7 +124,7 @@ def claim(
 
 
 def go_on(output: Path, settings: Mapping[str, Any]) -> None:
-    """Record that a run goes on with the settings that `claim` returned."""
+    """Record that a run goes on with the settings that `reserve_run` returned."""
     (output / CONFIG_FILE).unlink(missing_ok=True)  # first, as the run is not finished any more
     folder = run_folder(output)
     if folder.read() != settings:

@@ -45,7 +45,7 @@ from detailflow.training.extract import made_by
 from detailflow.training.inputs import Input, model_input, tokens_input
 from detailflow.training.loop import Run, train
 from detailflow.training.lora import LoRA
-from detailflow.training.optimizer import Updater, gradients_stay, recompute_activations
+from detailflow.training.optimizer import Updater, no_sync, recompute_activations
 from detailflow.training.validation import mean_figures
 
 PICTURE_CLASSES, PICTURE_SAMPLES = 10, 4
@@ -127,7 +127,7 @@ class GPTStage:
         logged: dict[str, Tensor | float] = {"loss": 0.0, "accuracy": 0.0} if log else {}
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
-            with gradients_stay(self.parallel, start + size < len(labels)):
+            with no_sync(self.parallel, start + size < len(labels)):
                 with autocast(self.device, self.precision):
                     logits = self.forward(labels[part], given[part])
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted[part].flatten())

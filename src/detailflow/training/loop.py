@@ -30,7 +30,14 @@ from detailflow.pictures import write_png
 from detailflow.progress import LONG_RUN, progress_bar
 from detailflow.runs import BEST, CHECKPOINTS, FEATURES_FILE, RUN_FILE, checkpoints, read_checkpoint
 from detailflow.seeds import mixed_seed
-from detailflow.training.checkpoints import LONGER_FROM, claim, go_on, load_checkpoint, run_folder, save_checkpoint
+from detailflow.training.checkpoints import (
+    LONGER_FROM,
+    go_on,
+    load_checkpoint,
+    reserve_run,
+    run_folder,
+    save_checkpoint,
+)
 from detailflow.training.config import LoopConfig
 from detailflow.training.inputs import Input
 from detailflow.training.report import TITLES, write_report
@@ -110,7 +117,7 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
         check_utf8(output)
     with run_folder(output).lock("training run", world):
         fresh = not os.path.exists(output / RUN_FILE)
-        settings = world.from_main(lambda: claim(output, run.kind, asdict(run.config), run.inputs))
+        settings = world.from_main(lambda: reserve_run(output, run.kind, asdict(run.config), run.inputs))
         if settings is None:
             if world.is_main:
                 _log.info("%s: this %s is finished already", output, "AR model" if run.kind == "gpt" else run.kind)

@@ -100,11 +100,11 @@ class Updater:
         )
 
 
-def gradients_stay(network: nn.Module, stay: bool) -> AbstractContextManager[None]:
-    """Skip the gradient all-reduce of a backward pass if more micro-batches follow (`stay`)."""
+def no_sync(network: nn.Module, more_follow: bool) -> AbstractContextManager[None]:
+    """Skip the gradient all-reduce of a backward pass if more micro-batches follow."""
     if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(not stay)
-    return network.no_sync() if stay and isinstance(network, DistributedDataParallel) else nullcontext()
+        network.set_requires_gradient_sync(not more_follow)
+    return network.no_sync() if more_follow and isinstance(network, DistributedDataParallel) else nullcontext()
 
 
 def recompute_activations(blocks: Iterable[nn.Module]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.schedule import TokenSchedule
-from detailflow.training.adversary import Draws
+from detailflow.training.adversary import AugmentationNoise
 from detailflow.training.losses import straight_through
 
 # --- what a step draws (docs/method.md#coarse-targets, #self-correction) ---------------------------------------------
@@ -44,7 +44,7 @@ class Draw(NamedTuple):
     present: Tensor | None  # (B, N) bool for nested dropout: those of them that each image is decoded from
     position: int | None  # p, the first planted mistake
     choice: Tensor | None  # (b ≤ B, mistakes), which of the nearest codes each mistake is; for the first b images
-    views: Draws | None  # how the discriminator augments images
+    views: AugmentationNoise | None  # how the discriminator augments images
 
     def part(self, images: slice, num_corrected: int) -> "Draw":
         """Return the draw of some images, the first few of which go through the self-correction pass."""

@@ -25,13 +25,13 @@ from detailflow.models.loading import load_weights, require_same
 from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.psnr import psnr
-from detailflow.training.adversary import Adversary, Draws
+from detailflow.training.adversary import Adversary, AugmentationNoise
 from detailflow.training.config import CLASSIFIER, NETWORKS, PROJECTED_BOTH, TokenizerTraining
 from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_rank
 from detailflow.training.inputs import Input, files_input, images_input, model_input, tokens_input
 from detailflow.training.loop import Run, train
 from detailflow.training.losses import alignment_loss, quantization_loss
-from detailflow.training.optimizer import Updater, gradients_stay, recompute_activations
+from detailflow.training.optimizer import Updater, no_sync, recompute_activations
 from detailflow.training.passes import Draw, Passes, TokenizerNetworks, draw_count, draw_position, draw_present
 from detailflow.training.reconstructions import draw_reconstructions, some_images
 from detailflow.training.sampled_rows import SampledRows
@@ -90,7 +90,7 @@ class TokenizerStage:
             self.adversary = Adversary(config, device, world, load)
         self.teachers = find_teachers(config, source, output, device, world, load)  # last, as it may train one
         if self.adversary and self.teachers.classifier:
-            self.adversary.look_through(self.teachers.classifier)
+            self.adversary.set_classifier(self.teachers.classifier)
         torch.manual_seed(loop.seed)
         self.networks = TokenizerNetworks(self.model, config.mistakes, self.teachers.width, self.frozen).to(device)
         self.updater = Updater(tokenizer_optimizers(self.networks, config), loop, device)
@@ -135,7 +135,7 @@ class TokenizerStage:
             choice = torch.randint(candidates, (size, self.model.span(position) - position))[shard]
             choice = to_device(choice, self.device)
         if self.adversary and present is None and step >= count_of_steps(config.adversarial_from, config.loop.steps):
-            views = Draws.make(size).of(shard)
+            views = AugmentationNoise.make(size).of(shard)
             views = views._replace(views=to_device(views.views, self.device))
         return Draw(t, present, position, choice, views)
 
@@ -154,7 +154,7 @@ class TokenizerStage:
             some, num_corrected = slice(start, start + size), after - before if draw.present is None else 0
             part = draw.part(some, num_corrected)
             rows = None if stored is None else (stored[some, 0], stored[some, 1][:num_corrected])
-            with gradients_stay(self.passes, start + size < len(images) or with_samples):
+            with no_sync(self.passes, start + size < len(images) or with_samples):
                 objective = self.objective(step, images[some], part, rows)
                 self.updater.backward(objective.total * (size / len(images)))
             for name, value in self.scalars(objective, draw).items() if log else ():
@@ -212,14 +212,14 @@ class TokenizerStage:
 
     def _samples_step(
         self, images: Tensor, weight: float | Tensor, logged: dict[str, Tensor | float]
-    ) -> tuple[Tensor, Tensor, Draws]:
+    ) -> tuple[Tensor, Tensor, AugmentationNoise]:
         """Add the gradients of rows that the AR model samples, and return what the discriminator learns from them.
 
         Args:
             weight: of the adversarial loss.
         """
         assert self.sampled and self.adversary
-        ids, views = self.sampled.draw(), Draws.make(self.sampled.count).of(self.sampled.shard)
+        ids, views = self.sampled.draw(), AugmentationNoise.make(self.sampled.count).of(self.sampled.shard)
         with autocast(self.device, self.precision):
             passes: Passes = self.passes(images, Draw(ids.shape[1], None, None, None, None), (ids, ids[:0]))
         anchor = self.sampled.distance(passes.pixels, ids)
