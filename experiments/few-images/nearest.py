@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from detailflow import DetailFlowPipeline
-from detailflow.data.images import open_images, spread
+from detailflow.data.images import open_images
+from detailflow.data.source import spread
 from detailflow.errors import exit_on_error
 from detailflow.pipeline import decode_images, encode_images, fit
 from detailflow.progress import progress_bar

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from detailflow import DetailFlowError, DetailFlowPipeline
-from detailflow.data.images import open_images, spread
+from detailflow.data.images import open_images
+from detailflow.data.source import spread
 from detailflow.data.transforms import coarse_target, to_tensor, to_uint8
 from detailflow.errors import exit_on_error
 from detailflow.evaluation.features import load_extractor

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow import hub
-from detailflow.data.images import load_rgb, to_rgb
+from detailflow.data.decode import load_rgb, to_rgb
 from detailflow.data.transforms import center_crop, resized, to_tensor
 from detailflow.device import choose_device, choose_dtype, to_host, within_memory
 from detailflow.errors import DetailFlowError, DetailFlowWarning
 from detailflow.generation import Generators, image_generator, image_generators
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
-from detailflow.models.loading import checked_ids
+from detailflow.models.ids import checked_ids
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.psnr import psnr
 from detailflow.published import Variant

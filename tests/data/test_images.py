@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from detailflow.data.batches import ImageBatches
-from detailflow.data.images import ImageSource, find, load_rgb, open_images
+from detailflow.data.decode import load_rgb
+from detailflow.data.images import find, open_images
+from detailflow.data.source import ImageSource
 from detailflow.data.transforms import center_crop, random_crop, side_for_crops, to_tensor
 from detailflow.errors import DetailFlowError, DetailFlowWarning
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from detailflow.data.batches import ImageBatches, read_ahead
-from detailflow.data.images import ImageSource, open_images
+from detailflow.data.images import open_images
+from detailflow.data.source import ImageSource
 from detailflow.errors import DetailFlowError
 
 

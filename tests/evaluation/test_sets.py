@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detailflow.data.images import spread
+from detailflow.data.source import spread
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.sets import ImageSet, open_set, shard_range

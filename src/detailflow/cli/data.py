@@ -16,7 +16,7 @@ from detailflow.progress import progress_bar
 from detailflow.settings import Location
 
 if TYPE_CHECKING:
-    from detailflow.data.images import ImageSource
+    from detailflow.data.source import ImageSource
 
 _LINES = 10  # of each kind that are shown; --json has all
 _READERS = 4  # threads; Pillow lets them run at once

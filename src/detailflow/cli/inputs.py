@@ -15,7 +15,7 @@ from detailflow.settings import Location, PositiveInt
 if TYPE_CHECKING:
     from PIL import Image
 
-    from detailflow.data.images import ImageSource
+    from detailflow.data.source import ImageSource
 
     Fit = Callable[[Image.Image], Any]
     Reader = Callable[[], Any]
@@ -58,7 +58,7 @@ class Inputs:
         number: str = "--num",
         tokens: "Tokens | None" = None,
     ) -> None:
-        from detailflow.data.images import spread
+        from detailflow.data.source import spread
         from detailflow.files import output_names
 
         self.given, self.left_out = given, list[DetailFlowError]()
@@ -76,7 +76,7 @@ class Inputs:
         self._readers = [read for _, read in found]
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        from detailflow.data.images import tolerated
+        from detailflow.data.source import tolerated
 
         for name, read in zip(self.names, self._readers, strict=True):
             try:
@@ -126,9 +126,9 @@ def _open(
     operand: str, fit: "Fit", tokens: "Tokens | None", stems: Mapping[str, str]
 ) -> "tuple[str, int, Callable[[int], tuple[str, Reader]]]":
     """Return what an operand is called, how many images it has, and the name and reader of each of them."""
-    from detailflow.data.decode import image_suffixes
+    from detailflow.data.decode import image_suffixes, load_rgb
     from detailflow.data.folder import MANY
-    from detailflow.data.images import load_rgb, open_images
+    from detailflow.data.images import open_images
     from detailflow.data.source import not_there
     from detailflow.token_files import SUFFIX
 

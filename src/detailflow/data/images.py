@@ -16,16 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from detailflow.data.decode import image_suffixes, load_rgb, to_rgb
+from detailflow.data.decode import image_suffixes
 from detailflow.data.folder import ARCHIVES, MANY, DataFiles, file_sizes, find_in_folder, first_folders, within
 from detailflow.data.parquet import open_parquet
-from detailflow.data.source import ImageSource, Notes, class_order, labelled, not_there, spread, tolerated
+from detailflow.data.source import ImageSource, Notes, class_order, labelled, not_there
 from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError, DetailFlowWarning, explained, printable
 from detailflow.progress import progress_bar
-
-__all__ = ["ImageSource", "find", "load_rgb", "open_images", "spread", "to_rgb", "tolerated"]
 
 _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

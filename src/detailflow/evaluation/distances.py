@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detailflow.data.images import spread
+from detailflow.data.source import spread
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import INCEPTION, Extractor, Features

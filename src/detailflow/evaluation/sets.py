@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow.data.batches import note_unreadable
-from detailflow.data.images import ImageSource, open_images, spread, tolerated
+from detailflow.data.images import open_images
+from detailflow.data.source import ImageSource, spread, tolerated
 from detailflow.data.transforms import center_crop
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, explained

@@ -13,8 +13,8 @@ from detailflow import generation, graphs, native
 from detailflow.device import to_device
 from detailflow.errors import DetailFlowError
 from detailflow.generation import Cache, Generators
+from detailflow.models.ids import checked_ids
 from detailflow.models.layers import attend
-from detailflow.models.loading import checked_ids
 from detailflow.models.pretrained import Pretrained
 from detailflow.sampling import GuidanceSchedule, SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule

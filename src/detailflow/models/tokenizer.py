@@ -13,6 +13,7 @@ from detailflow import graphs
 from detailflow.data.transforms import to_uint8
 from detailflow.device import to_device, within_memory
 from detailflow.errors import DetailFlowError
+from detailflow.models.ids import checked_ids
 from detailflow.models.layers import (
     Block,
     KeyValue,
@@ -26,7 +27,6 @@ from detailflow.models.layers import (
     resize_positions,
     unpatchify,
 )
-from detailflow.models.loading import checked_ids
 from detailflow.models.pretrained import Pretrained
 from detailflow.schedule import TokenSchedule
 from detailflow.settings import Must, PositiveInt, Settings

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from detailflow import hub
-from detailflow.data.images import ImageSource, open_images
-from detailflow.data.source import describe_amount
+from detailflow.data.images import open_images
+from detailflow.data.source import ImageSource, describe_amount
 from detailflow.data.tokens import is_finished
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detailflow import hub
-from detailflow.data.images import ImageSource, open_images, tolerated
+from detailflow.data.images import open_images
+from detailflow.data.source import ImageSource, tolerated
 from detailflow.data.tokens import VALIDATION, TokenStore, TokenStoreInfo, TokenWriter, begun_chunk
 from detailflow.data.transforms import crops_of, to_tensor
 from detailflow.device import autocast, precision_dtype

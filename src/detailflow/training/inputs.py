@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detailflow import hub
-from detailflow.data.images import ImageSource
+from detailflow.data.source import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.tokens import TokenStore
 from detailflow.files import reading

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from detailflow.data.images import ImageSource
+from detailflow.data.source import ImageSource
 from detailflow.data.transforms import center_crop, to_tensor
 from detailflow.errors import DetailFlowError
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0

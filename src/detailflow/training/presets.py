@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 
 from detailflow import hub
-from detailflow.data.images import ImageSource, spread
+from detailflow.data.source import ImageSource, spread
 from detailflow.errors import DetailFlowError
 from detailflow.labels import UNLABELLED, ClassLabels
 from detailflow.models.gpt import GPTConfig

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow.data.batches import StreamedBatches
-from detailflow.data.images import ImageSource
+from detailflow.data.source import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.transforms import to_tensor, to_uint8
 from detailflow.models.tokenizer import DetailFlowTokenizer

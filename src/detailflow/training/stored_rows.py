@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detailflow.data.batches import BatchKey, BatchOrder, outlive_signals
-from detailflow.data.images import ImageSource
+from detailflow.data.source import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.tokens import CLEAN, INPUT, TokenStore
 from detailflow.data.transforms import crops_of

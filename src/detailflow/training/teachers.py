@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detailflow.data.batches import ImageBatches, StreamedBatches
-from detailflow.data.images import ImageSource, open_images
+from detailflow.data.images import open_images
+from detailflow.data.source import ImageSource
 from detailflow.data.streams import StreamSource, open_stream
 from detailflow.device import precision_dtype
 from detailflow.distributed import World

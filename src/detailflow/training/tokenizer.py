@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detailflow.data.images import ImageSource
+from detailflow.data.source import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.tokens import TokenStore
 from detailflow.data.transforms import coarse_target, to_tensor

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detailflow.data.images import ImageSource, open_images
+from detailflow.data.images import open_images
+from detailflow.data.source import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.transforms import center_crop, to_tensor
 from detailflow.distributed import World
