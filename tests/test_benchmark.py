@@ -231,6 +231,9 @@ def test_accuracy_of_a_model_that_differs(pipeline: DetailFlowPipeline):
         (["--json", "."], "cannot write .: it is a folder, not a file"),
         (["--json", __file__], "is not a report of `detailflow bench`: give another file, or remove it first"),
         (["--json", "/dev/null"], "cannot write /dev/null: it is not a regular file"),
+        (["--accuracy", "--other", "nothing.py:f"], "--other does not go with --accuracy: leave out one of them"),
+        (["--accuracy", "--compile"], "--compile does not go with --accuracy: leave out one of them"),
+        (["--random-weights", "--tokenizer", "mine"], "--tokenizer does not go with --random-weights: leave out one"),
     ],
 )
 def test_wrong_options(
@@ -252,6 +255,32 @@ def test_an_adapter_without_the_function(tmp_path: Path):
     (tmp_path / "fails.py").write_text("def f(ids):\n    return ids[99]\n")
     with pytest.raises(DetailFlowError, match=r"fails.py:f failed: IndexError: list index out of range"):
         benchmark.load_other(f"{tmp_path}/fails.py:f")([0])
+
+
+def test_an_adapter_that_ends_the_program(tmp_path: Path):
+    """As a script without `if __name__ == "__main__"` does: it would look as if all had been timed."""
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(DetailFlowError, match=r"script.py:f failed: SystemExit: 0"):
+        benchmark.load_other(f"{tmp_path}/script.py:f")
+    (tmp_path / "stops.py").write_text("def f(ids):\n    raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.load_other(f"{tmp_path}/stops.py:f")([0])
+
+
+def test_an_adapter_that_changes_its_class_ids(tmp_path: Path):
+    (tmp_path / "takes.py").write_text("def f(ids):\n    ids.clear()\n")
+    class_ids = [0, 3]
+    benchmark.load_other(f"{tmp_path}/takes.py:f")(class_ids)
+    assert class_ids == [0, 3]
+
+
+def test_json_of_somebody_else_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Rows are in many files of JSON."""
+    file = tmp_path / "rows.json"
+    file.write_text('{"rows": [{"row": 1}], "features": []}')
+    assert main(["bench", "--json", str(file)]) == 2
+    assert "is not a report of `detailflow bench`" in capsys.readouterr().err
+    assert "features" in file.read_text()
 
 
 def test_random_weights_have_the_published_sizes():

@@ -181,7 +181,9 @@ def load_other(text: str) -> Callable[[list[int]], object]:
     def guarded(function: Callable[[Any], object], argument: object) -> object:
         try:
             return function(argument)
-        except Exception as error:  # whatever foreign code raises
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever foreign code raises, sys.exit included
             raise DetailFlowError(f"--other {text} failed: {type(error).__name__}: {error}") from error
 
     module = sys.modules[spec.name] = module_from_spec(spec)
@@ -189,7 +191,7 @@ def load_other(text: str) -> Callable[[list[int]], object]:
     guarded(spec.loader.exec_module, module)
     if not callable(getattr(module, name, None)):
         raise DetailFlowError(f"--other {text}: {file} has no function {name}")
-    return lambda class_ids: guarded(getattr(module, name), class_ids)
+    return lambda class_ids: guarded(getattr(module, name), list(class_ids))  # ours stay, whatever it does with them
 
 
 def random_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> DetailFlowPipeline:

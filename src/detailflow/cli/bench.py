@@ -1,7 +1,7 @@
 """`detailflow bench`: time a model, compared with a loop without a KV cache and with the machine's limits."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,14 +35,23 @@ def _is_report(file: Path) -> bool:
     from detailflow.files import read_json
 
     try:
-        return file.stat().st_size == 0 or "rows" in read_json(file)
+        return file.stat().st_size == 0 or {"model", "rows"} <= read_json(file).keys()
     except DetailFlowError:
         return False
+
+
+def _check_together(options: Mapping[str, object]) -> None:
+    """Refuse options that would be left unused without a word."""
+    for option, with_it in (("accuracy", "other"), ("accuracy", "compile"), ("random_weights", "tokenizer")):
+        if options[option] and options[with_it]:
+            names = [f"--{name.replace('_', '-')}" for name in (with_it, option)]
+            raise DetailFlowError(f"{names[0]} does not go with {names[1]}: leave out one of them")
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the table."""
     options = vars(parser().parse_args(argv))
+    _check_together(options)
     if file := options.pop("json"):
         from detailflow.files import check_regular
 
