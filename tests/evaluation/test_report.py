@@ -144,6 +144,21 @@ def test_a_folder_belongs_to_one_evaluation(tmp_path: Path):
         check_folder(tmp_path, COMMAND, models)
 
 
+@pytest.mark.parametrize("name", ["report.md", "samples.png", "reconstructions.png"])
+def test_files_of_somebody_else_are_not_replaced(name: str, tmp_path: Path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(DetailFlowError, match=f"{name} is not of a report of ours: move it"):
+        check_folder(tmp_path, COMMAND, {})
+
+
+def test_a_report_whose_json_was_removed_makes_room(tmp_path: Path):
+    """As the message about another evaluation says."""
+    report().write(tmp_path)
+    (tmp_path / "samples.png").write_text("of that report")
+    (tmp_path / "report.json").unlink()
+    check_folder(tmp_path, f"{COMMAND} --seed 1", {})
+
+
 def test_versions_are_those_of_this_package_and_its_libraries():
     import numpy
     import torch

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -16,11 +17,13 @@ from PIL import Image
 
 from detailflow import hub
 from detailflow.errors import DetailFlowError, os_errors, printable
-from detailflow.files import read_json, replacing
+from detailflow.files import read_json, read_text, reading, replacing
 from detailflow.machine import device_name
 from detailflow.published import Kind
 
 JSON_FILE, MARKDOWN_FILE = "report.json", "report.md"
+ORIGIN = "## What this was computed from"  # a heading of every report
+PICTURES = ("samples", "reconstructions")  # names of PNG files
 FORMAT = "detailflow-report"
 PACKAGES = (
     "torch",
@@ -138,7 +141,7 @@ class Report:
         parts += [f"![{picture.caption}]({picture.name}.png)" for picture in self.pictures]
         known = flattened(_finite(dict(self.provenance)))
         origin = table(["", ""], [[name, cell(value)] for name, value in known], right=False)
-        return "\n\n".join(filter(None, [*parts, "## What this was computed from", "\n".join(origin)])) + "\n"
+        return "\n\n".join(filter(None, [*parts, ORIGIN, "\n".join(origin)])) + "\n"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
@@ -277,10 +280,14 @@ def model_entry(source: str | None, kind: Kind) -> dict[str, str]:
 def check_folder(folder: Path, command: str, models: Mapping[str, Any], kept_samples: int = 0) -> None:
     """Check that `folder` has no report but one of the same command on the same models, which may be replaced.
 
+    Without a report, it must have no files of other origin under the names of ours.
+
     Args:
         kept_samples: number of images that the command keeps there, which may be more than it was; 0 if it keeps none.
     """
     if not (folder / JSON_FILE).exists():
+        if taken := _taken(folder):
+            raise DetailFlowError(f"{taken} is not of a report of ours: move it, or choose another folder")
         return
     try:
         provenance = load(folder)["provenance"]
@@ -294,6 +301,15 @@ def check_folder(folder: Path, command: str, models: Mapping[str, Any], kept_sam
         raise DetailFlowError(
             f"{folder} has the report of another evaluation ({before}): choose another folder, or remove {JSON_FILE}"
         )
+
+
+def _taken(folder: Path) -> Path | None:
+    """Return a file that a report would replace, if its text is not that of a report whose JSON file was removed."""
+    markdown = folder / MARKDOWN_FILE
+    if os.path.lexists(markdown):
+        with reading(markdown):
+            return None if ORIGIN in read_text(markdown, errors="replace") else markdown
+    return next((path for name in PICTURES if os.path.lexists(path := folder / f"{name}.png")), None)
 
 
 def _without_count(command: str) -> str:
