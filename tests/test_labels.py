@@ -229,6 +229,14 @@ def test_one_name_for_several_classes_among_numbers():
         labels.index(7)
 
 
+def test_accents_of_one_or_two_characters():
+    """Folders from macOS often have the second, keyboards give the first; two names that differ in it stay two."""
+    one, two = "caf\u00e9", "cafe\u0301"
+    assert ClassLabels([two, "tea"], 2).index(one) == ClassLabels([one, "tea"], 2).index(two) == 0
+    both = ClassLabels([one, two], 2)
+    assert (both.index(one), both.index(two)) == (0, 1)
+
+
 def test_no_names():
     labels = ClassLabels(None, 1000)
     assert labels.index("207") == 207 and labels.name(207) == "207" and labels.search("207") == [207]

@@ -2,6 +2,7 @@
 
 import operator
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -157,4 +158,4 @@ def _is_number(text: str) -> bool:
 
 
 def _key(text: str) -> str:
-    return text.strip().casefold()
+    return unicodedata.normalize("NFC", text.strip().casefold())  # folders of some systems have é as two characters
