@@ -5,10 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from detailflow.device import choose_dtype, precision_dtype
+from detailflow.device import choose_device, choose_dtype, precision_dtype
+from detailflow.errors import DetailFlowError
 from detailflow.processor import processor_lines
 
 CPU = torch.device("cpu")
+
+
+def test_a_dtype_is_no_device():
+    """As `pipe.to(torch.float16)` has it."""
+    with pytest.raises(DetailFlowError, match=r"device 'torch.float16' cannot be used here: give another"):
+        choose_device(torch.float16)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
