@@ -143,10 +143,20 @@ def write_png(path: Path, image: np.ndarray) -> None:
     height, width, _ = image.shape
     rows = b"".join(b"\0" + row.tobytes() for row in image)  # 0: not filtered
     header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    with path.open("wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-            file.write(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)))
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        file += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    write_whole(path, file)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or, as on a full disk, not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fail(message: str) -> NoReturn:
@@ -203,7 +213,25 @@ def read_model(folder: Path) -> dict:
     wrong = [name for name, kind in CONTENT.items() if not isinstance(model.get(name, ...), kind)]
     if wrong or not model["sampling"].keys() >= SAMPLING:
         fail(f"{path} is damaged, see {', '.join(wrong or ['sampling'])}: repeat the export")
+    if wrong := misfits(model):
+        fail(f"{path} is damaged, see {', '.join(wrong)}: repeat the export")
     return model
+
+
+def misfits(model: dict) -> list[str]:
+    """Return which entries do not fit the others: steps must go from 0 to all tokens, and each count has a size."""
+    steps, counts, sizes, names = (model[key] for key in ("steps", "counts", "sizes", "class_names"))
+    total, is_step = model["num_tokens"], all(isinstance(s, list) and [type(n) for n in s] == [int, int] for s in steps)
+    ends = [0, *(end for _, end in steps)] if is_step else []
+    holds = {
+        "steps": is_step and ends[-1] == total and all(a == s < b for a, (s, b) in zip(ends[:-1], steps, strict=True)),
+        "counts": all(type(n) is int and 1 <= n <= total for n in counts) and total in counts,
+        "sizes": len(sizes) == len(counts) and all(type(side) is int and side > 0 for side in sizes),
+        "class_names": names is None or (len(names) == model["num_classes"] and all(type(n) is str for n in names)),
+        "num_classes": model["num_classes"] >= 0,
+        "heads, head_dim, group_size": min(model[key] for key in ("heads", "head_dim", "group_size")) >= 1,
+    }
+    return [name for name, fits in holds.items() if not fits]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -244,7 +272,7 @@ def write(generator: Generator, classes: np.ndarray, seed: int, sampling: dict, 
                 name = names[classes[i]] if names else str(classes[i])
                 safe = "".join(letter if letter.isalnum() else "-" for letter in name)
                 write_png(folder / f"{i:04d}-{safe}-{n:03d}.png", image)
-    (folder / "tokens.json").write_text(json.dumps(all_tokens))
+    write_whole(folder / "tokens.json", json.dumps(all_tokens).encode())
 
 
 def main() -> None:

@@ -169,16 +169,23 @@ def test_files_that_are_none(exported: Path, tmp_path: Path):
     assert sentence(folder, tmp_path / "a").startswith(f"there is no {path}: write it with `detailflow export --onnx ")
     folder.mkdir()
     model = json.loads((exported / "model.json").read_text())
-    for content, message in (
+    contents = (
         ("{", f"{path} is not what `detailflow export` writes: repeat the export"),
         ("[1]", f"{path} is not what `detailflow export` writes: repeat the export"),
         ('{"format": "detailflow-onnx"}', f"{folder}: the export is not complete: repeat it"),
         (json.dumps(model | {"steps": 3, "heads": None}), f"{path} is damaged, see heads, steps: repeat the export"),
         (json.dumps(model | {"sampling": {}}), f"{path} is damaged, see sampling: repeat the export"),
+        (json.dumps(model | {"steps": []}), f"{path} is damaged, see steps: repeat the export"),
+        (json.dumps(model | {"steps": ["a"]}), f"{path} is damaged, see steps: repeat the export"),
+        (json.dumps(model | {"steps": model["steps"][:-1]}), f"{path} is damaged, see steps: repeat the export"),
+        (json.dumps(model | {"sizes": []}), f"{path} is damaged, see sizes: repeat the export"),
+        (json.dumps(model | {"class_names": [1]}), f"{path} is damaged, see class_names: repeat the export"),
+        (json.dumps(model | {"group_size": 0}), f"{path} is damaged, see heads, head_dim, group_size: repeat"),
         (json.dumps(model), f"could not load the networks in {folder} ("),
-    ):
+    )
+    for i, (content, message) in enumerate(contents):
         path.write_text(content)
-        assert sentence(folder, tmp_path / "b" / str(len(content))).startswith(message)
+        assert sentence(folder, tmp_path / "b" / str(i)).startswith(message)
 
 
 def test_batches_go_on_with_the_noise(exported: Path, shipped: DetailFlowPipeline, tmp_path: Path):
