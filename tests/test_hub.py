@@ -451,6 +451,8 @@ def test_push_to_hub(pipeline: DetailFlowPipeline, monkeypatch: pytest.MonkeyPat
     assert FakeHub.files == {f"{k}/{f}" for k in ("tokenizer", "gpt") for f in ("config.json", "model.safetensors")}
     with pytest.raises(DetailFlowError, match="a repository on the hub is named owner/name, not 'mine'"):
         pipeline.push_to_hub("mine")
+    with pytest.raises(DetailFlowError, match="a repository on the hub is named owner/name, not 3"):
+        pipeline.push_to_hub(3)  # type: ignore[arg-type]
 
     def refuse(self: object, **options: object) -> None:
         raise OSError("401 Client Error.\nlog in")

@@ -265,7 +265,7 @@ def push(
     commit_message: str | None = None,
 ) -> str:
     """Upload the folder that `save` writes, making the repository if it is missing; return the commit's address."""
-    if not is_hub_name(repository):
+    if not isinstance(repository, str) or not is_hub_name(repository):
         raise DetailFlowError(f"a repository on the hub is named owner/name, not {repository!r}")
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))

@@ -385,7 +385,7 @@ def test_rectangles(tokenizer: DetailFlowTokenizer):
     assert upright.shape == ids.shape and not torch.equal(upright, ids)
 
 
-@pytest.mark.parametrize("size", [(24,), (24, 40, 8), (24, 20), (0, 8), (8.0, 8)])
+@pytest.mark.parametrize("size", [(24,), (24, 40, 8), (24, 20), (0, 8), (8.0, 8), (8, 8**30)])
 def test_rectangles_that_are_none(tokenizer: DetailFlowTokenizer, size: tuple):
     with pytest.raises(
         DetailFlowError, match="size must be a positive multiple of 8 pixels, or .height, width. of such, not"

@@ -312,7 +312,7 @@ class DetailFlowTokenizer(Pretrained):
         n = self.schedule.check_count(ids.shape[1])
         size = self.schedule.decode_size(n) if size is None else size
         sides, patch = size if isinstance(size, tuple) else (size, size), self.config.patch_size
-        if len(sides) != 2 or any(not isinstance(s, int) or s < 1 or s % patch for s in sides):
+        if len(sides) != 2 or any(not isinstance(s, int) or not 0 < s < 2**31 or s % patch for s in sides):
             raise DetailFlowError(
                 f"size must be a positive multiple of {patch} pixels, or (height, width) of such, not {size}"
             )
