@@ -67,7 +67,7 @@ class Some(Launch):
     only: str | None = None
     compile = False
 
-    def start(self, name: str, kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
+    def start(self, name: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         if self.only not in (None, name):
             return
         if self.compile:
