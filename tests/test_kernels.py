@@ -54,14 +54,16 @@ def test_what_kernels_are_not_for():
         (dict(mlp=48), "multiples of 32"),
         (dict(width=128, heads=1), None),
         (dict(width=96, heads=1), "a head must be"),
-        (dict(num_tokens=128, group_size=128), "a group of at most 64"),
     ):
         config = GPTConfig(10, **(dict(width=64, heads=4, depth=1, codebook_size=64) | sizes))  # type: ignore[arg-type]
         found = kernels.why_not(DetailFlowGPT(config).to(torch.bfloat16))
         assert found and (problem or "NVIDIA") in found
-    replaced = small()
-    replaced.head = torch.nn.Sequential(replaced.head)  # type: ignore[assignment]
-    assert kernels.why_not(replaced) == "some of its layers were replaced"
+    sequential, biased, patched = small(), small(), small()
+    sequential.head = torch.nn.Sequential(sequential.head)  # type: ignore[assignment]
+    biased.head = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    patched.norm.forward = lambda x: x  # type: ignore[method-assign]
+    for replaced in (sequential, biased, patched):
+        assert kernels.why_not(replaced) == "some of its layers were replaced"
 
 
 def test_kernels_that_cannot_start(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):

@@ -58,18 +58,23 @@ def why_not(model: Any) -> str | None:
     config, device = model.config, model.device
     if any(weight.dtype != torch.bfloat16 or not weight.is_contiguous() for weight in model.parameters()):
         return "kernels are for bfloat16"
-    own = (nn.Linear, nn.Embedding, nn.ModuleList)
-    if any(type(m) not in own and type(m).__module__ != type(model).__module__ for m in model.modules()):
+    if any(_is_replaced(layer, type(model).__module__) for layer in model.modules()):
         return "some of its layers were replaced"
     if any(size % 32 for size in (config.width, config.hidden, config.codebook_size)):
         return "width, MLP and codebook must be multiples of 32"
-    if config.width // config.heads not in (16, 32, 64, 128) or config.group_size > 64:
-        return "a head must be 16, 32, 64 or 128 wide, and a group of at most 64 tokens"
+    if config.width // config.heads not in (16, 32, 64, 128):
+        return "a head must be 16, 32, 64 or 128 wide"
     if not INTERPRETED and (
         device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)
     ):
         return "kernels are for NVIDIA's GPUs from Ampere on"
     return problems.get(device)
+
+
+def _is_replaced(layer: nn.Module, home: str) -> bool:
+    """Return whether a layer may compute something else than in `home`, or has a bias, which none has there."""
+    own = type(layer) in (nn.Linear, nn.Embedding, nn.ModuleList) or type(layer).__module__ == home
+    return not own or "forward" in vars(layer) or getattr(layer, "bias", None) is not None
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
