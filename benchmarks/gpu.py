@@ -74,9 +74,14 @@ def generation(options: Options, emit: Emit, model: str) -> None:
 
     from detailflow.benchmark import RecomputingGPT, decoding_cost, generation_costs
     from detailflow.generation import CachedModel
-    from detailflow.graphs import GraphedModel, UnfusedModel
+    from detailflow.graphs import GraphedModel
     from detailflow.labels import ClassId
     from detailflow.machine import measure_ceilings
+
+    class UnfusedModel(GraphedModel):
+        """The same without kernels: captured steps that are PyTorch's own."""
+
+        fused = False
 
     pipe = load_pipeline(options, model)
     device, gpt, tokenizer = pipe.device, pipe.gpt, pipe.tokenizer

@@ -14,6 +14,7 @@ import torch
 
 from detailflow import DetailFlowGPT, GPTConfig
 from detailflow import graphs as graphs_module
+from detailflow.generation import CachedModel
 
 pytest.importorskip("triton", reason="Triton is not for this platform")
 
@@ -64,6 +65,20 @@ def test_what_kernels_are_not_for():
     patched.norm.forward = lambda x: x  # type: ignore[method-assign]
     for replaced in (sequential, biased, patched):
         assert kernels.why_not(replaced) == "some of its layers were replaced"
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch):
+    """Which is not there, or finds no source to compile, as in a program that is packed into one file."""
+    assert graphs_module._engines(small(), 1) == [CachedModel]  # on a CPU
+    monkeypatch.setattr(kernels, "why_not", lambda model: None)
+    assert graphs_module._engines(small(), 1) == [kernels.FusedModel, CachedModel]
+    monkeypatch.delitem(sys.modules, "detailflow.kernels")
+    monkeypatch.delattr("detailflow.kernels")
+    with monkeypatch.context() as patch:
+        patch.setattr("inspect.getsourcelines", lambda _: (_ for _ in ()).throw(OSError("no source")))
+        assert graphs_module._engines(small(), 1) == [CachedModel]
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert graphs_module._engines(small(), 1) == [CachedModel]
 
 
 def test_kernels_that_cannot_start(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):

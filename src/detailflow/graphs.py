@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any, Generic, TypeVar
@@ -214,13 +214,13 @@ class Decoding:
 
 def _engines(model: Any, images: int) -> list[type[CachedModel]]:
     """List the engines whose steps may be captured, the fastest first."""
-    if images != model.compiled_for:
-        with suppress(ImportError):  # there is no Triton for this platform
-            from detailflow import kernels
-
-            if kernels.why_not(model) is None:
-                return [kernels.FusedModel, CachedModel]
-    return [CachedModel]
+    if images == model.compiled_for:
+        return [CachedModel]
+    try:
+        from detailflow import kernels
+    except (ImportError, ValueError):  # there is no Triton for this platform, or no source that it could compile
+        return [CachedModel]
+    return [CachedModel] if kernels.why_not(model) else [kernels.FusedModel, CachedModel]
 
 
 def _give_up_kernels(device: torch.device, error: Exception) -> None:
@@ -251,24 +251,26 @@ class GraphedModel(CachedModel):
         return program.tokens, program.noise
 
     @cached_property
-    def uncaptured(self) -> CachedModel:
-        """What takes steps that are not captured, as the captured ones: the same seed gives the same image."""
+    def uncaptured(self) -> CachedModel | None:
+        """The kernels, which take steps that are not captured, too: the same seed gives the same image."""
         images = len(self.class_ids) // (1 + self.guided)
         kind = _engines(self.model, images)[0] if self.fused else CachedModel
+        if kind is CachedModel:
+            return None
         engine = kind(self.model, self.class_ids[:images], self.guided)
         engine.caches = self.caches
         return engine
 
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
         """(B, N) tokens, known before `start` → logits (B or 2B, end − start, K)."""
-        if type(self.uncaptured) is not CachedModel:
+        if self.uncaptured is not None:
             try:
                 return self.uncaptured.step(tokens, start, end)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 _give_up_kernels(self.model.device, error)
-                del self.uncaptured
+                self.uncaptured = None
         return super().step(tokens, start, end)
 
     def advance(
@@ -279,12 +281,6 @@ class GraphedModel(CachedModel):
             return super().advance(tokens, noise, start, end, sampling, scale)
         self.program.replay[start, end]()
         return self.program.finite
-
-
-class UnfusedModel(GraphedModel):
-    """The same without kernels, to compare with: captured steps that are PyTorch's own."""
-
-    fused = False
 
 
 def _kind(sampling: SamplingConfig) -> SamplingConfig:
