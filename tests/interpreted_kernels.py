@@ -63,19 +63,25 @@ def test_a_step(images: int, guided: bool, start: int, end: int, monkeypatch: py
         torch.testing.assert_close(ours.values[:, :, :end], theirs.values[:, :, :end], atol=2e-5, rtol=2e-5)
 
 
-def test_other_sizes():
-    """Heads of 16 and of 128, tokens that are no power of two, and more of them than one block of keys."""
-    for config in (
-        GPTConfig(10, 64, 1, 4, num_tokens=36, group_size=12, codebook_size=32),
-        GPTConfig(10, 128, 1, 1, mlp=64, num_tokens=160, group_size=32, codebook_size=32),
-    ):
-        network, end = model(config=config), config.num_tokens
-        start, ids = end - config.group_size, torch.zeros(1, end, dtype=torch.int64)
-        fused, expected = (kind(network, torch.tensor([3]), False) for kind in (FusedModel, CachedModel))
-        for one in (fused, expected):
-            one.prefill(ids, start)
-        found = fused.step(ids, start, end)
-        torch.testing.assert_close(found, expected.step(ids, start, end), atol=2e-5, rtol=2e-5)
+@pytest.mark.parametrize(
+    "sizes, start",
+    [
+        (dict(width=64, heads=4, num_tokens=36, group_size=12), 24),  # heads of 16, tokens that are no power of two
+        (dict(width=128, heads=1, mlp=64, num_tokens=160, group_size=32), 128),  # two blocks of keys
+        (dict(width=160, heads=5, mlp=96, num_tokens=5, group_size=1), 3),
+        (dict(width=96, heads=3, mlp=32, num_tokens=16, group_size=8, causal_tokens=0), 0),  # the class in a group
+    ],
+)
+def test_other_sizes(sizes: dict[str, int], start: int):
+    """Of models without classes."""
+    config = GPTConfig(0, **(dict(depth=1, codebook_size=32) | sizes))  # type: ignore[arg-type]
+    network, end = model(config=config), start + config.group_size
+    ids = torch.randint(32, (1, config.num_tokens), generator=torch.Generator().manual_seed(1))
+    fused, expected = (kind(network, torch.tensor([0]), False) for kind in (FusedModel, CachedModel))
+    for one in (fused, expected) if start else ():
+        one.prefill(ids, start)
+    found = fused.step(ids, start, end)
+    torch.testing.assert_close(found, expected.step(ids, start, end), atol=2e-5, rtol=2e-5)
 
 
 def test_bfloat16():
@@ -89,6 +95,13 @@ def test_bfloat16():
     assert errors[0] < 2 * errors[1] < 0.1 * exact.std().item()
 
 
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program compute many outputs: the interpreter takes as long for one as for 64."""
+    monkeypatch.setattr(kernels, "TILES", {key: tiles._replace(outputs=64) for key, tiles in kernels.TILES.items()})
+
+
+@pytest.mark.usefixtures("few_programs")
 def test_recorded_tokens(monkeypatch: pytest.MonkeyPatch):
     """Of three classes, after three others with the same buffers; more rows than `MOST` are left to PyTorch."""
     monkeypatch.setitem(graphs_module.CAPTURE, "cpu", lambda calls, device: list(calls))
@@ -104,6 +117,7 @@ def test_recorded_tokens(monkeypatch: pytest.MonkeyPatch):
     assert isinstance(program, Decoding) and isinstance(program.engine, FusedModel)
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_captured_or_not(monkeypatch: pytest.MonkeyPatch):
     """The same tokens: the first batch of its size is not captured."""
     monkeypatch.setitem(graphs_module.CAPTURE, "cpu", lambda calls, device: list(calls))

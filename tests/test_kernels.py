@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,18 +82,22 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch):
     assert graphs_module._engines(small(), 1) == [CachedModel]
 
 
-def test_kernels_that_cannot_start(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """PyTorch takes the steps, after one line that says why: here that there is no GPU."""
+@pytest.mark.parametrize("engine, programs", [("graphs", 2), ("auto", 1)])
+def test_kernels_that_cannot_start(
+    engine: Any, programs: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """PyTorch takes the steps, captured or not, after one line that says why: here that there is no GPU."""
+    monkeypatch.setattr("detailflow.native.why_not", lambda _: "not here")
     monkeypatch.setitem(graphs_module.CAPTURE, "cpu", lambda calls, device: [call() or call for call in calls])
     monkeypatch.setattr(kernels, "problems", {})
     monkeypatch.setattr(kernels, "why_not", lambda model: kernels.problems.get(model.device))
     gpt, ids = small(), torch.tensor([1, 2])
     gpt.engine = "torch"
     expected = gpt.generate(ids, temperature=0)
-    gpt.engine = "graphs"
+    gpt.engine = engine
     with caplog.at_level(logging.WARNING):
         for options in (dict(temperature=0.0), dict(temperature=0.0, guidance_scale=1.0), dict(temperature=0.0)):
             tokens = gpt.generate(ids, **options)  # type: ignore[arg-type]
     assert torch.equal(tokens, expected)
     assert len(caplog.messages) == 1 and "so PyTorch's are (" in caplog.messages[0]
-    assert torch.device("cpu") in kernels.problems and len(gpt.graphs) == 2
+    assert torch.device("cpu") in kernels.problems and len(gpt.graphs) == programs
