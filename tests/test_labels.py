@@ -210,6 +210,12 @@ def test_what_is_no_label(labels: object):
         [own.index(label) for label in listed(labels)]
 
 
+@pytest.mark.parametrize("labels", [{"cat", "dog"}, frozenset([3])])
+def test_a_set_of_labels_has_no_order(labels: object):
+    with pytest.raises(DetailFlowError, match="labels must be a list: a set has no order"):
+        listed(labels)
+
+
 def test_one_name_for_several_classes():
     with pytest.raises(DetailFlowError) as caught:
         ClassLabels(("crane", "dog", "Crane"), 3).index("CRANE")

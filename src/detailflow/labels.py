@@ -136,6 +136,8 @@ class ClassLabels:
 
 def listed(labels: Any) -> list[Label]:
     """Return one label or several, which may be an array or a tensor of numbers, as a list."""
+    if isinstance(labels, set | frozenset):
+        raise DetailFlowError("labels must be a list: a set has no order that images could come in")
     if hasattr(labels, "ndim") and hasattr(labels, "tolist"):
         labels = labels.tolist()
     one = isinstance(labels, str | bytes) or not isinstance(labels, Iterable)

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         width = min(shutil.get_terminal_size().columns - 2, 98)
         super().__init__(
             prog=f"detailflow {command}",
-            usage=f"detailflow {command} {operands} [options]",
+            usage=" ".join(filter(None, ("detailflow", command, operands, "[options]"))),
             description=description,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=column, width=width),
             allow_abbrev=False,
