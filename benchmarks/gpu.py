@@ -386,15 +386,18 @@ def main() -> int:
     if args.part:
         return run_part(args.part, options)
     facts = machine(options)
-    results: list[dict[str, Any]] = []
     args.output.mkdir(parents=True, exist_ok=True)
+    others = earlier_parts(args.output, facts) if args.only else {}
+    results: list[dict[str, Any]] = []
     end = time.monotonic() + args.minutes * 60 * args.patience
     for name, (limit, _) in PARTS.items():
         if args.only and not any(word in name for word in args.only):
             continue
         print(f"— {name}", flush=True)
         results.append(one_part(name, min(limit * args.patience, end - time.monotonic()), options))
-        write_report(args.output, facts, results)
+        others.pop(name, None)
+        found = others | {result["part"]: result for result in results}
+        write_report(args.output, facts, [found[part] for part in PARTS if part in found])
     print((args.output / f"{report_name(facts)}.md").read_text())
     return 0 if all(result["problem"] is None for result in results) else 1
 
@@ -472,6 +475,15 @@ def report_name(facts: dict[str, Any]) -> str:
     """Return the report's file name without its ending."""
     words = "".join(c if c.isalnum() else "-" for c in facts["device"].lower())
     return "-".join(filter(None, words.split("-"))) + ("-small" if facts["small"] else "")
+
+
+def earlier_parts(folder: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a report of the same machine and versions has, by part; parts that run again replace theirs."""
+    path = folder / f"{report_name(facts)}.json"
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    return {result["part"]: result for result in report["parts"]} if report["machine"] == facts else {}
 
 
 def write_report(folder: Path, facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:

@@ -23,3 +23,13 @@ def test_help(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
             raise
         pytest.skip(f"{script.name} needs {error.name}")
     assert "usage: " in capsys.readouterr().out
+
+
+def test_a_report_of_a_gpu_keeps_parts_that_do_not_run_again(tmp_path: Path):
+    gpu = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))
+    facts = {"device": "Some GPU", "torch": "2.11", "small": False}
+    part = {"part": "tests", "rows": [{"what": "one"}], "seconds": 1.0, "problem": None}
+    assert gpu["earlier_parts"](tmp_path, facts) == {}
+    gpu["write_report"](tmp_path, facts, [part])
+    assert gpu["earlier_parts"](tmp_path, facts) == {"tests": part}
+    assert gpu["earlier_parts"](tmp_path, facts | {"torch": "2.12"}) == {}
