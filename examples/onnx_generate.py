@@ -25,13 +25,19 @@ BATCH_SIZE = 32
 LARGEST_CALL = 100_000  # images
 LARGEST_INTEGER = 2**31 - 1
 CONTENT = {  # of model.json
-    **dict.fromkeys(("num_tokens", "group_size", "causal_tokens", "heads", "head_dim", "num_classes"), int),
-    **dict.fromkeys(("null_class", "code_row", "mask_row"), int),
-    **dict.fromkeys(("steps", "counts", "sizes"), list),
+    **dict.fromkeys(("num_tokens", "group_size", "causal_tokens", "heads", "head_dim", "num_classes"), (int,)),
+    **dict.fromkeys(("null_class", "code_row", "mask_row"), (int,)),
+    **dict.fromkeys(("steps", "counts", "sizes"), (list,)),
     "class_names": (list, type(None)),
-    "sampling": dict,
+    "sampling": (dict,),
 }
-SAMPLING = {"guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p"}
+SAMPLING = {  # what each option may be
+    "guidance_scale": ((int, float), lambda value: 0 <= value <= 1e6),
+    "guidance_schedule": ((str,), lambda value: value in ("constant", "linear")),
+    "temperature": ((int, float), lambda value: 0 <= value < math.inf),
+    "top_k": ((int, type(None)), lambda value: value is None or 0 <= value <= LARGEST_INTEGER),
+    "top_p": ((int, float, type(None)), lambda value: value is None or 0 < value <= 1),
+}
 
 
 class Generator:
@@ -210,10 +216,8 @@ def read_model(folder: Path) -> dict:
         fail(f"{path} is not what `detailflow export` writes: repeat the export")
     if "files" not in model:
         fail(f"{folder}: the export is not complete: repeat it")
-    wrong = [name for name, kind in CONTENT.items() if not isinstance(model.get(name, ...), kind)]
-    if wrong or not model["sampling"].keys() >= SAMPLING:
-        fail(f"{path} is damaged, see {', '.join(wrong or ['sampling'])}: repeat the export")
-    if wrong := misfits(model):
+    wrong = [name for name, kinds in CONTENT.items() if type(model.get(name, ...)) not in kinds]  # true is no number
+    if wrong or (wrong := misfits(model)):
         fail(f"{path} is damaged, see {', '.join(wrong)}: repeat the export")
     return model
 
@@ -229,6 +233,13 @@ def misfits(model: dict) -> list[str]:
         "sizes": len(sizes) == len(counts) and all(type(side) is int and side > 0 for side in sizes),
         "class_names": names is None or (len(names) == model["num_classes"] and all(type(n) is str for n in names)),
         "num_classes": model["num_classes"] >= 0,
+        "null_class, code_row, mask_row": model["num_classes"] <= model["null_class"] < model["code_row"]
+        and model["code_row"] < model["mask_row"] <= LARGEST_INTEGER,
+        "causal_tokens": 0 <= model["causal_tokens"] <= total,
+        "sampling": all(
+            type(value := model["sampling"].get(name, ...)) in kinds and fits(value)
+            for name, (kinds, fits) in SAMPLING.items()
+        ),
         "heads, head_dim, group_size": min(model[key] for key in ("heads", "head_dim", "group_size")) >= 1,
     }
     return [name for name, fits in holds.items() if not fits]
@@ -243,10 +254,10 @@ def parser() -> argparse.ArgumentParser:
     seed = number(int, "0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
     most = 4 * (os.cpu_count() or 1)
     threads = number(int, f"0 to {most}", lambda value: 0 <= value <= most)
-    scale = number(float, "0 or more (1 is no guidance), at most 1e+06", lambda value: 0 <= value <= 1e6)
-    temperature = number(float, "0 (argmax) or more", lambda value: 0 <= value < math.inf)
-    top_k = number(int, "0 or more (0 is off)", lambda value: 0 <= value <= LARGEST_INTEGER)
-    top_p = number(float, "above 0 and at most 1 (1 is off)", lambda value: 0 < value <= 1)
+    scale = number(float, "0 or more (1 is no guidance), at most 1e+06", SAMPLING["guidance_scale"][1])
+    temperature = number(float, "0 (argmax) or more", SAMPLING["temperature"][1])
+    top_k = number(int, "0 or more (0 is off)", SAMPLING["top_k"][1])
+    top_p = number(float, "above 0 and at most 1 (1 is off)", SAMPLING["top_p"][1])
     result.add_argument("--num", type=count, default=1, help="images per class")
     result.add_argument("--seed", type=seed, default=0)
     result.add_argument("--num-tokens", type=int, help="stop after so many, for coarse images")
@@ -279,7 +290,7 @@ def main() -> None:
     """Write the images, and their tokens as tokens.json."""
     args = parser().parse_intermixed_args()
     model = read_model(args.folder)
-    sampling = {name: getattr(args, name, None) for name in model["sampling"]}
+    sampling = {name: getattr(args, name, None) for name in SAMPLING}
     sampling = {name: model["sampling"][name] if value is None else value for name, value in sampling.items()}
     last = model["num_tokens"] if args.num_tokens is None else args.num_tokens
     if last not in model["counts"]:

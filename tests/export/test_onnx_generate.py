@@ -181,6 +181,28 @@ def test_files_that_are_none(exported: Path, tmp_path: Path):
         (json.dumps(model | {"sizes": []}), f"{path} is damaged, see sizes: repeat the export"),
         (json.dumps(model | {"class_names": [1]}), f"{path} is damaged, see class_names: repeat the export"),
         (json.dumps(model | {"group_size": 0}), f"{path} is damaged, see heads, head_dim, group_size: repeat"),
+        *(
+            (json.dumps(model | {"sampling": model["sampling"] | changed}), f"{path} is damaged, see sampling: repeat")
+            for changed in (
+                {"guidance_scale": "1.5"},
+                {"guidance_scale": True},
+                {"guidance_scale": None},
+                {"temperature": [1]},
+                {"temperature": -1},
+                {"top_k": 1.5},
+                {"top_k": -3},
+                {"top_p": "0.9"},
+                {"top_p": 7},
+                {"guidance_schedule": "cosine"},
+                {"guidance_schedule": []},
+            )
+        ),
+        *(
+            (json.dumps(model | {name: value}), f"{path} is damaged, see null_class, code_row, mask_row: repeat")
+            for name, value in (("null_class", -5), ("null_class", 0), ("code_row", 10**30), ("mask_row", 2**40))
+        ),
+        (json.dumps(model | {"heads": True}), f"{path} is damaged, see heads: repeat the export"),
+        (json.dumps(model | {"causal_tokens": -1}), f"{path} is damaged, see causal_tokens: repeat the export"),
         (json.dumps(model), f"could not load the networks in {folder} ("),
     )
     for i, (content, message) in enumerate(contents):
