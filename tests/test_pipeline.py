@@ -308,6 +308,8 @@ def test_a_place_that_is_none(pipeline: DetailFlowPipeline):
     for model in (pipeline, pipeline.tokenizer):
         with pytest.raises(DetailFlowError, match="^folder must be a path, not None$"):
             model.save_pretrained(None)  # type: ignore[arg-type]
+        with pytest.raises(DetailFlowError, match=r"^could not write the model to a\\x00b.*: embedded null byte$"):
+            model.save_pretrained("a\0b")
 
 
 def test_the_published_layout():

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 # Control characters, which a terminal would obey, and those that change the direction of text.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_NUL = re.compile(".*embedded null (byte|character).*")  # what Python says before the system sees such a path
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 Errors = type[Exception] | tuple[type[Exception], ...]
@@ -46,10 +47,12 @@ def explained(problem: str, kinds: Errors = (OSError, ValueError), hint: str = "
 
 @contextmanager
 def os_errors(problem: str) -> Iterator[None]:
-    """Turn an `OSError` into a `DetailFlowError`: "PROBLEM: what the error says"."""
+    """Turn an `OSError`, or that of a path with a NUL, into a `DetailFlowError`: "PROBLEM: what the error says"."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if not (isinstance(error, OSError) or _NUL.fullmatch(str(error))):
+            raise
         raise DetailFlowError(f"{problem}: {reason_of(error)}") from error
 
 

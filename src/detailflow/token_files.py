@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from detailflow.errors import DetailFlowError, explained
+from detailflow.errors import DetailFlowError, explained, os_errors
 from detailflow.files import check_regular, reading, writing
 from detailflow.schedule import TokenSchedule
 
@@ -94,8 +94,9 @@ class TokenFile:
 
 def check_replaceable(path: Path) -> None:
     """Check that no file of another kind is at `path`."""
-    if not path.exists() and not path.is_symlink():
-        return
+    with os_errors(f"cannot write {path}"):  # as of a name that is too long
+        if not path.exists() and not path.is_symlink():
+            return
     if path.is_dir():
         raise DetailFlowError(f"{path} is a folder: give the name of a file, such as {path / 'tokens.npz'}")
     try:

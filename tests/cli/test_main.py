@@ -34,6 +34,13 @@ MODES = {"train": ("tokenizer", "gpt"), "evaluate": ("tokenizer", "gpt", "sample
 PAGES = ["", *front.COMMANDS, *(f"{command} {mode}" for command, modes in MODES.items() for mode in modes)]
 
 
+@pytest.mark.parametrize("argv", ["evaluate compare NAME NAME", "bench --json NAME", "encode x.png --output NAME.npz"])
+def test_a_name_that_is_too_long(argv: str, capsys: pytest.CaptureFixture[str]):
+    assert main(argv.replace("NAME", "a" * 300).split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("detailflow: error: cannot ") and line.endswith(": File name too long")
+
+
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("columns", ["80", "300"])
 def test_help_fits_a_screen(

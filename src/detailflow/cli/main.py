@@ -1,5 +1,6 @@
 """`detailflow COMMAND …`: finds the command, and turns bad input into one sentence and exit status 2."""
 
+import errno
 import io
 import logging
 import os
@@ -15,7 +16,7 @@ from importlib import import_module
 from types import FrameType
 
 from detailflow import __version__
-from detailflow.errors import DetailFlowError, DetailFlowWarning, ReportedElsewhereError, missing_package
+from detailflow.errors import DetailFlowError, DetailFlowWarning, ReportedElsewhereError, missing_package, printable
 from detailflow.settings import unknown
 
 COMMANDS = {  # each is the module of that name in this package, imported when asked for
@@ -46,6 +47,8 @@ _SHOW_LOG = {
     "encode": "stderr",
     "convert": "stderr",
 }
+
+_ABOUT_NAMES = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP)  # errors that `Path.exists` lets through
 
 _EXTRAS = {"serve": "serve", "export": "onnx"}  # that bring the packages of a command; of the others it is "train"
 
@@ -86,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _report(error)
         status = 2
     except Exception as error:
-        if _out_of_memory(error):
+        if isinstance(error, OSError) and error.errno in _ABOUT_NAMES and error.filename is not None:
+            _report(f"cannot use {printable(str(error.filename))}: {error.strerror}")
+        elif _out_of_memory(error):
             _report("there is not enough memory for this: choose smaller batches, images or models")
         elif isinstance(error, OSError) and _output_fails():  # other files have sentences of their own
             _close_output()
