@@ -486,6 +486,21 @@ def test_another_column_of_labels_is_asked_for(tmp_path):
     assert "metadata.csv has no column file_name, so its labels are not used" in open_images(tmp_path).summary
 
 
+@pytest.mark.parametrize("rows", ['0.png,"cat\n1.png,dog\n2.png,dog\n', '0.png,"cat" dog\n1.png,dog\n2.png,dog\n'])
+def test_a_quote_that_is_not_closed(tmp_path, rows):
+    """What follows is not taken for the label."""
+    photos(tmp_path, (".",), per=3)
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    with pytest.raises(DetailFlowError, match=r"metadata.csv cannot be read .*: a quote that begins a cell must be"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("data", [None, 3, b"photos", ["photos"]])
+def test_what_is_no_path(data):
+    with pytest.raises(DetailFlowError, match="^data must be a path or a name, not "):
+        open_images(data)
+
+
 @pytest.mark.parametrize("header", ["file_name,label,label", "file_name,label,Label ", "file_name,file_name,label"])
 def test_a_column_twice(tmp_path, header):
     photos(tmp_path, (".",), per=1)

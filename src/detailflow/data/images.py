@@ -80,6 +80,8 @@ def open_images(
 
 def find(data: str | os.PathLike[str], split: str | None = None) -> DataFiles:
     """Return the files with the images of `open_images(data, split=split)`."""
+    if not isinstance(data, str | os.PathLike):
+        raise DetailFlowError(f"data must be a path or a name, not {data!r:.40}")
     data = os.path.expanduser(os.fspath(data))
     path = Path(data)
     with explained(f"{data!r} cannot be opened"):  # no name of a file at all, or one that may not be looked at
@@ -282,8 +284,9 @@ def _column(name: str) -> str:
 
 def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each row's number and its cells by the names of their columns in lower case."""
-    kinds = (OSError, ValueError, csv.Error, RecursionError)
+    kinds = (OSError, ValueError, RecursionError)
     with (
+        explained(f"{file} cannot be read", csv.Error, hint="a quote that begins a cell must be closed at its end"),
         explained(f"{file} cannot be read", kinds, hint="it has a row with file_name for each image"),
         open(file, encoding="utf-8-sig", newline="") as opened,
     ):
@@ -293,7 +296,8 @@ def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
             first = opened.readline()
             opened.seek(0)
             separator = max(",;\t", key=first.count)
-            rows = reader = csv.DictReader(opened, restkey="", delimiter=separator, skipinitialspace=True)
+            # Not strict, it would take all lines after a quote that is never closed for one cell.
+            rows = reader = csv.DictReader(opened, restkey="", delimiter=separator, skipinitialspace=True, strict=True)
             header = reader.fieldnames
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
