@@ -77,6 +77,8 @@ def test_a_key_that_is_there_twice(text: str):
     with pytest.raises(yaml.YAMLError, match="a is there twice"):
         load_yaml(text)
     assert load_yaml("a: &a {b: 1, c: 3}\nd: {<<: *a, b: 2}")["d"] == {"b": 2, "c": 3}
+    with pytest.raises(yaml.YAMLError, match="<< is there twice"):
+        load_yaml("a: &a {c: 1}\nb: &b {c: 2}\nd:\n  <<: *a\n  <<: *b")
 
 
 def test_numbers_are_as_they_look(tmp_path: Path):

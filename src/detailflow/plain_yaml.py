@@ -17,7 +17,7 @@ class _Loader(yaml.SafeLoader):
         """Return a mapping whose keys differ; what it merges from others may have them, too."""
         node = super().compose_mapping_node(anchor)
         seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if (key.tag, key.value) in seen:
                 raise yaml.composer.ComposerError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
             seen.add((key.tag, key.value))
