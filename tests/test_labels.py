@@ -210,6 +210,11 @@ def test_what_is_no_label(labels: object):
         [own.index(label) for label in listed(labels)]
 
 
+def test_a_tensor_without_numbers():
+    with pytest.raises(DetailFlowError, match="^labels must be numbers or names .Cannot copy out of meta tensor"):
+        listed(torch.zeros(2, dtype=torch.int64, device="meta"))
+
+
 @pytest.mark.parametrize("labels", [{"cat", "dog"}, frozenset([3])])
 def test_a_set_of_labels_has_no_order(labels: object):
     with pytest.raises(DetailFlowError, match="labels must be a list: a set has no order"):

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, explained
 
 Label = int | str
 UNLABELLED = ("image",)  # the class names of a set of images without labels
@@ -139,7 +139,8 @@ def listed(labels: Any) -> list[Label]:
     if isinstance(labels, set | frozenset):
         raise DetailFlowError("labels must be a list: a set has no order that images could come in")
     if hasattr(labels, "ndim") and hasattr(labels, "tolist"):
-        labels = labels.tolist()
+        with explained("labels must be numbers or names", Exception):  # of a tensor without numbers, on `meta`
+            labels = labels.tolist()
     one = isinstance(labels, str | bytes) or not isinstance(labels, Iterable)
     return [labels] if one else list(labels)  # `ClassLabels.index` checks each
 

@@ -4,6 +4,7 @@ The published model's outputs are in test_parity.py, generation in test_generati
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,27 @@ def test_wrong_inputs(gpt: DetailFlowGPT):
         gpt.generate([3])  # type: ignore[arg-type]
     with pytest.raises(DetailFlowError, match="num_tokens must be 1 to 8 or a multiple of 4 up to 16, not 9"):
         gpt.generate(torch.tensor([0]), num_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("meta", lambda tensor: tensor.to("meta")),
+        ("sparse_coo", lambda tensor: tensor.to_sparse()),
+        ("nested", lambda tensor: torch.nested.nested_tensor(list(tensor) if tensor.ndim > 1 else [tensor])),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_all_numbers(gpt: DetailFlowGPT, kind: str, changed: Callable[[torch.Tensor], torch.Tensor]):
+    classes, ids = torch.tensor([0]), torch.zeros(1, 16, dtype=torch.int64)
+    for call in (
+        lambda: gpt(changed(classes), ids),
+        lambda: gpt(classes, changed(ids)),
+        lambda: gpt.generate(changed(classes)),
+        lambda: gpt.generate(classes, prefix=changed(ids[:, :4])),
+    ):
+        with pytest.raises(DetailFlowError, match=f"must be a dense tensor that holds numbers, not a {kind} one"):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32])

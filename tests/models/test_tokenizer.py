@@ -227,7 +227,15 @@ def test_pixels_out_of_range(tokenizer: DetailFlowTokenizer, low: float, high: f
         assert dtype == torch.bfloat16 or shown in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("place", [{"device": "meta"}, {"layout": torch.sparse_coo}])
+def test_images_without_all_numbers(tokenizer: DetailFlowTokenizer, place: dict[str, Any]):
+    with pytest.raises(DetailFlowError, match="images must be a dense tensor that holds numbers, not a (meta|sparse)"):
+        tokenizer.encode(torch.zeros(1, 3, 32, 32, **place))
+    with pytest.raises(DetailFlowError, match="codes must be a dense tensor that holds numbers, not a (meta|sparse)"):
+        tokenizer.decode(torch.zeros(1, 16, dtype=torch.int64, **place))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
 def test_integers_are_not_pixels(tokenizer: DetailFlowTokenizer, dtype: torch.dtype):
     with pytest.raises(DetailFlowError, match=f"images must be floats .* not .* {dtype}"):
         tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=dtype))

@@ -1,4 +1,4 @@
-"""Check ids of codes and classes that are given to a network."""
+"""Check tensors, and ids of codes and classes, that are given to a network."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,14 @@ from torch import Tensor
 from detailflow.errors import DetailFlowError
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Check that all numbers of a tensor are there: neither sparse nor nested, nor on the device `meta`."""
+    kind = "nested" if tensor.is_nested else "meta" if tensor.device.type == "meta" else None
+    if kind or tensor.layout is not torch.strided:
+        kind = kind or str(tensor.layout).removeprefix("torch.")
+        raise DetailFlowError(f"{name} must be a dense tensor that holds numbers, not a {kind} one")
 
 
 def checked_ids(name: str, ids: Tensor, dimensions: int, count: int, wait: bool = True) -> Tensor:
@@ -16,6 +24,7 @@ def checked_ids(name: str, ids: Tensor, dimensions: int, count: int, wait: bool 
     """
     if not isinstance(ids, Tensor):
         raise DetailFlowError(f"{name} must be a tensor of integers, as torch.tensor makes it, not {ids!r:.40}")
+    check_plain(name, ids)
     if ids.ndim != dimensions or ids.dtype not in _INTEGERS:
         found = f"{tuple(ids.shape)} {ids.dtype}"
         raise DetailFlowError(f"{name} must be integers in {dimensions} dimension(s), not {found}")

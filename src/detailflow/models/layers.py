@@ -165,7 +165,7 @@ def convolution(inputs: int, outputs: int) -> nn.Sequential:
 
 def has_patches(images: Tensor, patch: int) -> bool:
     """Return whether images are floats of shape (B, 3, H, W), with H and W multiples of `patch`."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.itemsize < 2:
         return False
     return all(side > 0 and side % patch == 0 for side in images.shape[2:])
 

@@ -13,7 +13,7 @@ from detailflow import graphs
 from detailflow.data.transforms import to_uint8
 from detailflow.device import to_device, within_memory
 from detailflow.errors import DetailFlowError
-from detailflow.models.ids import checked_ids
+from detailflow.models.ids import check_plain, checked_ids
 from detailflow.models.layers import (
     Block,
     KeyValue,
@@ -367,6 +367,7 @@ class DetailFlowTokenizer(Pretrained):
         """Check the range of images, which waits for the GPU, and move them to the device and dtype of the weights."""
         if not isinstance(images, Tensor):
             raise DetailFlowError(f"images must be a tensor, not {images!r:.40}: pipe.tokens takes images and paths")
+        check_plain("images", images)
         if has_patches(images, self.config.patch_size) and images.numel():  # else `encode_patches` says what is wrong
             low, high = (value.item() for value in torch.aminmax(images))
             if not (low >= -LARGEST_PIXEL and high <= LARGEST_PIXEL):  # also if they are NaN
