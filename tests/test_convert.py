@@ -125,6 +125,17 @@ def test_both_variants_of_the_weights(ours: Path, tmp_path: Path, caplog: pytest
     assert caplog.messages == []
 
 
+def test_weights_on_no_device_are_no_second_set(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    shutil.copytree(TINY / "gpt", tmp_path / "gpt")
+    content = checkpoint(tmp_path / "gpt")
+    content["model"] = {name: tensor.to("meta") for name, tensor in content["model"].items()}
+    torch.save(content, tmp_path / "gpt" / "checkpoints" / "32.pt")
+    convert(tmp_path / "gpt", tmp_path / "converted")
+    assert caplog.messages == []
+    assert "is not a tensor of floating-point weights" in error_of(tmp_path / "gpt", tmp_path / "raw", variant="model")
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "what"),
     [

@@ -160,7 +160,7 @@ def has_both_variants(path: Path) -> bool:
     stored, first = load_torch(checkpoint, mmap=True), next(iter(names.values()))[0]
     states = [stored.get(variant) for variant in ("model", "ema")]
     raw, averaged = (state.get(first) if isinstance(state, Mapping) else None for state in states)
-    if not (isinstance(raw, Tensor) and isinstance(averaged, Tensor)):
+    if not (isinstance(raw, Tensor) and isinstance(averaged, Tensor) and is_weights(raw) and is_weights(averaged)):
         return False
     return raw.dtype != averaged.dtype or not torch.equal(raw, averaged)
 
