@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detailflow import DetailFlowGPT, DetailFlowPipeline, SamplingConfig
+from detailflow import DetailFlowGPT, DetailFlowPipeline, SamplingConfig, benchmark
 from detailflow import graphs as graphs_module
 from detailflow.device import choose_dtype, to_device, to_host
 from detailflow.errors import DetailFlowError
@@ -309,6 +309,8 @@ def test_a_cpu_has_no_graphs(model):
     gpt.engine = "graphs"
     with pytest.raises(DetailFlowError, match="the graphs engine cannot run this model: it is for CUDA GPUs"):
         gpt.generate(torch.tensor([1]))
+    with pytest.raises(DetailFlowError, match="the graphs engine cannot run this model: it is for CUDA GPUs"):
+        benchmark.engines(gpt)
 
 
 def test_logits_that_are_no_numbers(graphed: DetailFlowPipeline):

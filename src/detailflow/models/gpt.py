@@ -321,8 +321,6 @@ class DetailFlowGPT(Pretrained):
             return native.NativeGeneration(self, class_ids, guided)
         if self.uses_graphs:
             return graphs.GraphedModel(self, class_ids, guided)
-        if self.engine == "graphs":
-            raise DetailFlowError(f"the graphs engine cannot run this model: {graphs.why_not(self)}")
         return generation.CachedModel(self, class_ids, guided)
 
     @property
@@ -334,6 +332,14 @@ class DetailFlowGPT(Pretrained):
         if problem and self.engine == "native":
             raise DetailFlowError(f"the native engine cannot run this model: {problem}")
         return not problem
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether decoding steps are captured as CUDA graphs, as they are if model and machine allow it."""
+        uses = super().uses_graphs
+        if self.engine == "graphs" and not uses:
+            raise DetailFlowError(f"the graphs engine cannot run this model: {graphs.why_not(self)}")
+        return uses
 
     def rotary_table(self) -> Tensor:
         """Return `rotary_table` of this model's config, in float32 on its device."""
