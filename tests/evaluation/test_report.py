@@ -238,6 +238,10 @@ def test_other_data_is_warned_of_and_another_name_of_the_same_is_not(tmp_path: P
     assert "| data.images.data | x | y |" in text
 
 
+def test_a_report_and_itself(tmp_path: Path):
+    assert "## What differs\n\nnothing\n" in compared(tmp_path, report(), report())
+
+
 def test_data_without_an_entry_of_its_own(tmp_path: Path):
     a, b = (replace(report(), provenance={"data": {"training": name}}) for name in ("here", "there"))
     assert "Warning: the data (training) differs: data here in A, data there in B" in compared(tmp_path, a, b)

@@ -31,7 +31,7 @@ def compare_reports(a: Path, b: Path) -> str:
     left, right = (dict(flattened(report["provenance"])) for report in (ours, theirs))
     same = [name for name in left if name in right and left[name] == right[name]]
     rows = [[name, cell(left.get(name)), cell(right.get(name))] for name in left | right if name not in same]
-    lines += ["## What differs", "", *table(["", "A", "B"], rows, right=False)]
+    lines += ["## What differs", "", *(table(["", "A", "B"], rows, right=False) if rows else ["nothing"])]
     return "\n".join([*lines, "", "## What is equal", "", ", ".join(same) or "nothing", ""])
 
 
