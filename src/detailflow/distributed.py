@@ -22,6 +22,22 @@ TIMEOUT = timedelta(hours=3)  # long enough for what only one rank does, such as
 HEARTBEAT_SECONDS = 20.0  # between the signs of life of a main process that may need longer still
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """Return the rank and the world size that the environment names; 0 and 1 without a launcher."""
+    size = _number("WORLD_SIZE", "1")
+    rank = _number("RANK", "0") if size > 1 else 0
+    if rank >= max(size, 1):
+        raise DetailFlowError(f"RANK in the environment must be below WORLD_SIZE, {size}, not {rank}: unset both")
+    return rank, max(size, 1)
+
+
+def _number(variable: str, default: str) -> int:
+    text = os.environ.get(variable, default)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise DetailFlowError(f"{variable} in the environment must be a whole number, not {text!r}: unset it")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of this launch as one of them sees it. With one process every method returns at once."""
@@ -33,7 +49,7 @@ class World:
     @classmethod
     def from_launch(cls, cpu: bool = False) -> "World":
         """Join the processes that `torchrun` or `accelerate launch` started; a world of one without a launcher."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if rank_and_world_size()[1] < 2:
             return cls()
         try:
             from accelerate import PartialState

@@ -375,3 +375,12 @@ def test_processes_that_need_not_be_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "3")
     assert planned_world() == World(3, 8)
+    for name, value, message in (
+        ("RANK", "8", "RANK in the environment must be below WORLD_SIZE, 8, not 8"),
+        ("RANK", "main", "RANK in the environment must be a whole number, not 'main': unset it"),
+        ("WORLD_SIZE", "-2", "WORLD_SIZE in the environment must be a whole number, not '-2': unset it"),
+    ):
+        monkeypatch.setenv(name, value)
+        for world in (planned_world, World.from_launch):
+            with pytest.raises(DetailFlowError, match=message):
+                world()

@@ -14,7 +14,7 @@ from detailflow import hub
 from detailflow.data.batches import BatchOrder
 from detailflow.data.tokens import TokenStore
 from detailflow.device import autocast, choose_device, precision_dtype
-from detailflow.distributed import World
+from detailflow.distributed import World, rank_and_world_size
 from detailflow.errors import DetailFlowError
 from detailflow.labels import UNLABELLED
 from detailflow.machine import measure_ceilings
@@ -232,7 +232,7 @@ class Plan:
 
 def planned_world() -> World:
     """Return the rank and world size that the launcher names; `WORLD_SIZE=8` in front of a command plans for 8."""
-    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    return World(*rank_and_world_size())
 
 
 def ceiling_of(config: TokenizerTraining | GPTTraining, device: torch.device) -> tuple[float, float]:
