@@ -76,7 +76,27 @@ def parse_settings(kind: type[Config], values: Mapping[str, Any], source: object
     try:
         known = {setting.name: setting for setting in list_settings(kind)}
         given = dict(flat(values))
-        for name, value in given.items():
+        found = check_settings(kind, given)
+        missing = [name for name, setting in known.items() if setting.default is MISSING and name not in given]
+        if missing:
+            raise DetailFlowError(f"settings are missing: {', '.join(missing)}{advice}")
+        return _build(kind, found, "")
+    except MissingPackageError:  # no mistake in the source
+        raise
+    except DetailFlowError as error:
+        raise DetailFlowError(f"{source}: {error}" if source else error) from None
+
+
+def check_settings(kind: type[Config], values: Mapping[str, Any], source: object = "") -> dict[str, Any]:
+    """Return some of a class's settings as their types have them; others may be missing.
+
+    Args:
+        values: by dotted names.
+        source: what errors begin with.
+    """
+    known, found = {setting.name: setting for setting in list_settings(kind)}, {}
+    try:
+        for name, value in values.items():
             if any(key.startswith(f"{name}.") for key in known):
                 raise DetailFlowError(f"{name} must be settings, each as KEY: VALUE, not {_shown(value)}")
             if name not in known:
@@ -84,14 +104,12 @@ def parse_settings(kind: type[Config], values: Mapping[str, Any], source: object
                 first = sorted(known, key=lambda key: (key.startswith("loop."), "." in key))
                 some = f"the settings are {', '.join(first[:12])}{more}"
                 raise DetailFlowError(unknown("setting", name, known, some))
-        missing = [name for name, setting in known.items() if setting.default is MISSING and name not in given]
-        if missing:
-            raise DetailFlowError(f"settings are missing: {', '.join(missing)}{advice}")
-        return _build(kind, {name: checked(name, value, known[name].type) for name, value in given.items()}, "")
+            found[name] = checked(name, value, known[name].type)
     except MissingPackageError:  # no mistake in the source
         raise
     except DetailFlowError as error:
         raise DetailFlowError(f"{source}: {error}" if source else error) from None
+    return found
 
 
 def _build(kind: type[Config], given: Mapping[str, Any], prefix: str) -> Config:

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 
 from detailflow.cli.common import Parser, add_device_option, check_apart, check_output, reader
 from detailflow.errors import DetailFlowError
-from detailflow.settings import Location, Setting, checked, flat, list_settings, listed, parse_settings, unknown
+from detailflow.settings import (
+    Location,
+    Setting,
+    check_settings,
+    checked,
+    flat,
+    list_settings,
+    listed,
+    parse_settings,
+    unknown,
+)
 
 DRY_RUN = "--dry-run"
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -49,13 +59,17 @@ def read_request(
     given = vars(make_parser(kind, command, summary, can_plan).parse_args(argv))
     files, output, device = given.pop("config"), given.pop("output"), given.pop("device")
     dry_run = given.pop("dry_run", False)
-    values: dict[str, Any] = {}
-    for path in files:
-        values |= flat(read_settings_file(recipe_file(path)))
-    values |= given
+    contents = {path: dict(flat(read_settings_file(recipe_file(path)))) for path in files}
+    values = {name: value for content in contents.values() for name, value in content.items()} | given
     if sizes and values.get("init"):
         values = dict(flat(sizes(checked("init", values["init"], Location)))) | values
-    settings = parse_settings(kind, values, advice=ADVICE)
+    try:
+        settings = parse_settings(kind, values, advice=ADVICE)
+    except DetailFlowError:
+        for path, content in contents.items():  # whose mistake is it?
+            used = {name: value for name, value in content.items() if values[name] is value}
+            check_settings(kind, used, f"--config {path}")
+        raise
     for name in ("data", "val_data"):
         if output is not None:
             check_apart(output, getattr(settings, name, None))
