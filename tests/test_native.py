@@ -227,13 +227,16 @@ def test_what_it_is_not_for(sizes: dict[str, int], dtype: torch.dtype, sentence:
 
 
 def test_replaced_layers():
-    """Plain layers in the place of others: with a bias, or of another size."""
+    """Plain layers in the place of others, with a bias or of another size; a `forward` in the place of a layer's."""
     gpt = random_gpt(**SMALL)
     gpt.head = torch.nn.Linear(64, 96)
     assert native.why_not(gpt) == "some of its layers were replaced"
     gpt.head = torch.nn.Linear(64, 64, bias=False)
     assert native.why_not(gpt) == "some of its layers were replaced"
     gpt.head = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False))
+    assert native.why_not(gpt) == "some of its layers were replaced"
+    gpt = random_gpt(**SMALL)
+    gpt.head.forward = lambda x: x  # type: ignore[method-assign]  # as hooks of other libraries do
     assert native.why_not(gpt) == "some of its layers were replaced"
 
 

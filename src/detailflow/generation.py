@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detailflow.device import to_device
 from detailflow.errors import DetailFlowError
@@ -223,6 +223,15 @@ class StaticCache(Cache):
         self.keys.index_copy_(2, start, k)
         self.values.index_copy_(2, start, v)
         return self.keys, self.values
+
+
+def layers_replaced(model: nn.Module) -> bool:
+    """Return whether a layer may compute something else than the model's own code, which some engines do not call."""
+    own, home = (nn.Linear, nn.Embedding, nn.ModuleList), type(model).__module__
+    return any(
+        (type(layer) not in own and type(layer).__module__ != home) or "forward" in vars(layer)
+        for layer in model.modules()
+    )
 
 
 def with_null_class(class_ids: Tensor, null_class: int) -> Tensor:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 from triton.runtime import driver
 
-from detailflow.generation import CachedModel
+from detailflow.generation import CachedModel, layers_replaced
 
 MOST = 32  # rows of a step: with more, PyTorch's products are faster
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, by Triton's interpreter
@@ -58,7 +58,8 @@ def why_not(model: Any) -> str | None:
     config, device = model.config, model.device
     if any(weight.dtype != torch.bfloat16 or not weight.is_contiguous() for weight in model.parameters()):
         return "kernels are for bfloat16"
-    if any(_is_replaced(layer, type(model).__module__) for layer in model.modules()):
+    has_bias = any(getattr(layer, "bias", None) is not None for layer in model.modules())  # none has one of its own
+    if layers_replaced(model) or has_bias:
         return "some of its layers were replaced"
     if any(size % 32 for size in (config.width, config.hidden, config.codebook_size)):
         return "width, MLP and codebook must be multiples of 32"
@@ -69,12 +70,6 @@ def why_not(model: Any) -> str | None:
     ):
         return "kernels are for NVIDIA's GPUs from Ampere on"
     return problems.get(device)
-
-
-def _is_replaced(layer: nn.Module, home: str) -> bool:
-    """Return whether a layer may compute something else than in `home`, or has a bias, which none has there."""
-    own = type(layer) in (nn.Linear, nn.Embedding, nn.ModuleList) or type(layer).__module__ == home
-    return not own or "forward" in vars(layer) or getattr(layer, "bias", None) is not None
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

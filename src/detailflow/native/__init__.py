@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError
-from detailflow.generation import Engine, SamplingConfig, with_null_class
+from detailflow.generation import Engine, SamplingConfig, layers_replaced, with_null_class
 from detailflow.native.memory import gather
 from detailflow.processor import is_intel, processor_identity
 
@@ -138,8 +138,7 @@ def why_not(model: GPT) -> str | None:
     if model.device.type != "cpu":
         return "it is for CPUs"
     dtype = weights[0].dtype
-    own = (torch.nn.Linear, torch.nn.Embedding, torch.nn.ModuleList)
-    if any(type(m) not in own and type(m).__module__ != type(model).__module__ for m in model.modules()):
+    if layers_replaced(model):
         return "some of its layers were replaced"
     if dtype not in TYPES or any(type(w) is not torch.nn.Parameter or w.dtype != dtype for w in weights):
         return "it needs plain weights of float32 or bfloat16, all of one type"
