@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -73,42 +73,37 @@ def parse_settings(kind: type[Config], values: Mapping[str, Any], source: object
         source: what errors begin with, such as a file's name.
         advice: what the error about missing settings ends with.
     """
-    try:
-        known = {setting.name: setting for setting in list_settings(kind)}
-        given = dict(flat(values))
-        found = check_settings(kind, given)
-        missing = [name for name, setting in known.items() if setting.default is MISSING and name not in given]
+    with named(source):
+        found = check_settings(kind, dict(flat(values)))
+        missing = [s.name for s in list_settings(kind) if s.default is MISSING and s.name not in found]
         if missing:
             raise DetailFlowError(f"settings are missing: {', '.join(missing)}{advice}")
         return _build(kind, found, "")
-    except MissingPackageError:  # no mistake in the source
-        raise
-    except DetailFlowError as error:
-        raise DetailFlowError(f"{source}: {error}" if source else error) from None
 
 
-def check_settings(kind: type[Config], values: Mapping[str, Any], source: object = "") -> dict[str, Any]:
-    """Return some of a class's settings as their types have them; others may be missing.
-
-    Args:
-        values: by dotted names.
-        source: what errors begin with.
-    """
-    known, found = {setting.name: setting for setting in list_settings(kind)}, {}
+@contextmanager
+def named(source: object) -> Iterator[None]:
+    """Begin errors with what is wrong, such as a file's name; not those of missing packages, which it cannot help."""
     try:
-        for name, value in values.items():
-            if any(key.startswith(f"{name}.") for key in known):
-                raise DetailFlowError(f"{name} must be settings, each as KEY: VALUE, not {_shown(value)}")
-            if name not in known:
-                more = ", …" if len(known) > 12 else ""
-                first = sorted(known, key=lambda key: (key.startswith("loop."), "." in key))
-                some = f"the settings are {', '.join(first[:12])}{more}"
-                raise DetailFlowError(unknown("setting", name, known, some))
-            found[name] = checked(name, value, known[name].type)
-    except MissingPackageError:  # no mistake in the source
+        yield
+    except MissingPackageError:
         raise
     except DetailFlowError as error:
         raise DetailFlowError(f"{source}: {error}" if source else error) from None
+
+
+def check_settings(kind: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return some of a class's settings, by dotted names, as their types have them; others may be missing."""
+    known, found = {setting.name: setting for setting in list_settings(kind)}, {}
+    for name, value in values.items():
+        if any(key.startswith(f"{name}.") for key in known):
+            raise DetailFlowError(f"{name} must be settings, each as KEY: VALUE, not {_shown(value)}")
+        if name not in known:
+            more = ", …" if len(known) > 12 else ""
+            first = sorted(known, key=lambda key: (key.startswith("loop."), "." in key))
+            some = f"the settings are {', '.join(first[:12])}{more}"
+            raise DetailFlowError(unknown("setting", name, known, some))
+        found[name] = checked(name, value, known[name].type)
     return found
 
 

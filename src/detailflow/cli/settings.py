@@ -18,6 +18,7 @@ from detailflow.settings import (
     flat,
     list_settings,
     listed,
+    named,
     parse_settings,
     unknown,
 )
@@ -68,7 +69,8 @@ def read_request(
     except DetailFlowError:
         for path, content in contents.items():  # whose mistake is it?
             used = {name: value for name, value in content.items() if values[name] is value}
-            check_settings(kind, used, f"--config {path}")
+            with named(f"--config {path}"):
+                check_settings(kind, used)
         raise
     for name in ("data", "val_data"):
         if output is not None:
