@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from detailflow.training.tokenizer import count_of_steps
 from detailflow.training.tracking import read_history
 
 RECIPE = Path(__file__).parent / "gpu"
@@ -63,10 +64,7 @@ def speed(output: Path, batch: int, full: float = 0.0) -> tuple[int, float] | No
 
 def all_losses_from(settings: dict[str, Any], steps: int) -> float:
     """Return the step from which on a tokenizer's discriminator is trained, too: such steps take much longer."""
-    if not settings.get("adversarial"):
-        return 0.0
-    value: float = settings.get("adversarial_from", 0.0)
-    return value if value >= 1 else value * steps
+    return count_of_steps(settings.get("adversarial_from", 0.0), steps) if settings.get("adversarial") else 0.0
 
 
 def train(stage: str, words: Sequence[Any], args: argparse.Namespace, end: float) -> None:
