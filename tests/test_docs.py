@@ -74,8 +74,8 @@ def test_every_message_that_is_explained():
     ("kind", "heading"), [(TokenizerTraining, "Tokenizer"), (Extraction, "Extraction"), (GPTTraining, "AR model")]
 )
 def test_every_setting(kind: type, heading: str):
-    """docs/train-your-own.md has a row for each, below the heading of its command, or of `loop.`."""
-    _, _, page = (ROOT / "docs" / "train-your-own.md").read_text(encoding="utf-8").partition("\n## Every setting\n")
+    """docs/train-in-steps.md has a row for each, below the heading of its command, or of `loop.`."""
+    _, _, page = (ROOT / "docs" / "train-in-steps.md").read_text(encoding="utf-8").partition("\n## Every setting\n")
     parts = {part.partition("\n")[0]: part for part in page.partition("\n## ")[0].split("\n### ")}
     (loop,) = (part for title, part in parts.items() if title.startswith("`loop.`"))
     for setting in list_settings(kind):
