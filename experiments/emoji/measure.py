@@ -21,7 +21,7 @@ from detailflow.data.images import open_images
 from detailflow.data.transforms import center_crop, to_tensor, to_uint8
 from detailflow.errors import exit_on_error
 from detailflow.evaluation.features import load_extractor
-from detailflow.evaluation.metrics import Moments, frechet_distance
+from detailflow.evaluation.metrics import Moments, edge_jumps, frechet_distance
 from detailflow.pictures import grid
 from detailflow.progress import progress_bar
 from detailflow.psnr import psnr
@@ -53,13 +53,6 @@ def decibels(a: Tensor, b: Tensor) -> float:
     return psnr(a.float(), b.float(), peak=255).mean().item()
 
 
-def edge_ratio(made: Tensor, images: Tensor, patch: int) -> float:
-    """Return how much more errors change between neighbouring pixels of two patches than within a patch."""
-    changes = (made.float() - images.float()).diff(dim=2).abs().mean((0, 1, 3))
-    across = torch.arange(1, len(changes) + 1) % patch == 0
-    return (changes[across].mean() / changes[~across].mean()).item()
-
-
 def sampled(pipe: DetailFlowPipeline, count: int) -> list[Image.Image]:
     """Return samples of all classes in turn."""
     labels = [i % pipe.gpt.config.num_classes for i in range(count)]
@@ -83,7 +76,8 @@ def report(pipe: DetailFlowPipeline, train: Tensor, test: Tensor, images: list[I
     every = config.num_tokens
     held = rebuilt(pipe, test, tuple(n for n in COUNTS if n <= every))
     print("held-out emoji, dB by tokens:", *(f"{n}: {decibels(made, test):.2f}" for n, made in held.items()))
-    print(f"their errors across patch edges / inside: {edge_ratio(held[every], test, config.patch_size):.3f}")
+    across, inside = edge_jumps(held[every], test, config.patch_size).sum(0).tolist()
+    print(f"their errors across patch edges / inside: {across / inside:.3f}")
     learnt = rebuilt(pipe, train, (every,))[every]
     print(f"training emoji: {decibels(learnt, train):.2f} dB")
 

@@ -11,6 +11,7 @@ from detailflow.evaluation.metrics import (
     Gaussian,
     InceptionScore,
     Moments,
+    edge_jumps,
     frechet_deviation,
     frechet_distance,
     precision_recall,
@@ -225,6 +226,18 @@ class TestPairs:
         expected = [structural_similarity(x, y, **settings) for x, y in zip(*(x.numpy() for x in white), strict=True)]
         np.testing.assert_allclose(ssim(*white), expected, atol=5e-4)
         torch.testing.assert_close(ssim(a[:1], b[:1]), ssim(a, b)[:1])  # one image alone
+
+    def test_jumps_across_edges_of_patches(self):
+        images = torch.full((2, 8, 12, 3), 100, dtype=torch.uint8)
+        grid = images.clone()
+        grid[1, :, 4:8] += 30  # a patch column that is too bright: two edges of eleven neighbours, one direction of two
+        jumps = edge_jumps(grid, images, 4)
+        assert jumps[0].tolist() == [0, 0]
+        # Across: 8 rows of 2 edges at 30, beside 1 edge of 12 columns without; inside there is none.
+        assert jumps[1].tolist() == [pytest.approx(30 * 8 * 2 / (8 * 2 + 12)), 0]
+        noise = images + torch.randint(0, 50, images.shape, generator=torch.Generator().manual_seed(0))
+        across, inside = edge_jumps(noise.to(torch.uint8), images, 4).sum(0).tolist()
+        assert across / inside == pytest.approx(1, abs=0.1)
 
     def test_what_cannot_be_compared(self):
         a = torch.zeros(2, 10, 12, 3, dtype=torch.uint8)

@@ -95,7 +95,15 @@ def test_any_side(pipeline: DetailFlowPipeline, cifar: Path, originals: Tensor):
     pixels = to_uint8(pipeline.tokenizer.decode(pipeline.tokenizer.encode(to_tensor(originals), num_tokens=4), size=32))
     expected = np.mean([psnr(a.numpy(), b.numpy()) for a, b in zip(pixels, originals, strict=True)])
     assert rows[1][1]["PSNR"].value == pytest.approx(expected, abs=0.01)
-    assert set(rows[0][1]) == {"PSNR", "SSIM"}
+    assert set(rows[0][1]) == {"PSNR", "SSIM"}  # resized, it has no edges of patches
+    errors, patch = pixels.float() - originals.float(), pipeline.tokenizer.config.patch_size
+    down, sideways = (np.abs(np.diff(errors.numpy(), axis=axis)) for axis in (1, 2))
+    edge = np.arange(1, 32) % patch == 0
+    across = sideways[:, :, edge].sum() + down[:, edge].sum()
+    inside = sideways[:, :, ~edge].sum() + down[:, ~edge].sum()
+    expected = across / edge.sum() / (inside / (~edge).sum())
+    assert rows[1][1]["blockiness"].value == pytest.approx(expected, rel=1e-3)
+    assert rows[1][1]["blockiness"].spread is None
     (plot,) = report.plots
     assert list(curves(plot.rows, plot.x, "PSNR")) == ["side 8", "side 32"]
     assert report.pictures[0].image.width > 4 * 128

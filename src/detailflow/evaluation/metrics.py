@@ -187,3 +187,19 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     _, similarities = structural_similarity_index_measure(x, y, data_range=255.0, return_full_image=True)
     edge = SMALLEST_SSIM_SIDE // 2
     return similarities[..., edge:-edge, edge:-edge].double().mean((1, 2, 3))
+
+
+def edge_jumps(a: Tensor, b: Tensor, patch: int) -> Tensor:
+    """Return how much a − b changes between neighbours across the edges of patches, and inside them: (B, 2) float64.
+
+    Of pairs of images, bytes (B, H, W, 3), the mean over rows and columns. The ratio of the two is blockiness: 1 where
+    patches fit together, and more if one sees their grid.
+    """
+    error, sums, counts = a.float() - b.float(), torch.zeros(len(a), 2, dtype=torch.float64, device=a.device), [0, 0]
+    for dim in (1, 2):
+        jumps = error.diff(dim=dim).abs().double().movedim(dim, 1)  # (B, neighbours, others, 3)
+        across = torch.arange(1, jumps.shape[1] + 1, device=a.device) % patch == 0
+        for i, chosen in enumerate((across, ~across)):
+            sums[:, i] += jumps[:, chosen].sum((1, 2, 3))
+            counts[i] += jumps[0, chosen].numel()
+    return sums / torch.tensor(counts, dtype=torch.float64, device=a.device)

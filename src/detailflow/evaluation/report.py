@@ -35,7 +35,8 @@ PACKAGES = (
     "pillow",
 )  # which compute figures
 GAIN = "gain of PSNR"
-DIGITS = dict.fromkeys(("PSNR", GAIN), 3)
+BLOCKINESS = "blockiness"
+DIGITS = dict.fromkeys(("PSNR", GAIN, BLOCKINESS), 3)
 DIGITS |= dict.fromkeys(("SSIM", "LPIPS", "precision", "recall", "recognised", "usage"), 4)
 SIGNIFICANT = 4  # digits of other measures
 UNITS = {"PSNR": "dB", GAIN: "dB"}

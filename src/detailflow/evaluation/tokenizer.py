@@ -24,9 +24,9 @@ from detailflow.evaluation.distances import (
 )
 from detailflow.evaluation.evaluate import Context, at_side, data_entry, provenance, spread_note
 from detailflow.evaluation.features import Extractor
-from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, ssim
+from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, edge_jumps, ssim
 from detailflow.evaluation.published import quotes
-from detailflow.evaluation.report import GAIN, Figure, Picture, Plot, Report, Row, Section
+from detailflow.evaluation.report import BLOCKINESS, GAIN, Figure, Picture, Plot, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
 from detailflow.generation import image_generator
 from detailflow.models.lpips import LPIPS, SMALLEST_SIDE, VGG16_FILE
@@ -242,14 +242,16 @@ class _Reconstruction:
             self.originals.update(self.extractor(originals))
         for i, view in enumerate(self.views):
             pixels = rebuild(self.tokenizer, sequences[view.span, view.corrected][:, : view.n], view.side)
-            for name, values in self._compare(pixels, originals).items():
+            for name, values in self._compare(pixels, originals, view.side).items():
                 self.distances[i].setdefault(name, []).append(values.double().cpu())
             if self.extractor:
                 self.statistics[i].update(self.extractor(pixels))
 
-    def _compare(self, pixels: Tensor, originals: Tensor) -> dict[str, Tensor]:
-        """Return each measure of bytes (B, R, R, 3) against the originals, (B,)."""
-        found = {"PSNR": psnr(pixels, originals)}
+    def _compare(self, pixels: Tensor, originals: Tensor, side: int) -> dict[str, Tensor]:
+        """Return measures of bytes (B, R, R, 3), decoded at `side`, against the originals: (B,), or jumps (B, 2)."""
+        found, patch = {"PSNR": psnr(pixels, originals)}, self.tokenizer.config.patch_size
+        if side == pixels.shape[1] and 1 < patch < side:
+            found[BLOCKINESS] = edge_jumps(pixels, originals, patch)
         if min(pixels.shape[1:3]) >= SMALLEST_SSIM_SIDE:
             found["SSIM"] = ssim(pixels, originals)
         if self.options.lpips is not None:
@@ -270,7 +272,11 @@ class _Reconstruction:
         for i, view in enumerate(self.views):
             if view.corrected:  # the view before is the same without correction
                 values[i][GAIN] = values[i]["PSNR"] - values[i - 1]["PSNR"]
+            jumps = values[i].pop(BLOCKINESS, None)
             figures = {name: _mean(each) for name, each in values[i].items()}
+            if jumps is not None and jumps[:, 1].any():
+                across, inside = jumps.sum(0).tolist()
+                figures[BLOCKINESS] = Figure(across / inside)
             if measured and reference and world.is_main:
                 device = self.context.device
                 figures |= compare_sets(reference, measured[i], prefix="r", device=device, neighbours=False)
@@ -340,7 +346,8 @@ def _note(rows: Sequence[Row], side: int, referenced: bool) -> str:
     if any(row.setting["side"] != side for row in rows):
         parts.append(f"Those of another side than {side}×{side} are resized to it first (bicubic), for every measure.")
     parts.append(
-        "PSNR, SSIM and LPIPS are means over the images, ± their standard errors. "
+        "PSNR, SSIM and LPIPS are means over the images, ± their standard errors. Blockiness is how much errors jump "
+        "across the edges of patches beside inside them: 1 is no grid. "
         f"Fréchet distances are to the {'reference' if referenced else 'originals'}."
     )
     return " ".join(filter(None, [*parts, spread_note(rows[0].figures)]))
