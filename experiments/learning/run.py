@@ -33,10 +33,11 @@ def trained(args: argparse.Namespace, layout: str, steps: int, seed: int) -> dic
     folder = args.output / f"{list(LAYOUTS).index(layout)}-{steps}-{seed}"
     run, report, data, test = map(shlex.quote, map(str, (folder / "run", folder / "report", args.data, args.held_out)))
     counts = [n for n in (1, 4, 16) if n < model["num_tokens"]] + [model["num_tokens"]]
+    some = f"--num-images {args.num_images}" if args.num_images else ""
     lines = (
         f"train tokenizer --config {args.preset}/tokenizer --data {data} {ALONE} {LAYOUTS[layout]}"
         f" --loop.steps {steps} --loop.seed {seed} --output {run}",
-        f"evaluate tokenizer --model {run} --data {test} --num-images {args.num_images} --features none --lpips none"
+        f"evaluate tokenizer --model {run} --data {test} {some} --features none --lpips none"
         f" --num-tokens {' '.join(map(str, counts))} --size {model['image_size']} --output {report}",
     )
     if not (folder / "report" / "report.json").exists():
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", default="own-64", choices=["own-64", "small-32"])
     parser.add_argument("--steps", nargs=2, type=int, required=True, help="of the paper's layout, of the preset's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--num-images", type=int, default=300, help="held-out images that are measured, at most")
+    parser.add_argument("--num-images", type=int, help="held-out images that are measured (default: all)")
     args = parser.parse_args(argv)
     lines = []
     for layout, steps in zip(LAYOUTS, args.steps, strict=True):
