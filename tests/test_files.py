@@ -172,23 +172,35 @@ def test_a_killed_process_leaves_no_lock_to_its_workers(tmp_path: Path):
 
 
 def test_what_a_killed_process_left_goes(tmp_path: Path):
-    mine = [".a", ".b.tmp", ".c.12.tmp", "d.12-0123abcd.tmp"]
-    for name in (*mine, ".samples.npz.12-0123abcd.tmp"):
+    mine = [".a", ".b.tmp", ".c.12.tmp", "d.99999999-0123abcd.tmp"]
+    for name in (*mine, ".samples.npz.99999999-0123abcd.tmp"):
         (tmp_path / name).touch()
     with lock_folder(tmp_path, "run"):
         assert names(tmp_path) == sorted([*mine, ".lock"])
 
 
+def test_what_a_process_at_work_is_writing_stays(tmp_path: Path):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        being_written = tmp_path / f".model.safetensors.{other.pid}-0123abcd.tmp"
+        being_written.touch()
+        with lock_folder(tmp_path, "run"):
+            assert being_written.exists()
+        other.kill()
+        other.wait()
+        with lock_folder(tmp_path, "run"):
+            assert not being_written.exists()
+
+
 def test_what_it_left_in_folders_within_goes_unless_another_is_at_work_there(tmp_path: Path):
     for folder in ("pictures", "gpt", "pictures/deeper"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / ".a.png.12-0123abcd.tmp").touch()
+        (tmp_path / folder / ".a.png.99999999-0123abcd.tmp").touch()
     with lock_folder(tmp_path / "gpt", "run"):
-        (tmp_path / "gpt" / ".b.12-0123abcd.tmp").touch()
+        (tmp_path / "gpt" / ".b.99999999-0123abcd.tmp").touch()
         with lock_folder(tmp_path, "run"):
             assert names(tmp_path / "pictures") == ["deeper"]
-            assert names(tmp_path / "gpt") == [".b.12-0123abcd.tmp", ".lock"]
-            assert names(tmp_path / "pictures" / "deeper") == [".a.png.12-0123abcd.tmp"]
+            assert names(tmp_path / "gpt") == [".b.99999999-0123abcd.tmp", ".lock"]
+            assert names(tmp_path / "pictures" / "deeper") == [".a.png.99999999-0123abcd.tmp"]
 
 
 def test_temporary_files_follow_no_link(tmp_path: Path):

@@ -397,7 +397,7 @@ def test_a_folder_without_a_model(tmp_path: Path):
         DetailFlowPipeline.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("device", ["quantum", "cuda:99", "meta", "cpu:x"])
+@pytest.mark.parametrize("device", ["quantum", "cuda:99", "meta", "cpu:x", "hpu", "privateuseone"])
 def test_devices_that_cannot_be_used(device: str, model: Path):
     with pytest.raises(DetailFlowError, match=f"device '{device}' cannot be used here"):
         DetailFlowPipeline.from_pretrained(model, device=device)
@@ -587,3 +587,5 @@ def test_what_is_no_image(pipeline: DetailFlowPipeline):
 def test_a_prefix_is_checked_at_once(pipeline: DetailFlowPipeline):
     with pytest.raises(DetailFlowError, match="the length of prefix must be 1 to 4"):
         pipeline.stream("cat", prefix=[1] * 5)  # not at the first stage
+    with pytest.raises(DetailFlowError, match="prefix must be a list of integers"):
+        pipeline("cat", prefix="cat.png")  # `vary` takes images

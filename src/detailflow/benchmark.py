@@ -83,10 +83,6 @@ class RecomputingGPT(Engine):
             x = block(x, self.rotation[:end], self.mask[:end, :end])
         return self.model.head(self.model.norm(x[:, start:]))
 
-    def prefill(self, tokens: Tensor, end: int) -> Tensor:
-        """Return the logits of known tokens."""
-        return self.step(tokens, 0, end)
-
 
 def stream(
     gpt: DetailFlowGPT, class_ids: Sequence[int], seed: int = 0, engine: Begin = CachedModel

@@ -22,7 +22,7 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):  # torch has one for each reason
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError):  # torch has one for each reason
         raise DetailFlowError(f"device {str(device)!r} cannot be used here: give another, such as cpu") from None
     return torch.device(device)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from detailflow.distributed import World
 
 LOCK_FILE = ".lock"
-_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # names that `replacing` makes up
+_TEMPORARY = re.compile(r"\..+\.([0-9]+)-[0-9a-f]{8}\.tmp")  # names that `replacing` makes up
 LONGEST_NAME = 100  # bytes of a file name that we make up; some file systems allow no more than 140
 LARGEST_TEXT = 32 * 2**20  # bytes of a settings or metadata file
 LARGEST_YAML = 2**18  # bytes; reading so many takes seconds
@@ -196,7 +196,8 @@ def _lock(folder: Path, work: str) -> Iterator[None]:
             yield
         finally:
             _LOCKS.discard(file)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes no open file; or the folder has become read-only
+                path.unlink()
             if made:
                 with suppress(OSError):  # it is not empty
                     folder.rmdir()
@@ -228,14 +229,28 @@ if hasattr(os, "register_at_fork"):
 
 
 def _remove_temporary(folder: Path, within: bool = True) -> None:
-    """Remove files that processes killed in `replacing` left, also in folders `within` that nobody has locked."""
+    """Remove files that processes left which ended in `replacing`, also in folders `within` that nobody has locked."""
     with suppress(OSError):  # they are only in the way
         for entry in os.scandir(folder):
             path = Path(entry.path)
-            if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                path.unlink()
+            if (made := _TEMPORARY.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
+                if not _is_running(int(made[1])):
+                    path.unlink()
             elif within and entry.is_dir(follow_symlinks=False) and not (path / LOCK_FILE).exists():
                 _remove_temporary(path, within=False)
+
+
+def _is_running(process: int) -> bool:
+    """Return whether a process of this number runs here; False where asking would end it."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return process != os.getpid()  # whoever cleans up is not writing
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

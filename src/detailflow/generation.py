@@ -38,8 +38,8 @@ class Engine:
         raise NotImplementedError
 
     def prefill(self, tokens: Tensor, end: int) -> Tensor:
-        """Given all tokens (B, N), known before `end` → their logits (B, end, K), as if step after step."""
-        raise NotImplementedError
+        """Given all tokens (B, N), known before `end` → their logits (B or 2B, end, K), as if step after step."""
+        return self.step(tokens, 0, end)
 
     def advance(
         self, tokens: Tensor, noise: Tensor, start: int, end: int, sampling: SamplingConfig, scale: float

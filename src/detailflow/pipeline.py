@@ -260,7 +260,7 @@ class DetailFlowPipeline:
         """
         batches = list(self._batches(self._wanted(labels, num_images), **options))
         prefix, last = options.get("prefix"), options.get("num_tokens")
-        first = 1 if prefix is None else len(self.tokens(prefix))
+        first = 1 if prefix is None else len(self._codes("prefix", prefix))
         return self._stages(batches, self.tokenizer.schedule.check_counts(counts, first=first, last=last))
 
     def _stages(self, batches: Sequence[Iterator[Tensor]], wanted: Sequence[int]) -> Iterator[Stage]:
@@ -321,11 +321,14 @@ class DetailFlowPipeline:
         """Return the (n,) tokens of an image's centre square, or the tokens that are given instead of one."""
         if isinstance(image, _PICTURE):
             return encode_images(self.tokenizer, [fit(self.tokenizer.schedule, image)])[0]
+        return self._codes("tokens", image)
+
+    def _codes(self, name: str, given: Tensor | Sequence[int]) -> Tensor:
         try:
-            ids = torch.as_tensor(image)
+            ids = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DetailFlowError(f"tokens must be a list of integers ({error})") from error
-        return checked_ids("tokens", ids, 1, self.tokenizer.config.codebook_size)
+            raise DetailFlowError(f"{name} must be a list of integers ({error})") from error
+        return checked_ids(name, ids, 1, self.tokenizer.config.codebook_size)
 
     def _batches(self, several: Sequence[int], **options: Unpack[GenerationOptions]) -> Iterator[Iterator[Tensor]]:
         """Check everything now; then, batch by batch, yield the codes so far, (B, n), after each decoding step."""
@@ -334,7 +337,7 @@ class DetailFlowPipeline:
         check_arguments(given, GenerationOptions.__annotations__)
         call = _Options(**given)
         n = self.tokenizer.schedule.check_count(call.num_tokens)
-        prefix = None if call.prefix is None else self.tokens(call.prefix)
+        prefix = None if call.prefix is None else self._codes("prefix", call.prefix)
         if prefix is not None and self.tokenizer.schedule.check_count(len(prefix), "the length of prefix") > n:
             raise DetailFlowError(f"num_tokens must be at least the {len(prefix)} tokens of prefix, not {n}")
         if (total := len(several) * call.num_images_per_class) > LARGEST_CALL:

@@ -27,6 +27,7 @@ from detailflow.torch_files import load_torch
 
 RUN_FILE = "run.yaml"
 CHECKPOINTS = "resume"  # not "checkpoints", by which the published layout is known
+KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name
 MILESTONES = "milestones"
 BEST = "best"  # by validation
 FEATURES_FILE = "features.pt"  # a classifier of a run's images
@@ -70,7 +71,7 @@ class RunFolder:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             if isinstance(error, DetailFlowError):
                 raise
-        if not isinstance(settings, dict):
+        if not isinstance(settings, dict) or not isinstance(settings.get(KNOWN_BY) or {}, dict):
             raise DetailFlowError(f"{path} is damaged: remove {self.path} to start afresh, or choose another folder")
         return settings
 

@@ -35,6 +35,7 @@ def environment(monkeypatch: pytest.MonkeyPatch):
         ("--model-name a?b", "'a?b' cannot be a model's name"),
         ("--batch-window -1", "--batch-window must be 0 or more, not -1.0"),
         ("--timeout 0", "--timeout must be above 0 seconds, not 0.0"),
+        ("--max-upload 2048", "--max-upload must be at most 2,047, not 2048"),
         ("--max-queue 8", "--max-queue must be at least --max-images, or a request of 16 images"),
         ("--max-batch 0", "--max-batch must be a positive integer, not 0"),
         ("--max-pixels 0", "the limit on pixels"),

@@ -169,6 +169,8 @@ def test_help_fits_a_screen(split: str, capsys: pytest.CaptureFixture[str]):
         assert f"a recipe such as own-64/{argv[1] if argv[0] == 'train' else 'extract'}\n" in "\n".join(lines)
         assert lines[0].endswith(" [--config FILE] --output DIR [options]")
         assert ("--help loop" in "".join(lines)) == ("  --dry-run " in "".join(lines)) == (argv[0] == "train")
+    assert main(["train", split, "--help=loop"]) == 0
+    assert capsys.readouterr().out.count("--loop.steps") == 1
     assert main(["train", split, "--help", "loop"]) == 0
     assert "--loop.learning_rate LEARNING_RATE" in (out := capsys.readouterr().out) and "--data" not in out
     with pytest.raises(SystemExit) as stopped:
@@ -481,6 +483,8 @@ def test_a_dry_run_for_several_processes(
     message = "a batch of 4 cannot be divided evenly among 3 processes: choose a multiple"
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert complaint([*TRAIN, "--dry-run"], capsys) == message
+    argv = ["train", "--data", str(folder), "--output", "../all", "--dry-run", "--device", "gpu"]
+    assert complaint(argv, capsys) == "device 'gpu' cannot be used here: give another, such as cpu"
 
 
 @pytest.mark.usefixtures("quick")

@@ -18,6 +18,7 @@ from detailflow.data.streams import open_stream
 from detailflow.data.token_batches import TokenBatches
 from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
 from detailflow.errors import DetailFlowError
+from detailflow.training import validation
 from detailflow.training.config import Extraction
 from detailflow.training.extract import extract
 from detailflow.training.validation import held_out
@@ -147,6 +148,16 @@ def test_no_class_loses_all_its_images_to_validation(tmp_path: Path):
     source = open_images(as_csv(tmp_path / "set"))
     kept = [i for i in range(4) if i not in held_out(source, 0.9)]
     assert {0, 1, 2} <= set(source.all_labels[kept].ravel().tolist())
+
+
+def test_images_with_fewer_labels_are_no_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else "every class keeps one" took an image out of validation, as if its missing labels were a class."""
+    rows = ["file_name,label", "0.png,cat", "1.png,cat;dog", "2.png,cat;dog"]
+    source = open_images(folder(tmp_path / "set", "metadata.csv", "\n".join(rows)))
+    draws = iter([0.1, 0.5, 0.6])
+    monkeypatch.setattr(validation, "_digest", lambda *_: int(next(draws) * 2**64).to_bytes(8, "big"))
+    assert source.all_labels.tolist() == [[0, -1], [0, 1], [0, 1]]
+    assert held_out(source, 0.2) == [0]  # the only image that has one label
 
 
 def test_the_report_on_a_set(tmp_path: Path, capsys: Any):

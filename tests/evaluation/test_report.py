@@ -262,6 +262,7 @@ def test_what_cannot_be_compared(tmp_path: Path):
         {"title": "t", "rows": [{"setting": {}}]},
         {"title": "t", "rows": [{"setting": {}, "figures": {"PSNR": {"value": {}, "spread": None}}}]},
         {"title": "t", "rows": [{"setting": {}, "figures": {"PSNR": {"value": 10**400, "spread": None}}}]},
+        {"title": "t", "rows": [{"setting": {}, "figures": {"PSNR": {"value": 1, "spread": ""}}}]},
         {"title": "t", "rows": [{"setting": [], "figures": {}}]},
         {"title": 3, "rows": []},
         [],

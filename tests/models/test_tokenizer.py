@@ -241,6 +241,11 @@ def test_integers_are_not_pixels(tokenizer: DetailFlowTokenizer, dtype: torch.dt
         tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=dtype))
 
 
+def test_no_images_have_no_codes(model: Path):
+    half = DetailFlowTokenizer.from_pretrained(model, dtype="bfloat16", device="cpu")
+    assert half.encode(torch.zeros(0, 3, 32, 32)).shape == (0, 16)
+
+
 def test_decoded_images_can_be_encoded(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
     assert tokenizer.encode(images * 1.25).shape == (3, 16)  # a decoder's pixels are in about [-1, 1]
 

@@ -1,6 +1,7 @@
 """Fine-tuning a decoder while the encoder and the codebook stay as they are, and the adaptive adversarial weight."""
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,31 @@ def test_rows_of_a_store_are_of_their_crops(cifar: Path, model: Path, tmp_path: 
     scalars = stage.step(0, (pixels, labels, rows), 1e-3)
     assert "quantization" not in scalars and float(scalars["pixel"]) > 0
     assert all(p.grad is None for p in stage.model.encoder.parameters())
+
+
+def test_codes_are_counted_anew_with_a_frozen_encoder(cifar: Path, model: Path, tmp_path: Path):
+    stage = TokenizerStage(training(cifar, model, revive_every=2), open_images(cifar), tmp_path, torch.device("cpu"))
+    codebook = stage.model.quantizer.codebook.clone()
+    batches, counted = stage.batches(0), []
+    for step in range(4):
+        stage.step(step, next(batches), 1e-3)
+        counted.append(float(stage.counts.sum()) > 0)
+    assert counted == [True, False, True, False] and torch.equal(stage.model.quantizer.codebook, codebook)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_became_unreadable(workers: int, cifar: Path, model: Path, tmp_path: Path):
+    images = Path(shutil.copytree(cifar, tmp_path / "images"))
+    extract(Extraction(str(images), str(model / "tokenizer")), tmp_path / "tokens", "cpu")
+    config = training(images, model, tokens=str(tmp_path / "tokens"))
+    config = replace(config, loop=replace(config.loop, workers=workers))
+    stage = TokenizerStage(config, open_images(images), tmp_path, torch.device("cpu"))
+    assert len(pickle.dumps(stage.rows.store)) < 1000  # a worker maps the codes itself
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DetailFlowError, match=r"\.png") as failure:
+        next(stage.batches(0))
+    assert "Traceback" not in str(failure.value)
 
 
 def test_rows_of_a_store_with_nested_dropout(cifar: Path, model: Path, tmp_path: Path):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from detailflow.cli.main import main
 
@@ -270,6 +271,16 @@ def test_precision_of_an_earlier_version(commands: dict[str, list[str]], finishe
     (output / "run.yaml").write_text(record.replace("precision: auto", "precision: bf16"))
     assert main([*commands["gpt"], str(output)]) == 0
     assert main([*commands["gpt"], str(output), "--loop.precision", "fp32"]) == 2
+
+
+def test_a_damaged_record(
+    commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = shutil.copytree(finished["gpt"], tmp_path / "run")
+    record = yaml.safe_load((output / "run.yaml").read_text())
+    (output / "run.yaml").write_text(yaml.safe_dump(record | {"known_by": 5}))
+    assert main([*commands["gpt"], str(output)]) == 2
+    assert "run.yaml is damaged: remove" in capsys.readouterr().err
 
 
 def test_precision_stays(commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from detailflow.cli.common import (
     Parser,
@@ -88,7 +88,7 @@ def gpt_parser() -> Parser:
     result.option("--reference", Location, help="real images, or ADM's reference .npz", required=True)
     _add_split(result)
     result.option("--num-samples", PositiveInt, 50_000, "images; for a quick look: 1000", "N")
-    result.option("--labels", default="balanced", help="balanced or random (default: balanced)", metavar="HOW")
+    result.option("--labels", Literal["balanced", "random"], "balanced", "balanced or random")
     seeds: dict[str, Any] = {"type": reader("--seeds", Seed), "nargs": "+", "default": [0], "metavar": "S"}
     result.add("--seeds", "--seed", help="several show the spread (default: 0)", **seeds)
     result.option("--keep-samples", bool, help="leave the images in DIR/samples, as .npz")

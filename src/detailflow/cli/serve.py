@@ -4,14 +4,16 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from detailflow.cli.common import Parser, add_model_options
 from detailflow.errors import DetailFlowError
 from detailflow.serving.config import ServeConfig, Timeout, Window, check_queue
-from detailflow.settings import BatchSize, PositiveInt
+from detailflow.settings import BatchSize, PositiveInt, at_most
 
 KEY_VARIABLE = "DETAILFLOW_API_KEY"
 SHIPPED_NAME = "detailflow-cifar10"
+Megabytes = Annotated[PositiveInt, at_most(2047)]
 
 
 def parser() -> Parser:
@@ -32,7 +34,7 @@ def parser() -> Parser:
     result.heading("limits")
     result.option("--max-queue", PositiveInt, ServeConfig.max_queue, "images that may wait: --max-images or more", "N")
     result.option("--max-images", PositiveInt, ServeConfig.max_images, "images of a request", "N")
-    result.option("--max-upload", PositiveInt, ServeConfig.max_upload // 2**20, "of an uploaded image", "MB")
+    result.option("--max-upload", Megabytes, ServeConfig.max_upload // 2**20, "of an uploaded image", "MB")
     result.option("--timeout", Timeout, ServeConfig.timeout, "seconds for a request", "S")
     add_model_options(result, tokenizer=True)
     result.option("--model-name", help="what clients call the model", metavar="NAME")

@@ -51,6 +51,7 @@ def read_request(
         sizes: returns what the model that `--init` names says of the settings; files and options go before it.
         can_plan: whether it trains: there is `--dry-run`, which needs no output folder and does not look into it.
     """
+    argv = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--help=") else [arg])]
     if not argv or "--help" in argv or "-h" in argv:
         after = [*argv[argv.index("-h" if "-h" in argv else "--help") + 1 :], "-"][0] if argv else "-"
         print(

@@ -194,7 +194,7 @@ def _check_classes(found: DataFiles, classes: list[str | None]) -> None:
         if any(problem.startswith((f"{folder} ", f"{folder}{os.sep}")) for problem in notes.warnings):
             continue
         kinds = sorted(
-            kind for kind, files in notes.left_aside.items() if any(f.startswith(f"{empty}/") for f in files)
+            kind for kind, files in notes.left_aside.items() if any(f.startswith(f"{empty}{os.sep}") for f in files)
         )
         inside = f" (it holds {', '.join(kinds)})" if kinds else ""
         question = f"; {notes.question}" if notes.question else ""

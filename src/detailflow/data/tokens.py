@@ -101,6 +101,9 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.slots)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # for worker processes: the codes stay on disk
+        return TokenStore.open, (self.directory,)
+
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "TokenStore":
         """Open a finished store; `verify` compares its checksums, too."""

@@ -104,9 +104,5 @@ def _difference(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> tup
 def _text(figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return "–"
-    for name in ("value", "spread"):
-        none = name == "spread" and figure[name] is None
-        if not none and not isinstance(figure[name], int | float | str):  # text, as JSON has no infinity
-            raise DetailFlowError(f"a report is damaged: a figure's {name} is {figure[name]!r}, not a number")
     spread = "" if figure["spread"] is None else f" ± {float(figure['spread']):.5g}"
     return f"{float(figure['value']):.5g}{spread}"

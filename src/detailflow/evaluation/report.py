@@ -341,7 +341,8 @@ def _is_section(section: Any) -> bool:
         for row in section["rows"]:
             for figure in row["figures"].values():
                 float(figure["value"])
-                float(figure["spread"] or 0)
+                if figure["spread"] is not None:
+                    float(figure["spread"])
         return isinstance(section["title"], str) and all(isinstance(row["setting"], dict) for row in section["rows"])
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return False

@@ -368,8 +368,8 @@ class DetailFlowTokenizer(Pretrained):
         if not isinstance(images, Tensor):
             raise DetailFlowError(f"images must be a tensor, not {images!r:.40}: pipe.tokens takes images and paths")
         check_plain("images", images)
-        if has_patches(images, self.config.patch_size) and images.numel():  # else `encode_patches` says what is wrong
-            low, high = (value.item() for value in torch.aminmax(images))
+        if has_patches(images, self.config.patch_size):  # else `encode_patches` says what is wrong
+            low, high = (value.item() for value in torch.aminmax(images)) if images.numel() else (0.0, 0.0)
             if not (low >= -LARGEST_PIXEL and high <= LARGEST_PIXEL):  # also if they are NaN
                 raise DetailFlowError(
                     f"the pixels of images must be in [-1, 1], not {low:g} to {high:g}: "

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from detailflow.errors import DetailFlowError
 from detailflow.pipeline import DetailFlowPipeline, fit
-from detailflow.sampling import SamplingConfig
+from detailflow.sampling import SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule
 from detailflow.serving import engine, schemas
 from detailflow.serving.batcher import Batcher, Job
@@ -26,7 +26,7 @@ from detailflow.serving.errors import ApiError, api_error, shortened
 from detailflow.serving.metrics import Metrics
 
 T = TypeVar("T")
-SAMPLING = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
+SAMPLING = tuple(SamplingOptions.__annotations__)
 MOST_STAGES = 1024  # images of one `decode`
 
 

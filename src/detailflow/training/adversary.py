@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from detailflow import hub
 from detailflow.device import autocast, precision_dtype
-from detailflow.distributed import World
+from detailflow.distributed import World, in_group
 from detailflow.errors import DetailFlowError, missing_package
 from detailflow.models.efficientnet import CHANNELS, EfficientNetLite0
 from detailflow.models.loading import load_weights
@@ -221,7 +221,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, L) → the same."""
-        world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        world_size = dist.get_world_size() if in_group() else 1
         if world_size == 1 or not self.training:
             return super().forward(x)
         assert isinstance(self.momentum, float) and self.running_mean is not None and self.running_var is not None

@@ -10,11 +10,12 @@ from detailflow import hub
 from detailflow.data.images import open_images
 from detailflow.data.source import ImageSource, describe_amount
 from detailflow.data.tokens import is_finished
+from detailflow.device import choose_device
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.published import CONFIG_FILE
-from detailflow.runs import newest_step
-from detailflow.training.checkpoints import KNOWN_BY, of_loop, run_folder
+from detailflow.runs import KNOWN_BY, newest_step
+from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
 from detailflow.training.inputs import difference, images_input
@@ -68,7 +69,7 @@ def describe_all(wanted: AllStages, output: Path, device: str | None = None) -> 
     world = planned_world()
     if not world.is_main:
         return
-    chosen = launched(device)[1] if world.size == 1 else torch.device(device or "cpu")
+    chosen = choose_device(device)
     source = open_images(wanted.data, split=wanted.split)
     yield source.summary
     _check_folder(wanted, output, source)

@@ -16,6 +16,7 @@ from detailflow.runs import (
     BEST,
     CHECKPOINTS,
     FEATURES_FILE,
+    KNOWN_BY,
     MILESTONES,
     RUN_FILE,
     Checkpoint,
@@ -33,7 +34,6 @@ from detailflow.training.report import CAPTIONS, CURVES_FILE, REPORT_FILE
 from detailflow.training.tracking import HISTORY_FILE
 
 _log = logging.getLogger(__name__)
-KNOWN_BY = "known_by"  # in run.yaml: the content of what the settings name
 LONGER_FROM = "longer_from"  # in run.yaml: the step at which the run was last given more steps
 # What a run writes into its folder, and so is not there before; and tokens, which have a folder of their own.
 OVERWRITTEN = (

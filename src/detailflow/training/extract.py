@@ -6,6 +6,7 @@ bytes depend neither on the number of processes nor on when they were killed.
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -161,8 +162,8 @@ def image_names(source: ImageSource, data: str) -> Iterator[str]:
     path = Path(data).expanduser()
     if not path.is_dir():  # a file, or a pattern of files
         path = next((parent for parent in path.parents if not set("*?[{") & set(str(parent))), path.parent)
-    folder = f"{path}/" if path.is_dir() else ""
-    return (source.name(slot).removeprefix(folder) for slot in range(len(source)))
+    folder = f"{path}{os.sep}" if path.is_dir() else ""
+    return (source.name(slot).removeprefix(folder).replace(os.sep, "/") for slot in range(len(source)))
 
 
 class _Extractor:

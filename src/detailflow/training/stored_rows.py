@@ -18,7 +18,7 @@ from detailflow.training.config import LoopConfig, TokenizerTraining
 from detailflow.training.extract import image_names, made_by
 
 
-class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
+class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor] | str]):
     """The crops that were encoded, each with its clean row and the one with planted mistakes and what corrects them."""
 
     def __init__(
@@ -46,23 +46,25 @@ class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         """Return endless batches of this process: bytes (B, R, R, 3), labels (B,) and rows (B, 2, N)."""
         self.order = BatchOrder(len(self.store), loop.batch_size, loop.seed, start_step)
         self.shard = world.shard(loop.batch_size)
-        return iter(
-            DataLoader(
-                self,
-                sampler=self.order,
-                batch_size=None,
-                num_workers=loop.workers,
-                worker_init_fn=outlive_signals,
-            )
+        loader = DataLoader(
+            self, sampler=self.order, batch_size=None, num_workers=loop.workers, worker_init_fn=outlive_signals
         )
+        for batch in loader:
+            if isinstance(batch, str):
+                raise DetailFlowError(batch)
+            yield batch
 
-    def __getitem__(self, key: BatchKey) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, key: BatchKey) -> tuple[Tensor, Tensor, Tensor] | str:
+        """Return a batch, or what is wrong with one of its images, as a worker would wrap an error in a traceback."""
         images = key.items[self.shard]
         crops = self.order.batch_rng(key).integers(self.store.info.crops, size=len(key.items))[self.shard]
-        pixels = [
-            crops_of(self.source.image(self.places[image]), self.size, self.store.info.crops)[crop]
-            for image, crop in zip(images.tolist(), crops.tolist(), strict=True)
-        ]
+        try:
+            pixels = [
+                crops_of(self.source.image(self.places[image]), self.size, self.store.info.crops)[crop]
+                for image, crop in zip(images.tolist(), crops.tolist(), strict=True)
+            ]
+        except DetailFlowError as error:
+            return str(error)
         codes = np.stack([self.store.read(images, crops, np.full(len(images), row)) for row in (CLEAN, INPUT)], 1)
         labels = self.store.labels[images]
         return torch.from_numpy(np.stack(pixels)), torch.from_numpy(labels), torch.from_numpy(codes.astype(np.int64))

@@ -170,8 +170,8 @@ class TokenizerStage:
             logged |= self.adversary.step(judged, rate)
         if log:
             logged["codebook_usage"], logged["codebook_perplexity"] = usage_and_perplexity(self.counts)
-        if latents and self._counts_end(step) and norm.isfinite():
-            self._revive(step, torch.cat(latents))
+        if self._counts_end(step) and norm.isfinite():
+            self._revive(step, latents)
         return dict(logged)
 
     def objective(self, step: int, images: Tensor, draw: Draw, rows: tuple[Tensor, Tensor] | None = None) -> Objective:
@@ -282,14 +282,14 @@ class TokenizerStage:
         return (step + 1) % (self.config.revive_every or COUNT_STEPS) == 0
 
     @torch.no_grad()
-    def _revive(self, step: int, z: Tensor) -> None:
-        """Move codes that were not used lately to latents of this step, and reset the counts from time to time."""
-        every, loop = self.config.revive_every, self.config.loop
-        if not self._counts_end(step):
-            return
-        if every and step < loop.steps // 2:
+    def _revive(self, step: int, latents: Sequence[Tensor]) -> None:
+        """Move codes that were not used lately to latents of this step, and count from the beginning.
+
+        A frozen encoder has no latents; its codes stay.
+        """
+        if latents and self.config.revive_every and step < self.config.loop.steps // 2:
             dead = (self.counts == 0).nonzero()[:, 0]
-            pool = self.world.all_gather(z.detach()).flatten(0, -2).float()
+            pool = self.world.all_gather(torch.cat([*latents]).detach()).flatten(0, -2).float()
             chosen = torch.randint(len(pool), (len(dead),)).to(pool.device)
             self.model.quantizer.codebook[dead] = pool[chosen]
         self.counts.zero_()

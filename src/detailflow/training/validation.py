@@ -42,7 +42,8 @@ def held_out(source: ImageSource, share: float) -> list[int]:
     limit = max(share, np.nextafter(min(draws), 1.0))
     drawn = np.array(draws)
     chosen = drawn < limit
-    for label in np.unique(source.all_labels[chosen]):
+    held = source.all_labels[chosen]
+    for label in np.unique(held[held >= 0]):  # −1 is no class: it fills up the rows of images with fewer labels
         members = np.flatnonzero((source.all_labels == label).any(1))
         if chosen[members].all():
             chosen[drawn == drawn[members].max()] = False  # with its copies
