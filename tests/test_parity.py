@@ -84,7 +84,7 @@ def test_decode(tokenizer: DetailFlowTokenizer, t: int, s: int) -> None:
 @pytest.mark.parametrize("p", [p for (p,) in numbers(r"correct\.p(\d+)\.clean")])
 def test_correction(tokenizer: DetailFlowTokenizer, images: torch.Tensor, p: int) -> None:
     clean, given, label = (RECORDED[f"correct.p{p}.{row}"].long() for row in ("clean", "input", "label"))
-    end = tokenizer.span(p)
+    end = tokenizer.schedule.check_span(p)
     assert torch.equal(tokenizer.encode(images), clean)
     corrected = tokenizer.encode_correction(images, position=p, wrong_tokens=given[:, p:end])
     assert torch.equal(corrected, given)

@@ -338,8 +338,8 @@ class DetailFlowPipeline:
         call = _Options(**given)
         n = self.tokenizer.schedule.check_count(call.num_tokens)
         prefix = None if call.prefix is None else self._codes("prefix", call.prefix)
-        if prefix is not None and self.tokenizer.schedule.check_count(len(prefix), "the length of prefix") > n:
-            raise DetailFlowError(f"num_tokens must be at least the {len(prefix)} tokens of prefix, not {n}")
+        if prefix is not None:
+            self.tokenizer.schedule.check_prefix(len(prefix), n)
         if (total := len(several) * call.num_images_per_class) > LARGEST_CALL:
             raise DetailFlowError(
                 f"{total:,} images are more than one call makes, which is {LARGEST_CALL:,}: make them in "

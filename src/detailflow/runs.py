@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,9 +17,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
-from detailflow.files import lock_folder, read_text, read_yaml, reading, writing
+from detailflow.files import read_text, read_yaml, reading, writing
 from detailflow.published import Kind, check_kind
 from detailflow.tensors import in_pieces, is_weights
 from detailflow.torch_files import load_torch
@@ -54,10 +52,6 @@ class RunFolder:
     def record_path(self) -> Path:
         """The record's path."""
         return self.path / self.record
-
-    def lock(self, work: str, world: World | None = None) -> AbstractContextManager[None]:
-        """Lock the folder for all ranks; `work` names what is done in it, for the message if another launch does it."""
-        return lock_folder(self.path, work, world)
 
     def read(self) -> dict[str, Any]:
         """Return the record, {} if there is none."""

@@ -94,6 +94,11 @@ class TokenSchedule(Settings):
             )
         return n
 
+    def check_prefix(self, length: int, num_tokens: int) -> None:
+        """Check the number of tokens that are kept of `num_tokens`."""
+        if self.check_count(length, "the length of prefix") > num_tokens:
+            raise DetailFlowError(f"num_tokens must be at least the {length} tokens of prefix, not {num_tokens}")
+
     def check_counts(self, counts: Iterable[int] | None, *, first: int = 1, last: int | None = None) -> list[int]:
         """Return valid counts from `first` to `last`, of which there may be none; `None` is all of them, or N."""
         last = self.check_count(last)

@@ -22,8 +22,8 @@ from detailflow.models.efficientnet import (
     find_weights,
     fold_batch_norms,
     layer_names,
-    read_weights,
 )
+from detailflow.torch_files import load_torch
 
 IMAGES = Path(__file__).parents[1] / "data" / "images" / "photographs.parquet"
 
@@ -65,7 +65,7 @@ def timm_names(name: str) -> str:
 def test_features_are_those_of_timms_network(network: EfficientNetLite0, photographs: Tensor):
     timm = pytest.importorskip("timm", reason="needs the packages of detailflow[train]")
     theirs = timm.create_model("tf_efficientnet_lite0").eval()
-    stored = read_weights(find_weights("a test"))
+    stored = load_torch(find_weights("a test"))
     theirs.load_state_dict({timm_names(name): tensor for name, tensor in stored.items()})
     for x in (photographs[:4], photographs[:2, :, :150, :97]):
         assert all(
@@ -80,7 +80,7 @@ def test_features_are_those_of_timms_network(network: EfficientNetLite0, photogr
 def test_features_are_those_of_the_packages_authors(network: EfficientNetLite0, photographs: Tensor):
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="the package of the authors' network")
     theirs = package.EfficientNet.from_name("efficientnet-lite0").eval()
-    theirs.load_state_dict(read_weights(find_weights("a test")))
+    theirs.load_state_dict(load_torch(find_weights("a test")))
     x = photographs[:4]
     torch.testing.assert_close(network.pool(x), theirs.extract_features(x).mean((2, 3)), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(network(x), theirs(x), rtol=1e-3, atol=1e-3)

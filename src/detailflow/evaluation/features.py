@@ -14,9 +14,8 @@ from detailflow import hub
 from detailflow.errors import DetailFlowError
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
 from detailflow.models.layers import convolution
-from detailflow.models.loading import load_weights
-from detailflow.tensors import WEIGHTS_FILE, read_metadata, read_state_dict, read_tensors
-from detailflow.torch_files import load_torch
+from detailflow.models.loading import load_weights, timm_weights, torch_weights
+from detailflow.tensors import read_metadata, read_tensors
 
 INCEPTION = "inception"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"  # timm's name, and on the hub timm/…
@@ -211,9 +210,7 @@ class Inception(_Network):
 def _inception_weights(url: str, path: str | None) -> dict[str, Tensor]:
     file = None if path is None else _existing(path)
     try:
-        if file is None:
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        return load_torch(file)
+        return torch_weights(url, file)
     except Exception as error:  # downloads and damaged files have many kinds
         raise _no_weights(INCEPTION, f"{path} cannot be read as" if path else "cannot be downloaded:", url) from error
 
@@ -224,10 +221,7 @@ def _dinov2(device: torch.device, weights: str | None = None) -> NormalizedNetwo
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     try:
-        if weights is None:
-            tensors = read_tensors(hub.fetch(f"timm/{DINOV2}", [WEIGHTS_FILE]))
-        else:
-            tensors = read_state_dict(_existing(weights))
+        tensors = timm_weights(DINOV2, None if weights is None else _existing(weights))
         tensors.pop("mask_token", None)  # in DINOv2's own files, for training
         network: Any = timm.create_model(DINOV2, num_classes=0, img_size=SIDE)
         tensors["pos_embed"] = _positions_at(tensors["pos_embed"], network.patch_embed.grid_size[0])

@@ -63,7 +63,7 @@ class EfficientNetLite0(nn.Module):
         if load:
             path = find_weights(what, instead)
             try:
-                load_weights(network, fold_batch_norms(read_weights(path)), path)
+                load_weights(network, fold_batch_norms(load_torch(path)), path)
             except Exception as error:  # torch has many kinds for a damaged file
                 raise DetailFlowError(f"{path} is damaged: install {PACKAGE} again ({error})") from error
         return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -144,11 +144,6 @@ def find_weights(what: str, instead: str = "") -> Path:
         if file.suffix == ".pth":
             return Path(str(file.locate()))
     raise DetailFlowError(f"{what} needs the weights in the package {PACKAGE}, which has none: install it again")
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the package's tensors, under its own names."""
-    return load_torch(path)
 
 
 def fold_batch_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -310,9 +310,7 @@ class DetailFlowGPT(Pretrained):
         prefix = checked_ids("prefix", prefix, 2, self.config.codebook_size)
         if len(prefix) != images:
             raise DetailFlowError(f"prefix must have a row for each of {images} images, not {len(prefix)} rows")
-        kept = self.schedule.check_count(prefix.shape[1], "the length of prefix")
-        if kept > num_tokens:
-            raise DetailFlowError(f"num_tokens must be at least the {kept} tokens of prefix, not {num_tokens}")
+        self.schedule.check_prefix(prefix.shape[1], num_tokens)
         return to_device(prefix, self.device)
 
     def begin(self, class_ids: Tensor, guided: bool) -> generation.Engine:

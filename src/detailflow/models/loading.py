@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from detailflow import hub
 from detailflow.errors import DetailFlowError, first_line, some_names
 from detailflow.published import KEYS
 from detailflow.settings import parse_settings
-from detailflow.tensors import check_finite
+from detailflow.tensors import WEIGHTS_FILE, check_finite, read_state_dict, read_tensors
+from detailflow.torch_files import load_torch
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -93,3 +95,17 @@ def require_same(ours: object, theirs: object, keys: Sequence[str], source: obje
         there, here = getattr(theirs, key), getattr(ours, key)
         if there != here:
             raise DetailFlowError(f"the weights of {source} do not fit: {key} is {there} there and {here} here")
+
+
+def torch_weights(url: str, path: str | Path | None) -> dict[str, Tensor]:
+    """Read a state dict from a local file, or from where torch.hub keeps it or loads it to."""
+    if path is not None:
+        return load_torch(Path(path).expanduser(), mmap=True)
+    return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+
+
+def timm_weights(name: str, path: str | Path | None) -> dict[str, Tensor]:
+    """Read the weights of one of timm's networks from a local file, or from the hub."""
+    if path is None:
+        return read_tensors(hub.fetch(f"timm/{name}", [WEIGHTS_FILE]))
+    return read_state_dict(Path(path).expanduser())

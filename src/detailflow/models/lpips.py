@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError, missing_package
+from detailflow.models.loading import torch_weights
 from detailflow.torch_files import load_torch
 
 SMALLEST_SIDE = 16  # whose last VGG map is one pixel
@@ -96,9 +97,7 @@ def _normalized(features: Tensor) -> Tensor:
 def _vgg16_weights(path: str | None) -> dict[str, Tensor]:
     """Read a state dict, of a local file only what is used of it."""
     try:
-        if path is not None:
-            return load_torch(Path(path).expanduser(), mmap=True)
-        return torch.hub.load_state_dict_from_url(VGG16_FILE, map_location="cpu", check_hash=True, weights_only=True)
+        return torch_weights(VGG16_FILE, path)
     except Exception as error:  # downloads and damaged files have many kinds
         what = f"and {path} cannot be read" if path else "which cannot be downloaded"
         raise DetailFlowError(

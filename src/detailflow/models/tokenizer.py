@@ -351,7 +351,7 @@ class DetailFlowTokenizer(Pretrained):
         Returns:
             (B, N) int64: clean before p, then `wrong_tokens`, then corrected.
         """
-        images, end = self._checked(images), self.span(position)
+        images, end = self._checked(images), self.schedule.check_span(position)
         wrong_tokens = checked_ids("wrong_tokens", wrong_tokens, 2, self.config.codebook_size)
         expected = (images.shape[0], end - position)
         if wrong_tokens.shape != expected:
@@ -377,10 +377,6 @@ class DetailFlowTokenizer(Pretrained):
                 )
             images = images.to(self.device, self.decoder.mask_token.dtype)
         return images
-
-    def span(self, position: int) -> int:
-        """Return the end of the tokens that are wrong together if those at `position` are."""
-        return self.schedule.check_span(position)
 
     def encode_patches(self, images: Tensor) -> Patches:
         """(B, 3, H, W) pixels → their patches in every block of the encoder."""

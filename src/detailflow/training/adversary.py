@@ -1,7 +1,6 @@
 """The adversarial loss: the discriminators and how they learn (Sec. 3.4, docs/method.md#losses)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from detailflow import hub
 from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World, in_group
 from detailflow.errors import DetailFlowError, missing_package
 from detailflow.models.efficientnet import CHANNELS, EfficientNetLite0
-from detailflow.models.loading import load_weights
-from detailflow.tensors import WEIGHTS_FILE, read_state_dict, read_tensors
+from detailflow.models.loading import load_weights, timm_weights
 from detailflow.training.augment import DRAWS, diff_augment
 from detailflow.training.classifier import FEATURE_WIDTHS, FeatureNetwork
 from detailflow.training.config import PATCH, PROJECTED, PROJECTED_BOTH, TokenizerTraining
@@ -131,7 +128,7 @@ class DINODiscriminator(nn.Module):
         backbone: Any = timm.create_model(BACKBONE, num_classes=0)
         try:
             if load:
-                load_weights(backbone, _read(weights), weights or BACKBONE)
+                load_weights(backbone, timm_weights(BACKBONE, weights), weights or BACKBONE)
         except DetailFlowError as error:
             raise DetailFlowError(
                 "the adversarial loss (DINO discriminator) needs DINO ViT-S/16's weights: get model.safetensors of "
@@ -170,12 +167,6 @@ class DINODiscriminator(nn.Module):
             if index in BLOCKS:
                 depths.append(x)
         return [(x[:, 1:] + x[:, :1]).transpose(1, 2) for x in depths]
-
-
-def _read(weights: str | None) -> dict[str, Tensor]:
-    if weights is None:
-        return read_tensors(hub.fetch(f"timm/{BACKBONE}", [WEIGHTS_FILE]))
-    return read_state_dict(Path(weights).expanduser())
 
 
 def _to_side(images: Tensor, draws: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from detailflow.device import precision_dtype
 from detailflow.distributed import World, lost
 from detailflow.errors import DetailFlowError, first_line, os_errors
-from detailflow.files import check_utf8
+from detailflow.files import check_utf8, lock_folder
 from detailflow.machine import measure_ceilings
 from detailflow.pictures import write_png
 from detailflow.progress import LONG_RUN, progress_bar
@@ -35,7 +35,6 @@ from detailflow.training.checkpoints import (
     go_on,
     load_checkpoint,
     reserve_run,
-    run_folder,
     save_checkpoint,
 )
 from detailflow.training.config import LoopConfig
@@ -115,12 +114,12 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
     loop.images_at_once(world)
     with world.raise_together(), os_errors(f"cannot write to {output}"):
         check_utf8(output)
-    with run_folder(output).lock("training run", world):
+    with lock_folder(output, "training run", world):
         fresh = not os.path.exists(output / RUN_FILE)
         settings = world.from_main(lambda: reserve_run(output, run.kind, asdict(run.config), run.inputs))
         if settings is None:
             if world.is_main:
-                _log.info("%s: this %s is finished already", output, "AR model" if run.kind == "gpt" else run.kind)
+                _log.info("%s: this %s is finished already", output, TITLES.get(run.kind, run.kind))
             return
         try:
             checkpoint = load_checkpoint(output, world)
@@ -140,8 +139,8 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
         with world.raise_together():
             if world.is_main:
                 go_on(output, settings)  # only now, so that what fails before leaves a finished run as it is
-        training = _Training(stage, run, settings.get(LONGER_FROM, 0))
-        training.train(start)
+        training = _Training(stage, run, start, settings.get(LONGER_FROM, 0))
+        training.train()
         training.finish()
 
 
@@ -164,25 +163,25 @@ class _Training:
     """The steps of a run, and what is kept of them.
 
     Args:
+        start: steps that are done.
         longer_from: the step at which the run was last given more steps; patience begins again there.
     """
 
-    def __init__(self, stage: Stage, run: Run, longer_from: int = 0) -> None:
+    def __init__(self, stage: Stage, run: Run, start: int, longer_from: int) -> None:
         self.stage, self.run, self.output, self.world = stage, run, run.output, run.world
-        self.longer_from, self.done = longer_from, 0
+        self.longer_from, self.done = longer_from, start
         self.loop: LoopConfig = run.config.loop
         self.health = _Health(self.loop, run.output)
-        self.speed = _Speed(run, 0)
+        self.speed = _Speed(run, start)
         self.saved_at = time.monotonic()  # when the last checkpoint was written
         # The settings that make validation losses comparable, and the best step so far with its loss.
         self.comparable = {"comparable_from": stage.comparable_from, "val_images": self.loop.val_images}
         self.best = self.world.from_main(self._find_best) if self.loop.val_every else None
 
-    def train(self, start: int) -> None:
-        """Take the steps from `start` on, all or until validation stalls; after the last one there is a checkpoint."""
+    def train(self) -> None:
+        """Take the steps that are left, all or until validation stalls; after the last one there is a checkpoint."""
         loop, run, world = self.loop, self.run, self.world
-        self.done = start
-        self.speed = _Speed(run, start)
+        start = self.done
         if world.is_main and start:
             _log.info("%s: going on from step %d", self.output, start)
         batches = self.stage.batches(start)

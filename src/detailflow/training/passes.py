@@ -131,7 +131,7 @@ class TokenizerNetworks(nn.Module):
         clean = straight_through(z, codes)
         if position is None or choice is None or not len(choice):
             return Encoded([z], [codes], [clean], ids)
-        count, end = len(choice), model.span(position)
+        count, end = len(choice), model.schedule.check_span(position)
         wrong = choice  # of all codes, in whatever order
         if self.mistakes < model.config.codebook_size:
             near = model.quantizer.nearest_k(z[:count, position:end].detach(), self.mistakes)

@@ -132,7 +132,7 @@ class TokenizerStage:
             position = draw_position(schedule, t)
         if position is not None:
             candidates = min(config.mistakes, config.model.codebook_size)
-            choice = torch.randint(candidates, (size, self.model.span(position) - position))[shard]
+            choice = torch.randint(candidates, (size, self.model.schedule.check_span(position) - position))[shard]
             choice = to_device(choice, self.device)
         if self.adversary and present is None and step >= count_of_steps(config.adversarial_from, config.loop.steps):
             views = AugmentationNoise.make(size).of(shard)
