@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from detailflow import DetailFlowPipeline, benchmark, machine
+from detailflow import DetailFlowPipeline, benchmark, machine, native
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
 from detailflow.generation import generate, image_generator
@@ -184,6 +184,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {(r["dtype"], r["images"]) for r in ours} == {(d, b) for d in ("float32", "bfloat16") for b in (1, 2)}
     assert set(report["ceilings"]) == {"float32", "bfloat16"}
     assert sum(line.startswith("generate, native") for line in lines) == 4
+    assert f"native engine: {native.instructions()}" == f"native engine: {report['native']}" in lines
     naive = {(r["dtype"], r["images"]): r["seconds"] for r in report["rows"] if r["what"] == "naive"}
     for r in report["rows"]:
         assert r["seconds"] > 0

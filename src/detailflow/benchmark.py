@@ -255,12 +255,16 @@ HEADER = ["what", "dtype", "images", "median s", "fastest", "slowest", "s/image"
 
 @dataclass(frozen=True)
 class Report:
-    """All measurements of one run."""
+    """All measurements of one run.
+
+    `native` says which instructions the native engine uses, or why it cannot be built; None on a GPU.
+    """
 
     machine: str
     torch: str
     threads: int
     clock: str
+    native: str | None
     model: str
     ceilings: dict[str, Ceilings]
     rows: list[Row]
@@ -269,6 +273,7 @@ class Report:
         cells = [[*HEADER, "bound by", "peak MiB"], *(row.cells() for row in self.rows)]
         threads = f"{several(self.threads, 'thread')}, {self.clock}"
         lines = [f"{self.machine}, torch {self.torch}, {threads}", self.model]
+        lines += [f"native engine: {self.native}"] if self.native else []
         lines += [f"ceilings, {dtype}: {ceilings}" for dtype, ceilings in self.ceilings.items()]
         return "\n".join([*lines, "", *aligned(cells)])
 
@@ -315,7 +320,8 @@ def benchmark(
             rows += make_rows(cases, times, ceilings[dtype], dtype, batch)
         del pipeline, cases, found
     clock = "processor time" if uses_processor_time(device) else "wall time"
-    return Report(device_name(device), torch.__version__, torch.get_num_threads(), clock, model, ceilings, rows)
+    built = native.instructions() if device.type == "cpu" else None
+    return Report(device_name(device), torch.__version__, torch.get_num_threads(), clock, built, model, ceilings, rows)
 
 
 def best_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
