@@ -547,7 +547,7 @@ def test_variations_in_batches(pipeline: DetailFlowPipeline):
         ([1] * 16, {"keep": 8, "num_images": 0}, "^num_images must be a positive integer, not 0"),
         ([1] * 16, {"keep": 8, "size": (7, 5)}, r"no image is encoded at a size of \(7, 5\)"),
         ([1] * 16, {"keep": 8, "size": (0, 0)}, "no image is encoded at a size of"),
-        ([1] * 16, {"keep": 8, "num_tokens": 4}, "num_tokens must be at least the 8 tokens of prefix, not 4"),
+        ([1] * 16, {"keep": 8, "num_tokens": 4}, "num_tokens must be at least keep, which is 8, not 4"),
     ],
 )
 def test_variations_that_cannot_be(
@@ -582,6 +582,13 @@ def test_what_is_no_image(pipeline: DetailFlowPipeline):
         with pytest.raises(DetailFlowError, match="images must be a tensor, not "):
             wrong = torch.zeros(1, 1, dtype=torch.long)
             pipeline.tokenizer.encode_correction(given, position=0, wrong_tokens=wrong)  # type: ignore[arg-type]
+
+
+def test_what_a_variation_keeps_is_a_number(pipeline: DetailFlowPipeline):
+    with pytest.raises(DetailFlowError, match="keep must be a number of tokens, not None"):
+        pipeline.vary([1] * 16, keep=None)  # type: ignore[arg-type]
+    with pytest.raises(DetailFlowError, match="num_tokens must be at least keep, which is 8, not 4"):
+        pipeline.vary([1] * 16, keep=8, num_tokens=4)
 
 
 def test_a_prefix_is_checked_at_once(pipeline: DetailFlowPipeline):

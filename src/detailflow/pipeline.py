@@ -306,8 +306,12 @@ class DetailFlowPipeline:
                 raise DetailFlowError(f"{name} is for a plain call: give {instead}")
         require(PositiveInt, num_images=num_images)
         ids = self.tokens(image)
+        if keep is None:
+            raise DetailFlowError("keep must be a number of tokens, not None")
         if self.tokenizer.schedule.check_count(keep, "keep") > len(ids):
             raise DetailFlowError(f"keep must be at most the {len(ids)} tokens given, not {keep}")
+        if keep > (n := self.tokenizer.schedule.check_count(options.get("num_tokens"))):
+            raise DetailFlowError(f"num_tokens must be at least keep, which is {keep}, not {n}")
         full = None if size is None else self.tokenizer.schedule.check_full_shape(size)
         class_ids = [self.gpt.config.num_classes] if label is None else self.class_ids([label])  # the null class
         images = []

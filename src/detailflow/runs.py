@@ -32,6 +32,16 @@ FEATURES_FILE = "features.pt"  # a classifier of a run's images
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
+def _are_inputs(known: Any) -> bool:
+    """Return whether this says what inputs are known by, as a run writes it."""
+    return isinstance(known, dict) and all(
+        isinstance(one, dict)
+        and isinstance(one.get("classes") or {}, dict)
+        and all(isinstance(count, int) for count in (one.get("classes") or {}).values())
+        for one in known.values()
+    )
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A folder that one run writes to: locked while it works, and known as its own by a record of its settings.
@@ -65,7 +75,7 @@ class RunFolder:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             if isinstance(error, DetailFlowError):
                 raise
-        if not isinstance(settings, dict) or not isinstance(settings.get(KNOWN_BY) or {}, dict):
+        if not isinstance(settings, dict) or not _are_inputs(settings.get(KNOWN_BY) or {}):
             raise DetailFlowError(f"{path} is damaged: remove {self.path} to start afresh, or choose another folder")
         return settings
 

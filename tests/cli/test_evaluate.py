@@ -133,6 +133,19 @@ def test_without_features(model: Path, cifar: Path, tmp_path: Path):
     assert len(rows) == 5
     assert all(set(row) - {"blockiness"} == {"PSNR", "SSIM"} for row in rows)
     assert ["blockiness" in row for row in rows] == [False, False, False, False, True]
+    again = [
+        *argv,
+        "--num-tokens",
+        4,
+        16,
+        "--size",
+        32,
+        8,
+        "--output",
+        tmp_path / "sizes",
+    ]  # only half of the rows have it
+    assert evaluate("tokenizer", "--model", model, *again) == 0
+    assert ["blockiness" in row for row in figures(tmp_path / "sizes")] == [True, False, True, False]
 
 
 def test_gpt_then_its_samples_then_both_compared(

@@ -128,6 +128,10 @@ def test_repeated_and_empty_ones_do_not_count(tmp_path: Path):
     [
         (["cat;dog", "", "cat", "cat"], r"1\.png has no label: give every image one, or none"),
         ([";".join(map(str, range(65))), "1", "2", "3"], r"0\.png has 65 labels, and an image may have 64"),
+        (
+            ["cat,night", "dog"],
+            r"row 1 has 3 cells, and the first row names 2 columns: .* write several labels as cat;dog",
+        ),
     ],
 )
 def test_what_is_refused(rows: list[str], message: str, tmp_path: Path):
@@ -141,6 +145,23 @@ def test_lists_of_other_things_are_refused(label: Any, tmp_path: Path):
     row = json.dumps({"file_name": "0.png", "label": label})
     with pytest.raises(DetailFlowError, match="neither a class number nor a name"):
         open_images(folder(tmp_path / "set", "metadata.jsonl", row))
+
+
+def test_trailing_separators_are_no_cells(tmp_path: Path):
+    text = "file_name,label\n0.png,cat,,\n1.png,dog,\n"
+    assert open_images(folder(tmp_path / "set", "metadata.csv", text)).class_names == ("cat", "dog")
+
+
+def test_a_table_that_names_no_columns_is_asked_about(tmp_path: Path):
+    source = open_images(folder(tmp_path / "set", "metadata.csv", "0.png,cat\n1.png,dog\n"))
+    assert "metadata.csv has no column file_name, so it is not used: does its first row name the" in source.summary
+
+
+def test_a_table_of_another_encoding(tmp_path: Path):
+    made = folder(tmp_path / "set", "metadata.csv", "")  # as spreadsheets write it
+    (made / "metadata.csv").write_bytes("file_name,label\n0.png,café\n".encode("utf-16"))
+    with pytest.raises(DetailFlowError, match=r"metadata\.csv cannot be read .*: save it as UTF-8"):
+        open_images(made)
 
 
 def test_no_class_loses_all_its_images_to_validation(tmp_path: Path):

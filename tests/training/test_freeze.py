@@ -108,6 +108,19 @@ def test_rows_of_a_store_are_of_their_crops(cifar: Path, model: Path, tmp_path: 
     assert all(p.grad is None for p in stage.model.encoder.parameters())
 
 
+def test_tokens_of_mirror_images_and_of_held_out_ones_are_refused(cifar: Path, model: Path, tmp_path: Path):
+    extract(Extraction(str(cifar), str(model / "tokenizer"), val_share=0.1), tmp_path / "tokens", "cpu")
+
+    def stage(tokens: Path, **settings: Any) -> TokenizerStage:
+        config = training(cifar, model, tokens=str(tokens), val_share=0.1, **settings)
+        return TokenizerStage(config, open_images(cifar), tmp_path, torch.device("cpu"))
+
+    with pytest.raises(DetailFlowError, match="tokens has tokens of mirror images: extract them with --flip false"):
+        stage(tmp_path / "tokens", flip=False)
+    with pytest.raises(DetailFlowError, match="validation has the images held out from .*tokens: train on .*tokens"):
+        stage(tmp_path / "tokens" / "validation")
+
+
 def test_codes_are_counted_anew_with_a_frozen_encoder(cifar: Path, model: Path, tmp_path: Path):
     stage = TokenizerStage(training(cifar, model, revive_every=2), open_images(cifar), tmp_path, torch.device("cpu"))
     codebook = stage.model.quantizer.codebook.clone()

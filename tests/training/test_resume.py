@@ -278,9 +278,21 @@ def test_a_damaged_record(
 ):
     output = shutil.copytree(finished["gpt"], tmp_path / "run")
     record = yaml.safe_load((output / "run.yaml").read_text())
-    (output / "run.yaml").write_text(yaml.safe_dump(record | {"known_by": 5}))
-    assert main([*commands["gpt"], str(output)]) == 2
-    assert "run.yaml is damaged: remove" in capsys.readouterr().err
+    for known in (5, {"tokens": 5}, {"tokens": {"classes": ["cat"]}}, {"tokens": {"classes": {"cat": "many"}}}):
+        (output / "run.yaml").write_text(yaml.safe_dump(record | {"known_by": known}))
+        assert main([*commands["gpt"], str(output)]) == 2
+        assert "run.yaml is damaged: remove" in capsys.readouterr().err
+
+
+def test_no_run_begins_among_images(
+    commands: dict[str, list[str]], cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    photos = Path(shutil.copytree(cifar, tmp_path / "photos"))
+    for output in (photos, photos / "class0"):
+        before = contents(output)
+        assert main([*commands["gpt"], str(output)]) == 2
+        assert f"{output} has images in it, such as " in capsys.readouterr().err
+        assert contents(output) == before
 
 
 def test_precision_stays(commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

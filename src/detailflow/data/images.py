@@ -33,6 +33,7 @@ _LONGEST_NUMBER = 12  # digits
 _MAGIC = re.compile(r"[*?[]")
 _FILE_NAMES = ("file_name", "image_file_name", "filename")  # columns of metadata files
 Labels = dict[str, str | list[str | None] | None]  # by path
+_MORE = "\0"  # the key of cells beyond the columns of a table
 _LIKE_LABEL = ("label", "class", "categor")  # how a column of labels may be called
 
 
@@ -270,6 +271,10 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Label
                 notes.question = (
                     f"{base} has no column {label_column}: did you mean {alike[0]} (--label-column {alike[0]})?"
                 )
+            elif others.isdisjoint(_FILE_NAMES):
+                notes.question = (
+                    f"{base} has no column file_name, so it is not used: does its first row name the columns?"
+                )
     if not used and label_column != "label":
         raise DetailFlowError(
             f"no images have the label {label_column!r}: it would be a column beside file_name in metadata.csv or "
@@ -288,6 +293,7 @@ def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     with (
         explained(f"{file} cannot be read", csv.Error, hint="a quote that begins a cell must be closed at its end"),
         explained(f"{file} cannot be read", kinds, hint="it has a row with file_name for each image"),
+        explained(f"{file} cannot be read", UnicodeDecodeError, hint="save it as UTF-8"),
         open(file, encoding="utf-8-sig", newline="") as opened,
     ):
         rows: Iterator[Any] = map(json.loads, filter(str.strip, opened))
@@ -297,11 +303,19 @@ def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
             opened.seek(0)
             separator = max(",;\t", key=first.count)
             # Not strict, it would take all lines after a quote that is never closed for one cell.
-            rows = reader = csv.DictReader(opened, restkey="", delimiter=separator, skipinitialspace=True, strict=True)
+            rows = reader = csv.DictReader(
+                opened, restkey=_MORE, delimiter=separator, skipinitialspace=True, strict=True
+            )
             header = reader.fieldnames
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
                 raise ValueError("a row is not an object")
+            more = row.pop(_MORE, []) if header else []
+            if header and any(map(str.strip, more)):
+                raise DetailFlowError(
+                    f"{file} row {number} has {len(header) + len(more)} cells, and the first row names {len(header)} "
+                    "columns: put a cell with a comma in quotes, and write several labels as cat;dog"
+                )
             columns = list(map(_column, header or row))
             if twice := [name for name in wanted if columns.count(name) > 1]:
                 raise DetailFlowError(f"{file} has several columns called {twice[0]}: keep one of them")

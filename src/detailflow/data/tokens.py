@@ -105,6 +105,15 @@ class TokenStore:
         return TokenStore.open, (self.directory,)
 
     @classmethod
+    def open_for_training(cls, directory: str | os.PathLike[str]) -> "TokenStore":
+        """Open a finished store, but none of images that are held out from the store above it."""
+        store = cls.open(directory)
+        if store.directory.name == VALIDATION and (store.directory.parent / _MANIFEST).exists():
+            above = store.directory.parent
+            raise DetailFlowError(f"{store.directory} has the images held out from {above}: train on {above}")
+        return store
+
+    @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "TokenStore":
         """Open a finished store; `verify` compares its checksums, too."""
         directory = Path(directory).expanduser()

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -207,8 +208,10 @@ def _finite(value: Any) -> Any:
 def curves(rows: Sequence[Row], x: str, measure: str) -> dict[str, list[tuple[float | None, Figure]]]:
     """Return the points of each curve by x, one for every combination of the other settings that vary.
 
-    If no value of x comes twice, all is one curve. A value that is not a number, such as "off", is a level line.
+    If no value of x comes twice, all is one curve. A value that is not a number, such as "off", is a level line. Rows
+    without the measure are left out.
     """
+    rows = [row for row in rows if measure in row.figures]
     values = [row.setting[x] for row in rows]
     others = [key for key in rows[0].setting if key != x and len({row.setting[key] for row in rows}) > 1]
     if len(set(values)) == len(values):
@@ -226,7 +229,8 @@ def draw(plot: Plot, path: Path) -> None:
     """Draw a panel for each measure into a PNG file."""
     from matplotlib.figure import Figure as Canvas
 
-    measures = list(plot.rows[0].figures)
+    counts = Counter(measure for row in plot.rows for measure in row.figures)
+    measures = [measure for measure, count in counts.items() if count > 1]  # one point is no curve
     rows = -(-len(measures) // PANELS)
     columns = -(-len(measures) // rows)
     canvas = Canvas(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")

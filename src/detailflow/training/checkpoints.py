@@ -3,10 +3,12 @@
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
+from detailflow.data.decode import image_suffixes
 from detailflow.data.tokens import STORE_FILES
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, explained
@@ -34,6 +36,7 @@ from detailflow.training.report import CAPTIONS, CURVES_FILE, REPORT_FILE
 from detailflow.training.tracking import HISTORY_FILE
 
 _log = logging.getLogger(__name__)
+LOOKED_AT = 100  # files of a folder in which a run is to begin
 LONGER_FROM = "longer_from"  # in run.yaml: the step at which the run was last given more steps
 # What a run writes into its folder, and so is not there before; and tokens, which have a folder of their own.
 OVERWRITTEN = (
@@ -106,6 +109,7 @@ def reserve_run(
         raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")
     else:
         folder.require_free(OVERWRITTEN)
+        _require_no_images(output)
     # Without a checkpoint the report cannot be written.
     reported = isfile(output / REPORT_FILE) or not done or settings["loop"] != recorded.get("loop")
     if finished and reported and not longer and not (done < steps and _more_patience(recorded, settings)):
@@ -141,6 +145,14 @@ def _read_inputs(
         needless = one.at_start and begun and name in known and recorded.get(name) == settings.get(name)
         content[name] = known[name] if needless else one.read()
     return content
+
+
+def _require_no_images(output: Path) -> None:
+    """Check that a new run's folder is no set of images, of which its own pictures would become a part."""
+    below = [path for path in output.glob("[!.]*") if path.is_dir()]
+    for path in (path for folder in (output, *below) for path in islice(folder.glob("[!.]*"), LOOKED_AT)):
+        if path.suffix.lower() in image_suffixes() and path.is_file():
+            raise DetailFlowError(f"{output} has images in it, such as {path}: choose another folder for the run")
 
 
 def _more_patience(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

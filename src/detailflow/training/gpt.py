@@ -318,7 +318,7 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
     """Train an AR model into `output`: the model, checkpoints, pictures, log and report."""
     world, chosen = launched(device)
     with world.raise_together():
-        store = TokenStore.open(config.tokens)
+        store = TokenStore.open_for_training(config.tokens)
         if not made_by(store, config.tokenizer):
             raise DetailFlowError(
                 f"{config.tokens}: these tokens were made by another tokenizer than {config.tokenizer}; "

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from detailflow.errors import missing_package
+from detailflow.errors import DetailFlowError, missing_package
 from detailflow.models.gpt import DetailFlowGPT
 
 MATRICES = ("qkv", "proj", "gate", "up", "down")  # of all blocks
@@ -31,6 +31,8 @@ class LoRA:
             from peft import LoraConfig, LoraModel
         except ImportError as error:
             raise missing_package("lora", "peft", extra="lora") from error
+        if rank > model.config.width:
+            raise DetailFlowError(f"lora must be at most the model's width, {model.config.width}, not {rank}")
         settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(MATRICES))
         self.layers: Any = LoraModel(model, settings, "default")
         self.model = model
