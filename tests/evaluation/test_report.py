@@ -113,6 +113,18 @@ def test_panels_stand_in_rows_of_three(tmp_path: Path):
     )  # releases round otherwise
 
 
+def test_one_row_and_measures_of_some_rows(tmp_path: Path):
+    """A measure of one row among several has no curve; that of the only row has its point."""
+    shared, more = {"PSNR": Figure(20.0, 0.1)}, {"PSNR": Figure(21.0, 0.1), "blockiness": Figure(1.1)}
+    sizes = []
+    for figures in ([shared], [more], [shared, more], [more, more], [more, shared, more]):
+        rows = [Row({"tokens": n}, found) for n, found in enumerate(figures, 1)]
+        draw(Plot("p", "", "tokens", rows), tmp_path / "p.png")
+        with Image.open(tmp_path / "p.png") as picture:
+            sizes.append(picture.size[0])
+    assert [round(size / sizes[0]) for size in sizes] == [1, 2, 1, 2, 2]  # panels side by side
+
+
 def test_one_row_shows_all_its_settings():
     assert section_table(Section("", [Row({"codes": 8}, {"usage": Figure(0.5)})]))[0] == "| codes | usage |"
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import islice
 from os.path import isdir, isfile
 from pathlib import Path
@@ -149,10 +150,11 @@ def _read_inputs(
 
 def _require_no_images(output: Path) -> None:
     """Check that a new run's folder is no set of images, of which its own pictures would become a part."""
-    below = [path for path in output.glob("[!.]*") if path.is_dir()]
-    for path in (path for folder in (output, *below) for path in islice(folder.glob("[!.]*"), LOOKED_AT)):
-        if path.suffix.lower() in image_suffixes() and path.is_file():
-            raise DetailFlowError(f"{output} has images in it, such as {path}: choose another folder for the run")
+    with suppress(OSError):  # what cannot be read is no image, and what cannot be written to is said later
+        below = [path for path in output.glob("[!.]*") if path.is_dir()]
+        for path in (path for folder in (output, *below) for path in islice(folder.glob("[!.]*"), LOOKED_AT)):
+            if path.suffix.lower() in image_suffixes() and path.is_file():
+                raise DetailFlowError(f"{output} has images in it, such as {path}: choose another folder for the run")
 
 
 def _more_patience(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
