@@ -36,8 +36,8 @@ def _are_inputs(known: Any) -> bool:
     """Return whether this says what inputs are known by, as a run writes it."""
     return isinstance(known, dict) and all(
         isinstance(one, dict)
-        and isinstance(one.get("classes") or {}, dict)
-        and all(isinstance(count, int) for count in (one.get("classes") or {}).values())
+        and isinstance(classes := one.get("classes") or {}, dict)
+        and all(isinstance(count, int) for count in classes.values())
         for one in known.values()
     )
 

@@ -294,12 +294,14 @@ def test_unused_codes_move_to_latents(cifar: Path, images: torch.Tensor, tmp_pat
     codebook = made.model.quantizer.codebook
     before = codebook.detach().clone()
     made.counts[:10] = 1
-    z = F.normalize(noise(2, 16, 4), dim=-1)
+    z, norm = F.normalize(noise(2, 16, 4), dim=-1), torch.tensor(1.0)
     assert [made._counts_end(step) for step in range(4)] == [False, True, False, True]  # every second step
-    made._revive(1, [z])
+    made._revive(0, [z], norm)
+    assert torch.equal(codebook, before)
+    made._revive(1, [z], norm)
     assert torch.equal(codebook[:10], before[:10])
     distance = (codebook[10:, None].detach() - z.reshape(1, -1, 4)).norm(dim=-1).amin(1)
     assert float(distance.max()) < 1e-6 and not made.counts.any()
     moved = codebook.detach().clone()
-    made._revive(9, [z])  # the second half of the run leaves them alone
+    made._revive(9, [z], norm)  # the second half of the run leaves them alone
     assert torch.equal(codebook, moved)

@@ -13,7 +13,7 @@ from detailflow.settings import BatchSize, PositiveInt, at_most
 
 KEY_VARIABLE = "DETAILFLOW_API_KEY"
 SHIPPED_NAME = "detailflow-cifar10"
-Megabytes = Annotated[PositiveInt, at_most(2047)]
+Megabytes = Annotated[PositiveInt, at_most(2047)]  # as bytes they are a `PositiveInt`, too
 
 
 def parser() -> Parser:

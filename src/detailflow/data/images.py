@@ -310,8 +310,7 @@ def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
                 raise ValueError("a row is not an object")
-            more = row.pop(_MORE, []) if header else []
-            if header and any(map(str.strip, more)):
+            if header and any(map(str.strip, more := row.pop(_MORE, []))):
                 raise DetailFlowError(
                     f"{file} row {number} has {len(header) + len(more)} cells, and the first row names {len(header)} "
                     "columns: put a cell with a comma in quotes, and write several labels as cat;dog"

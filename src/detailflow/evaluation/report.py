@@ -230,9 +230,8 @@ def draw(plot: Plot, path: Path) -> None:
     from matplotlib.figure import Figure as Canvas
 
     counts = Counter(measure for row in plot.rows for measure in row.figures)
-    measures = [
-        name for name, count in counts.items() if count > 1 or count == len(plot.rows)
-    ]  # not one of many points
+    least = min(2, len(plot.rows))  # one of several rows is no curve
+    measures = [measure for measure, count in counts.items() if count >= least]
     rows = -(-len(measures) // PANELS)
     columns = -(-len(measures) // rows)
     canvas = Canvas(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")

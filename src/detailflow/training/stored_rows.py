@@ -27,11 +27,8 @@ class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor] | str]):
         assert config.tokens and config.init
         if isinstance(source, StreamSource):
             raise DetailFlowError("tokens goes with images that are not streamed: set streaming to false")
-        self.store, self.source, self.size = (
-            TokenStore.open_for_training(config.tokens),
-            source,
-            config.model.image_size,
-        )
+        self.store = TokenStore.open_for_training(config.tokens)
+        self.source, self.size = source, config.model.image_size
         if not config.flip and self.store.info.crops % 2 == 0:
             raise DetailFlowError(
                 f"{config.tokens} has tokens of mirror images: extract them with --flip false, or set flip to true"

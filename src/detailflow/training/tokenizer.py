@@ -170,8 +170,7 @@ class TokenizerStage:
             logged |= self.adversary.step(judged, rate)
         if log:
             logged["codebook_usage"], logged["codebook_perplexity"] = usage_and_perplexity(self.counts)
-        if self._counts_end(step) and norm.isfinite():
-            self._revive(step, latents)
+        self._revive(step, latents, norm)
         return dict(logged)
 
     def objective(self, step: int, images: Tensor, draw: Draw, rows: tuple[Tensor, Tensor] | None = None) -> Objective:
@@ -282,11 +281,14 @@ class TokenizerStage:
         return (step + 1) % (self.config.revive_every or COUNT_STEPS) == 0
 
     @torch.no_grad()
-    def _revive(self, step: int, latents: Sequence[Tensor]) -> None:
-        """Move codes that were not used lately to latents of this step, and count from the beginning.
+    def _revive(self, step: int, latents: Sequence[Tensor], norm: Tensor) -> None:
+        """Move codes that were not used lately to latents of this step, and reset the counts, from time to time.
 
-        A frozen encoder has no latents; its codes stay.
+        A frozen encoder has no latents, and its codes stay. If the gradients' `norm` is not finite, nothing changes: to
+        look at it waits for a GPU, so that is done in these steps alone.
         """
+        if not self._counts_end(step) or not norm.isfinite():
+            return
         if latents and self.config.revive_every and step < self.config.loop.steps // 2:
             dead = (self.counts == 0).nonzero()[:, 0]
             pool = self.world.all_gather(torch.cat([*latents]).detach()).flatten(0, -2).float()
