@@ -165,19 +165,25 @@ def in_turns(cases: dict[str, Callable[[], object]], device: Any, repeats: int) 
 
 
 def compiled_generation(options: Options, emit: Emit) -> None:
-    """Time `pipe.compile(1)`: fused kernels, captured."""
+    """Time `pipe.compile(batch)`: fused kernels, captured."""
     from detailflow.graphs import GraphedModel
 
     pipe = load_pipeline(options, "detailflow-16")
-    if not options.small:  # minutes on a CPU
-        pipe.compile(1)
-    start = time.perf_counter()
-    tokens = tokens_of(pipe.gpt, [0], GraphedModel)
-    pipe.tokenizer.decode_bytes(tokens)
-    emit({"images": 1, "what": "compile and capture", "ms": (time.perf_counter() - start) * 1e3})
-    cases = {"compiled graphs, to bytes": lambda: pipe.tokenizer.decode_bytes(tokens_of(pipe.gpt, [0], GraphedModel))}
-    for what, times in in_turns(cases, pipe.device, 1 if options.small else 9).items():
-        emit({"images": 1, "what": what, "ms": statistics.median(times) * 1e3})
+    for batch in (1, 2) if options.small else (1, 128):
+        labels = [i % pipe.gpt.config.num_classes for i in range(batch)]
+        if not options.small:  # minutes on a CPU
+            pipe.compile(batch)
+
+        def images(labels: Sequence[int] = labels) -> object:
+            return pipe.tokenizer.decode_bytes(tokens_of(pipe.gpt, labels, GraphedModel))
+
+        start = time.perf_counter()
+        images()
+        emit({"images": batch, "what": "compile and capture", "ms": (time.perf_counter() - start) * 1e3})
+        cases = {"compiled graphs, to bytes": images}
+        for what, times in in_turns(cases, pipe.device, 1 if options.small else 9).items():
+            median = statistics.median(times)
+            emit({"images": batch, "what": what, "ms": median * 1e3, "images per second": batch / median})
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -215,7 +221,7 @@ def tokenizer_training(
     config = parse_settings(TokenizerTraining, settings, recipe)
     device, side = torch.device(options.device), config.model.image_size
     made: Any = NoImages()
-    stage = TokenizerStage(config, made, Path("-"), device, resuming=True, load=False)  # which writes nothing
+    stage = TokenizerStage(config, made, Path("-"), device, "plan")  # which writes nothing
     size = config.loop.batch_size
     batches = [
         (torch.randint(256, (size, side, side, 3), dtype=torch.uint8), torch.zeros(size).long()) for _ in range(4)

@@ -22,7 +22,7 @@ from detailflow.cli.vary import Subject, variation_tiles
 from detailflow.data.images import open_images
 from detailflow.errors import exit_on_error
 from detailflow.pictures import GAP, grid, strip
-from detailflow.pipeline import Stage, fit, stage_counts
+from detailflow.pipeline import Stage, fit
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -48,7 +48,7 @@ def samples(pipeline: DetailFlowPipeline, rows: int, seed: int) -> Image.Image:
 def taking_shape(pipeline: DetailFlowPipeline, rows: int, seed: int) -> list[Image.Image]:
     """Return the frames of a grid with `rows` images of each of the first classes, from the first token to all."""
     classes = list(range(min(CLASSES, pipeline.gpt.config.num_classes)))
-    counts, side = stage_counts(pipeline.tokenizer.schedule), max(MOVING_SIDE, pipeline.tokenizer.schedule.image_size)
+    counts, side = pipeline.tokenizer.schedule.stages(), max(MOVING_SIDE, pipeline.tokenizer.schedule.image_size)
     frames = []
     for stage in pipeline.stream(classes, num_images_per_class=rows, seed=seed, counts=counts):
         frame = Image.new("RGB", (len(classes) * (side + GAP) - GAP, rows * (side + GAP) - GAP), "white")
@@ -64,7 +64,7 @@ def generated(pipeline: DetailFlowPipeline, count: int, seed: int) -> list[Image
     """Return a strip from coarse to fine for one sample of each of `count` classes, spread over all."""
     classes = pipeline.gpt.config.num_classes
     labels = [i * classes // count for i in range(min(count, classes))]
-    stages = list(pipeline.stream(labels, seed=seed, counts=stage_counts(pipeline.tokenizer.schedule)))
+    stages = list(pipeline.stream(labels, seed=seed, counts=pipeline.tokenizer.schedule.stages()))
     side = pipeline.tokenizer.schedule.image_size
     # Enlarged in the same way as `reconstruct` does, so that all strips can be compared.
     shown = [
@@ -88,7 +88,7 @@ def variations(pipeline: DetailFlowPipeline, path: Path, rows: list[int], seed: 
     schedule = pipeline.tokenizer.schedule
     names = [pipeline.class_name(i) for i in range(pipeline.gpt.config.num_classes)]
     classes = pipeline.class_ids([name for name in VARIED if name in names] or list(range(min(5, len(names)))))
-    keeps = [n for n in stage_counts(schedule) if 4 <= n < schedule.num_tokens]
+    keeps = [n for n in schedule.stages() if 4 <= n < schedule.num_tokens]
     source, sheets = open_images(path), []
     for row in rows:
         image = fit(schedule, source.image(row))

@@ -26,7 +26,7 @@ from detailflow import DetailFlowPipeline  # noqa: E402
 from detailflow.data import open_images  # noqa: E402
 from detailflow.data.transforms import center_crop, to_tensor  # noqa: E402
 from detailflow.errors import exit_on_error  # noqa: E402
-from detailflow.export.folder import PRECISIONS, export  # noqa: E402
+from detailflow.export.write import PRECISIONS, export  # noqa: E402
 from detailflow.generation import image_generator, with_null_class  # noqa: E402
 from detailflow.psnr import psnr  # noqa: E402
 

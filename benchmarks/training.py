@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from detailflow.cli.settings import read_request
+from detailflow.cli.request import read_request
 from detailflow.data.images import open_images
 from detailflow.device import choose_device, precision_dtype
 from detailflow.errors import exit_on_error

@@ -24,8 +24,9 @@ import onnxruntime
 BATCH_SIZE = 32
 LARGEST_CALL = 100_000  # images
 LARGEST_INTEGER = 2**31 - 1
+MOST_TOKENS = 2**13  # of an image; published models have 512 at most
 CONTENT = {  # of model.json
-    **dict.fromkeys(("num_tokens", "group_size", "causal_tokens", "heads", "head_dim", "num_classes"), (int,)),
+    **dict.fromkeys(("num_tokens", "group_size", "causal_tokens", "depth", "heads", "head_dim", "num_classes"), (int,)),
     **dict.fromkeys(("null_class", "code_row", "mask_row"), (int,)),
     **dict.fromkeys(("steps", "counts", "sizes"), (list,)),
     "class_names": (list, type(None)),
@@ -46,14 +47,36 @@ class Generator:
     def __init__(self, folder: Path, model: dict, precision: str, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads  # 0 is all processors
-        self.model = model
+        options.log_severity_level = 4  # what fails is said below
+        self.folder, self.model = folder, model
         try:
             self.step, self.decoder = (
                 onnxruntime.InferenceSession(folder / model["files"][precision][part], options)
                 for part in ("step", "decoder")
             )
         except Exception as error:  # ONNX Runtime has an exception type for each cause
-            fail(f"could not load the networks in {folder} ({str(error).partition(chr(10))[0]}): repeat the export")
+            fail(f"could not load the networks in {folder} ({first_line(error)}): repeat the export")
+        if not self.fits():
+            fail(f"the networks in {folder} do not fit its model.json: repeat the export")
+
+    def fits(self) -> bool:
+        """Return whether the networks have the inputs and outputs that model.json speaks of, where sizes are fixed."""
+        model, step = self.model, shapes(self.step)
+        caches = [step.pop(name) for name in list(step) if "." in name]  # past and present keys and values
+        return (
+            step == {"inputs": [None, None], "logits": [None, None, model["mask_row"] - model["code_row"]]}
+            and len(caches) == 4 * model["depth"]
+            and all(cache == [None, model["heads"], None, model["head_dim"]] for cache in caches)
+            and shapes(self.decoder) == {"ids": [None, None], "size": [1], "pixels": [None, 3, None, None]}
+        )
+
+    def run(self, network: onnxruntime.InferenceSession, outputs: list[str], inputs: dict) -> list[np.ndarray]:
+        """Return outputs of a network; fail if it does not take these inputs, as another export's may not."""
+        try:
+            return network.run(outputs, inputs)
+        except Exception as error:
+            cause = first_line(error)
+            fail(f"the networks in {self.folder} do not fit its model.json ({cause}): repeat the export")
 
     def tokens(self, classes: np.ndarray, seed: int, sampling: dict, num_tokens: int, first: int = 0) -> np.ndarray:
         """Draw the first `num_tokens` tokens of an image for each class number, (B,) → (B, n); `first` is its index."""
@@ -70,7 +93,7 @@ class Generator:
                 break
             feeds = {name.replace("present", "past_key_values"): value for name, value in cache.items()}
             feeds["inputs"] = self.inputs(classes, np.tile(tokens, (1 + guided, 1)), start, end)
-            cache = dict(zip(outputs, self.step.run(outputs, feeds), strict=True))
+            cache = dict(zip(outputs, self.run(self.step, outputs, feeds), strict=True))
             logits = cache.pop("logits")
             if guided:
                 conditional, unconditional = np.split(logits, 2)
@@ -103,8 +126,14 @@ class Generator:
     def images(self, tokens: np.ndarray) -> np.ndarray:
         """Decode the first n tokens: (B, n) → (B, side, side, 3) bytes."""
         side = self.model["sizes"][self.model["counts"].index(tokens.shape[1])]
-        (pixels,) = self.decoder.run(["pixels"], {"ids": tokens, "size": np.array([side])})
+        (pixels,) = self.run(self.decoder, ["pixels"], {"ids": tokens, "size": np.array([side])})
         return np.clip(127.5 * pixels + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def shapes(network: onnxruntime.InferenceSession) -> dict[str, list[int | None]]:
+    """Return the shape of each input and output; None where any size will do."""
+    values = (*network.get_inputs(), *network.get_outputs())
+    return {value.name: [size if isinstance(size, int) else None for size in value.shape] for value in values}
 
 
 def image_noise(seed: int, image: int, count: int) -> np.ndarray:
@@ -171,6 +200,11 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error says, but for the places in ONNX Runtime that follow."""
+    return str(error).partition("\n")[0]
+
+
 def class_number(model: dict, label: str) -> int:
     """Return the number of a class that is given by its name or number."""
     if not model["num_classes"]:
@@ -228,6 +262,7 @@ def misfits(model: dict) -> list[str]:
     total, is_step = model["num_tokens"], all(isinstance(s, list) and [type(n) for n in s] == [int, int] for s in steps)
     ends = [0, *(end for _, end in steps)] if is_step else []
     holds = {
+        "num_tokens": 1 <= total <= MOST_TOKENS,
         "steps": is_step and ends[-1] == total and all(a == s < b for a, (s, b) in zip(ends[:-1], steps, strict=True)),
         "counts": all(type(n) is int and 1 <= n <= total for n in counts) and total in counts,
         "sizes": len(sizes) == len(counts) and all(type(side) is int and side > 0 for side in sizes),
@@ -278,8 +313,10 @@ def write(generator: Generator, classes: np.ndarray, seed: int, sampling: dict, 
     for first in range(0, len(classes), BATCH_SIZE):
         tokens = generator.tokens(classes[first : first + BATCH_SIZE], seed, sampling, num_tokens, first)
         all_tokens += tokens.tolist()
-        for n in [n for n in counts if n < num_tokens and n.bit_count() == 1] + [num_tokens]:
-            for i, image in enumerate(generator.images(tokens[:, :n]), first):
+        shown = [n for n in counts if n < num_tokens and n.bit_count() == 1] + [num_tokens]
+        stages = [generator.images(tokens[:, :n]) for n in shown]  # all of them before any is written
+        for n, images in zip(shown, stages, strict=True):
+            for i, image in enumerate(images, first):
                 name = names[classes[i]] if names else str(classes[i])
                 safe = "".join(letter if letter.isalnum() else "-" for letter in name)
                 write_png(folder / f"{i:04d}-{safe}-{n:03d}.png", image)
@@ -296,7 +333,7 @@ def main() -> None:
     if last not in model["counts"]:
         fail(f"--num-tokens must be one of {model['counts']}, not {last}")
     given = [class_number(model, label) for label in args.classes]
-    numbers = given or list(range(model["num_classes"])) or [model["null_class"]]
+    numbers = given or range(model["num_classes"]) or [model["null_class"]]
     if len(numbers) * args.num > LARGEST_CALL:
         fail(f"{len(numbers) * args.num} images are too many: make at most {LARGEST_CALL} at once")
     classes = np.repeat(numbers, args.num)

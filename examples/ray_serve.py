@@ -37,7 +37,7 @@ def build(model: str, cpus: float) -> FastAPI:
 
     from detailflow import DetailFlowPipeline
     from detailflow.serving.app import create_app
-    from detailflow.serving.config import ServeConfig
+    from detailflow.serving.options import ServeConfig
 
     torch.set_num_threads(max(1, int(cpus)))
     config = ServeConfig(

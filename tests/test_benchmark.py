@@ -2,19 +2,19 @@
 
 import copy
 import json
-import math
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from detailflow import DetailFlowPipeline, benchmark, machine, native
+from detailflow.accuracy import differences
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
-from detailflow.generation import generate, image_generator
+from detailflow.generation import CachedModel, generate, image_generator
 
 
 def matrices(pipeline: DetailFlowPipeline, *prefixes: str) -> int:
@@ -136,10 +136,14 @@ def test_medians_and_ratios():
 
 
 def test_processor_time_with_one_thread(monkeypatch: pytest.MonkeyPatch):
-    """Waiting counts only if there are more."""
-    for threads, low, high in ((1, 0.0, 0.1), (2, 0.2, math.inf)):
+    """Waiting counts only if there are more: here each call computes for one second and waits for two."""
+    calls: list[int] = []
+    clocks = SimpleNamespace(process_time=lambda: 1.0 * len(calls), perf_counter=lambda: 3.0 * len(calls))
+    monkeypatch.setattr(machine, "time", clocks)
+    for threads, expected in ((1, 1.0), (2, 3.0)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert low <= machine.seconds(lambda: time.sleep(0.2), torch.device("cpu")) <= high
+        assert machine.seconds(lambda: calls.append(1), torch.device("cpu"), calls=4) == expected
+    assert len(calls) == 8
 
 
 def test_too_little_memory():
@@ -211,9 +215,9 @@ def test_accuracy_of_a_model_that_differs(pipeline: DetailFlowPipeline):
     """The error is that of all logits, by hand."""
     gpt, other = pipeline.gpt, copy.deepcopy(pipeline.gpt)
     other.head.weight.data[3] += 1.0
-    error, greedy, deviation = benchmark.differences(gpt, other, benchmark.CachedModel)
+    error, greedy, deviation = differences(gpt, other, CachedModel)
     assert error > 0.01 * deviation and greedy < 1
-    assert benchmark.differences(gpt, gpt, benchmark.CachedModel) == (0.0, 1.0, deviation)
+    assert differences(gpt, gpt, CachedModel) == (0.0, 1.0, deviation)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +238,10 @@ def test_accuracy_of_a_model_that_differs(pipeline: DetailFlowPipeline):
         (["--json", "/dev/null"], "cannot write /dev/null: it is not a regular file"),
         (["--accuracy", "--other", "nothing.py:f"], "--other does not go with --accuracy: leave out one of them"),
         (["--accuracy", "--compile"], "--compile does not go with --accuracy: leave out one of them"),
+        (
+            ["--accuracy", "--device", "cpu", "--engine", "torch", "--dtypes", "float32"],
+            "accuracy compares with PyTorch in float32: name another dtype, or another engine, too",
+        ),
         (["--random-weights", "--tokenizer", "mine"], "--tokenizer does not go with --random-weights: leave out one"),
     ],
 )

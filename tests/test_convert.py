@@ -166,7 +166,7 @@ def test_only_whole_models_are_converted(to: str, model: Path, tmp_path: Path):
     config = json.loads((model / "gpt" / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"codebook_size": 32}))
     shutil.copy(model / "gpt" / "model.safetensors", broken)
-    assert "has shape (64, 32), where the config asks for (32, 32)" in error_of(broken, tmp_path / "x", to=to)
+    assert "has shape (64, 32), and the config asks for (32, 32)" in error_of(broken, tmp_path / "x", to=to)
     assert not (tmp_path / "x").exists()
 
 

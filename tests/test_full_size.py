@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from detailflow import DetailFlowTokenizer
 from detailflow.data.images import open_images
 from detailflow.data.transforms import center_crop, to_tensor
-from detailflow.published import tensor_names
+from detailflow.published_names import tensor_names
 
 pytestmark = pytest.mark.slow
 
@@ -140,17 +140,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*argv: object) -> None:
-    """Run a command and print its seconds and its peak memory."""
-    script = (
-        "import sys, time; from pathlib import Path; from detailflow.cli.main import main; start = time.monotonic();"
-        "status = main(sys.argv[1:]); seconds = time.monotonic() - start;"
-        "print('MEASURED', seconds, Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]); "
-        "sys.exit(status)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, *map(str, argv)], capture_output=True, text=True, check=False)
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "detailflow", *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    seconds, peak = map(float, done.stdout.split("MEASURED")[1].split())
-    print(f"{argv[0]}: {seconds:.1f} s, peak memory {peak / 1e6:.2f} GB")
 
 
 @pytest.fixture(scope="module")

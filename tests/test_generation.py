@@ -370,7 +370,7 @@ def test_another_prefix_is_kept_and_gone_on_from():
         (torch.zeros(2, 4, dtype=torch.int64), {}, "prefix must have a row for each of 3 images, not 2"),
         (torch.zeros(4, dtype=torch.int64), {}, "prefix must be integers in 2 dimension"),
         (torch.zeros(3, 4), {}, "prefix must be integers"),
-        (torch.full((3, 4), 32), {}, "prefix must lie in 0 to 31"),
+        (torch.full((3, 4), 32), {}, "prefix must be 0 to 31"),
         (
             torch.zeros(3, 8, dtype=torch.int64),
             {"num_tokens": 4},

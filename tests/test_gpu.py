@@ -270,7 +270,7 @@ class NoImages:
 def tokenizer_stage(tmp_path: Path, **loop: Any) -> TokenizerStage:
     options: dict[str, Any] = dict(perceptual=0.1, adversarial=0.1, adversarial_from=0, augment=True, lecam=0.001)
     config = TokenizerTraining("-", SIZES, LoopConfig(**LOOP | loop), **options)
-    return TokenizerStage(config, NoImages(), tmp_path, DEVICE, load=False)  # type: ignore[arg-type]
+    return TokenizerStage(config, NoImages(), tmp_path, DEVICE, "plan")  # type: ignore[arg-type]
 
 
 def ar_stage(**loop: Any) -> GPTStage:

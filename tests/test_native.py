@@ -19,7 +19,7 @@ from torch import Tensor
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, GPTConfig, native
 from detailflow.generation import CachedModel, SamplingConfig, guidance_at, image_noise, sample
-from detailflow.native.memory import gather
+from detailflow.native.huge_pages import gather
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 

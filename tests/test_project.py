@@ -1,5 +1,6 @@
 """The files around the code: the site's navigation, workflows, issue forms and the citation are well formed."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -49,6 +50,18 @@ def test_make_targets_that_the_pages_name():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         named = re.findall(r"(?:`|^)make ([\w-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert set(named) <= targets, page.name
+
+
+def test_sizes_of_the_code():
+    """CONTRIBUTING.md's limits: files, functions, parameters (the kernels' are those of a GPU's programs)."""
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n") <= 450, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{file} {node.name}"
+                given = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert file.name == "kernels.py" or len(set(given) - {"self", "cls"}) <= 7, f"{file} {node.name}"
 
 
 def test_links_of_the_site(tmp_path: Path):

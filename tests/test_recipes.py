@@ -10,15 +10,14 @@ import torch
 import yaml
 
 from detailflow import DetailFlowGPT, DetailFlowTokenizer
-from detailflow.cli.settings import read_request, recipe_file
+from detailflow.cli.request import read_request, recipe_file
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.growing import grow_tokenizer
 from detailflow.settings import flat, parse_settings
 from detailflow.training.all_stages import train_all
-from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
+from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining, count_of_steps
 from detailflow.training.presets import FINE_TUNE, PRESETS, SIDES, AllStages, load_settings, tokenizer_sizes
-from detailflow.training.tokenizer import count_of_steps
 
 FOLDER = Path(str(files("detailflow") / "recipes"))
 RECIPES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.yaml"))

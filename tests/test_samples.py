@@ -163,6 +163,24 @@ def test_only_the_same_set_grows(form: str, pipeline: DetailFlowPipeline, tmp_pa
             generate(pipeline, LABELS, tmp_path, form, seed=2, batch_size=4)
 
 
+@pytest.mark.parametrize("shape", [(16, 32, 3), (32, 32), (3,), ()])
+def test_images_of_another_size_are_not_this_set(shape: tuple[int, ...], pipeline: DetailFlowPipeline, tmp_path: Path):
+    """They were taken for it, and measured."""
+    generate(pipeline, LABELS, tmp_path, "npz", seed=2, batch_size=4)
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((len(LABELS), *shape), np.uint8), arr_1=LABELS)
+    before = contents(tmp_path)
+    with pytest.raises(
+        DetailFlowError, match=r"samples\.npz has images of shape \(.*\(32, 32, 3\): choose another folder"
+    ):
+        generate(pipeline, LABELS, tmp_path, "npz", seed=2, batch_size=4)
+    assert contents(tmp_path) == before
+    (tmp_path / "samples.npz").unlink()
+    np.save(tmp_path / "part-000000.npy", np.zeros((4, *shape), np.uint8))
+    generate(pipeline, LABELS, tmp_path, "npz", seed=2, batch_size=4)
+    with np.load(tmp_path / "samples.npz") as stored:
+        assert np.array_equal(stored["arr_0"], pixels(pipeline(LABELS, seed=2, batch_size=4)))
+
+
 @pytest.mark.parametrize("form", ["png", "npz", "webdataset"])
 def test_num_images_again_with_more(form: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--format", form, "--model", str(model), "--device", "cpu"]

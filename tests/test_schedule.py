@@ -1,5 +1,6 @@
 """The schedule against plain enumeration; the published model's own numbers are in test_parity.py."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,33 @@ def test_resolutions_only_grow(n: int, g: int, c: int):
         best = schedule.best_count(side)
         assert schedule.decode_size(best) == side
         assert abs(schedule.resolution(best) - side) <= abs(schedule.resolution(k) - side)
+
+
+def test_counts_of_stages():
+    assert TokenSchedule(128, 8, None, 256, 16).stages() == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert TokenSchedule(36, 12, 12, 32, 4).stages() == [1, 2, 4, 8, 36]
+    assert TokenSchedule(128, 8, None, 256, 16).stages(24) == [1, 2, 4, 8, 16, 24]
+    assert TokenSchedule(128, 8, None, 256, 16).stages(1) == [1] and make(12, 6, 0).stages() == [12]
+
+
+@pytest.mark.parametrize("n", [-1, 0, 17, 500])
+def test_numbers_of_tokens_that_no_image_has(n: int):
+    schedule = make(16, 4, 8)
+    for call in (schedule.resolution, schedule.decode_size):
+        with pytest.raises(DetailFlowError, match=f"n must be 1 to 16 tokens, not {n}$"):
+            call(n)
+    if n:
+        with pytest.raises(DetailFlowError, match=f"n must be 0 to 16 tokens, not {n}$"):
+            schedule.attention_mask(n)
+
+
+def test_integers_of_other_libraries():
+    for n in (np.int64(12), torch.tensor(12)):
+        assert (make(16, 4, 8).check_count(n), make(16, 4, 8).decode_size(n)) == (12, make(16, 4, 8).decode_size(12))
+    assert TokenSchedule(np.int32(16), torch.tensor(4), None, 64, 16) == make(16, 4, None)
+    for wrong in (True, np.True_, torch.tensor(True), 12.0, torch.tensor(12.0)):
+        with pytest.raises(DetailFlowError, match="num_tokens must be an integer, not"):
+            make(16, 4, 8).check_count(wrong)
 
 
 def test_a_side_that_no_count_has():

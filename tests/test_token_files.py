@@ -66,7 +66,9 @@ def test_a_file_of_the_users_own_is_not_replaced(content: bytes | None, tmp_path
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(("name", "why"), [("a" * 300, "File name too long"), ("a\0b", "embedded null byte")])
+@pytest.mark.parametrize(
+    ("name", "why"), [("a" * 300, "File name too long"), ("a\0b", ".*embedded null (byte|character in path)")]
+)
 def test_a_name_that_no_file_can_have(name: str, why: str, tmp_path: Path):
     path = tmp_path / f"{name}.npz"
     for call, problem in ((TokenFile.read, "could not read"), (example().write, "cannot write")):

@@ -30,15 +30,17 @@ ALONE = "--perceptual 0 --adversarial 0 --val_share 0 --loop.trackers [] --loop.
 def trained(args: argparse.Namespace, layout: str, steps: int, seed: int) -> dict[str, float]:
     """Train and measure one tokenizer, or read its report; return its figures."""
     model = load_settings(args.preset, "tokenizer")["model"]
+    size = args.size or model["image_size"]
     folder = args.output / f"{list(LAYOUTS).index(layout)}-{steps}-{seed}"
     run, report, data, test = map(shlex.quote, map(str, (folder / "run", folder / "report", args.data, args.held_out)))
     counts = [n for n in (1, 4, 16) if n < model["num_tokens"]] + [model["num_tokens"]]
     some = f"--num-images {args.num_images}" if args.num_images else ""
     lines = (
         f"train tokenizer --config {args.preset}/tokenizer --data {data} {ALONE} {LAYOUTS[layout]}"
+        f" --model.image_size {size} --model.patch_size {size * model['patch_size'] // model['image_size']}"
         f" --loop.steps {steps} --loop.seed {seed} --output {run}",
         f"evaluate tokenizer --model {run} --data {test} {some} --features none --lpips none"
-        f" --num-tokens {' '.join(map(str, counts))} --size {model['image_size']} --output {report}",
+        f" --num-tokens {' '.join(map(str, counts))} --size {size} --output {report}",
     )
     if not (folder / "report" / "report.json").exists():
         for line in lines:
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", required=True, help="others, which measure")
     parser.add_argument("--output", required=True, type=Path, help="a folder")
     parser.add_argument("--preset", default="own-64", choices=["own-64", "small-32"])
+    parser.add_argument("--size", type=int, help="of the images, with as many patches (default: the preset's)")
     parser.add_argument("--steps", nargs=2, type=int, required=True, help="of the paper's layout, of the preset's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--num-images", type=int, help="held-out images that are measured (default: all)")

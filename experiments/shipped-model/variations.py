@@ -5,7 +5,7 @@
 Each image is varied once as its own class and once as another one (all others in turn). For each k, the table has
 
 - PSNR: the variation against the original, both as coarse as k tokens are (area down to R(k), then at D(k)), and of
-  new images of the same classes, of which nothing was kept;
+  new images of the same classes, nothing kept;
 - class accuracy: the share of variations that the feature network assigns to the class that was asked for, and of those
   of another class the share that it still assigns to the original's class.
 

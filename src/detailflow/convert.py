@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -72,18 +72,7 @@ def convert(
         raise DetailFlowError(f"the layout must be {' or '.join(LAYOUTS)}, not {to!r}")
     shard_bytes(shard_size)  # raises
     found = hub.find(source)
-    targets: dict[Kind, Path] = {kind: output / kind if len(found) > 1 else output for kind in found}
-    if len(found) > 1 and (output / CONFIG_FILE).exists():
-        raise DetailFlowError(
-            f"{output} already holds a model, which would hide a pair inside: give another output folder"
-        )
-    if len(found) == 1 and any((output / kind / CONFIG_FILE).exists() for kind in NETWORKS):
-        (kind,) = found
-        raise DetailFlowError(
-            f"{output} holds a pair of models, which another would hide: give {output / kind} or another folder"
-        )
-    for kind, target in targets.items():
-        _check_target(target, kind, to)
+    targets = _targets(output, list(found), to)
     models: dict[Kind, Any] = {}
     for kind, path in progress_bar(found.items(), desc="reading", unit="model", total=len(found)):
         config, tensors = hub.load(path, kind, variant, dtype)
@@ -111,6 +100,23 @@ def convert(
     if to == "published":
         for kind, config in configs.items():
             _warn_of_loss(targets[kind], kind, config)
+    return targets
+
+
+def _targets(output: Path, kinds: Sequence[Kind], to: str) -> dict[Kind, Path]:
+    """Return the folder of each model, once nothing stands in its way."""
+    if len(kinds) > 1 and (output / CONFIG_FILE).exists():
+        raise DetailFlowError(
+            f"{output} already holds a model, which would hide a pair inside: give another output folder"
+        )
+    if len(kinds) == 1 and any((output / kind / CONFIG_FILE).exists() for kind in NETWORKS):
+        (kind,) = kinds
+        raise DetailFlowError(
+            f"{output} holds a pair of models, which another would hide: give {output / kind} or another folder"
+        )
+    targets = {kind: output / kind if len(kinds) > 1 else output for kind in kinds}
+    for kind, target in targets.items():
+        _check_target(target, kind, to)
     return targets
 
 

@@ -241,7 +241,7 @@ def _remove_temporary(folder: Path, within: bool = True) -> None:
 
 
 def _is_running(process: int) -> bool:
-    """Return whether a process of this number runs here; False where asking would end it."""
+    """Return whether a process of this number runs here; False if asking would end it."""
     if os.name != "posix":
         return False
     try:

@@ -1,4 +1,4 @@
-"""Model folders: found, downloaded, read, written and uploaded. Knows no network.
+"""Model folders: found, downloaded, read, written and uploaded. Knows no model class.
 
 Our layout is a folder with `config.json` ("format": "detailflow", "kind", then the model's own keys) and
 `model.safetensors`, or its shards. `published.py` translates the published layout, `runs.py` reads the models of

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow import hub
-from detailflow.data.decode import load_rgb, to_rgb
+from detailflow.data.image_files import load_rgb, to_rgb
 from detailflow.data.transforms import center_crop, resized, to_tensor
 from detailflow.device import choose_device, choose_dtype, to_host, within_memory
 from detailflow.errors import DetailFlowError, DetailFlowWarning
@@ -332,6 +332,8 @@ class DetailFlowPipeline:
             ids = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:
             raise DetailFlowError(f"{name} must be a list of integers ({error})") from error
+        if ids.shape == (0,):  # an empty list is of floats
+            ids = ids.long()
         return checked_ids(name, ids, 1, self.tokenizer.config.codebook_size)
 
     def _batches(self, several: Sequence[int], **options: Unpack[GenerationOptions]) -> Iterator[Iterator[Tensor]]:
@@ -418,7 +420,7 @@ def reconstruct(
 ) -> Iterator[Reconstruction]:
     """Encode an image that `fit` returned, and yield it from its first 1, 2, 4, … N tokens, or `counts` tokens."""
     schedule = tokenizer.schedule
-    counts = stage_counts(schedule) if counts is None else schedule.check_counts(counts)
+    counts = schedule.stages() if counts is None else schedule.check_counts(counts)
     ids = encode_images(tokenizer, [original])
     for n in counts:
         height, width = schedule.decode_shape(n, original.height, original.width)
@@ -432,12 +434,6 @@ def enlarged(picture: Image.Image, original: Image.Image) -> tuple[Image.Image, 
     """Return what tokens show of an image, at the image's own size, and its PSNR in dB over the bytes of the two."""
     shown = picture.resize(original.size, Image.Resampling.BICUBIC)
     return shown, psnr(np.asarray(shown), np.asarray(original)).item()
-
-
-def stage_counts(schedule: TokenSchedule, num_tokens: int | None = None) -> list[int]:
-    """Return the valid powers of two below n, then n (`None` is N): stages that show how an image takes shape."""
-    last = schedule.check_count(num_tokens)
-    return [n for n in schedule.valid_counts if n < last and n.bit_count() == 1] + [last]
 
 
 def encode_images(tokenizer: DetailFlowTokenizer, images: Sequence[Image.Image]) -> Tensor:

@@ -98,6 +98,12 @@ class NpzWriter(PngWriter):
     A set that grows keeps its old file until the new one is complete.
     """
 
+    def __init__(self, folder: Path, samples: SampleSet, pipeline: DetailFlowPipeline) -> None:
+        super().__init__(folder, samples, pipeline)
+        schedule = pipeline.tokenizer.schedule
+        side = schedule.decode_size(schedule.check_count(samples.num_tokens))
+        self.shape = (side, side, 3)  # of an image
+
     def _part(self, part: range) -> Path:
         return self.folder / f"part-{part.start // self.size:06d}.npy"
 
@@ -115,11 +121,16 @@ class NpzWriter(PngWriter):
             yield np.lib.format.read_array_header_1_0(member)[0], member
 
     def is_done(self, part: range) -> bool:
-        with self._stored() as (shape, _):
+        with self._stored() as (shape, stored):
+            if stored and shape[1:] != self.shape:
+                raise DetailFlowError(
+                    f"{self.folder / 'samples.npz'} has images of shape {shape[1:]}, and those of this set have "
+                    f"{self.shape}: choose another folder"
+                )
             if part.stop <= shape[0]:
                 return True
         path = self._part(part)
-        return path.is_file() and len(np.load(path, mmap_mode="r")) == len(part)
+        return path.is_file() and np.load(path, mmap_mode="r").shape == (len(part), *self.shape)
 
     def write(self, part: range, images: Sequence[Image.Image]) -> None:
         content = io.BytesIO()  # NumPy's own writing ignores a full disk
@@ -131,14 +142,13 @@ class NpzWriter(PngWriter):
         with self._stored() as (shape, old):
             if shape[0] == len(self.labels):
                 return
-            image = shape[1:] or np.load(self._part(self.parts[0]), mmap_mode="r").shape[1:]
             with replacing(self.folder / "samples.npz") as path, zipfile.ZipFile(path, "w") as archive:
                 with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *image)}
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *self.shape)}
                     np.lib.format.write_array_header_1_0(file, header)
                     for part in self.parts:
                         kept = part.stop <= shape[0]
-                        size = len(part) * math.prod(image)
+                        size = len(part) * math.prod(self.shape)
                         file.write(old.read(size) if kept else np.load(self._part(part)).tobytes())
                 with archive.open("arr_1.npy", "w") as file:
                     np.save(file, np.asarray(self.labels, np.int64))
@@ -235,7 +245,7 @@ def _settings(pipeline: DetailFlowPipeline, samples: SampleSet, sampling: dict[s
         "num_tokens": pipeline.tokenizer.schedule.check_count(samples.num_tokens),
         "batch_size": samples.batch_size,
         "compiled_for": pipeline.gpt.compiled_for,  # on which rounding depends as well
-        "engine": "native" if pipeline.gpt.uses_native else None,
+        "engine": "native" if pipeline.gpt.uses_native else "graphs" if pipeline.gpt.uses_graphs else None,
         "dtype": str(pipeline.gpt.head.weight.dtype).removeprefix("torch."),
         **asdict(pipeline.gpt.sampling(**sampling)),
         "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),

@@ -6,7 +6,6 @@ R(n), decoded at side D(n), a multiple of the patch size f.
 
 import operator
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -87,12 +86,23 @@ class TokenSchedule(Settings):
         """Return a valid `n`, or N for `None`; an error calls it `name`."""
         if n is None:
             return self.num_tokens
-        if (n := _integer(name, n)) not in self.valid_counts:
+        if (n := checked(name, n, int)) not in self.valid_counts:
             single = f"1 to {self.prefix} or " if self.prefix else ""
             raise DetailFlowError(
                 f"{name} must be {single}a multiple of {self.group_size} up to {self.num_tokens}, not {n}"
             )
         return n
+
+    def _number(self, n: int, first: int) -> int:
+        """Return a number of tokens, whether they end a decoding step or not."""
+        if not first <= (number := int(checked("n", n, int))) <= self.num_tokens:
+            raise DetailFlowError(f"n must be {first} to {self.num_tokens} tokens, not {number}")
+        return number
+
+    def stages(self, n: int | None = None) -> list[int]:
+        """Return the valid powers of two below n, then n (`None` is N): stages that show how an image takes shape."""
+        last = self.check_count(n)
+        return [k for k in self.valid_counts if k < last and k.bit_count() == 1] + [last]
 
     def check_prefix(self, length: int, num_tokens: int) -> None:
         """Check the number of tokens that are kept of `num_tokens`."""
@@ -100,7 +110,7 @@ class TokenSchedule(Settings):
             raise DetailFlowError(f"num_tokens must be at least the {length} tokens of prefix, not {num_tokens}")
 
     def check_counts(self, counts: Iterable[int] | None, *, first: int = 1, last: int | None = None) -> list[int]:
-        """Return valid counts from `first` to `last`, of which there may be none; `None` is all of them, or N."""
+        """Return valid counts from `first` to `last`, perhaps none; `None` is all of them, or N."""
         last = self.check_count(last)
         if counts is None:
             return [n for n in self.valid_counts if first <= n <= last]
@@ -117,7 +127,8 @@ class TokenSchedule(Settings):
         return checked_counts
 
     def resolution(self, n: int) -> int:
-        """Return R(n), the resolution in pixels that n tokens stand for (Sec. 3.2, Eq. 4)."""
+        """Return R(n), the resolution in pixels that n tokens, 1 to N, stand for (Sec. 3.2, Eq. 4)."""
+        n = self._number(n, 1)
         if self.num_tokens == 1:
             return self.image_size
         r, last = self.image_size, self.num_tokens - 1
@@ -186,7 +197,8 @@ class TokenSchedule(Settings):
 
     def check_span(self, position: int) -> int:
         """Return `span_end` of a valid `position` of wrong tokens: any below c, from c on the start of a group."""
-        if any(start == _integer("position", position) for start, _ in self.steps):
+        position = checked("position", position, int)
+        if any(start == position for start, _ in self.steps):
             return self.span_end(position)
         single = f"below {self.prefix} or " if self.prefix else ""
         multiple = f"a multiple of {self.group_size} below {self.num_tokens}"
@@ -197,15 +209,7 @@ class TokenSchedule(Settings):
 
         The encoder's queries and the AR model's positions share it.
         """
-        i = torch.arange(n, device=device)
+        i = torch.arange(self._number(n, 0), device=device)
         row, column = i[:, None], i[None, :]
         same_or_earlier_group = column // self.group_size <= row // self.group_size
         return torch.where(row < self.prefix, column <= row, same_or_earlier_group)
-
-
-def _integer(name: str, value: Any) -> int:
-    """Return an integer, also one of NumPy's or torch's; a truth value is none."""
-    with suppress(TypeError):
-        value = value if isinstance(value, bool) else operator.index(value)
-    number: int = checked(name, value, int)
-    return number

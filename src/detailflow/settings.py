@@ -4,6 +4,7 @@ Python, YAML files, checkpoints and the command line all go through `checked`, s
 """
 
 import inspect
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -199,6 +200,9 @@ def _convert(value: Any, kind: Any, text: bool) -> Any:
             raise _InvalidError("a path", value)
         if isinstance(value, str):
             value = _read(value, kind, text)
+        if kind is int and "bool" not in str(getattr(value, "dtype", type(value))):  # nor one of NumPy's or torch's
+            with suppress(TypeError):
+                value = operator.index(value)  # also a tensor of one integer
         types, what = _READERS[kind]
         valid = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
         try:
@@ -212,9 +216,8 @@ def _convert(value: Any, kind: Any, text: bool) -> Any:
     return value
 
 
-_EXPONENTIAL = re.compile(
-    r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE | re.ASCII
-)  # 1e-4 and 1.5e4 are text in YAML
+# 1e-4 and 1.5e4 are text in YAML.
+_EXPONENTIAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE | re.ASCII)
 _READERS: dict[Any, tuple[Any, str]] = {  # the types that are taken, and their name in a sentence
     bool: (bool, "true or false"),
     int: (Integral, "an integer"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from detailflow import DetailFlowPipeline
-from detailflow.export.folder import export
+from detailflow.export.write import export
 from detailflow.generation import image_generator
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"

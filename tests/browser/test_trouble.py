@@ -1,6 +1,8 @@
 """What cannot be, a server that goes away, is busy or wants a key: the page says so and goes on."""
 
+import json
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 from studio import Studio, same
 
 from detailflow import DetailFlowPipeline
@@ -37,6 +39,28 @@ def test_values_that_cannot_be_are_said_beside_their_fields(studio: Studio):
     expect(studio.page.get_by_text("No class is called “unicorn”.")).to_be_visible()
     expect(studio.tiles).to_have_count(0)
     studio.generate("ship", number=1)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"guidance_scale": 25, "temperature": 3, "top_k": 100, "top_p": 0.005}, {"guidance_scale": 0.5, "top_p": None}],
+)
+def test_a_model_whose_own_sampling_is_beyond_the_usual(
+    own: dict[str, Any], new_page: Callable[..., Page], serve: Callable[..., Any], model: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if "guidance_scale" in config:
+            path.write_text(json.dumps(config | own), encoding="utf-8")
+    page = new_page(serve("--model", str(folder)).url)
+    guidance = page.get_by_role("spinbutton", name="Guidance")
+    expect(guidance).to_have_value(str(own["guidance_scale"]))
+    Studio(page).generate("cat", number=1, seed=1)
+    guidance.fill("26")
+    Studio(page).button("Generate").click()
+    least, most = min(1, own["guidance_scale"]), max(20, own["guidance_scale"])
+    expect(page.get_by_text(f"Guidance must be from {least} to {most}.")).to_be_visible()
 
 
 def test_what_the_server_refuses_is_said_beside_its_field(studio: Studio):
@@ -183,6 +207,21 @@ def test_a_browser_that_remembers_nothing(
     studio.button("Theme: auto").click()
     expect(studio.button("Theme: dark")).to_be_visible()
     studio.generate("dog", number=1)
+
+
+def test_a_page_of_another_site_gets_nothing_done(browser: Browser, url: str):
+    """Nor can it read why; the page itself works, as all other tests show."""
+    other = url.replace("127.0.0.1", "localhost")
+    ask = "url => fetch(url, { method: 'POST', mode: 'no-cors', body: new FormData() }).then(() => {})"
+    with browser.new_context(bypass_csp=True) as context:
+        page = context.new_page()
+        page.goto(f"{other}/docs")
+        with page.expect_response("**/variations") as answer:
+            page.evaluate(ask, f"{url}/v1/images/variations")
+        assert answer.value.status == 403
+        with page.expect_response("**/variations") as answer:
+            page.evaluate(ask, f"{other}/v1/images/variations")
+        assert answer.value.status == 400
 
 
 def test_a_key_that_the_server_wants(new_page: Callable[..., Page], serve: Callable[..., Any]):

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from detailflow.cli import bench, classes, convert, data, evaluate, generate, reconstruct, serve, train
-from detailflow.cli import settings as cli_settings
+from detailflow.cli import request as cli_settings
 from detailflow.cli.common import Parser, check_apart
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError

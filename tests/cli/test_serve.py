@@ -9,7 +9,7 @@ import pytest
 from detailflow.cli.main import main
 from detailflow.cli.serve import _model_name
 from detailflow.errors import DetailFlowError
-from detailflow.serving.config import ServeConfig
+from detailflow.serving.options import ServeConfig
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +28,16 @@ def environment(monkeypatch: pytest.MonkeyPatch):
         ),
         ("--host ::", ":: can be reached by others"),
         ("--api-key MY_KEY", "--api-key names the environment variable 'MY_KEY', which is not set"),
+        ("--api-key=", "--api-key is empty: name the environment variable that has the key, or leave it out"),
+        ("--api-key= --no-auth", "--api-key and --no-auth contradict each other"),
+        ("--host=", "--host is empty: give an address of this machine, such as 127.0.0.1"),
+        ("--timeout inf", "--timeout must be a finite number of seconds, not inf"),
         ("--api-key MY_KEY --no-auth", "--api-key and --no-auth contradict each other"),
         ("--host 256.0.0.1", "cannot listen on 256.0.0.1 port 0"),
         ("--port 70000", "--port must be 0 to 65535, not 70000"),
         ("--model ./nowhere/model", "nowhere/model"),
+        ("--device cpu --engine graphs", "the graphs engine cannot run this model"),
+        ("--device cpu --engine native --dtype float16", "the native engine cannot run this model: it needs plain"),
         ("--model-name a?b", "'a?b' cannot be a model's name"),
         ("--batch-window -1", "--batch-window must be 0 or more, not -1.0"),
         ("--timeout 0", "--timeout must be above 0 seconds, not 0.0"),
@@ -57,6 +63,22 @@ def test_a_key_is_characters_of_a_header(key: str, monkeypatch: pytest.MonkeyPat
     assert main(["serve", "--port", "0"]) == 2
     out, err = capsys.readouterr()
     assert "the API key must be printable ASCII characters" in err and "schl" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ([], "give it the key, or unset it to ask for none\n"),
+        (["--api-key", "DETAILFLOW_API_KEY"], "give it the key\n"),
+    ],
+)
+def test_an_empty_key_is_not_no_key(
+    options: list[str], advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As of a variable that should have been filled in."""
+    monkeypatch.setenv("DETAILFLOW_API_KEY", "")
+    assert main(["serve", "--port", "0", *options, "--model", "./nowhere"]) == 2
+    assert f"the environment variable DETAILFLOW_API_KEY is empty: {advice}" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]):

@@ -587,7 +587,7 @@ def test_a_folder_of_another_data_set(folder: Path, capsys: pytest.CaptureFixtur
     write("run/tokenizer/run.yaml", {"kind": "tokenizer", "known_by": {"data": known}})
     Path("images/odd/7.png").unlink()
     facts = "8 images in 2 classes then, 7 images in 2 classes now; changed: odd 4 → 3"
-    advice = "choose another folder, where --init run goes on from its models, or give it the same again"
+    advice = "choose another folder (--init run goes on from its models there), or give it the same again"
     said = f"run holds a run that was begun with other images ({facts}): {advice}"
     assert complaint(everything("images"), capsys) == said
     assert complaint(everything("images", "--dry-run"), capsys) == said

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from detailflow.data import open_images
-from detailflow.data.decode import image_suffixes
+from detailflow.data.image_files import image_suffixes
 from detailflow.errors import DetailFlowError
 from detailflow.pictures import write_png
 
@@ -330,7 +330,7 @@ def test_a_folder_that_cannot_be_read_is_named():
 import os, sys, warnings
 warnings.simplefilter("ignore")
 from detailflow.data import open_images
-from detailflow.data.decode import image_suffixes
+from detailflow.data.image_files import image_suffixes
 image_suffixes()  # whoever has no rights cannot import anything any more
 if os.geteuid() == 0:
     os.setuid(65534)
@@ -506,6 +506,18 @@ def test_a_column_twice(tmp_path, header):
     photos(tmp_path, (".",), per=1)
     (tmp_path / "metadata.csv").write_text(f"{header}\n0.png,0.png,cat\n")
     with pytest.raises(DetailFlowError, match="metadata.csv has several columns called"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("twice", ['"label": "cat", "label": "dog"', '"label": "cat", "file_name": "0.png"'])
+def test_an_entry_twice(tmp_path, twice):
+    """Of two in one object the last was taken without a word."""
+    photos(tmp_path, (".",), per=2)
+    rows = ['{"file_name": "1.png", "label": "cat"}', f'{{"file_name": "0.png", {twice}}}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(
+        DetailFlowError, match=r"metadata\.jsonl row 2 has several entries called (label|file_name): keep"
+    ):
         open_images(tmp_path)
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from detailflow.data.batches import ImageBatches
-from detailflow.data.decode import load_rgb
+from detailflow.data.image_files import load_rgb
 from detailflow.data.images import find, open_images
 from detailflow.data.source import ImageSource
 from detailflow.data.transforms import center_crop, random_crop, side_for_crops, to_tensor

@@ -134,6 +134,40 @@ def test_folders_of_parquet_files(tmp_path):
     assert open_images(inner).class_names == ("image",)
 
 
+def test_the_folder_of_rows_without_a_label_is_no_class(tmp_path):
+    """Hive and Spark call it so; it was a class of this name."""
+    write(tmp_path / "label=__HIVE_DEFAULT_PARTITION__" / "0.parquet", [RED])
+    assert open_images(tmp_path).class_names == ("image",)
+    write(tmp_path / "label=cat" / "0.parquet", [RED])
+    with pytest.raises(
+        DetailFlowError, match=r"PARTITION__/0\.parquet row 0 has no label: give every image one, or none"
+    ):
+        open_images(tmp_path)
+    inner = tmp_path / "label=outer" / "kind=__HIVE_DEFAULT_PARTITION__"
+    write(inner / "0.parquet", [RED])
+    assert open_images(inner, label_column="kind").class_names == ("image",)
+    assert open_images(inner.parent).class_names == ("outer",)
+
+
+@pytest.mark.parametrize("column", ["labels", "Label", "class_name", "category"])
+def test_another_column_of_labels_is_asked_for(tmp_path, column):
+    """The images had no classes, without a word."""
+    table = arrow.table({"image": [RED, BLUE], "text": ["a", "b"], column: ["cat", "dog"]})
+    for folder in ("x", "y", "label=cat"):
+        (tmp_path / folder).mkdir()
+        parquet.write_table(table, tmp_path / folder / "0.parquet")
+    question = f"x/0.parquet has no column label: did you mean {column} (--label-column {column})?"
+    for data in (f"{tmp_path}/x", f"{tmp_path}/[xy]/*"):  # before the folders, which are asked for, too
+        source = open_images(data)
+        assert source.class_names == ("image",) and source.summary.endswith(question)
+    assert open_images(tmp_path / "x", label_column=column).counts == {"cat": 1, "dog": 1}
+    assert "did you mean" not in open_images(tmp_path / "x", image_column="image", label_column="text").summary
+    assert "did you mean" not in open_images(tmp_path / "label=cat").summary
+    assert "did you mean" not in open_images(write(tmp_path / "a.parquet", [RED])).summary
+    parquet.write_table(arrow.table({"class_image": [RED]}), tmp_path / "a.parquet")
+    assert "did you mean" not in open_images(tmp_path / "a.parquet", image_column="class_image").summary
+
+
 @pytest.mark.parametrize("names", ["cat", {"0": "cat"}, [1, 2], [None, ["x"]]])
 def test_names_of_classes_are_texts(tmp_path, names):
     with pytest.raises(DetailFlowError, match=r"a\.parquet does not name its classes in a list of texts"):
@@ -159,6 +193,8 @@ def test_labels_of_every_type(tmp_path):
     for kind in ("int8", "uint16", "int64", "uint64"):
         file = write(tmp_path / "a.parquet", [RED, BLUE], arrow.array([1, 0], kind))
         assert open_images(file).labels.tolist() == [1, 0]
+    source = open_images(write(tmp_path / "a.parquet", [RED, BLUE], arrow.array([True, False])))
+    assert source.labels.tolist() == [1, 0] and source.class_names == ("0", "1")
     assert open_images(write(tmp_path / "a.parquet", [RED], arrow.nulls(1))).class_names == ("image",)
     for number in (arrow.array([2**63, 1], "uint64"), arrow.array([2**63 - 1, 1]), arrow.array([30_000_000, 0])):
         with pytest.raises(DetailFlowError, match="label of 1,000,000 or more"):

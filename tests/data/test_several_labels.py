@@ -16,7 +16,8 @@ from detailflow.cli.main import main
 from detailflow.data import open_images
 from detailflow.data.streams import open_stream
 from detailflow.data.token_batches import TokenBatches
-from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
+from detailflow.data.token_writer import TokenWriter
+from detailflow.data.tokens import TokenStore, TokenStoreInfo
 from detailflow.errors import DetailFlowError
 from detailflow.training import validation
 from detailflow.training.config import Extraction
@@ -145,6 +146,36 @@ def test_lists_of_other_things_are_refused(label: Any, tmp_path: Path):
     row = json.dumps({"file_name": "0.png", "label": label})
     with pytest.raises(DetailFlowError, match="neither a class number nor a name"):
         open_images(folder(tmp_path / "set", "metadata.jsonl", row))
+
+
+@pytest.mark.parametrize("vectors", [["100", "010", "001", "011"], ["10", "01", "01", "10"]])
+@pytest.mark.parametrize("file", ["metadata.jsonl", "metadata.csv"])
+def test_a_place_for_each_class_is_no_list_of_classes(vectors: list[str], file: str, tmp_path: Path):
+    rows = [{"file_name": f"{i}.png", "label": [int(one) for one in vector]} for i, vector in enumerate(vectors)]
+    content = list(map(json.dumps, rows))
+    if file.endswith(".csv"):
+        content = ["file_name,label", *(f"{i}.png,{';'.join(vector)}" for i, vector in enumerate(vectors))]
+    with pytest.raises(DetailFlowError, match="lists of zeros and ones as labels, a place for each class: give class"):
+        open_images(folder(tmp_path / "set", file, "\n".join(content)))
+
+
+def test_both_of_two_classes_for_every_image(tmp_path: Path):
+    rows = "\n".join(json.dumps({"file_name": f"{i}.png", "label": [0, 1]}) for i in range(len(LABELS)))
+    assert open_images(folder(tmp_path / "set", "metadata.jsonl", rows)).all_labels.tolist() == [[0, 1]] * 4
+
+
+def test_lists_of_one_length(tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = [pyarrow.list_(pyarrow.int64(), 2), pyarrow.large_list(pyarrow.int64())]
+    for i, kind in enumerate(kinds):
+        labels = pyarrow.array([[0, 2], [1, 2], [1, 0], [2, 1]], kind)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"image": [png(i) for i in range(4)], "label": labels}), tmp_path / "0.parquet"
+        )
+        source = open_images(tmp_path / "0.parquet")
+        assert source.all_labels.tolist() == labels.to_pylist() and source.class_names == ("0", "1", "2")
 
 
 def test_trailing_separators_are_no_cells(tmp_path: Path):

@@ -97,6 +97,16 @@ def test_shards_are_streamed_too(streamed_shards, labels):
         _ = stream(shards).steps_per_epoch
 
 
+def test_another_column_of_labels_is_asked_for(tables, tmp_path, hub):
+    for file in sorted(tables.iterdir()):
+        table = pyarrow.parquet.read_table(file)
+        pyarrow.parquet.write_table(table.rename_columns(["image", "Labels"]), tmp_path / file.name)
+    source = open_stream(hub(tmp_path))
+    assert source.class_names == ("image",)
+    assert source.summary.endswith(" has no column label: did you mean Labels (--label-column Labels)?")
+    assert "did you mean" not in open_stream(hub(tables)).summary
+
+
 @pytest.mark.parametrize("form", ["streamed_tables", "streamed_shards"])
 def test_resume_is_exact_with_any_number_of_threads(request, form):
     data, crops = request.getfixturevalue(form), dict(batch_size=16, flip=True, max_scale=1.25)

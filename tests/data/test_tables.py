@@ -66,13 +66,13 @@ def test_a_name_without_its_owner(monkeypatch):
     assert asked == [("someone/cats", "train")] * 2
 
 
-def save(folder: Path) -> Path:
+def save(folder: Path, column: str = "label") -> Path:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
     label = datasets.ClassLabel(names=["cat", "dog"])
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": label})
+    features = datasets.Features({"image": datasets.Image(decode=False), column: label})
     cell = {"bytes": file.getvalue(), "path": None}
-    datasets.Dataset.from_dict({"image": [cell], "label": [1]}, features).save_to_disk(str(folder))
+    datasets.Dataset.from_dict({"image": [cell], column: [1]}, features).save_to_disk(str(folder))
     return folder
 
 
@@ -104,3 +104,16 @@ def test_a_saved_folder_with_nested_settings(tmp_path):
         (save(tmp_path / name) / name).write_text("[" * 100_000)
         with pytest.raises(DetailFlowError, match="is not a readable folder by `save_to_disk`"):
             open_images(tmp_path / name)
+
+
+def test_another_column_of_labels_is_asked_for(tmp_path, monkeypatch):
+    """The images had no classes, without a word."""
+    folder = save(tmp_path / "set", "glass")
+    assert "did you mean" not in open_images(folder).summary
+    folder = save(tmp_path / "other", "fine_label")
+    for data in (folder, "someone/cats"):
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, **_: datasets.load_from_disk(folder))
+        source = open_images(data)
+        question = f"{data} has no column label: did you mean fine_label (--label-column fine_label)?"
+        assert source.class_names == ("image",) and source.summary.endswith(question)
+        assert open_images(data, label_column="fine_label").counts == {"cat": 0, "dog": 1}

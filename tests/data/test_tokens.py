@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from detailflow.data.token_batches import TokenBatches
-from detailflow.data.tokens import TokenStore, TokenStoreInfo, TokenWriter
+from detailflow.data.token_writer import TokenWriter
+from detailflow.data.tokens import TokenStore, TokenStoreInfo
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 
@@ -86,7 +87,7 @@ def test_going_on_ends_in_the_same_bytes(store, tmp_path):
         DetailFlowError, match="not a token store .*: repeat the `detailflow extract` that was not finished"
     ):
         TokenStore.open(directory)
-    (directory / "unfinished" / ".chunk-000002.json.12-0123abcd.tmp").write_text("{")  # as a killed process leaves it
+    (directory / "unfinished" / ".chunk-000002.json.99999999-0123abcd.tmp").write_text("{")
     odd = ('{"crc32": 1}', '{"crc32": "x", "unreadable": {}}', '{"crc32": 1, "unreadable": {"999": "x"}}', "[" * 10**5)
     for content in ("", *odd):  # as a power cut may leave it
         (directory / "unfinished" / "chunk-000000.json").write_text(content)
@@ -180,7 +181,7 @@ def test_one_flipped_bit(store, name):
     content = bytearray((store.directory / name).read_bytes())
     content[len(content) * 3 // 4 // 8 * 8] ^= 1
     (store.directory / name).write_bytes(content)
-    with pytest.raises(DetailFlowError, match=f"{name} is damaged, .*extract the tokens again"):
+    with pytest.raises(DetailFlowError, match=f"{name} is damaged, .*: remove {store.directory} and extract"):
         TokenStore.open(store.directory).verify()
 
 
@@ -188,7 +189,7 @@ def test_one_flipped_bit(store, name):
     ("change", "message"),
     [
         ({"format": "other"}, "is not the manifest"),
-        ({"version": 1}, "has version 1, but this DetailFlow reads 2: remove .* and extract again"),
+        ({"version": 1}, "has version 1, but this DetailFlow reads 2: remove .* and extract the tokens"),
         ({"images": 51}, "bytes, and the manifest says"),
         ({"images": 0}, "0 images"),
         ({"num_tokens": 16}, "bytes, and the manifest says"),
@@ -201,6 +202,11 @@ def test_one_flipped_bit(store, name):
         ({"labels_crc32": None}, "damaged"),
         ({"ids_crc32": "1"}, "damaged"),
         ({"unreadable": None}, "damaged"),
+        ({"class_names": 5}, r"manifest.json is damaged: remove .* and extract the tokens again"),
+        ({"settings": [1]}, "damaged"),
+        ({"images_crc32": 5}, "damaged"),
+        ({"images_crc32": ["1"]}, "damaged"),
+        ({"chunk_images": 10**30}, "damaged"),
     ],
 )
 def test_open_refuses_a_manifest_that_does_not_fit(store, change, message):
@@ -208,6 +214,18 @@ def test_open_refuses_a_manifest_that_does_not_fit(store, change, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(DetailFlowError, match=message):
         TokenStore.open(store.directory)
+
+
+@pytest.mark.parametrize("change", [{"settings": 5}, {"class_names": 5}, {"chunk_images": None}])
+@pytest.mark.parametrize("finished", [True, False])
+def test_extraction_refuses_such_a_record_too(store, change, finished, tmp_path):
+    directory = store.directory
+    if not finished:
+        write(writer_for(directory := tmp_path / "begun"), 1)
+    file = directory / ("manifest.json" if finished else "unfinished/begun.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(DetailFlowError, match=f"{file} is damaged: remove {directory} and extract the tokens again"):
+        writer_for(directory)
 
 
 def test_open_refuses_missing_or_damaged_files(store, tmp_path):

@@ -1,5 +1,7 @@
 import json
+import os
 import pickle
+import re
 import shutil
 import tarfile
 from itertools import islice
@@ -48,6 +50,20 @@ def test_ways_to_name_shards(shards):
         open_images(f"{shards}/cifar-train-{{003..004}}.tar")
     with pytest.raises(DetailFlowError, match="matches no .parquet file and no .tar file"):
         open_images(f"{shards}/*.zip")
+
+
+def test_a_pattern_leaves_others_aside_as_a_folder_does(shards, tmp_path):
+    """They were dropped without a word, and a single parquet file went before all shards."""
+    (tmp_path / "notes").mkdir()
+    for number, name in enumerate(("train-0.tar", "train-1.tar", "train-2.parquet", "train-3.tar.gz", "notes/a.txt")):
+        shutil.copy(shards / f"cifar-train-00{number % 4}.tar", tmp_path / name)
+    (tmp_path / "Thumbs.db").touch()
+    folder, aside = open_images(tmp_path), {"archive": ["train-3.tar.gz"], ".parquet": ["train-2.parquet"]}
+    assert folder.notes.left_aside == aside | {".txt": ["notes/a.txt"]}
+    for pattern, more in (("*", {"folder": ["notes"]}), ("train-*", {}), ("**", {".txt": ["notes/a.txt"]})):
+        source = open_images(f"{tmp_path}/{pattern}")
+        assert source.fingerprint == folder.fingerprint and source.notes.left_aside == aside | more
+    assert "left aside: 1 archive (train-3.tar.gz), 1 .parquet" in open_images(f"{tmp_path}/t*").summary
 
 
 def test_split_folders_of_shards(shards, tmp_path):
@@ -157,6 +173,52 @@ def test_labels(tmp_path, content):
         labels(*entries, label_column="breed")
 
 
+def test_labels_by_another_name_are_asked_for(tmp_path, content):
+    """The images had no classes, without a word."""
+
+    def summary(*beside: tuple[str, bytes]) -> str:
+        members = [("0.png", content), *beside]
+        source = open_images(write_tar(tmp_path / "a.tar", members))
+        assert source.class_names == ("image",)
+        return source.summary
+
+    for entry in ("Label", "labels", "class"):
+        asked = f"a.tar 0.json has no entry label: did you mean {entry} (--label-column {entry})?"
+        entries = json.dumps({"text": "a cat", entry: 3}).encode()
+        assert summary(("0.json", entries), ("1.png", content), ("1.json", entries)).endswith(asked)
+    assert open_images(tmp_path / "a.tar", label_column="class").counts["3"] == 2
+    read = "files give no labels: these are read from .cls files, and from the entry label of .json files"
+    for name, text in (("0.cls.gz", b""), ("0.json", b'["cat"]'), ("0.class", b"cat"), ("0.json", b'{"text": "cat"}')):
+        assert summary((name, text)).endswith(f"; its {name[1:]} {read}")
+    several = [("0.txt", b""), ("0.json", b"3"), ("README.md", b""), (".hidden", b""), ("0.seg.png", content)]
+    assert summary(*several).endswith(f"; its .json, .txt {read}")
+    for hidden in (b'{"label": null}', b'{"label": -1}'):
+        assert summary(("0.json", hidden), ("README", b""), ("notes.txt", b"")).endswith("32×32")
+    folders = [("cat/0.png", content), ("dog/0.png", content), ("dog/0.txt", b"")]
+    asked = r"; its images are in the folders cat, dog: if these are their classes, unpack \S+; its .txt files give no"
+    assert re.search(asked, open_images(write_tar(tmp_path / "a.tar", folders)).summary)
+    write_tar(tmp_path / "test-a.tar", folders)
+    asked = r"; all files are read, with test-a.tar: is this of another split\?; its images are in the folders cat, "
+    assert re.search(asked, open_images(tmp_path).summary)
+    labelled = [("0.png", content), ("0.cls", b"1"), ("0.json", b'{"Label": 3}'), ("0.txt", b"")]
+    assert open_images(write_tar(tmp_path / "a.tar", labelled)).notes.question == ""
+
+
+def test_an_entry_twice_is_refused(tmp_path, content):
+    """The last one was taken without a word."""
+
+    def labelled(text: str, **columns: str) -> dict[str, int]:
+        members = [("0.png", content), ("0.json", text.encode())]
+        return open_images(write_tar(tmp_path / "a.tar", members), **columns).counts
+
+    twice = '{"label": "cat", "width": 1, "width": 2, "label": "dog", "Kind": "a", "Kind": "b"}'
+    with pytest.raises(DetailFlowError, match=r"a\.tar 0\.json has several entries called label: keep one of them$"):
+        labelled(twice)
+    with pytest.raises(DetailFlowError, match=r"a\.tar 0\.json has several entries called kind: keep one of them$"):
+        labelled(twice, label_column="Kind")
+    assert labelled('{"label": "cat", "width": 1, "width": 2}') == {"cat": 1}  # nothing is read of the width
+
+
 def test_one_of_several_images(tmp_path, content):
     Image.new("RGB", (4, 4)).save(tmp_path / "mask.bmp")
     mask = (tmp_path / "mask.bmp").read_bytes()
@@ -245,6 +307,30 @@ def test_an_unreadable_image_is_named(tmp_path, content):
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DetailFlowError, match=r"a\.tar 0 cannot be read \(No such file"):
         source.image(0)
+
+
+@pytest.mark.parametrize("way", ["replaced", "written to", "cut"])
+def test_a_shard_that_changes_is_not_read_any_further(tmp_path, content, way):
+    """Images of another shard had the labels of this one."""
+    members = [(name, content) for name in ("0.png", "1.png")]
+    file = write_tar(tmp_path / "a.tar", [*members, ("0.cls", b"0"), ("1.cls", b"1")])
+    other = write_tar(tmp_path / "other", [*members, ("0.cls", b"1"), ("1.cls", b"0")])
+    os.utime(file, (1e9, 1e9))
+    source = open_images(file)
+    sent = pickle.dumps(source)
+    assert source.stored_bytes(0) == pickle.loads(sent).stored_bytes(0) == content
+    if way == "replaced":
+        os.replace(other, file)
+    elif way == "written to":
+        file.write_bytes(other.read_bytes())
+    else:
+        os.truncate(file, 1000)
+    for one in (source, pickle.loads(sent)):
+        for read in (one.image, one.size, one.stored_bytes, one.stored_size):
+            with pytest.raises(DetailFlowError, match=r"a\.tar has changed since it was opened: start again$"):
+                read(0)
+    if way != "cut":
+        assert open_images(file).labels.tolist() == [1, 0]
 
 
 def test_keys_with_dots(content, tmp_path):
@@ -378,4 +464,9 @@ def test_labels_that_are_no_text_have_a_sentence(tmp_path, content):
     assert open_images(labelled('"\\ud800"')).class_names == ("\N{REPLACEMENT CHARACTER}",)
     for wrong in ("9" * 25, "9" * 5000, "1.5", "[" * 100_000):
         with pytest.raises(DetailFlowError, match="a.tar"):
+            open_images(labelled(wrong))
+    for wrong in ("true", "false", "[1, true]"):  # as in metadata.jsonl; they became the classes 0 and 1
+        with pytest.raises(
+            DetailFlowError, match=r"0\.json has the label (True|False), which is neither a class number"
+        ):
             open_images(labelled(wrong))

@@ -182,9 +182,9 @@ class TestStored:
 
 class TestTooFew:
     def test_for_anything(self):
-        with pytest.raises(DetailFlowError, match="too few images to measure: there are 1, where 2 are the least"):
+        with pytest.raises(DetailFlowError, match="too few images to measure: there are 1, and 2 are the least"):
             measure(Projection(), batches(noise(1), 1), total=1)
-        with pytest.raises(DetailFlowError, match="there are 2, where 3 are the least"):
+        with pytest.raises(DetailFlowError, match="there are 2, and 3 are the least"):
             measure(Projection(), batches(noise(2), 1), world=World(0, 3), total=2)
 
     def test_for_some_figures(self):
@@ -199,10 +199,10 @@ class TestTooFew:
         assert values(compare_sets(real, real, neighbours=False)).keys() == {"FD", "FD ±", "sFD", "IS"}
         first, second = cautions(real, real)
         assert first.startswith("FD is the Fréchet distance of the features of projection: it cannot be compared")
-        assert second == "IS: it is of 50 images, where usual splits have 5,000, and lower the fewer they are."
+        assert second == "IS: it is of 50 images, and usual splits have 5,000, and lower the fewer they are."
 
     def test_shares_that_are_not_whole(self):
-        with pytest.raises(ValueError, match="30 images came where this rank's part is 40"):
+        with pytest.raises(ValueError, match="30 images came, and this rank's part is 40"):
             measure(Projection(), batches(noise(30), 7), total=40)
         with pytest.raises(ValueError, match="give their total"):
             measure(Projection(), batches(noise(30), 7))

@@ -113,7 +113,7 @@ def test_tensors_that_do_not_fit(feature_file: Path, tmp_path: Path):
     tensors, file = load_file(feature_file), tmp_path / "a.safetensors"
     for change, message in (
         ({"more": torch.zeros(2)}, "it should not have more"),
-        ({"head.bias": torch.zeros(6)}, "head.weight has shape .5, 8., where the config asks for .6, 8."),
+        ({"head.bias": torch.zeros(6)}, "head.weight has shape .5, 8., and the config asks for .6, 8."),
         ({"enter.0.1.weight": torch.zeros(10**6)}, "has shape"),  # whose network would have 10^14 numbers
         ({"enter.0.1.weight": torch.zeros(())}, "has shape"),
     ):

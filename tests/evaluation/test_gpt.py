@@ -189,7 +189,7 @@ def test_labels():
         ({"labels": "all"}, "labels must be balanced or random, not 'all'"),
         ({"seeds": [0, -1]}, "seeds must be 0 to 2.64 - 1, not -1"),
         ({"values": {"top_p": [2.0]}}, "top_p must be above 0 and at most 1 .1 is off., not 2.0"),
-        ({"count": 1}, "too few images to measure: there are 1, where 2 are the least"),
+        ({"count": 1}, "too few images to measure: there are 1, and 2 are the least"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, pipeline: DetailFlowPipeline, cifar: Path, tmp_path: Path):

@@ -164,11 +164,15 @@ def test_files_of_somebody_else_are_not_replaced(name: str, tmp_path: Path):
 
 
 def test_a_report_whose_json_was_removed_makes_room(tmp_path: Path):
-    """As the message about another evaluation says."""
+    """As the message about another evaluation says; that report's other files are no obstacle."""
     report().write(tmp_path)
     (tmp_path / "samples.png").write_text("of that report")
+    with pytest.raises(DetailFlowError, match=r"choose another folder, or remove report\.json"):
+        check_folder(tmp_path, f"{COMMAND} --seed 1", {})
     (tmp_path / "report.json").unlink()
     check_folder(tmp_path, f"{COMMAND} --seed 1", {})
+    report(30.0).write(tmp_path)
+    assert load(tmp_path)["sections"][0]["rows"][0]["figures"]["PSNR"]["value"] == 30.0
 
 
 def test_versions_are_those_of_this_package_and_its_libraries():

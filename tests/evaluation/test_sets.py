@@ -192,6 +192,38 @@ class TestBadNpz:
                 r"has float64 \(2,\) as mu, where statistics have finite",
             ),
             ({"mu": np.zeros(2), "sigma": np.eye(2), "kept": np.zeros((4, 3))}, r"has float64 \(4, 3\) as kept"),
+            (
+                {"mu": np.zeros(3), "sigma": np.zeros((3, 2))},
+                r"has float64 \(3, 2\) as sigma, where statistics have finite floating-point numbers \(3, 3\): measure",
+            ),
+            (
+                {"mu": np.zeros(2), "sigma": np.eye(2), "count": np.float64(3)},
+                r"has float64 \(\) as count, where statistics have a whole number: measure the statistics again$",
+            ),
+            (
+                {"mu": np.zeros(2), "sigma": np.eye(2), "height": np.arange(2, dtype=np.int64), "width": 32},
+                r"has int64 \(2,\) as height, where statistics have a whole number: measure",
+            ),
+            (
+                {"mu": np.zeros(2), "sigma": np.eye(2), "features": np.int64(3)},
+                r"has int64 \(\) as features, where statistics have a text: measure",
+            ),
+            (
+                {"mu": np.zeros(2), "sigma": np.eye(2), "fingerprint": np.int64(3)},
+                r"has int64 \(\) as fingerprint, where statistics have a text: measure",
+            ),
+            (
+                {"mu": np.zeros(2), "sigma": -np.eye(2)},
+                "has a matrix as sigma that is no covariance, which is symmetric",
+            ),
+            (
+                {"mu": np.zeros(2), "sigma": np.triu(np.ones((2, 2)))},
+                "has a matrix as sigma that is no covariance, which",
+            ),
+            (
+                {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(2), "sigma_s": np.diag([1.0, -0.1])},
+                "has a matrix as sigma_s that is no covariance, which is symmetric",
+            ),
         ],
     )
     def test_contents(self, entries: dict[str, np.ndarray], message: str, tmp_path: Path):
@@ -261,7 +293,9 @@ def test_stored_statistics_of_adm(images: np.ndarray, tmp_path: Path):
     draws = np.random.default_rng(0)
     mu, sigma = draws.normal(size=6), np.cov(draws.normal(size=(40, 6)), rowvar=False)
     np.savez(tmp_path / "both.npz", arr_0=images, mu=mu, sigma=sigma, mu_s=mu[:2], sigma_s=sigma[:2, :2])
-    np.savez(tmp_path / "alone.npz", mu=mu.astype(np.float32), sigma=sigma)
+    rounded = sigma.astype(np.float32)
+    rounded[0, 1] *= 1 + 1e-5
+    np.savez(tmp_path / "alone.npz", mu=mu.astype(np.float32), sigma=rounded)
     both, alone = open_set(tmp_path / "both.npz"), open_set(tmp_path / "alone.npz")
     assert both.statistics is not None and alone.statistics is not None
     np.testing.assert_array_equal(both.statistics.pool.covariance, sigma)

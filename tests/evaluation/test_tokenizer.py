@@ -234,7 +234,7 @@ def test_where_mistakes_cannot_go(word: str, pipeline: DetailFlowPipeline):
     [
         ({"counts": [5]}, "num_tokens must be 1 to 4 or a multiple of 4 up to 16, not 5"),
         ({"sides": [12]}, "the side of a picture must be a positive multiple of 8, not 12"),
-        ({"count": 1}, "too few images to measure: there are 1, where 2 are the least"),
+        ({"count": 1}, "too few images to measure: there are 1, and 2 are the least"),
         ({"mistakes": [Span(4, 8)], "seed": -1}, "seeds must be 0 to 2.64 - 1, not -1"),
         ({"mistakes": [Span(4, 8)], "seed": 2**64}, "seeds must be 0 to 2.64 - 1, not 18446744073709551616"),
     ],

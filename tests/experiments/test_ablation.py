@@ -19,7 +19,7 @@ import yaml
 
 from detailflow import DetailFlowPipeline
 from detailflow.cli.main import main
-from detailflow.cli.settings import read_request
+from detailflow.cli.request import read_request
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "ablation" / "run.py"

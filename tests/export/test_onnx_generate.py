@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from detailflow.generation import image_generator
 pytest.importorskip("onnx", reason="needs the packages of detailflow[onnx]")
 pytest.importorskip("onnxruntime", reason="needs the packages of detailflow[onnx]")
 
-from detailflow.export.folder import export
+from detailflow.export.write import export
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "parity" / "tiny-32"
@@ -159,6 +160,73 @@ def sentence(folder: Path, output: Path, *options: str) -> str:
 def test_mistakes_are_one_sentence(options: str, message: str, exported: Path, tmp_path: Path):
     assert sentence(exported, tmp_path, *options.split()).startswith(message)
     assert [path.name for path in tmp_path.iterdir()] == ["without"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model's export, of 3 MB."""
+    folder = tmp_path_factory.mktemp("small")
+    export(DetailFlowPipeline.from_pretrained(TINY, device="cpu"), folder, "tiny")
+    return folder
+
+
+def check_misfit(folder: Path, output: Path) -> None:
+    """Check that a call says that the networks do not fit model.json, and writes nothing."""
+    line = sentence(folder, output, "9", "--seed", "1")
+    assert line.startswith(f"the networks in {folder} do not fit its model.json")
+    assert line.endswith(": repeat the export")
+    assert [path.name for path in output.iterdir()] == ["without"]
+
+
+@pytest.mark.parametrize(
+    ("file", "replaced"),
+    [
+        ("exported/step.onnx", "step.onnx"),
+        ("exported/decoder.onnx", "decoder.onnx"),  # which has the smaller sides, but not the last one
+        ("small/encoder.onnx", "step.onnx"),
+        ("small/encoder.onnx", "decoder.onnx"),
+        ("small/decoder.onnx", "step.onnx"),
+    ],
+)
+def test_networks_of_another_export(file: str, replaced: str, exported: Path, small: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(small, tmp_path / "mixed"))
+    source, name = file.split("/")
+    shutil.copy({"small": small, "exported": exported}[source] / name, folder / replaced)
+    check_misfit(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: {"heads": model["heads"] + 1},
+        lambda model: {"head_dim": 10**30},
+        lambda model: {"depth": 10**12},
+        lambda model: {"code_row": model["code_row"] + 1},
+        lambda model: {"mask_row": model["mask_row"] - 1},
+        lambda model: {name: model[name] + 1000 for name in ("code_row", "mask_row")},  # beyond the table
+        lambda model: {"sizes": [*model["sizes"][:-1], 1000]},  # fits but for the last stage
+        lambda model: {"sizes": [10**30 for _ in model["sizes"]]},
+    ],
+    ids=["heads", "head_dim", "depth", "code_row", "mask_row", "both rows", "last size", "sizes"],
+)
+def test_a_model_that_does_not_fit_its_networks(
+    change: Callable[[dict], dict[str, object]], small: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(small, tmp_path / "changed"))
+    model = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(model | change(model)))
+    check_misfit(folder, tmp_path / "out")
+
+
+def test_more_tokens_than_memory_holds(small: Path, tmp_path: Path):
+    """All else fits: steps, counts and sizes."""
+    folder, many = Path(shutil.copytree(small, tmp_path / "many")), 10**9
+    model = json.loads((folder / "model.json").read_text())
+    changed = {"num_tokens": many, "counts": [*model["counts"][:-1], many]}
+    changed["steps"] = [*model["steps"][:-1], [model["steps"][-1][0], many]]
+    (folder / "model.json").write_text(json.dumps(model | changed))
+    line = sentence(folder, tmp_path / "out", "9")
+    assert line == f"{folder / 'model.json'} is damaged, see num_tokens: repeat the export"
 
 
 def test_files_that_are_none(exported: Path, tmp_path: Path):

@@ -124,10 +124,10 @@ def test_wrong_inputs(gpt: DetailFlowGPT):
         gpt(torch.tensor([0]), torch.zeros(1, 8, dtype=torch.int64))
     ids = torch.zeros(1, 16, dtype=torch.int64)
     for name, classes, codes in (
-        ("class_ids must lie in 0 to 3, not 4 to 4", torch.tensor([4]), ids),
-        ("class_ids must lie in 0 to 3, not -1 to -1", torch.tensor([-1]), ids),
+        ("class_ids must be 0 to 3, not 4 to 4", torch.tensor([4]), ids),
+        ("class_ids must be 0 to 3, not -1 to -1", torch.tensor([-1]), ids),
         (r"class_ids must be integers in 1 dimension\(s\)", torch.tensor(1), ids),
-        (f"codes must lie in 0 to {CONFIG.codebook_size - 1}, not ", torch.tensor([3]), ids + CONFIG.codebook_size),
+        (f"codes must be 0 to {CONFIG.codebook_size - 1}, not ", torch.tensor([3]), ids + CONFIG.codebook_size),
         (r"codes must be integers in 2 dimension\(s\)", torch.tensor([3]), ids.float()),
         (r"class_ids must be a tensor of integers, as torch.tensor makes it, not \[3\]", [3], ids),
         (r"codes must be a tensor of integers, as torch.tensor makes it, not \[\[1\]\]", torch.tensor([3]), [[1]]),
@@ -170,6 +170,23 @@ def test_classes_and_codes_of_any_integers(gpt: DetailFlowGPT, dtype: torch.dtyp
     assert torch.equal(gpt(classes.to(dtype), ids.to(dtype)), gpt(classes, ids))
     given = [gpt.generate(classes.to(kind), prefix=ids[:, :4].to(kind), temperature=0) for kind in (dtype, torch.int64)]
     assert torch.equal(*given)
+
+
+def test_one_can_train_on_what_it_generates(gpt: DetailFlowGPT):
+    classes, gpt = torch.tensor([0, 3]), copy.deepcopy(gpt)
+    gpt(classes, gpt.generate(classes, temperature=0)).sum().backward()
+    assert gpt.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_dropout_is_for_training_alone(gpt: DetailFlowGPT, engine: str):
+    """A model in training mode generates what it does otherwise, whatever the engine."""
+    classes, gpt = torch.tensor([0, 3]), copy.deepcopy(gpt)
+    gpt.engine = engine
+    wanted = gpt.generate(classes, temperature=0)
+    gpt.train()
+    assert torch.equal(gpt.generate(classes, temperature=0), wanted)
+    assert not torch.equal(gpt(classes, wanted), gpt(classes, wanted))
 
 
 def test_teacher_forcing_compiles_as_one_graph(gpt: DetailFlowGPT):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,9 @@ def test_decode(tokenizer: DetailFlowTokenizer, images: torch.Tensor):
         assert pixels.shape == (3, 3, side, side) and pixels.dtype == torch.float32
         for size in (8, 24, 32, 64):  # a count and a size are independent inputs
             assert tokenizer.decode(ids[:, :n], size=size).shape == (3, 3, size, size)
+            assert torch.equal(
+                tokenizer.decode(ids[:, :n], size=np.int64(size)), tokenizer.decode(ids[:, :n], size=size)
+            )
         assert torch.equal(pixels, tokenizer.decode(ids[:, :n], size=side))
 
 
@@ -269,8 +273,8 @@ def test_wrong_counts(tokenizer: DetailFlowTokenizer, images: torch.Tensor, n: i
     [
         (torch.zeros(16, dtype=torch.int64), None, r"codes must be integers in 2 dimension"),
         (torch.zeros(1, 16), None, "codes must be integers"),
-        (torch.full((1, 16), 64), None, "codes must lie in 0 to 63, not 64 to 64"),
-        (torch.full((1, 16), -1), None, "codes must lie in 0 to 63"),
+        (torch.full((1, 16), 64), None, "codes must be 0 to 63, not 64 to 64"),
+        (torch.full((1, 16), -1), None, "codes must be 0 to 63"),
         (
             torch.zeros(1, 16, dtype=torch.int64),
             20,

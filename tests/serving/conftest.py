@@ -15,7 +15,7 @@ import pytest
 from detailflow import DetailFlowPipeline
 from detailflow.serving import server as serving
 from detailflow.serving.app import create_app
-from detailflow.serving.config import ServeConfig
+from detailflow.serving.options import ServeConfig
 
 sys.path.append(str(Path(__file__).parent))  # for `answers`, which the tests share
 sys.path.append(str(Path(__file__).parents[1]))  # for `served`

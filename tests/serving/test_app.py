@@ -18,8 +18,9 @@ import pytest
 from answers import KEY, same
 from PIL import Image
 
-from detailflow import DetailFlowPipeline
+from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, GPTConfig, TokenizerConfig, ViTConfig
 from detailflow.serving.app import create_app
+from detailflow.serving.engine import warm_up
 
 # --- OpenAI's client -------------------------------------------------------------------------------------------
 
@@ -240,6 +241,7 @@ def test_bodies_that_are_no_requests(content: bytes, http: httpx.Client):
         (b'{"prompt": "\xff"}', "the body is not valid JSON: it is not UTF-8 at byte 12"),
         (b"[" * 100_000, "the body is not valid JSON: it is nested too deeply"),
         (b'{"n": %s}' % (b"1" * 5000), "the body is not valid JSON: a number in it has thousands of digits"),
+        (b'{"prompt": "\n"}', "the body is not valid JSON: Invalid control character at character 12"),
         (b'{"prompt": "cat"', "the body is not valid JSON: Expecting ',' delimiter at character 16"),
     ],
 )
@@ -351,8 +353,14 @@ def test_only_json_is_taken_for_json(http: httpx.Client):
 
 
 def test_routes_that_are_not_there(http: httpx.Client):
-    assert http.get("/v1/nothing").json()["error"]["code"] == "not_found"
-    assert http.get("/v1/images/generations").json()["error"]["code"] == "method_not_allowed"
+    error = http.get("/v1/nothing").json()["error"]
+    assert error["code"] == "not_found"
+    assert error["message"] == "there is no /v1/nothing here: /docs lists what there is"
+    error = http.get("/v1/images/generations").json()["error"]
+    assert error["code"] == "method_not_allowed"
+    assert error["message"] == "/v1/images/generations takes POST, not GET"
+    assert http.post("/studio/main.js").json()["error"]["message"].startswith("/studio/main.js takes ")
+    assert len(http.get(f"/v1/{'x' * 5000}").content) < 600
 
 
 @pytest.mark.parametrize(
@@ -412,3 +420,11 @@ def test_docs_load_nothing_from_elsewhere(http: httpx.Client):
         assert name in page.text
     assert "422" not in json.dumps(description)
     assert "The API key is missing or wrong: Failure<" in page.text and "Successful Response: Images<" in page.text
+
+
+def test_a_model_whose_first_group_comes_at_once_is_warmed_up():
+    """It has no first token alone."""
+    vit, sizes = ViTConfig(16, 1, 2), dict(num_tokens=8, group_size=4, causal_tokens=0, codebook_size=16)
+    tokenizer = DetailFlowTokenizer(TokenizerConfig(vit, vit, image_size=16, patch_size=4, codebook_dim=4, **sizes))
+    gpt = DetailFlowGPT(GPTConfig(num_classes=2, width=16, depth=1, heads=2, **sizes))
+    warm_up(DetailFlowPipeline(tokenizer.eval(), gpt.eval()))

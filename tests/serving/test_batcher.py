@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from detailflow.serving.batcher import Batcher, ClosingError, ComputingError, Job, QueueFullError, Result, Task
-from detailflow.serving.metrics import Metrics
+from detailflow.serving.counters import Metrics
 
 
 class Machine:
@@ -199,9 +199,11 @@ def test_an_end_at_once_fails_what_runs():
         running = batcher.submit("a", list(range(6)), 9)
         await begun(machine)
         stopping = asyncio.create_task(asyncio.to_thread(batcher.stop))
-        await asyncio.sleep(0.05)
+        while not batcher._stopped:
+            await asyncio.sleep(0.001)
         machine.release(1)
         await stopping
+        assert not batcher.alive  # it ended after the one step
         with pytest.raises(ClosingError):
             await finals(running)
 

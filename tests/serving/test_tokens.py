@@ -74,7 +74,8 @@ def test_generated_tokens_are_those_of_the_image(http: httpx.Client):
         ({"tokens": [-1]}, "tokens"),
         ({"tokens": []}, "tokens"),
         ({"tokens": [1.5]}, "tokens"),
-        ({"tokens": [1] * 5}, "num_tokens"),
+        ({"tokens": [1] * 5}, "tokens"),  # no image is shown from so many
+        ({"tokens": [1] * 5, "num_tokens": 5}, "num_tokens"),
         ({"tokens": [1] * 17}, "tokens"),
         ({"tokens": [1] * 100_000, "num_tokens": 1}, "tokens"),
         ({"tokens": [1] * 4, "num_tokens": 8}, "num_tokens"),
@@ -104,6 +105,14 @@ def test_a_form_has_no_unknown_fields(route: str, field: str, advice: str, http:
     assert error["message"] == f"unknown parameter {field!r}: {advice}"
 
 
+def test_a_text_of_a_megabyte_in_a_form(http: httpx.Client):
+    """As of a picture that was sent as text."""
+    refused = http.post("/v1/tokens/encode", files={"image": (None, b"x" * (2**20 + 1))})
+    error = refused.json()["error"]
+    assert refused.status_code == 400
+    assert error["message"].startswith("a text in the form has more than 1 MiB: if it is an image, send what the file")
+
+
 @pytest.mark.parametrize(
     ("route", "name"),
     [
@@ -125,10 +134,64 @@ def test_a_form_has_no_field_twice(route: str, name: str, http: httpx.Client):
     assert error["message"] == f"{name} is given more than once: give it once"
 
 
-def test_a_form_with_several_images_of_openais_client(client: openai.OpenAI):
-    """Which sends them under a name that is unknown here, as often as it may be there."""
-    with pytest.raises(openai.BadRequestError, match=r"unknown parameter 'image\[\]': did you mean image\?"):
+def test_a_form_that_ends_early_is_refused(http: httpx.Client):
+    """What was cut would be left out without a word, such as the seed."""
+    files: dict[str, Any] = {"image": ("a.png", png(photograph())), "prompt": (None, "cat"), "seed": (None, "7")}
+    form = httpx.Request("POST", http.base_url, files=files)
+    content, headers = form.read(), {"Content-Type": form.headers["Content-Type"]}
+
+    def edit(content: Any) -> httpx.Response:
+        return http.post("/v1/images/edits", content=content, headers=headers)
+
+    for end in (content.rindex(b"--"), content.rindex(b"7"), content.rindex(b"Content-"), content.index(b"IDAT"), 2, 0):
+        refused = edit(content[:end])
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (400, "invalid_form"), end
+        assert error["message"] == "the form ends before its last boundary: send all of it"
+    pieces = (content[i : i + 7] for i in range(0, len(content), 7))
+    for whole in (content, content.removesuffix(b"\r\n"), content + b"and more", pieces):
+        assert edit(whole).json()["seed"] == 7
+
+
+def test_a_list_of_images_of_openais_client(client: openai.OpenAI, http: httpx.Client):
+    """Which sends them as `image[]`: one is an image as any other."""
+    extra = {"seed": 1}
+    listed = client.images.edit(image=[png(photograph())], prompt="cat", extra_body=extra)
+    plain = client.images.edit(image=png(photograph()), prompt="cat", extra_body=extra)
+    assert listed.data == plain.data
+    with pytest.raises(openai.BadRequestError, match="image must be one image, not 2") as refused:
         client.images.edit(image=[png(photograph())] * 2, prompt="cat")
+    assert refused.value.param == "image"
+    both = http.post("/v1/tokens/encode", files={name: png(photograph()) for name in ("image", "image[]")})
+    assert both.json()["error"]["message"] == "image is given more than once: give it once"
+    text = http.post("/v1/tokens/encode", data={"image[]": "photo.png"})
+    assert text.json()["error"]["message"].startswith("image must be a file, not text")
+
+
+def test_what_openais_client_sends_for_others_is_ignored(client: openai.OpenAI):
+    for quality in ("low", "high", "xhigh", "max", "auto", "standard"):
+        ignored = {"safety_identifier": "one", "user": "one", "background": "opaque", "quality": quality}
+        client.images.generate(prompt="cat", extra_body=ignored | {"moderation": "low"})  # as older clients lack some
+        client.images.edit(prompt="cat", image=png(photograph()), extra_body=ignored)
+
+
+@pytest.mark.parametrize(
+    ("route", "name", "advice"),
+    [
+        ("images/variations", "seed", "leave it out or give it a value"),
+        ("images/variations", "n", "leave it out or give it a value"),
+        ("tokens/encode", "num_tokens", "leave it out or give it a value"),
+        ("tokens/reconstruct", "num_tokens", "leave it out or give it a value"),
+        ("tokens/reconstruct", "image", "give it a value"),
+    ],
+)
+@pytest.mark.parametrize("multipart", [True, False])
+def test_an_empty_field_is_not_taken_for_one_left_out(
+    route: str, name: str, advice: str, multipart: bool, http: httpx.Client
+):
+    sent: dict[str, Any] = {"data": {name: ""}} | ({"files": {"mask": b""}} if multipart else {})
+    error = http.post(f"/v1/{route}", **sent).json()["error"]
+    assert (error["param"], error["message"]) == (name, f"{name} is empty: {advice}")
 
 
 # --- variations ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 
 from detailflow import DetailFlowTokenizer, hub
 from detailflow.data.images import open_images
-from detailflow.data.tokens import CLEAN, INPUT, LABEL, VALIDATION, TokenStore, TokenWriter
+from detailflow.data.token_writer import TokenWriter
+from detailflow.data.tokens import CLEAN, INPUT, LABEL, VALIDATION, TokenStore
 from detailflow.data.transforms import center_crop, ten_crops, to_tensor, two_crops
 from detailflow.errors import DetailFlowError
 from detailflow.training import extract as extraction
@@ -121,6 +122,15 @@ def test_names_whatever_the_folder_is_called(
     store = run(Path("."), model, tmp_path / "store", crops="two")
     assert store.ids() == names_in(folder)
     assert run(folder, model, tmp_path / "store", crops="two").fingerprint == store.fingerprint
+
+
+def test_a_refused_extraction_leaves_nothing(folder: Path, model: Path, tmp_path: Path):
+    """A store for validation inside a store of all images would judge training by what it trains on."""
+    whole = run(folder, model, tmp_path / "store", crops="two")
+    with pytest.raises(DetailFlowError, match="holds tokens of other images"):
+        run(folder, model, tmp_path / "store", crops="two", val_share=0.3)
+    assert not (tmp_path / "store" / VALIDATION).exists() and TokenStore.open(tmp_path / "store").validation is None
+    assert TokenStore.open(tmp_path / "store").fingerprint == whole.fingerprint
 
 
 def test_damaged_tokens_for_validation(folder: Path, model: Path, tmp_path: Path):

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from detailflow.data.tokens import TokenStore, TokenWriter
+from detailflow.data.token_writer import TokenWriter
+from detailflow.data.tokens import TokenStore
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
 from detailflow.training import extract as extraction

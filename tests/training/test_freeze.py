@@ -68,13 +68,13 @@ def test_the_decoder_learns_and_tokens_stay(
 
 
 def test_a_decoder_of_another_size_begins_anew(cifar: Path, model: Path, images: torch.Tensor, tmp_path: Path):
-    settings = training(cifar, model, decoder_anew=True, muon=1e-3)
+    settings = training(cifar, model, new_decoder=True, muon=1e-3)
     sizes = replace(settings.model, decoder=ViTConfig(width=64, depth=2, heads=2), pixel_channels=8)
     assert sizes.decoder.width != settings.model.decoder.width
     settings = replace(settings, model=sizes)
     with pytest.raises(DetailFlowError, match="do not fit: decoder is"):
-        train_tokenizer(replace(settings, decoder_anew=False), tmp_path / "run", "cpu")
-    with pytest.raises(DetailFlowError, match="decoder_anew trains a decoder for the tokens of init: set freeze"):
+        train_tokenizer(replace(settings, new_decoder=False), tmp_path / "run", "cpu")
+    with pytest.raises(DetailFlowError, match="new_decoder trains a decoder for the tokens of init: set freeze"):
         replace(settings, freeze=None)
     torch.manual_seed(settings.loop.seed)
     fresh = initial_tokenizer(settings)

@@ -78,5 +78,7 @@ def test_a_run_learns_and_goes_on_exactly(cifar: Path, tmp_path: Path):
 def test_what_does_not_fit(cifar: Path):
     with pytest.raises(DetailFlowError, match="nested_probability needs a model with an absent token"):
         replace(training(cifar), model=replace(MODEL, absent_token=False))
+    with pytest.raises(DetailFlowError, match="of this model's groups none ends there: set nested_probability to 0"):
+        replace(training(cifar), model=replace(MODEL, num_tokens=12, group_size=6, causal_tokens=0))
     with pytest.raises(DetailFlowError, match="muon must be 0 or more"):
         training(cifar, muon=-1.0)

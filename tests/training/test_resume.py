@@ -96,10 +96,10 @@ def test_killed_and_started_again(
     capsys: pytest.CaptureFixture[str],
 ):
     """SIGKILL at a random moment; the same command ends with the same weights, bit for bit."""
-    output = tmp_path / "run"
+    output, moments = tmp_path / "run", random.Random(stage)
     with started(*commands[stage], str(output)) as process:
-        wait_for(output, f"resume/step-{random.randint(2, 14):08d}.pt", process)
-        time.sleep(random.random() * 0.05)
+        wait_for(output, f"resume/step-{moments.randint(2, 14):08d}.pt", process)
+        time.sleep(moments.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (output / "model.safetensors").exists()
@@ -113,12 +113,12 @@ def test_killed_and_started_again(
 @pytest.mark.parametrize("stage", ["tokenizer", "gpt"])
 def test_killed_ten_times(stage: str, commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):
     """SIGKILL at ten random moments, between steps, within them and while a checkpoint is written."""
-    output = tmp_path / "run"
+    output, moments = tmp_path / "run", random.Random(stage)
     for _ in range(10):
         newest = max((int(p.stem[-8:]) for p in (output / "resume").glob("step-*.pt")), default=0)
         with started(*commands[stage], str(output)) as process:
-            wait_for(output, f"resume/step-{min(newest + random.randint(1, 2), 23):08d}.pt", process)
-            time.sleep(random.random() * 0.1)
+            wait_for(output, f"resume/step-{min(newest + moments.randint(1, 2), 23):08d}.pt", process)
+            time.sleep(moments.random() * 0.1)
             process.send_signal(signal.SIGKILL)
             process.wait()
     assert main([*commands[stage], str(output)]) == 0
@@ -155,8 +155,7 @@ def test_sigterm_saves_and_exits(stage: str, commands: dict[str, list[str]], tmp
     output = tmp_path / "run"
     more = ["--loop.steps", "1000000", "--loop.checkpoint_minutes", "60"]
     with started(*commands[stage], str(output), *more) as process:
-        wait_for(output, "tensorboard/*", process)
-        time.sleep(0.3)
+        wait_for(output, "pictures/*-00000010.png", process)  # ten steps are done
         assert not list((output / "resume").iterdir())
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=300)
@@ -173,8 +172,7 @@ def test_sigterm_to_its_workers_too(commands: dict[str, list[str]], tmp_path: Pa
     output = tmp_path / "run"
     more = ["--loop.steps", "1000000", "--loop.checkpoint_minutes", "60", "--loop.workers", "2", "--perceptual", "0"]
     with started(*commands["tokenizer"], str(output), *more) as process:
-        wait_for(output, "tensorboard/*", process)
-        time.sleep(0.3)
+        wait_for(output, "pictures/*-00000010.png", process)  # ten steps are done
         os.killpg(process.pid, signal.SIGTERM)
         _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in err

@@ -283,6 +283,13 @@ def test_the_tokenizer_is_judged_first(tmp_path: Path):
     assert hardly_trained(9_999, 10) and not hardly_trained(10_000, 5_000) and hardly_trained(10_000, 5_001)
 
 
+def test_options_are_found_however_they_are_written():
+    command = "detailflow train --data d --tokenizer_steps 20 --gpt_steps=20 --output run"
+    assert with_options(command, {"--tokenizer-steps": "900", "--gpt-steps": None}) == (
+        "detailflow train --data d --output run --tokenizer-steps 900"
+    )
+
+
 def test_longer_commands():
     command = "detailflow train --data 'my photos' --gpt-steps 20 --output run --gpt-steps=30"
     assert (

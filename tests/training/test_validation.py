@@ -238,7 +238,7 @@ def test_the_token_store_has_two_parts(validated_tokens: Path, cifar: Path, mode
     copy = Path(shutil.copytree(validated_tokens, tmp_path / "copy"))
     (copy / "manifest.json").unlink()
     for folder in (copy, copy / "validation"):
-        (folder / ".manifest.json.12-0123abcd.tmp").touch()
+        (folder / ".manifest.json.99999999-0123abcd.tmp").touch()
     again = extract(Extraction(str(cifar), str(model), crops="two", val_share=0.3), copy, "cpu")
     assert again.fingerprint == store.fingerprint and not list(copy.rglob("*.tmp"))
     assert json.loads((copy / "manifest.json").read_text())["validation"] == validation.fingerprint
@@ -252,7 +252,7 @@ def test_the_validation_store_is_the_one_of_its_manifest(validated_tokens: Path,
     with pytest.raises(DetailFlowError, match="validation is not a token store"):
         _ = TokenStore.open(copy).validation
     shutil.copytree(tokens, copy / "validation")
-    with pytest.raises(DetailFlowError, match="validation is not the validation store of .*copy: extract the tokens"):
+    with pytest.raises(DetailFlowError, match="validation is not the validation store of .*copy: remove .*copy"):
         _ = TokenStore.open(copy).validation
 
 

@@ -65,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
 
     from dataclasses import asdict
 
-    from detailflow.benchmark import BenchmarkConfig, accuracy, benchmark
+    from detailflow.accuracy import accuracy
+    from detailflow.benchmark import BenchmarkConfig, benchmark
     from detailflow.files import write_json
 
     compares = options.pop("accuracy")

@@ -97,7 +97,7 @@ def _count_splits(source: "ImageSource", args: argparse.Namespace) -> Iterator[t
 
 def _read_all(source: "ImageSource") -> tuple[Counter[tuple[int, int]], dict[str, str], list[list[str]]]:
     """Read every image; return how many have each size, what cannot be read and why, and groups of equal files."""
-    from detailflow.data.decode import image_size, load_rgb
+    from detailflow.data.image_files import image_size, load_rgb
 
     sizes: Counter[tuple[int, int]] = Counter()
     unreadable: dict[str, str] = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detailflow.cli.common import Parser, add_model_options, check_output
-from detailflow.cli.inputs import Inputs, add_image_options
+from detailflow.cli.operands import Inputs, add_image_options
 from detailflow.errors import DetailFlowError
 from detailflow.progress import progress_bar
 from detailflow.words import several

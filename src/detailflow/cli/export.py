@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     """Export and say what was written."""
     args = parser().parse_args(argv)
     check_output(args.onnx)
-    from detailflow.export.folder import export
+    from detailflow.export.write import export
     from detailflow.pipeline import DetailFlowPipeline
 
     pipeline = DetailFlowPipeline.from_pretrained(args.model, device="cpu", tokenizer=args.tokenizer)

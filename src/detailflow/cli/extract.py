@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from detailflow.cli.settings import read_request
+from detailflow.cli.request import read_request
 from detailflow.words import several
 
 SUMMARY = (

@@ -118,7 +118,7 @@ def _few(
 ) -> None:
     """Write `--num` images of each class and the pictures of them, in place of those of an earlier call."""
     from detailflow.pictures import check_ours, grid, in_place_of, strip, write_png
-    from detailflow.pipeline import BATCH_SIZE, stage_counts
+    from detailflow.pipeline import BATCH_SIZE
     from detailflow.samples import check_no_set, file_label, remove_earlier
 
     total, schedule = len(classes) * args.num, pipeline.tokenizer.schedule
@@ -128,7 +128,7 @@ def _few(
         )
     check_no_set(args.output)
     num_tokens = schedule.check_count(args.num_tokens)
-    counts = stage_counts(schedule, num_tokens) if args.progressive else [num_tokens]
+    counts = schedule.stages(num_tokens) if args.progressive else [num_tokens]
     labels = [label for label in classes for _ in range(args.num)]
     per_class = min(args.num, max(1, GRID_IMAGES // len(classes)))
     samples = [f"{i:04d}-{file_label(pipeline, label)}.png" for i, label in enumerate(labels)]

@@ -160,7 +160,7 @@ def _take_max_pixels(argv: list[str]) -> None:
         if name != "--max-pixels":
             continue
 
-        from detailflow.data.decode import MAX_PIXELS_VARIABLE, max_pixels
+        from detailflow.data.image_files import MAX_PIXELS_VARIABLE, max_pixels
 
         if not equals and i + 1 == len(argv):
             raise DetailFlowError("--max-pixels needs a number: the most pixels that an image may have")

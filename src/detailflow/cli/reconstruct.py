@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from detailflow.cli.common import Parser, add_model_options, add_output_option, check_apart, check_output
-from detailflow.cli.inputs import Inputs, add_image_options
+from detailflow.cli.operands import Inputs, add_image_options
 from detailflow.progress import progress_bar
 
 OF_A_SET = 16  # images that are taken of a folder unless --num says otherwise
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
     from detailflow.models.tokenizer import DetailFlowTokenizer
     from detailflow.pictures import in_place_of, strip, write_png
-    from detailflow.pipeline import fit, reconstruct, stage_counts
+    from detailflow.pipeline import fit, reconstruct
 
     tokenizer = DetailFlowTokenizer.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     schedule = tokenizer.schedule
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     names = [f"{name}-{what}.png" for name in inputs.names for what in ("strip", "reconstruction")]
     earlier = inputs.check_outputs([args.output / name for name in names], "reconstruct")
 
-    rows, counts = [], stage_counts(schedule)
+    rows, counts = [], schedule.stages()
     with progress_bar(desc="reconstructing", total=len(inputs.names) * len(counts), unit="picture") as bar:
         for name, image in inputs:
             stages = []

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from detailflow.cli.common import Parser, add_model_options
 from detailflow.errors import DetailFlowError
-from detailflow.serving.config import ServeConfig, Timeout, Window, check_queue
+from detailflow.serving.options import ServeConfig, Timeout, Window, check_queue
 from detailflow.settings import BatchSize, PositiveInt, at_most
 
 KEY_VARIABLE = "DETAILFLOW_API_KEY"
@@ -47,9 +47,10 @@ def main(argv: Sequence[str]) -> int:
     check_queue(args.max_queue, args.max_images, "--max-queue", "--max-images")
     # Before torch is imported: threads that spin while they wait would take the cores from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from detailflow.data.decode import MAX_PIXELS_VARIABLE, max_pixels
+    from detailflow.data.image_files import MAX_PIXELS_VARIABLE, max_pixels
     from detailflow.pipeline import DetailFlowPipeline
     from detailflow.serving.app import create_app
+    from detailflow.serving.engine import warm_up
     from detailflow.serving.server import Server, is_loopback, listen, url
 
     pixels = max_pixels() if MAX_PIXELS_VARIABLE in os.environ else ServeConfig.max_pixels
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         max_upload=args.max_upload * 2**20,
         max_pixels=pixels,
         timeout=args.timeout,
+        cross_site=args.no_auth,
     )
     with listen(args.host, args.port) as listener:
         if config.api_key is None and not args.no_auth and not is_loopback(listener):
@@ -74,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
         pipeline = DetailFlowPipeline.from_pretrained(
             args.model, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, engine=args.engine
         )
+        warm_up(pipeline)
         app = create_app(pipeline, config)
         address = url(listener)
         print(f"serving {config.model_name}: the studio at {address}, the API at {address}/docs", flush=True)
@@ -84,13 +87,19 @@ def main(argv: Sequence[str]) -> int:
 def _api_key(variable: str | None, no_auth: bool) -> str | None:
     """Return the key from the environment: an option's value could be read by every user of the machine."""
     if no_auth:
-        if variable:
+        if variable is not None:
             raise DetailFlowError("--api-key and --no-auth contradict each other: give one of them")
         return None
-    key = os.environ.get(variable or KEY_VARIABLE)
-    if variable and not key:
+    if variable == "":
+        raise DetailFlowError("--api-key is empty: name the environment variable that has the key, or leave it out")
+    name = KEY_VARIABLE if variable is None else variable
+    key = os.environ.get(name)
+    if key is None and variable is not None:
         raise DetailFlowError(f"--api-key names the environment variable {variable!r}, which is not set")
-    return key or None
+    if key == "":
+        advice = "give it the key" if variable else "give it the key, or unset it to ask for none"
+        raise DetailFlowError(f"the environment variable {name} is empty: {advice}")
+    return key
 
 
 def _model_name(name: str | None, model: str | None) -> str:

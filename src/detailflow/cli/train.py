@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detailflow.cli.common import Parser, add_device_option, check_apart, check_output
-from detailflow.cli.settings import DRY_RUN, RECIPES, Request, read_request, read_settings_file, recipe_file
+from detailflow.cli.request import DRY_RUN, RECIPES, Request, read_request, read_settings_file, recipe_file
 from detailflow.errors import DetailFlowError, MissingPackageError, missing_package
 from detailflow.settings import Location, PositiveInt, flat, parse_settings, unknown
 
@@ -76,7 +76,7 @@ def _planned_tokenizer(name: str | None) -> Any:
     file = Path(recipe_file(name)) if name else None
     if file is None or not os.path.isfile(file) or file.suffix not in (".yaml", ".yml"):
         return None
-    under = [file.with_name("tokenizer.yaml")] if file.is_relative_to(RECIPES) else []  # that others are laid over
+    under = [file.with_name("tokenizer.yaml")] if file.is_relative_to(RECIPES) else []  # the base of the others
     values = {key: value for path in (*under, file) for key, value in flat(read_settings_file(str(path)))}
     sizes = {key.removeprefix("model."): value for key, value in values.items() if key.startswith("model.")}
     return parse_settings(TokenizerConfig, sizes, name)

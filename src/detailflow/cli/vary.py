@@ -17,7 +17,7 @@ from detailflow.cli.common import (
     check_output,
     sampling_options,
 )
-from detailflow.cli.inputs import Inputs, add_image_options
+from detailflow.cli.operands import Inputs, add_image_options
 from detailflow.errors import DetailFlowError
 from detailflow.progress import PERCENT, progress_bar
 from detailflow.settings import PositiveInt, Seed

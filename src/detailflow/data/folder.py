@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from detailflow.data.decode import image_suffixes
+from detailflow.data.image_files import image_suffixes
 from detailflow.data.source import MADE, Notes
 from detailflow.errors import DetailFlowError, explained, printable, some_names
 from detailflow.pictures import is_made, is_overview
@@ -75,7 +75,7 @@ def find_in_folder(top: str, split: str | None) -> DataFiles:
     notes = Notes()
     if _is_saved(top):
         return _find_saved(top, split, notes)
-    entries = [entry for entry in _entries(top) if not _is_system(entry.name)]
+    entries = [entry for entry in _entries(top) if not is_system(entry.name)]
     subfolders = [entry.name for entry in entries if _kind(entry) == "folder" and entry.name.lower() not in _THUMBNAILS]
     files = [entry.path for entry in entries if _kind(entry) == "file"]
     metadata = [file for file in files if os.path.basename(file).lower() in _METADATA]
@@ -100,13 +100,12 @@ def _sort(top: str, split: str | None, notes: Notes, metadata: list[str]) -> Dat
     images = [file for file in files if _suffix(file) in image_suffixes()]
     pictures = {file for file in images if is_overview(file)}
     images = [file for file in images if file not in pictures]
-    many = {kind: [file for file in files if _suffix(file) == kind] for kind in MANY}
-    if images:
-        many[".parquet"] = [file for file in many[".parquet"] if os.path.basename(file) != _METADATA_IN_PARQUET]
-    kind = max(MANY, key=lambda kind: len(many[kind]))
-    if many[kind] and not _images_win(top, images, many[kind]):
-        taken = _files_of_split(top, [within(file, top) for file in many[kind]], split, notes)
-        _leave_others(top, files, set(many[kind]), notes)
+    kind, many = most_of_one_kind(
+        [file for file in files if not (images and os.path.basename(file) == _METADATA_IN_PARQUET)]
+    )
+    if many and not _images_win(top, images, many):
+        taken = _files_of_split(top, [within(file, top) for file in many], split, notes)
+        leave_others(top, files, set(many), notes)
         return DataFiles(kind, top, [os.path.join(top, name) for name in taken], notes)
     metadata += [file for file in files if os.path.basename(file).lower() in _METADATA and file not in metadata]
     if not metadata and any(os.path.basename(file) == _METADATA_IN_PARQUET for file in files):
@@ -116,7 +115,7 @@ def _sort(top: str, split: str | None, notes: Notes, metadata: list[str]) -> Dat
         images = [file for file in images if file not in made]
         notes.leave(MADE, *(within(file, top) for file in sorted(made)))
     notes.leave("file of several images", *(within(file, top) for file in sorted(pictures)))
-    _leave_others(top, files, {*images, *pictures, *made, *metadata}, notes)
+    leave_others(top, files, {*images, *pictures, *made, *metadata}, notes)
     if not images:
         holds = f"; it holds {notes.aside()}" if notes.left_aside else ""
         raise DetailFlowError(
@@ -130,7 +129,15 @@ def _images_win(top: str, images: list[str], many: list[str]) -> bool:
     return len(images) > len(many) or len({*first_folders(images, top)} - {None}) > 1
 
 
-def _leave_others(top: str, files: Iterable[str], taken: set[str], notes: Notes) -> None:
+def most_of_one_kind(files: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the kind of files of many images that most of these are, and those of that kind, which may be none."""
+    many = {kind: [file for file in files if _suffix(file) == kind] for kind in MANY}
+    kind = max(MANY, key=lambda kind: len(many[kind]))
+    return kind, many[kind]
+
+
+def leave_others(top: str, files: Iterable[str], taken: set[str], notes: Notes) -> None:
+    """Leave aside what is not among the files that are taken."""
     for file in files:
         if file not in taken:
             suffix = _suffix(file)
@@ -177,7 +184,7 @@ def _walk(top: str, notes: Notes) -> tuple[list[str], list[str]]:
             continue
         below = []
         for entry in entries:
-            if _is_system(entry.name):
+            if is_system(entry.name):
                 continue
             if (kind := _kind(entry)) == "file":
                 files.append(entry.path)
@@ -213,7 +220,8 @@ def _entries(folder: str) -> list["os.DirEntry[str]"]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-def _is_system(name: str) -> bool:
+def is_system(name: str) -> bool:
+    """Return whether a name is of a hidden file or folder, or of one that a system leaves beside people's files."""
     return name.startswith(".") or name.casefold() in _SYSTEM
 
 

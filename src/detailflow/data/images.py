@@ -4,7 +4,6 @@ Only parquet files, folders by `save_to_disk` and hub data sets need the `datase
 """
 
 import csv
-import json
 import logging
 import os
 import re
@@ -16,8 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from detailflow.data.decode import image_suffixes
-from detailflow.data.folder import ARCHIVES, MANY, DataFiles, file_sizes, find_in_folder, first_folders, within
+from detailflow.data.columns import ask_for_labels, parse_json, plain_name
+from detailflow.data.folder import (
+    ARCHIVES,
+    MANY,
+    DataFiles,
+    file_sizes,
+    find_in_folder,
+    first_folders,
+    is_system,
+    leave_others,
+    most_of_one_kind,
+    within,
+)
+from detailflow.data.image_files import image_suffixes
 from detailflow.data.parquet import open_parquet
 from detailflow.data.source import ImageSource, Notes, class_order, labelled, not_there
 from detailflow.data.tables import open_hub, open_saved
@@ -34,7 +45,6 @@ _MAGIC = re.compile(r"[*?[]")
 _FILE_NAMES = ("file_name", "image_file_name", "filename")  # columns of metadata files
 Labels = dict[str, str | list[str | None] | None]  # by path
 _MORE = "\0"  # the key of cells beyond the columns of a table
-_LIKE_LABEL = ("label", "class", "categor")  # how a column of labels may be called
 
 
 def open_images(
@@ -128,19 +138,26 @@ def _matching(pattern: str) -> list[str]:
         rest.append("*")
     top = Path(*parts[:first])
     found: Iterable[Path] = top.glob(os.path.join(*rest))
-    if not any(part.startswith(".") for part in rest):
-        found = (path for path in found if not any(part.startswith(".") for part in path.relative_to(top).parts))
+    if not any(map(is_system, rest)):
+        found = (path for path in found if not any(map(is_system, path.relative_to(top).parts)))
     return sorted(map(str, set(found)))
 
 
 def _of_one_kind(data: str, files: Iterable[str]) -> DataFiles:
+    """Return those of the files of many images that a folder of them would be; the others are left aside."""
     files = [str(Path(file)) for file in files]
-    for kind in MANY:
-        if chosen := [file for file in files if os.path.splitext(file)[1].lower() == kind]:
-            if missing := next((file for file in chosen if not os.path.isfile(file)), None):
-                raise DetailFlowError(f"{missing} does not exist: check the range in {data}")
-            return DataFiles(kind, data, chosen, Notes())
-    raise DetailFlowError(f"{data} matches no .parquet file and no .tar file: check the pattern")
+    kind, chosen = most_of_one_kind(files)
+    if not chosen:
+        raise DetailFlowError(f"{data} matches no .parquet file and no .tar file: check the pattern")
+    if missing := next((file for file in chosen if not os.path.isfile(file)), None):
+        raise DetailFlowError(f"{missing} does not exist: check the range in {data}")
+    notes, top = Notes(), os.path.commonpath(list(map(os.path.dirname, files)))
+    folders = {file for file in set(files).difference(chosen) if os.path.isdir(file)}
+    if folders:  # those that a pattern such as ** matches with the files in them are read
+        unread = folders.difference(str(folder) for file in files for folder in Path(file).parents)
+        notes.leave("folder", *(within(folder, top) for folder in sorted(unread)))
+    leave_others(top, files, {*chosen, *folders}, notes)
+    return DataFiles(kind, data, chosen, notes)
 
 
 class _FileRows:
@@ -244,7 +261,7 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Label
     A file that gives no labels is left aside, unless its column was asked for by name.
     """
     labels: Labels = {}
-    wanted, used = _column(label_column), False
+    wanted, used = plain_name(label_column), False
     for file in files:
         folder, base = os.path.split(file)
         found = 0
@@ -267,10 +284,8 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Label
             notes.leave(os.path.splitext(file)[1], base)
             if wanted in others:
                 notes.question = f"{base} has no column file_name, so its labels are not used: is it called otherwise?"
-            elif alike := sorted(column for column in others if column.startswith(_LIKE_LABEL)):
-                notes.question = (
-                    f"{base} has no column {label_column}: did you mean {alike[0]} (--label-column {alike[0]})?"
-                )
+            elif question := ask_for_labels(base, label_column, others):
+                notes.question = question
             elif others.isdisjoint(_FILE_NAMES):
                 notes.question = (
                     f"{base} has no column file_name, so it is not used: does its first row name the columns?"
@@ -283,10 +298,6 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Label
     return labels if used else None
 
 
-def _column(name: str) -> str:
-    return name.strip().casefold()
-
-
 def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each row's number and its cells by the names of their columns in lower case."""
     kinds = (OSError, ValueError, RecursionError)
@@ -296,7 +307,8 @@ def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         explained(f"{file} cannot be read", UnicodeDecodeError, hint="save it as UTF-8"),
         open(file, encoding="utf-8-sig", newline="") as opened,
     ):
-        rows: Iterator[Any] = map(json.loads, filter(str.strip, opened))
+        lines = enumerate(filter(str.strip, opened), 1)
+        rows: Iterator[Any] = (parse_json(line, wanted, f"{file} row {number}") for number, line in lines)
         header = None
         if file.lower().endswith(".csv"):
             first = opened.readline()
@@ -315,10 +327,10 @@ def _rows(file: str, wanted: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
                     f"{file} row {number} has {len(header) + len(more)} cells, and the first row names {len(header)} "
                     "columns: put a cell with a comma in quotes, and write several labels as cat;dog"
                 )
-            columns = list(map(_column, header or row))
+            columns = list(map(plain_name, header or row))
             if twice := [name for name in wanted if columns.count(name) > 1]:
                 raise DetailFlowError(f"{file} has several columns called {twice[0]}: keep one of them")
-            yield number, {_column(name): cell for name, cell in row.items()}
+            yield number, {plain_name(name): cell for name, cell in row.items()}
 
 
 def _inside(folder: str, name: Any, where: str) -> str:

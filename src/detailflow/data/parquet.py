@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from detailflow.data.columns import ask_for_labels
 from detailflow.data.folder import DataFiles, within
 from detailflow.data.source import ImageSource, labelled
 from detailflow.data.tables import TableRows, check_names, import_datasets, mapped_column, require_columns
@@ -24,6 +25,7 @@ _EXPANDED = 256 * 2**20  # bytes that a row group or a file's images may always 
 _MOST_EXPANSION = 20  # and how many times its compressed size if it is larger
 _ROWS = 2**20  # that a file of any size may have
 _BATCH_ROWS = 256  # images that are copied at once
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # in the name of a folder of rows that have none
 
 
 class ParquetFile(NamedTuple):
@@ -32,9 +34,10 @@ class ParquetFile(NamedTuple):
     Attributes:
         images: the Arrow type of its image column.
         labels: what its label column has: "numbers", "names", "hidden" (all are missing), or "" if there is none.
-        folder_label: the label in a path such as "label=cat/0.parquet", in place of a label column.
+        folder_label: the label in a path such as "label=cat/0.parquet", in place of a label column; "" is no label.
         class_names: those in its Hugging Face metadata, if any.
         largest: bytes, decompressed, of the images in its largest row group.
+        columns: the names of its columns.
     """
 
     path: str
@@ -44,6 +47,7 @@ class ParquetFile(NamedTuple):
     folder_label: str | None
     class_names: tuple[str, ...]
     largest: int
+    columns: tuple[str, ...]
 
 
 def _read_footers(found: DataFiles, image_column: str, label_column: str) -> list[ParquetFile]:
@@ -83,6 +87,7 @@ def _read_footer(file: str, place: str, image_column: str, label_column: str) ->
         largest, columns = _check_expansion(file, metadata, image_column), schema.names
     folders = [part.partition("=") for part in reversed(Path(place).parent.parts)]
     folder_label = next((unquote(value) for key, _, value in folders if key == label_column and value), None)
+    folder_label = "" if folder_label == _NO_VALUE else folder_label
     require_columns(file, columns, image_column, "label" if folder_label is not None else label_column)
     if twice := [column for column in (image_column, label_column) if columns.count(column) > 1]:
         raise DetailFlowError(f"{file} has {columns.count(twice[0])} columns {twice[0]!r}: give each a name of its own")
@@ -94,7 +99,7 @@ def _read_footer(file: str, place: str, image_column: str, label_column: str) ->
     if label_column in columns:
         folder_label, labels = None, _kind_of_labels(file, label_column, schema.field(label_column).type)
         names = _class_names(file, schema.metadata or {}, label_column)
-    return ParquetFile(file, metadata.num_rows, images, labels, folder_label, names, largest)
+    return ParquetFile(file, metadata.num_rows, images, labels, folder_label, names, largest, tuple(columns))
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -106,7 +111,7 @@ def _holds_bytes(kind: Any) -> bool:
 def _kind_of_labels(file: str, column: str, kind: Any) -> str:
     from pyarrow import types
 
-    several = types.is_list(kind) or types.is_large_list(kind)
+    several = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     value = kind.value_type if several or types.is_dictionary(kind) else kind
     if types.is_integer(value) or types.is_boolean(value):
         return "numbers"
@@ -164,12 +169,19 @@ def open_parquet(found: DataFiles, image_column: str, label_column: str) -> Imag
     labels = _read_labels(footers, label_column)
     copies = [_copy(f, image_column) for f in progress_bar(footers, desc="copying", unit="file")]
     rows = TableRows(files, [footer.rows for footer in footers], partial(mapped_column, copies, image_column))
-    folders = {os.path.basename(os.path.dirname(file)) for file in files}
-    if labels is None and len(folders) > 1:
-        found.notes.question = (
-            f"its files are in folders ({some_names(folders)}), which give no labels: add a column {label_column!r}"
-        )
+    if labels is None:
+        found.notes.ask(_ask_for_labels(files, label_column, set(footers[0].columns) - {image_column}))
     return labelled(rows, found.name, labels, footers[0].class_names)
+
+
+def _ask_for_labels(files: list[str], label_column: str, others: set[str]) -> str:
+    """Return what may be the labels of files that have none."""
+    if question := ask_for_labels(files[0], label_column, others):
+        return question
+    folders = {os.path.basename(os.path.dirname(file)) for file in files}
+    if len(folders) < 2:
+        return ""
+    return f"its files are in folders ({some_names(folders)}), which give no labels: add a column {label_column!r}"
 
 
 def _read_labels(footers: list[ParquetFile], column: str) -> list[Any] | None:
@@ -196,8 +208,10 @@ def _values(file: str, column: str) -> Iterator[Any]:
 
 def _plain(chunk: Any) -> Iterator[Any]:
     """Yield an Arrow array's values; equal texts are one."""
-    from pyarrow import types
+    from pyarrow import list_, types
 
+    if types.is_fixed_size_list(chunk.type):
+        chunk = chunk.cast(list_(chunk.type.value_type))
     if types.is_dictionary(chunk.type):
         texts = chunk.dictionary.to_pylist()
         yield from (None if place is None else texts[place] for place in chunk.indices.to_pylist())

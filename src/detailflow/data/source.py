@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from detailflow.data.decode import REMEDIES, image_size, load_rgb
+from detailflow.data.image_files import REMEDIES, image_size, load_rgb
 from detailflow.errors import DetailFlowError, NotThereError, explained, one_line, printable
 from detailflow.files import check_regular, similar
 from detailflow.labels import UNLABELLED
@@ -50,6 +50,10 @@ class Notes:
         """Add to what was left aside."""
         if names:
             self.left_aside.setdefault(kind, []).extend(map(printable, names))
+
+    def ask(self, question: str) -> None:
+        """Add to what the user may have meant."""
+        self.question = "; ".join(filter(None, (self.question, question)))
 
     def aside(self) -> str:
         """Return "2 archives (a.zip, b.zip), 40 .heic", or "" if nothing was left aside."""
@@ -232,7 +236,7 @@ class ImageSource:
         return self.described(text)
 
     def described(self, sizes: str, unreadable: int = 0) -> str:
-        """Return one line on the set, of which the sizes and the number of unreadable images are known."""
+        """Return one line on the set, given its sizes and the number of unreadable images."""
         images = describe_classes(self.counts, len(self))
         if unreadable:
             images += f", {unreadable:,} of them unreadable"
@@ -346,6 +350,10 @@ def labelled(
     A list has several labels of its image. An empty one and what is in `no_label` (-1 is the hub's mark of a hidden
     label, as a number or as text) are not a label: either all images have one, or none.
     """
+    if _are_vectors(values or ()):
+        raise DetailFlowError(
+            f"{where} has lists of zeros and ones as labels, a place for each class: give class numbers or names"
+        )
     lists = [_listed(value, no_label) for value in values or ()]
     counts = np.array([len(labels) for labels in lists], np.int64)
     if not counts.any():
@@ -360,6 +368,20 @@ def labelled(
     table = np.full((len(rows), most), -1, np.int64)
     table[np.arange(most) < counts[:, None]] = numbers
     return ImageSource(rows, table, class_names)
+
+
+def _are_vectors(values: Sequence[Any]) -> bool:
+    """Tell vectors with a place for each class (one-hot) from lists of class numbers, which are of any length.
+
+    That every image has both classes, 0 and 1, is unlikely, but possible if all say it in one order.
+    """
+    first = values[0] if values else None
+    if not isinstance(first, list) or len(first) < 2 or (len(first) == 2 and all(value == first for value in values)):
+        return False
+    return all(
+        isinstance(value, list) and len(value) == len(first) and all(one in (0, 1, "0", "1") for one in value)
+        for value in values
+    )
 
 
 def _listed(value: Any, no_label: Sequence[Any]) -> list[Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detailflow.data.decode import load_rgb
+from detailflow.data.columns import ask_for_labels
+from detailflow.data.image_files import load_rgb
 from detailflow.data.images import find
 from detailflow.data.source import Notes, describe, fingerprint
 from detailflow.data.tables import check_columns, import_datasets, load_hub, stored_image
@@ -33,6 +34,7 @@ class StreamSource:
             classes without reading all of it.
         num_images: how many it has, if that is known.
         identity: its name, split, version and sizes.
+        question: what the user may have meant instead.
     """
 
     dataset: Any
@@ -42,6 +44,7 @@ class StreamSource:
     class_names: tuple[str, ...]
     num_images: int | None
     identity: tuple[str, ...]
+    question: str = ""
 
     def __post_init__(self) -> None:
         features, kind = self.dataset.features, import_datasets().Image
@@ -67,7 +70,7 @@ class StreamSource:
         """Return one line on the set."""
         count = "an unknown number of" if self.num_images is None else f"{self.num_images:,}"
         classes = "without classes" if self.class_names == UNLABELLED else f"in {len(self.class_names):,} classes"
-        return describe(self.name, f"{count} images {classes}", "streamed", Notes())
+        return describe(self.name, f"{count} images {classes}", "streamed", Notes(question=self.question))
 
     def records(self, rng: np.random.Generator, buffer: int, world: World) -> Iterator[dict[str, Any]]:
         """Yield this process's part once, shuffled; images are not decoded yet."""
@@ -141,6 +144,8 @@ def open_stream(
     names = check_columns(name, dataset.features, image_column, label_column)
     identity = (name, found.split, str(info.version), str(info.download_checksums), str(sizes))
     count = sizes.num_examples or None if sizes else None
-    source = StreamSource(dataset, name, image_column, label_column, names or (), count, identity)
+    others = set(dataset.features) - {image_column}
+    question = ask_for_labels(name, label_column, others) if names is None else ""
+    source = StreamSource(dataset, name, image_column, label_column, names or (), count, identity, question)
     _log.info("%s", source.summary)
     return source

@@ -20,6 +20,7 @@ from urllib.request import HTTPRedirectHandler, build_opener
 
 import numpy as np
 
+from detailflow.data.columns import ask_for_labels
 from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.source import ImageSource, labelled, not_there
 from detailflow.errors import DetailFlowError, MissingPackageError, explained, first_line, missing_package, printable
@@ -187,7 +188,7 @@ def open_hub(found: DataFiles, image_column: str, label_column: str) -> ImageSou
     dataset = load_hub(name, split)
     column, identity = partial(_dataset_column, dataset, image_column), str(dataset._fingerprint)
     rows = TableRows([f"{name} {split}"], [len(dataset)], column, (name, identity))
-    return _from_dataset(dataset, name, rows, image_column, label_column)
+    return _from_dataset(dataset, found, rows, image_column, label_column)
 
 
 def open_saved(found: DataFiles, image_column: str, label_column: str) -> ImageSource:
@@ -209,7 +210,7 @@ def open_saved(found: DataFiles, image_column: str, label_column: str) -> ImageS
             dataset = dataset.flatten_indices(keep_in_memory=True)
             counts, column = [0] * len(files), partial(_dataset_column, dataset, image_column)
             files, counts = [*files, os.path.join(folder, "state.json")], [*counts, len(dataset)]
-    return _from_dataset(dataset, folder, TableRows(files, counts, column), image_column, label_column)
+    return _from_dataset(dataset, found, TableRows(files, counts, column), image_column, label_column)
 
 
 def _count_rows(file: str) -> int:
@@ -219,11 +220,13 @@ def _count_rows(file: str) -> int:
         return sum(batch.num_rows for batch in batches)
 
 
-def _from_dataset(dataset: Any, where: str, rows: TableRows, image_column: str, label_column: str) -> ImageSource:
-    names = check_columns(where, dataset.features, image_column, label_column)
+def _from_dataset(dataset: Any, found: DataFiles, rows: TableRows, image_column: str, label_column: str) -> ImageSource:
+    where, names = found.where, check_columns(found.where, dataset.features, image_column, label_column)
     if len(dataset) == 0:
         raise DetailFlowError(f"{where} holds no images: it has no rows")
     labels = None if names is None else dataset.data.column(label_column).to_pylist()
+    if labels is None:
+        found.notes.ask(ask_for_labels(where, label_column, set(dataset.features) - {image_column}))
     return labelled(rows, where, labels, names or ())
 
 

@@ -5,7 +5,6 @@ file.
 """
 
 import io
-import json
 import os
 import posixpath
 import re
@@ -13,14 +12,15 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from detailflow.data.decode import REMEDIES, image_suffixes
+from detailflow.data.columns import ask_for_labels, parse_json, plain_name
 from detailflow.data.folder import DataFiles, file_sizes
+from detailflow.data.image_files import REMEDIES, image_suffixes
 from detailflow.data.source import ImageSource, Notes, labelled
-from detailflow.errors import DetailFlowError, explained
+from detailflow.errors import DetailFlowError, explained, some_names
 from detailflow.progress import progress_bar
 from detailflow.words import several
 
@@ -35,7 +35,7 @@ class _ShardRows:
     # opened for each read, so there is nothing to share between processes; that is 1% of the time that decoding takes.
 
     def __init__(self, files: Sequence[str], shards: Sequence["_Shard"]) -> None:
-        self.files = list(files)
+        self.files, self.states = list(files), [shard.state for shard in shards]
         self.ends = np.cumsum([len(shard.spans) for shard in shards])
         self.keys = np.array([key.encode("utf-8", "surrogateescape") for shard in shards for key in shard.spans])
         self.spans = np.array([span for shard in shards for span in shard.spans.values()], np.int64)
@@ -43,17 +43,20 @@ class _ShardRows:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def _file(self, index: int) -> str:
-        return self.files[int(np.searchsorted(self.ends, index, side="right"))]
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self.ends, index, side="right"))
 
     def name(self, index: int) -> str:
-        return f"{self._file(index)} {self.keys[index].decode('utf-8', 'replace')}"
+        return f"{self.files[self._shard(index)]} {self.keys[index].decode('utf-8', 'replace')}"
 
     def stored(self, index: int) -> bytes:
-        start, size = self.spans[index].tolist()
-        with explained(f"{self.name(index)} cannot be read"), open(self._file(index), "rb", buffering=0) as file:
+        shard, (start, size) = self._shard(index), self.spans[index].tolist()
+        with explained(f"{self.name(index)} cannot be read"), open(self.files[shard], "rb", buffering=0) as file:
             file.seek(start)
-            return file.read(size)
+            content, state = file.read(size), _state(file)
+        if state != self.states[shard] or len(content) < size:  # another image may be there, and get this one's label
+            raise DetailFlowError(f"{self.files[shard]} has changed since it was opened: start again")
+        return content
 
     def listing(self) -> Iterator[tuple[str | int, ...]]:
         # Keys and sizes, too: one shard may be replaced by another of the same size.
@@ -95,12 +98,27 @@ def open_shards(found: DataFiles, image_column: str, label_column: str) -> Image
             f"files may be missing from {cut[0]}{others}, as no mark of an archive's end follows: copy such a shard "
             "again, or write it again and close it"
         )
+    if unlabelled:
+        notes.ask(_ask_for_labels(where, shards))
+    return labelled(rows, where, _numbers(labels))
+
+
+def _ask_for_labels(where: str, shards: Sequence["_Shard"]) -> str:
+    """Return what may be the labels of shards that have none."""
+    if question := next((shard.question for shard in shards if shard.question), ""):
+        return question
+    parts = []
     keys = (_plain(key) for shard in shards for key in shard.spans)
     folders = sorted({key.partition("/")[0] for key in keys if "/" in key})
-    if unlabelled and len(folders) > 1:
+    if len(folders) > 1:
         some = ", ".join(folders[:3]) + ", …" * (len(folders) > 3)
-        notes.question = f"its images are in the folders {some}: if these are their classes, unpack {where}"
-    return labelled(rows, where, _numbers(labels))
+        parts.append(f"its images are in the folders {some}: if these are their classes, unpack {where}")
+    if beside := set().union(*(shard.beside for shard in shards)):
+        parts.append(
+            f"its {some_names(beside)} files give no labels: these are read from .cls files, and from the entry label "
+            "of .json files"
+        )
+    return "; ".join(parts)
 
 
 def _numbers(labels: list[Any]) -> list[Any]:
@@ -115,6 +133,9 @@ class _Shard(NamedTuple):
     labels: list[Any]  # one for each of them
     notes: Notes
     ended: bool  # the archive has a mark of its end
+    beside: set[str]  # suffixes of files beside images that give no label
+    question: str  # whether labels are there by another name
+    state: tuple[int, ...]  # of the file as its headers were read
 
 
 class _BoundedReader(io.BufferedReader):
@@ -133,7 +154,9 @@ def _read_headers(file: str, image_column: str, label_column: str) -> _Shard:
         _BoundedReader(open(file, "rb", buffering=0)) as opened,
         tarfile.open(fileobj=opened, mode="r:") as archive,
     ):
+        state = _state(opened)
         members = _Members(
+            file,
             archive,
             image_suffixes() if image_column == "image" else frozenset({f".{image_column.lower()}"}),
             label_column,
@@ -141,7 +164,14 @@ def _read_headers(file: str, image_column: str, label_column: str) -> _Shard:
         for member in archive:
             members.add(member)
         ended = _check_end(file, opened, archive.offset)
-    return members.shard(file, ended)
+    return members.shard(ended, state)
+
+
+def _state(file: IO[bytes]) -> tuple[int, ...]:
+    """Return what changes if another file takes a file's place, or if it is written to."""
+    # Not its number, which some network folders give again.
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def _check_end(file: str, opened: BinaryIO, end: int) -> bool:
@@ -168,11 +198,14 @@ def _check_end(file: str, opened: BinaryIO, end: int) -> bool:
 class _Members:
     """The images and labels among a shard's members."""
 
-    def __init__(self, archive: tarfile.TarFile, suffixes: frozenset[str], label_column: str) -> None:
-        self.archive, self.suffixes, self.label_column = archive, suffixes, label_column
+    def __init__(self, file: str, archive: tarfile.TarFile, suffixes: frozenset[str], label_column: str) -> None:
+        self.file, self.archive, self.suffixes = file, archive, suffixes
+        self.label_column, self.names = label_column, {plain_name(label_column)}
         self.images: dict[str, tuple[int, int]] = {}  # name → where it begins, and its bytes
         self.cls_labels: dict[str, Any] = {}  # by key
         self.json_labels: dict[str, Any] = {}
+        self.others: dict[str, set[str]] = {}  # suffix → keys of files from which no label is read
+        self.question: str | None = None  # whether another entry of the first .json file without a label is meant
         self.notes = Notes()
         self.replaced: list[str] = []  # whose name another member has later; as in unpacking, the last is taken
 
@@ -196,11 +229,28 @@ class _Members:
         elif last == ".cls" and self.label_column == "label":
             self._put(self.cls_labels, member, path[:-4], self._text(member).strip())
         elif last == ".json":
-            entries = json.loads(self._text(member))
-            label = entries.get(self.label_column) if isinstance(entries, dict) else None
-            self._put(self.json_labels, member, path[:-5], label)
+            self._put(self.json_labels, member, path[:-5], self._json_label(member, path, suffixes))
         elif last in REMEDIES:
             self.notes.leave(last, member.name)
+        elif suffixes and last not in image_suffixes():
+            self._give_no_label(path, suffixes)
+
+    def _json_label(self, member: tarfile.TarInfo, path: str, suffixes: str) -> Any:
+        name = f"{self.file} {member.name}"
+        entries = parse_json(self._text(member), self.names, name)
+        if not isinstance(entries, dict):
+            entries = {}
+        if self.label_column not in entries:
+            self._give_no_label(path, suffixes)
+            if self.question is None:
+                self.question = ask_for_labels(name, self.label_column, entries, "entry")
+        label = entries.get(self.label_column)
+        if wrong := [one for one in (label if isinstance(label, list) else [label]) if isinstance(one, bool)]:
+            raise DetailFlowError(f"{name} has the label {wrong[0]}, which is neither a class number nor a name")
+        return label
+
+    def _give_no_label(self, path: str, suffixes: str) -> None:
+        self.others.setdefault(f".{suffixes}", set()).add(_first_key(path))
 
     def _put(self, members: dict[str, Any], member: tarfile.TarInfo, key: str, value: Any) -> None:
         if key in members:
@@ -212,7 +262,7 @@ class _Members:
         self.archive.fileobj.seek(member.offset_data)  # a third of the time that `extractfile` takes, a million times
         return self.archive.fileobj.read(member.size).decode("utf-8-sig")
 
-    def shard(self, file: str, ended: bool) -> _Shard:
+    def shard(self, ended: bool, state: tuple[int, ...]) -> _Shard:
         spans: dict[str, tuple[int, int]] = {}
         dotted = []  # images whose suffix is only the last part of what follows the key
         for name, span in self.images.items():
@@ -237,8 +287,9 @@ class _Members:
         self.notes.leave("label file without an image", *unused)
         if self.replaced:
             first = f"(the first: {self.replaced[0]}): the last of each name is taken"
-            self.notes.warnings.append(f"{file} holds {several(len(self.replaced), 'file')} twice {first}")
-        return _Shard(spans, of_keys, self.notes, ended)
+            self.notes.warnings.append(f"{self.file} holds {several(len(self.replaced), 'file')} twice {first}")
+        beside = {suffix for suffix, found in self.others.items() if not found.isdisjoint(taken)}
+        return _Shard(spans, of_keys, self.notes, ended, beside, self.question or "", state)
 
 
 def _plain(name: str) -> str:

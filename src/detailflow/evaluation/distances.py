@@ -103,7 +103,7 @@ class FeatureStatistics:
     def compute(self, checksum: str = "") -> Statistics:
         """Return the statistics of all ranks' images; every rank must call it."""
         if self.next != self.shard.stop or self.pool is None:
-            raise ValueError(f"{self.next - self.shard.start} images came where this rank's part is {len(self.shard)}")
+            raise ValueError(f"{self.next - self.shard.start} images came, and this rank's part is {len(self.shard)}")
         for running in (self.pool, self.spatial, self.score):
             if running:
                 running.merge(self.world)
@@ -243,7 +243,7 @@ def cautions(reference: Statistics, samples: Statistics, prefix: str = "", neigh
                 )
     if samples.inception_score and samples.pool.count and samples.pool.count < IMAGES_PER_SPLIT:
         found.append(
-            f"IS: it is of {samples.pool.count:,} images, where usual splits have {IMAGES_PER_SPLIT:,}, and lower the "
+            f"IS: it is of {samples.pool.count:,} images, and usual splits have {IMAGES_PER_SPLIT:,}, and lower the "
             "fewer they are."
         )
     if samples.inception_score is None:
@@ -256,7 +256,7 @@ def cautions(reference: Statistics, samples: Statistics, prefix: str = "", neigh
         counts = [len(x.kept) for x in (reference, samples) if x.kept is not None]
         if counts != [REFERENCE_KEPT, SAMPLES_KEPT]:
             found.append(
-                f"precision, recall: of {counts[0]:,} images of the reference and {counts[1]:,} samples, where ADM's "
+                f"precision, recall: of {counts[0]:,} images of the reference and {counts[1]:,} samples, and ADM's "
                 f"evaluation has {REFERENCE_KEPT:,} and {SAMPLES_KEPT:,}, on which both depend."
             )
     return found

@@ -113,10 +113,10 @@ class NormalizedNetwork(_Network):
         fingerprint: str,
         device: torch.device,
         size: int | None = None,
-        mean: tuple[float, ...] = HALVES,
-        std: tuple[float, ...] = HALVES,
+        moments: tuple[tuple[float, ...], tuple[float, ...]] = (HALVES, HALVES),
     ) -> None:
         about = f"resized to {size}×{size}, bicubic with antialiasing" if size else "bytes at their own size"
+        mean, std = moments
         if mean == std == HALVES:
             about += ", scaled to [-1, 1]"
         else:
@@ -230,7 +230,7 @@ def _dinov2(device: torch.device, weights: str | None = None) -> NormalizedNetwo
         what = f"{weights} does not hold" if weights else "cannot be downloaded:"
         raise _no_weights("dinov2", what, f"model.safetensors of timm/{DINOV2} on the Hugging Face hub") from error
     fingerprint, moments = hub.fingerprint({}, network.state_dict()), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return NormalizedNetwork("dinov2", network, lambda x: (network(x), None), fingerprint, device, SIDE, *moments)
+    return NormalizedNetwork("dinov2", network, lambda x: (network(x), None), fingerprint, device, SIDE, moments)
 
 
 def _efficientnet(device: torch.device, weights: str | None = None) -> NormalizedNetwork:

@@ -23,7 +23,7 @@ from detailflow.evaluation.distances import (
 )
 from detailflow.evaluation.evaluate import PICTURES, Context, at_side, data_entry, provenance, spread_note
 from detailflow.evaluation.features import INCEPTION, Extractor
-from detailflow.evaluation.published import quotes
+from detailflow.evaluation.quoted import quotes
 from detailflow.evaluation.report import Figure, Picture, Plot, Report, Row, Section, in_words, shared_settings
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
 from detailflow.labels import ClassId
@@ -37,7 +37,7 @@ LABELS = ("balanced", "random")
 SAMPLES = "samples"  # the folder in the output folder for images that are kept
 OUR_CROP = (
     "The reference's images are brought to their size by one bicubic resize. ADM's reference, which published FIDs are "
-    "to, is of photographs that were first halved by averages where they were at least twice as large, so such figures "
+    "to, is of photographs that were first halved by averages if they were at least twice as large, so such figures "
     "differ a little."
 )
 RECOGNISED = (

@@ -192,7 +192,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 def edge_jumps(a: Tensor, b: Tensor, patch: int) -> Tensor:
     """Return how much a − b changes between neighbours across the edges of patches, and inside them: (B, 2) float64.
 
-    Of pairs of images, bytes (B, H, W, 3), the mean over rows and columns. The ratio of the two is blockiness: 1 where
+    Of pairs of images, bytes (B, H, W, 3), the mean over rows and columns. The ratio of the two is blockiness: 1 if
     patches fit together, and more if one sees their grid.
     """
     error, sums, counts = a.float() - b.float(), torch.zeros(len(a), 2, dtype=torch.float64, device=a.device), [0, 0]

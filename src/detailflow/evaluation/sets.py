@@ -32,6 +32,7 @@ THREADS = 4  # that decode a rank's images; Pillow lets them run at once
 LARGEST_ENTRY = 256 * 2**20  # bytes that an entry of statistics may always have
 MOST_EXPANSION = 20  # times its compressed size, for a larger one
 MANY_IMAGES = 10**5  # may have any size
+_ROUNDING = 1e-4  # of the largest number in a covariance, by which its halves may differ: others compute in float32
 LEAST_BYTES = 64  # compressed, of each image if there are more
 _DAMAGE = (OSError, EOFError, MemoryError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
@@ -60,7 +61,7 @@ def shard_range(total: int, world: World) -> range:
 def check_total(total: int, world: World) -> None:
     """Check that so many images are enough for these ranks to measure."""
     if total < max(2, world.size):
-        raise DetailFlowError(f"too few images to measure: there are {total}, where {max(2, world.size)} are the least")
+        raise DetailFlowError(f"too few images to measure: there are {total}, and {max(2, world.size)} are the least")
 
 
 @dataclass
@@ -275,7 +276,7 @@ class NpzImages:
 
 
 def _open_npz(file: Path) -> tuple[NpzImages | None, Statistics | None]:
-    """Open the images and read the statistics in a file, either of which may be missing."""
+    """Open the images and read the statistics in a file; either may be missing."""
     if not file.exists():
         raise DetailFlowError(f"{file} does not exist: give an .npz file, a folder or another set of images")
     with explained(f"{file} is damaged, or no .npz file", _DAMAGE):
@@ -312,15 +313,18 @@ def _read_statistics(file: Path, names: set[str]) -> Statistics:
             fits = value.ndim == len(shape) and all(w in (-1, n) for w, n in zip(shape, value.shape, strict=True))
             known = np.issubdtype(value.dtype, dtype) and (dtype is not np.floating or np.isfinite(value).all())
             if not fits or not known:
+                sizes = ", ".join("n" if size < 0 else str(size) for size in shape)
+                wanted = {np.integer: "a whole number", np.str_: "a text"}
                 raise DetailFlowError(
-                    f"{file} has {value.dtype} {value.shape} as {name}, where statistics have finite floating-point "
-                    "numbers, a vector and a square matrix of its length"
+                    f"{file} has {value.dtype} {value.shape} as {name}, where statistics have "
+                    f"{wanted.get(dtype, f'finite floating-point numbers ({sizes})')}: measure the statistics again"
                 )
             return value
 
         def gaussian(mean: str, covariance: str) -> Gaussian:
             mu = entry(mean, np.floating, -1)
             sigma = entry(covariance, np.floating, len(mu), len(mu))
+            _check_covariance(sigma.astype(np.float64), f"{file} has a matrix as {covariance}")
             return Gaussian(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), count)
 
         count = int(entry("count", np.integer)) if "count" in names else None
@@ -332,6 +336,15 @@ def _read_statistics(file: Path, names: set[str]) -> Statistics:
             spatial=gaussian("mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= names else None,
             kept=torch.from_numpy(entry("kept", np.floating, -1, len(pool.mean))).float() if "kept" in names else None,
             side=(int(entry("height", np.integer)), int(entry("width", np.integer))) if sides <= names else None,
+        )
+
+
+def _check_covariance(sigma: np.ndarray, what: str) -> None:
+    rounding = _ROUNDING * np.abs(sigma).max(initial=0)
+    if np.abs(sigma - sigma.T).max(initial=0) > rounding or sigma.diagonal().min(initial=0) < -rounding:
+        raise DetailFlowError(
+            f"{what} that is no covariance, which is symmetric and has no negative numbers on its diagonal: "
+            "measure the statistics again"
         )
 
 

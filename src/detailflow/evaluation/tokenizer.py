@@ -25,14 +25,13 @@ from detailflow.evaluation.distances import (
 from detailflow.evaluation.evaluate import Context, at_side, data_entry, provenance, spread_note
 from detailflow.evaluation.features import Extractor
 from detailflow.evaluation.metrics import SMALLEST_SSIM_SIDE, edge_jumps, ssim
-from detailflow.evaluation.published import quotes
+from detailflow.evaluation.quoted import quotes
 from detailflow.evaluation.report import BLOCKINESS, GAIN, Figure, Picture, Plot, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
 from detailflow.generation import image_generator
 from detailflow.models.lpips import LPIPS, SMALLEST_SIDE, VGG16_FILE
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.pictures import grid
-from detailflow.pipeline import stage_counts
 from detailflow.progress import progress_bar
 from detailflow.psnr import psnr
 from detailflow.schedule import TokenSchedule
@@ -155,7 +154,7 @@ def views_by_count(schedule: TokenSchedule, counts: Sequence[int] | None, sides:
             raise DetailFlowError(
                 f"the side of a picture must be a positive multiple of {schedule.patch_size}, not {side}"
             )
-    numbers = stage_counts(schedule) if counts is None else sorted({schedule.check_count(n) for n in counts})
+    numbers = schedule.stages() if counts is None else sorted({schedule.check_count(n) for n in counts})
     pairs = [(n, side) for n in numbers for side in dict.fromkeys(sides or (schedule.decode_size(n),))]
     return [View({"tokens": n, "side": side}, n, side) for n, side in pairs]
 

@@ -104,7 +104,6 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.dropout = config.dropout
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.proj = nn.Linear(config.width, config.width, bias=False)
 
@@ -118,7 +117,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(start, k, v)
         out = attend(q, k, v, mask)
-        return F.dropout(self.proj(out.transpose(1, 2).reshape(batch, length, width)), self.dropout, self.training)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
 class SwiGLU(nn.Module):
@@ -129,17 +128,17 @@ class SwiGLU(nn.Module):
         self.gate = nn.Linear(config.width, config.hidden, bias=False)
         self.up = nn.Linear(config.width, config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.width, bias=False)
-        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.down(F.silu(self.gate(x)) * self.up(x)), self.dropout, self.training)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
-    """x += attn(norm(x)); x += mlp(norm(x))."""
+    """x += attn(norm(x)); x += mlp(norm(x)); in training with dropout of what is added, not while generating."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.dropout = config.dropout
         self.attn_norm = RMSNorm(config.width)
         self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.width)
@@ -153,8 +152,9 @@ class Block(nn.Module):
         cache: Cache | None = None,
         start: int | Tensor = 0,
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rotation, mask, cache, start)
-        return x + self.mlp(self.mlp_norm(x))
+        drop = self.training and cache is None
+        x = x + F.dropout(self.attn(self.attn_norm(x), rotation, mask, cache, start), self.dropout, drop)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, drop)
 
 
 def rotary_table(config: GPTConfig) -> Tensor:
@@ -253,7 +253,7 @@ class DetailFlowGPT(Pretrained):
             x = run(block, x, rotation, mask, None if caches is None else caches[i], start)
         return self.head(self.norm(x))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         class_ids: Tensor,

@@ -30,5 +30,5 @@ def checked_ids(name: str, ids: Tensor, dimensions: int, count: int, wait: bool 
         raise DetailFlowError(f"{name} must be integers in {dimensions} dimension(s), not {found}")
     ids = ids.long()
     if (wait or ids.device.type == "cpu") and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
-        raise DetailFlowError(f"{name} must lie in 0 to {count - 1}, not {int(ids.min())} to {int(ids.max())}")
+        raise DetailFlowError(f"{name} must be 0 to {count - 1}, not {int(ids.min())} to {int(ids.max())}")
     return ids

@@ -159,7 +159,7 @@ class Block(nn.Module):
 
 
 def convolution(inputs: int, outputs: int) -> nn.Sequential:
-    """Return a 3×3 convolution with batch normalization and a GELU, of which the small feature networks are made."""
+    """Return a 3×3 convolution with batch normalization and a GELU, the part of the small feature networks."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.GELU())
 
 

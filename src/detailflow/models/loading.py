@@ -76,7 +76,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: object
         shape, needed = tuple(tensor.shape), tuple(wanted[name].shape)
         if shape != needed:
             by = _key_of(model, name) if shape[1:] == needed[1:] else ""
-            raise DetailFlowError(f"{source}: {name} has shape {shape}, where the config asks for {needed}{by}")
+            raise DetailFlowError(f"{source}: {name} has shape {shape}, and the config asks for {needed}{by}")
     check_finite(tensors, source)
     model.load_state_dict(tensors, assign=assign)
 

@@ -17,7 +17,8 @@ from detailflow.device import choose_device, choose_dtype
 from detailflow.errors import DetailFlowError, some_names
 from detailflow.models.layers import Block, ViTConfig, has_patches, initial_positions, patchify, resize_positions
 from detailflow.models.tokenizer import Encoder
-from detailflow.published import heads_of, layer_count, vit_names
+from detailflow.published import heads_of, layer_count
+from detailflow.published_names import vit_names
 from detailflow.settings import parse_settings
 from detailflow.tensors import TENSOR_FILES, read_headers, read_tensors
 

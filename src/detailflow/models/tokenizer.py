@@ -3,6 +3,7 @@
 import weakref
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -245,7 +246,7 @@ class Decoder(nn.Module):
         return self.norm(x[:, : rows * columns])
 
     def picture(self, canvas: Tensor, height: int, width: int) -> Tensor:
-        """What `canvas` returns → (B, 3, height, width) pixels."""
+        """Return (B, 3, height, width) pixels of what `canvas` returns."""
         pixels = unpatchify(self.to_pixels(canvas), height, width, self.patch_size)
         return pixels if self.refine_pixels is None else pixels[:, :3] + self.refine_pixels(pixels)
 
@@ -312,12 +313,12 @@ class DetailFlowTokenizer(Pretrained):
         n = self.schedule.check_count(ids.shape[1])
         size = self.schedule.decode_size(n) if size is None else size
         sides, patch = size if isinstance(size, tuple) else (size, size), self.config.patch_size
-        if len(sides) != 2 or any(not isinstance(s, int) or not 0 < s < 2**31 or s % patch for s in sides):
+        if len(sides) != 2 or any(not isinstance(s, Integral) or not 0 < s < 2**31 or s % patch for s in sides):
             raise DetailFlowError(
                 f"size must be a positive multiple of {patch} pixels, or (height, width) of such, not {size}"
             )
         with within_memory(f"a batch of {len(ids)} images at a size of {size}", "give fewer codes or a smaller size"):
-            return self.decode_quantized(self.quantizer.lookup(ids.to(self.device)), size)
+            return self.decode_quantized(self.quantizer.lookup(ids.to(self.device)), (int(sides[0]), int(sides[1])))
 
     @torch.no_grad()
     def decode_bytes(self, ids: Tensor, size: tuple[int, int] | None = None) -> Tensor:

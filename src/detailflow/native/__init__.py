@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 from detailflow.generation import Engine, SamplingConfig, layers_replaced, with_null_class
-from detailflow.native.memory import gather
+from detailflow.native.huge_pages import gather
 from detailflow.processor import is_intel, processor_identity
 
 GPT = Any  # DetailFlowGPT, which imports this module

@@ -60,7 +60,7 @@ template <int MOST, class Use> void at_most(int wanted, Use use) {
 }
 
 // Put rows of `in` numbers in the order in which tiles of M rows take them: a chunk of each of the M, then their next chunks; rows
-// that are left at the end stay single. As they come, they lie a power of two apart, and push each other out of the cache.
+// that are left at the end stay single. As they come, they are a power of two apart, and push each other out of the cache.
 template <class T, int M> const Factor<T>* packed(const T* x, int rows, int in, int threads) {
     static thread_local Array<Factor<T>> memory;
     memory.resize(std::size_t(rows) * in);

@@ -11,20 +11,21 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.types import ASGIApp
 
 from detailflow.pipeline import DetailFlowPipeline
-from detailflow.serving import errors, schemas
-from detailflow.serving.config import ServeConfig
+from detailflow.serving import refusals, schemas
 from detailflow.serving.leaving import unless_gone
 from detailflow.serving.middleware import Guard
-from detailflow.serving.pictures import add_pictures
+from detailflow.serving.options import ServeConfig
 from detailflow.serving.reference import reference_page
 from detailflow.serving.service import Answer, Service
 from detailflow.serving.strict import StrictRoute
 from detailflow.serving.studio import add_studio
 from detailflow.serving.uploads import FORM, Uploads, takes_form
+from detailflow.serving.views import add_pictures
 
 _REFUSALS = {
     400: "Something in the request is wrong; the message says what would be right.",
     401: "The API key is missing or wrong.",
+    403: "A web page of another site asks a server that wants no key.",
     404: "There is no such model.",
     413: "The body is too large.",
     429: "Too many images wait already; `Retry-After` says for how long to wait.",
@@ -82,7 +83,7 @@ def create_app(pipeline: DetailFlowPipeline, config: ServeConfig | None = None) 
     )
     app.router.route_class = StrictRoute
     app.service = service
-    errors.install(app)
+    refusals.install(app)
     _add_models(app, service)
     uploads = Uploads(service.config)
     _add_images(app, service, uploads)
@@ -130,7 +131,7 @@ def _add_images(app: FastAPI, service: Service, uploads: Uploads) -> None:
 
     async def vary(request: Request, body: schemas.Variation) -> Any:
         if (body.image is None) == (body.tokens is None):
-            raise errors.ApiError(400, "give either image or tokens", "image", "invalid_value")
+            raise refusals.ApiError(400, "give either image or tokens", "image", "invalid_value")
 
         async def start() -> Answer:
             return await service.vary(body, None if body.image is None else await uploads.open(body.image))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from detailflow.serving.metrics import Metrics
+from detailflow.serving.counters import Metrics
 
 _log = logging.getLogger(__name__)
 LONGEST_RETRY = 60  # seconds, of Retry-After

@@ -60,6 +60,12 @@ class Picture(NamedTuple):
     pixels: np.ndarray
 
 
+def warm_up(pipeline: DetailFlowPipeline) -> None:
+    """Compute a first step and its image: what the engine needs is built now, or refused as `generate` refuses it."""
+    null_class, first = torch.tensor([pipeline.gpt.config.num_classes]), pipeline.gpt.schedule.valid_counts[0]
+    pipeline.tokenizer.decode_bytes(pipeline.gpt.generate(null_class, num_tokens=first))
+
+
 def run(pipeline: DetailFlowPipeline, key: object, tasks: Sequence[Task]) -> Iterator[list[Result]]:
     """Compute a batch of one key; see `Batcher`."""
     if isinstance(key, Generate):

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from detailflow.serving.batcher import ClosingError
-from detailflow.serving.config import ServeConfig
-from detailflow.serving.errors import ApiError, api_error
-from detailflow.serving.metrics import Metrics
+from detailflow.serving.counters import Metrics
+from detailflow.serving.options import ServeConfig
+from detailflow.serving.refusals import ApiError, api_error
+from detailflow.serving.strict import whole_form
 from detailflow.serving.studio import PREFIX
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ class Guard:
         try:
             async with asyncio.timeout(self.config.timeout + 1):  # jobs end at their own deadline, a second earlier
                 self._authorize(scope)
-                await self.app(inner, self._bounded(scope, receive), watched)
+                body = whole_form(_header(scope, b"content-type"), self._bounded(scope, receive))
+                await self.app(inner, body, watched)
         except (ApiError, TimeoutError, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and not self.ending():  # by who called the app
                 raise
@@ -74,13 +76,26 @@ class Guard:
 
     def _authorize(self, scope: Scope) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self.config.api_key is None or path in _OPEN or path.startswith(PREFIX):
+        if self.config.api_key is None:
+            self._refuse_other_sites(scope)
+            return
+        if path in _OPEN or path.startswith(PREFIX):
             return
         given = _header(scope, b"authorization").partition(b" ")
         right = given[0].lower() == b"bearer" and hmac.compare_digest(given[2].strip(), self.config.api_key.encode())
         if not right:
             message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _refuse_other_sites(self, scope: Scope) -> None:
+        """Refuse work for a page of another site, which can send forms without asking.
+
+        Browsers say so themselves; the names in Origin and Host differ behind some proxies as well.
+        """
+        if self.config.cross_site or scope["method"] != "POST" or _header(scope, b"sec-fetch-site") != b"cross-site":
+            return
+        message = "other sites' pages may not ask a server without a key: set one, or allow it (--no-auth, cross_site)"
+        raise ApiError(403, message, code="cross_site")
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """Return `receive` with a limit on the bytes of the body."""

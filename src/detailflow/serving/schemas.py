@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
 Label = Annotated[str, Field(max_length=1000)] | int
@@ -46,10 +46,13 @@ class Request(Sampling):
     response_format: Literal["b64_json"] | None = Field("b64_json", description="Images are in the answer itself.")
     output_format: Literal["png"] | None = "png"
     size: str | None = Field("auto", description="`auto` or the model's own size, such as `256x256`.")
-    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(None, description="Ignored.")
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="Ignored."
+    )
     style: Literal["vivid", "natural"] | None = Field(None, description="Ignored.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Ignored: images are opaque.")
     moderation: Literal["auto", "low"] | None = Field(None, description="Ignored.")
+    safety_identifier: str | None = Field(None, description="Ignored.")
     user: str | None = Field(None, description="Ignored.")
 
 
@@ -63,13 +66,28 @@ class Generation(Request):
     )
 
 
-_FORM = ConfigDict(strict=False)  # everything in a form is text
+LISTED_IMAGE = "image[]"  # as OpenAI's client calls each image of a list
 
 
-class Variation(Request):
+class ImageForm(BaseModel):
+    """A form with an image; everything else in it is text."""
+
+    model_config = ConfigDict(strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_listed(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Take the only image of a list for the image; `takes_form` refuses more."""
+        listed = given.get(LISTED_IMAGE)
+        if listed is None:
+            return given
+        rest = {name: value for name, value in given.items() if name != LISTED_IMAGE}
+        return {**rest, "image": listed[0] if isinstance(listed, list) else listed}
+
+
+class Variation(Request, ImageForm):
     """`POST /v1/images/variations`, a form."""
 
-    model_config = _FORM
     image: UploadFile | None = Field(
         None, description="A raster image: PNG, JPEG, WebP, …; its centre square is taken."
     )
@@ -88,20 +106,18 @@ class Edit(Variation):
     prompt: Label = Field(description="The class that the image shall become.")
 
 
-class Upload(Body):
+class Upload(Body, ImageForm):
     """`POST /v1/tokens/encode`, a form."""
 
-    model_config = _FORM
     image: UploadFile = Field(description="A raster image: PNG, JPEG, WebP, …")
     num_tokens: int | None = Field(None, description="The first that many tokens; all if left out.")
     whole: bool = Field(False, description="The whole image in its own shape; else its centre square.")
     model: str | None = None
 
 
-class Look(Body):
+class Look(Body, ImageForm):
     """`POST /v1/tokens/reconstruct`, a form."""
 
-    model_config = _FORM
     image: UploadFile = Field(description="A raster image; its centre square is taken.")
     num_tokens: list[int] | None = Field(None, description="Once for each stage; 1, 2, 4, … and all if left out.")
     model: str | None = None
@@ -119,9 +135,6 @@ class Tokens(Body):
     height: int | None = Field(None, description="Of the full image, if it is not square: as `encode` said.")
     width: int | None = None
     model: str | None = None
-
-
-PARAMETERS = sorted({*Edit.model_fields, *Tokens.model_fields, *Upload.model_fields, "search", "limit"})
 
 
 class Usage(BaseModel):

@@ -1,6 +1,7 @@
 """The process: a socket, uvicorn, and an end that loses nothing."""
 
 import ipaddress
+import logging
 import signal
 import socket
 from types import FrameType
@@ -13,6 +14,12 @@ from detailflow.serving.app import App
 KEEP_ALIVE = 75  # seconds that an idle connection stays open: more than the usual reverse proxy keeps one
 MOST_CONNECTIONS = 1000
 BACKLOG = 512
+_OF_CLIENTS = ("Unsupported upgrade request", "No supported WebSocket library", "Invalid HTTP request")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a line of uvicorn's is no answer to a request, of which anybody could fill the log."""
+    return not record.getMessage().startswith(_OF_CLIENTS)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -23,6 +30,8 @@ def listen(host: str, port: int) -> socket.socket:
     """
     if not 0 <= port < 2**16:
         raise DetailFlowError(f"--port must be 0 to {2**16 - 1}, not {port}")
+    if not host.strip():
+        raise DetailFlowError("--host is empty: give an address of this machine, such as 127.0.0.1")
     problem, hint = f"cannot listen on {host} port {port}", "give another --host or --port"
     with explained(problem, (OSError, UnicodeError), hint):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -63,6 +72,7 @@ class Server(uvicorn.Server):
             ws="none",
         )
         super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(_is_news)  # after the configuration, which sets up that logger
         self.app = app
 
     async def main_loop(self) -> None:

@@ -21,9 +21,9 @@ from detailflow.sampling import SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule
 from detailflow.serving import engine, schemas
 from detailflow.serving.batcher import Batcher, Job
-from detailflow.serving.config import ServeConfig
-from detailflow.serving.errors import ApiError, api_error, shortened
-from detailflow.serving.metrics import Metrics
+from detailflow.serving.counters import Metrics
+from detailflow.serving.options import ServeConfig
+from detailflow.serving.refusals import ApiError, api_error, shortened
 
 T = TypeVar("T")
 SAMPLING = tuple(SamplingOptions.__annotations__)
@@ -225,6 +225,9 @@ class Service:
         """Return what `show`, in a thread, makes of each image that an image's first tokens show."""
         self.check_model(body.model)
         self.checked_tokens(body.tokens)
+        if body.num_tokens is None:
+            with blamed_on(tokens=body.tokens):
+                self.schedule.check_count(len(body.tokens), "the number of tokens")
         wanted = len(body.tokens) if body.num_tokens is None else body.num_tokens
         counts = wanted if isinstance(wanted, list) else [wanted]
         if not 1 <= len(counts) <= MOST_STAGES:

@@ -1,4 +1,4 @@
-"""Routes that leave out nothing without a word: unknown parameters of the address, names that are there twice."""
+"""Nothing is left out without a word: unknown parameters of the address, names given twice, the end of a form."""
 
 import json
 from collections.abc import Callable, Coroutine, Iterable
@@ -6,12 +6,20 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from python_multipart.multipart import parse_options_header
+from starlette.types import Message, Receive
 
-from detailflow.serving.errors import ApiError, advice_on, shortened
+from detailflow.serving.refusals import ApiError, advice_on, shortened
 
 
 class StrictRoute(APIRoute):
     """A route whose parameters are known and given once, in the address and in JSON; forms see `takes_form`."""
+
+    @property
+    def fields(self) -> list[str]:
+        """The names that its body may have."""
+        bodies = [field.field_info.annotation for field in self.dependant.body_params]
+        return [name for body in bodies for name in getattr(body, "model_fields", ())]
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request."""
@@ -63,6 +71,30 @@ def refuse_twice(names: Iterable[str]) -> None:
         if name in seen:
             raise ApiError(400, f"{shortened(name)} is given more than once: give it once", name, "duplicate_parameter")
         seen.add(name)
+
+
+def whole_form(kind: bytes, receive: Receive) -> Receive:
+    """Return `receive` for a body of that kind: a form that ends before its last boundary is refused.
+
+    The parser takes it as whole, without what was cut.
+    """
+    boundary = parse_options_header(kind)[1].get(b"boundary") if kind.lower().startswith(b"multipart/") else None
+    if not boundary:  # without one, the parser refuses it
+        return receive
+    last = b"\r\n--" + boundary + b"--"
+    ended, tail = False, b"\r\n"
+
+    async def whole() -> Message:
+        nonlocal ended, tail
+        message = await receive()
+        if message["type"] == "http.request" and not ended:
+            seen = tail + message.get("body", b"")
+            ended, tail = last in seen, seen[1 - len(last) :]
+            if not ended and not message.get("more_body", False):
+                raise ApiError(400, "the form ends before its last boundary: send all of it", code="invalid_form")
+        return message
+
+    return whole
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,42 +1,51 @@
 """Uploaded images: raster formats only, decoded off the event loop, bounded in bytes and pixels."""
 
-import asyncio
 import logging
-import threading
-from concurrent.futures import Future
-from contextlib import suppress
+from functools import partial
 from typing import Any, BinaryIO
 
 from fastapi import Depends, Request, UploadFile
 from PIL import Image
-from pydantic import BaseModel
 
-from detailflow.data.decode import image_size, load_rgb
+from detailflow.data.image_files import image_size, load_rgb
 from detailflow.errors import DetailFlowError
-from detailflow.serving.config import ServeConfig
-from detailflow.serving.errors import ApiError
+from detailflow.serving.options import ServeConfig
+from detailflow.serving.refusals import ApiError
+from detailflow.serving.schemas import LISTED_IMAGE, ImageForm
 from detailflow.serving.strict import refuse_twice
+from detailflow.serving.threads import Threads
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # malformed forms are answered, and fill no log
 NAME = "the upload"  # in messages
-AT_ONCE = 2  # images that are decoded, each of which may take eight bytes a pixel
+AT_ONCE = 2  # images that are decoded: each may take eight bytes a pixel
 
 FORM = "multipart/form-data"
 
 
-def takes_form(form: type[BaseModel], fields: str, several: str | None = None) -> Any:
+def takes_form(form: type[ImageForm], fields: str, several: str | None = None) -> Any:
     """Return the dependency of a route that takes a form: it refuses other kinds of body, and says `fields` then.
 
-    Each field of the form may be there once, but for `several`. Unknown fields are refused when the form is read.
+    Each field of the form may be there once, but for `several`, and none but the prompt is empty, which FastAPI
+    would take for one that is left out. Unknown fields are refused when the form is read.
     """
     once = form.model_fields.keys() - {several}
+    filled = form.model_fields.keys() - {"prompt"}  # which clients must send, of no class too
 
     async def check(request: Request) -> None:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in ("", FORM, "application/x-www-form-urlencoded"):
             message = f"the body must be a form ({FORM}) with {fields}, as curl -F image=@photo.png sends it"
             raise ApiError(400, message, "image", "invalid_form")
-        refuse_twice(name for name, _ in (await request.form()).multi_items() if name in once)
+        given = (await request.form()).multi_items()
+        listed = sum(name == LISTED_IMAGE for name, _ in given)
+        if listed > 1:
+            raise ApiError(400, f"image must be one image, not {listed}", "image", "invalid_value")
+        names = ("image" if name == LISTED_IMAGE else name for name, _ in given)
+        refuse_twice(name for name in names if name in once)
+        for name, value in given:
+            if value == "" and name in filled:
+                advice = "" if form.model_fields[name].is_required() else "leave it out or "
+                raise ApiError(400, f"{name} is empty: {advice}give it a value", name, "invalid_value")
 
     return Depends(check)
 
@@ -46,7 +55,7 @@ class Uploads:
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
-        self._room = asyncio.Semaphore(AT_ONCE)
+        self._threads = Threads("upload", AT_ONCE)
 
     async def open(self, upload: UploadFile) -> Image.Image:
         """Return an uploaded image as RGB.
@@ -56,34 +65,15 @@ class Uploads:
         """
         if upload.size is not None and upload.size > self.config.max_upload:
             raise ApiError(413, f"{NAME} is too large: {self.config.max_upload:,} bytes are the most", "image")
-        await self._room.acquire()
         try:
-            return await asyncio.wrap_future(self._start(upload.file, asyncio.get_running_loop()))
+            return await self._threads.run(partial(self._decode, upload.file))
         except DetailFlowError as error:
-            raise ApiError(400, str(error), "image", "invalid_image") from error
+            problem = str(error)
+        # Not from that error, whose traceback holds the image: older frameworks keep what was raised for a while.
+        raise ApiError(400, problem, "image", "invalid_image")
 
-    def _start(self, file: BinaryIO, loop: asyncio.AbstractEventLoop) -> Future[Image.Image]:
-        """Decode an image in a thread of its own, which no other answer waits for, nor the end of the process."""
-        result: Future[Image.Image] = Future()
-        result.set_running_or_notify_cancel()  # a client that leaves does not stop it
-        thread = threading.Thread(target=self._work, args=(file, loop, result), name="upload", daemon=True)
-        try:
-            thread.start()
-        except Exception:  # there are as many threads as there may be
-            self._room.release()
-            raise
-        return result
-
-    def _work(self, file: BinaryIO, loop: asyncio.AbstractEventLoop, result: Future[Image.Image]) -> None:
-        try:
-            result.set_result(self._decode(file.read()))
-        except Exception as error:
-            result.set_exception(error)
-            del result  # a failure's traceback holds this frame
-        with suppress(RuntimeError):  # the loop is closed: the server has ended
-            loop.call_soon_threadsafe(self._room.release)
-
-    def _decode(self, content: bytes) -> Image.Image:
+    def _decode(self, file: BinaryIO) -> Image.Image:
+        content = file.read()
         width, height = image_size(content, NAME)
         if width * height > self.config.max_pixels:
             raise DetailFlowError(

@@ -139,7 +139,7 @@ class DINODiscriminator(nn.Module):
         self.heads = nn.ModuleList(_head(backbone.embed_dim) for _ in range(1 + len(BLOCKS)))
         for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("deviation", IMAGENET_DEFAULT_STD)):
             self.register_buffer(name, 2 * torch.tensor(values)[:, None, None], persistent=False)
-        self.mean -= 1  # as the pixels lie in [-1, 1]
+        self.mean -= 1  # as the pixels are in [-1, 1]
 
     @property
     def backbone(self) -> Any:

@@ -9,7 +9,7 @@ import torch
 from detailflow import hub
 from detailflow.data.images import open_images
 from detailflow.data.source import ImageSource, describe_amount
-from detailflow.data.tokens import is_finished
+from detailflow.data.token_writer import is_finished
 from detailflow.device import choose_device
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
@@ -138,14 +138,14 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
 
 
 def _check_folder(wanted: AllStages, output: Path, source: ImageSource) -> None:
-    """Check that a run that was begun in the folder has these images and way, before anything else is said of them."""
+    """Check that a run that was begun in the folder has these images and way, before anything else."""
     if not _is_begun(output):
         run_folder(output).require_free([PAGE_FILE])
     known = dict(run_folder(output / "tokenizer").read().get(KNOWN_BY) or {}).get("data")
     if known and (changed := difference("data", known, images_input(source).read())):
         raise DetailFlowError(
-            f"{output} holds a run that was begun with {changed}: choose another folder, where --init {output} goes on "
-            "from its models, or give it the same again"
+            f"{output} holds a run that was begun with {changed}: choose another folder (--init {output} goes on from "
+            "its models there), or give it the same again"
         )
     _check_start(wanted, output)
 

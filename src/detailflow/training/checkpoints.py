@@ -9,7 +9,7 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
-from detailflow.data.decode import image_suffixes
+from detailflow.data.image_files import image_suffixes
 from detailflow.data.tokens import STORE_FILES
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, explained
@@ -33,7 +33,7 @@ from detailflow.runs import (
 )
 from detailflow.tensors import INDEX_FILE, WEIGHTS_FILE, save_torch
 from detailflow.training.inputs import Input, difference
-from detailflow.training.report import CAPTIONS, CURVES_FILE, REPORT_FILE
+from detailflow.training.page import CAPTIONS, CURVES_FILE, REPORT_FILE
 from detailflow.training.tracking import HISTORY_FILE
 
 _log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _read_inputs(
 
 
 def _require_no_images(output: Path) -> None:
-    """Check that a new run's folder is no set of images, of which its own pictures would become a part."""
+    """Check that a new run's folder is no set of images: its own pictures would become a part of it."""
     with suppress(OSError):  # what cannot be read is no image, and what cannot be written to is said later
         below = [path for path in output.glob("[!.]*") if path.is_dir()]
         for path in (path for folder in (output, *below) for path in islice(folder.glob("[!.]*"), LOOKED_AT)):

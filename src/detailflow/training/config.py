@@ -119,6 +119,11 @@ class LoopConfig(Settings):
         return self.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
+def count_of_steps(value: float, steps: int) -> float:
+    """Return a number of steps that is given as such or, below 1, as a share of all."""
+    return value if value >= 1 else value * steps
+
+
 @dataclass(frozen=True)
 class ImageSettings(Settings):
     """Where the images come from.
@@ -157,7 +162,7 @@ class TokenizerTraining(ImageSettings):
         init: tokenizer to start from; a folder, hub name or zoo name. `model` has its sizes or more tokens.
         encoder_init: SigLIP2 vision tower for the encoder; a hub name, folder or file (docs/method.md#tokenizer).
         freeze: encoder, to train the decoder alone; that of `init`, by losses of pixels, so tokens keep their meaning.
-        decoder_anew: begin the decoder anew; with `freeze`, of any size. The first decoder is forgotten.
+        new_decoder: begin with a new decoder; with `freeze`, of any size. That of `init` is forgotten.
         tokens: token store of `init` and these images; with `freeze`, its crops and rows replace the random crops
             and the passes of the encoder.
         gpt: AR model of these tokens; with `freeze` and the adversarial loss, rows that it samples are decoded too, and
@@ -204,7 +209,7 @@ class TokenizerTraining(ImageSettings):
     init: Location | None = None
     encoder_init: Location | None = None
     freeze: Literal["encoder"] | None = None
-    decoder_anew: bool = False
+    new_decoder: bool = False
     tokens: Location | None = None
     gpt: Location | None = None
     sampled_share: Annotated[float, Must("more than 0 and at most 1", lambda share: 0 < share <= 1)] = 0.5
@@ -241,8 +246,8 @@ class TokenizerTraining(ImageSettings):
             raise DetailFlowError("init and encoder_init exclude each other: a tokenizer has an encoder already")
         if self.freeze and not self.init:
             raise DetailFlowError("freeze keeps the tokens of a tokenizer: give that tokenizer as init")
-        if self.decoder_anew and not self.freeze:
-            raise DetailFlowError("decoder_anew trains a decoder for the tokens of init: set freeze to encoder")
+        if self.new_decoder and not self.freeze:
+            raise DetailFlowError("new_decoder trains a decoder for the tokens of init: set freeze to encoder")
         if self.freeze and self.alignment:
             raise DetailFlowError("alignment trains the encoder: set alignment to 0, or freeze to null")
         if self.tokens and not self.freeze:
@@ -255,6 +260,11 @@ class TokenizerTraining(ImageSettings):
         if self.nested_probability and not self.model.absent_token:
             raise DetailFlowError(
                 "nested_probability needs a model with an absent token: set model.absent_token to true"
+            )
+        if self.nested_probability and len(self.model.schedule.stages()) == 1:
+            raise DetailFlowError(
+                "nested_probability leaves an image 1, 2, 4, … tokens, and of this model's groups none ends there: set "
+                "nested_probability to 0"
             )
         if self.perceptual and self.model.image_size < SMALLEST_FEATURES_SIDE:
             least = SMALLEST_FEATURES_SIDE

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from detailflow import hub
 from detailflow.data.images import open_images
 from detailflow.data.source import ImageSource, tolerated
-from detailflow.data.tokens import VALIDATION, TokenStore, TokenStoreInfo, TokenWriter, begun_chunk
+from detailflow.data.token_writer import TokenWriter, begun_chunk
+from detailflow.data.tokens import VALIDATION, TokenStore, TokenStoreInfo
 from detailflow.data.transforms import crops_of, to_tensor
 from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World, launched
@@ -127,7 +128,9 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     with ExitStack() as stack:
         if not world.from_main(lambda: all(writer.finished for writer in writers.values())):
             stack.enter_context(lock_folder(output, "extraction", world))  # a finished one may be on a read-only disk
-        for path, one in sources.items():  # the whole store last, as it is what says that all is finished
+        for path, one in reversed(sources.items()):  # the whole store first: if it is another's, nothing is written
+            _begin(config, one, writers[path], world)
+        for path, one in sources.items():  # last, as it is what says that all is finished
             _extract(config, model, one, writers[path], world)
     return TokenStore.open(output)
 
@@ -137,9 +140,7 @@ def chunk_images(folder: Path, source: ImageSource) -> int:
     return begun_chunk(folder) or min(CHUNK_IMAGES, max(LEAST_CHUNK, len(source) // CHUNKS))
 
 
-def _extract(
-    config: Extraction, model: DetailFlowTokenizer, source: ImageSource, writer: TokenWriter, world: World
-) -> None:
+def _begin(config: Extraction, source: ImageSource, writer: TokenWriter, world: World) -> None:
     with world.raise_together():
         if world.is_main:
             # What may differ, or is known by content.
@@ -147,6 +148,11 @@ def _extract(
             settings = {name: value for name, value in asdict(config).items() if name not in free}
             validates = writer.directory.name == VALIDATION and config.val_data
             writer.begin(image_names(source, validates or config.data), settings)
+
+
+def _extract(
+    config: Extraction, model: DetailFlowTokenizer, source: ImageSource, writer: TokenWriter, world: World
+) -> None:
     if world.from_main(lambda: writer.finished):
         if world.is_main:
             _log.info("%s: these tokens are finished already", writer.directory)

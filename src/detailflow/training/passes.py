@@ -24,7 +24,7 @@ def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
 
 def draw_present(schedule: TokenSchedule, count: int) -> Tensor:
     """(count, N) bool: for each image its first 1, 2, 4, … tokens (nested dropout, docs/method.md#beyond-the-paper)."""
-    powers = torch.tensor([n for n in schedule.valid_counts if n < schedule.num_tokens and n.bit_count() == 1])
+    powers = torch.tensor(schedule.stages()[:-1])
     kept = powers[torch.randint(len(powers), (count,))]
     return torch.arange(schedule.num_tokens) < kept[:, None]
 
@@ -47,7 +47,7 @@ class Draw(NamedTuple):
     views: AugmentationNoise | None  # how the discriminator augments images
 
     def part(self, images: slice, num_corrected: int) -> "Draw":
-        """Return the draw of some images, the first few of which go through the self-correction pass."""
+        """Return the draw of some images; the first few go through the self-correction pass."""
         present = None if self.present is None else self.present[images]
         choice = None if self.choice is None else self.choice[images][:num_corrected]
         return Draw(self.t, present, self.position, choice, self.views and self.views.of(images))

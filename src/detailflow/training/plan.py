@@ -26,12 +26,12 @@ from detailflow.settings import parse_settings
 from detailflow.training import gpt, tokenizer
 from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
 from detailflow.training.classifier import FeatureNetwork
-from detailflow.training.config import Extraction, GPTTraining, LoopConfig, TokenizerTraining
+from detailflow.training.config import Extraction, GPTTraining, LoopConfig, TokenizerTraining, count_of_steps
 from detailflow.training.counting import StepCosts, Trial, count_steps
 from detailflow.training.extract import code_rows
 from detailflow.training.gpt import GPTStage, model_config
 from detailflow.training.teachers import image_count, open_source
-from detailflow.training.tokenizer import TokenizerStage, count_of_steps
+from detailflow.training.tokenizer import TokenizerStage
 from detailflow.words import several
 
 UTILIZATION = {"cpu": 0.5, "gpu": 0.4}  # of the measured ceiling that training is assumed to reach
@@ -284,7 +284,7 @@ class Expected(NamedTuple):
 
 
 def _expected(config: GPTTraining, codec: TokenizerConfig | None = None) -> Expected:
-    """Return what is known of the tokens of a run, of which neither tokens nor tokenizer need be there."""
+    """Return what is known of the tokens of a run; neither they nor their tokenizer need be there."""
     ready = os.path.lexists(config.tokens)
     store = TokenStore.open(config.tokens) if ready else None
     try:

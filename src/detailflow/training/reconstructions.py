@@ -34,7 +34,9 @@ def draw_reconstructions(model: DetailFlowTokenizer, originals: Tensor, mistakes
     """
     schedule, images = model.schedule, originals.to(model.device)
     model.eval()
-    ids = model.encode(images)
+    patches = model.encode_patches(images)
+    z = model.encode_latents(patches, schedule.num_tokens)
+    ids = model.quantizer.nearest(z)
     counts = {1, schedule.prefix // 2, schedule.prefix, schedule.num_tokens // 2, schedule.num_tokens}
     shown = sorted(counts & set(schedule.valid_counts))
     side = (model.config.image_size,) * 2
@@ -42,11 +44,9 @@ def draw_reconstructions(model: DetailFlowTokenizer, originals: Tensor, mistakes
     mistaken, captions = [model.decode(ids)], [several(schedule.num_tokens, "token")]
     for position in sorted({0, schedule.prefix if schedule.prefix < schedule.num_tokens else 0}):
         end = schedule.span_end(position)
-        z = model.encode_latents(model.encode_patches(images), schedule.num_tokens)[:, position:end]
-        wrong_tokens = model.plant_mistakes(z, mistakes)
-        corrected = model.encode_correction(images, position=position, wrong_tokens=wrong_tokens)
-        alone = torch.cat((corrected[:, :end], ids[:, end:]), 1)
-        mistaken += [model.decode(alone), model.decode(corrected)]
+        planted = ids.clone()
+        planted[:, position:end] = model.plant_mistakes(z[:, position:end], mistakes)
+        mistaken += [model.decode(planted), model.decode(model.correct(patches, planted, end))]
         wrong = f"token {end} wrong" if end == position + 1 else f"tokens {position + 1}-{end} wrong"
         captions += [wrong, f"{wrong}\nlater ones corrected"]
     model.train()

@@ -30,7 +30,6 @@ from detailflow.pipeline import (
     encode_images,
     enlarged,
     fit,
-    stage_counts,
 )
 from detailflow.progress import progress_bar
 from detailflow.published import CONFIG_FILE
@@ -38,8 +37,8 @@ from detailflow.runs import BEST, checkpoints, step_of
 from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.extract import image_names
 from detailflow.training.nearest import Neighbours, embed_images, find_nearest, load_embedding, readable, verdict
+from detailflow.training.page import TITLES, command_line, curve_png
 from detailflow.training.presets import load_settings, preset_of
-from detailflow.training.report import TITLES, command_line, curve_png
 from detailflow.training.run_report_text import (
     GPT,
     POOR_PSNR,
@@ -245,7 +244,7 @@ class _Run:
     def _reconstructions(self) -> tuple[list[Group], Table]:
         """Reconstruct held-out images, or training images if none are held out, from more and more tokens."""
         tokenizer, among = self.pipe.tokenizer, self.held or self.trained
-        counts = stage_counts(tokenizer.schedule)
+        counts = tokenizer.schedule.stages()
         chosen = list(readable(self.source, [among[i] for i in spread(len(among), min(MEASURED, len(among)))]))
         originals = [fit(tokenizer.schedule, image) for _, image in chosen]
         columns: list[list[tuple[Image.Image, float]]] = [[] for _ in counts]

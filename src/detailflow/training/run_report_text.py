@@ -33,14 +33,15 @@ def hardly_trained(crops: int, images: int) -> bool:
 
 def with_options(command: str, options: Mapping[str, str | None]) -> str:
     """Return a command with other values of its options; `None` leaves an option out."""
-    words = shlex.split(command)
-    for option, value in options.items():
-        while option in words:
-            at = words.index(option)
-            del words[at : at + 2]
-        words = [word for word in words if not word.startswith(f"{option}=")]
-        words += [option, value] if value is not None else []
-    return shlex.join(words)
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name.replace("_", "-") not in options:
+            kept.append(word)
+        elif not equals:
+            next(words, None)  # its value
+    given = [part for option, value in options.items() if value is not None for part in (option, value)]
+    return shlex.join([*kept, *given])
 
 
 def longer_tokenizer(

@@ -30,7 +30,7 @@ class Teachers(NamedTuple):
         features: to compare.
         lpips: instead of them.
         alignment: the teacher of the first token.
-        classifier: of which the discriminator sees the features.
+        classifier: the discriminator sees its features.
     """
 
     features: EfficientNetLite0 | FeatureNetwork | None

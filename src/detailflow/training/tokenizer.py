@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
 from detailflow.psnr import psnr
 from detailflow.training.adversary import Adversary, AugmentationNoise
-from detailflow.training.config import CLASSIFIER, NETWORKS, PROJECTED_BOTH, TokenizerTraining
+from detailflow.training.config import CLASSIFIER, NETWORKS, PROJECTED_BOTH, TokenizerTraining, count_of_steps
 from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_rank
 from detailflow.training.inputs import Input, files_input, images_input, model_input, tokens_input
 from detailflow.training.loop import Run, train
@@ -60,7 +60,8 @@ class Objective(NamedTuple):
 class TokenizerStage:
     """The networks, optimisers and one step of tokenizer training; a `Stage` of the loop.
 
-    Without `load`, networks that would be read or downloaded have random weights: that is enough to plan a run.
+    It may `start` "new", with weights from a "checkpoint" to come, which replace what a new run would read, or for a
+    "plan" alone: then networks that would be read or downloaded have random weights.
     """
 
     def __init__(
@@ -69,18 +70,17 @@ class TokenizerStage:
         source: ImageSource | StreamSource,
         output: Path,
         device: torch.device,
-        resuming: bool = False,
+        start: Literal["new", "checkpoint", "plan"] = "new",
         world: World | None = None,
-        load: bool = True,
         validation: ImageSource | None = None,
     ) -> None:
-        loop, world = config.loop, world or World()
+        loop, world, load = config.loop, world or World(), start != "plan"
         self.config, self.source, self.device, self.world = config, source, device, world
         self.validation = validation
         self.validation_crops: Tensor | None = None
         self.precision, self.frozen = precision_dtype(loop.precision, device), config.freeze is not None
         torch.manual_seed(loop.seed)
-        self.model = initial_tokenizer(config, resuming).to(device).train()
+        self.model = initial_tokenizer(config, start == "new").to(device).train()
         for part in (self.model.encoder, self.model.quantizer) if self.frozen else ():
             part.requires_grad_(False)
         self.rows = StoredRows(config, source, validation) if config.tokens and load else None
@@ -369,25 +369,20 @@ def tokenizer_optimizers(networks: TokenizerNetworks, config: TokenizerTraining)
     return optimizers
 
 
-def count_of_steps(value: float, steps: int) -> float:
-    """Return a number of steps that is given as such or, below 1, as a share of all."""
-    return value if value >= 1 else value * steps
-
-
-def initial_tokenizer(config: TokenizerTraining, resuming: bool = False) -> DetailFlowTokenizer:
+def initial_tokenizer(config: TokenizerTraining, new: bool = True) -> DetailFlowTokenizer:
     """Return the network that training begins with; a resumed run reads nothing that its checkpoint replaces."""
     model = DetailFlowTokenizer(config.model)
-    if config.init and not resuming:
+    if config.init and new:
         start = DetailFlowTokenizer.from_pretrained(config.init, device="cpu")
         tensors, theirs = start.state_dict(), start.config
         if config.freeze:  # or the tokens would be others
             require_same(config.model, theirs, ("num_tokens", "image_size"), config.init)
-        if config.decoder_anew:
+        if config.new_decoder:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")}
             tensors |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.")}
             theirs = replace(theirs, decoder=config.model.decoder, pixel_channels=config.model.pixel_channels)
         load_weights(model, grow_tokenizer(tensors, theirs, model, config.init), config.init)
-    elif config.encoder_init and not resuming:
+    elif config.encoder_init and new:
         initialise_encoder(model.encoder, config.encoder_init)
     return model
 
@@ -415,7 +410,7 @@ def trial(
     alone = replace(config, loop=of_one_rank(config.loop, world), revive_every=0)
     rows, side = alone.loop.batch_size, config.model.image_size
     return Trial(
-        lambda: TokenizerStage(alone, source, Path(), device, resuming=True, load=False),
+        lambda: TokenizerStage(alone, source, Path(), device, "plan"),
         lambda: (torch.zeros(rows, side, side, 3, dtype=torch.uint8), None),
         device,
     )
@@ -438,7 +433,8 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
     source, validation = split(config, everything, world)
 
     def make(resuming: bool) -> TokenizerStage:
-        return TokenizerStage(config, source, output, chosen, resuming, world, validation=validation)
+        start: Literal["new", "checkpoint"] = "checkpoint" if resuming else "new"
+        return TokenizerStage(config, source, output, chosen, start, world, validation)
 
     @cache
     def costs() -> StepCosts:

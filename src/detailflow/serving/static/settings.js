@@ -3,7 +3,8 @@
 import { mark } from "./notices.js";
 
 const WHOLE = ["n", "seed", "top_k"];
-const NUMBERS = [...WHOLE, "guidance_scale", "temperature", "top_p"];
+const SAMPLING = ["guidance_scale", "temperature", "top_k", "top_p"];
+const NUMBERS = ["n", "seed", ...SAMPLING];
 const LARGEST_SEED = 2 ** 32 - 1;
 export const NAMES = [...NUMBERS, "guidance_schedule", "num_tokens"];
 
@@ -25,6 +26,7 @@ export class Settings {
   fit(model) {
     this.#field("top_k").max = model.codebookSize;
     this.#field("n").max = this.#slider("n").max = model.limits.n;
+    for (const name of SAMPLING) widen(this.#field(name), model.sampling[name]);
     this.#own = { ...model.sampling, num_tokens: model.numTokens };
     const options = model.counts.toReversed().map((n) => new Option(n === model.numTokens ? `all ${n}` : String(n), n));
     this.#field("num_tokens").replaceChildren(...options);
@@ -109,6 +111,13 @@ export class Settings {
   #slider(name) {
     return this.form.querySelector(`[data-for="${name}"]`);
   }
+}
+
+/** Let a field's range hold a model's own value. */
+function widen(field, value) {
+  if (!Number.isFinite(value)) return; // it is off
+  field.min = Math.min(field.min, value);
+  field.max = Math.max(field.max, value);
 }
 
 function labelOf(field) {

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -11,9 +12,10 @@ from answers import opened, photograph, png, same
 from PIL import Image
 
 from detailflow import DetailFlowPipeline
-from detailflow.data.decode import load_rgb
+from detailflow.data.image_files import load_rgb
 from detailflow.pipeline import fit
-from detailflow.serving.pictures import MOST_PIXELS
+from detailflow.serving import views
+from detailflow.serving.views import MOST_PIXELS
 
 
 def test_reconstruct_is_what_the_pipeline_shows(http: httpx.Client, pipeline: DetailFlowPipeline):
@@ -71,6 +73,20 @@ def test_an_animation_has_a_frame_for_every_stage(http: httpx.Client, kind: str)
         last = http.post("/v1/tokens/decode", json={"tokens": tokens}).json()["data"][0]["b64_json"]
         frame = base64.b64encode(png(animation.convert("RGB"))).decode()
         assert same(frame, opened(last).resize((256, 256), Image.Resampling.NEAREST))
+
+
+def test_an_animation_of_no_size_given_is_as_large_as_it_may_be(
+    here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    """As those of larger models would be refused for a size that nobody gave."""
+    monkeypatch.setattr(views, "MOST_PIXELS", 40_000)
+    url, tokens = f"{here().url}/v1/tokens/animate", [1, 2, 3, 4]
+    answer = httpx.post(url, json={"tokens": tokens})
+    assert answer.status_code == 200, answer.text
+    animation: Any = Image.open(io.BytesIO(answer.content))
+    assert animation.size == (100, 100) and animation.n_frames == len(tokens)
+    refused = httpx.post(url, json={"tokens": tokens, "size": 101}).json()["error"]
+    assert refused["message"] == "size must be at most 100 for 4 frames, not 101"
 
 
 def test_animations_have_bounds(http: httpx.Client, pipeline: DetailFlowPipeline):

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from PIL.IcoImagePlugin import IcoImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from detailflow.data.decode import _TURNS, image_size, image_suffixes, load_rgb, max_pixels, raster_formats, to_rgb
+from detailflow.data.image_files import _TURNS, image_size, image_suffixes, load_rgb, max_pixels, raster_formats, to_rgb
 from detailflow.data.source import why
 from detailflow.errors import DetailFlowError, printable
 
@@ -125,7 +125,7 @@ def test_every_format_that_pillow_writes_is_read():
 
 MEASURE = """
 import os, resource, sys
-from detailflow.data.decode import load_rgb
+from detailflow.data.image_files import load_rgb
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 for small, large in zip(sys.argv[1::2], sys.argv[2::2]):
     load_rgb(small)  # what is loaded once

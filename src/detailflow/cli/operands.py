@@ -126,8 +126,8 @@ def _open(
     operand: str, fit: "Fit", tokens: "Tokens | None", stems: Mapping[str, str]
 ) -> "tuple[str, int, Callable[[int], tuple[str, Reader]]]":
     """Return what an operand is called, how many images it has, and the name and reader of each of them."""
-    from detailflow.data.decode import image_suffixes, load_rgb
     from detailflow.data.folder import MANY
+    from detailflow.data.image_files import image_suffixes, load_rgb
     from detailflow.data.images import open_images
     from detailflow.data.source import not_there
     from detailflow.token_files import SUFFIX

@@ -7,7 +7,11 @@ from detailflow.errors import DetailFlowError
 from detailflow.settings import BatchSize, Must, NotNegative, PositiveInt, Settings
 
 Window = Annotated[float, Must("0 or more", lambda value: value >= 0), Must("at most 10,000 ms", lambda ms: ms <= 1e4)]
-Timeout = Annotated[float, Must("above 0 seconds", lambda seconds: 0 < seconds < float("inf"))]
+Timeout = Annotated[
+    float,
+    Must("above 0 seconds", lambda seconds: seconds > 0),
+    Must("a finite number of seconds", lambda seconds: seconds < float("inf")),
+]
 
 
 def check_queue(most: int, asked: int, queue: str = "max_queue", images: str = "max_images") -> None:
@@ -37,6 +41,7 @@ class ServeConfig(Settings):
         max_upload: bytes of an uploaded image.
         max_pixels: pixels of an uploaded image.
         timeout: seconds from a request's first byte to the last one of its answer.
+        cross_site: whether pages of other sites may ask a server without a key for work, in a browser of this machine.
         grace: seconds that a stopping server gives to what already runs.
     """
 
@@ -49,6 +54,7 @@ class ServeConfig(Settings):
     max_upload: PositiveInt = 10 * 2**20
     max_pixels: PositiveInt = 25_000_000
     timeout: Timeout = 120.0
+    cross_site: bool = False
     grace: NotNegative = 10.0
 
     def __post_init__(self) -> None:

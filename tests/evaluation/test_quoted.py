@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from detailflow.evaluation.published import published, quotes
+from detailflow.evaluation.quoted import published, quotes
 from detailflow.evaluation.report import Figure, Row
 
 

@@ -16,7 +16,7 @@ onnx = pytest.importorskip("onnx", reason="needs the packages of detailflow[onnx
 ort = pytest.importorskip("onnxruntime", reason="needs the packages of detailflow[onnx]")
 
 from detailflow.export import networks  # noqa: E402
-from detailflow.export.folder import export  # noqa: E402
+from detailflow.export.write import export  # noqa: E402
 
 TINY = Path(__file__).parents[1] / "parity" / "tiny-32"
 FILES = {f"{part}{kind}.onnx" for part in ("encoder", "decoder", "step") for kind in ("", "-int8")}
@@ -126,7 +126,7 @@ def test_without_its_extra(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    monkeypatch.delitem(__import__("sys").modules, "detailflow.export.folder")
+    monkeypatch.delitem(__import__("sys").modules, "detailflow.export.write")
     assert main(["export", str(model), "--onnx", str(tmp_path / "x")]) == 2
     assert "export needs the package onnx: install it with pip install 'detailflow[onnx]'" in capsys.readouterr().err
 
