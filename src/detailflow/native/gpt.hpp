@@ -83,7 +83,8 @@ private:
     // Turn queries and keys by their position, put keys and values into the cache, attend to all that is there.
     void attention(int layer, int start, int end) {
         const int steps = end - start, width = sizes.width;
-        const bool several = threads > 1 && std::size_t(rows) * steps * end * width > FEWEST_FOR_THREADS / 4;
+        const int scattered = 64;  // writing a key takes about as long as reading so many positions
+        const bool several = threads > 1 && std::size_t(rows) * steps * (end + scattered) * width > FEWEST_FOR_THREADS / 2;
 #pragma omp parallel for schedule(static) num_threads(threads) if (several)
         for (int both = 0; both < rows * sizes.heads; both++) {
             const int row = both / sizes.heads, offset = both % sizes.heads * head_size;

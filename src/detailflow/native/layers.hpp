@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <unistd.h>
 #include <vector>
 
 #include "amx.hpp"
@@ -13,14 +14,28 @@
 
 namespace detailflow {
 
-constexpr int BLOCK = 2048;            // bytes of a weight's row at a time: eight of them stay in the first-level cache
-constexpr int AHEAD = 16;              // outputs between a tile and the weights that it fetches
-constexpr std::size_t FEWEST_FOR_THREADS = std::size_t(1) << 21;  // multiplications of a product that several threads share
-constexpr std::size_t FEWEST_NUMBERS = std::size_t(1) << 15;      // of a norm or SwiGLU that they share
+constexpr int BLOCK = 2048;  // bytes of a weight's row at a time: eight of them stay in the first-level cache
+constexpr std::size_t FEWEST_FOR_THREADS = std::size_t(1) << 18;  // multiplications of a product that several threads share
+constexpr std::size_t FEWEST_NUMBERS = std::size_t(1) << 15;      // of a norm, SwiGLU or rows to pack that they share
+
+// How many outputs of a product a thread computes at a time: the weights for eight stay in the first-level cache while pairs of rows
+// pass; eight rows stay there themselves.
+constexpr int outputs_at_once(int M) { return M >= 8 ? 16 : 8; }
+
+// If the weights of the next outputs fit into the first-level cache beside those of these: then they are fetched into it, in the order of
+// memory. Otherwise later ones go into the second level. (Pieces of longer rows than a block push each other out of the first.)
+inline bool fetched_near(int M, std::size_t bytes_of_row) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    static const long cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    return bytes_of_row <= BLOCK && 2 * outputs_at_once(M) * BLOCK < cache;
+#else
+    return false;
+#endif
+}
 
 // y (M, N) = or += x (M packed rows) · w (N rows)ᵀ over `size` numbers of rows of `in`; FETCH rows from `ahead` are fetched
 // meanwhile. Never inlined: among other code compilers keep the sums in memory, and products take 1.7 times as long.
-template <class T, int M, int N, int FETCH>
+template <class T, int M, int N, int FETCH, bool NEAR>
 [[gnu::noinline]] void tile(const Factor<T>* x, const T* w, int in, int size, const T* ahead, float* y, std::size_t stride,
                             bool add) {
     constexpr int COUNT = (M * N + LANES - 1) / LANES * LANES;
@@ -31,7 +46,8 @@ template <class T, int M, int N, int FETCH>
         for (int n = 0; n < N; n++) {
             weights[n] = Chunk<T>::load(w + std::size_t(n) * in + k);
             weights[n].keep();
-            if (n < FETCH) __builtin_prefetch(ahead + std::size_t(n) * in + k, 0, 2);
+            const std::size_t later = NEAR ? k * FETCH + n * Chunk<T>::SIZE : std::size_t(n) * in + k;
+            if (n < FETCH) __builtin_prefetch(ahead + later, 0, NEAR ? 3 : 2);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
@@ -65,7 +81,7 @@ template <class T, int M> const Factor<T>* packed(const T* x, int rows, int in, 
     static thread_local Array<Factor<T>> memory;
     memory.resize(std::size_t(rows) * in);
     Factor<T>* to = memory.data();
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && std::size_t(rows) * in > FEWEST_NUMBERS)
     for (int m = 0; m < rows; m++) {
         const int first = m / M * M, together = first + M <= rows ? M : 1, at = together > 1 ? m - first : 0;
         for (int k = 0; k < in; k += Chunk<T>::SIZE)
@@ -80,14 +96,10 @@ template <class T> struct Linear {
     int out, in;
 };
 
-// How many outputs of a product a thread computes at a time: the weights for eight stay in the first-level cache while pairs of rows
-// pass; eight rows stay there themselves.
-constexpr int outputs_at_once(int M) { return M >= 8 ? 16 : 8; }
-
-// Those outputs of all packed rows, from output `n` on, in tiles of M rows and N outputs, which share the fetching of later weights.
-template <class T, int M, int N>
+// So many outputs of all packed rows, from output `n` on, in tiles of M rows and N outputs, which share the fetching of later weights.
+template <class T, int M, int N, bool NEAR>
 void outputs(const Factor<T>* x, int rows, const Linear<T>& w, int n, float* y, bool add) {
-    constexpr int SIZE = BLOCK / sizeof(T), COUNT = outputs_at_once(M);
+    constexpr int SIZE = BLOCK / sizeof(T), COUNT = outputs_at_once(M), AHEAD = NEAR ? COUNT : 16;
     const std::size_t in = w.in, stride = w.out;
     const int fetches = std::max(1, N / (rows / M));  // N rows of later weights for the N of a tile
     for (int k = 0; k < w.in; k += SIZE, add = true) {
@@ -97,13 +109,13 @@ void outputs(const Factor<T>* x, int rows, const Linear<T>& w, int n, float* y, 
         for (; m + M <= rows; m += M)
             for (int i = 0; i < COUNT; i += N)
                 at_most<N>(fetched < COUNT ? fetches : 0, [&](auto fetch) {
-                    tile<T, M, N, fetch>(x + m * in + k * M, weight + i * in, in, size, weight + (AHEAD + fetched) * in,
-                                         y + m * stride + n + i, stride, add);
+                    tile<T, M, N, fetch, NEAR>(x + m * in + k * M, weight + i * in, in, size, weight + (AHEAD + fetched) * in,
+                                               y + m * stride + n + i, stride, add);
                     fetched += fetch;
                 });
         for (; m < rows; m++)
             for (int i = 0; i < COUNT; i += 8)
-                tile<T, 1, 8, 0>(x + m * in + k, weight + i * in, in, size, weight, y + m * stride + n + i, stride, add);
+                tile<T, 1, 8, 0, NEAR>(x + m * in + k, weight + i * in, in, size, weight, y + m * stride + n + i, stride, add);
     }
 }
 
@@ -121,8 +133,9 @@ void product(const T* x, int rows, const Linear<T>& w, float* y, bool add, int t
     auto in_tiles = [&](auto tile) {
         constexpr int M = decltype(tile)::rows, N = decltype(tile)::outputs;
         const Factor<T>* factors = packed<T, M>(x, rows, w.in, threads);
+        const auto some = fetched_near(M, w.in * sizeof(T)) ? outputs<T, M, N, true> : outputs<T, M, N, false>;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-        for (int n = 0; n < w.out; n += outputs_at_once(M)) outputs<T, M, N>(factors, rows, w, n, y, add);
+        for (int n = 0; n < w.out; n += outputs_at_once(M)) some(factors, rows, w, n, y, add);
     };
     using Largest = typename Chunk<T>::Largest;
     if (rows >= Largest::rows) in_tiles(Largest());
@@ -145,7 +158,8 @@ template <class T> void rms_norm(const float* x, const T* weight, int rows, int 
 }
 
 // out[q] = softmax(query q · keysᵀ / √size) · values for Q queries of one head.
-//   keys (size, length): positions side by side, so that a register holds the scores of many; values (length, size)
+//   keys (size, length): positions side by side, so that a register holds the scores of many; values (length, size); those of the next
+//   head come next in memory and are fetched meanwhile
 template <int Q, class T>
 void attend(const float* queries, std::size_t query_stride, const float* keys, const float* values, int length, int size,
             int visible, T* out, std::size_t out_stride, float* scores) {
@@ -155,6 +169,7 @@ void attend(const float* queries, std::size_t query_stride, const float* keys, c
         Vector acc[Q] = {};
         for (int d = 0; d < size; d++) {
             Vector key = load(keys + std::size_t(d) * length + j);
+            __builtin_prefetch(keys + std::size_t(size + d) * length + j, 0, 2);
 #pragma GCC unroll 8
             for (int q = 0; q < Q; q++) acc[q] += queries[q * query_stride + d] * key;
         }
@@ -178,6 +193,7 @@ void attend(const float* queries, std::size_t query_stride, const float* keys, c
         Vector acc[Q] = {};
         for (int j = 0; j < visible; j++) {
             Vector value = load(values + std::size_t(j) * size + d);
+            __builtin_prefetch(values + std::size_t(length + j) * size + d, 0, 2);
 #pragma GCC unroll 8
             for (int q = 0; q < Q; q++) acc[q] += scores[q * padded + j] * value;
         }

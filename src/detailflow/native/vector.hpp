@@ -137,13 +137,10 @@ template <> struct Chunk<BFloat16> {  // as floats, first those of even index, t
 #endif
 template <class T> using Factor = typename Chunk<T>::Factor;
 
-// Halves of two vectors of sums: each block of 2·WIDTH lanes becomes one of WIDTH, `a`'s blocks first, then `b`'s.
+// Sums within two vectors: each block of 2·WIDTH lanes becomes `a`'s two halves added up, then `b`'s. Half of it stays in its lanes.
 template <int WIDTH, std::size_t... I> inline Vector fold(Vector a, Vector b, std::index_sequence<I...>) {
-    constexpr auto lane = [](int i) {
-        int block = i / WIDTH, half = LANES / (2 * WIDTH);
-        return (block < half ? 2 * block * WIDTH : LANES + 2 * (block - half) * WIDTH) + i % WIDTH;
-    };
-    return __builtin_shufflevector(a, b, lane(I)...) + __builtin_shufflevector(a, b, (lane(I) + WIDTH)...);
+    return __builtin_shufflevector(a, b, int(I & WIDTH ? LANES + I : I)...) +
+           __builtin_shufflevector(a, b, int((I & WIDTH ? LANES + I : I) ^ WIDTH)...);
 }
 
 // LANES vectors → one whose lane i is the sum of vector i's lanes.
@@ -153,7 +150,7 @@ template <int COUNT = LANES> inline Vector sums(const Vector* vectors) {
     } else {
         Vector folded[COUNT / 2];
         for (int i = 0; i < COUNT / 2; i++)
-            folded[i] = fold<COUNT / 2>(vectors[2 * i], vectors[2 * i + 1], std::make_index_sequence<LANES>());
+            folded[i] = fold<COUNT / 2>(vectors[i], vectors[i + COUNT / 2], std::make_index_sequence<LANES>());
         return sums<COUNT / 2>(folded);
     }
 }
