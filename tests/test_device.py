@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detailflow.device import choose_device, choose_dtype, precision_dtype
+from detailflow.device import choose_device, choose_dtype, exact_device, precision_dtype
 from detailflow.errors import DetailFlowError
 from detailflow.processor import processor_lines
 
@@ -53,3 +53,9 @@ def test_a_gpu_without_bfloat16(has: bool, dtype: torch.dtype, monkeypatch: pyte
     gpu = torch.device("cuda")
     assert precision_dtype("auto", gpu) == choose_dtype(None, gpu) == dtype
     assert precision_dtype("bf16", gpu) == torch.bfloat16
+
+
+def test_sums_in_float64_are_where_it_exists():
+    """Apple's GPUs have no float64."""
+    assert exact_device("mps").type == "cpu"
+    assert all(exact_device(name) == torch.device(name) for name in ("cpu", "cuda:0"))

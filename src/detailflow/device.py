@@ -40,6 +40,12 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     return DTYPES[name]
 
 
+def exact_device(device: torch.device | str) -> torch.device:
+    """Return a device that has float64: the CPU in place of Apple's GPUs, otherwise `device`."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on `device`; a copy from the CPU to a GPU takes place while the program goes on."""
     if tensor.device.type == "cpu" and device.type == "cuda":

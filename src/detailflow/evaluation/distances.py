@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from detailflow.data.source import spread
+from detailflow.device import exact_device
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.evaluation.features import INCEPTION, Extractor, Features
@@ -84,7 +85,7 @@ class FeatureStatistics:
                     f"{self.next + size - 1}"
                 )
         if self.pool is None:
-            device = found.pool.device if found.pool.device.type == "cuda" else "cpu"  # Apple's GPUs have no float64
+            device = exact_device(found.pool.device)
             self.pool = Moments(found.pool.shape[1], device)
             self.spatial = None if found.spatial is None else Moments(found.spatial.shape[1], device)
             if found.logits is not None:
@@ -194,7 +195,7 @@ def compare_sets(
 
     Args:
         prefix: of FID, such as "r" for reconstructions and "g" for generated images.
-        device: where precision and recall are computed, if it has float64.
+        device: where precision and recall are computed (by `exact_device`).
         neighbours: whether to compute them.
     """
     if reference.fingerprint != samples.fingerprint:
@@ -202,7 +203,7 @@ def compare_sets(
         raise DetailFlowError(
             f"the reference was measured by {ours} and the samples by {theirs}: measure both by one network"
         )
-    device = "cpu" if torch.device(device).type == "mps" else device
+    device = exact_device(device)
     name, deviation = _distance_name(samples), None
     if samples.kept is not None and samples.pool.count and len(samples.kept) > len(samples.pool.mean):
         deviation = frechet_deviation(reference.pool, samples.kept.to(device), samples.pool.count)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from detailflow.device import exact_device
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 
@@ -182,6 +183,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         raise DetailFlowError(
             f"SSIM needs images of at least {SMALLEST_SSIM_SIDE} pixels a side, not {a.shape[2]}×{a.shape[1]}"
         )
+    a, b = (z.to(exact_device(z.device)) for z in (a, b))
     # GPUs may round float32 convolutions to 10 bits.
     x, y = (z.movedim(-1, 1).to(torch.float64 if z.is_cuda else torch.float32) for z in (a, b))
     _, similarities = structural_similarity_index_measure(x, y, data_range=255.0, return_full_image=True)
@@ -195,6 +197,7 @@ def edge_jumps(a: Tensor, b: Tensor, patch: int) -> Tensor:
     Of pairs of images, bytes (B, H, W, 3), the mean over rows and columns. The ratio of the two is blockiness: 1 if
     patches fit together, and more if one sees their grid.
     """
+    a, b = (z.to(exact_device(z.device)) for z in (a, b))
     error, sums, counts = a.float() - b.float(), torch.zeros(len(a), 2, dtype=torch.float64, device=a.device), [0, 0]
     for dim in (1, 2):
         jumps = error.diff(dim=dim).abs().double().movedim(dim, 1)  # (B, neighbours, others, 3)

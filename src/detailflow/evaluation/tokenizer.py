@@ -242,7 +242,7 @@ class _Reconstruction:
         for i, view in enumerate(self.views):
             pixels = rebuild(self.tokenizer, sequences[view.span, view.corrected][:, : view.n], view.side)
             for name, values in self._compare(pixels, originals, view.side).items():
-                self.distances[i].setdefault(name, []).append(values.double().cpu())
+                self.distances[i].setdefault(name, []).append(values.cpu().double())
             if self.extractor:
                 self.statistics[i].update(self.extractor(pixels))
 
