@@ -190,7 +190,7 @@ WRITERS = {"png": PngWriter, "npz": NpzWriter, "webdataset": WebDatasetWriter}
 
 
 def generate_many(
-    pipeline: DetailFlowPipeline, folder: Path, samples: SampleSet, world: World | None = None, **sampling: Any
+    pipeline: DetailFlowPipeline, folder: Path, samples: SampleSet, world: World = World(), **sampling: Any
 ) -> None:
     """Write a set of images to `folder`; what is there of the same set, or of a smaller one, stays.
 
@@ -199,7 +199,6 @@ def generate_many(
         sampling: guidance_scale and so on, as for a pipeline's call.
     """
     require(Seed, seeds=samples.seed)
-    world = world or World()
     if samples.form not in WRITERS:
         raise DetailFlowError(f"the format must be one of {', '.join(WRITERS)}, not {samples.form!r}")
     writer, total = WRITERS[samples.form](folder, samples, pipeline), len(samples.labels)

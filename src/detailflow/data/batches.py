@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple, TypeVar
 
@@ -128,7 +128,7 @@ class _Batches:
     start_step: int = 0
     flip: bool = True
     max_scale: float = 1.25
-    world: World = field(default_factory=World)
+    world: World = World()
     keep: float = 0
 
     def __post_init__(self) -> None:

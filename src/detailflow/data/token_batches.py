@@ -27,7 +27,7 @@ class TokenBatches:
         seed: int,
         planted_share: float = 0.3,
         start_step: int = 0,
-        world: World = World(),  # noqa: B008  # frozen
+        world: World = World(),
     ) -> None:
         if not 0.0 <= planted_share <= 1.0:
             raise DetailFlowError(f"planted_share {planted_share} is not possible: it is a probability, 0 to 1")

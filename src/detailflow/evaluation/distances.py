@@ -127,7 +127,7 @@ def measure(
     *,
     keep: int = SAMPLES_KEPT,
     total: int | None = None,
-    world: World | None = None,
+    world: World = World(),
     labels: Sequence[int] | None = None,
 ) -> Statistics:
     """Return the statistics of a set of images; every rank must call it.
@@ -145,7 +145,6 @@ def measure(
         total, world, stored = len(images), images.world, _usable(images, extractor)
     elif total is None:
         raise ValueError("images of unknown number: give their total")
-    world = world or World()
     if stored and (stored.kept is not None or not total):
         kept = stored.kept[spread(len(stored.kept), min(keep, len(stored.kept)))] if stored.kept is not None else None
         few = kept if keep else None

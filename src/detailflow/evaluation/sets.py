@@ -154,7 +154,7 @@ def open_set(
     size: int | None = None,
     count: int | None = None,
     split: str | None = None,
-    world: World | None = None,
+    world: World = World(),
     batch_size: int = 64,
 ) -> ImageSet:
     """Open a set of images to measure.
@@ -201,7 +201,7 @@ def open_set(
     indices: Sequence[int] = range(total)
     if count is not None and count < total:
         indices, statistics = spread(total, count), None  # as they are of all images
-    return ImageSet(source, indices, side, size, statistics, about, world or World(), batch_size)
+    return ImageSet(source, indices, side, size, statistics, about, world, batch_size)
 
 
 def _check_whole(folder: Path, images: int) -> None:

@@ -221,9 +221,8 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(output: Path, world: World | None = None) -> Checkpoint | None:
+def load_checkpoint(output: Path, world: World = World()) -> Checkpoint | None:
     """Return the newest checkpoint that rank 0 can read, on all ranks; `None` if there is none."""
-    world = world or World()
     name = world.from_main(lambda: _newest(output))
     if name is None:
         return None

@@ -63,11 +63,11 @@ class GPTStage:
         tokenizer: DetailFlowTokenizer,
         device: torch.device,
         resuming: bool = False,
-        world: World | None = None,
+        world: World = World(),
     ) -> None:
         self.config, self.store, self.tokenizer, self.device = config, store, tokenizer, device
         self.validation = store.validation if store else None
-        self.world = world = world or World()
+        self.world = world
         loop = config.loop
         self.precision, self.sizes = precision_dtype(loop.precision, device), sizes
         self.model = DetailFlowGPT(sizes)

@@ -72,7 +72,7 @@ def crops(
     source: ImageSource | StreamSource,
     batch_size: int,
     start_step: int = 0,
-    world: World = World(),  # noqa: B008  (it is frozen)
+    world: World = World(),
 ) -> ImageBatches | StreamedBatches:
     """Return the endless training crops of these settings."""
     kind: Any = StreamedBatches if isinstance(source, StreamSource) else ImageBatches

@@ -71,10 +71,10 @@ class TokenizerStage:
         output: Path,
         device: torch.device,
         start: Literal["new", "checkpoint", "plan"] = "new",
-        world: World | None = None,
+        world: World = World(),
         validation: ImageSource | None = None,
     ) -> None:
-        loop, world, load = config.loop, world or World(), start != "plan"
+        loop, load = config.loop, start != "plan"
         self.config, self.source, self.device, self.world = config, source, device, world
         self.validation = validation
         self.validation_crops: Tensor | None = None

@@ -49,9 +49,9 @@ class Trackers:
         kind: str,
         config: Mapping[str, Any],
         start_step: int,
-        world: World | None = None,
+        world: World = World(),
     ) -> None:
-        self.output, self.world = output, world or World()
+        self.output, self.world = output, world
         self.board: Any = None
         self.wandb: Any = None
         self._hook, threading.excepthook = threading.excepthook, _without_tensorboard(threading.excepthook)
