@@ -67,7 +67,7 @@ def test_a_file_of_the_users_own_is_not_replaced(content: bytes | None, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("a" * 300, "File name too long"), ("a\0b", ".*embedded null (byte|character in path)")]
+    ("name", "why"), [("a" * 300, "File name too long"), ("a\0b", ".*embedded null (byte|character in \\w+)")]
 )
 def test_a_name_that_no_file_can_have(name: str, why: str, tmp_path: Path):
     path = tmp_path / f"{name}.npz"

@@ -1,6 +1,7 @@
 """Uploaded images: raster formats only, decoded off the event loop, bounded in bytes and pixels."""
 
 import logging
+import traceback
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -50,6 +51,13 @@ def takes_form(form: type[ImageForm], fields: str, several: str | None = None) -
     return Depends(check)
 
 
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what functions that an error went through hold, such as an image: errors may be kept for a while."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 class Uploads:
     """Opens what clients send."""
 
@@ -68,9 +76,8 @@ class Uploads:
         try:
             return await self._threads.run(partial(self._decode, upload.file))
         except DetailFlowError as error:
-            problem = str(error)
-        # Not from that error, whose traceback holds the image: older frameworks keep what was raised for a while.
-        raise ApiError(400, problem, "image", "invalid_image")
+            _clear_frames(error)
+            raise ApiError(400, str(error), "image", "invalid_image") from None
 
     def _decode(self, file: BinaryIO) -> Image.Image:
         content = file.read()
