@@ -4,25 +4,42 @@
 const DIST = "./node_modules/onnxruntime-web/dist/";
 const TINY = 2 ** -126; // the smallest temperature, as float32 has it
 
+const BACKENDS = ["wasm", "webgpu"];
+
 /** Load a model from a folder: `precision` is "float32" or "int8", `backend` is "wasm" or "webgpu". */
 export async function load(folder, precision, backend) {
-  const response = await fetch(`${folder}/model.json`);
-  if (!response.ok) throw new Error(`there is no ${folder}/model.json: run \`detailflow export --onnx ${folder}\` first`);
-  const model = await response.json();
-  if (!model.files) throw new Error(`the export in ${folder} is not complete: repeat it`);
+  if (!BACKENDS.includes(backend)) throw new Error(`the backend must be wasm or webgpu, not ${backend}`);
+  const model = await readModel(folder);
+  const files = model.files[precision];
+  if (!files) throw new Error(`the export in ${folder} has no ${precision} networks`);
   const ort = await import(`${DIST}ort.${backend}.min.mjs`);
   ort.env.logLevel = "error"; // it warns of each operation that stays on the processor
   const sessions = {};
-  for (const part of ["step", "decoder"]) // one after the other, as they share one WebAssembly module
-    sessions[part] = await ort.InferenceSession.create(`${folder}/${model.files[precision][part]}`, {
-      executionProviders: [backend],
-    });
+  // One network after the other, as they share one WebAssembly module.
+  for (const part of ["step", "decoder"]) {
+    const network = await get(folder, files[part]);
+    const options = { executionProviders: [backend] };
+    sessions[part] = await ort.InferenceSession.create(new Uint8Array(await network.arrayBuffer()), options);
+  }
   return new Generator(ort, model, sessions);
 }
 
 /** Return the backend that this browser can use: "webgpu" where there is a graphics processor for it, else "wasm". */
 export async function bestBackend() {
-  return (await navigator.gpu?.requestAdapter()) ? "webgpu" : "wasm";
+  try {
+    return (await navigator.gpu?.requestAdapter()) ? "webgpu" : "wasm";
+  } catch {
+    return "wasm";
+  }
+}
+
+/** Fetch a file of the export. An older one in the browser's cache is not taken: it may not fit the other files. */
+async function get(folder, name) {
+  const response = await fetch(`${folder}/${name}`, { cache: "no-cache" });
+  if (response.status === 404)
+    throw new Error(`there is no ${folder}/${name}: run \`detailflow export --onnx ${folder}\` first`);
+  if (!response.ok) throw new Error(`could not read ${folder}/${name}: the server answered with status ${response.status}`);
+  return response;
 }
 
 class Generator {
@@ -33,6 +50,8 @@ class Generator {
   /** Yield {count, tokens} after each step: the tokens so far of an image for each class number, (images, count). */
   async *generate(classes, seed, options = {}) {
     const { model } = this;
+    checkSeed(seed);
+    checkClasses(classes, model);
     const sampling = { ...model.sampling, ...options };
     const guided = sampling.guidance_scale !== 1;
     const rows = guided ? [...classes, ...classes.map(() => model.null_class)] : classes;
@@ -104,6 +123,92 @@ function toImage(pixels, side) {
     image.data[4 * i + 3] = 255; // opaque
   }
   return image;
+}
+
+// --- model.json -------------------------------------------------------------------------------------------------------
+
+const LARGEST_INTEGER = 2 ** 31 - 1;
+const MOST_TOKENS = 2 ** 13; // of an image; published models have 512 at most
+
+/** Return what the folder's model.json says, after a check that its entries fit each other. */
+export async function readModel(folder) {
+  const text = await (await get(folder, "model.json")).text();
+  const model = parsed(text);
+  if (model?.format !== "detailflow-onnx")
+    throw new Error(`${folder}/model.json is not what \`detailflow export\` writes: repeat the export`);
+  if (!model.files) throw new Error(`the export in ${folder} is not complete: repeat it`);
+  const wrong = misfits(model);
+  if (wrong.length) throw new Error(`${folder}/model.json is damaged, see ${wrong.join(", ")}: repeat the export`);
+  return model;
+}
+
+/** Return what JSON holds, or null if it is none. */
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
+  }
+}
+
+const isText = (value) => typeof value === "string";
+const between = (value, low, high = LARGEST_INTEGER) => Number.isInteger(value) && low <= value && value <= high;
+const all = (list, fits) => Array.isArray(list) && list.every(fits);
+
+/** Return which entries do not fit the others: steps must go from 0 to all tokens, and after each there is a size. */
+function misfits(model) {
+  const { steps, counts, sizes, num_tokens: total, class_names: names, num_classes: classes } = model;
+  const follows = (step, i) =>
+    all(step, Number.isInteger) && step.length === 2 && step[0] === (i ? steps[i - 1][1] : 0) && step[0] < step[1];
+  const stepsFit = all(steps, follows) && steps.at(-1)?.[1] === total;
+  const rows = [model.null_class, model.code_row, model.mask_row];
+  const named = names === null || (all(names, isText) && names.length === classes);
+  const pairs = Object.values(model.files);
+  const holds = {
+    files: pairs.length && pairs.every((pair) => isText(pair?.step) && isText(pair.decoder)),
+    num_tokens: between(total, 1, MOST_TOKENS),
+    steps: stepsFit,
+    counts: all(counts, (n) => between(n, 1, total)) && stepsFit && steps.every(([, end]) => counts.includes(end)),
+    sizes: all(sizes, (side) => between(side, 1)) && sizes.length === counts?.length,
+    class_names: named,
+    num_classes: between(classes, 0),
+    "null_class, code_row, mask_row":
+      rows.every((row) => between(row, 0)) && classes <= rows[0] && rows[0] < rows[1] && rows[1] < rows[2],
+    codebook_size: model.codebook_size === model.mask_row - model.code_row,
+    causal_tokens: between(model.causal_tokens, 0, total),
+    sampling: samplingFits(model.sampling ?? {}),
+    "heads, head_dim, group_size": [model.heads, model.head_dim, model.group_size].every((value) => between(value, 1)),
+  };
+  return Object.keys(holds).filter((name) => !holds[name]);
+}
+
+function samplingFits({ guidance_scale, guidance_schedule, temperature, top_k, top_p }) {
+  return (
+    Number.isFinite(guidance_scale) &&
+    guidance_scale >= 0 &&
+    guidance_scale <= 1e6 &&
+    ["constant", "linear"].includes(guidance_schedule) &&
+    Number.isFinite(temperature) &&
+    temperature >= 0 &&
+    (top_k === null || between(top_k, 0)) &&
+    (top_p === null || (Number.isFinite(top_p) && top_p > 0 && top_p <= 1))
+  );
+}
+
+// --- what is asked for -------------------------------------------------------------------------------------------------
+
+/** Refuse what is no seed; BigInt alone would take "" and " " as 0, and a larger number's lower bits. */
+function checkSeed(seed) {
+  const exact = typeof seed !== "number" || Number.isSafeInteger(seed); // larger numbers are rounded: give text or a BigInt
+  if (!exact || !/^[0-9]+$/.test(String(seed)) || BigInt(seed) >= 2n ** 64n)
+    throw new Error(`the seed must be a whole number from 0 to ${2n ** 64n - 1n}, not ${seed}`);
+}
+
+function checkClasses(classes, { num_classes: count, null_class: none }) {
+  const wrong = classes.filter((label) => (count ? !between(label, 0, count - 1) : label !== none));
+  if (!wrong.length) return;
+  const allowed = count ? `must be a whole number from 0 to ${count - 1}` : `of this model is always ${none}`;
+  throw new Error(`the class number ${allowed}, not ${wrong[0]}`);
 }
 
 // --- drawing tokens --------------------------------------------------------------------------------------------------

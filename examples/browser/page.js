@@ -1,22 +1,42 @@
 // The page: reads the form, and shows every stage of the images.
 
-import { bestBackend, load } from "./detailflow.js";
+import { bestBackend, load, readModel } from "./detailflow.js";
 
 const FOLDER = "model";
 const form = document.getElementById("form");
 const field = (name) => document.getElementById(name);
 const say = (text) => (field("status").textContent = text);
-const backend = new URLSearchParams(location.search).get("backend") ?? (await bestBackend());
+const asked = new URLSearchParams(location.search).get("backend"); // null if the address names none
+const PRECISIONS = { float32: "float32", int8: "8 bits" };
 const generators = {}; // by precision
+let backend; // this and the model are known once the page has started
+let model;
 
 /** Return the generator with the chosen weights, loaded at first use. */
 async function chosen() {
   const precision = field("precision").value;
   if (!generators[precision]) {
     say("Loading the model …");
-    generators[precision] = await load(FOLDER, precision, backend);
+    generators[precision] = await loadOrFallBack(precision);
   }
   return generators[precision];
+}
+
+/** Load with the backend; if the graphics processor fails and nobody asked for it, without. */
+async function loadOrFallBack(precision) {
+  try {
+    return await load(FOLDER, precision, backend);
+  } catch (error) {
+    if (asked !== null || backend === "wasm") throw error;
+    const generator = await load(FOLDER, precision, "wasm");
+    backend = "wasm";
+    return generator;
+  }
+}
+
+function listPrecisions({ files }) {
+  const names = Object.keys(PRECISIONS).filter((name) => files[name]);
+  field("precision").replaceChildren(...names.map((name) => new Option(PRECISIONS[name], name)));
 }
 
 function listClasses({ class_names: names, num_classes: count, null_class: none }) {
@@ -62,9 +82,11 @@ async function busy(work) {
   try {
     await work();
   } catch (error) {
-    say(`Error: ${error.message}`);
+    say(`Error: ${error?.message ?? String(error)}`); // ONNX Runtime throws numbers and strings too
+    field("result").replaceChildren();
+    field("tokens").textContent = "";
   }
-  field("generate").disabled = !Object.keys(generators).length;
+  field("generate").disabled = !model; // other weights may load where these did not
 }
 
 form.addEventListener("submit", (event) => {
@@ -73,6 +95,11 @@ form.addEventListener("submit", (event) => {
 });
 
 await busy(async () => {
-  listClasses((await chosen()).model);
+  say("Loading the model …");
+  backend = asked ?? (await bestBackend());
+  model = await readModel(FOLDER);
+  listClasses(model);
+  listPrecisions(model);
+  await chosen();
   say(`Ready (${backend})`);
 });

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from playwright.sync_api import Page
 
 from detailflow import DetailFlowPipeline
 from detailflow.export.write import export
@@ -144,3 +146,151 @@ def test_what_is_missing_is_said(folder: Path, address: str, new_page: Callable)
     finally:
         model.write_text(content)
         aside.unlink()
+
+
+@contextmanager
+def changed(folder: Path, **entries: object) -> Iterator[None]:
+    """The export with other entries in its model.json."""
+    path = folder / "model" / "model.json"
+    content = path.read_text()
+    path.write_text(json.dumps(json.loads(content) | entries))
+    try:
+        yield
+    finally:
+        path.write_text(content)
+
+
+def failed(page: Page) -> str:
+    page.locator("#status", has_text="Error: ").wait_for()
+    return page.inner_text("#status").removeprefix("Error: ")
+
+
+def adapter(result: str) -> str:
+    """A script that lets every request for a graphics processor end so."""
+    return f"Object.defineProperty(navigator, 'gpu', {{value: {{requestAdapter: () => {result}}}}})"
+
+
+ANSWER = "window.fetch = async () => new Response({})"
+
+
+def test_only_the_two_backends_are_imported(address: str, new_page: Callable):
+    page = new_page(f"{address}/?backend=../../../evil", "#status:has-text('Error')")
+    assert failed(page) == "the backend must be wasm or webgpu, not ../../../evil"
+
+
+@pytest.mark.parametrize("result", ["Promise.reject(new Error('lost'))", "{throw 1}", "Promise.resolve({})"])
+def test_without_a_usable_graphics_processor_wasm_computes(result: str, address: str, new_page: Callable):
+    page = new_page(address, READY, adapter(result))
+    assert page.inner_text("#status") == "Ready (wasm)"
+
+
+def test_a_backend_that_was_asked_for_is_not_replaced(address: str, new_page: Callable):
+    page = new_page(f"{address}/?backend=webgpu", READY, adapter("Promise.resolve(null)"))
+    assert failed(page) != "undefined"
+
+
+def test_only_8_bit_weights(folder: Path, address: str, new_page: Callable):
+    files = json.loads((folder / "model" / "model.json").read_text())["files"]
+    with changed(folder, files={"int8": files["int8"]}):
+        page = new_page(f"{address}/?backend=wasm", READY)
+    assert page.locator("#precision option").all_inner_texts() == ["8 bits"]
+    assert page.inner_text("#status") == "Ready (wasm)"
+
+
+def test_other_weights_can_be_chosen_when_some_are_missing(folder: Path, address: str, new_page: Callable):
+    step, aside = folder / "model" / "step.onnx", folder / "aside.onnx"
+    step.rename(aside)
+    try:
+        page = new_page(f"{address}/?backend=wasm", READY)
+    finally:
+        aside.rename(step)
+    assert failed(page) == "there is no model/step.onnx: run `detailflow export --onnx model` first"
+    page.get_by_label("Weights").select_option("8 bits")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("4 images in").wait_for()
+
+
+@pytest.mark.parametrize(
+    ("entries", "wrong"),
+    [
+        ({"steps": [[0, 1], [2, 48]]}, "steps, counts"),
+        ({"steps": None, "counts": None}, "steps, counts, sizes"),
+        ({"sizes": [32]}, "sizes"),
+        ({"class_names": ["cat"]}, "class_names"),
+        ({"num_classes": "ten"}, "class_names, num_classes, null_class, code_row, mask_row"),
+        ({"mask_row": 5}, "null_class, code_row, mask_row, codebook_size"),
+        ({"sampling": {}}, "sampling"),
+        ({"group_size": 0}, "heads, head_dim, group_size"),
+        ({"files": {}}, "files"),
+    ],
+)
+def test_a_damaged_model_is_refused(entries: dict, wrong: str, folder: Path, address: str, new_page: Callable):
+    with changed(folder, **entries):
+        page = new_page(f"{address}/?backend=wasm", "#status:has-text('Error')")
+    assert failed(page) == f"model/model.json is damaged, see {wrong}: repeat the export"
+    assert page.get_by_role("button", name="Generate").is_disabled()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("guidance_scale", -1), ("guidance_schedule", "cosine"), ("temperature", None), ("top_k", 1.5), ("top_p", 0)],
+)
+def test_damaged_sampling_is_refused(name: str, value: object, folder: Path, address: str, new_page: Callable):
+    sampling = json.loads((folder / "model" / "model.json").read_text())["sampling"] | {name: value}
+    with changed(folder, sampling=sampling):
+        page = new_page(f"{address}/?backend=wasm", "#status:has-text('Error')")
+    assert failed(page) == "model/model.json is damaged, see sampling: repeat the export"
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (ANSWER.format("'', {status: 503}"), "could not read model/model.json: the server answered with status 503"),
+        (ANSWER.format("'<p>'"), "model/model.json is not what `detailflow export` writes: repeat the export"),
+        (ANSWER.format("'[]'"), "model/model.json is not what `detailflow export` writes: repeat the export"),
+        ("window.fetch = () => Promise.reject('text')", "text"),
+    ],
+)
+def test_other_trouble_is_said(script: str, said: str, address: str, new_page: Callable):
+    assert failed(new_page(f"{address}/?backend=wasm", "#status:has-text('Error')", script)) == said
+
+
+def test_seeds_and_classes_out_of_range(address: str, new_page: Callable):
+    page = new_page(f"{address}/?backend=wasm", READY)
+    seed, generate = page.get_by_label("Seed"), page.get_by_role("button", name="Generate")
+    seed.fill(str(2**64 - 1))
+    generate.click()
+    page.get_by_text("4 images in").wait_for()
+    seed.fill(str(2**64))
+    generate.click()
+    assert failed(page) == f"the seed must be a whole number from 0 to {2**64 - 1}, not {2**64}"
+    assert page.locator("canvas").count() == 0 and page.locator("#tokens").text_content() == ""
+    seed.fill("1.5")
+    assert not seed.evaluate("input => input.checkValidity()")
+
+    said = page.evaluate(
+        """async () => {
+            const { load } = await import('./detailflow.js');
+            const generator = await load('model', 'float32', 'wasm');
+            const refused = (...asked) => generator.generate(...asked).next().catch((error) => error.message);
+            const wrong = [[[3], ''], [[3], '0x10'], [[3], -1], [[3], 2 ** 60], [[3], null]];
+            const seeds = await Promise.all(wrong.map((asked) => refused(...asked)));
+            const classes = [await refused([3, 10], 1), await refused([-1], 1), await refused([0.5], 1)];
+            generator.model.num_classes = 0;
+            return [seeds, [...classes, await refused([3], 1)]];
+        }"""
+    )
+    assert all(str(text).startswith("the seed must be a whole number") for text in said[0])
+    assert said[1][:3] == [f"the class number must be a whole number from 0 to 9, not {n}" for n in (10, -1, 0.5)]
+    assert said[1][3] == "the class number of this model is always 10, not 3"
+
+
+def test_long_class_names_do_not_widen_the_page(folder: Path, address: str, new_page: Callable):
+    with changed(folder, class_names=["a very long name of a class " * 9] * 10):
+        page = new_page(f"{address}/?backend=wasm", READY, viewport={"width": 320, "height": 600})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+def test_what_the_page_needs_is_said_without_javascript(address: str, new_page: Callable):
+    page = new_page(address, "#status", java_script_enabled=False)
+    assert "needs JavaScript and a web server" in page.inner_text("#status")
