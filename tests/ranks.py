@@ -3,7 +3,7 @@
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from detailflow import distributed
@@ -29,6 +29,11 @@ def command_line(argv: list[str], rank: int, limits: Mapping[int, int] = {}) -> 
     if rank in limits:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits[rank], limits[rank]))
     return main(argv)
+
+
+def other_command_lines(argvs: Sequence[list[str]], rank: int) -> int:
+    """Run each rank's own command."""
+    return main(argvs[rank])
 
 
 def training_that_fails(command: list[str], bug: bool, wrong: int, rank: int) -> int:

@@ -1,6 +1,7 @@
 """What goes wrong in one of two processes ends both within seconds, and one of them says why."""
 
 import multiprocessing
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ sys.path.append(str(Path(__file__).parent))  # which its processes get as well
 
 import ranks
 from detailflow.distributed import World
+from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
 from detailflow.training.checkpoints import save_checkpoint
 
@@ -102,6 +104,78 @@ def test_what_both_find(command: list[str], tmp_path: Path):
     (first, _, err), (second, _, other) = launch(partial(ranks.command_line, [*command, "--tokens=nowhere"]), tmp_path)
     assert (first, second) == (2, 2), err + other
     assert len(complaints(err)) == 1 and "nowhere is not a token store" in err and not complaints(other)
+
+
+def differ(commands: list[list[str]], what: str, folder: Path) -> None:
+    """Check that processes with these commands end with one sentence."""
+    (first, _, err), (second, _, other) = launch(partial(ranks.other_command_lines, commands), folder)
+    assert (first, second) == (2, 2), err + other
+    assert f"the 2 processes of this launch differ in {what}: start all" in complaints(err)[0]
+    assert len(complaints(err)) == 1 and not complaints(other)
+
+
+def test_other_settings(command: list[str], model: Path, tmp_path: Path):
+    """Their weights would drift apart, or one would wait for the other."""
+    differ([command, [*command, "--loop.steps=5", "--width=32"]], "loop.steps, width", tmp_path)
+    assert not (tmp_path / "run").exists()
+    many = [
+        "generate",
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+        "--num-images",
+        "4",
+        "--output",
+        str(tmp_path / "set"),
+    ]
+    differ([[*many, "--seed", "0"], [*many, "--seed", "1"]], "seed", tmp_path)
+
+
+def test_other_images(cifar: Path, model: Path, tmp_path: Path):
+    """As on a node whose copy is not complete: codes of one image would be stored as another's."""
+    copy = Path(shutil.copytree(cifar, tmp_path / "copy"))
+    next(copy.rglob("*.png")).rename(next(copy.rglob("*.png")).with_name("zzz.png"))
+    sets = [str(cifar), str(copy)]
+    last = ["--device", "cpu", "--output", str(tmp_path / "made")]
+    differ([["extract", "--tokenizer", str(model), "--data", one, *last] for one in sets], "their images", tmp_path)
+    network = ["--features", "efficientnet-lite0"]
+    differ([["evaluate", "samples", one, str(cifar), *network, *last] for one in sets], "their images", tmp_path)
+    sizes = {f"model.{part}.{name}": 16 for part in ("encoder", "decoder") for name in ("width", "depth", "heads")}
+    settings = {**sizes, "loop.steps": 2, "loop.batch_size": 4, "loop.learning_rate": 0.001, "val_share": 0.3}
+    training = ["train", "tokenizer", *(f"--{name}={value}" for name, value in settings.items()), *last]
+    differ([[*training, "--data", one] for one in sets], "their images", tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_unreadable_images_of_all_count(cifar: Path, tmp_path: Path):
+    """One may be tolerated, but not one for each process."""
+    copy = Path(shutil.copytree(cifar, tmp_path / "copy"))
+    images = sorted(copy.rglob("*.png"))
+    for one in (images[10], images[120], images[150]):
+        one.write_bytes(b"no image")
+    network = ["--features", "efficientnet-lite0", "--device", "cpu", "--output", str(tmp_path / "report")]
+    work = partial(ranks.command_line, ["evaluate", "samples", str(copy), str(copy), *network])
+    (first, _, err), (second, _, other) = launch(work, tmp_path)
+    assert (first, second) == (2, 2), err + other
+    assert "At least 3 of the 200 images" in complaints(err)[0] and not complaints(other)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE in the environment is 2 and RANK is not set: start the processes with"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "2 and MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT .* whole"),
+    ],
+)
+def test_no_launcher(given: dict[str, str], problem: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DetailFlowError, match=problem):
+        World.from_launch(cpu=True)
 
 
 def test_samples_of_one_do_not_fit(model: Path, tmp_path: Path):

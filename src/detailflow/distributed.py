@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from detailflow.device import choose_device
-from detailflow.errors import DetailFlowError, ReportedElsewhereError, missing_package
+from detailflow.errors import DetailFlowError, ReportedElsewhereError, explained, missing_package
 
 Result = TypeVar("Result")
 TIMEOUT = timedelta(hours=3)  # long enough for what only one rank does, such as checking a whole token store
@@ -49,15 +49,25 @@ class World:
     @classmethod
     def from_launch(cls, cpu: bool = False) -> "World":
         """Join the processes that `torchrun` or `accelerate launch` started; a world of one without a launcher."""
-        if rank_and_world_size()[1] < 2:
+        size = rank_and_world_size()[1]
+        if size < 2:
             return cls()
+        for variable in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if variable not in os.environ:
+                raise DetailFlowError(
+                    f"WORLD_SIZE in the environment is {size} and {variable} is not set: start the processes with "
+                    "torchrun, or unset WORLD_SIZE"
+                )
+        for variable in ("MASTER_PORT", "LOCAL_RANK"):
+            _number(variable, "0")
         try:
             from accelerate import PartialState
         except ImportError as error:
             raise missing_package("work by several processes", "accelerate") from error
         # Without an accelerator it joins processes only if it is told to; a Mac's GPU cannot be shared.
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        state = PartialState(cpu=cpu or accelerator is None or accelerator.type == "mps", timeout=TIMEOUT)
+        with explained("the processes of this launch cannot meet", (ValueError, RuntimeError)):
+            state = PartialState(cpu=cpu or accelerator is None or accelerator.type == "mps", timeout=TIMEOUT)
         atexit.register(state.destroy_process_group)  # its threads must not outlive what they use
         device = torch.device("cpu") if state.device.type == "cpu" else state.device  # torch gives a CPU no number
         return cls(state.process_index, state.num_processes, device)
@@ -104,6 +114,29 @@ class World:
                 raise ReportedElsewhereError(str(texts[first])) from problem
         if problem is not None:
             raise problem
+
+    def gather(self, value: Result) -> list[Result]:
+        """Return the values of all ranks, in rank order; they must be of kinds that can be sent as objects."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def check_same(self, values: Mapping[str, object]) -> None:
+        """Check that all ranks were given the same, as each reads its own command line and its own files.
+
+        Args:
+            values: what must be equal, by its name in the message.
+        """
+        found = self.gather(dict(values))
+        with self.raise_together():
+            differ = [name for name in values if any(one.get(name) != found[0].get(name) for one in found)]
+            if self.is_main and differ:
+                raise DetailFlowError(
+                    f"the {self.size} processes of this launch differ in {', '.join(differ[:5])}: start all of them "
+                    "with the same command, and give them the same files"
+                )
 
     def from_main(self, work: Callable[[], Result]) -> Result:
         """Call `work` on rank 0 and return its value on all ranks.

@@ -202,10 +202,12 @@ def generate_many(
     if samples.form not in WRITERS:
         raise DetailFlowError(f"the format must be one of {', '.join(WRITERS)}, not {samples.form!r}")
     writer, total = WRITERS[samples.form](folder, samples, pipeline), len(samples.labels)
+    settings = _settings(pipeline, samples, sampling)
+    world.check_same(settings)
     with lock_folder(folder, "generation", world):
         with world.raise_together(), _errors(folder):
             if world.is_main:
-                _reserve(folder, samples, _settings(pipeline, samples, sampling), writer)
+                _reserve(folder, samples, settings, writer)
         with world.raise_together(), _errors(folder, reading=True):
             own = [(part, writer.is_done(part)) for part in writer.parts[world.rank :: world.size]]
         bar = progress_bar(desc="generating", total=total, unit="image", main=world.is_main)

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from studio import Studio, pixels, same
 
 from detailflow import DetailFlowPipeline
@@ -127,6 +127,21 @@ def test_images_can_be_taken_away(studio: Studio, shipped: DetailFlowPipeline):
     assert same([np.asarray(large, int)], [expected.resize((1024, 1024), Image.Resampling.NEAREST)])
     animation: Any = saved("Animation GIF")
     assert (animation.size, animation.n_frames) == ((256, 256), 20)
+
+
+def test_an_animation_is_named_after_its_image(studio: Studio):
+    """Not after the one that is shown once it is made."""
+    studio.generate("frog", number=2, seed=6)
+    studio.generate("horse", number=1, seed=3)
+    held: list[Route] = []
+    studio.page.route("**/v1/tokens/animate*", lambda route: held.append(route))
+    with studio.page.expect_download() as download:
+        studio.button("Animation GIF").click()
+        expect(studio.button("Animation GIF")).to_have_attribute("aria-busy", "true")
+        studio.page.go_back()
+        expect(studio.tiles).to_have_count(2)
+        held[0].continue_()
+    assert download.value.suggested_filename == "horse-3.gif"
 
 
 def test_variations_keep_the_first_tokens_and_lead_back(studio: Studio, shipped: DetailFlowPipeline):

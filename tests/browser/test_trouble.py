@@ -169,6 +169,9 @@ def test_a_server_that_is_busy(new_page: Callable[..., Page], serve: Callable[..
         assert other.is_alive(), "the queue has never been full"
     studio.button("Generate").click()
     expect(studio.banner).to_contain_text("Many people are making images.")
+    studio.button("Stop").click()
+    expect(studio.banner).to_be_hidden()
+    studio.button("Generate").click()
     other.join()
     studio.finish()
     expect(studio.banner).to_be_hidden()

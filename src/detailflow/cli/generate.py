@@ -55,9 +55,11 @@ def main(argv: Sequence[str]) -> int:
     check_output(args.output)
     _check(args)
 
-    from detailflow.distributed import World
+    from detailflow.distributed import World, rank_and_world_size
     from detailflow.pipeline import DetailFlowPipeline
 
+    if not args.num_images and rank_and_world_size()[1] > 1:
+        raise DetailFlowError("several processes share a set of samples alone: give --num-images, or start one process")
     world = World.from_launch(cpu=args.device == "cpu") if args.num_images else World()
     sampling = sampling_options(args)
     pipeline = DetailFlowPipeline.from_pretrained(

@@ -224,7 +224,7 @@ def _run(argv: list[str]) -> int:
 
 def _command(command: str, rest: list[str]) -> int:
     module = import_module(f"detailflow.cli.{command}")
-    if command not in _SHOW_LOG or "--dry-run" in rest or os.environ.get("RANK", "0") != "0":
+    if command not in _SHOW_LOG or "--dry-run" in rest or _is_other_rank():
         return module.main(rest)
     logger, lines = logging.getLogger("detailflow"), _Lines(_SHOW_LOG[command])
     level = logger.level
@@ -235,6 +235,11 @@ def _command(command: str, rest: list[str]) -> int:
     finally:
         logger.removeHandler(lines)
         logger.setLevel(level)
+
+
+def _is_other_rank() -> bool:
+    """Whether this is one of several processes and not the first, without importing torch."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1") and os.environ.get("RANK", "0") != "0"
 
 
 class _Lines(logging.Handler):

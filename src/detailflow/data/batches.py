@@ -86,6 +86,11 @@ def note_unreadable(bad: dict[Key, str], found: Mapping[Key, str], tolerated: in
         if key not in bad:
             bad[key] = problem
             warnings.warn(f"{problem}. Another image takes its place.", DetailFlowWarning, stacklevel=3)
+    check_unreadable(bad, tolerated, images)
+
+
+def check_unreadable(bad: Mapping[Key, str], tolerated: int, images: str) -> None:
+    """Raise an error if more than `tolerated` of `images` ("the 30 images") cannot be read."""
     if len(bad) > tolerated:
         first = next(iter(bad.values()))
         raise DetailFlowError(

@@ -156,6 +156,8 @@ def measure(
             checksum.update(batch)
             statistics.update(extractor(batch))
             bar.update(min(len(batch) * world.size, total - bar.n))
+    if isinstance(images, ImageSet):
+        images.gather_unreadable()
     found = replace(statistics.compute(checksum.compute()), side=getattr(images, "side", None))
     if stored:
         return replace(found, pool=stored.pool, spatial=stored.spatial)

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from detailflow import hub
+from detailflow.data.source import ImageSource
 from detailflow.data.transforms import resized
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
@@ -41,7 +42,11 @@ class Context:
     def open(self, path: str, size: int | None = None, count: int | None = None, split: str | None = None) -> ImageSet:
         """Open a set, as `open_set`, which all ranks share."""
         with self.world.raise_together():
-            return open_set(path, size=size, count=count, split=split, world=self.world, batch_size=self.batch_size)
+            found = open_set(path, size=size, count=count, split=split, world=self.world, batch_size=self.batch_size)
+        source = found.source
+        identity = source.fingerprint if isinstance(source, ImageSource) else found.side
+        self.world.check_same({"their images": (identity, len(found), found.size)})
+        return found
 
 
 def evaluate_samples(samples: ImageSet, reference: ImageSet, extractor: Extractor, context: Context) -> Report | None:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detailflow.data.batches import note_unreadable
+from detailflow.data.batches import check_unreadable, note_unreadable
 from detailflow.data.images import open_images
 from detailflow.data.source import ImageSource, spread, tolerated
 from detailflow.data.transforms import center_crop
@@ -94,6 +94,18 @@ class ImageSet:
         chosen = [self.indices[i] for i in spread(len(self), min(count, len(self)))]
         return [image for batch in self._read(chosen) for image in batch]
 
+    def gather_unreadable(self) -> None:
+        """Note what other ranks could not read, too; every rank must call it once it has read its images."""
+        for found in self.world.gather(self.unreadable):
+            self.unreadable |= found
+        with self.world.raise_together():
+            if self.source is not None:
+                check_unreadable(self.unreadable, tolerated(len(self.source)), self._named())
+
+    def _named(self) -> str:
+        assert self.source is not None
+        return f"the {len(self.source)} images of {self.source.where}"
+
     def description(self) -> dict[str, Any]:
         """Return what a report says about the set."""
         stored = self.statistics and (self.statistics.features if self.statistics.fingerprint else "inception (ADM)")
@@ -106,7 +118,6 @@ class ImageSet:
         """Yield batches, each decoded while the one before is in use."""
         if not indices or self.source is None:
             return
-        images = f"the {len(self.source)} images of {self.source.where}"
         batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         # An .npz file must be read in order; a single thread does so.
         with ThreadPoolExecutor(1 if isinstance(self.source, NpzImages) else THREADS) as pool:
@@ -115,7 +126,7 @@ class ImageSet:
                 current, ahead = ahead, pool.map(self._decode, following)
                 batch = []
                 for pixels, found in current:
-                    note_unreadable(self.unreadable, found, tolerated(len(self.source)), images)
+                    note_unreadable(self.unreadable, found, tolerated(len(self.source)), self._named())
                     batch.append(pixels)
                 yield batch
 

@@ -230,6 +230,7 @@ class _Reconstruction:
                 self._rebuild(read.to(self.context.device), first)
                 first += len(read)
                 bar.update(len(read))
+        self.images.gather_unreadable()
 
     def _rebuild(self, originals: Tensor, first: int) -> None:
         """Rebuild and measure a batch in all views; `first` is the index of its first image."""

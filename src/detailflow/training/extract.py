@@ -112,6 +112,8 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
             class_names=everything.class_names,
             tokenizer_fingerprint=codes_fingerprint(config.tokenizer),
         )
+    settings = {name: value for name, value in asdict(config).items() if name not in ("data", "tokenizer", "val_data")}
+    world.check_same({"their images": everything.fingerprint, "the tokenizer": info.tokenizer_fingerprint, **settings})
     source, validation = split(config, everything, world)
     sources = {output: source} if validation is None else {output / VALIDATION: validation, output: source}
     stamps = {path: world.from_main(lambda one=one: one.stamps) for path, one in sources.items()}  # type: ignore[misc]
@@ -253,7 +255,7 @@ class _Extractor:
 
     def _stop_at_too_many(self, chunks: list[int]) -> None:
         """Raise an error on all ranks if more than 1% (and more than one) of the images cannot be read."""
-        count = int(self.world.all_reduce(torch.tensor(len(self.unreadable))))
+        count = sum(self.world.gather(len(self.unreadable)))
         if count <= tolerated(len(self.source)):
             return
         first = "; ".join(list(self.writer.unreadable().values())[:3])
@@ -264,9 +266,10 @@ class _Extractor:
         if len(written) * self.writer.chunk_images < CHUNK_IMAGES:  # little is lost, and they may be removed, too
             for chunk in written:
                 self.writer.forget(chunk)
-        raise DetailFlowError(
-            f"{count} images cannot be read, more than 1%: remove or replace them (the first: {first})"
-        )
+        with self.world.raise_together():
+            raise DetailFlowError(
+                f"{count} images cannot be read, more than 1%: remove or replace them (the first: {first})"
+            )
 
 
 def codes_fingerprint(path_or_id: str | Path) -> str:

@@ -329,6 +329,8 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
         tokenizer = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen, dtype=torch.float32)
         sizes = model_config(config, store.info.class_names, tokenizer)
 
+    world.check_same({"their tokens": store.fingerprint})
+
     def make(resuming: bool) -> GPTStage:
         return GPTStage(config, sizes, store, tokenizer, chosen, resuming, world)
 

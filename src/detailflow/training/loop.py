@@ -30,6 +30,7 @@ from detailflow.pictures import write_png
 from detailflow.progress import LONG_RUN, progress_bar
 from detailflow.runs import BEST, CHECKPOINTS, FEATURES_FILE, RUN_FILE, checkpoints, read_checkpoint
 from detailflow.seeds import mixed_seed
+from detailflow.settings import flat
 from detailflow.training.checkpoints import (
     LONGER_FROM,
     go_on,
@@ -111,8 +112,9 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
         make_stage: builds the stage; called once the folder is known to be usable, with whether a checkpoint follows.
     """
     output, world, loop = run.output, run.world, run.config.loop
-    loop.images_at_once(world)
+    world.check_same({name: value for name, value in flat(asdict(run.config)) if name not in (run.inputs or {})})
     with world.raise_together(), os_errors(f"cannot write to {output}"):
+        loop.images_at_once(world)
         check_utf8(output)
     with lock_folder(output, "training run", world):
         fresh = not os.path.exists(output / RUN_FILE)
@@ -153,10 +155,8 @@ def _restore(stage: Stage, state: dict[str, Any], folder: Path, step: int) -> No
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # torch has one for each case
         if lost(error):  # not the checkpoint, but another rank failed
             raise
-        raise DetailFlowError(
-            f"{folder}: the checkpoint of step {step} does not fit this run ({type(error).__name__}: "
-            f"{first_line(error)}); move it to another folder to go on from the one before"
-        ) from error
+        what = f"the checkpoint of step {step} does not fit this run ({type(error).__name__}: {first_line(error)})"
+        raise DetailFlowError(f"{folder}: {what}; move it to another folder to go on from the one before") from error
 
 
 class _Training:
@@ -314,13 +314,13 @@ class _Training:
     def _save(self, done: int) -> None:
         """Write a checkpoint, also as the best by validation so far if it is that."""
         state = self.stage.state()
-        with self.world.raise_together():
-            if self.world.is_main:
-                model = {"kind": self.run.kind, "config": self.stage.model_config()}
-                best = (self.best[1], self.comparable) if self.best and self._is_best(done) else None
-                self.health.good = save_checkpoint(
-                    self.output, done, state, self.loop.keep, self._is_milestone(done), model, best
-                )
+
+        def save() -> Path:
+            model = {"kind": self.run.kind, "config": self.stage.model_config()}
+            best = (self.best[1], self.comparable) if self.best and self._is_best(done) else None
+            return save_checkpoint(self.output, done, state, self.loop.keep, self._is_milestone(done), model, best)
+
+        self.health.good = self.world.from_main(save)
         self.saved_at = time.monotonic()
 
     def _log(

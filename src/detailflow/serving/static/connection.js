@@ -62,11 +62,14 @@ export class Connection {
   }
 
   async #untilFree(error, signal) {
-    for (let left = Math.min(error.retryAfter ?? 2, 60); left > 0; left--) {
-      this.notices.warn(`Many people are making images. Trying again in ${left} s.`, { quietly: true });
-      await sleep(1000, signal);
+    try {
+      for (let left = Math.min(error.retryAfter ?? 2, 60); left > 0; left--) {
+        this.notices.warn(`Many people are making images. Trying again in ${left} s.`, { quietly: true });
+        await sleep(1000, signal);
+      }
+    } finally {
+      this.notices.clear(); // also when somebody has stopped waiting
     }
-    this.notices.clear();
   }
 
   async #listen() {

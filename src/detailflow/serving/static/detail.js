@@ -19,11 +19,8 @@ export class Detail {
     this.vary.addEventListener("submit", (event) => (event.preventDefault(), this.#vary()));
     this.keep.addEventListener("input", () => studio.hold(this.#counts[this.keep.valueAsNumber]));
     for (const [id, action] of [
-      ["save-exact", () => this.#save(this.#frame.blob, `-${this.#frame.numTokens}-tokens.png`)],
-      [
-        "save-large",
-        async () => this.#save(await enlarged(this.#frame, this.#factor), `-${this.#frame.numTokens}-tokens-large.png`),
-      ],
+      ["save-exact", () => this.#save(this.#frame.blob, `${this.#name}-${this.#frame.numTokens}-tokens.png`)],
+      ["save-large", () => this.#saveLarge()],
       ["save-animation", () => this.#saveAnimation()],
       ["copy-link", () => this.#copyLink()],
     ]) {
@@ -107,9 +104,10 @@ export class Detail {
   async #saveAnimation() {
     const { api, connection, step } = this.studio;
     const button = document.getElementById("save-animation");
+    const name = this.#name; // of now: another image may be shown when it is made
     button.setAttribute("aria-busy", "true");
     try {
-      this.#save(await connection.persist(() => api.animate(step.picture.tokens)), ".gif");
+      this.#save(await connection.persist(() => api.animate(step.picture.tokens)), `${name}.gif`);
     } catch (error) {
       this.notices.fail(error.message);
     } finally {
@@ -117,12 +115,22 @@ export class Detail {
     }
   }
 
-  #save(blob, ending) {
+  async #saveLarge() {
+    const name = `${this.#name}-${this.#frame.numTokens}-tokens-large.png`;
+    this.#save(await enlarged(this.#frame, this.#factor), name);
+  }
+
+  /** What the selected image's files are called, without an ending. */
+  get #name() {
     const { step } = this.studio;
     const seed = step.settings.seed === undefined ? "" : `-${step.settings.seed}`;
     const number = step.pictures.length > 1 ? `-${step.selected + 1}` : "";
+    return `${step.title.replace(/[^\p{L}\p{N}]+/gu, "-")}${seed}${number}`;
+  }
+
+  #save(blob, name) {
     const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob) });
-    link.download = `${step.title.replace(/[^\p{L}\p{N}]+/gu, "-")}${seed}${number}${ending}`;
+    link.download = name;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   }
