@@ -143,6 +143,10 @@ def test_other_images(cifar: Path, model: Path, tmp_path: Path):
     differ([["evaluate", "samples", one, str(cifar), *network, *last] for one in sets], "their images", tmp_path)
     sizes = {f"model.{part}.{name}": 16 for part in ("encoder", "decoder") for name in ("width", "depth", "heads")}
     settings = {**sizes, "loop.steps": 2, "loop.batch_size": 4, "loop.learning_rate": 0.001, "val_share": 0.3}
+    held_out = [["train", "tokenizer", "--data", str(cifar), *last, *(f"--{k}={v}" for k, v in settings.items())]] * 2
+    differ([held_out[0], [*held_out[1], "--val_share=0.4"]], "val_share", tmp_path)
+    others = [*held_out[0], "--val_share=0", "--val_data"]
+    differ([[*others, one] for one in sets[::-1]], "their images for validation", tmp_path)
     training = ["train", "tokenizer", *(f"--{name}={value}" for name, value in settings.items()), *last]
     differ([[*training, "--data", one] for one in sets], "their images", tmp_path)
     assert not (tmp_path / "made").exists()

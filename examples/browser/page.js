@@ -25,12 +25,12 @@ async function chosen() {
 /** Load with the backend; if the graphics processor fails and nobody asked for it, without. */
 async function loadOrFallBack(precision) {
   try {
-    return await load(FOLDER, precision, backend);
+    return Object.assign(await load(FOLDER, precision, backend), { backend });
   } catch (error) {
     if (asked !== null || backend === "wasm") throw error;
     const generator = await load(FOLDER, precision, "wasm");
     backend = "wasm";
-    return generator;
+    return Object.assign(generator, { backend });
   }
 }
 
@@ -61,7 +61,7 @@ async function generate() {
     await new Promise(requestAnimationFrame);
     began = performance.now();
   }
-  say(`${count} ${count > 1 ? "images" : "image"} in ${Math.round(computing)} ms, computed by ${backend}`);
+  say(`${count} ${count > 1 ? "images" : "image"} in ${Math.round(computing)} ms, computed by ${generator.backend}`);
 }
 
 function newCanvas(_, image) {

@@ -68,6 +68,8 @@ class World:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         with explained("the processes of this launch cannot meet", (ValueError, RuntimeError)):
             state = PartialState(cpu=cpu or accelerator is None or accelerator.type == "mps", timeout=TIMEOUT)
+        if state.num_processes != size:
+            raise DetailFlowError(f"WORLD_SIZE in the environment is {size} and LOCAL_RANK is not set: use torchrun")
         atexit.register(state.destroy_process_group)  # its threads must not outlive what they use
         device = torch.device("cpu") if state.device.type == "cpu" else state.device  # torch gives a CPU no number
         return cls(state.process_index, state.num_processes, device)
@@ -131,11 +133,12 @@ class World:
         """
         found = self.gather(dict(values))
         with self.raise_together():
-            differ = [name for name in values if any(one.get(name) != found[0].get(name) for one in found)]
+            names = dict.fromkeys(name for one in found for name in one)
+            differ = [name for name in names if any(one.get(name) != found[0].get(name) for one in found)]
             if self.is_main and differ:
                 raise DetailFlowError(
                     f"the {self.size} processes of this launch differ in {', '.join(differ[:5])}: start all of them "
-                    "with the same command, and give them the same files"
+                    "with the same command, on machines of one kind, and give them the same files"
                 )
 
     def from_main(self, work: Callable[[], Result]) -> Result:

@@ -202,7 +202,8 @@ def generate_many(
     if samples.form not in WRITERS:
         raise DetailFlowError(f"the format must be one of {', '.join(WRITERS)}, not {samples.form!r}")
     writer, total = WRITERS[samples.form](folder, samples, pipeline), len(samples.labels)
-    settings = _settings(pipeline, samples, sampling)
+    with world.raise_together():
+        settings = _settings(pipeline, samples, sampling)
     world.check_same(settings)
     with lock_folder(folder, "generation", world):
         with world.raise_together(), _errors(folder):

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.pipeline import DetailFlowPipeline
 
     if not args.num_images and rank_and_world_size()[1] > 1:
-        raise DetailFlowError("several processes share a set of samples alone: give --num-images, or start one process")
+        raise DetailFlowError("several processes make a set of samples together: give --num-images, or start one")
     world = World.from_launch(cpu=args.device == "cpu") if args.num_images else World()
     sampling = sampling_options(args)
     pipeline = DetailFlowPipeline.from_pretrained(

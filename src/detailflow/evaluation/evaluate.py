@@ -43,9 +43,10 @@ class Context:
         """Open a set, as `open_set`, which all ranks share."""
         with self.world.raise_together():
             found = open_set(path, size=size, count=count, split=split, world=self.world, batch_size=self.batch_size)
-        source = found.source
-        identity = source.fingerprint if isinstance(source, ImageSource) else found.side
-        self.world.check_same({"their images": (identity, len(found), found.size)})
+            stored, several = found.statistics, self.world.size > 1
+            kept = stored is not None and stored.kept is not None
+            listing = found.source.fingerprint if several and isinstance(found.source, ImageSource) else ""
+        self.world.check_same({"their images": (listing, len(found), found.side, stored is not None, kept)})
         return found
 
 

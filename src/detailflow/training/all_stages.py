@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ _log = logging.getLogger(__name__)
 def train_all(wanted: AllStages, output: Path, device: str | None = None) -> None:
     """Train into output/tokenizer, output/tokens and output/gpt; what is finished there already stays."""
     world, chosen = launched(device)
+    world.check_same(asdict(wanted) | {"data": "", "init": wanted.init is not None})  # wherever these are
     with world.raise_together():
         source = open_images(wanted.data, split=wanted.split)
         _check_folder(wanted, output, source)

@@ -113,7 +113,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
             tokenizer_fingerprint=codes_fingerprint(config.tokenizer),
         )
     settings = {name: value for name, value in asdict(config).items() if name not in ("data", "tokenizer", "val_data")}
-    world.check_same({"their images": everything.fingerprint, "the tokenizer": info.tokenizer_fingerprint, **settings})
+    world.check_same({"their tokenizer": info.tokenizer_fingerprint, **settings})
     source, validation = split(config, everything, world)
     sources = {output: source} if validation is None else {output / VALIDATION: validation, output: source}
     stamps = {path: world.from_main(lambda one=one: one.stamps) for path, one in sources.items()}  # type: ignore[misc]

@@ -430,7 +430,6 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
                 )
         if config.tokens and world.is_main:
             TokenStore.open(config.tokens).verify()
-    world.check_same({"their images": everything.fingerprint})
     source, validation = split(config, everything, world)
 
     def make(resuming: bool) -> TokenizerStage:

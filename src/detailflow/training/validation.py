@@ -76,6 +76,16 @@ def _digest(source: ImageSource, index: int) -> bytes:
 
 def split(config: ImageSettings, source: Source, world: World) -> tuple[Source, ImageSource | None]:
     """Return the images to train on and those to validate on, `None` if there are none."""
+    with world.raise_together():
+        images = source.fingerprint if world.size > 1 else ""
+    world.check_same(
+        {
+            "their images": images,
+            "val_data": bool(config.val_data),
+            "val_split": config.val_split,
+            "val_share": config.val_share,
+        }
+    )
     if config.val_data:
         return source, _other_images(config, source, world)
     with world.raise_together():
@@ -102,9 +112,11 @@ def _other_images(config: ImageSettings, source: ImageSource | StreamSource, wor
     assert config.val_data
     with world.raise_together():
         validation = open_images(config.val_data, split=config.val_split, **config.columns)
-        same = validation.fingerprint == source.fingerprint
+        identity = validation.fingerprint
+        same = identity == source.fingerprint
         if not same and validation.class_names != source.class_names:
             raise DetailFlowError(f"{config.val_data} must have the same classes as the images to train on")
+    world.check_same({"their images for validation": identity})
     copies = set[int]()
     if isinstance(source, ImageSource) and not same:
         copies = set(world.from_main(lambda: trained_on(validation, source)))
