@@ -21,7 +21,7 @@ export async function load(folder, precision, backend) {
     const options = { executionProviders: [backend] };
     sessions[part] = await ort.InferenceSession.create(new Uint8Array(await network.arrayBuffer()), options);
   }
-  return new Generator(ort, model, sessions);
+  return new Generator(ort, model, sessions, backend);
 }
 
 /** Return the backend that this browser can use: "webgpu" where there is a graphics processor for it, else "wasm". */
@@ -43,8 +43,8 @@ async function get(folder, name) {
 }
 
 class Generator {
-  constructor(ort, model, { step, decoder }) {
-    Object.assign(this, { ort, model, step, decoder });
+  constructor(ort, model, { step, decoder }, backend) {
+    Object.assign(this, { ort, model, step, decoder, backend });
   }
 
   /** Yield {count, tokens} after each step: the tokens so far of an image for each class number, (images, count). */

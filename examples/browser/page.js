@@ -25,12 +25,12 @@ async function chosen() {
 /** Load with the backend; if the graphics processor fails and nobody asked for it, without. */
 async function loadOrFallBack(precision) {
   try {
-    return Object.assign(await load(FOLDER, precision, backend), { backend });
+    return await load(FOLDER, precision, backend);
   } catch (error) {
     if (asked !== null || backend === "wasm") throw error;
     const generator = await load(FOLDER, precision, "wasm");
     backend = "wasm";
-    return Object.assign(generator, { backend });
+    return generator;
   }
 }
 

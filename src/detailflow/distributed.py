@@ -107,13 +107,10 @@ class World:
             yield
         except Exception as error:
             problem = error
-        if self.size > 1:
-            texts: list[str | None] = [None] * self.size
-            text = None if problem is None else str(problem) or type(problem).__name__
-            torch.distributed.all_gather_object(texts, text)
-            first = next((rank for rank, text in enumerate(texts) if text is not None), self.rank)
-            if first != self.rank:
-                raise ReportedElsewhereError(str(texts[first])) from problem
+        texts = self.gather(None if problem is None else str(problem) or type(problem).__name__)
+        first = next((rank for rank, text in enumerate(texts) if text is not None), self.rank)
+        if first != self.rank:
+            raise ReportedElsewhereError(str(texts[first])) from problem
         if problem is not None:
             raise problem
 

@@ -29,8 +29,8 @@ export function listenForPictures(open, refuse) {
   });
 
   function take(files) {
-    const picture = files.find((one) => one.type.startsWith("image/"));
     if (!files.length) return; // as of some programs' drops
+    const picture = files.find((one) => one.type.startsWith("image/"));
     if (picture) open(picture);
     else refuse(`“${files[0].name}” is not a picture: give a PNG, JPEG or WebP file`);
   }
