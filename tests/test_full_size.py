@@ -173,7 +173,7 @@ def test_memory_while_loading(published: Path):
     run = subprocess.run([sys.executable, LOAD, published], capture_output=True, text=True, check=True)
     size, held = map(int, run.stdout.split())
     print(f"{size / 1e6:.0f} MB of weights, {held / 1e6:.0f} MB held at once")
-    assert 600e6 < size < 700e6 and held < 1.3 * size + 200e6
+    assert 600e6 < size < 700e6 and held < size + 200e6  # a piece of the file, and what is imported
 
 
 def test_bfloat16_and_reconstruction(published: Path, photograph: Image.Image, tmp_path: Path):

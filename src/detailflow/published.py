@@ -151,7 +151,7 @@ def load_published(
     for piece in in_pieces({ours: sum(state[name].nbytes for name in theirs) for ours, theirs in names.items()}):
         if mapped:
             state = _read_state(checkpoint, variant)
-        tensors |= {ours: _assemble(ours, state, names[ours], checkpoint).to(dtype) for ours in piece}
+        tensors |= {ours: _assemble(ours, state, names[ours], checkpoint, dtype) for ours in piece}
     return config, tensors
 
 
@@ -309,13 +309,19 @@ def _check_names(state: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...
             )
 
 
-def _assemble(ours: str, state: Mapping[str, Tensor], sources: tuple[str, ...], path: Path) -> Tensor:
-    """Return a copy of one of our tensors from the published ones that are stacked in it."""
+def _assemble(
+    ours: str, state: Mapping[str, Tensor], sources: tuple[str, ...], path: Path, dtype: torch.dtype | None
+) -> Tensor:
+    """Return a copy, as `dtype` or as they are stored, of one of our tensors from the published ones stacked in it."""
     parts = [state[theirs].detach() for theirs in sources]
     if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
         shapes = ", ".join(f"{theirs} {tuple(state[theirs].shape)}" for theirs in sources)
         raise DetailFlowError(f"{path} holds tensors of a wrong shape or type: {shapes}")
-    tensor = torch.cat(parts)
+    # In the wanted type at once: memory that is freed between tensors that stay is hard to use again.
+    tensor = parts[0].new_empty((len(parts), *parts[0].shape), dtype=dtype)
+    for own, part in zip(tensor, parts, strict=True):
+        own.copy_(part)
+    tensor = tensor.flatten(0, 1)
     while tensor.ndim > _PADDED.get(ours, (tensor.ndim,))[0] and tensor.shape[0] == 1:
         tensor = tensor[0]
     return tensor
