@@ -8,6 +8,7 @@ gives the same images as `detailflow generate`. The README in the exported folde
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import numpy as np
 import onnxruntime
 
 BATCH_SIZE = 32
+PARTS = ("step", "decoder")
 LARGEST_CALL = 100_000  # images
 LARGEST_INTEGER = 2**31 - 1
 MOST_TOKENS = 2**13  # of an image; published models have 512 at most
@@ -30,7 +32,7 @@ CONTENT = {  # of model.json
     **dict.fromkeys(("null_class", "code_row", "mask_row"), (int,)),
     **dict.fromkeys(("steps", "counts", "sizes"), (list,)),
     "class_names": (list, type(None)),
-    "sampling": (dict,),
+    **dict.fromkeys(("files", "sha256", "sampling"), (dict,)),
 }
 SAMPLING = {  # what each option may be
     "guidance_scale": ((int, float), lambda value: 0 <= value <= 1e6),
@@ -49,15 +51,30 @@ class Generator:
         options.intra_op_num_threads = threads  # 0 is all processors
         options.log_severity_level = 4  # what fails is said below
         self.folder, self.model = folder, model
+        if precision not in model["files"]:
+            fail(f"the export in {folder} has no {precision} networks")
+        names = [model["files"][precision][part] for part in PARTS]
+        for name in names:
+            self.check(name)
         try:
-            self.step, self.decoder = (
-                onnxruntime.InferenceSession(folder / model["files"][precision][part], options)
-                for part in ("step", "decoder")
-            )
+            self.step, self.decoder = (onnxruntime.InferenceSession(folder / name, options) for name in names)
         except Exception as error:  # ONNX Runtime has an exception type for each cause
             fail(f"could not load the networks in {folder} ({first_line(error)}): repeat the export")
         if not self.fits():
             fail(f"the networks in {folder} do not fit its model.json: repeat the export")
+
+    def check(self, name: str) -> None:
+        """Fail if a network, or the file of weights beside it, is not the one that model.json was written with."""
+        for path in (self.folder / name, self.folder / f"{name}.data"):
+            if (digest := self.model["sha256"].get(path.name)) is None:
+                continue
+            try:
+                with path.open("rb") as file:
+                    same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+            except OSError as error:
+                fail(f"could not read {path}: {error.strerror}")
+            if not same:
+                fail(f"{path} is not the file that model.json was written with: repeat the export")
 
     def fits(self) -> bool:
         """Return whether the networks have the inputs and outputs that model.json speaks of, where sizes are fixed."""
@@ -260,8 +277,14 @@ def misfits(model: dict) -> list[str]:
     """Return which entries do not fit the others: steps must go from 0 to all tokens, and each count has a size."""
     steps, counts, sizes, names = (model[key] for key in ("steps", "counts", "sizes", "class_names"))
     total, is_step = model["num_tokens"], all(isinstance(s, list) and [type(n) for n in s] == [int, int] for s in steps)
+    named = [
+        files.get(part) if isinstance(files, dict) else None for files in model["files"].values() for part in PARTS
+    ]
     ends = [0, *(end for _, end in steps)] if is_step else []
     holds = {
+        "files, sha256": all(
+            type(name) is str and name in model["sha256"] and Path(name).name == name for name in named
+        ),
         "num_tokens": 1 <= total <= MOST_TOKENS,
         "steps": is_step and ends[-1] == total and all(a == s < b for a, (s, b) in zip(ends[:-1], steps, strict=True)),
         "counts": all(type(n) is int and 1 <= n <= total for n in counts) and total in counts,

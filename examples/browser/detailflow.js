@@ -17,10 +17,14 @@ export async function load(folder, precision, backend) {
   const sessions = {};
   // One network after the other, as they share one WebAssembly module.
   for (const part of ["step", "decoder"]) {
-    const network = await get(folder, files[part]);
+    const [name, weights] = [files[part], `${files[part]}.data`];
     const options = { executionProviders: [backend] };
-    sessions[part] = await ort.InferenceSession.create(new Uint8Array(await network.arrayBuffer()), options);
+    if (weights in model.sha256)
+      options.externalData = [{ path: weights, data: await network(folder, weights, model) }];
+    sessions[part] = await ort.InferenceSession.create(await network(folder, name, model), options);
   }
+  if (!networksFit(model, sessions))
+    throw new Error(`the networks in ${folder} do not fit its model.json: repeat the export`);
   return new Generator(ort, model, sessions, backend);
 }
 
@@ -40,6 +44,37 @@ async function get(folder, name) {
     throw new Error(`there is no ${folder}/${name}: run \`detailflow export --onnx ${folder}\` first`);
   if (!response.ok) throw new Error(`could not read ${folder}/${name}: the server answered with status ${response.status}`);
   return response;
+}
+
+/** Fetch a network, or its weights, and check that model.json was written with them. */
+async function network(folder, name, { sha256 }) {
+  const bytes = await (await get(folder, name)).arrayBuffer();
+  // Browsers compute checksums only in pages from this machine or by https.
+  if (crypto.subtle && hexadecimal(await crypto.subtle.digest("SHA-256", bytes)) !== sha256[name])
+    throw new Error(`${folder}/${name} is not the file that model.json was written with: repeat the export`);
+  return new Uint8Array(bytes);
+}
+
+function hexadecimal(bytes) {
+  return Array.from(new Uint8Array(bytes), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** Return whether the networks have the inputs and outputs that model.json speaks of, where sizes are fixed. */
+function networksFit({ depth, heads, head_dim, codebook_size }, { step, decoder }) {
+  const caches = shapes(step).filter((shape) => shape.includes("."));
+  const others = shapes(step).filter((shape) => !shape.includes("."));
+  return (
+    caches.length === 4 * depth &&
+    caches.every((shape) => shape.endsWith(` * ${heads} * ${head_dim}`)) &&
+    others.join() === `inputs * *,logits * * ${codebook_size}` &&
+    shapes(decoder).join() === "ids * *,size 1,pixels * 3 * *"
+  );
+}
+
+/** Return the name and the shape of each input and output, with a star where any size will do. */
+function shapes({ inputMetadata, outputMetadata }) {
+  const size = (value) => (typeof value === "number" ? value : "*");
+  return [...inputMetadata, ...outputMetadata].map(({ name, shape }) => [name, ...shape.map(size)].join(" "));
 }
 
 class Generator {
@@ -164,8 +199,9 @@ function misfits(model) {
   const rows = [model.null_class, model.code_row, model.mask_row];
   const named = names === null || (all(names, isText) && names.length === classes);
   const pairs = Object.values(model.files);
+  const listed = (name) => isText(model.sha256?.[name]);
   const holds = {
-    files: pairs.length && pairs.every((pair) => isText(pair?.step) && isText(pair.decoder)),
+    "files, sha256": pairs.length && pairs.every((pair) => listed(pair?.step) && listed(pair?.decoder)),
     num_tokens: between(total, 1, MOST_TOKENS),
     steps: stepsFit,
     counts: all(counts, (n) => between(n, 1, total)) && stepsFit && steps.every(([, end]) => counts.includes(end)),

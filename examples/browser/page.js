@@ -7,6 +7,7 @@ const form = document.getElementById("form");
 const field = (name) => document.getElementById(name);
 const say = (text) => (field("status").textContent = text);
 const asked = new URLSearchParams(location.search).get("backend"); // null if the address names none
+const progress = field("progress");
 const PRECISIONS = { float32: "float32", int8: "8 bits" };
 const generators = {}; // by precision
 let backend; // this and the model are known once the page has started
@@ -40,7 +41,9 @@ function listPrecisions({ files }) {
 }
 
 function listClasses({ class_names: names, num_classes: count, null_class: none }) {
-  const options = Array.from({ length: count }, (_, i) => new Option(names ? names[i] : i, i));
+  const often = names?.filter((name, i) => names.indexOf(name) < i); // ImageNet has two kinds of crane
+  const label = (i) => (!names ? i : often.includes(names[i]) ? `${names[i]} (${i})` : names[i]);
+  const options = Array.from({ length: count }, (_, i) => new Option(label(i), i));
   field("class").replaceChildren(...(count ? options : [new Option("no class", none)]));
 }
 
@@ -50,6 +53,10 @@ async function generate() {
   const canvases = Array.from({ length: count }, newCanvas);
   field("result").replaceChildren(...canvases);
   const classes = Array(count).fill(Number(field("class").value));
+  say("Generating …");
+  progress.max = generator.model.num_tokens;
+  progress.value = 0;
+  progress.hidden = false;
   let computing = 0; // milliseconds, without the time until the browser shows a stage
   let began = performance.now();
   for await (const { count: n, tokens } of generator.generate(classes, field("seed").value)) {
@@ -57,7 +64,7 @@ async function generate() {
     computing += performance.now() - began;
     images.forEach((image, i) => show(canvases[i], image));
     field("tokens").textContent = JSON.stringify(tokens);
-    say(`${n} of ${generator.model.num_tokens} tokens`);
+    progress.value = n;
     await new Promise(requestAnimationFrame);
     began = performance.now();
   }
@@ -76,8 +83,9 @@ function show(canvas, image) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-/** Do something while the button is off; say what went wrong. */
+/** Do something while the button is off; say what went wrong. The keyboard's focus stays at the button. */
 async function busy(work) {
+  const focused = document.activeElement;
   field("generate").disabled = true;
   try {
     await work();
@@ -86,7 +94,9 @@ async function busy(work) {
     field("result").replaceChildren();
     field("tokens").textContent = "";
   }
+  progress.hidden = true;
   field("generate").disabled = !model; // other weights may load where these did not
+  if (document.activeElement === document.body) focused.focus();
 }
 
 form.addEventListener("submit", (event) => {

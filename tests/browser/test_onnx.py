@@ -221,7 +221,9 @@ def test_other_weights_can_be_chosen_when_some_are_missing(folder: Path, address
         ({"mask_row": 5}, "null_class, code_row, mask_row, codebook_size"),
         ({"sampling": {}}, "sampling"),
         ({"group_size": 0}, "heads, head_dim, group_size"),
-        ({"files": {}}, "files"),
+        ({"files": {}}, "files, sha256"),
+        ({"sha256": {}}, "files, sha256"),
+        ({"sha256": None}, "files, sha256"),
     ],
 )
 def test_a_damaged_model_is_refused(entries: dict, wrong: str, folder: Path, address: str, new_page: Callable):
@@ -240,6 +242,72 @@ def test_damaged_sampling_is_refused(name: str, value: object, folder: Path, add
     with changed(folder, sampling=sampling):
         page = new_page(f"{address}/?backend=wasm", "#status:has-text('Error')")
     assert failed(page) == "model/model.json is damaged, see sampling: repeat the export"
+
+
+@contextmanager
+def networks_of(other: Path, folder: Path, *names: str) -> Iterator[None]:
+    """The export with these files of another one."""
+    kept = {name: (folder / "model" / name).read_bytes() for name in names if (folder / "model" / name).exists()}
+    for name in names:
+        shutil.copy(other / name, folder / "model" / name)
+    try:
+        yield
+    finally:
+        for name in names:
+            (folder / "model" / name).unlink()
+        for name, content in kept.items():
+            (folder / "model" / name).write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of another model, with its weights in files of their own."""
+    folder = tmp_path_factory.mktemp("small")
+    tiny = DetailFlowPipeline.from_pretrained(Path(__file__).parents[1] / "parity" / "tiny-32", device="cpu")
+    export(tiny, folder, "tiny", largest_file=50_000)
+    return folder
+
+
+def test_networks_of_another_model(folder: Path, small: Path, address: str, new_page: Callable):
+    with networks_of(small, folder, "decoder.onnx"):
+        page = new_page(f"{address}/?backend=wasm", READY)
+        assert failed(page) == "model/decoder.onnx is not the file that model.json was written with: repeat the export"
+        page.get_by_label("Weights").select_option("8 bits")  # which are the model's own
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_text("4 images in").wait_for()
+
+
+@pytest.mark.parametrize("entries", [{"depth": 10**12}, {"heads": 1}, {"head_dim": 8}])
+def test_networks_that_do_not_fit(entries: dict, folder: Path, address: str, new_page: Callable):
+    with changed(folder, **entries):
+        page = new_page(f"{address}/?backend=wasm", READY)
+    assert failed(page) == "the networks in model do not fit its model.json: repeat the export"
+
+
+def test_without_checksums(folder: Path, tmp_path: Path, address: str, new_page: Callable):
+    """A page by http:// from another machine: there the shapes must do."""
+    shutil.copy(folder / "model" / "encoder.onnx", tmp_path / "step.onnx")
+    with networks_of(tmp_path, folder, "step.onnx"):
+        script = "Object.defineProperty(crypto, 'subtle', {value: undefined})"
+        page = new_page(f"{address}/?backend=wasm", READY, script)
+    assert failed(page) == "the networks in model do not fit its model.json: repeat the export"
+    page.reload()
+    page.get_by_text("Ready (wasm)").wait_for()
+
+
+def test_weights_in_files_of_their_own(folder: Path, small: Path, address: str, new_page: Callable):
+    names = [path.name for path in small.iterdir() if path.name != "README.md"]
+    with networks_of(small, folder, *names):
+        page = new_page(f"{address}/?backend=wasm", READY)
+        assert page.inner_text("#status") == "Ready (wasm)"
+        page.get_by_label("Seed").fill("54")
+        page.get_by_label("Class").select_option("1")
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_text("4 images in").wait_for()
+    tokens = json.loads(page.locator("#tokens").text_content())
+    pipeline = DetailFlowPipeline.from_pretrained(Path(__file__).parents[1] / "parity" / "tiny-32", device="cpu")
+    generators = [image_generator(54, i) for i in range(4)]
+    assert tokens == pipeline.gpt.generate(torch.tensor([1] * 4), generator=generators).tolist()
 
 
 @pytest.mark.parametrize(
@@ -283,6 +351,30 @@ def test_seeds_and_classes_out_of_range(address: str, new_page: Callable):
     assert all(str(text).startswith("the seed must be a whole number") for text in said[0])
     assert said[1][:3] == [f"the class number must be a whole number from 0 to 9, not {n}" for n in (10, -1, 0.5)]
     assert said[1][3] == "the class number of this model is always 10, not 3"
+
+
+def test_what_is_said_while_tokens_come(folder: Path, address: str, new_page: Callable):
+    """The status speaks at the end, not after each of the steps; the keyboard stays at the button."""
+    with changed(folder, class_names=["crane", "cat", "crane", *map(str, range(7))]):
+        page = new_page(f"{address}/?backend=wasm", READY)
+    assert page.locator("#class option").all_inner_texts()[:3] == ["crane (0)", "cat", "crane (2)"]
+    page.evaluate(
+        """() => {
+            window.said = [];
+            const status = document.getElementById('status'), progress = document.getElementById('progress');
+            new MutationObserver(() => window.said.push(status.textContent)).observe(status, {childList: true});
+            window.shown = [];
+            new MutationObserver(() => window.shown.push(progress.value)).observe(progress, {attributes: true});
+        }"""
+    )
+    assert page.locator("#progress").is_hidden()
+    page.get_by_role("button", name="Generate").press("Enter")
+    page.get_by_text("4 images in").wait_for()
+    said, shown = page.evaluate("[window.said, window.shown]")
+    assert [text.split(" in ")[0] for text in said] == ["Generating …", "4 images"]
+    assert shown[-1] == 48 and sorted(shown) == shown and len(set(shown)) >= 20
+    assert page.locator("#progress").is_hidden()
+    assert page.get_by_role("button", name="Generate").evaluate("button => button === document.activeElement")
 
 
 def test_long_class_names_do_not_widen_the_page(folder: Path, address: str, new_page: Callable):

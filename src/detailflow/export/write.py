@@ -1,5 +1,6 @@
 """Write a pipeline as a folder of ONNX files with all that a program without PyTorch must know (docs/export.md)."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,8 @@ def export(pipeline: DetailFlowPipeline, folder: Path, title: str, largest_file:
     """Write encoder, decoder and decoding step in float32 and in 8 bits, README.md and model.json; return the files.
 
     An earlier export in `folder` is replaced; a folder with other files of these names is left as it is. model.json
-    is written whole at the very end: without its "files" the export was interrupted.
+    is written whole at the very end: without its "files" the export was interrupted, and its "sha256" tell whether
+    they are those that it was written with.
     """
     gpt, tokenizer = pipeline.gpt, pipeline.tokenizer
     parts: Parts = {
@@ -46,9 +48,11 @@ def export(pipeline: DetailFlowPipeline, folder: Path, title: str, largest_file:
             _write(parts[part](bits), folder / files[kind][part], largest_file)
         with writing(folder / README_FILE) as path:
             path.write_text(_guide(title, content), encoding="utf-8")
-        write_json(folder / MODEL_FILE, content | {"files": files})
-    names = [*_names(parts), README_FILE, MODEL_FILE]
-    return [folder / name for name in names if (folder / name).exists()]
+        written = [folder / name for name in _names(parts) if (folder / name).exists()]
+        write_json(
+            folder / MODEL_FILE, content | {"files": files, "sha256": {path.name: _sha256(path) for path in written}}
+        )
+    return [*written, folder / README_FILE, folder / MODEL_FILE]
 
 
 def describe(pipeline: DetailFlowPipeline) -> dict[str, Any]:
@@ -93,6 +97,11 @@ def _names(parts: Parts) -> Iterator[str]:
     for suffix, _ in PRECISIONS.values():
         for part in parts:
             yield from (f"{part}{suffix}.onnx", f"{part}{suffix}.onnx.data")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reserve(folder: Path, names: list[str]) -> None:
