@@ -300,7 +300,7 @@ def test_failed_download(monkeypatch: pytest.MonkeyPatch, failure: Exception):
     assert "could not download 'ByteFlow-AI/DetailFlow-16-GPT-L'" in message and "local folder" in message
     both = "https://huggingface.co/ByteFlow-AI/DetailFlow-16 and https://huggingface.co/ByteFlow-AI/DetailFlow-16-GPT-L"
     assert f"detailflow-16 is not a local folder, and stands for two repositories, {both}: " in message
-    assert message.endswith("or give a folder that holds copies of both (--model FOLDER)")
+    assert message.endswith("or give a local folder that holds copies of both")
     assert "two repositories" not in error_of("someone/model", "gpt")
 
 

@@ -229,7 +229,7 @@ def _both_of(pair: PublishedPair, name: str) -> str:
     both = f"{HUB}/{pair.tokenizer} and {HUB}/{pair.gpt}"
     return (
         f"{name} is not a local folder, and stands for two repositories, {both}: "
-        "check the connection, or give a folder that holds copies of both (--model FOLDER)"
+        "check the connection, or give a local folder that holds copies of both"
     )
 
 

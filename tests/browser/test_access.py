@@ -64,6 +64,7 @@ def test_nothing_is_wider_than_the_window(new_page: Callable[..., Page], url: st
     assert fits()
     page.get_by_text("More settings").click()
     assert fits()
+    expect(studio.button("Generate")).to_be_in_viewport(ratio=1)
     studio.generate("cat", number=16 if width == 360 else 4)
     assert fits()
     studio.vary(keep=8, name="dog")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,25 @@ def test_stopping_while_the_server_is_away(new_page: Callable[..., Page], serve:
     expect(studio.banner).to_contain_text("The server is back.")
     expect(studio.banner).to_be_hidden()
     studio.generate("ship", number=1)
+
+
+def test_a_server_that_hangs(new_page: Callable[..., Page], serve: Callable[..., Any], shipped: DetailFlowPipeline):
+    """It keeps its connections and says nothing: as when a machine sleeps."""
+    sooner = """const [every, within] = [setInterval, AbortSignal.timeout];
+        window.setInterval = (work, milliseconds) => every(work, milliseconds / 30);
+        AbortSignal.timeout = (milliseconds) => within(milliseconds / 30);"""
+    server = serve("--max-batch", "1")
+    studio = Studio(new_page(server.url, "#generate:enabled", sooner))
+    studio.classes.fill("cat")
+    studio.set(Images=16, Seed=2)
+    studio.button("Generate").click()
+    expect(studio.page.locator("button.tile canvas.picture:not(.blank)")).not_to_have_count(0)
+    server.process.send_signal(signal.SIGSTOP)
+    expect(studio.banner).to_contain_text("The server does not answer.")
+    server.process.send_signal(signal.SIGCONT)
+    expect(studio.banner).to_contain_text("The server is back.")
+    studio.finish()
+    assert same(studio.images, shipped("cat", num_images_per_class=16, seed=2))
 
 
 def test_a_server_that_returns_with_another_model(

@@ -4,6 +4,7 @@ import { serverSentEvents } from "./events.js";
 import { recall, remember } from "./memory.js";
 
 const KEY = "detailflow-api-key";
+const LONGEST_SILENCE = 10_000; // milliseconds, after which a server does not answer
 const NO_ANSWER = [502, 504]; // of a proxy before a server that is down
 
 /** What the server says is wrong with a request. */
@@ -42,7 +43,8 @@ export class Api {
   /** Return whether the server takes requests. */
   async ready() {
     try {
-      return (await fetch(this.#url("readyz"), { cache: "no-store" })).ok;
+      const signal = AbortSignal.timeout(LONGEST_SILENCE);
+      return (await fetch(this.#url("readyz"), { cache: "no-store", signal })).ok;
     } catch {
       return false;
     }
