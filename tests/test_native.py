@@ -4,6 +4,7 @@ import copy
 import ctypes
 import mmap
 import os
+import pickle
 import platform
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, GPTConfig, native
 from detailflow.generation import CachedModel, SamplingConfig, guidance_at, image_noise, sample
-from detailflow.native.huge_pages import gather
+from detailflow.native.huge_pages import ALIGNMENT, gather
+from detailflow.tensors import writing_tensors
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 
@@ -154,13 +156,20 @@ def test_weights_are_held_once_in_one_block(tmp_path: Path):
     """The parameters are the same objects with the same numbers; they can be trained, converted, saved and copied."""
     gpt = random_gpt(**SMALL | {"group_size": 1})  # without mask embeddings
     before = {name: (weight, weight.detach().clone()) for name, weight in gpt.named_parameters()}
-    blocks = []
+    places = []
     for _ in range(2):
         with torch.inference_mode():
             native.NativeGeneration(gpt, torch.tensor([0]), True)
-        blocks.append({weight.untyped_storage().data_ptr() for weight in gpt.parameters()})
-    assert blocks[0] == blocks[1]
-    assert len(blocks[0]) == (1 if hasattr(mmap, "MADV_HUGEPAGE") else len(before))
+        places.append([weight.data_ptr() for weight in gpt.parameters() if weight.numel()])
+    assert places[0] == places[1]
+    size = sum(-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in gpt.parameters())
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert max(places[0]) - min(places[0]) < size
+        assert not any(place % ALIGNMENT for place in places[0])
+    assert len(pickle.dumps(gpt)) < 1.1 * size + 1e5  # each weight without the others
+    with writing_tensors(tmp_path, gpt.state_dict(), "100KB"):
+        pass
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     for name, weight in gpt.named_parameters():
         assert weight is before[name][0]
         assert torch.equal(weight, before[name][1])
@@ -191,7 +200,7 @@ def test_several_threads_move_the_weights_once():
     finally:
         sys.setswitchinterval(before)
     assert found == {weights[0].data_ptr()}
-    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    assert [weight.data_ptr() - weights[0].data_ptr() for weight in weights] == [2**18 * i for i in range(100)]
 
 
 def test_changed_weights_are_seen():
@@ -234,10 +243,21 @@ def test_replaced_layers():
     gpt.head = torch.nn.Linear(64, 64, bias=False)
     assert native.why_not(gpt) == "some of its layers were replaced"
     gpt.head = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False))
-    assert native.why_not(gpt) == "some of its layers were replaced"
+    assert native.why_not(gpt) == "some of its layers were replaced, or have hooks"
     gpt = random_gpt(**SMALL)
     gpt.head.forward = lambda x: x  # type: ignore[method-assign]  # as hooks of other libraries do
-    assert native.why_not(gpt) == "some of its layers were replaced"
+    assert native.why_not(gpt) == "some of its layers were replaced, or have hooks"
+
+
+@pytest.mark.parametrize("name", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_called(name: str):
+    gpt, calls = random_gpt(**SMALL), list[object]()
+    handle = getattr(gpt.head, name)(lambda *given: calls.append(given))
+    assert native.why_not(gpt) == "some of its layers were replaced, or have hooks"
+    gpt.generate(torch.tensor([0]))
+    assert len(calls) == len(gpt.schedule.steps)
+    handle.remove()
+    assert native.why_not(gpt) is None
 
 
 PRINT = "from detailflow import native; print(native.instructions())"

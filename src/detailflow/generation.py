@@ -226,10 +226,13 @@ class StaticCache(Cache):
 
 
 def layers_replaced(model: nn.Module) -> bool:
-    """Return whether a layer may compute something else than the model's own code, which some engines do not call."""
+    """Return whether a layer may do something else than the model's own code, which some engines do not call."""
     own, home = (nn.Linear, nn.Embedding, nn.ModuleList), type(model).__module__
     return any(
-        (type(layer) not in own and type(layer).__module__ != home) or "forward" in vars(layer)
+        (type(layer) not in own and type(layer).__module__ != home)
+        or "forward" in vars(layer)
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
         for layer in model.modules()
     )
 

@@ -139,7 +139,7 @@ def why_not(model: GPT) -> str | None:
         return "it is for CPUs"
     dtype = weights[0].dtype
     if layers_replaced(model):
-        return "some of its layers were replaced"
+        return "some of its layers were replaced, or have hooks"
     if dtype not in TYPES or any(type(w) is not torch.nn.Parameter or w.dtype != dtype for w in weights):
         return "it needs plain weights of float32 or bfloat16, all of one type"
     if any(size % 32 for size in (config.width, config.hidden, config.codebook_size)):

@@ -3,6 +3,7 @@
 import mmap
 import threading
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,25 +15,32 @@ _MOVING = threading.Lock()  # or several threads would each move the weights to 
 @torch.inference_mode(False)  # or the weights could not be trained after an image was generated
 @torch.no_grad()
 def gather(weights: Sequence[Tensor]) -> None:
-    """Move weights of one dtype side by side into one block in huge pages, unless they share a block already.
+    """Move weights of one dtype side by side into one block in huge pages, unless they are in one already.
 
-    The tensors stay the same objects, so modules and optimizers see the same numbers. Without huge pages the processor
-    has to look up where the next weights are every 4 KiB.
+    The tensors stay the same objects, so modules and optimizers see the same numbers; other tensors that shared their
+    memory, such as those of an earlier state dict, keep the old one. Each has a storage of its own, so it is saved and
+    sent to other processes alone. Without huge pages the processor has to look up where the next weights are every
+    4 KiB.
     """
     with _MOVING:
         _gather(weights)
 
 
 def _gather(weights: Sequence[Tensor]) -> None:
-    if len({weight.untyped_storage().data_ptr() for weight in weights}) == 1 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    weights = [weight for weight in weights if weight.numel()]
+    starts = list(accumulate((-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in weights), initial=0))
+    if _offsets(weights) == starts[:-1] or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
-    unit = ALIGNMENT // weights[0].itemsize
-    sizes = [-(-weight.numel() // unit) * unit for weight in weights]
     try:
-        memory = mmap.mmap(-1, sum(sizes) * weights[0].itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, starts[-1], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # there is no room, or a kernel without them: the weights stay where they are
         return
-    block = torch.frombuffer(memory, dtype=weights[0].dtype)  # keeps the memory
-    for weight, room in zip(weights, block.split(sizes), strict=True):
-        weight.data = room[: weight.numel()].view(weight.shape).copy_(weight)
+    for weight, start in zip(weights, starts[:-1], strict=True):
+        room = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=start)  # keeps the memory
+        weight.data = room.view(weight.shape).copy_(weight)
+
+
+def _offsets(weights: Sequence[Tensor]) -> list[int]:
+    """Return how many bytes after the first weight each one is."""
+    return [weight.data_ptr() - weights[0].data_ptr() for weight in weights]
