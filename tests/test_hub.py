@@ -345,7 +345,7 @@ def test_either_half_of_a_pair_of_folders(pairs: Path, monkeypatch: pytest.Monke
     assert hub.resolve(".", "gpt") == pairs / "DetailFlow-32-GPT-L"
     (pairs / "DetailFlow-32-GPT-L" / "config.json").unlink()
     message = error_of(pairs / "DetailFlow-32", "gpt")
-    assert message.endswith("not an AR model (gpt): give the AR model as --model, and this one as --tokenizer")
+    assert message.endswith("not an AR model (gpt): give an AR model (gpt), or a folder that holds both")
     shutil.copytree(TINY / "tokenizer", pairs / "DetailFlow-64-GPT-L")  # of that name, but no AR model
     shutil.copytree(TINY / "tokenizer", pairs / "DetailFlow-64")
     assert hub.resolve(pairs / "DetailFlow-64", "gpt") == pairs / "DetailFlow-64"
@@ -354,12 +354,12 @@ def test_either_half_of_a_pair_of_folders(pairs: Path, monkeypatch: pytest.Monke
 def test_several_pairs_in_one_folder(pairs: Path):
     message = error_of(pairs)
     names = "(DetailFlow-16, DetailFlow-32): give one"
-    assert message.startswith(f"{pairs} holds several models of that kind {names}, such as --model {pairs}")
-    given = message.partition("--model ")[2].partition(";")[0]
+    assert message.startswith(f"{pairs} holds several models of that kind {names}, such as {pairs}")
+    given = message.partition("such as ")[2].partition(";")[0]
     assert hub.resolve(given, "gpt") == pairs / "DetailFlow-16-GPT-L"
     (pairs / "DetailFlow-16").rename(pairs / "other")
     (pairs / "DetailFlow-32").rename(pairs / "another")
-    assert error_of(pairs).endswith("the AR model as --model, the tokenizer as --tokenizer")
+    assert error_of(pairs).endswith("give one AR model, and its tokenizer")
 
 
 def test_a_pair_beside_published_ones(tmp_path: Path, model: Path):

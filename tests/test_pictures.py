@@ -72,5 +72,5 @@ def test_a_set_of_many_is_not_replaced(tmp_path):
     write_png(image, tmp_path / "0000-cat.png", "sample")
     assert check_ours([tmp_path / "0000-cat.png", tmp_path / "0001-cat.png"], "generate") == 1
     write_png(image, tmp_path / "0001-cat.png", "set")
-    with pytest.raises(DetailFlowError, match="0001-cat.png was not made by `detailflow generate`"):
+    with pytest.raises(DetailFlowError, match="0001-cat.png is of a set by `generate --num-images`: move it"):
         check_ours([tmp_path / "0000-cat.png", tmp_path / "0001-cat.png"], "generate")

@@ -60,6 +60,9 @@ def test_png(pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path)
 def test_npz_in_the_layout_of_adm(pipeline: DetailFlowPipeline, expected: np.ndarray, tmp_path: Path):
     generate(pipeline, LABELS, tmp_path, "npz", seed=2, batch_size=4)
     assert list(contents(tmp_path)) == ["samples.npz"]
+    (tmp_path / "part-000000.npy").write_bytes(b"")  # of a process that ended before it removed its parts
+    generate(pipeline, LABELS, tmp_path, "npz", seed=2, batch_size=4)
+    assert list(contents(tmp_path)) == ["samples.npz"]
     with np.load(tmp_path / "samples.npz") as stored:
         assert stored["arr_0"].dtype == np.uint8 and np.array_equal(stored["arr_0"], expected)
         assert stored["arr_1"].tolist() == LABELS

@@ -1,5 +1,6 @@
 """A model without classes, from unlabelled images to generating, varying, serving, measuring, timing and exporting."""
 
+import html
 import json
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -197,6 +198,8 @@ def test_what_is_served(http: httpx.Client):
     assert http.get("/v1/classes", params={"search": "cat"}).json()["total"] == 0
     model = http.get("/v1/models").json()["data"][0]
     assert model["num_classes"] == 0 and model["sampling"]["guidance_scale"] == 1
+    example = html.unescape(http.get("/docs").text).partition(" -d '")[2].partition("'")[0]
+    assert http.post("/v1/images/generations", json=json.loads(example)).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -179,11 +179,12 @@ def _nested(folder: Path, kind: Kind) -> Path:
     if len(found) > 1:
         names = ", ".join(child.name for child in found)
         paired = next((child for child in found if _other_half(child, "gpt") or _other_half(child, "tokenizer")), None)
-        way = "one, and its other half: the AR model as --model, the tokenizer as --tokenizer"
-        raise DetailFlowError(
-            f"{folder} holds several models of that kind ({names}): give "
-            + (f"one, such as --model {paired}; its other half is found beside it by name" if paired else way)
+        way = (
+            f", such as {paired}; its other half is found beside it by name"
+            if paired
+            else " AR model, and its tokenizer"
         )
+        raise DetailFlowError(f"{folder} holds several models of that kind ({names}): give one{way}")
     return found[0] if found else folder
 
 

@@ -68,7 +68,7 @@ class ClassLabels:
 
     def index(self, label: Label) -> int:
         """Return the number of the class that a number, a name, a synonym or a WordNet id means."""
-        if isinstance(label, ClassId) and label in self.ids:
+        if isinstance(label, ClassId) and 0 <= label < (self.count or 1):
             return int(label)
         if not self.count:
             raise DetailFlowError(f"this model has no classes: leave out {label!r}")

@@ -99,12 +99,12 @@ def seconds_and_peak(function: Callable[[], object], device: torch.device) -> tu
         torch.cuda.reset_peak_memory_stats(device)
         return seconds(function, device), torch.cuda.max_memory_allocated(device) / 2**20
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
         known = device.type == "cpu"
     except OSError:
         known = False
     taken = seconds(function, device)
-    match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()) if known else None
+    match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("latin-1")) if known else None
     return taken, int(match[1]) / 2**10 if match else None
 
 

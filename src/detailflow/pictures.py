@@ -71,7 +71,10 @@ def check_ours(paths: Iterable[Path], command: str) -> int:
     """Check that the files to be written replace none of the user's own; return how many of ours they replace."""
     earlier = [path for path in paths if os.path.exists(path)]  # which is False for names that cannot exist
     for path in earlier:
-        if not path.is_file() or picture_kind(path) in (None, "set"):  # a set of many is not made again in a moment
+        kind = picture_kind(path) if path.is_file() else None
+        if kind == "set":  # of many images, which is not made again in a moment
+            raise DetailFlowError(f"{path} is of a set by `generate --num-images`: move it, or choose another output")
+        if kind is None:
             raise DetailFlowError(f"{path} was not made by `detailflow {command}`: move it, or choose another output")
     return len(earlier)
 

@@ -13,7 +13,7 @@ IDENTITY = ("flags", "model name", "Features", "CPU implementer", "CPU part")
 def processor_lines() -> tuple[str, ...]:
     """Return the lines of /proc/cpuinfo, each once; elsewhere than on Linux the one that Python knows."""
     with suppress(OSError):
-        return tuple(dict.fromkeys(Path("/proc/cpuinfo").read_text().splitlines()))
+        return tuple(dict.fromkeys(Path("/proc/cpuinfo").read_text("utf-8").splitlines()))
     return (platform.processor(),)
 
 

@@ -79,20 +79,6 @@ _LAYERS: dict[Kind, tuple[str, ...]] = {
     "gpt": ("",),
 }
 _HEADS = {1152: 16, 768: 12}  # any other width: width / 64
-# What to give if there is a model of the other kind only.
-_WAYS: dict[Kind, str] = {
-    "tokenizer": ": give the tokenizer's folder, or beside an AR model give it as --tokenizer",
-    "gpt": ": give the AR model as --model, and this one as --tokenizer",
-}
-
-
-class WrongKindError(DetailFlowError):
-    """A model of another kind; `held` says so without the way out, which depends on how it was given."""
-
-    def __init__(self, held: str, way: str) -> None:
-        super().__init__(held + way)
-        self.held = held
-
 
 # --- recognising -----------------------------------------------------------------------------------------------------
 
@@ -128,9 +114,9 @@ def check_kind(folder: Path, found: Any, wanted: Kind) -> None:
         name = KIND_NAMES.get(found) if isinstance(found, str) else None
         runs = [run for run in folder.parents if name and folder.is_relative_to(run / found)]
         both = next((run for run in runs if (run / wanted / CONFIG_FILE).is_file()), None)
-        way = f": give {both}, which holds both" if both else _WAYS[wanted] if name else ""
+        way = f"{both}, which holds both" if both else f"{KIND_NAMES[wanted]}, or a folder that holds both"
         held = f"{folder} holds {name or f'a model of kind {found!r}'}, not {KIND_NAMES[wanted]}"
-        raise DetailFlowError(held + way) if both else WrongKindError(held, way)
+        raise DetailFlowError(f"{held}: give {way}" if name else held)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -140,20 +140,22 @@ class NpzWriter(PngWriter):
 
     def finish(self) -> None:
         with self._stored() as (shape, old):
-            if shape[0] == len(self.labels):
-                return
-            with replacing(self.folder / "samples.npz") as path, zipfile.ZipFile(path, "w") as archive:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *self.shape)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    for part in self.parts:
-                        kept = part.stop <= shape[0]
-                        size = len(part) * math.prod(self.shape)
-                        file.write(old.read(size) if kept else np.load(self._part(part)).tobytes())
-                with archive.open("arr_1.npy", "w") as file:
-                    np.save(file, np.asarray(self.labels, np.int64))
-        for path in self.folder.glob("part-*.npy"):
+            if shape[0] != len(self.labels):
+                self._pack(shape[0], old)
+        for path in self.folder.glob("part-*.npy"):  # of a call that was interrupted here, too
             path.unlink()
+
+    def _pack(self, stored: int, old: Any) -> None:
+        """Write the file from the first `stored` images of the old one, and the parts."""
+        with replacing(self.folder / "samples.npz") as path, zipfile.ZipFile(path, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *self.shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in self.parts:
+                    size = len(part) * math.prod(self.shape)
+                    file.write(old.read(size) if part.stop <= stored else np.load(self._part(part)).tobytes())
+            with archive.open("arr_1.npy", "w") as file:
+                np.save(file, np.asarray(self.labels, np.int64))
 
 
 class WebDatasetWriter(PngWriter):

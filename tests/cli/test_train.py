@@ -1,5 +1,7 @@
 """`detailflow train`: tokenizer, gpt and all in a row; a mistake gives one sentence and leaves nothing behind."""
 
+import html
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -580,6 +582,26 @@ def test_all_in_a_row_without_classes(folder: Path, cifar: Path, capsys: pytest.
     assert capsys.readouterr().err.endswith(f"detailflow: error: {problem}")
 
 
+@pytest.mark.usefixtures("quick")
+def test_all_in_a_row_from_other_columns(folder: Path, cifar_table: Path, capsys: pytest.CaptureFixture[str]):
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(cifar_table).slice(0, 12).rename_columns({"image": "img", "label": "fine_label"})
+    pyarrow.parquet.write_table(table, "a.parquet")
+    assert "has no column 'image'" in complaint(everything("a.parquet", "--dry-run"), capsys)
+    assert main(everything("a.parquet", "--image-column", "img", "--dry-run")) == 0
+    question = "without classes, 32×32; a.parquet has no column label: did you mean fine_label (label_column: fine_label)?"
+    assert question in capsys.readouterr().out
+    columns = ["--image-column", "img", "--label-column", "fine_label"]
+    assert main(everything("a.parquet", *columns, count="1")) == 0
+    config = json.loads(Path("run/gpt/config.json").read_text())
+    assert config["num_classes"] == 10
+    assert "a.parquet --image-column img --model run" in html.unescape(Path("run/report.html").read_text())
+    measured = ["evaluate", "tokenizer", "--data", "a.parquet", "--image-column", "img", "--model", "run"]
+    measured += ["--features", "none", "--lpips", "none", "--num-tokens", "16", "--output", "report", "--device", "cpu"]
+    assert main(measured) == 0
+
+
 def test_a_folder_of_another_data_set(folder: Path, capsys: pytest.CaptureFixture[str]):
     """That is said at once, and of the folder that was given."""
     Path("run/tokenizer").mkdir(parents=True)
@@ -811,15 +833,14 @@ def test_odd_things_in_the_folder_of_a_run(begun: bool, folder: Path, capsys: py
 
 
 def test_a_model_of_the_other_kind_to_start_from(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
-    """It is given as --init: `train gpt` has no --model."""
     start = f"{shutil.copytree(model / 'tokenizer', 'start')} holds a tokenizer, not an AR model (gpt): "
-    start += "give an AR model (gpt) as --init"
+    start += "give an AR model (gpt), or a folder that holds both"
     gpt = ["train", "gpt", "--tokens", "tokens", "--tokenizer", "start", "--output", "run"]
     assert complaint([*gpt, "--init", "start"], capsys) == start
     assert complaint(tuned("start"), capsys) == start
     shutil.copytree(model / "gpt", "other")
     told = complaint([*TRAIN, "--init", "other"], capsys)
-    assert told == "other holds an AR model (gpt), not a tokenizer: give a tokenizer as --init"
+    assert told == "other holds an AR model (gpt), not a tokenizer: give a tokenizer, or a folder that holds both"
 
 
 def test_names_that_are_not_utf_8(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):

@@ -1,7 +1,5 @@
 """Which names are taken for those of labels, and what may not be in an object twice."""
 
-import shlex
-
 import pytest
 
 from detailflow.data.columns import ask_for_labels, parse_json
@@ -11,7 +9,7 @@ from detailflow.errors import DetailFlowError
 def test_names_that_labels_may_have():
     for name in ("labels", "Label", " LABEL ", "fine_label", "class_id", "img-class", "Categories"):
         assert ask_for_labels("a", "label", {name, "text"}) == (
-            f"a has no column label: did you mean {name} (--label-column {shlex.quote(name)})?"
+            f"a has no column label: did you mean {name} (label_column: {name})?"
         )
     assert "did you mean label_id (" in ask_for_labels("a", "label", ["Classification score", "label_id"])
     assert ask_for_labels("a", "label", ["text", "glass", "unlabelled", ""]) == ""

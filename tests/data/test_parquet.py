@@ -156,7 +156,7 @@ def test_another_column_of_labels_is_asked_for(tmp_path, column):
     for folder in ("x", "y", "label=cat"):
         (tmp_path / folder).mkdir()
         parquet.write_table(table, tmp_path / folder / "0.parquet")
-    question = f"x/0.parquet has no column label: did you mean {column} (--label-column {column})?"
+    question = f"x/0.parquet has no column label: did you mean {column} (label_column: {column})?"
     for data in (f"{tmp_path}/x", f"{tmp_path}/[xy]/*"):  # before the folders, which are asked for, too
         source = open_images(data)
         assert source.class_names == ("image",) and source.summary.endswith(question)

@@ -103,7 +103,7 @@ def test_another_column_of_labels_is_asked_for(tables, tmp_path, hub):
         pyarrow.parquet.write_table(table.rename_columns(["image", "Labels"]), tmp_path / file.name)
     source = open_stream(hub(tmp_path))
     assert source.class_names == ("image",)
-    assert source.summary.endswith(" has no column label: did you mean Labels (--label-column Labels)?")
+    assert source.summary.endswith(" has no column label: did you mean Labels (label_column: Labels)?")
     assert "did you mean" not in open_stream(hub(tables)).summary
 
 

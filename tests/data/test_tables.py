@@ -114,6 +114,6 @@ def test_another_column_of_labels_is_asked_for(tmp_path, monkeypatch):
     for data in (folder, "someone/cats"):
         monkeypatch.setattr(datasets, "load_dataset", lambda name, split, **_: datasets.load_from_disk(folder))
         source = open_images(data)
-        question = f"{data} has no column label: did you mean fine_label (--label-column fine_label)?"
+        question = f"{data} has no column label: did you mean fine_label (label_column: fine_label)?"
         assert source.class_names == ("image",) and source.summary.endswith(question)
         assert open_images(data, label_column="fine_label").counts == {"cat": 0, "dog": 1}

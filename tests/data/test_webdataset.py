@@ -183,7 +183,7 @@ def test_labels_by_another_name_are_asked_for(tmp_path, content):
         return source.summary
 
     for entry in ("Label", "labels", "class"):
-        asked = f"a.tar 0.json has no entry label: did you mean {entry} (--label-column {entry})?"
+        asked = f"a.tar 0.json has no entry label: did you mean {entry} (label_column: {entry})?"
         entries = json.dumps({"text": "a cat", entry: 3}).encode()
         assert summary(("0.json", entries), ("1.png", content), ("1.json", entries)).endswith(asked)
     assert open_images(tmp_path / "a.tar", label_column="class").counts["3"] == 2

@@ -258,7 +258,8 @@ def test_lpips_is_left_out_with_a_reason(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     network, notes = find_lpips(None, 32, device)
     assert network is None
-    assert len(notes) == 1 and notes[0].startswith("LPIPS is left out, for want of VGG-16's weights: get https://")
+    start = "LPIPS is left out: LPIPS needs VGG-16's weights, which cannot be downloaded: get https://"
+    assert len(notes) == 1 and notes[0].startswith(start) and notes[0].endswith(" and give its path as --lpips.")
     assert find_lpips(None, 8, device)[1] == [
         "LPIPS is left out: its network takes images of 16 pixels a side or more, not 8."
     ]

@@ -337,6 +337,8 @@ def test_below_another_path_the_key_is_needed_as_well(shipped: DetailFlowPipelin
                 await client.request(f"BREW{i}", "/api/healthz")
             metrics = await client.get("/api/metrics", headers={"Authorization": "Bearer secret"})
             assert "BREW" not in metrics.text and 'method="other"' in metrics.text
+            assert "-H &#x27;" not in (page := (await client.get("/api/docs")).text)
+            assert "curl -H 'Authorization: Bearer KEY' -H 'Content-Type: application/json' -d" in page
             return found
 
     assert asyncio.run(statuses()) == [401, 401, 401, 401, 503]  # the last is open, and not ready yet

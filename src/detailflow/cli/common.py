@@ -199,7 +199,7 @@ def add_sampling_options(parser: Parser, several: bool = False) -> None:
             return OFF if text in off else read(text)
 
         values: dict[str, Any] = {"nargs": "+", "default": [None]} if several else {}
-        metavar = setting.name.rpartition("_")[2].upper()
+        metavar = setting.name.rpartition("_")[2][0].upper()
         parser.add(name, type=read_or_off, metavar=metavar, help=setting.documentation.rstrip("."), **values)
 
 

@@ -65,7 +65,7 @@ def tokenizer_parser() -> Parser:
     result = Parser("evaluate tokenizer", "--data DATA --output DIR", about)
     data = "images to rebuild: a folder, parquet, WebDataset or a hub name"
     result.option("--data", Location, help=data, required=True)
-    _add_split(result)
+    _add_choice(result)
     result.option("--num-images", PositiveInt, help="only N images, spread over the set", metavar="N")
     result.option("--num-tokens", Numbers, help="rebuild from N tokens (default: 1, 2, 4, …)", metavar="N")
     result.option("--size", Numbers, help="decode at side S (default: each N's own)", metavar="S")
@@ -86,7 +86,7 @@ def gpt_parser() -> Parser:
     about = "gFID, sFID, IS, precision and recall of generated images."
     result = Parser("evaluate gpt", "--reference SET --output DIR", about)
     result.option("--reference", Location, help="real images, or ADM's reference .npz", required=True)
-    _add_split(result)
+    _add_choice(result)
     result.option("--num-samples", PositiveInt, 50_000, "images; for a quick look: 1000", "N")
     result.option("--labels", Literal["balanced", "random"], "balanced", "balanced or random")
     seeds: dict[str, Any] = {"type": reader("--seeds", Seed), "nargs": "+", "default": [0], "metavar": "S"}
@@ -122,7 +122,7 @@ def statistics_parser() -> Parser:
     about = "Measure a set once, to give the file as --reference from then on."
     result = Parser("evaluate statistics", "SET --output FILE.npz", about)
     result.option("set", Location, help=SET, metavar="SET")
-    _add_split(result)
+    _add_choice(result)
     size = "the model's: shorter sides to S, centres (default: as is)"
     result.option("--size", PositiveInt, help=size, metavar="S")
     result.option("--num-images", PositiveInt, help="only N images, spread over the set", metavar="N")
@@ -141,8 +141,14 @@ def compare_parser() -> Parser:
     return result
 
 
-def _add_split(parser: Parser) -> None:
+def _add_choice(parser: Parser) -> None:
     parser.option("--split", help="train, val or test, if there are such")
+    parser.option("--image-column", default="image", help="of parquet files and hub data sets", metavar="NAME")
+
+
+def _choice(args: argparse.Namespace) -> dict[str, Any]:
+    """Return which images of a set are asked for."""
+    return {"split": args.split, "image_column": args.image_column}
 
 
 def _add_features(parser: Parser, instead: str = "") -> None:
@@ -173,7 +179,7 @@ def _tokenizer(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     models = _check_folder(args, command, context, {"tokenizer": args.model})
     side, mistakes = tokenizer.config.image_size, parse_spans(tokenizer.schedule, args.mistakes_at)
     views_by_count(tokenizer.schedule, args.num_tokens, args.size)  # raises before anything is downloaded
-    images = context.open(args.data, side, args.num_images, args.split)
+    images = context.open(args.data, side, args.num_images, **_choice(args))
     reference = context.open(args.reference, side) if args.reference else None
     extractor = None if args.features == "none" else load_extractor(args.features, context.device, args.weights)
     lpips, notes = find_lpips(args.lpips, side, context.device)
@@ -198,7 +204,7 @@ def _gpt(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     settings = sweep(pipeline, **{name: getattr(args, name) for name in names})  # raises before any download
     sources: dict[Kind, str | None] = {"tokenizer": args.tokenizer or args.model, "gpt": args.model}
     models = _check_folder(args, command, context, sources, args.num_samples if args.keep_samples else 0)
-    reference = context.open(args.reference, pipeline.tokenizer.config.image_size, split=args.split)
+    reference = context.open(args.reference, pipeline.tokenizer.config.image_size, **_choice(args))
     extractor = load_extractor(args.features, context.device, args.weights)
     options = GPTOptions(
         extractor, settings, args.output, args.num_samples, args.labels, args.seeds, args.keep_samples, args.model
@@ -232,7 +238,7 @@ def _statistics(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     from detailflow.evaluation.sets import save_statistics
 
     context = Context.launch(args.device, args.batch_size)
-    images = context.open(args.set, args.size, args.num_images, args.split)
+    images = context.open(args.set, args.size, args.num_images, **_choice(args))
     measured = measure(load_extractor(args.features, context.device, args.weights), images, keep=REFERENCE_KEPT)
     if context.world.is_main:
         save_statistics(args.output, measured)

@@ -101,6 +101,8 @@ def preset_parser() -> Parser:
     )
     parser.option("--output", Path, help="gets tokenizer/, tokens/, gpt/ and report.html", metavar="DIR", required=True)
     parser.option("--split", help="of the data, if it has several (default: train)")
+    parser.option("--image-column", default="image", help="of parquet files and hub data sets", metavar="NAME")
+    parser.option("--label-column", default="label", help="of these, and of metadata files", metavar="NAME")
     parser.option("--tokenizer-steps", PositiveInt, help="in place of the recipe's", metavar="N")
     parser.option("--gpt-steps", PositiveInt, help="in place of the recipe's", metavar="N")
     parser.option("--no-flip", bool, help="no mirror images: for text, or anything else with a left and a right")

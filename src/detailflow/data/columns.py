@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -22,7 +21,7 @@ def ask_for_labels(where: str, wanted: str, columns: Iterable[str], kind: str = 
     if not alike:
         return ""
     likeliest = min(alike, key=lambda column: (len(column), column))
-    return f"{where} has no {kind} {wanted}: did you mean {likeliest} (--label-column {shlex.quote(likeliest)})?"
+    return f"{where} has no {kind} {wanted}: did you mean {likeliest} (label_column: {likeliest})?"
 
 
 def parse_json(text: str, names: Collection[str], where: str) -> Any:

@@ -39,10 +39,10 @@ class Context:
         world, own = launched(device)
         return cls(world, own, batch_size or (GPU_BATCH_SIZE if own.type == "cuda" else BATCH_SIZE))
 
-    def open(self, path: str, size: int | None = None, count: int | None = None, split: str | None = None) -> ImageSet:
+    def open(self, path: str, size: int | None = None, count: int | None = None, **columns: Any) -> ImageSet:
         """Open a set, as `open_set`, which all ranks share."""
         with self.world.raise_together():
-            found = open_set(path, size=size, count=count, split=split, world=self.world, batch_size=self.batch_size)
+            found = open_set(path, size=size, count=count, world=self.world, batch_size=self.batch_size, **columns)
             stored, several = found.statistics, self.world.size > 1
             kept = stored is not None and stored.kept is not None
             listing = found.source.fingerprint if several and isinstance(found.source, ImageSource) else ""

@@ -194,7 +194,8 @@ class Inception(_Network):
         try:
             network = FeatureExtractorInceptionV3(INCEPTION, layers, feature_extractor_weights_path=plain)
         except (RuntimeError, TypeError, AttributeError) as error:  # torch's errors for tensors that don't fit
-            raise _no_weights(INCEPTION, f"{weights} does not hold", URL_INCEPTION_V3) from error
+            what = f"{weights or 'the download'} does not hold"
+            raise _no_weights(INCEPTION, what, URL_INCEPTION_V3) from error
         resizing = "bytes at their own size, resized to 299×299 by TensorFlow 1's bilinear interpolation in the network"
         super().__init__(INCEPTION, network, hub.fingerprint({}, network.state_dict()), resizing, device)
         self._spatial: list[Tensor] = []

@@ -165,6 +165,7 @@ def open_set(
     size: int | None = None,
     count: int | None = None,
     split: str | None = None,
+    image_column: str = "image",
     world: World = World(),
     batch_size: int = 64,
 ) -> ImageSet:
@@ -177,7 +178,7 @@ def open_set(
             all have one size. It is one bicubic resize to the crop. ADM's reference was made of photographs that were
             first halved by averages, so figures of large photographs differ a little. An .npz must have this size.
         count: use only so many images, spread over the set.
-        split: as for `open_images`.
+        split, image_column: as for `open_images`.
         world: the ranks that share the images.
     """
     file = Path(path).expanduser()
@@ -199,7 +200,7 @@ def open_set(
             what = "images" if source else "statistics of images"
             raise DetailFlowError(f"{path} has {what} of {width}×{height} pixels, and not of {size}×{size}")
     else:
-        source = open_images(path, split=split)
+        source = open_images(path, split=split, image_column=image_column)
         if size:
             about["preprocessing"] = f"shorter side to {size} pixels (bicubic with antialiasing), centre crop"
         else:

@@ -332,13 +332,11 @@ def find_lpips(weights: str | None, side: int, device: torch.device) -> tuple[LP
     if weights is not None and not Path(weights).expanduser().exists():
         raise DetailFlowError(f"{weights} does not exist: give VGG-16's weights, {VGG16_FILE}, or --lpips none")
     try:
-        return LPIPS(weights).to(device), []
-    except DetailFlowError:
+        return LPIPS(weights, named="--lpips").to(device), []
+    except DetailFlowError as error:
         if weights is not None:
             raise
-        return None, [
-            f"LPIPS is left out, for want of VGG-16's weights: get {VGG16_FILE} and give its path with --lpips."
-        ]
+        return None, [f"LPIPS is left out: {error}."]
 
 
 def _note(rows: Sequence[Row], side: int, referenced: bool) -> str:

@@ -14,8 +14,7 @@ SMALLEST_SIDE = 16  # whose last VGG map is one pixel
 VGG16_FILE = "https://download.pytorch.org/models/vgg16-397923af.pth"
 MAPS = (3, 8, 15, 22, 29)  # VGG-16's layers, the last ReLU before each pooling
 MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's, for pixels in [-1, 1]
-_INSTEAD = "or train with perceptual_network: classifier, or perceptual: 0"
-_NEEDS = "the perceptual loss (LPIPS) needs"
+_NEEDS = "LPIPS needs"
 
 
 class LPIPS(nn.Module):
@@ -24,22 +23,25 @@ class LPIPS(nn.Module):
     Args:
         weights: a local file with torchvision's weights of VGG-16; `None` downloads it, once, to torch.hub's cache.
         load: whether to read weights at all; the network of a plan has random ones.
+        named, instead: in messages, what `weights` is called, and what somebody without them may do.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, weights: str | None = None, load: bool = True) -> None:
+    def __init__(
+        self, weights: str | None = None, load: bool = True, named: str = "weights", instead: str = ""
+    ) -> None:
         super().__init__()
         try:
             from torchvision.models import vgg16
         except ImportError as error:
-            raise missing_package("the perceptual loss (LPIPS)", "torchvision", _INSTEAD) from error
+            raise missing_package("LPIPS", "torchvision", instead) from error
         with torch.device("meta"):  # VGG-16's classifier, most of its 138M weights, takes no memory there
             self.layers = vgg16(weights=None, init_weights=False).features[: MAPS[-1] + 1]
         wanted = self.layers.state_dict()
         if load:
-            stored = _vgg16_weights(weights)
+            stored = _vgg16_weights(weights, named, instead)
         else:
             stored = {f"features.{name}": torch.randn(tensor.shape) for name, tensor in wanted.items()}
         try:
@@ -47,9 +49,9 @@ class LPIPS(nn.Module):
         except (KeyError, TypeError, RuntimeError):  # torch's error for another shape is the last
             raise DetailFlowError(
                 f"{_NEEDS} VGG-16's weights, which {weights or VGG16_FILE} does not hold: "
-                f"give torchvision's file, {VGG16_FILE}, {_INSTEAD}"
+                f"give torchvision's file, {VGG16_FILE}{instead and ', '}{instead}"
             ) from None
-        heads = _heads() if load else [torch.ones(len(wanted[f"{i - 1}.bias"]), 1, 1) for i in MAPS]
+        heads = _heads(instead) if load else [torch.ones(len(wanted[f"{i - 1}.bias"]), 1, 1) for i in MAPS]
         self.heads = nn.ParameterList(heads)
         for name, values in (("mean", MEAN), ("deviation", DEVIATION)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
@@ -94,25 +96,28 @@ def _normalized(features: Tensor) -> Tensor:
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-8)
 
 
-def _vgg16_weights(path: str | None) -> dict[str, Tensor]:
+def _vgg16_weights(path: str | None, named: str, instead: str) -> dict[str, Tensor]:
     """Read a state dict, of a local file only what is used of it."""
     try:
         return torch_weights(VGG16_FILE, path)
     except Exception as error:  # downloads and damaged files have many kinds
         what = f"and {path} cannot be read" if path else "which cannot be downloaded"
         raise DetailFlowError(
-            f"{_NEEDS} VGG-16's weights, {what}: get {VGG16_FILE} and give its path as perceptual_network, {_INSTEAD}"
+            f"{_NEEDS} VGG-16's weights, {what}: get {VGG16_FILE} and give its path as {named}"
+            f"{instead and ', '}{instead}"
         ) from error
 
 
-def _heads() -> list[Tensor]:
+def _heads(instead: str) -> list[Tensor]:
     """Read LPIPS's five linear heads (C, 1, 1), which torchmetrics ships."""
     package = find_spec("torchmetrics")
     if package is None or package.origin is None:
-        raise missing_package("the perceptual loss (LPIPS)", "torchmetrics", _INSTEAD)
+        raise missing_package("LPIPS", "torchmetrics", instead)
     path = Path(package.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
     try:
         stored = load_torch(path)
         return [stored[f"lin{i}.model.1.weight"][0] for i in range(len(MAPS))]
     except (DetailFlowError, KeyError) as error:
-        raise DetailFlowError(f"{_NEEDS} {path}, which this torchmetrics lacks: install another, {_INSTEAD}") from error
+        raise DetailFlowError(
+            f"{_NEEDS} {path}, which this torchmetrics lacks: install another{instead and ', '}{instead}"
+        ) from error

@@ -206,7 +206,10 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-        return HTMLResponse(reference_page(app.openapi(), service.config.model_name), headers=policy)
+        has_classes = service.pipeline.gpt.config.num_classes > 0
+        wants_key = service.config.api_key is not None
+        page = reference_page(app.openapi(), service.config.model_name, has_classes, wants_key)
+        return HTMLResponse(page, headers=policy)
 
 
 def _health(status: str) -> JSONResponse:

@@ -16,13 +16,14 @@ th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; border-bot
 """
 
 
-def reference_page(schema: Mapping[str, Any], model: str) -> str:
+def reference_page(schema: Mapping[str, Any], model: str, has_classes: bool, wants_key: bool) -> str:
     """Return the page for an OpenAPI description."""
-    example = json.dumps({"prompt": "0", "n": 2, "seed": 1})
+    example = json.dumps(({"prompt": "0"} if has_classes else {}) | {"n": 2, "seed": 1})
+    key = "-H 'Authorization: Bearer KEY' " if wants_key else ""
     parts = [
         f"<p>{escape(schema['info']['description'])} The model here is <code>{escape(model)}</code>. The same as data: "
         '<a href="openapi.json">openapi.json</a>.</p>',
-        f"<pre>curl -H 'Content-Type: application/json' -d '{escape(example)}' "
+        f"<pre>curl {key}-H 'Content-Type: application/json' -d '{escape(example)}' "
         "http://HOST:PORT/v1/images/generations</pre>",
     ]
     for path, methods in schema["paths"].items():

@@ -44,7 +44,7 @@ def train_all(wanted: AllStages, output: Path, device: str | None = None) -> Non
     world, chosen = launched(device)
     world.check_same(asdict(wanted) | {"data": "", "init": wanted.init is not None})  # wherever these are
     with world.raise_together():
-        source = open_images(wanted.data, split=wanted.split)
+        source = open_images(wanted.data, **wanted.images)
         _check_folder(wanted, output, source)
         stages = stage_settings(wanted, source, output, chosen)
         tokenizer, tokens, gpt = (output / name for name in ("tokenizer", "tokens", "gpt"))
@@ -60,7 +60,7 @@ def train_all(wanted: AllStages, output: Path, device: str | None = None) -> Non
         train_tokenizer(stages.tokenizer, tokenizer, device)
     extract(stages.extraction, tokens, device)  # or check that finished tokens are of these images
     train_gpt(stages.gpt, gpt, device)
-    write_run_report(output, source, wanted.data, device)
+    write_run_report(output, source, wanted.data, device, wanted.image_column)
 
 
 def describe_all(wanted: AllStages, output: Path, device: str | None = None) -> Iterator[str]:
@@ -72,7 +72,7 @@ def describe_all(wanted: AllStages, output: Path, device: str | None = None) -> 
     if not world.is_main:
         return
     chosen = choose_device(device)
-    source = open_images(wanted.data, split=wanted.split)
+    source = open_images(wanted.data, **wanted.images)
     yield source.summary
     _check_folder(wanted, output, source)
     yield from outlook(stage_settings(wanted, source, output, chosen), source, world, chosen, output)

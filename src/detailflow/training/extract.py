@@ -54,12 +54,17 @@ class _ImageCrops(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
         crops = np.empty((len(self.passes[index]), self.count, self.size, self.size, 3), np.uint8)
         for slot in self.passes[index]:
             try:
-                crops[len(slots)] = crops_of(self.source.image(slot, least=2 * self.size), self.size, self.count)
+                crops[len(slots)] = encoded_crops(self.source, slot, self.size, self.count)
             except DetailFlowError as error:
                 unreadable[slot] = str(error)
             else:
                 slots.append(slot)
         return torch.from_numpy(crops[: len(slots)]), torch.tensor(slots, dtype=torch.int64), unreadable
+
+
+def encoded_crops(source: ImageSource, index: int, size: int, count: int) -> np.ndarray:
+    """Return an image's crops (count, size, size, 3) as they are encoded: a large JPEG is read at about twice that."""
+    return crops_of(source.image(index, least=2 * size), size, count)
 
 
 def code_rows(

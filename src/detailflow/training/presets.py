@@ -17,7 +17,6 @@ from detailflow.labels import UNLABELLED, ClassLabels
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.plain_yaml import load_yaml
-from detailflow.published import KIND_NAMES, Kind, WrongKindError
 from detailflow.settings import Location, PositiveInt, Settings, parse_settings
 from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
@@ -39,6 +38,7 @@ class AllStages(Settings):
     Attributes:
         data: images, as in `ImageSettings`.
         split: of the data.
+        image_column, label_column: of the data, as in `ImageSettings`.
         preset: `None` is chosen by the images' size and the device.
         init: model to start from in place of a preset; its tokenizer stays as it is.
         finetune_decoder: train that tokenizer's decoder, which leaves the tokens as they are.
@@ -49,6 +49,8 @@ class AllStages(Settings):
 
     data: Location
     split: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
     preset: Preset | None = None
     init: Location | None = None
     finetune_decoder: bool = False
@@ -56,6 +58,11 @@ class AllStages(Settings):
     tokenizer_steps: PositiveInt | None = None
     gpt_steps: PositiveInt | None = None
     no_flip: bool = False
+
+    @property
+    def images(self) -> dict[str, Any]:
+        """Which images of the data, as `open_images` takes it."""
+        return {"split": self.split, "image_column": self.image_column, "label_column": self.label_column}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,27 +102,19 @@ class StageSettings(NamedTuple):
 
 def load_settings(preset: str, stage: str) -> dict[str, Any]:
     """Return the settings of one stage ("tokenizer", "extract" or "gpt") of a recipe in `recipes/`."""
-    return load_yaml((files("detailflow") / "recipes" / preset / f"{stage}.yaml").read_text())
+    return load_yaml((files("detailflow") / "recipes" / preset / f"{stage}.yaml").read_text(encoding="utf-8"))
 
 
 def tokenizer_sizes(source: str) -> dict[str, Any]:
     """Return the settings that a tokenizer to start from implies."""
-    return {"model": asdict(parse_settings(TokenizerConfig, _start_config(source, "tokenizer"), source))}
+    return {"model": asdict(parse_settings(TokenizerConfig, hub.load_config(source, "tokenizer"), source))}
 
 
 def gpt_sizes(source: str) -> dict[str, Any]:
     """Return the settings that an AR model to start from implies."""
-    config = parse_settings(GPTConfig, _start_config(source, "gpt"), source)
+    config = parse_settings(GPTConfig, hub.load_config(source, "gpt"), source)
     sizes = {key: getattr(config, key) for key in ("width", "depth", "heads", "dropout")}
     return sizes | {"sampling": asdict(config.sampling)}
-
-
-def _start_config(source: str, kind: Kind) -> dict[str, Any]:
-    """Return the config of the model that --init names."""
-    try:
-        return hub.load_config(source, kind)
-    except WrongKindError as error:
-        raise DetailFlowError(f"{error.held}: give {KIND_NAMES[kind]} as --init") from error
 
 
 def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device: torch.device) -> StageSettings:
@@ -125,7 +124,7 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
         source: the images of `wanted.data`.
         output: what was begun there keeps its preset and its steps.
     """
-    images: dict[str, Any] = {"data": wanted.data, "split": wanted.split}
+    images: dict[str, Any] = {"data": wanted.data, **wanted.images}
     if wanted.no_flip:
         images["flip"] = False
     tokenizer, tokens = str(output / "tokenizer"), str(output / "tokens")
@@ -169,7 +168,7 @@ def _describe_start(wanted: AllStages, source: ImageSource, side: int) -> str:
     assert wanted.init
     decoder = "whose decoder is trained" if wanted.finetune_decoder else "as it is"
     decoder = f"its tokenizer of {side}×{side} pixels, {decoder}"
-    theirs = parse_settings(GPTConfig, _start_config(wanted.init, "gpt"), wanted.init)
+    theirs = parse_settings(GPTConfig, hub.load_config(wanted.init, "gpt"), wanted.init)
     known = ClassLabels(theirs.class_names, theirs.num_classes)
     found = sum(known.find(name) is not None for name in source.class_names)
     classes = f"knows {found:,} of these {len(source.class_names):,} classes by name"

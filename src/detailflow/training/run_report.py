@@ -63,7 +63,9 @@ CURVES, FEWEST_POINTS = ("loss", "psnr", "accuracy"), 5  # what is drawn, and ho
 LIGHT, DARK = "#33373d", "#c9ced6"  # lines and text of the curves
 
 
-def write_run_report(output: Path, source: ImageSource, data: str, device: str | None = None) -> None:
+def write_run_report(
+    output: Path, source: ImageSource, data: str, device: str | None = None, image_column: str = "image"
+) -> None:
     """Write report.html into the folder of a tokenizer, its tokens and their AR model, for their reader.
 
     The run is finished by then, so a report that fails is a warning.
@@ -71,11 +73,12 @@ def write_run_report(output: Path, source: ImageSource, data: str, device: str |
     Args:
         source: the images that were trained on, those that were held out among them.
         data: what the user called them.
+        image_column: the column of the data that has them.
     """
     world, path = World.from_launch(cpu=device == "cpu"), output / PAGE_FILE
     if world.is_main:
         try:
-            page = _Run(output, source, data, world.device or device).page()
+            page = _Run(output, source, data, image_column, world.device or device).page()
             with writing(path) as temporary:
                 temporary.write_text(page, encoding="utf-8")
             _log.info("%s: what came of it", path)
@@ -171,8 +174,10 @@ class Stage:
 class _Run:
     """A finished run, and the parts of its page."""
 
-    def __init__(self, output: Path, source: ImageSource, data: str, device: torch.device | str | None) -> None:
-        self.output, self.source, self.data = output, source, data
+    def __init__(
+        self, output: Path, source: ImageSource, data: str, image_column: str, device: torch.device | str | None
+    ) -> None:
+        self.output, self.source, self.data, self.image_column = output, source, data, image_column
         self.stages = [Stage(kind, output / kind) for kind in ("tokenizer", "gpt")]
         self.pipe = DetailFlowPipeline.from_pretrained(output, device=device)
         self.size = self.pipe.tokenizer.config.image_size
@@ -370,7 +375,7 @@ class _Run:
             else:
                 text = with_options(command, {GPT: str(2 * gpt.steps)})
                 found.append(("To go on for twice as long with the AR model", text))
-        found += uses(str(self.output), self.data)
+        found += uses(str(self.output), self.data, self.image_column)
         return [(what, printable(text)) for what, text in found]
 
 

@@ -58,9 +58,11 @@ def longer_tokenizer(
     return with_options(command, options | ({GPT: None} if short_gpt else {}))  # the preset's own length
 
 
-def uses(model: str, data: str) -> list[tuple[str, str]]:
+def uses(model: str, data: str, image_column: str) -> list[tuple[str, str]]:
     """Return (what it does, command) for what one does with a model."""
     model, data = shlex.quote(model), shlex.quote(data)
+    if image_column != "image":
+        data += f" --image-column {shlex.quote(image_column)}"
     return [
         ("New images", f"detailflow generate --model {model} --num 4 --progressive"),
         ("Variations of an image of yours", f"detailflow vary photo.jpg --model {model}"),

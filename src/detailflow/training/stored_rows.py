@@ -11,11 +11,10 @@ from detailflow.data.batches import BatchKey, BatchOrder, outlive_signals
 from detailflow.data.source import ImageSource
 from detailflow.data.streams import StreamSource
 from detailflow.data.tokens import CLEAN, INPUT, TokenStore
-from detailflow.data.transforms import crops_of
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.training.config import LoopConfig, TokenizerTraining
-from detailflow.training.extract import image_names, made_by
+from detailflow.training.extract import encoded_crops, image_names, made_by
 
 
 class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor] | str]):
@@ -65,7 +64,7 @@ class StoredRows(Dataset[tuple[Tensor, Tensor, Tensor] | str]):
         crops = self.order.batch_rng(key).integers(self.store.info.crops, size=len(key.items))[self.shard]
         try:
             pixels = [
-                crops_of(self.source.image(self.places[image]), self.size, self.store.info.crops)[crop]
+                encoded_crops(self.source, self.places[image], self.size, self.store.info.crops)[crop]
                 for image, crop in zip(images.tolist(), crops.tolist(), strict=True)
             ]
         except DetailFlowError as error:

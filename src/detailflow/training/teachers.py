@@ -95,13 +95,13 @@ def find_teachers(
     def find(loss: str, name: str) -> Any:
         if name in shared:
             return shared[name]
+        instead = f"or train with {loss}_network: classifier, or {loss}: 0"
         if name == CLASSIFIER:
             shared[name] = classifier()
         elif name == EFFICIENTNET:
-            instead = f"or train with {loss}_network: classifier, or {loss}: 0"
             shared[name] = EfficientNetLite0.from_package(f"the {loss} loss", instead, load=load).to(device)
         elif loss == "perceptual":
-            return LPIPS(None if name == "lpips" else name, load).to(device)
+            return LPIPS(None if name == "lpips" else name, load, "perceptual_network", instead).to(device)
         else:
             tower = SigLIP2.from_pretrained if load else SigLIP2.without_weights
             return tower(name, device=device, dtype=precision_dtype(config.loop.precision, device))
