@@ -51,6 +51,40 @@ def test_the_seed_decides(pipeline: DetailFlowPipeline):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype, shipped: DetailFlowPipeline):
+    """Programs set it for the models that they make themselves."""
+    picture = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
+
+    def made(pipeline: DetailFlowPipeline) -> list[Image.Image]:
+        whole = pipeline("cat", seed=1) + pipeline.vary(picture, keep=16, label="cat", num_images=2, seed=3)
+        return whole + [
+            list(stages)[-1].images[0] for stages in (pipeline.stream("dog"), pipeline.reconstruct(picture))
+        ]
+
+    wanted = made(shipped)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = made(DetailFlowPipeline.from_pretrained(device="cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(found, wanted, strict=True))
+
+
+def test_weights_that_are_too_large(shipped: DetailFlowPipeline):
+    """Finite in the file, but not what comes of them: black images otherwise, and tokens of zeros."""
+    picture, tokenizer = Image.new("RGB", (32, 32), "teal"), copy.deepcopy(shipped.tokenizer)
+    broken = DetailFlowPipeline(tokenizer, shipped.gpt)
+    with torch.no_grad():
+        tokenizer.decoder.norm.weight.mul_(3e38)
+        with pytest.raises(DetailFlowError, match="the decoder's pixels are not finite: its weights are damaged, or"):
+            broken("cat")
+        tokenizer.encoder.norm.weight.mul_(3e38)
+        with pytest.raises(DetailFlowError, match="the encoder's latents are not finite: its weights are damaged, or"):
+            broken.tokens(picture)
+
+
 def test_torchs_own_random_numbers_are_left_alone(pipeline: DetailFlowPipeline):
     state = torch.get_rng_state()
     pipeline("cat", seed=1)

@@ -1,14 +1,16 @@
 """What torch.save writes cannot expand; other zip files of the same content can."""
 
+import argparse
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from detailflow.errors import DetailFlowError
-from detailflow.torch_files import check_torch_file
+from detailflow.torch_files import check_torch_file, load_torch
 
 
 @pytest.fixture
@@ -32,6 +34,14 @@ def test_files_that_pass(plain: Path):
         check_torch_file(file)
         found = torch.load(file, weights_only=True)
         assert torch.equal(found["a"], torch.zeros(100_000)) and found["b"] == [1, "c"]
+
+
+def test_several_threads_load_at_once(tmp_path: Path):
+    """Torch's list of what may be in a file belongs to the process: one thread must not take it from another."""
+    torch.save({"model": {"a": torch.ones(3)}, "args": argparse.Namespace(a=1)}, tmp_path / "a.pt")
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(load_torch, [tmp_path / "a.pt"] * 200))
+    assert all(content["args"].a == 1 for content in found)
 
 
 def test_compressed_members(plain: Path):

@@ -96,6 +96,11 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
+def not_finite(what: str) -> DetailFlowError:
+    """Return the error for numbers of a network, such as "the AR model's logits", that are infinite or NaN."""
+    return DetailFlowError(f"{what} are not finite: its weights are damaged, or too large for its dtype")
+
+
 def missing_package(what: str, package: str | None, instead: str = "", extra: str = "train") -> MissingPackageError:
     """Return the error that `what` needs a package which is not installed: it names the extra that brings it.
 

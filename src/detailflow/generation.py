@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detailflow.device import to_device
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, not_finite
 from detailflow.sampling import SamplingConfig as SamplingConfig
 from detailflow.schedule import TokenSchedule
 
@@ -82,9 +82,7 @@ def generate(
         scale = guidance_at(sampling, schedule, start)
         finite = engine.advance(tokens, noise, start, end, sampling, scale) & finite
         if end == num_tokens and not finite:  # looked at once, as each look waits for a GPU
-            raise DetailFlowError(
-                "the AR model's logits are not finite: its weights are damaged, or too large for its dtype"
-            )
+            raise not_finite("the AR model's logits")
         yield tokens[:, :end].clone()
 
 

@@ -177,8 +177,8 @@ class Decoding:
         with torch.inference_mode(False):  # buffers that may be changed in any mode
             self.tokens = torch.zeros(images, n, dtype=torch.int64, device=device)
             self.noise = torch.zeros(images, n, dtype=torch.float64, device=device)
-            self.scales = torch.ones(len(steps), device=device)
-            self.temperature = torch.ones((), device=device)
+            self.scales = torch.ones(len(steps), dtype=torch.float32, device=device)
+            self.temperature = torch.ones((), dtype=torch.float32, device=device)
             self.finite = torch.ones((), dtype=torch.bool, device=device)
             class_ids = torch.zeros(images, dtype=torch.int64, device=device)
         self.sampling, self.schedule, self.device = sampling, model.schedule, device
@@ -205,8 +205,8 @@ class Decoding:
         """Put a batch into the buffers: class ids (B or 2B,) on the device, noise (B, N)."""
         self.engine.class_ids.copy_(class_ids)
         self.noise.copy_(to_device(noise, self.device))
-        scales = torch.tensor([guidance_at(sampling, self.schedule, start) for start, _ in self.schedule.steps])
-        self.scales.copy_(to_device(scales, self.device))
+        scales = [guidance_at(sampling, self.schedule, start) for start, _ in self.schedule.steps]
+        self.scales.copy_(to_device(torch.tensor(scales, dtype=torch.float32), self.device))
         self.temperature.fill_(temperature_of(sampling))
         self.finite.fill_(True)
         self.tokens.zero_()

@@ -10,6 +10,7 @@ import argparse
 import io
 import os
 import pickle
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import torch
 from detailflow.errors import DetailFlowError
 from detailflow.files import check_regular, check_utf8, reading
 
+_LOADING = threading.Lock()  # torch's list of safe globals and filters of warnings belong to the process
 LARGEST_PICKLE = 4 * 2**20  # bytes, for about 20,000 tensors
 _ZIP_TAIL = 56 + 20 + 22  # bytes of the three records that end a zip file
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of files in torch's old format, which are not zip files
@@ -46,7 +48,7 @@ def load_torch(path: Path, mmap: bool = False) -> Any:
         with reading(path):
             check_utf8(path)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with _LOADING, warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:  # damaged bytes surface as nearly any exception

@@ -590,7 +590,9 @@ def test_all_in_a_row_from_other_columns(folder: Path, cifar_table: Path, capsys
     pyarrow.parquet.write_table(table, "a.parquet")
     assert "has no column 'image'" in complaint(everything("a.parquet", "--dry-run"), capsys)
     assert main(everything("a.parquet", "--image-column", "img", "--dry-run")) == 0
-    question = "without classes, 32×32; a.parquet has no column label: did you mean fine_label (label_column: fine_label)?"
+    question = (
+        "without classes, 32×32; a.parquet has no column label: did you mean fine_label (label_column: fine_label)?"
+    )
     assert question in capsys.readouterr().out
     columns = ["--image-column", "img", "--label-column", "fine_label"]
     assert main(everything("a.parquet", *columns, count="1")) == 0

@@ -167,7 +167,7 @@ def rotary_table(config: GPTConfig) -> Tensor:
     frequencies = config.rope_base ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
     i = torch.arange(config.num_tokens - 1)[:, None]
     angles = torch.cat((i // config.group_size * frequencies, i % config.group_size * frequencies), -1)
-    return torch.cat((torch.zeros(1, half, 2), torch.stack((angles.cos(), angles.sin()), -1)))
+    return torch.cat((angles.new_zeros(1, half, 2), torch.stack((angles.cos(), angles.sin()), -1)))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, not_finite
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
@@ -14,6 +14,13 @@ def check_plain(name: str, tensor: Tensor) -> None:
     if kind or tensor.layout is not torch.strided:
         kind = kind or str(tensor.layout).removeprefix("torch.")
         raise DetailFlowError(f"{name} must be a dense tensor that holds numbers, not a {kind} one")
+
+
+def all_finite(what: str, numbers: Tensor) -> Tensor:
+    """Return what a network computed; raise a `DetailFlowError` if not all of it is finite. Waits for a GPU."""
+    if not numbers.isfinite().all():
+        raise not_finite(what)
+    return numbers
 
 
 def checked_ids(name: str, ids: Tensor, dimensions: int, count: int, wait: bool = True) -> Tensor:

@@ -14,7 +14,7 @@ from detailflow import graphs
 from detailflow.data.transforms import to_uint8
 from detailflow.device import to_device, within_memory
 from detailflow.errors import DetailFlowError
-from detailflow.models.ids import check_plain, checked_ids
+from detailflow.models.ids import all_finite, check_plain, checked_ids
 from detailflow.models.layers import (
     Block,
     KeyValue,
@@ -300,7 +300,8 @@ class DetailFlowTokenizer(Pretrained):
         H and W are usually R. Other multiples of f work as well; those with √(H·W) near R suit the model best.
         """
         n = self.schedule.check_count(num_tokens)
-        return self.quantizer.nearest(self.encode_latents(self.encode_patches(self._checked(images)), n))
+        z = self.encode_latents(self.encode_patches(self._checked(images)), n)
+        return self.quantizer.nearest(all_finite("the encoder's latents", z))
 
     @torch.no_grad()
     def decode(self, ids: Tensor, *, size: int | tuple[int, int] | None = None) -> Tensor:
@@ -322,7 +323,7 @@ class DetailFlowTokenizer(Pretrained):
 
     @torch.no_grad()
     def decode_bytes(self, ids: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Decode (B, n) codes of a model's own making to bytes (B, H, W, 3) on its device; nothing is checked.
+        """Decode (B, n) codes of a model's own making, not checked, to bytes (B, H, W, 3) on its device.
 
         Checks would wait for a GPU. Whole images of a batch size that comes up again are decoded by a CUDA graph.
         """
@@ -335,7 +336,8 @@ class DetailFlowTokenizer(Pretrained):
             make, at_once = partial(graphs.Function, decode, ids), self.engine == "graphs"
             if program := self.graphs.lend(len(ids), self, make, at_once=at_once):
                 return program(ids)
-        return self._bytes(ids, (height, width))
+        pixels = self.decode_quantized(self.quantizer.lookup(ids), (height, width))
+        return to_uint8(all_finite("the decoder's pixels", pixels) if pixels.device.type == "cpu" else pixels)
 
     def _bytes(self, ids: Tensor, size: tuple[int, int]) -> Tensor:
         return to_uint8(self.decode_quantized(self.quantizer.lookup(ids), size))

@@ -166,7 +166,7 @@ class NativeGeneration(Engine):
         self.classes = class_ids.to("cpu", torch.int64).contiguous()
         gather(list(model.parameters()))
         self.config, self.weights = config, _weights(model)  # kept, as the library has their addresses only
-        self.rotation = model.rotary_table().contiguous()
+        self.rotation = model.rotary_table().to("cpu", torch.float32).contiguous()
         sizes = Sizes(
             config.width,
             config.depth,
@@ -183,8 +183,8 @@ class NativeGeneration(Engine):
             ctypes.byref(sizes),
             int(self.weights[0].dtype == torch.bfloat16),
             pointers,
-            _pointer(self.rotation),
-            _pointer(self.classes),
+            _pointer(self.rotation, torch.float32),
+            _pointer(self.classes, torch.int64),
             len(self.classes),
             torch.get_num_threads(),
         )
@@ -192,9 +192,11 @@ class NativeGeneration(Engine):
 
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:
         """(B, N) int64 tokens, known before `start` → logits (B or 2B, end − start, K) in float32."""
-        logits = torch.empty(len(self.classes), end - start, self.config.codebook_size)
+        shape = len(self.classes), end - start, self.config.codebook_size
+        logits = torch.empty(shape, dtype=torch.float32, device="cpu")
         handle = ctypes.c_void_p(self._handle)
-        done = self.library.detailflow_step(handle, _pointer(tokens), self.images, start, end, _pointer(logits))
+        given, found = _pointer(tokens, torch.int64), _pointer(logits, torch.float32)
+        done = self.library.detailflow_step(handle, given, self.images, start, end, found)
         self._check(done)
         return logits
 
@@ -211,8 +213,8 @@ class NativeGeneration(Engine):
         )
         done = self.library.detailflow_advance(
             ctypes.c_void_p(self._handle),
-            _pointer(tokens),
-            _pointer(noise),
+            _pointer(tokens, torch.int64),
+            _pointer(noise, torch.float64),
             self.images,
             start,
             end,
@@ -248,6 +250,7 @@ def _shapes(config: Any) -> list[tuple[int, ...]]:
     return [*embeddings, *block * config.depth, (width,), (codes, width)]
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    assert tensor.is_contiguous()
+def _pointer(tensor: Tensor, dtype: torch.dtype) -> ctypes.c_void_p:
+    """Return where a tensor's numbers are, after a check that they are as the library takes them to be."""
+    assert tensor.is_contiguous() and tensor.dtype == dtype and tensor.device.type == "cpu"
     return ctypes.c_void_p(tensor.data_ptr())

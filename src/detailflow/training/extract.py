@@ -28,6 +28,7 @@ from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
+from detailflow.models.ids import all_finite
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
 from detailflow.progress import LONG_RUN, progress_bar
 from detailflow.training.config import Extraction
@@ -87,7 +88,7 @@ def code_rows(
     """
     schedule, n, g = model.schedule, model.config.num_tokens, model.config.group_size
     patches = model.encode_patches(images)
-    z = model.encode_latents(patches, n)
+    z = all_finite("the encoder's latents", model.encode_latents(patches, n))
     clean = model.quantizer.nearest(z)
     at, starts = torch.arange(n), positions[:, None]
     ends = torch.tensor([schedule.span_end(p) for p in positions.tolist()])[:, None]
