@@ -437,6 +437,9 @@ class FakeHub:
     def create_branch(self, repository: str, *, branch: str, exist_ok: bool) -> None:
         self.calls.append(("branch", branch))
 
+    def list_repo_files(self, repository: str, *, revision: str | None) -> list[str]:
+        return sorted(self.files)
+
     def upload_folder(self, *, repo_id: str, folder_path: str, revision: str | None, commit_message: str) -> str:
         self.files.update(str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file())
         self.calls.append(("upload", repo_id, revision, commit_message))
@@ -449,6 +452,16 @@ def test_push_to_hub(pipeline: DetailFlowPipeline, monkeypatch: pytest.MonkeyPat
     upload = ("upload", "me/mine", "v2", "Upload a DetailFlow model")
     assert FakeHub.calls == [("repository", "me/mine", True), ("branch", "v2"), upload]
     assert FakeHub.files == {f"{k}/{f}" for k in ("tokenizer", "gpt") for f in ("config.json", "model.safetensors")}
+    assert pipeline.push_to_hub("me/mine") == "https://hub/me/mine/commit/1"
+    refused = "'me/mine' on the Hugging Face hub holds a pair of models: push one model to another repository"
+    with pytest.raises(DetailFlowError, match=refused):
+        hub.push(pipeline.gpt.save_pretrained, "me/mine")
+    monkeypatch.setattr(FakeHub, "files", {"config.json", "model.safetensors"})
+    with pytest.raises(DetailFlowError, match="holds one model: push a pair to another repository"):
+        pipeline.push_to_hub("me/mine")
+    monkeypatch.setattr(FakeHub, "files", set[str]())
+    with pytest.raises(DetailFlowError, match="revision must be text, not 3"):
+        pipeline.push_to_hub("me/mine", revision=3)  # type: ignore[arg-type]
     with pytest.raises(DetailFlowError, match="a repository on the hub is named owner/name, not 'mine'"):
         pipeline.push_to_hub("mine")
     with pytest.raises(DetailFlowError, match="a repository on the hub is named owner/name, not 3"):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -335,6 +336,28 @@ def test_saved_and_loaded(pipeline: DetailFlowPipeline, model: Path):
     assert loaded.tokenizer.config == pipeline.tokenizer.config
     assert as_bytes(loaded(["cat"], seed=4)) == as_bytes(pipeline(["cat"], seed=4))
     assert isinstance(DetailFlowTokenizer.from_pretrained(str(model)), DetailFlowTokenizer)
+
+
+def test_what_saving_does_not_replace(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path):
+    """As `convert`: a model of the same kind is replaced, others and training runs are not, nor hidden."""
+    pair, one, published = Path(shutil.copytree(model, tmp_path / "pair")), tmp_path / "one", tmp_path / "published"
+    pipeline.save_pretrained(pair)
+    pipeline.tokenizer.save_pretrained(pair / "tokenizer")
+    pipeline.tokenizer.save_pretrained(one)
+    shutil.copytree(Path(__file__).parent / "parity" / "tiny-32", published)
+    (pair / "gpt" / "resume").mkdir()
+    (pair / "gpt" / "run.yaml").write_text("kind: gpt\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for save, folder, message in (
+        (pipeline.save_pretrained, one, "already holds a model, which would hide a pair inside"),
+        (pipeline.gpt.save_pretrained, pair, "holds a pair of models, which another would hide"),
+        (pipeline.gpt.save_pretrained, one, "one holds a tokenizer, not an AR model"),
+        (pipeline.save_pretrained, published, "already holds a model in the other layout"),
+        (pipeline.gpt.save_pretrained, pair / "gpt", "holds a training run, whose model this would replace"),
+    ):
+        with pytest.raises(DetailFlowError, match=message):
+            save(folder)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_a_place_that_is_none(pipeline: DetailFlowPipeline):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,6 @@ from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.progress import progress_bar
 from detailflow.published import (
     CONFIG_FILE,
-    KIND_NAMES,
     Kind,
     Variant,
     has_both_variants,
@@ -29,7 +28,6 @@ from detailflow.published import (
     read_arguments,
     saving_published,
 )
-from detailflow.runs import is_run
 from detailflow.settings import parse_settings
 from detailflow.tensors import SHARD_SIZE, shard_bytes
 
@@ -72,7 +70,7 @@ def convert(
         raise DetailFlowError(f"the layout must be {' or '.join(LAYOUTS)}, not {to!r}")
     shard_bytes(shard_size)  # raises
     found = hub.find(source)
-    targets = _targets(output, list(found), to)
+    targets = hub.targets(output, list(found), to)
     models: dict[Kind, Any] = {}
     for kind, path in progress_bar(found.items(), desc="reading", unit="model", total=len(found)):
         config, tensors = hub.load(path, kind, variant, dtype)
@@ -103,23 +101,6 @@ def convert(
     return targets
 
 
-def _targets(output: Path, kinds: Sequence[Kind], to: str) -> dict[Kind, Path]:
-    """Return the folder of each model, once nothing stands in its way."""
-    if len(kinds) > 1 and (output / CONFIG_FILE).exists():
-        raise DetailFlowError(
-            f"{output} already holds a model, which would hide a pair inside: give another output folder"
-        )
-    if len(kinds) == 1 and any((output / kind / CONFIG_FILE).exists() for kind in NETWORKS):
-        (kind,) = kinds
-        raise DetailFlowError(
-            f"{output} holds a pair of models, which another would hide: give {output / kind} or another folder"
-        )
-    targets = {kind: output / kind if len(kinds) > 1 else output for kind in kinds}
-    for kind, target in targets.items():
-        _check_target(target, kind, to)
-    return targets
-
-
 def _warn_of_loss(written: Path, kind: Kind, config: Mapping[str, Any]) -> None:
     """Warn of the settings that were not written, as the published layout has no place for them."""
     again = asdict(parse_settings(NETWORKS[kind][1], hub.load_config(written, kind)))
@@ -128,18 +109,6 @@ def _warn_of_loss(written: Path, kind: Kind, config: Mapping[str, Any]) -> None:
     if lost:
         names = ", ".join(f"{key}{numbers.get(key, '')}" for key in lost)
         _log.warning("%s: the published layout has no place for %s: keep the original for them", written, names)
-
-
-def _check_target(target: Path, kind: Kind, to: str) -> None:
-    """Refuse a folder with a model of another kind or layout, or with a training run, finished or not."""
-    taken, published = (target / CONFIG_FILE).exists(), is_published(target)
-    if is_run(target):
-        raise DetailFlowError(f"{target} holds a training run, whose model this would replace: give another folder")
-    if (published and to != "published") or (taken and not published and to == "published"):
-        raise DetailFlowError(f"{target} already holds a model in the other layout: give another output folder")
-    if taken and (found := hub.read_kind(target)) != kind:
-        held = KIND_NAMES.get(str(found), f"a model of kind {found!r}")
-        raise DetailFlowError(f"{target} holds {held}, not {KIND_NAMES[kind]}: give another output folder")
 
 
 def _origin(path: Path) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from detailflow.published import (
     ARGUMENTS_FILE,
     CHECKPOINTS,
     CONFIG_FILE,
+    KIND_NAMES,
     KINDS,
     Kind,
     check_kind,
@@ -38,7 +39,7 @@ from detailflow.published import (
     model_folder,
 )
 from detailflow.runs import RUN_FILE, checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
-from detailflow.settings import checked, unknown
+from detailflow.settings import Location, checked, unknown
 from detailflow.tensors import SHARD_SIZE, TENSOR_FILES, check_finite, read_tensors, writing_tensors
 
 logger = logging.getLogger(__name__)
@@ -268,10 +269,12 @@ def push(
     """Upload the folder that `save` writes, making the repository if it is missing; return the commit's address."""
     if not isinstance(repository, str) or not is_hub_name(repository):
         raise DetailFlowError(f"a repository on the hub is named owner/name, not {repository!r}")
+    for name, text in (("revision", revision), ("commit_message", commit_message)):
+        checked(name, text, Location | None)
+    hint = "check the name, the connection and that you are logged in (hf auth login)"
+    problem = f"could not upload the model to {repository!r} on the Hugging Face hub"
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
-        hint = "check the name, the connection and that you are logged in (hf auth login)"
-        problem = f"could not upload the model to {repository!r} on the Hugging Face hub"
         with explained(problem, Exception, hint):  # as in `fetch`
             from huggingface_hub import HfApi
 
@@ -279,6 +282,15 @@ def push(
             api.create_repo(repository, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repository, branch=revision, exist_ok=True)
+            present = api.list_repo_files(repository, revision=revision)
+        is_one = os.path.exists(Path(folder) / CONFIG_FILE)
+        hidden = {f"{kind}/{CONFIG_FILE}" for kind in KINDS} if is_one else {CONFIG_FILE}
+        if hidden & set(present):
+            held, hiding = ("a pair of models", "one model") if is_one else ("one model", "a pair")
+            raise DetailFlowError(
+                f"{repository!r} on the Hugging Face hub holds {held}: push {hiding} to another repository"
+            )
+        with explained(problem, Exception, hint):
             commit = api.upload_folder(
                 repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message
             )
@@ -357,6 +369,35 @@ def _read_config(folder: Path, kind: Kind) -> dict[str, Any]:
     check_kind(folder, config.pop("kind", None), kind)
     config.pop("published", None)  # what `convert` keeps of the published config
     return config
+
+
+def targets(output: Path, kinds: Sequence[Kind], to: str = "detailflow") -> dict[Kind, Path]:
+    """Return the folder of each model that is to be written in a layout, once nothing stands in its way."""
+    if len(kinds) > 1 and (output / CONFIG_FILE).exists():
+        raise DetailFlowError(
+            f"{output} already holds a model, which would hide a pair inside: give another output folder"
+        )
+    if len(kinds) == 1 and any((output / kind / CONFIG_FILE).exists() for kind in KINDS):
+        (kind,) = kinds
+        raise DetailFlowError(
+            f"{output} holds a pair of models, which another would hide: give {output / kind} or another folder"
+        )
+    found = {kind: output / kind if len(kinds) > 1 else output for kind in kinds}
+    for kind, target in found.items():
+        _check_target(target, kind, to)
+    return found
+
+
+def _check_target(target: Path, kind: Kind, to: str) -> None:
+    """Refuse a folder with a model of another kind or layout, or with a training run, finished or not."""
+    taken, published = (target / CONFIG_FILE).exists(), is_published(target)
+    if is_run(target):
+        raise DetailFlowError(f"{target} holds a training run, whose model this would replace: give another folder")
+    if (published and to != "published") or (taken and not published and to == "published"):
+        raise DetailFlowError(f"{target} already holds a model in the other layout: give another output folder")
+    if taken and (found := read_kind(target)) != kind:
+        held = KIND_NAMES.get(str(found), f"a model of kind {found!r}")
+        raise DetailFlowError(f"{target} holds {held}, not {KIND_NAMES[kind]}: give another output folder")
 
 
 def save(folder: str | Path, kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

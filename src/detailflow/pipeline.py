@@ -193,12 +193,12 @@ class DetailFlowPipeline:
         self.tokenizer.compile_decoding(batch_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write both models to `folder`, as tokenizer/ and gpt/."""
-        folder = Path(checked("folder", folder, Path))
+        """Write both models to `folder`, as tokenizer/ and gpt/; see `DetailFlowTokenizer.save_pretrained`."""
+        targets = hub.targets(Path(checked("folder", folder, Path)), [self.tokenizer.kind, self.gpt.kind])
         with ExitStack() as stack:  # which puts them in place once both are written
             for model in (self.tokenizer, self.gpt):
                 content = asdict(model.config), model.state_dict()
-                stack.enter_context(hub.saving(folder / model.kind, model.kind, *content))
+                stack.enter_context(hub.saving(targets[model.kind], model.kind, *content))
 
     def push_to_hub(
         self,

@@ -684,6 +684,15 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     assert "holds tokens of other images (as many, by other names): " in capsys.readouterr().err
 
 
+def test_from_a_trained_model_into_its_own_folder(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    """That is said before its images are encoded."""
+    shutil.copytree(model, "run")
+    before = files(folder)
+    said = "run/gpt holds a model that was not trained there: choose another folder"
+    assert complaint(tuned("run", "--gpt-steps", "2"), capsys) == said
+    assert files(folder) == before
+
+
 @pytest.mark.usefixtures("quick")
 def test_from_a_trained_model_by_lora(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
     """It says how few weights are trained, goes on exactly, can be used unfinished, and ends as an ordinary model."""

@@ -1,5 +1,6 @@
 """Token extraction (docs/method.md#extraction) against the tokenizer's public contract."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from detailflow.data.transforms import center_crop, ten_crops, to_tensor, two_cr
 from detailflow.errors import DetailFlowError
 from detailflow.training import extract as extraction
 from detailflow.training.config import Extraction, GPTTraining, LoopConfig
-from detailflow.training.extract import code_rows, codes_fingerprint, extract, made_by
+from detailflow.training.extract import code_rows, codes_fingerprints, extract, made_by
 from detailflow.training.gpt import train_gpt
 
 
@@ -343,7 +344,22 @@ def test_a_decoder_that_learnt_on_has_the_same_tokens(tokens: Path, model: Path,
     other.save_pretrained(tmp_path / "other")
     store = TokenStore.open(tokens)
     assert made_by(store, tmp_path / "other")
-    assert store.info.tokenizer_fingerprint == codes_fingerprint(model)
+    assert store.info.tokenizer_fingerprint == codes_fingerprints(model)[0]
     info = replace(store.info, tokenizer_fingerprint=hub.fingerprint(*hub.load(model, "tokenizer")))
     store.info = info  # as version 0.1 wrote it
     assert made_by(store, model) and not made_by(store, tmp_path / "other")
+
+
+def test_tokens_know_their_tokenizer_in_other_types(cifar: Path, model: Path, tmp_path: Path):
+    """It encodes in float32, so one that is stored in 16 bits is the same as its copy in 32."""
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    DetailFlowTokenizer.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(half)
+    DetailFlowTokenizer.from_pretrained(half, dtype=torch.float32).save_pretrained(whole)
+    store = run(cifar, half, tmp_path / "tokens")
+    assert made_by(store, whole) and made_by(store, half) and not made_by(store, model)
+    manifest = tmp_path / "tokens" / "manifest.json"
+    earlier = json.loads(manifest.read_text()) | {"tokenizer_fingerprint": codes_fingerprints(half)[1]}
+    manifest.write_text(json.dumps(earlier))  # as earlier versions wrote it
+    store = run(cifar, half, tmp_path / "tokens")
+    assert made_by(store, half) and not made_by(store, whole)
+    assert json.loads(manifest.read_text()) == earlier

@@ -220,13 +220,13 @@ def is_finished(directory: Path) -> bool:
     return (directory / MANIFEST).exists()
 
 
-def begun_chunk(directory: Path) -> int:
-    """Return how many images a chunk of the store has that is in a folder, or was begun there; 0 if there is none."""
-    found = None
+def begun_store(directory: Path) -> dict[str, Any]:
+    """Return the record of the store that is in a folder, or was begun there; empty if there is none."""
+    found: dict[str, Any] = {}
     for record in (MANIFEST, BEGUN):
         with suppress(DetailFlowError):  # what uses the record will say so
-            found = found or read_record(directory, record).get("chunk_images")
-    return found or 0
+            found = found or read_record(directory, record)
+    return found
 
 
 def _writing(directory: Path) -> AbstractContextManager[None]:

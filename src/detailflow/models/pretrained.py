@@ -13,7 +13,7 @@ from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.models.loading import build
 from detailflow.published import Kind, Variant
 from detailflow.sampling import EngineName
-from detailflow.settings import BatchSize, require
+from detailflow.settings import BatchSize, checked, require
 
 Program = Callable[..., Tensor]  # what runs a network's layers
 
@@ -59,7 +59,15 @@ class Pretrained(nn.Module):
         return build(cls, cls.config_type, config, tensors, path_or_id, dtype).to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors to `folder`."""
+        """Write config.json and model.safetensors to `folder`, in the dtype that the weights have here.
+
+        A model of the same kind there is replaced; a `DetailFlowError` for other models and for training runs.
+        """
+        hub.targets(Path(checked("folder", folder, Path)), [self.kind])
+        self.export(Path(folder))
+
+    def export(self, folder: Path) -> None:
+        """Write as `save_pretrained` does, whatever is there."""
         hub.save(folder, self.kind, asdict(self.config), self.state_dict())
 
     @property

@@ -133,7 +133,8 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
     """Copy the tokenizer of a model, or check that this was done."""
     config, tensors = hub.load(source, "tokenizer")
     if (folder / CONFIG_FILE).exists() or run_folder(folder).read():
-        if hub.fingerprint(*hub.load(folder, "tokenizer")) != hub.fingerprint(config, tensors):
+        exact = {name: tensor.float() for name, tensor in tensors.items()}
+        if hub.fingerprint(*hub.load(folder, "tokenizer", dtype=torch.float32)) != hub.fingerprint(config, exact):
             raise DetailFlowError(f"{folder} holds another tokenizer than that of {source}: choose another folder")
         return
     hub.save(folder, "tokenizer", config, tensors)
@@ -149,6 +150,8 @@ def _check_folder(wanted: AllStages, output: Path, source: ImageSource) -> None:
             f"{output} holds a run that was begun with {changed}: choose another folder (--init {output} goes on from "
             "its models there), or give it the same again"
         )
+    if (output / "gpt" / CONFIG_FILE).is_file() and not run_folder(output / "gpt").read():
+        raise DetailFlowError(f"{output / 'gpt'} holds a model that was not trained there: choose another folder")
     _check_start(wanted, output)
 
 

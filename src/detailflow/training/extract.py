@@ -7,11 +7,10 @@ bytes depend neither on the number of processes nor on when they were killed.
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from detailflow import hub
 from detailflow.data.images import open_images
 from detailflow.data.source import ImageSource, tolerated
-from detailflow.data.token_writer import TokenWriter, begun_chunk
+from detailflow.data.token_writer import TokenWriter, begun_store
 from detailflow.data.tokens import VALIDATION, TokenStore, TokenStoreInfo
 from detailflow.data.transforms import crops_of, to_tensor
 from detailflow.device import autocast, precision_dtype
@@ -111,12 +110,13 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     with world.raise_together():
         model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen, dtype=torch.float32)
         everything = open_images(config.data, split=config.split, **config.columns)
+        noted, names = begun_store(output).get("tokenizer_fingerprint"), codes_fingerprints(config.tokenizer)
         info = TokenStoreInfo(
             num_tokens=model.config.num_tokens,
             codebook_size=model.config.codebook_size,
             crops=config.num_crops,
             class_names=everything.class_names,
-            tokenizer_fingerprint=codes_fingerprint(config.tokenizer),
+            tokenizer_fingerprint=noted if noted in names else names[0],
         )
     settings = {name: value for name, value in asdict(config).items() if name not in ("data", "tokenizer", "val_data")}
     world.check_same({"their tokenizer": info.tokenizer_fingerprint, **settings})
@@ -145,7 +145,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
 
 def chunk_images(folder: Path, source: ImageSource) -> int:
     """Return how many images a chunk has: as many as in what was begun in the folder, else fewer in a small set."""
-    return begun_chunk(folder) or min(CHUNK_IMAGES, max(LEAST_CHUNK, len(source) // CHUNKS))
+    return begun_store(folder).get("chunk_images") or min(CHUNK_IMAGES, max(LEAST_CHUNK, len(source) // CHUNKS))
 
 
 def _begin(config: Extraction, source: ImageSource, writer: TokenWriter, world: World) -> None:
@@ -278,17 +278,19 @@ class _Extractor:
             )
 
 
-def codes_fingerprint(path_or_id: str | Path) -> str:
-    """Return what ties tokens to their tokenizer: a checksum of all but its decoder, which may learn on."""
-    return _codes_fingerprint(*hub.load(path_or_id, "tokenizer"))
+def codes_fingerprints(path_or_id: str | Path) -> list[str]:
+    """Return what ties tokens to their tokenizer: a checksum of its weights but for the decoder, which may learn on.
 
-
-def _codes_fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    It is of the weights in float32, which encode, whatever they are stored as. After it come the checksums that earlier
+    versions noted in its place: of the weights as they are stored, and of all of them.
+    """
+    config, tensors = hub.load(path_or_id, "tokenizer")
     kept = {name: value for name, value in config.items() if name not in ("decoder", "pixel_channels")}
-    return hub.fingerprint(kept, {name: x for name, x in tensors.items() if not name.startswith("decoder.")})
+    encoding = {name: x for name, x in tensors.items() if not name.startswith("decoder.")}
+    exact = {name: x.float() for name, x in encoding.items()}
+    return [hub.fingerprint(kept, exact), hub.fingerprint(kept, encoding), hub.fingerprint(config, tensors)]
 
 
 def made_by(store: TokenStore, path_or_id: str | Path) -> bool:
     """Return whether a store's tokens are those of a tokenizer."""
-    loaded, named = hub.load(path_or_id, "tokenizer"), store.info.tokenizer_fingerprint
-    return named in (_codes_fingerprint(*loaded), hub.fingerprint(*loaded))  # stores of version 0.1 name all weights
+    return store.info.tokenizer_fingerprint in codes_fingerprints(path_or_id)

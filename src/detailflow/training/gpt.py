@@ -245,7 +245,7 @@ class GPTStage:
         """Write the averaged weights."""
         averaged = self._averaged()
         if averaged is not None:
-            averaged.save_pretrained(directory)
+            averaged.export(directory)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -352,7 +352,7 @@ class TokenizerStage:
     def export(self, directory: Path) -> None:
         """Write the tokenizer."""
         if self.world.is_main:
-            self.model.save_pretrained(directory)
+            self.model.export(directory)
 
 
 def tokenizer_optimizers(networks: TokenizerNetworks, config: TokenizerTraining) -> list[torch.optim.Optimizer]:
