@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import httpx
+import huggingface_hub.errors
 import pytest
 import torch
 
-from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, hub
+from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, hub, hub_client
 from detailflow.errors import DetailFlowError
 from detailflow.files import replacing
 
@@ -44,8 +46,8 @@ def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     asked: list[str] = []
 
     def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
-        assert {"config.json", "model.safetensors", "config.yaml", "checkpoints/*.pt"} <= set(allow_patterns)
-        asked.append(repository)
+        weights = {"config.json", "model.safetensors", "config.yaml", "checkpoints/*.pt"} <= set(allow_patterns)
+        asked.append(repository if weights else f"{repository}: {allow_patterns}")
         return str(TINY / ("gpt" if repository.endswith("GPT-L") else "tokenizer"))
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
@@ -265,7 +267,42 @@ def test_a_file_instead_of_its_folder(saved: Path):
 
 def test_hub_name(downloads: list[str]):
     assert hub.load("someone/model", "tokenizer")[0]["num_tokens"] == 32
-    assert downloads == ["someone/model"]
+    assert downloads == ["someone/model: ['config.json', 'tokenizer/config.json']", "someone/model"]
+
+
+def test_configs_are_downloaded_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, saved: Path):
+    """A repository of another kind, named by mistake, may be very large; and some commands need no weights."""
+    asked: list[list[str]] = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(saved if repository == "me/mine" else tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    message = "'some/llm' on the Hugging Face hub holds no DetailFlow model"
+    assert error_of("some/llm", "gpt") == message
+    with pytest.raises(DetailFlowError, match=message):
+        hub.find("some/llm")
+    assert hub.load_config("me/mine", "tokenizer") == CONFIG
+    assert len(asked) == 3 and not any("safetensors" in pattern for patterns in asked for pattern in patterns)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RevisionNotFoundError", "'me/mine' on the Hugging Face hub has no revision 'v7'"),
+        ("GatedRepoError", "'me/mine' on the Hugging Face hub is gated: accept its terms there, and log in"),
+        ("RepositoryNotFoundError", "it is not there, or private; check the name (owner/name)"),
+    ],
+)
+def test_why_a_download_failed(kind: str, message: str, monkeypatch: pytest.MonkeyPatch):
+    def snapshot_download(*_: object, **__: object) -> str:
+        response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co/me/mine"))
+        raise getattr(huggingface_hub.errors, kind)("404 Client Error.\nRequest ID: 1", response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert message in error_of("me/mine@v7")
 
 
 @pytest.mark.parametrize("name", ["detailflow-16", "detailflow-32", "detailflow-64"])
@@ -307,7 +344,7 @@ def test_failed_download(monkeypatch: pytest.MonkeyPatch, failure: Exception):
 def test_an_empty_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     nothing = SimpleNamespace(snapshot_download=lambda *arguments, **options: str(tmp_path))
     monkeypatch.setitem(sys.modules, "huggingface_hub", nothing)
-    assert "has no config.json" in error_of("someone/model")
+    assert "holds no DetailFlow model" in error_of("someone/model")
     nothing.snapshot_download = lambda *arguments, **options: str(tmp_path / "never-made")
     assert "'someone/model' on the Hugging Face hub holds no such model" in error_of("someone/model")
 
@@ -397,7 +434,7 @@ def test_a_revision(monkeypatch: pytest.MonkeyPatch):
     expected = [
         ("ByteFlow-AI/DetailFlow-16", "v1"),
         ("ByteFlow-AI/DetailFlow-16-GPT-L", "v1"),
-        ("someone/model", "abc"),
+        *[("someone/model", "abc")] * 2,  # configs first
     ]
     assert asked == expected
     for loader, place in ((DetailFlowGPT, TINY), (DetailFlowTokenizer, str(TINY)), (DetailFlowPipeline, None)):
@@ -455,7 +492,7 @@ def test_push_to_hub(pipeline: DetailFlowPipeline, monkeypatch: pytest.MonkeyPat
     assert pipeline.push_to_hub("me/mine") == "https://hub/me/mine/commit/1"
     refused = "'me/mine' on the Hugging Face hub holds a pair of models: push one model to another repository"
     with pytest.raises(DetailFlowError, match=refused):
-        hub.push(pipeline.gpt.save_pretrained, "me/mine")
+        hub_client.push(pipeline.gpt.save_pretrained, "me/mine")
     monkeypatch.setattr(FakeHub, "files", {"config.json", "model.safetensors"})
     with pytest.raises(DetailFlowError, match="holds one model: push a pair to another repository"):
         pipeline.push_to_hub("me/mine")

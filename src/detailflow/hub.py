@@ -9,9 +9,7 @@ import hashlib
 import json
 import logging
 import os
-import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -22,8 +20,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from detailflow.errors import DetailFlowError, explained, first_line, os_errors
+from detailflow import hub_client
+from detailflow.errors import DetailFlowError, os_errors
 from detailflow.files import making, read_json, reading, replacing, similar, sync
+from detailflow.hub_client import HUB, is_hub_name
 from detailflow.published import (
     ARGUMENTS_FILE,
     CHECKPOINTS,
@@ -39,7 +39,7 @@ from detailflow.published import (
     model_folder,
 )
 from detailflow.runs import RUN_FILE, checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
-from detailflow.settings import Location, checked, unknown
+from detailflow.settings import checked, unknown
 from detailflow.tensors import SHARD_SIZE, TENSOR_FILES, check_finite, read_tensors, writing_tensors
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ ZOO = {
 
 SHIPPED = "shipped"  # the model in the package that is meant if none is named
 PACKAGED = (SHIPPED, "emoji-64")  # the models in the package
+MODEL_FILES = (CONFIG_FILE, *TENSOR_FILES, ARGUMENTS_FILE, f"{CHECKPOINTS}/*.pt")  # as patterns
 GPT_SUFFIX = "-GPT-L"  # of a published AR model's name, after that of its tokenizer
-HUB = "https://huggingface.co"
 
 
 def zoo_model(name: str | Path) -> PublishedPair | None:
@@ -81,7 +81,7 @@ def packaged_folder(kind: Kind, name: str = SHIPPED) -> Path:
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = None) -> Path:
+def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = None, weights: bool = True) -> Path:
     """Return the local folder of a model, or one checkpoint file in it.
 
     An existing folder comes first; models on the hub are downloaded into the hub's cache.
@@ -93,6 +93,7 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
             of a published pair stands for both, on the hub and as a folder X beside X-GPT-L. A model in
             the package goes by its name in `PACKAGED`; `None` is the first of them.
         revision: a branch, tag or commit on the hub; `None` is the newest.
+        weights: whether to download them, too, where the config says all without.
     """
     if path_or_id is None or (path_or_id in PACKAGED and not os.path.lexists(path_or_id)):
         path_or_id = packaged_folder(kind, str(path_or_id or SHIPPED))
@@ -112,8 +113,11 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
     if isinstance(path_or_id, str):
         pair = zoo_model(name)
         if pair or is_hub_name(name):
-            repository, advice = (getattr(pair, kind), _both_of(pair, name)) if pair else (name, None)
-            return resolve(fetch(repository, _patterns(kind), revision, advice), kind)
+            if pair is None:
+                return resolve(_fetch_models(name, [kind], revision, weights), kind)
+            return resolve(
+                hub_client.fetch(getattr(pair, kind), _patterns([kind]), revision, _both_of(pair, name)), kind
+            )
     if "/" in name or isinstance(path_or_id, Path):
         raise DetailFlowError("; ".join(filter(None, (f"there is no such folder: {name}", similar(name)))))
     otherwise = f"give a folder, a hub name (owner/name) or one of {', '.join((*ZOO, *PACKAGED))}"
@@ -132,17 +136,12 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return model, revision
 
 
-def is_hub_name(name: str) -> bool:
-    """Return whether a name is written as the hub's ids are, owner/name."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
-
-
 def find(path_or_id: str | Path) -> dict[Kind, Path]:
     """Return the folder of each kind of model, one or both, that `path_or_id` has; see `resolve`."""
     name, revision = split_revision(str(path_or_id))
     local = isinstance(path_or_id, Path) or os.path.exists(os.path.expanduser(name))
     if not local and is_hub_name(name) and not zoo_model(name):
-        path_or_id = fetch(name, [pattern for kind in KINDS for pattern in _patterns(kind)], revision)
+        path_or_id = _fetch_models(name, KINDS, revision)
     own = Path(os.path.expanduser(name))  # a folder that is a model is that model alone
     alone = local and os.path.isdir(own) and _holds_model(own)
     paths = {kind: own if alone else resolve(path_or_id, kind) for kind in KINDS}
@@ -221,9 +220,20 @@ def _is_unfinished(path: Path) -> bool:
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
-def _patterns(kind: Kind) -> list[str]:
-    files = (CONFIG_FILE, *TENSOR_FILES, ARGUMENTS_FILE, f"{CHECKPOINTS}/*.pt")
-    return [f"{folder}{file}" for folder in ("", f"{kind}/") for file in files]
+def _patterns(kinds: Sequence[Kind], files: Sequence[str] = MODEL_FILES) -> list[str]:
+    return [f"{folder}{file}" for folder in ("", *(f"{kind}/" for kind in kinds)) for file in files]
+
+
+def _fetch_models(repository: str, kinds: Sequence[Kind], revision: str | None, weights: bool = True) -> Path:
+    """Download the models of these kinds; the configs first, as a repository by a wrong name may be of any size."""
+    names = _patterns(kinds, [CONFIG_FILE])
+    folder = hub_client.fetch(repository, names, revision)
+    configs = [read_json(path) for name in names if (path := folder / name).exists()]
+    published = any(kind_of(config) for config in configs)
+    if not published and not any(config.get("format") == "detailflow" for config in configs):
+        raise DetailFlowError(f"{repository!r} on the Hugging Face hub holds no DetailFlow model")
+    complete = not weights and not published  # whose sizes are in its weights
+    return folder if complete else hub_client.fetch(repository, _patterns(kinds), revision)
 
 
 def _both_of(pair: PublishedPair, name: str) -> str:
@@ -233,68 +243,6 @@ def _both_of(pair: PublishedPair, name: str) -> str:
         f"{name} is not a local folder, and stands for two repositories, {both}: "
         "check the connection, or give a local folder that holds copies of both"
     )
-
-
-def fetch(repository: str, patterns: Sequence[str], revision: str | None = None, advice: str | None = None) -> Path:
-    """Download a repository's files of these patterns into the hub's cache; return their folder.
-
-    `advice` ends the error if that fails.
-    """
-    chosen: dict[str, Any] = {} if revision is None else {"revision": revision}
-    try:
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(repository, allow_patterns=list(patterns), **chosen))
-    except Exception as error:  # connection, name, permission, disk: the hub's client has an exception type for each
-        raise DetailFlowError(
-            f"could not download {repository!r} from the Hugging Face hub ({first_line(error)}): "
-            + (
-                advice
-                or f"there is no local folder of that name; {similar(repository) or 'check it and the connection'}"
-            )
-        ) from error
-    if not folder.is_dir():  # what the hub's client returns if no file matches
-        raise DetailFlowError(f"{repository!r} on the Hugging Face hub holds no such model")
-    return folder
-
-
-def push(
-    save: Callable[[Path], object],
-    repository: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-) -> str:
-    """Upload the folder that `save` writes, making the repository if it is missing; return the commit's address."""
-    if not isinstance(repository, str) or not is_hub_name(repository):
-        raise DetailFlowError(f"a repository on the hub is named owner/name, not {repository!r}")
-    for name, text in (("revision", revision), ("commit_message", commit_message)):
-        checked(name, text, Location | None)
-    hint = "check the name, the connection and that you are logged in (hf auth login)"
-    problem = f"could not upload the model to {repository!r} on the Hugging Face hub"
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        with explained(problem, Exception, hint):  # as in `fetch`
-            from huggingface_hub import HfApi
-
-            api = HfApi()
-            api.create_repo(repository, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repository, branch=revision, exist_ok=True)
-            present = api.list_repo_files(repository, revision=revision)
-        is_one = os.path.exists(Path(folder) / CONFIG_FILE)
-        hidden = {f"{kind}/{CONFIG_FILE}" for kind in KINDS} if is_one else {CONFIG_FILE}
-        if hidden & set(present):
-            held, hiding = ("a pair of models", "one model") if is_one else ("one model", "a pair")
-            raise DetailFlowError(
-                f"{repository!r} on the Hugging Face hub holds {held}: push {hiding} to another repository"
-            )
-        with explained(problem, Exception, hint):
-            commit = api.upload_folder(
-                repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message
-            )
-    return str(commit)
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
@@ -334,7 +282,7 @@ def load(
 
 def load_config(path_or_id: str | Path | None, kind: Kind) -> dict[str, Any]:
     """Return the config of what `load` reads, without its weights."""
-    path = resolve(path_or_id, kind)
+    path = resolve(path_or_id, kind, weights=False)
     if _is_unfinished(path):
         return run_config(checkpoint_of(path), kind)
     return _with_guidance(load_published_config(path, kind), kind) if is_published(path) else _read_config(path, kind)

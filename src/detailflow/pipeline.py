@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detailflow import hub
+from detailflow import hub, hub_client
 from detailflow.data.image_files import load_rgb, to_rgb
 from detailflow.data.transforms import center_crop, resized, to_tensor
 from detailflow.device import choose_device, choose_dtype, to_host, within_memory
@@ -217,7 +217,9 @@ class DetailFlowPipeline:
             commit_message: `None` is "Upload a DetailFlow model".
         """
         message = commit_message or "Upload a DetailFlow model"
-        return hub.push(self.save_pretrained, repo_id, private=private, revision=revision, commit_message=message)
+        return hub_client.push(
+            self.save_pretrained, repo_id, private=private, revision=revision, commit_message=message
+        )
 
     def __call__(
         self, labels: Labels | None = None, *, num_images: int | None = None, **options: Unpack[GenerationOptions]

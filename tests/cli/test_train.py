@@ -413,7 +413,7 @@ def test_gpt(folder: Path, model: Path, tokens: Path, capsys: pytest.CaptureFixt
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that needs no measuring, and no network to fetch anything from."""
     monkeypatch.setattr("detailflow.training.plan.measure_ceilings", lambda *_, **__: Ceilings(1e10, 1e11))
-    monkeypatch.setattr("detailflow.hub.fetch", None)
+    monkeypatch.setattr("detailflow.hub_client.fetch", None)
 
 
 @pytest.mark.usefixtures("quick")

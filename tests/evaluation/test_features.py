@@ -108,7 +108,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        "detailflow.hub.fetch", lambda *args: (_ for _ in ()).throw(DetailFlowError("could not download"))
+        "detailflow.hub_client.fetch", lambda *args: (_ for _ in ()).throw(DetailFlowError("could not download"))
     )
 
 

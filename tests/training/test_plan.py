@@ -194,7 +194,7 @@ def tower(tmp_path: Path) -> Path:
 
 
 def test_networks_that_would_be_downloaded(cifar: Path, tower: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("detailflow.hub.fetch", None)
+    monkeypatch.setattr("detailflow.hub_client.fetch", None)
     pytest.importorskip("torchvision.models")  # before, as it would keep the None for good
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
     config = TokenizerTraining(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from detailflow import hub
+from detailflow import hub_client
 from detailflow.errors import DetailFlowError, first_line, some_names
 from detailflow.published import KEYS
 from detailflow.settings import parse_settings
@@ -107,5 +107,5 @@ def torch_weights(url: str, path: str | Path | None) -> dict[str, Tensor]:
 def timm_weights(name: str, path: str | Path | None) -> dict[str, Tensor]:
     """Read the weights of one of timm's networks from a local file, or from the hub."""
     if path is None:
-        return read_tensors(hub.fetch(f"timm/{name}", [WEIGHTS_FILE]))
+        return read_tensors(hub_client.fetch(f"timm/{name}", [WEIGHTS_FILE]))
     return read_state_dict(Path(path).expanduser())

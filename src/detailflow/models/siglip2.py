@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from detailflow import hub
+from detailflow import hub_client
 from detailflow.device import choose_device, choose_dtype
 from detailflow.errors import DetailFlowError, some_names
 from detailflow.models.layers import Block, ViTConfig, has_patches, initial_positions, patchify, resize_positions
@@ -128,9 +128,9 @@ def _find(path_or_id: str | Path, depth: int | None) -> tuple[Path, Names, SigLI
     name = str(path_or_id)
     path = Path(os.path.expanduser(name))
     if not name or not os.path.exists(path):  # os.path, which takes an impossible name for a missing one
-        if not isinstance(path_or_id, str) or not hub.is_hub_name(name):
+        if not isinstance(path_or_id, str) or not hub_client.is_hub_name(name):
             raise DetailFlowError(f"there is no such folder or file: {name!r}")
-        path = hub.fetch(name, TENSOR_FILES)
+        path = hub_client.fetch(name, TENSOR_FILES)
     headers = read_headers(path)
     prefix = _PREFIX if any(header.startswith(_PREFIX) for header in headers) else ""
     layers = layer_count(headers, f"{prefix}encoder.")

@@ -16,6 +16,7 @@ from detailflow.data.tokens import TokenStore
 from detailflow.device import autocast, choose_device, precision_dtype
 from detailflow.distributed import World, rank_and_world_size
 from detailflow.errors import DetailFlowError
+from detailflow.hub_client import is_hub_name
 from detailflow.labels import UNLABELLED
 from detailflow.machine import measure_ceilings
 from detailflow.models.efficientnet import EfficientNetLite0
@@ -54,7 +55,7 @@ class Network(NamedTuple):
 def network(name: str, role: str, weights: Iterable[Tensor], source: str = "") -> Network:
     """Count weights, which are read from `source`."""
     weights = list(weights)
-    download = source in ("lpips", "dino") or (hub.is_hub_name(source) and not os.path.exists(source))
+    download = source in ("lpips", "dino") or (is_hub_name(source) and not os.path.exists(source))
     return Network(name, role, sum(w.numel() for w in weights), sum(w.numel() * w.itemsize for w in weights), download)
 
 
