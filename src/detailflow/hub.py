@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +31,7 @@ from detailflow.published import (
     KIND_NAMES,
     KINDS,
     Kind,
+    Variant,
     check_kind,
     is_published,
     kind_of,
@@ -251,7 +252,7 @@ def _both_of(pair: PublishedPair, name: str) -> str:
 def load(
     path_or_id: str | Path | None,
     kind: Kind,
-    variant: Literal["ema", "model"] = "ema",
+    variant: Variant = "ema",
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -143,8 +143,8 @@ class DetailFlowPipeline:
                 published model such as "detailflow-16", or a hub id; `None` is the small model in the package, which
                 needs no download.
             device: `None` is the GPU if there is one, else the CPU.
-            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is bfloat16 on a GPU, else
-                float32.
+            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is bfloat16 on a GPU
+                that has it, else float32.
             tokenizer: the tokenizer's folder or hub id, if it is not with the AR model.
             revision: a branch, tag or commit of a model on the hub; a separate `tokenizer` is the newest.
             engine: what takes the decoding steps: "native" (C++, for CPUs), "graphs" (CUDA), "torch", or the first of

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from detailflow.errors import DetailFlowError
 from detailflow.files import read_text, read_yaml, reading, writing
-from detailflow.published import Kind, check_kind
+from detailflow.published import Kind, Variant, check_kind
 from detailflow.tensors import in_pieces, is_weights
 from detailflow.torch_files import load_torch
 
@@ -225,7 +225,7 @@ def run_config(path: Path, kind: Kind) -> dict[str, Any]:
 
 
 def load_run(
-    path: Path, kind: Kind, variant: Literal["ema", "model"] = "ema", dtype: torch.dtype | None = None
+    path: Path, kind: Kind, variant: Variant = "ema", dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor], int]:
     """Read the model in a checkpoint: its config, its tensors, and the step that it was at.
 

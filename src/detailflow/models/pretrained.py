@@ -49,8 +49,8 @@ class Pretrained(nn.Module):
             path_or_id: see `hub.resolve`; `None` is the model in the package.
             variant: of an AR model, "ema" (the averaged weights, to sample from) or "model".
             device: `None` is the GPU if there is one, else the CPU.
-            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is bfloat16 on a GPU, else
-                float32.
+            dtype: of the weights and of the arithmetic, also as text ("bfloat16"); `None` is bfloat16 on a GPU
+                that has it, else float32.
             revision: a branch, tag or commit of a model on the hub; `None` is the newest.
         """
         device = choose_device(device)
