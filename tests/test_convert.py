@@ -185,7 +185,7 @@ def test_the_card(ours: Path, tmp_path: Path):
 
     card = ModelCard.load(ours / "README.md")
     assert card.data.library_name == "detailflow" and card.data.pipeline_tag == "unconditional-image-generation"
-    assert "DetailFlowPipeline.from_pretrained" in card.text and "2505.21473" in card.text
+    assert f'DetailFlowPipeline.from_pretrained("OWNER/{ours.name}")' in card.text and "2505.21473" in card.text
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("my words")
     convert(TINY / "tokenizer", tmp_path / "mine")

@@ -151,6 +151,7 @@ def _card(folder: Path, configs: Mapping[Kind, Mapping[str, Any]], source: str) 
         if key != "class_names"
     ]
     name = printable(folder.resolve().name)
+    place = json.dumps(f"OWNER/{name}", ensure_ascii=False)
     text = f"""---
 {data.to_yaml()}
 ---
@@ -164,7 +165,7 @@ images as 1-D token sequences from coarse to fine ([arXiv 2505.21473](https://ar
 ```python
 from detailflow import {loader}
 
-model = {loader}.from_pretrained("{name}")
+model = {loader}.from_pretrained({place})  # or the path of this folder
 ```
 
 | model | key | value |
