@@ -29,7 +29,7 @@ def test_a_dtype_is_no_device():
     ],
 )
 def test_auto_is_the_faster_one(flags: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    def read_text(path: Path) -> str:
+    def read_text(path: Path, encoding: str) -> str:
         if flags is None:
             raise FileNotFoundError
         return flags

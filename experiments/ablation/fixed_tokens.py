@@ -18,7 +18,7 @@ from typing import Any
 from run import FEATURES, HERE, compare_all, finished, markdown, over_seeds, run
 
 from detailflow.hub import packaged_folder
-from detailflow.training.extract import codes_fingerprint
+from detailflow.training.extract import codes_fingerprints
 
 # Of run.py's variants these: causal_tokens of the first group, and the share of sequences with planted mistakes.
 VARIANTS = {"parallel": (0, 0.0), "self-correction": (0, 0.3), "first-group-causal": (16, 0.3)}
@@ -36,7 +36,7 @@ def tokens_with(causal_tokens: int, output: Path) -> tuple[Path, Path]:
         (tokenizer / "config.json").write_text(json.dumps(config | {"causal_tokens": causal_tokens}), encoding="utf-8")
         shutil.copytree(output / "tokens", tokens, dirs_exist_ok=True, ignore=lambda *_: ["manifest.json"])
         manifest = json.loads((output / "tokens" / "manifest.json").read_text(encoding="utf-8"))
-        manifest["tokenizer_fingerprint"] = codes_fingerprint(str(tokenizer))
+        manifest["tokenizer_fingerprint"] = codes_fingerprints(str(tokenizer))[0]
         (tokens / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")  # last: the copy is whole
     return tokenizer, tokens
 
