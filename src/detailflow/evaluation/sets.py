@@ -178,7 +178,8 @@ def open_set(
             all have one size. It is one bicubic resize to the crop. ADM's reference was made of photographs that were
             first halved by averages, so figures of large photographs differ a little. An .npz must have this size.
         count: use only so many images, spread over the set.
-        split, image_column: as for `open_images`.
+        split: as for `open_images`.
+        image_column: as for `open_images`.
         world: the ranks that share the images.
     """
     file = Path(path).expanduser()

@@ -23,7 +23,8 @@ class LPIPS(nn.Module):
     Args:
         weights: a local file with torchvision's weights of VGG-16; `None` downloads it, once, to torch.hub's cache.
         load: whether to read weights at all; the network of a plan has random ones.
-        named, instead: in messages, what `weights` is called, and what somebody without them may do.
+        named: what `weights` is called in messages.
+        instead: what somebody without them may do, in messages.
     """
 
     mean: Tensor
