@@ -203,6 +203,13 @@ def test_several_threads_move_the_weights_once():
     assert [weight.data_ptr() - weights[0].data_ptr() for weight in weights] == [2**18 * i for i in range(100)]
 
 
+def test_shared_weights_stay_shared():
+    """With other processes, which would not see those of another place."""
+    gpt = random_gpt(**SMALL).share_memory()
+    gpt.generate(torch.tensor([0]))
+    assert all(weight.is_shared() for weight in gpt.parameters())
+
+
 def test_changed_weights_are_seen():
     """In place, and put in the place of others."""
     gpt, ids = random_gpt(**SMALL), torch.zeros(1, 24, dtype=torch.int64)

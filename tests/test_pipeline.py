@@ -84,6 +84,8 @@ def test_weights_that_are_too_large(shipped: DetailFlowPipeline):
         tokenizer.encoder.norm.weight.mul_(3e38)
         with pytest.raises(DetailFlowError, match="the encoder's latents are not finite: its weights are damaged, or"):
             broken.tokens(picture)
+        with pytest.raises(DetailFlowError, match="the encoder's latents are not finite"):
+            tokenizer.encode_correction(torch.zeros(1, 3, 32, 32), position=0, wrong_tokens=torch.tensor([[3]]))
 
 
 def test_torchs_own_random_numbers_are_left_alone(pipeline: DetailFlowPipeline):

@@ -36,7 +36,7 @@ def tokens_with(causal_tokens: int, output: Path) -> tuple[Path, Path]:
         (tokenizer / "config.json").write_text(json.dumps(config | {"causal_tokens": causal_tokens}), encoding="utf-8")
         shutil.copytree(output / "tokens", tokens, dirs_exist_ok=True, ignore=lambda *_: ["manifest.json"])
         manifest = json.loads((output / "tokens" / "manifest.json").read_text(encoding="utf-8"))
-        manifest["tokenizer_fingerprint"] = codes_fingerprints(str(tokenizer))[0]
+        manifest["tokenizer_fingerprint"] = next(codes_fingerprints(str(tokenizer)))
         (tokens / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")  # last: the copy is whole
     return tokenizer, tokens
 

@@ -385,14 +385,14 @@ def saving(
         raise DetailFlowError(f"could not write the model to {folder}: {error}") from error
 
 
-def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """Return the SHA-256, in hex, of the config and every tensor's name, type, shape and bytes, in any order.
 
-    It is the same after saving and loading.
+    It is the same after saving and loading. `dtype` is what they count as; `None` is as they are.
     """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach().to("cpu", dtype).contiguous()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 
 from detailflow.errors import DetailFlowError, explained, first_line
 from detailflow.files import similar
-from detailflow.published import CONFIG_FILE, KINDS
+from detailflow.published import CONFIG_FILE
 from detailflow.settings import Location, checked
 
 HUB = "https://huggingface.co"
@@ -39,7 +39,7 @@ def fetch(repository: str, patterns: Sequence[str], revision: str | None = None,
 
 def _why_not_fetched(repository: str, revision: str | None, error: Exception, advice: str | None) -> str:
     kinds = {kind.__name__ for kind in type(error).__mro__}  # of the hub's client, which may not be there
-    if "RevisionNotFoundError" in kinds:
+    if revision and "RevisionNotFoundError" in kinds:
         return f"{repository!r} on the Hugging Face hub has no revision {revision!r}"
     if "GatedRepoError" in kinds:
         return f"{repository!r} on the Hugging Face hub is gated: accept its terms there, and log in (hf auth login)"
@@ -57,7 +57,7 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Upload the folder that `save` writes, making the repository if it is missing; return the commit's address."""
+    """Upload the pair that `save` writes, making the repository if it is missing; return the commit's address."""
     if not isinstance(repository, str) or not is_hub_name(repository):
         raise DetailFlowError(f"a repository on the hub is named owner/name, not {repository!r}")
     for name, text in (("revision", revision), ("commit_message", commit_message)):
@@ -74,12 +74,9 @@ def push(
             if revision is not None:
                 api.create_branch(repository, branch=revision, exist_ok=True)
             present = api.list_repo_files(repository, revision=revision)
-        is_one = (Path(folder) / CONFIG_FILE).exists()
-        hidden = {f"{kind}/{CONFIG_FILE}" for kind in KINDS} if is_one else {CONFIG_FILE}
-        if hidden & set(present):
-            held, hiding = ("a pair of models", "one model") if is_one else ("one model", "a pair")
+        if CONFIG_FILE in present:
             raise DetailFlowError(
-                f"{repository!r} on the Hugging Face hub holds {held}: push {hiding} to another repository"
+                f"{repository!r} on the Hugging Face hub holds one model, which would hide a pair: push to another"
             )
         with explained(problem, Exception, hint):
             commit = api.upload_folder(

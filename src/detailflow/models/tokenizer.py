@@ -32,9 +32,7 @@ from detailflow.models.pretrained import Pretrained
 from detailflow.schedule import TokenSchedule
 from detailflow.settings import Must, PositiveInt, Settings
 
-POSITION_SCALE = (
-    0.5  # std of query tokens and positions at the start: as large as what is added to them, or they go unseen
-)
+POSITION_SCALE = 0.5  # std of query tokens and positions at the start: as large as what is added to them
 LARGEST_PIXEL = 1.5  # 1 is white, and the output of a decoder or a resize goes somewhat beyond
 WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (docs/method.md#self-correction)
 
@@ -362,7 +360,8 @@ class DetailFlowTokenizer(Pretrained):
                 f"wrong_tokens at position {position} must have shape {expected}, not {tuple(wrong_tokens.shape)}"
             )
         patches = self.encode_patches(images)
-        given = self.quantizer.nearest(self.encode_latents(patches, self.config.num_tokens))
+        z = self.encode_latents(patches, self.config.num_tokens)
+        given = self.quantizer.nearest(all_finite("the encoder's latents", z))
         given[:, position:end] = wrong_tokens.to(self.device)
         return self.correct(patches, given, end)
 

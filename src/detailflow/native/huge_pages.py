@@ -29,7 +29,8 @@ def gather(weights: Sequence[Tensor]) -> None:
 def _gather(weights: Sequence[Tensor]) -> None:
     weights = [weight for weight in weights if weight.numel()]
     starts = list(accumulate((-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in weights), initial=0))
-    if _offsets(weights) == starts[:-1] or not hasattr(mmap, "MADV_HUGEPAGE"):
+    shared = any(weight.is_shared() for weight in weights)  # with other processes, which would not see the new ones
+    if shared or _offsets(weights) == starts[:-1] or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     try:
         memory = mmap.mmap(-1, starts[-1], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -66,7 +66,7 @@ def train_all(wanted: AllStages, output: Path, device: str | None = None) -> Non
 def describe_all(wanted: AllStages, output: Path, device: str | None = None) -> Iterator[str]:
     """Yield what `train_all` would do, each line as soon as it is known, and nothing on other ranks.
 
-    No file is written or downloaded but configs of `init`.
+    No file is written, and none downloaded but configs of `init`, and the weights if it is published.
     """
     world = planned_world()
     if not world.is_main:
@@ -133,8 +133,9 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
     """Copy the tokenizer of a model, or check that this was done."""
     config, tensors = hub.load(source, "tokenizer")
     if (folder / CONFIG_FILE).exists() or run_folder(folder).read():
-        exact = {name: tensor.float() for name, tensor in tensors.items()}
-        if hub.fingerprint(*hub.load(folder, "tokenizer", dtype=torch.float32)) != hub.fingerprint(config, exact):
+        if hub.fingerprint(*hub.load(folder, "tokenizer"), torch.float32) != hub.fingerprint(
+            config, tensors, torch.float32
+        ):
             raise DetailFlowError(f"{folder} holds another tokenizer than that of {source}: choose another folder")
         return
     hub.save(folder, "tokenizer", config, tensors)

@@ -111,12 +111,13 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
         model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen, dtype=torch.float32)
         everything = open_images(config.data, split=config.split, **config.columns)
         noted, names = begun_store(output).get("tokenizer_fingerprint"), codes_fingerprints(config.tokenizer)
+        newest = next(names)
         info = TokenStoreInfo(
             num_tokens=model.config.num_tokens,
             codebook_size=model.config.codebook_size,
             crops=config.num_crops,
             class_names=everything.class_names,
-            tokenizer_fingerprint=noted if noted in names else names[0],
+            tokenizer_fingerprint=noted if noted not in (None, newest) and noted in names else newest,
         )
     settings = {name: value for name, value in asdict(config).items() if name not in ("data", "tokenizer", "val_data")}
     world.check_same({"their tokenizer": info.tokenizer_fingerprint, **settings})
@@ -278,8 +279,8 @@ class _Extractor:
             )
 
 
-def codes_fingerprints(path_or_id: str | Path) -> list[str]:
-    """Return what ties tokens to their tokenizer: a checksum of its weights but for the decoder, which may learn on.
+def codes_fingerprints(path_or_id: str | Path) -> Iterator[str]:
+    """Yield what ties tokens to their tokenizer: a checksum of its weights but for the decoder, which may learn on.
 
     It is of the weights in float32, which encode, whatever they are stored as. After it come the checksums that earlier
     versions noted in its place: of the weights as they are stored, and of all of them.
@@ -287,8 +288,9 @@ def codes_fingerprints(path_or_id: str | Path) -> list[str]:
     config, tensors = hub.load(path_or_id, "tokenizer")
     kept = {name: value for name, value in config.items() if name not in ("decoder", "pixel_channels")}
     encoding = {name: x for name, x in tensors.items() if not name.startswith("decoder.")}
-    exact = {name: x.float() for name, x in encoding.items()}
-    return [hub.fingerprint(kept, exact), hub.fingerprint(kept, encoding), hub.fingerprint(config, tensors)]
+    yield hub.fingerprint(kept, encoding, torch.float32)
+    yield hub.fingerprint(kept, encoding)
+    yield hub.fingerprint(config, tensors)
 
 
 def made_by(store: TokenStore, path_or_id: str | Path) -> bool:

@@ -114,7 +114,7 @@ def gpt_sizes(source: str) -> dict[str, Any]:
     """Return the settings that an AR model to start from implies."""
     config = parse_settings(GPTConfig, hub.load_config(source, "gpt"), source)
     sizes = {key: getattr(config, key) for key in ("width", "depth", "heads", "dropout")}
-    return sizes | ({"sampling": asdict(config.sampling)} if config.num_classes else {})  # else it has no guidance
+    return sizes | {"sampling": asdict(config.sampling)}
 
 
 def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device: torch.device) -> StageSettings:
