@@ -61,8 +61,9 @@ function hexadecimal(bytes) {
 
 /** Return whether the networks have the inputs and outputs that model.json speaks of, where sizes are fixed. */
 function networksFit({ depth, heads, head_dim, codebook_size }, { step, decoder }) {
-  const caches = shapes(step).filter((shape) => shape.includes("."));
-  const others = shapes(step).filter((shape) => !shape.includes("."));
+  const found = shapes(step);
+  const caches = found.filter((shape) => shape.includes("."));
+  const others = found.filter((shape) => !shape.includes("."));
   return (
     caches.length === 4 * depth &&
     caches.every((shape) => shape.endsWith(` * ${heads} * ${head_dim}`)) &&

@@ -320,8 +320,9 @@ def _read_config(folder: Path, kind: Kind) -> dict[str, Any]:
     return config
 
 
-def targets(output: Path, kinds: Sequence[Kind], to: str = "detailflow") -> dict[Kind, Path]:
+def targets(folder: str | Path, kinds: Sequence[Kind], to: str = "detailflow") -> dict[Kind, Path]:
     """Return the folder of each model that is to be written in a layout, once nothing stands in its way."""
+    output = Path(checked("folder", folder, Path))
     if len(kinds) > 1 and (output / CONFIG_FILE).exists():
         raise DetailFlowError(
             f"{output} already holds a model, which would hide a pair inside: give another output folder"
@@ -349,9 +350,9 @@ def _check_target(target: Path, kind: Kind, to: str) -> None:
         raise DetailFlowError(f"{target} holds {held}, not {KIND_NAMES[kind]}: give another output folder")
 
 
-def save(folder: str | Path, kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def save(folder: Path, kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a model in our layout."""
-    with saving(Path(checked("folder", folder, Path)), kind, config, tensors):
+    with saving(folder, kind, config, tensors):
         pass
 
 

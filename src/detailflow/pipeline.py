@@ -34,7 +34,6 @@ from detailflow.settings import (
     Seed,
     Settings,
     check_arguments,
-    checked,
     require,
 )
 
@@ -194,7 +193,7 @@ class DetailFlowPipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write both models to `folder`, as tokenizer/ and gpt/; see `DetailFlowTokenizer.save_pretrained`."""
-        targets = hub.targets(Path(checked("folder", folder, Path)), [self.tokenizer.kind, self.gpt.kind])
+        targets = hub.targets(folder, [self.tokenizer.kind, self.gpt.kind])
         with ExitStack() as stack:  # which puts them in place once both are written
             for model in (self.tokenizer, self.gpt):
                 content = asdict(model.config), model.state_dict()

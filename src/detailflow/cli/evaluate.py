@@ -180,8 +180,7 @@ def _tokenizer(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     side, mistakes = tokenizer.config.image_size, parse_spans(tokenizer.schedule, args.mistakes_at)
     views_by_count(tokenizer.schedule, args.num_tokens, args.size)  # raises before anything is downloaded
     images = context.open(args.data, side, args.num_images, **_choice(args))
-    column = {"image_column": args.image_column}
-    reference = context.open(args.reference, side, **column) if args.reference else None
+    reference = context.open(args.reference, side, image_column=args.image_column) if args.reference else None
     extractor = None if args.features == "none" else load_extractor(args.features, context.device, args.weights)
     lpips, notes = find_lpips(args.lpips, side, context.device)
     options = TokenizerOptions(

@@ -13,7 +13,7 @@ from detailflow.device import choose_device, choose_dtype, compiled
 from detailflow.models.loading import build
 from detailflow.published import Kind, Variant
 from detailflow.sampling import EngineName
-from detailflow.settings import BatchSize, checked, require
+from detailflow.settings import BatchSize, require
 
 Program = Callable[..., Tensor]  # what runs a network's layers
 
@@ -63,8 +63,7 @@ class Pretrained(nn.Module):
 
         A model of the same kind there is replaced; a `DetailFlowError` for other models and for training runs.
         """
-        hub.targets(Path(checked("folder", folder, Path)), [self.kind])
-        self.export(Path(folder))
+        self.export(hub.targets(folder, [self.kind])[self.kind])
 
     def export(self, folder: Path) -> None:
         """Write as `save_pretrained` does, whatever is there."""
