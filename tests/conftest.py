@@ -3,9 +3,10 @@
 import argparse
 import io
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
+from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, native
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import TokenizerConfig
@@ -22,6 +23,16 @@ torch.set_num_threads(1)
 
 IMAGES = Path(__file__).parent / "data" / "images"  # see the README there
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "Hot dog")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def other_build() -> Iterator[None]:
+    """With OTHER in the environment, the library that it names: for `test_other_builds`, which runs other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        if path := os.environ.get("OTHER"):
+            library = native.opened(Path(path))
+            patch.setattr(native, "library", lambda: library)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -351,20 +351,11 @@ def test_other_builds(flags: list[str], tmp_path: Path):
     subprocess.run([*command, "-o", str(library)], check=True)
     environment = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OTHER": str(library)}
     tests = ["-k", "tokens or other_sizes or batch or not_finite", "--no-header", "-p", "no:cacheprovider"]
+    files = [__file__, str(Path(__file__).with_name("test_native_blocks.py"))]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *tests, __file__], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "-q", *tests, *files], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def other_build() -> Iterator[None]:
-    """With OTHER in the environment, the library that it names: for `test_other_builds`, which runs these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        if path := os.environ.get("OTHER"):
-            library = native.opened(Path(path))
-            patch.setattr(native, "library", lambda: library)
-        yield
 
 
 def test_no_images():

@@ -5,6 +5,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial, reduce
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import median
@@ -109,17 +110,23 @@ def generation_costs(gpt: DetailFlowGPT, batch: int) -> list[Cost]:
     return [Cost(step.bytes + start * per_token, step.flops) for start, step in costs]
 
 
+def by_pytorch(tokenizer: DetailFlowTokenizer) -> DetailFlowTokenizer:
+    """Return the same networks, run by PyTorch alone, which can count and be compared with."""
+    result = copy.copy(tokenizer)
+    result.engine = "torch"
+    return result
+
+
 def decoding_cost(tokenizer: DetailFlowTokenizer, codes: Tensor) -> Cost:
     """Count decoding (B, n) codes at side D(n)."""
-    return count_cost(lambda: tokenizer.decode(codes), tokenizer.decoder)
+    counted = by_pytorch(tokenizer)
+    return count_cost(lambda: counted.decode(codes), tokenizer.decoder)
 
 
 def encoding_cost(tokenizer: DetailFlowTokenizer, images: Tensor) -> Cost:
     """Count encoding (B, 3, R, R) images."""
-    encoder = tokenizer.encoder
-    return count_cost(
-        lambda: tokenizer.encode(images), encoder.blocks, encoder.patch_embed, tokenizer.quantizer.project
-    )
+    encoder, counted = tokenizer.encoder, by_pytorch(tokenizer)
+    return count_cost(lambda: counted.encode(images), encoder.blocks, encoder.patch_embed, tokenizer.quantizer.project)
 
 
 @dataclass(frozen=True)
@@ -141,25 +148,33 @@ def make_cases(
     codes = torch.zeros(batch, gpt.config.num_tokens, dtype=torch.int64, device=like.device)
     images = torch.zeros(batch, 3, side, side, dtype=like.dtype, device=like.device)
 
-    def images_of(engine: Begin, models: DetailFlowPipeline = pipeline) -> Tensor:
-        *_, tokens = stream(models.gpt, class_ids, engine=engine)
-        return models.tokenizer.decode(tokens)
+    plain = by_pytorch(tokenizer)
+
+    def images_of(engine: Begin, codec: DetailFlowTokenizer = plain, model: DetailFlowGPT = gpt) -> Tensor:
+        *_, tokens = stream(model, class_ids, engine=engine)
+        return codec.decode(tokens)
 
     *previews, decoding = (decoding_cost(tokenizer, codes[:, :n]) for n in tokenizer.schedule.valid_counts)
     whole = [*generation_costs(gpt, batch), decoding]
     cases = {"naive": Case(lambda: images_of(RecomputingGPT), whole, generates=True)} if config.naive else {}
     for name, engine in engines(gpt).items():
-        cases[f"generate, {name}"] = Case(lambda engine=engine: images_of(engine), whole, generates=True)  # type: ignore[misc]
+        codec = plain if name == "torch" else tokenizer
+        cases[f"generate, {name}"] = Case(partial(images_of, engine, codec), whole, generates=True)
     if config.compile:
         fast = DetailFlowPipeline(copy.copy(tokenizer), copy.copy(gpt))  # the same weights
         fast.compile(batch)
-        cases["generate, compiled"] = Case(lambda: images_of(CachedModel, fast), whole, generates=True)
+        cases["generate, compiled"] = Case(
+            lambda: images_of(CachedModel, fast.tokenizer, fast.gpt), whole, generates=True
+        )
         cases["decode, compiled"] = Case(lambda: fast.tokenizer.decode(codes), [decoding])
     if other:
         cases["other"] = Case(lambda: other(class_ids), generates=True)
-    cases["stream"] = Case(lambda: [tokenizer.decode(tokens) for tokens in stream(gpt, class_ids)], whole + previews)
-    cases["decode"] = Case(lambda: tokenizer.decode(codes), [decoding])
-    cases["encode"] = Case(lambda: tokenizer.encode(images), [encoding_cost(tokenizer, images)])
+    cases["stream"] = Case(lambda: [plain.decode(tokens) for tokens in stream(gpt, class_ids)], whole + previews)
+    encoding = [encoding_cost(tokenizer, images)]
+    codecs = {", torch": plain, ", native": tokenizer} if "native" in engines(gpt) else {"": tokenizer}
+    for name, codec in codecs.items():
+        cases[f"decode{name}"] = Case(partial(codec.decode, codes), [decoding])
+        cases[f"encode{name}"] = Case(partial(codec.encode, images), encoding)
     return cases
 
 
@@ -323,10 +338,17 @@ def benchmark(
 
 
 def best_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure the ceilings, on a CPU also of float32: some multiply numbers of fewer bits faster by way of it."""
-    found = measure_ceilings(device, dtype)
-    by_float32 = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
-    return found.best(measure_ceilings(device, torch.float32)) if by_float32 else found
+    """Measure the ceilings, on a CPU in all ways that are known.
+
+    Some multiply numbers of fewer bits faster by way of float32, and PyTorch's products are not the fastest everywhere.
+    """
+    if device.type != "cpu":
+        return measure_ceilings(device, dtype)
+    kinds = [dtype, torch.float32] if dtype in (torch.bfloat16, torch.float16) else [dtype]
+    measured = [measure_ceilings(device, kind) for kind in kinds]
+    if not isinstance(native.library(), str):
+        measured += [measure_ceilings(device, kind, native.product) for kind in kinds if kind in native.TYPES]
+    return reduce(Ceilings.best, measured)
 
 
 def load(config: BenchmarkConfig, device: torch.device, dtype: str) -> DetailFlowPipeline:

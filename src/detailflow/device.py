@@ -65,11 +65,12 @@ def to_host(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def within_memory(what: str, advice: str) -> Iterator[None]:
-    """Turn torch's errors about memory into a sentence."""
+    """Turn errors about memory into a sentence."""
     try:
         yield
-    except RuntimeError as error:  # torch has three kinds for memory
-        if not any(part in str(error) for part in ("allocate", "Storage size calculation overflowed")):
+    except (MemoryError, RuntimeError) as error:  # torch has three kinds for memory
+        of_torch = any(part in str(error) for part in ("allocate", "Storage size calculation overflowed"))
+        if not of_torch and not isinstance(error, MemoryError):
             raise
         raise DetailFlowError(f"{what} does not fit in memory, so {advice}") from error
 

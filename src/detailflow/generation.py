@@ -223,9 +223,12 @@ class StaticCache(Cache):
         return self.keys, self.values
 
 
-def layers_replaced(model: nn.Module) -> bool:
-    """Return whether a layer may do something else than the model's own code, which some engines do not call."""
-    own, home = (nn.Linear, nn.Embedding, nn.ModuleList), type(model).__module__
+def layers_replaced(model: nn.Module, home: str) -> bool:
+    """Return whether a layer may do something else than the code in `home`, a module's name, or simple ones of PyTorch.
+
+    Some engines do not call layers.
+    """
+    own = nn.Linear, nn.Embedding, nn.ModuleList
     return any(
         (type(layer) not in own and type(layer).__module__ != home)
         or "forward" in vars(layer)

@@ -59,7 +59,7 @@ def why_not(model: Any) -> str | None:
     if any(weight.dtype != torch.bfloat16 or not weight.is_contiguous() for weight in model.parameters()):
         return "kernels are for bfloat16"
     has_bias = any(getattr(layer, "bias", None) is not None for layer in model.modules())  # none has one of its own
-    if layers_replaced(model) or has_bias:
+    if layers_replaced(model, type(model).__module__) or has_bias:
         return "some of its layers were replaced"
     if any(size % 32 for size in (config.width, config.hidden, config.codebook_size)):
         return "width, MLP and codebook must be multiples of 32"

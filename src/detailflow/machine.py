@@ -20,6 +20,8 @@ READ_BYTES = 512 * 2**20  # larger than most caches
 MATRIX_SIDES = (1024, 2048, 4096)
 GPU_CALLS = 10  # per measurement, so that the launch of a kernel hardly counts
 
+Multiply = Callable[[torch.Tensor, torch.Tensor], object]  # of square matrices
+
 
 class Cost(NamedTuple):
     """Bytes to read and floating-point operations to do before anything that follows can begin."""
@@ -50,7 +52,9 @@ class Ceilings:
         return f"{self.bandwidth / 1e9:.1f} GB/s read, {self.flops / 1e9:,.0f} GFLOP/s in matrix products"
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Ceilings:
+def measure_ceilings(
+    device: torch.device, dtype: torch.dtype, multiply: Multiply = torch.matmul, repeats: int = 5
+) -> Ceilings:
     """Measure both, taking the best of several repeats and matrix sizes."""
     calls = 1 if device.type == "cpu" else GPU_CALLS
     data = torch.ones(READ_BYTES // 4, device=device)
@@ -59,7 +63,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5)
     flops = 0.0
     for side in MATRIX_SIDES:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        times = [seconds(lambda a=a, b=b: a @ b, device, calls) for _ in range(repeats)]  # type: ignore[misc]
+        times = [seconds(lambda a=a, b=b: multiply(a, b), device, calls) for _ in range(repeats)]  # type: ignore[misc]
         flops = max(flops, 2 * side**3 / min(times))
     return Ceilings(bandwidth, flops)
 

@@ -40,4 +40,9 @@ def multiplies_bfloat16_fast() -> bool:
     On others a training step takes 1.3 to 3.3 times as long as in float32 (docs/speed.md#precision).
     """
     known = "\n".join(processor_lines())
-    return "amx_bf16" in known or ("avx512_bf16" in known and "AuthenticAMD" in known)
+    return has_amx() or ("avx512_bf16" in known and "AuthenticAMD" in known)
+
+
+def has_amx() -> bool:
+    """Return whether it has a unit for products of bfloat16 matrices."""
+    return any("amx_bf16" in line for line in processor_lines())

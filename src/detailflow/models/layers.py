@@ -1,6 +1,7 @@
 """The tokenizer's transformer: pre-norm blocks over patches and 1-D tokens (docs/method.md#tokenizer)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError
+from detailflow.native import blocks as native_blocks
+from detailflow.native.blocks import KeyValue
 from detailflow.processor import multiplies_bfloat16_fast
 from detailflow.settings import Depth, PositiveInt, Settings
 
@@ -37,8 +40,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         scores = scores.unflatten(0, q.shape[:2])
     return scores.softmax(-1).to(v.dtype) @ v
 
-
-KeyValue = tuple[Tensor, Tensor]  # (B, heads, T, width / heads) each
 
 GRID = 16  # side of the learned position grid, whatever the image's own grid
 
@@ -156,6 +157,35 @@ class Block(nn.Module):
         attended, own = self.attn(self.norm1(x), past, mask)
         x = x + attended
         return x + self.mlp(self.norm2(x)), own
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    past: Sequence[KeyValue] | None = None,
+    mask: Tensor | None = None,
+    *,
+    keep: bool = False,
+    native: bool = False,
+) -> tuple[Tensor, list[KeyValue]]:
+    """Take x (B, T, width) through all blocks.
+
+    Args:
+        blocks: of one kind and size.
+        x: their input.
+        past: each block's keys and values of S positions to attend to before their own.
+        mask: (T, S + T), True where a position attends to another; `None` is everywhere.
+        keep: also return each block's own keys and values.
+        native: by the native engine if it can, which is without gradients.
+    """
+    if native and native_blocks.can_run(blocks, x, __name__):
+        return native_blocks.run(blocks, x, past, mask, keep)
+    kept = []
+    for i, block in enumerate(blocks):
+        x, own = block(x, None if past is None else past[i], mask)
+        if keep:
+            kept.append(own)
+    return x, kept
 
 
 def convolution(inputs: int, outputs: int) -> nn.Sequential:

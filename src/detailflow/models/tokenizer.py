@@ -26,6 +26,7 @@ from detailflow.models.layers import (
     patchify,
     resize_grid,
     resize_positions,
+    run_blocks,
     unpatchify,
 )
 from detailflow.models.pretrained import Pretrained
@@ -174,7 +175,7 @@ class Encoder(nn.Module):
             grid[0] = 1 / (8 * grid.shape[1])  # the mean of all patches
             self.linear = nn.Parameter(grid)
 
-    def patches(self, images: Tensor) -> Patches:
+    def patches(self, images: Tensor, native: bool = False) -> Patches:
         """(B, 3, H, W) pixels → their patches in every block."""
         rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
         embedded = self.patch_embed(patchify(images, self.patch_size))
@@ -183,22 +184,16 @@ class Encoder(nn.Module):
             scale = self.linear.shape[1] / (rows * columns) ** 0.5
             linear = (resize_grid(self.linear, rows, columns) * scale).to(embedded.dtype) @ embedded
         x = embedded + resize_positions(self.pos_embed, rows, columns)
-        blocks = []
-        for block in self.blocks:
-            x, own = block(x)
-            blocks.append(own)
-        return Patches(blocks, linear)
+        return Patches(run_blocks(self.blocks, x, keep=True, native=native)[1], linear)
 
-    def queries(self, queries: Tensor, patches: Patches, schedule: TokenSchedule) -> Tensor:
+    def queries(self, queries: Tensor, patches: Patches, schedule: TokenSchedule, native: bool = False) -> Tensor:
         """(B, n, width) queries without positions → (B, n, width) latents."""
         n, mask = queries.shape[1], None
         if self.causal:
             mask = torch.ones(n, patches.blocks[0][0].shape[2] + n, dtype=torch.bool, device=queries.device)
             mask[:, -n:] = schedule.attention_mask(n, queries.device)
         x = queries + self.query_pos_embed[:n]
-        for block, past in zip(self.blocks, patches.blocks, strict=True):
-            x, _ = block(x, past, mask)
-        return self.norm(x)
+        return self.norm(run_blocks(self.blocks, x, patches.blocks, mask, native=native)[0])
 
 
 class Decoder(nn.Module):
@@ -222,11 +217,13 @@ class Decoder(nn.Module):
             first, last = (nn.Conv2d(config.pixel_channels, out, 3, padding=1) for out in (config.pixel_channels, 3))
             self.refine_pixels = nn.Sequential(first, nn.GELU(), last)
 
-    def forward(self, quantized: Tensor, height: int, width: int, present: Tensor | None = None) -> Tensor:
-        """(B, n, d) unit vectors, and which of them are `present` if not all → (B, 3, height, width) pixels."""
-        return self.picture(self.canvas(quantized, height, width, present), height, width)
+    def forward(self, quantized: Tensor, height: int, width: int, native: bool = False) -> Tensor:
+        """(B, n, d) unit vectors → (B, 3, height, width) pixels; `native` as for `run_blocks`."""
+        return self.picture(self.canvas(quantized, height, width, native=native), height, width)
 
-    def canvas(self, quantized: Tensor, height: int, width: int, present: Tensor | None = None) -> Tensor:
+    def canvas(
+        self, quantized: Tensor, height: int, width: int, present: Tensor | None = None, native: bool = False
+    ) -> Tensor:
         """As `forward`, but return (B, patches, width) outputs of the transformer, one per patch."""
         rows, columns = height // self.patch_size, width // self.patch_size
         projected = self.project(quantized)
@@ -238,9 +235,7 @@ class Decoder(nn.Module):
         if self.linear is not None:
             linear = resize_grid(self.linear, rows, columns)[: projected.shape[1]].T
             canvas = canvas + linear.to(projected.dtype) @ projected
-        x = torch.cat((canvas, latents), 1)
-        for block in self.blocks:
-            x, _ = block(x)
+        x, _ = run_blocks(self.blocks, torch.cat((canvas, latents), 1), native=native)
         return self.norm(x[:, : rows * columns])
 
     def picture(self, canvas: Tensor, height: int, width: int) -> Tensor:
@@ -388,7 +383,7 @@ class DetailFlowTokenizer(Pretrained):
                 f"images must be floats of shape (B, 3, {side}, {side}) in [-1, 1], or with other multiples of {patch} "
                 f"as sides, not {tuple(images.shape)} {images.dtype}"
             )
-        return self.encoder.patches(images)
+        return self.encoder.patches(images, self.uses_native)
 
     def encode_latents(self, patches: Patches, n: int) -> Tensor:
         """Return (B, n, d) unit vectors before quantization, with gradients."""
@@ -396,7 +391,8 @@ class DetailFlowTokenizer(Pretrained):
         queries = self.encoder.query_tokens[:needed].expand(patches.images, -1, -1)
         if patches.linear is not None:
             queries = queries + patches.linear[:, :needed]
-        return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))[:, :n]
+        latents = self.encoder.queries(queries, patches, self.schedule, self.uses_native)
+        return self.quantizer.unit_latents(latents)[:, :n]
 
     def correct(self, patches: Patches, given: Tensor, end: Tensor | int) -> Tensor:
         """Return (B, N) codes: `given` before `end`, mistakes included, then corrected; see `correct_latents`."""
@@ -417,7 +413,7 @@ class DetailFlowTokenizer(Pretrained):
         if patches.linear is not None:
             pending = pending + patches.linear.to(refined.dtype)
         queries = torch.where(written.expand(given.shape)[..., None], refined, pending)
-        return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule))
+        return self.quantizer.unit_latents(self.encoder.queries(queries, patches, self.schedule, self.uses_native))
 
     def plant_mistakes(
         self, z: Tensor, candidates: int = WRONG_CANDIDATES, generator: torch.Generator | None = None
@@ -433,7 +429,12 @@ class DetailFlowTokenizer(Pretrained):
         full = (self.compiled_for, self.config.num_tokens, self.config.image_size, self.config.image_size)
         if self.program is not None and (*quantized.shape[:2], height, width) == full:
             return self.program(quantized, height, width)
-        return self.decoder(quantized, height, width)
+        return self.decoder(quantized, height, width, self.uses_native)
+
+    @property
+    def uses_native(self) -> bool:
+        """Whether the native engine runs the blocks where it can (docs/speed.md#engines)."""
+        return self.engine in ("auto", "native")
 
     def compile_decoding(self, batch_size: int) -> None:
         """Compile the decoding of `batch_size` images at a time, from all tokens at side R; see `DetailFlowGPT`."""

@@ -1,6 +1,7 @@
 """A decoding step in C++ for CPUs, built on this machine at first use (docs/speed.md#engines).
 
-It works on the weights where PyTorch keeps them, so they are there once, and weights that change are seen.
+`blocks` has the blocks of the tokenizer's transformers. Both work on the weights where PyTorch keeps them, so they are
+there once, and weights that change are seen.
 """
 
 import ctypes
@@ -138,7 +139,7 @@ def why_not(model: GPT) -> str | None:
     if model.device.type != "cpu":
         return "it is for CPUs"
     dtype = weights[0].dtype
-    if layers_replaced(model):
+    if layers_replaced(model, type(model).__module__):
         return "some of its layers were replaced, or have hooks"
     if dtype not in TYPES or any(type(w) is not torch.nn.Parameter or w.dtype != dtype for w in weights):
         return "it needs plain weights of float32 or bfloat16, all of one type"
@@ -183,8 +184,8 @@ class NativeGeneration(Engine):
             ctypes.byref(sizes),
             int(self.weights[0].dtype == torch.bfloat16),
             pointers,
-            _pointer(self.rotation, torch.float32),
-            _pointer(self.classes, torch.int64),
+            address(self.rotation, torch.float32),
+            address(self.classes, torch.int64),
             len(self.classes),
             torch.get_num_threads(),
         )
@@ -195,7 +196,7 @@ class NativeGeneration(Engine):
         shape = len(self.classes), end - start, self.config.codebook_size
         logits = torch.empty(shape, dtype=torch.float32, device="cpu")
         handle = ctypes.c_void_p(self._handle)
-        given, found = _pointer(tokens, torch.int64), _pointer(logits, torch.float32)
+        given, found = address(tokens, torch.int64), address(logits, torch.float32)
         done = self.library.detailflow_step(handle, given, self.images, start, end, found)
         self._check(done)
         return logits
@@ -213,8 +214,8 @@ class NativeGeneration(Engine):
         )
         done = self.library.detailflow_advance(
             ctypes.c_void_p(self._handle),
-            _pointer(tokens, torch.int64),
-            _pointer(noise, torch.float64),
+            address(tokens, torch.int64),
+            address(noise, torch.float64),
             self.images,
             start,
             end,
@@ -250,7 +251,18 @@ def _shapes(config: Any) -> list[tuple[int, ...]]:
     return [*embeddings, *block * config.depth, (width,), (codes, width)]
 
 
-def _pointer(tensor: Tensor, dtype: torch.dtype) -> ctypes.c_void_p:
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """(rows, in) · (out, in)ᵀ → (rows, out) in float32, of one type of `TYPES`; in and out are multiples of 32."""
+    found = library()
+    assert not isinstance(found, str)
+    result = torch.empty(len(x), len(weight), dtype=torch.float32, device="cpu")
+    numbers = address(x, x.dtype), len(x), address(weight, x.dtype), *weight.shape, address(result, torch.float32)
+    if not found.detailflow_product(int(x.dtype == torch.bfloat16), *numbers, torch.get_num_threads()):
+        raise MemoryError
+    return result
+
+
+def address(tensor: Tensor, dtype: torch.dtype) -> ctypes.c_void_p:
     """Return where a tensor's numbers are, after a check that they are as the library takes them to be."""
     assert tensor.is_contiguous() and tensor.dtype == dtype and tensor.device.type == "cpu"
     return ctypes.c_void_p(tensor.data_ptr())

@@ -89,7 +89,7 @@ private:
         for (int both = 0; both < rows * sizes.heads; both++) {
             const int row = both / sizes.heads, offset = both % sizes.heads * head_size;
             const std::size_t at = ((std::size_t(layer) * rows + row) * sizes.heads + both % sizes.heads) * head_size * length;
-            float *key_cache = &keys[at], *value_cache = &values[at];
+            T *key_cache = &keys[at], *value_cache = &values[at];
             float* first = &qkv[std::size_t(row) * steps * 3 * width + offset];
             for (int i = 0; i < steps; i++) {
                 float *q = first + std::size_t(i) * 3 * width, *k = q + width, *v = k + width;
@@ -97,10 +97,11 @@ private:
                 for (int d = 0; d < head_size; d += 2) {
                     const float c = turn[d], s = turn[d + 1], q0 = q[d], q1 = q[d + 1];
                     q[d] = q0 * c - q1 * s, q[d + 1] = q0 * s + q1 * c;
-                    key_cache[std::size_t(d) * length + start + i] = k[d] * c - k[d + 1] * s;
-                    key_cache[std::size_t(d + 1) * length + start + i] = k[d] * s + k[d + 1] * c;
+                    store(key_cache + std::size_t(d) * length + start + i, k[d] * c - k[d + 1] * s);
+                    store(key_cache + std::size_t(d + 1) * length + start + i, k[d] * s + k[d + 1] * c);
                 }
-                std::memcpy(value_cache + std::size_t(start + i) * head_size, v, sizeof(float) * head_size);
+                T* value = value_cache + std::size_t(start + i) * head_size;
+                for (int d = 0; d < head_size; d += LANES) store(value + d, load(v + d));
             }
             static thread_local Array<float> scores;
             scores.resize(std::size_t(8) * length);
@@ -136,7 +137,7 @@ private:
     const T *class_embedding, *token_embedding, *mask_embedding, *norm;
     Linear<T> head;
     std::vector<Block<T>> blocks;
-    Array<float> keys, values;  // (depth, rows, heads, head size, length) and (depth, rows, heads, length, head size)
+    Array<T> keys, values;  // (depth, rows, heads, head size, length) and (depth, rows, heads, length, head size)
     Array<float> x, qkv, gate, up;
     Array<T> normed, attended, gated;
 };

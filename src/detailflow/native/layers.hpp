@@ -15,6 +15,8 @@
 namespace detailflow {
 
 constexpr int BLOCK = 2048;  // bytes of a weight's row at a time: eight of them stay in the first-level cache
+constexpr int MANY = 64;      // rows: of more, a block of each goes past all weights first, as whole ones would not stay in the caches
+constexpr int FARTHER = 6144;  // bytes: weights that will be fetched into the first-level cache come into the second so much earlier
 constexpr std::size_t FEWEST_FOR_THREADS = std::size_t(1) << 18;  // multiplications of a product that several threads share
 constexpr std::size_t FEWEST_NUMBERS = std::size_t(1) << 15;      // of a norm, SwiGLU or rows to pack that they share
 
@@ -48,6 +50,7 @@ template <class T, int M, int N, int FETCH, bool NEAR>
             weights[n].keep();
             const std::size_t later = NEAR ? k * FETCH + n * Chunk<T>::SIZE : std::size_t(n) * in + k;
             if (n < FETCH) __builtin_prefetch(ahead + later, 0, NEAR ? 3 : 2);
+            if (NEAR && n < FETCH && FETCH < N) __builtin_prefetch(ahead + later + FARTHER / sizeof(T), 0, 2);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
@@ -96,15 +99,16 @@ template <class T> struct Linear {
     int out, in;
 };
 
-// So many outputs of all packed rows, from output `n` on, in tiles of M rows and N outputs, which share the fetching of later weights.
+// So many outputs of all packed rows, from output `n` on, along inputs `first` to `last`, in tiles of M rows and N outputs, which share
+// the fetching of later weights.
 template <class T, int M, int N, bool NEAR>
-void outputs(const Factor<T>* x, int rows, const Linear<T>& w, int n, float* y, bool add) {
+void outputs(const Factor<T>* x, int rows, const Linear<T>& w, int n, int first, int last, float* y, bool add) {
     constexpr int SIZE = BLOCK / sizeof(T), COUNT = outputs_at_once(M), AHEAD = NEAR ? COUNT : 16;
     const std::size_t in = w.in, stride = w.out;
     const int fetches = std::max(1, N / (rows / M));  // N rows of later weights for the N of a tile
-    for (int k = 0; k < w.in; k += SIZE, add = true) {
+    for (int k = first; k < last; k += SIZE, add = true) {
         const T* weight = w.weight + n * in + k;
-        const int size = std::min(SIZE, w.in - k);
+        const int size = std::min(SIZE, last - k);
         int m = 0, fetched = 0;
         for (; m + M <= rows; m += M)
             for (int i = 0; i < COUNT; i += N)
@@ -134,8 +138,12 @@ void product(const T* x, int rows, const Linear<T>& w, float* y, bool add, int t
         constexpr int M = decltype(tile)::rows, N = decltype(tile)::outputs;
         const Factor<T>* factors = packed<T, M>(x, rows, w.in, threads);
         const auto some = fetched_near(M, w.in * sizeof(T)) ? outputs<T, M, N, true> : outputs<T, M, N, false>;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-        for (int n = 0; n < w.out; n += outputs_at_once(M)) some(factors, rows, w, n, y, add);
+        const int part = rows > MANY ? BLOCK / int(sizeof(T)) : w.in;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        for (int k = 0; k < w.in; k += part) {
+#pragma omp for schedule(static) nowait
+            for (int n = 0; n < w.out; n += outputs_at_once(M)) some(factors, rows, w, n, k, std::min(k + part, w.in), y, add || k);
+        }
     };
     using Largest = typename Chunk<T>::Largest;
     if (rows >= Largest::rows) in_tiles(Largest());
@@ -161,7 +169,7 @@ template <class T> void rms_norm(const float* x, const T* weight, int rows, int 
 //   keys (size, length): positions side by side, so that a register holds the scores of many; values (length, size); those of the next
 //   head come next in memory and are fetched meanwhile
 template <int Q, class T>
-void attend(const float* queries, std::size_t query_stride, const float* keys, const float* values, int length, int size,
+void attend(const float* queries, std::size_t query_stride, const T* keys, const T* values, int length, int size,
             int visible, T* out, std::size_t out_stride, float* scores) {
     const int padded = (visible + LANES - 1) / LANES * LANES;
     const float scale = 1 / std::sqrt(float(size));

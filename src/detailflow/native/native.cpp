@@ -1,6 +1,7 @@
 // What Python calls, by ctypes: see __init__.py.
 #include "gpt.hpp"
 #include "sampling.hpp"
+#include "vit.hpp"
 
 using namespace detailflow;
 
@@ -77,6 +78,33 @@ int detailflow_advance(void* generation, int64_t* tokens, const double* noise, i
     bool finite = sample(made.logits.data(), images, end - start, made.num_codes, noise + start, made.num_tokens, *sampling,
                          tokens + start, made.threads);
     return finite ? 1 : -1;
+} catch (const std::bad_alloc&) {
+    return 0;
+}
+
+// y (rows, out) = x (rows, in) · weightᵀ (out, in); 0 without memory.
+int detailflow_product(int bfloat16, const void* x, int rows, const void* weight, int out, int in, float* y, int threads) try {
+    auto run = [&](auto number) {
+        using T = decltype(number);
+        product(static_cast<const T*>(x), rows, Linear<T>{static_cast<const T*>(weight), out, in}, y, false, threads);
+    };
+    if (bfloat16) run(BFloat16());
+    else run(float());
+    return 1;
+} catch (const std::bad_alloc&) {
+    return 0;
+}
+
+// See `ViT::Sequences`; 0 without memory.
+int detailflow_transform(const ViTSizes* sizes, int bfloat16, const void* const* weights, float* x, int images, int length,
+                         void* const* own, const void* const* past, int past_length, const uint8_t* mask, int threads) try {
+    auto run = [&](auto number) {
+        using T = decltype(number);
+        ViT<T>(*sizes, weights, threads).run({x, images, length, own, past, past_length, mask});
+    };
+    if (bfloat16) run(BFloat16());
+    else run(float());
+    return 1;
 } catch (const std::bad_alloc&) {
     return 0;
 }

@@ -83,6 +83,15 @@ inline void store(BFloat16* to, Vector value) {  // to the nearest, ties to even
     std::memcpy(to, &halves, sizeof halves);
 }
 
+inline void store(float* to, float value) { *to = value; }
+
+inline void store(BFloat16* to, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t upper = bits >> 16, rounded = (bits + 0x7fff + (upper & 1)) >> 16;
+    to->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? upper | 64 : rounded);
+}
+
 // How many rows and outputs of a product are summed up at once: about as many as registers can hold.
 template <int ROWS, int OUTPUTS> struct Tile { static constexpr int rows = ROWS, outputs = OUTPUTS; };
 
@@ -96,6 +105,7 @@ template <> struct Chunk<float> {
     using Largest = std::conditional_t<LANES == 16, Tile<2, 8>, std::conditional_t<LANES == 8, Tile<2, 4>, Tile<4, 4>>>;
     Vector numbers;
     static Chunk load(const float* from) { return {detailflow::load(from)}; }
+    static Chunk spread(const float* number) { return {splat(*number)}; }
     static Vector multiply_add(Vector sum, Chunk a, Chunk b) { return sum + a.numbers * b.numbers; }
     void store(float* to) const { detailflow::store(to, numbers); }
     void keep() { in_register(numbers); }
@@ -111,6 +121,11 @@ template <> struct Chunk<BFloat16> {
         Chunk result;
         std::memcpy(&result.pairs, from, sizeof result.pairs);
         return result;
+    }
+    static Chunk spread(const BFloat16* pair) {
+        int32_t both;
+        std::memcpy(&both, pair, sizeof both);
+        return {Integers{} + both};
     }
     static Vector multiply_add(Vector sum, Chunk a, Chunk b) {
         return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a.pairs, (__m512bh)b.pairs);
