@@ -1,7 +1,6 @@
 """The files around the code: the site's navigation, workflows, issue forms and the citation are well formed."""
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
@@ -83,11 +82,11 @@ def test_links_of_the_site(tmp_path: Path):
 
 def test_the_site_leaves_out_what_a_folder_ignores(tmp_path: Path):
     """As packages that an example needs, whose own pages have links that lead nowhere."""
-    spec = importlib.util.spec_from_file_location("hook", ROOT / "docs" / "hooks" / "site.py")
-    assert spec and spec.loader
-    hook = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hook)
+    import folders
+
     (tmp_path / ".gitignore").write_text("model/\nnode_modules/\n")
-    names = ("node_modules", "model", "page.js")
-    assert [hook._kept(tmp_path / name) for name in names] == [False, False, True]
-    assert hook._kept(ROOT / "examples" / "browser")
+    for name in ("node_modules", "model", "_hidden", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a.js").touch()
+    assert [entry.name for entry in folders.entries(tmp_path)] == ["a.js", "b"]
+    assert ROOT / "docs" / "index.md" in folders.entries(ROOT / "docs")

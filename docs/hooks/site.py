@@ -13,6 +13,7 @@ from mkdocs.structure.pages import Page
 sys.path.insert(0, str(Path(__file__).parent))
 
 from commandline import reference
+from folders import entries
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=(?:#[^)\s]*)?\))")  # the file that a relative link leads to
@@ -74,8 +75,7 @@ def _published(path: str, config: MkDocsConfig) -> File:
     """Return the site's file for one of the repository: a page for text and folders, any other file as it is."""
     source, place = ROOT / path, f"repository/{path}"
     if source.is_dir():
-        entries = sorted(entry for entry in source.iterdir() if not entry.name.startswith(("_", ".")) and _kept(entry))
-        listing = "\n".join(f"- [{entry.name}]({source.name}/{entry.name})" for entry in entries)
+        listing = "\n".join(f"- [{entry.name}]({source.name}/{entry.name})" for entry in entries(source))
         return File.generated(config, f"{place}.md", content=f"# {path}/\n\n{listing}\n")
     if source.suffix == ".md":
         return File.generated(config, place, content=source.read_text(encoding="utf-8"))
@@ -85,12 +85,6 @@ def _published(path: str, config: MkDocsConfig) -> File:
         text = f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n~~~~{LANGUAGES[source.suffix]}\n"
         return File.generated(config, f"{place}.md", content=f"{text}{source.read_text(encoding='utf-8')}\n~~~~\n")
     return File.generated(config, place, abs_src_path=str(source))
-
-
-def _kept(entry: Path) -> bool:
-    """Return whether the folder's own .gitignore keeps an entry, such as the packages that an example needs."""
-    ignored = entry.with_name(".gitignore")
-    return not ignored.exists() or entry.name not in {line.rstrip("/") for line in ignored.read_text("utf-8").split()}
 
 
 def _notebook(source: Path) -> str:
