@@ -53,7 +53,7 @@ def times(pipeline: DetailFlowPipeline, generators: dict[str, Generator], repeat
     """Print the median time of one image, tokens and pixels, by each way in turn."""
 
     def ours(engine: str) -> None:
-        pipeline.gpt.engine = engine
+        pipeline.gpt.engine = pipeline.tokenizer.engine = engine
         pipeline(0, seed=0)
 
     def theirs(generator: Generator) -> None:
@@ -104,7 +104,7 @@ def accuracy(
 ) -> None:
     """Print how far logits, codes and pixels are from PyTorch's in float32."""
     gpt, tokenizer = pipeline.gpt, pipeline.tokenizer
-    gpt.engine = "torch"
+    gpt.engine = tokenizer.engine = "torch"
     classes = torch.arange(samples) % gpt.config.num_classes
     ids = gpt.generate(classes, generator=[image_generator(0, i) for i in range(samples)])
     rows = with_null_class(classes, gpt.config.num_classes)

@@ -189,7 +189,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "naive",
         "generate, torch",
         "generate, native",
-        *("other", "stream", "decode, torch", "encode, torch", "decode, native", "encode, native"),
+        *("other", "stream", "decode, torch", "decode, native", "encode, torch", "encode, native"),
     ] * 4
     ours = [r for r in report["rows"] if r["what"] != "other"]
     assert {(r["dtype"], r["images"]) for r in ours} == {(d, b) for d in ("float32", "bfloat16") for b in (1, 2)}
@@ -204,6 +204,15 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         elif r["what"] != "other":
             assert r["naive_ratio"] == r["seconds"] / naive[r["dtype"], r["images"]]
         assert (r["limit_ratio"] is None) == (r["what"] == "other")
+
+
+def test_rows_of_the_tokenizer_are_named_by_what_runs_it(pipeline: DetailFlowPipeline, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = pipeline.tokenizer
+    found = benchmark.codecs(tokenizer, tokenizer.decoder.blocks)
+    assert list(found) == [", torch", ", native"] and found[", native"] is tokenizer
+    assert found[", torch"].engine == "torch" != tokenizer.engine
+    monkeypatch.setattr("detailflow.native.blocks.can_run", lambda *_: False)
+    assert benchmark.codecs(tokenizer, tokenizer.decoder.blocks) == {"": tokenizer}
 
 
 def test_accuracy(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -89,7 +89,9 @@ def record(calls: Sequence[Callable[[], object]], device: torch.device) -> list[
 def graphed(model, monkeypatch: pytest.MonkeyPatch) -> DetailFlowPipeline:
     """The tiny pipeline, whose steps are recorded as a GPU would capture them."""
     monkeypatch.setitem(graphs_module.CAPTURE, "cpu", record)
-    monkeypatch.setattr("detailflow.native.blocks.can_run", lambda *_: False)  # it would not be recorded
+    monkeypatch.setattr(
+        "detailflow.native.blocks.can_run", lambda *_: False
+    )  # or the pixels of `pipeline` differ by rounding
     return DetailFlowPipeline.from_pretrained(model, device="cpu", engine="graphs")
 
 

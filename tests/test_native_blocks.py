@@ -195,7 +195,27 @@ def hooked(blocks: torch.nn.ModuleList) -> None:
     blocks[1].mlp.register_forward_hook(lambda *_: None)
 
 
-@pytest.mark.parametrize("change", [tied, transposed, without_a_bias, replaced, adapted, hooked])
+def another_epsilon(blocks: torch.nn.ModuleList) -> None:
+    blocks[1].norm2.eps = 1e-5
+
+
+def other_heads(blocks: torch.nn.ModuleList) -> None:
+    blocks[1].attn.heads = 2
+
+
+def elsewhere(blocks: torch.nn.ModuleList) -> None:
+    blocks[1].mlp.fc1.to("meta")
+
+
+def sparse(blocks: torch.nn.ModuleList) -> None:
+    blocks[1].mlp.fc1.weight = torch.nn.Parameter(blocks[1].mlp.fc1.weight.to_sparse_csr(), requires_grad=False)
+
+
+CHANGES = (tied, transposed, without_a_bias, replaced, adapted, hooked, another_epsilon, other_heads, elsewhere, sparse)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_blocks(change: Callable[[torch.nn.ModuleList], None]):
     blocks, x = blocks_of(SIZES["heads of 16"]), torch.randn(2, 5, 64)
     with torch.no_grad():
@@ -223,6 +243,56 @@ def test_what_else_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(native, "library", lambda: "there is none")
         assert not native_blocks.can_run(blocks, x, HOME)
         assert run_blocks(blocks, x, native=True)[0].shape == x.shape
+
+
+def test_transforms_and_programs_see_all_operations(tokenizer: DetailFlowTokenizer):
+    """Whole programs, exports, maps over images, and derivatives in forward mode."""
+    quantized = tokenizer.quantizer.lookup(tokenizer.encode(images(2))).detach()
+    plain = by_pytorch(tokenizer)
+
+    def decode(numbers: Tensor) -> Tensor:
+        return tokenizer.decode_quantized(numbers, 32)
+
+    with torch.no_grad():
+        expected = plain.decode_quantized(quantized, 32)
+        found = [
+            torch.compile(decode, fullgraph=True, backend="eager")(quantized),
+            torch.func.vmap(decode)(quantized[:, None])[:, 0],
+        ]
+        for result in found:
+            torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+        half = copy.deepcopy(tokenizer).bfloat16()
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(quantized.bfloat16(), torch.ones_like(quantized).bfloat16())
+            assert torch.autograd.forward_ad.unpack_dual(half.decode_quantized(dual, 32)).tangent.abs().max() > 0.01
+
+
+def test_a_library_without_threads(monkeypatch: pytest.MonkeyPatch):
+    class Library:
+        def detailflow_has_threads(self) -> int:
+            return 0
+
+    blocks, x = blocks_of(SIZES["heads of 16"]), torch.randn(2, 5, 64)
+    monkeypatch.setattr(native, "library", Library)
+    with torch.no_grad():
+        assert native_blocks.can_run(blocks, x, HOME)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        assert not native_blocks.can_run(blocks, x, HOME)
+
+
+def test_it_can_be_stopped_between_images(monkeypatch: pytest.MonkeyPatch):
+    """Images go to the library in parts, and Python looks for Ctrl-C in between."""
+    called: list[int] = []
+
+    class Library:
+        def detailflow_transform(self, *given: object) -> int:
+            called.append(given[4])  # type: ignore[arg-type]  # images
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(native, "library", Library)
+    with pytest.raises(KeyboardInterrupt):
+        native_blocks.run(blocks_of(SIZES["heads of 16"]), torch.randn(40, 100, 64))
+    assert called == [5]
 
 
 def test_defaults_of_a_notebook(tokenizer: DetailFlowTokenizer):

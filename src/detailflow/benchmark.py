@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detailflow import graphs, native
 from detailflow.device import choose_device, within_memory
@@ -35,9 +35,11 @@ from detailflow.machine import (
     seconds_and_peak,
     uses_processor_time,
 )
+from detailflow.models import layers
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
+from detailflow.native import blocks as native_blocks
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.sampling import EngineName
 from detailflow.words import several
@@ -117,6 +119,16 @@ def by_pytorch(tokenizer: DetailFlowTokenizer) -> DetailFlowTokenizer:
     return result
 
 
+def codecs(tokenizer: DetailFlowTokenizer, blocks: nn.ModuleList) -> dict[str, DetailFlowTokenizer]:
+    """Return the tokenizer by what follows the name of a row: by PyTorch and by the native engine if it runs these."""
+    weight = next(blocks.parameters())
+    with torch.no_grad():
+        runs = native_blocks.can_run(blocks, weight.new_zeros(1, 1, len(weight)), layers.__name__)
+    if tokenizer.uses_native and runs:
+        return {", torch": by_pytorch(tokenizer), ", native": tokenizer}
+    return {"": tokenizer}
+
+
 def decoding_cost(tokenizer: DetailFlowTokenizer, codes: Tensor) -> Cost:
     """Count decoding (B, n) codes at side D(n)."""
     counted = by_pytorch(tokenizer)
@@ -170,11 +182,11 @@ def make_cases(
     if other:
         cases["other"] = Case(lambda: other(class_ids), generates=True)
     cases["stream"] = Case(lambda: [plain.decode(tokens) for tokens in stream(gpt, class_ids)], whole + previews)
-    encoding = [encoding_cost(tokenizer, images)]
-    codecs = {", torch": plain, ", native": tokenizer} if "native" in engines(gpt) else {"": tokenizer}
-    for name, codec in codecs.items():
+    encoding = encoding_cost(tokenizer, images)
+    for name, codec in codecs(tokenizer, tokenizer.decoder.blocks).items():
         cases[f"decode{name}"] = Case(partial(codec.decode, codes), [decoding])
-        cases[f"encode{name}"] = Case(partial(codec.encode, images), encoding)
+    for name, codec in codecs(tokenizer, tokenizer.encoder.blocks).items():
+        cases[f"encode{name}"] = Case(partial(codec.encode, images), [encoding])
     return cases
 
 

@@ -146,8 +146,8 @@ class DetailFlowPipeline:
                 that has it, else float32.
             tokenizer: the tokenizer's folder or hub id, if it is not with the AR model.
             revision: a branch, tag or commit of a model on the hub; a separate `tokenizer` is the newest.
-            engine: what takes the decoding steps: "native" (C++, for CPUs), "graphs" (CUDA), "torch", or the first of
-                them that can.
+            engine: what takes the decoding steps, and the tokenizer's where it can: "native" (C++, for CPUs), "graphs"
+                (CUDA), "torch", or the first of them that can.
             variant: of the AR model, "ema" (the averaged weights, to sample from) or "model", as far as there are both.
         """
         require(EngineName, engine=engine)

@@ -30,7 +30,7 @@ class Pretrained(nn.Module):
         self.config = config
         self.program: Program | None = None  # compiled, for batches of `compiled_for` images
         self.compiled_for: int | None = None
-        self.engine: EngineName = "auto"  # that generates and decodes
+        self.engine: EngineName = "auto"  # that generates, encodes and decodes
         self.graphs: graphs.Graphs[Any] = graphs.Graphs()
 
     @classmethod

@@ -176,7 +176,7 @@ class Encoder(nn.Module):
             self.linear = nn.Parameter(grid)
 
     def patches(self, images: Tensor, native: bool = False) -> Patches:
-        """(B, 3, H, W) pixels → their patches in every block."""
+        """(B, 3, H, W) pixels → their patches in every block; `native` as for `run_blocks`."""
         rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
         embedded = self.patch_embed(patchify(images, self.patch_size))
         linear = None

@@ -3,16 +3,19 @@
 import ctypes
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from detailflow import native
 from detailflow.generation import layers_replaced
 from detailflow.processor import has_amx
 
 KeyValue = tuple[Tensor, Tensor]  # (B, heads, T, width / heads) each
+POSITIONS = 512  # about as many go through all blocks at a time for two threads; with more threads more
+EPSILON = 1e-6  # of the norms
 
 
 class Sizes(ctypes.Structure):
@@ -22,7 +25,7 @@ class Sizes(ctypes.Structure):
 
 
 def can_run(blocks: nn.ModuleList, x: Tensor, home: str) -> bool:
-    """Return whether `run` would do what the blocks do to `x` (B, T, width) without gradients, and not slower.
+    """Return whether `run` does what the blocks do to `x` (B, T, width), as far as anybody has measured not slower.
 
     Args:
         blocks: of one kind and size.
@@ -31,21 +34,45 @@ def can_run(blocks: nn.ModuleList, x: Tensor, home: str) -> bool:
     """
     if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in native.TYPES or layers_replaced(blocks, home):
         return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+    if _observed(x):
         return False
     block: Any = blocks[0]
-    width, hidden = x.shape[-1], block.mlp.fc1.out_features
-    if width % 32 or hidden % 32 or width // block.attn.heads % 16 or isinstance(native.library(), str):
+    width, heads, hidden = x.shape[-1], block.attn.heads, block.mlp.fc1.out_features
+    found = native.library()
+    if width % 32 or hidden % 32 or width // heads % 16 or isinstance(found, str):
+        return False
+    if torch.get_num_threads() > 1 and not found.detailflow_has_threads():
         return False
     if x.dtype == torch.bfloat16 and has_amx() and native.instructions() != "AMX":
         return False  # PyTorch multiplies by AMX
-    weights = list(blocks.parameters())
+    if any((b.attn.heads, b.norm1.eps, b.norm2.eps) != (heads, EPSILON, EPSILON) for b in cast(Any, blocks)):
+        return False
     shapes = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,)]
     shapes += [(hidden, width), (hidden,), (width, hidden), (width,)]
-    plain = all(type(w) is nn.Parameter and w.dtype == x.dtype and w.is_contiguous() for w in weights)
-    return plain and [tuple(weight.shape) for weight in weights] == shapes * len(blocks)
+    weights = list(blocks.parameters())
+    return all(_plain(w, x.dtype) for w in weights) and [tuple(w.shape) for w in weights] == shapes * len(blocks)
 
 
+def _observed(x: Tensor) -> bool:
+    """Return whether PyTorch wants to know what is done to `x`: for gradients, autocast, programs, transforms."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    try:
+        x.data_ptr()
+    except RuntimeError:  # inside of `vmap` and others of torch.func
+        return True
+    return False
+
+
+def _plain(weight: Tensor, dtype: torch.dtype) -> bool:
+    if type(weight) is not nn.Parameter or weight.layout != torch.strided or weight.device.type != "cpu":
+        return False
+    return weight.dtype == dtype and weight.is_contiguous()
+
+
+@torch.no_grad()
 def run(
     blocks: nn.ModuleList,
     x: Tensor,
@@ -55,6 +82,8 @@ def run(
 ) -> tuple[Tensor, list[KeyValue]]:
     """Take `x` (B, T, width) through all blocks, without gradients, where `can_run`.
 
+    Some images go through all blocks at a time: what they leave stays in the caches, and Ctrl-C is seen between them.
+
     Args:
         blocks: of one kind and size.
         x: it is not changed.
@@ -63,32 +92,35 @@ def run(
         keep: also return each block's own keys and values.
     """
     first: Any = blocks[0]
-    found = native.library()
-    assert not isinstance(found, str)
     images, length, width = x.shape
-    heads = first.attn.heads
-    shape = len(blocks) * keep, 2, images, heads, length, width // heads
+    heads, threads = first.attn.heads, torch.get_num_threads()
+    shape = 2 * len(blocks) * keep, images, heads, length, width // heads
     own = torch.empty(shape, dtype=x.dtype, device="cpu")
     given = [tensor.to(x.dtype).contiguous() for tensor in chain.from_iterable(past or ())]
     if mask is not None:
         mask = mask.contiguous()
+    sizes = Sizes(width, len(blocks), heads, first.mlp.fc1.out_features)
+    weights = _addresses(list(blocks.parameters()), x.dtype)
     result = torch.empty(x.shape, dtype=torch.float32, device="cpu").copy_(x)
-    done = found.detailflow_transform(
-        ctypes.byref(Sizes(width, len(blocks), heads, first.mlp.fc1.out_features)),
-        int(x.dtype == torch.bfloat16),
-        _addresses(list(blocks.parameters()), x.dtype),
-        native.address(result, torch.float32),
-        images,
-        length,
-        _addresses(list(own.flatten(0, 1)), x.dtype),
-        _addresses(given, x.dtype),
-        given[0].shape[2] if given else 0,
-        None if mask is None else native.address(mask, torch.bool),
-        torch.get_num_threads(),
-    )
-    if not done:
-        raise MemoryError
-    return result.to(x.dtype), [(keys, values) for keys, values in own]
+    some = max(1, POSITIONS * max(1, threads // 2) // max(1, length))
+    for start in range(0, images, some):
+        part = slice(start, start + some)
+        done = cast(ctypes.CDLL, native.library()).detailflow_transform(
+            ctypes.byref(sizes),
+            int(x.dtype == torch.bfloat16),
+            weights,
+            native.address(result[part], torch.float32),
+            len(result[part]),
+            length,
+            _addresses([tensor[part] for tensor in own], x.dtype),
+            _addresses([tensor[part] for tensor in given], x.dtype),
+            given[0].shape[2] if given else 0,
+            None if mask is None else native.address(mask, torch.bool),
+            threads,
+        )
+        if not done:
+            raise MemoryError
+    return result.to(x.dtype), list(zip(own[::2], own[1::2], strict=True))
 
 
 def _addresses(tensors: Sequence[Tensor], dtype: torch.dtype) -> Any:

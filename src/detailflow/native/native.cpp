@@ -38,6 +38,14 @@ const char* detailflow_instructions() {
 #endif
 }
 
+int detailflow_has_threads() {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // Sequences of class `classes[i]`, `rows` of them; null if there is not enough memory.
 void* detailflow_begin(const Sizes* sizes, int bfloat16, const void* const* weights, const float* rotation,
                        const int64_t* classes, int rows, int threads) try {

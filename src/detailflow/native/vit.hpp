@@ -14,8 +14,6 @@ struct ViTSizes {  // as ViTConfig names them; Python fills the same structure
     int32_t width, depth, heads, hidden;
 };
 
-constexpr int POSITIONS = 512;  // about as many go through all blocks at a time, so that what they leave stays in the caches
-
 // y = (x − mean) / √(variance + 1e-6) · weight + bias, row by row.
 template <class T>
 void layer_norm(const float* x, const T* weight, const T* bias, int rows, int width, T* y, int threads) {
@@ -162,25 +160,21 @@ public:
         }
     }
 
-    // x += attention(norm(x)), x += MLP(norm(x)) in each block, for some images at a time.
+    // x += attention(norm(x)), x += MLP(norm(x)) in each block.
     void run(const Sequences& all) {
-        const int width = sizes.width, hidden = sizes.hidden, some = std::max(1, POSITIONS / all.length);
-        for (int first = 0; first < all.images; first += some) {
-            const int count = std::min(some, all.images - first), rows = count * all.length;
-            float* x = all.x + std::size_t(first) * all.length * width;
-            normed.resize(std::size_t(rows) * width), attended.resize(normed.size()), queries.resize(normed.size());
-            qkv.resize(3 * normed.size()), before.resize(std::size_t(rows) * hidden), after.resize(before.size());
-            for (int layer = 0; layer < sizes.depth; layer++) {
-                const Block& block = blocks[layer];
-                norm(x, block.norm1, rows);
-                product(normed.data(), rows, block.qkv.linear, qkv.data(), false, threads);
-                attention(all, layer, first, count);
-                add(x, block.proj, attended.data(), rows);
-                norm(x, block.norm2, rows);
-                product(normed.data(), rows, block.fc1.linear, before.data(), false, threads);
-                activate(block.fc1.bias, rows);
-                add(x, block.fc2, after.data(), rows);
-            }
+        const int rows = all.images * all.length;
+        normed.resize(std::size_t(rows) * sizes.width), attended.resize(normed.size()), queries.resize(normed.size());
+        qkv.resize(3 * normed.size()), before.resize(std::size_t(rows) * sizes.hidden), after.resize(before.size());
+        for (int layer = 0; layer < sizes.depth; layer++) {
+            const Block& block = blocks[layer];
+            norm(all.x, block.norm1, rows);
+            product(normed.data(), rows, block.qkv.linear, qkv.data(), false, threads);
+            attention(all, layer);
+            add(all.x, block.proj, attended.data(), rows);
+            norm(all.x, block.norm2, rows);
+            product(normed.data(), rows, block.fc1.linear, before.data(), false, threads);
+            activate(block.fc1.bias, rows);
+            add(all.x, block.fc2, after.data(), rows);
         }
     }
 
@@ -196,6 +190,7 @@ private:
     }
 
     void add(float* x, const Affine& affine, const T* from, int rows) const {  // x += from · Wᵀ + bias
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && std::size_t(rows) * sizes.width > FEWEST_NUMBERS)
         for (int m = 0; m < rows; m++)
             for (int i = 0; i < sizes.width; i += LANES) {
                 float* to = x + std::size_t(m) * sizes.width + i;
@@ -214,21 +209,21 @@ private:
             }
     }
 
-    // `count` images from the `first` on: qkv (count, length, 3, heads, size) → attended (count, length, heads, size).
-    void attention(const Sequences& all, int layer, int first, int count) {
+    // qkv (images, length, 3, heads, size) → attended (images, length, heads, size).
+    void attention(const Sequences& all, int layer) {
         const int length = all.length, heads = sizes.heads, width = sizes.width, size = width / heads;
         const int positions = all.past_length + length;
-        auto past = [&](int part) { return static_cast<const T*>(all.past[2 * layer + part]) + std::size_t(first) * all.past_length * width; };
+        auto past = [&](int part) { return static_cast<const T*>(all.past[2 * layer + part]); };
         auto own = [&](int part, Array<T>& here) {
-            if (all.own) return static_cast<T*>(all.own[2 * layer + part]) + std::size_t(first) * length * width;
+            if (all.own) return static_cast<T*>(all.own[2 * layer + part]);
             here.resize(attended.size());
             return here.data();
         };
         T *own_keys = own(0, keys), *own_values = own(1, values);
-        const bool several = threads > 1 && std::size_t(count) * length * positions * width > FEWEST_FOR_THREADS;
+        const bool several = threads > 1 && std::size_t(all.images) * length * positions * width > FEWEST_FOR_THREADS;
         std::vector<HeadAttention<T>> workers(several ? threads : 1, HeadAttention<T>(size, positions));
 #pragma omp parallel for schedule(static) num_threads(threads) if (several)
-        for (int both = 0; both < count * heads; both++) {
+        for (int both = 0; both < all.images * heads; both++) {
             const std::size_t at = std::size_t(both) * size, image = std::size_t(both / heads) * length * width;
             const int offset = both % heads * size;
             T *query = &queries[at * length], *key = own_keys + at * length, *value = own_values + at * length;
