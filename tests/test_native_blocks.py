@@ -245,6 +245,7 @@ def test_what_else_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch):
         assert run_blocks(blocks, x, native=True)[0].shape == x.shape
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:`torch.jit.script` is deprecated")
 def test_transforms_and_programs_see_all_operations(tokenizer: DetailFlowTokenizer):
     """Whole programs, exports, maps over images, and derivatives in forward mode."""
     quantized = tokenizer.quantizer.lookup(tokenizer.encode(images(2))).detach()
