@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from detailflow import DetailFlowTokenizer, native
+from detailflow.benchmark import by_pytorch
 from detailflow.errors import DetailFlowError
 from detailflow.models.layers import Block, ViTConfig, run_blocks
 from detailflow.models.tokenizer import TokenizerConfig
@@ -40,12 +41,6 @@ def blocks_of(config: ViTConfig) -> torch.nn.ModuleList:
         matrix = parameter.ndim == 2
         torch.nn.init.normal_(parameter, float(not matrix), config.width**-0.5 if matrix else 0.3)
     return blocks
-
-
-def by_pytorch(tokenizer: DetailFlowTokenizer) -> DetailFlowTokenizer:
-    result = copy.copy(tokenizer)
-    result.engine = "torch"
-    return result
 
 
 def images(count: int, side: int = 32) -> Tensor:

@@ -102,10 +102,12 @@ def run(
     sizes = Sizes(width, len(blocks), heads, first.mlp.fc1.out_features)
     weights = _addresses(list(blocks.parameters()), x.dtype)
     result = torch.empty(x.shape, dtype=torch.float32, device="cpu").copy_(x)
+    found = native.library()
+    assert not isinstance(found, str)
     some = max(1, POSITIONS * max(1, threads // 2) // max(1, length))
     for start in range(0, images, some):
         part = slice(start, start + some)
-        done = cast(ctypes.CDLL, native.library()).detailflow_transform(
+        done = found.detailflow_transform(
             ctypes.byref(sizes),
             int(x.dtype == torch.bfloat16),
             weights,

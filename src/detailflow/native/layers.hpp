@@ -165,6 +165,20 @@ template <class T> void rms_norm(const float* x, const T* weight, int rows, int 
     }
 }
 
+// scores → weights, e^(score − largest), 0 from `length` on up to `padded`, a multiple of LANES. Returns 1 / their sum.
+template <class F> float softmax(float* scores, int length, int padded, F* weights) {
+    for (int j = length; j < padded; j++) scores[j] = -INFINITY;
+    Vector top = splat(-INFINITY), total = {};
+    for (int j = 0; j < padded; j += LANES) top = max(top, load(scores + j));
+    const float most = largest(top);
+    for (int j = 0; j < padded; j += LANES) {
+        const Vector p = exp(load(scores + j) - most);
+        store(weights + j, p);
+        total += p;
+    }
+    return 1 / sum(total);
+}
+
 // out[q] = softmax(query q · keysᵀ / √size) · values for Q queries of one head.
 //   keys (size, length): positions side by side, so that a register holds the scores of many; values (length, size); those of the next
 //   head come next in memory and are fetched meanwhile
@@ -184,19 +198,7 @@ void attend(const float* queries, std::size_t query_stride, const T* keys, const
         for (int q = 0; q < Q; q++) store(scores + q * padded + j, acc[q] * scale);
     }
     float norm[Q];
-    for (int q = 0; q < Q; q++) {
-        float* row = scores + q * padded;
-        for (int j = visible; j < padded; j++) row[j] = -INFINITY;
-        Vector top = splat(-INFINITY), total = {};
-        for (int j = 0; j < padded; j += LANES) top = max(top, load(row + j));
-        const float most = largest(top);
-        for (int j = 0; j < padded; j += LANES) {
-            Vector p = exp(load(row + j) - most);
-            store(row + j, p);
-            total += p;
-        }
-        norm[q] = 1 / sum(total);
-    }
+    for (int q = 0; q < Q; q++) norm[q] = softmax(scores + q * padded, visible, padded, scores + q * padded);
     for (int d = 0; d < size; d += LANES) {
         Vector acc[Q] = {};
         for (int j = 0; j < visible; j++) {

@@ -21,6 +21,15 @@ struct Generation {  // one batch of images on its way
     }
 };
 
+// Call `use` with a number of the weights' type; 0 without memory.
+template <class Use> int by_type(int bfloat16, Use use) try {
+    if (bfloat16) use(BFloat16());
+    else use(float());
+    return 1;
+} catch (const std::bad_alloc&) {
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -91,30 +100,20 @@ int detailflow_advance(void* generation, int64_t* tokens, const double* noise, i
 }
 
 // y (rows, out) = x (rows, in) · weightᵀ (out, in); 0 without memory.
-int detailflow_product(int bfloat16, const void* x, int rows, const void* weight, int out, int in, float* y, int threads) try {
-    auto run = [&](auto number) {
+int detailflow_product(int bfloat16, const void* x, int rows, const void* weight, int out, int in, float* y, int threads) {
+    return by_type(bfloat16, [&](auto number) {
         using T = decltype(number);
         product(static_cast<const T*>(x), rows, Linear<T>{static_cast<const T*>(weight), out, in}, y, false, threads);
-    };
-    if (bfloat16) run(BFloat16());
-    else run(float());
-    return 1;
-} catch (const std::bad_alloc&) {
-    return 0;
+    });
 }
 
 // See `ViT::Sequences`; 0 without memory.
 int detailflow_transform(const ViTSizes* sizes, int bfloat16, const void* const* weights, float* x, int images, int length,
-                         void* const* own, const void* const* past, int past_length, const uint8_t* mask, int threads) try {
-    auto run = [&](auto number) {
+                         void* const* own, const void* const* past, int past_length, const uint8_t* mask, int threads) {
+    return by_type(bfloat16, [&](auto number) {
         using T = decltype(number);
         ViT<T>(*sizes, weights, threads).run({x, images, length, own, past, past_length, mask});
-    };
-    if (bfloat16) run(BFloat16());
-    else run(float());
-    return 1;
-} catch (const std::bad_alloc&) {
-    return 0;
+    });
 }
 
 void detailflow_end(void* generation) { delete static_cast<Generation*>(generation); }

@@ -76,10 +76,14 @@ inline Vector load(const BFloat16* from) {
     return (Vector)(__builtin_convertvector(halves, Bits) << 16);
 }
 
-inline void store(BFloat16* to, Vector value) {  // to the nearest, ties to even; NaN stays NaN
-    const Bits bits = (Bits)value, upper = bits >> 16;
-    const Bits rounded = (bits + 0x7fff + (upper & 1)) >> 16;
-    const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? upper | 64 : rounded, Halves);
+// The bits of floats, one or a vector of them → those of bfloat16: the nearest, ties to even; NaN stays NaN.
+template <class Number> inline Number rounded(Number bits) {
+    const Number upper = bits >> 16, nearest = (bits + 0x7fff + (upper & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? upper | 64 : nearest;
+}
+
+inline void store(BFloat16* to, Vector value) {
+    const Halves halves = __builtin_convertvector(rounded((Bits)value), Halves);
     std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -88,8 +92,7 @@ inline void store(float* to, float value) { *to = value; }
 inline void store(BFloat16* to, float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    const uint32_t upper = bits >> 16, rounded = (bits + 0x7fff + (upper & 1)) >> 16;
-    to->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? upper | 64 : rounded);
+    to->bits = uint16_t(rounded(bits));
 }
 
 // How many rows and outputs of a product are summed up at once: about as many as registers can hold.

@@ -93,9 +93,12 @@ public:
                 std::memcpy(&queries[q * size], converted(from + std::size_t(first + q) * size), size * sizeof(F));
             small_products<Q>(queries.data(), size, keys.data(), padded, size / E, scores.data());
             float norm[Q];
-            for (int q = 0; q < some; q++)
-                norm[q] = softmax(&scores[std::size_t(q) * padded], mask ? mask + std::size_t(first + q) * positions : nullptr,
-                                  &weights[std::size_t(q) * padded]);
+            for (int q = 0; q < some; q++) {
+                float* score = &scores[std::size_t(q) * padded];
+                for (int j = 0; mask && j < positions; j++)
+                    if (!mask[std::size_t(first + q) * positions + j]) score[j] = -INFINITY;
+                norm[q] = softmax(score, positions, padded, &weights[std::size_t(q) * padded]);
+            }
             small_products<Q>(weights.data(), padded, values.data(), size, padded / E, sums.data());
             for (int q = 0; q < some; q++)
                 for (int d = 0; d < size; d += LANES) store(out + (first + q) * stride + d, load(&sums[q * size + d]) * norm[q]);
@@ -108,22 +111,6 @@ private:
         if constexpr (std::is_same_v<T, F>) return numbers;
         for (int d = 0; d < size; d += LANES) store(&row[d], load(numbers + d));
         return row.data();
-    }
-
-    // scores → e^(score − largest), 0 beyond the last and where the mask is 0; returns 1 / their sum.
-    float softmax(float* score, const uint8_t* mask, F* to) const {
-        for (int j = 0; mask && j < positions; j++)
-            if (!mask[j]) score[j] = -INFINITY;
-        for (int j = positions; j < padded; j++) score[j] = -INFINITY;
-        Vector top = splat(-INFINITY), total = {};
-        for (int j = 0; j < padded; j += LANES) top = max(top, load(score + j));
-        const float most = largest(top);
-        for (int j = 0; j < padded; j += LANES) {
-            const Vector p = exp(load(score + j) - most);
-            store(to + j, p);
-            total += p;
-        }
-        return 1 / sum(total);
     }
 
     const int size, positions, padded;  // padded: a multiple of LANES; numbers beyond the positions are zeros
