@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from detailflow.errors import DetailFlowError, one_line, printable
+from detailflow.errors import DetailFlowError
+from detailflow.words import one_line, printable
 
 
 @pytest.mark.parametrize(

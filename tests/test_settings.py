@@ -19,8 +19,8 @@ from detailflow.settings import (
     flat,
     list_settings,
     parse_settings,
-    unknown,
 )
+from detailflow.words import unknown
 
 
 @dataclass(frozen=True)

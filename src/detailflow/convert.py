@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from detailflow import hub
-from detailflow.errors import DetailFlowError, os_errors, printable
+from detailflow.errors import DetailFlowError, os_errors
 from detailflow.files import check_regular, making, read_json, writing
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.loading import build
@@ -30,6 +30,7 @@ from detailflow.published import (
 )
 from detailflow.settings import parse_settings
 from detailflow.tensors import SHARD_SIZE, shard_bytes
+from detailflow.words import printable
 
 _log = logging.getLogger(__name__)
 LAYOUTS = ("detailflow", "published")

@@ -5,10 +5,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Control characters, which a terminal would obey, and those that change the direction of text.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from detailflow.words import also, printable
+
 _NUL = re.compile(".*embedded null (byte|character).*")  # what Python says before the system sees such a path
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 Errors = type[Exception] | tuple[type[Exception], ...]
 
@@ -66,25 +65,6 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(2)
 
 
-def printable(name: str) -> str:
-    """Return a name that is safe to print.
-
-    Bytes that are not UTF-8 become the replacement character, control characters their escape sequence, such as \\x1b.
-    """
-    name = _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", name)
-    return _CONTROLS.sub(_escaped, name)
-
-
-def one_line(text: str) -> str:
-    """Return what `printable` does, with newlines and tabs escaped, too: a line of a table."""
-    return re.sub("[\n\t]", _escaped, printable(text))
-
-
-def _escaped(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error message, to be part of a sentence."""
     text = str(error).strip()
@@ -108,18 +88,10 @@ def missing_package(what: str, package: str | None, instead: str = "", extra: st
     """
     get = f"install it with pip install 'detailflow[{extra}]' (from a clone: pip install '.[{extra}]')"
     as_a_whole = f"{what} needs the extra `{extra}`: {get}"
-    error = MissingPackageError(
-        f"{what} needs the package {package}: {get}{instead and ', '}{instead}" if package else as_a_whole
-    )
+    error = MissingPackageError(f"{what} needs the package {package}: {get}{also(instead)}" if package else as_a_whole)
     error.extra = extra
     return error
 
 
 class ReportedElsewhereError(DetailFlowError):
     """A `DetailFlowError` of another rank, which reports it: the command line prints nothing more."""
-
-
-def some_names(names: set[str]) -> str:
-    """Return the first few of many names, for a message."""
-    first = sorted(names)[:3]
-    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from detailflow.errors import DetailFlowError, os_errors, printable
+from detailflow.errors import DetailFlowError, os_errors
 from detailflow.plain_yaml import load_yaml
+from detailflow.words import printable
 
 if TYPE_CHECKING:
     from detailflow.distributed import World

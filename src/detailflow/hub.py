@@ -40,8 +40,9 @@ from detailflow.published import (
     model_folder,
 )
 from detailflow.runs import RUN_FILE, checkpoint_of, is_checkpoint, is_run, load_run, run_config, run_kind
-from detailflow.settings import checked, unknown
+from detailflow.settings import checked
 from detailflow.tensors import SHARD_SIZE, TENSOR_FILES, check_finite, read_tensors, writing_tensors
+from detailflow.words import unknown
 
 logger = logging.getLogger(__name__)
 

@@ -16,13 +16,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from detailflow.errors import DetailFlowError, os_errors, some_names
+from detailflow.errors import DetailFlowError, os_errors
 from detailflow.files import LARGEST_YAML, check_utf8, making, read_json, read_text, reading, replacing, sync
 from detailflow.labels import default_names
 from detailflow.plain_yaml import load_yaml
 from detailflow.published_names import tensor_names
 from detailflow.tensors import in_pieces, is_weights, write_torch
 from detailflow.torch_files import load_torch
+from detailflow.words import some_names
 
 Kind = Literal["tokenizer", "gpt"]
 Variant = Literal["ema", "model"]

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from detailflow.errors import DetailFlowError, MissingPackageError
+from detailflow.words import listed, unknown
 
 Config = TypeVar("Config")
 
@@ -292,24 +292,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def listed(names: Iterable[Any]) -> str:
-    """Return "a, b or c"."""
-    *others, last = map(str, names)
-    return f"{', '.join(others)} or {last}" if others else last
-
-
 def check_arguments(given: Iterable[str], known: Iterable[str]) -> None:
     """Raise a `TypeError` that names the first argument which is not known, as Python does for others."""
     for name in given:
         if name not in (names := list(known)):
             raise TypeError(unknown("argument", name, names, f"the arguments are {', '.join(names)}"))
-
-
-def unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
-    """Return the sentence for a word that is none of those known: the closest of them, or what to do `otherwise`."""
-    by_name = {name.strip("-"): name for name in known}
-    parts = {name.rpartition(".")[2]: name for name in reversed(by_name)}  # loop.steps is found by steps, too
-    close = get_close_matches(word.strip("-"), [*by_name, *(part for part in parts if part not in by_name)], n=1)
-    if not close:
-        return f"unknown {what} {word!r}: {otherwise}"
-    return f"unknown {what} {word!r}: did you mean {by_name.get(close[0]) or by_name[parts[close[0]]]}?"

@@ -18,7 +18,8 @@ from PIL.PngImagePlugin import PngImageFile
 
 from detailflow.data.image_files import _TURNS, image_size, image_suffixes, load_rgb, max_pixels, raster_formats, to_rgb
 from detailflow.data.source import why
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError
+from detailflow.words import printable
 
 QUARTER_TURN = 6  # the EXIF orientation of a phone held upright
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detailflow.cli.common import MODEL, Parser
-from detailflow.errors import one_line
 from detailflow.labels import ClassLabels, default_names
 from detailflow.settings import Location, parse_settings
+from detailflow.words import one_line
 
 
 def parser() -> Parser:

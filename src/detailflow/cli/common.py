@@ -14,7 +14,8 @@ from typing import Any, Literal, NoReturn, cast, get_args, get_origin
 
 from detailflow.errors import DetailFlowError, os_errors
 from detailflow.sampling import OFF, EngineName, SamplingConfig
-from detailflow.settings import Location, checked, list_settings, unknown
+from detailflow.settings import Location, checked, list_settings
+from detailflow.words import unknown
 
 Dtype = Literal["float32", "bfloat16", "float16"]  # names in torch, the default first
 DTYPES = get_args(Dtype)

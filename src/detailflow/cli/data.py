@@ -11,9 +11,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from detailflow.cli.common import SETS, Parser
-from detailflow.errors import DetailFlowError, one_line, printable
+from detailflow.errors import DetailFlowError
 from detailflow.progress import progress_bar
 from detailflow.settings import Location
+from detailflow.words import one_line, printable
 
 if TYPE_CHECKING:
     from detailflow.data.source import ImageSource

@@ -16,9 +16,10 @@ from detailflow.cli.common import (
     check_output,
     reader,
 )
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError
 from detailflow.sampling import SamplingConfig
-from detailflow.settings import BatchSize, Location, PositiveInt, Seed, unknown
+from detailflow.settings import BatchSize, Location, PositiveInt, Seed
+from detailflow.words import printable, unknown
 
 if TYPE_CHECKING:
     from detailflow.evaluation.evaluate import Context

@@ -14,8 +14,8 @@ from detailflow.cli.common import (
 )
 from detailflow.errors import DetailFlowError
 from detailflow.progress import PERCENT, progress_bar
-from detailflow.settings import BatchSize, PositiveInt, Seed, listed
-from detailflow.words import several
+from detailflow.settings import BatchSize, PositiveInt, Seed
+from detailflow.words import listed, several
 
 if TYPE_CHECKING:
     from detailflow.distributed import World

@@ -16,8 +16,8 @@ from importlib import import_module
 from types import FrameType
 
 from detailflow import __version__
-from detailflow.errors import DetailFlowError, DetailFlowWarning, ReportedElsewhereError, missing_package, printable
-from detailflow.settings import unknown
+from detailflow.errors import DetailFlowError, DetailFlowWarning, ReportedElsewhereError, missing_package
+from detailflow.words import printable, unknown
 
 COMMANDS = {  # each is the module of that name in this package, imported when asked for
     "generate": "make images of classes",

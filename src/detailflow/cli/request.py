@@ -10,18 +10,8 @@ from typing import Any, NamedTuple
 
 from detailflow.cli.common import Parser, add_device_option, check_apart, check_output, reader
 from detailflow.errors import DetailFlowError
-from detailflow.settings import (
-    Location,
-    Setting,
-    check_settings,
-    checked,
-    flat,
-    list_settings,
-    listed,
-    named,
-    parse_settings,
-    unknown,
-)
+from detailflow.settings import Location, Setting, check_settings, checked, flat, list_settings, named, parse_settings
+from detailflow.words import listed, unknown
 
 DRY_RUN = "--dry-run"
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -10,7 +10,8 @@ from typing import Any
 from detailflow.cli.common import Parser, add_device_option, check_apart, check_output
 from detailflow.cli.request import DRY_RUN, RECIPES, Request, read_request, read_settings_file, recipe_file
 from detailflow.errors import DetailFlowError, MissingPackageError, missing_package
-from detailflow.settings import Location, PositiveInt, flat, parse_settings, unknown
+from detailflow.settings import Location, PositiveInt, flat, parse_settings
+from detailflow.words import unknown
 
 AGAIN = "The same command goes on with a run that was interrupted."
 DATA = "a folder, with class subfolders or without, parquet, WebDataset, a save_to_disk folder, or a hub data set"

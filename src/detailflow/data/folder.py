@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from detailflow.data.image_files import image_suffixes
 from detailflow.data.source import MADE, Notes
-from detailflow.errors import DetailFlowError, explained, printable, some_names
+from detailflow.errors import DetailFlowError, explained
 from detailflow.pictures import is_made, is_overview
+from detailflow.words import printable, some_names
 
 MANY = (".parquet", ".tar")  # files of many images
 _METADATA = ("metadata.csv", "metadata.jsonl")

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image, features
 from PIL.TiffImagePlugin import TiffImageFile
 
-from detailflow.errors import DetailFlowError, explained, first_line, printable
+from detailflow.errors import DetailFlowError, explained, first_line
+from detailflow.words import printable
 
 MAX_PIXELS = 178_956_970  # beyond that Pillow, too, takes a file for an attack
 MAX_PIXELS_VARIABLE = "DETAILFLOW_MAX_PIXELS"  # reaches worker processes, however they are started

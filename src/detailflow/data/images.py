@@ -33,8 +33,9 @@ from detailflow.data.parquet import open_parquet
 from detailflow.data.source import ImageSource, Notes, class_order, labelled, not_there
 from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
-from detailflow.errors import DetailFlowError, DetailFlowWarning, explained, printable
+from detailflow.errors import DetailFlowError, DetailFlowWarning, explained
 from detailflow.progress import progress_bar
+from detailflow.words import printable
 
 _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -17,9 +17,10 @@ from detailflow.data.columns import ask_for_labels
 from detailflow.data.folder import DataFiles, within
 from detailflow.data.source import ImageSource, labelled
 from detailflow.data.tables import TableRows, check_names, import_datasets, mapped_column, require_columns
-from detailflow.errors import DetailFlowError, explained, some_names
+from detailflow.errors import DetailFlowError, explained
 from detailflow.files import writing
 from detailflow.progress import progress_bar
+from detailflow.words import some_names
 
 _EXPANDED = 256 * 2**20  # bytes that a row group or a file's images may always have
 _MOST_EXPANSION = 20  # and how many times its compressed size if it is larger

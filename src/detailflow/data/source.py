@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from detailflow.data.image_files import REMEDIES, image_size, load_rgb
-from detailflow.errors import DetailFlowError, NotThereError, explained, one_line, printable
+from detailflow.errors import DetailFlowError, NotThereError, explained
 from detailflow.files import check_regular, similar
 from detailflow.labels import UNLABELLED
-from detailflow.words import several
+from detailflow.words import one_line, printable, several
 
 _CLASSES_SHOWN, _NAMES_SHOWN, _KINDS_SHOWN = 10, 3, 6  # more are only counted
 _SIZES_READ = 256  # images whose headers are read for a summary

@@ -23,8 +23,9 @@ import numpy as np
 from detailflow.data.columns import ask_for_labels
 from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.source import ImageSource, labelled, not_there
-from detailflow.errors import DetailFlowError, MissingPackageError, explained, first_line, missing_package, printable
+from detailflow.errors import DetailFlowError, MissingPackageError, explained, first_line, missing_package
 from detailflow.files import read_text, similar
+from detailflow.words import printable
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=/)|[a-z]+::", re.IGNORECASE)
 _HUB_URL = re.compile(r"(?:zip://[^:]+::)?hf://[^:]+(?::[^:]+)?")  # a file on the hub, or one in an archive there

@@ -20,9 +20,9 @@ from detailflow.data.columns import ask_for_labels, parse_json, plain_name
 from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.image_files import REMEDIES, image_suffixes
 from detailflow.data.source import ImageSource, Notes, labelled
-from detailflow.errors import DetailFlowError, explained, some_names
+from detailflow.errors import DetailFlowError, explained
 from detailflow.progress import progress_bar
-from detailflow.words import several
+from detailflow.words import several, some_names
 
 _READERS = 8  # shards whose headers are read at once, for storage that answers slowly
 _LONGEST_NAME = 1024  # characters of a member's name, since every key takes the memory of the longest

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 from detailflow import hub
-from detailflow.errors import DetailFlowError, os_errors, printable
+from detailflow.errors import DetailFlowError, os_errors
 from detailflow.files import read_json, read_text, reading, replacing
 from detailflow.machine import device_name
 from detailflow.published import Kind
+from detailflow.words import printable
 
 JSON_FILE, MARKDOWN_FILE = "report.json", "report.md"
 ORIGIN = "## What this was computed from"  # a heading of every report

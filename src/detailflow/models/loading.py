@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from detailflow import hub_client
-from detailflow.errors import DetailFlowError, first_line, some_names
+from detailflow.errors import DetailFlowError, first_line
 from detailflow.published import KEYS
 from detailflow.settings import parse_settings
 from detailflow.tensors import WEIGHTS_FILE, check_finite, read_state_dict, read_tensors
 from detailflow.torch_files import load_torch
+from detailflow.words import some_names
 
 Network = TypeVar("Network", bound=nn.Module)
 

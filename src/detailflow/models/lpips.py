@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from detailflow.errors import DetailFlowError, missing_package
 from detailflow.models.loading import torch_weights
 from detailflow.torch_files import load_torch
+from detailflow.words import also
 
 SMALLEST_SIDE = 16  # whose last VGG map is one pixel
 VGG16_FILE = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -50,7 +51,7 @@ class LPIPS(nn.Module):
         except (KeyError, TypeError, RuntimeError):  # torch's error for another shape is the last
             raise DetailFlowError(
                 f"{_NEEDS} VGG-16's weights, which {weights or VGG16_FILE} does not hold: "
-                f"give torchvision's file, {VGG16_FILE}{instead and ', '}{instead}"
+                f"give torchvision's file, {VGG16_FILE}{also(instead)}"
             ) from None
         heads = _heads(instead) if load else [torch.ones(len(wanted[f"{i - 1}.bias"]), 1, 1) for i in MAPS]
         self.heads = nn.ParameterList(heads)
@@ -104,8 +105,7 @@ def _vgg16_weights(path: str | None, named: str, instead: str) -> dict[str, Tens
     except Exception as error:  # downloads and damaged files have many kinds
         what = f"and {path} cannot be read" if path else "which cannot be downloaded"
         raise DetailFlowError(
-            f"{_NEEDS} VGG-16's weights, {what}: get {VGG16_FILE} and give its path as {named}"
-            f"{instead and ', '}{instead}"
+            f"{_NEEDS} VGG-16's weights, {what}: get {VGG16_FILE} and give its path as {named}{also(instead)}"
         ) from error
 
 
@@ -120,5 +120,5 @@ def _heads(instead: str) -> list[Tensor]:
         return [stored[f"lin{i}.model.1.weight"][0] for i in range(len(MAPS))]
     except (DetailFlowError, KeyError) as error:
         raise DetailFlowError(
-            f"{_NEEDS} {path}, which this torchmetrics lacks: install another{instead and ', '}{instead}"
+            f"{_NEEDS} {path}, which this torchmetrics lacks: install another{also(instead)}"
         ) from error

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from detailflow import hub_client
 from detailflow.device import choose_device, choose_dtype
-from detailflow.errors import DetailFlowError, some_names
+from detailflow.errors import DetailFlowError
 from detailflow.models.layers import Block, ViTConfig, has_patches, initial_positions, patchify, resize_positions
 from detailflow.models.tokenizer import Encoder
 from detailflow.published import heads_of, layer_count
 from detailflow.published_names import vit_names
 from detailflow.settings import parse_settings
 from detailflow.tensors import TENSOR_FILES, read_headers, read_tensors
+from detailflow.words import some_names
 
 SIGLIP2 = "google/siglip2-so400m-patch16-naflex"
 _PREFIX = "vision_model."  # of the tower in a whole model; one that is saved alone has none

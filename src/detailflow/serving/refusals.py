@@ -10,8 +10,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from detailflow.errors import DetailFlowError, printable
+from detailflow.errors import DetailFlowError
 from detailflow.serving.batcher import ClosingError, ComputingError, QueueFullError
+from detailflow.words import printable
 
 LONGEST = 100  # characters of what a client gave, in messages
 FILE_ADVICE = "send what the file contains, as curl -F image=@photo.png does, with @"

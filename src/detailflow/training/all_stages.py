@@ -16,7 +16,7 @@ from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.published import CONFIG_FILE
 from detailflow.runs import KNOWN_BY, newest_step
-from detailflow.training.checkpoints import of_loop, run_folder
+from detailflow.training.checkpoints import not_trained_there, of_loop, run_folder
 from detailflow.training.extract import extract
 from detailflow.training.gpt import train_gpt
 from detailflow.training.inputs import difference, images_input
@@ -152,7 +152,7 @@ def _check_folder(wanted: AllStages, output: Path, source: ImageSource) -> None:
             "its models there), or give it the same again"
         )
     if (output / "gpt" / CONFIG_FILE).is_file() and not run_folder(output / "gpt").read():
-        raise DetailFlowError(f"{output / 'gpt'} holds a model that was not trained there: choose another folder")
+        raise DetailFlowError(f"{not_trained_there(output / 'gpt')}: choose another folder")
     _check_start(wanted, output)
 
 
@@ -163,7 +163,7 @@ def _check_start(wanted: AllStages, output: Path) -> None:
     start = run_folder(output / "gpt").read().get("init")
     begun = f"{output} holds a run that was begun with --init {start}, whose tokenizer stays as it is"
     if not start:  # it came no further
-        begun = f"{output / 'tokenizer'} holds a model that was not trained there"
+        begun = not_trained_there(output / "tokenizer")
     if not wanted.init:
         raise DetailFlowError(f"{begun}: give --init {start or 'with that model'}, or choose another folder")
     if wanted.finetune_decoder:

@@ -33,7 +33,7 @@ from detailflow.runs import (
 )
 from detailflow.tensors import INDEX_FILE, WEIGHTS_FILE, save_torch
 from detailflow.training.inputs import Input, difference
-from detailflow.training.page import CAPTIONS, CURVES_FILE, REPORT_FILE
+from detailflow.training.stage_report import CAPTIONS, CURVES_FILE, REPORT_FILE
 from detailflow.training.tracking import HISTORY_FILE
 
 _log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def reserve_run(
                     "again"
                 )
     elif finished:
-        raise DetailFlowError(f"{output} holds a model that was not trained there: choose another folder")
+        raise DetailFlowError(f"{not_trained_there(output)}: choose another folder")
     else:
         folder.require_free(OVERWRITTEN)
         _require_no_images(output)
@@ -160,6 +160,11 @@ def _require_no_images(output: Path) -> None:
 def _more_patience(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     before, now = of_loop(recorded, "patience"), of_loop(settings, "patience")
     return before > 0 and (now == 0 or now > before)
+
+
+def not_trained_there(folder: Path) -> str:
+    """Say, as the beginning of a message, that no training wrote the model of a folder."""
+    return f"{folder} holds a model that was not trained there"
 
 
 def of_loop(settings: Mapping[str, Any], name: str) -> int:

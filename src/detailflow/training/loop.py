@@ -40,7 +40,7 @@ from detailflow.training.checkpoints import (
 )
 from detailflow.training.config import LoopConfig
 from detailflow.training.inputs import Input
-from detailflow.training.page import TITLES, write_report
+from detailflow.training.stage_report import TITLES, write_report
 from detailflow.training.tracking import Trackers, read_history
 
 _log = logging.getLogger(__name__)

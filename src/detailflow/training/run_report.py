@@ -20,7 +20,7 @@ from torch import Tensor
 from detailflow.data.source import ImageSource, describe_amount, spread
 from detailflow.data.tokens import TokenStore
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowWarning, first_line, printable
+from detailflow.errors import DetailFlowWarning, first_line
 from detailflow.files import writing
 from detailflow.labels import ClassId
 from detailflow.pipeline import (
@@ -37,7 +37,6 @@ from detailflow.runs import BEST, checkpoints, step_of
 from detailflow.training.checkpoints import of_loop, run_folder
 from detailflow.training.extract import image_names
 from detailflow.training.nearest import Neighbours, embed_images, find_nearest, load_embedding, readable, verdict
-from detailflow.training.page import TITLES, command_line, curve_png
 from detailflow.training.presets import load_settings, preset_of
 from detailflow.training.run_report_text import (
     GPT,
@@ -48,8 +47,9 @@ from detailflow.training.run_report_text import (
     uses,
     with_options,
 )
+from detailflow.training.stage_report import TITLES, command_line, curve_png
 from detailflow.training.tracking import Record, read_history
-from detailflow.words import several
+from detailflow.words import printable, several
 
 _log = logging.getLogger(__name__)
 PAGE_FILE, TEMPLATE = "report.html", "run_report.jinja"

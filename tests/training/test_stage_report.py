@@ -10,7 +10,7 @@ from PIL import Image
 
 from detailflow.cli.main import main
 from detailflow.training import loop
-from detailflow.training.page import command_line, draw_curves, write_report
+from detailflow.training.stage_report import command_line, draw_curves, write_report
 from detailflow.training.tracking import read_history
 
 

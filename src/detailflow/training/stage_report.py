@@ -1,4 +1,4 @@
-"""The page that a finished run leaves in its folder: figures, curves, pictures and the command."""
+"""The report that each stage of training leaves in its folder, report.md: figures, curves, pictures and the command."""
 
 import io
 import math
@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from detailflow.errors import printable
 from detailflow.files import writing
 from detailflow.pictures import write_png
 from detailflow.training.tracking import Record
+from detailflow.words import printable
 
 REPORT_FILE, CURVES_FILE = "report.md", "curves.png"
 ACROSS = 3  # panels of the curves
