@@ -189,7 +189,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "naive",
         "generate, torch",
         "generate, native",
-        *("other", "stream", "decode, torch", "decode, native", "encode, torch", "encode, native"),
+        *("other", "stream, native", "decode, torch", "decode, native", "encode, torch", "encode, native"),
     ] * 4
     ours = [r for r in report["rows"] if r["what"] != "other"]
     assert {(r["dtype"], r["images"]) for r in ours} == {(d, b) for d in ("float32", "bfloat16") for b in (1, 2)}
