@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from detailflow import DetailFlowGPT, DetailFlowTokenizer
@@ -28,6 +29,7 @@ from detailflow.training.gpt import GPTStage
 from detailflow.training.plan import (
     AUXILIARY,
     FROZEN,
+    STAYING,
     TRAINED,
     Expected,
     Network,
@@ -140,6 +142,26 @@ def test_a_tokenizer_costs_what_is_known_of_it(cifar: Path):
     corrected = plan_tokenizer(replace(config, correction_share=1.0), World())
     assert 1.3 * plan.operations < corrected.operations < 2 * plan.operations
     assert corrected.costs.peak > 1.3 * plan.costs.peak
+
+
+@pytest.mark.parametrize("settings", [{"muon": 1e-3}, {"freeze": "encoder"}, {"adversarial": 0.0}], ids=str)
+def test_what_a_run_keeps_is_what_it_has_learnt_with(cifar: Path, tmp_path: Path, settings: dict[str, Any]):
+    """Gradients of what is trained alone, and averages as its optimisers have them: a checkpoint is as large."""
+    if "freeze" in settings:
+        DetailFlowTokenizer(SIZES).save_pretrained(tmp_path)
+        settings = settings | {"init": str(tmp_path)}
+    loop = replace(LOOP, precision="fp32")
+    config = TokenizerTraining(str(cifar), SIZES, loop, **{"adversarial_from": 0.0, **settings})
+    plan = plan_tokenizer(config, World())
+    stage = TokenizerStage(config, open_images(cifar), Path("nowhere"), CPU, "plan")
+    stage.step(99, next(stage.batches(0)), 1e-3)
+    kept = sum(tensor.nbytes for tensor in tree_leaves(stage.state()) if isinstance(tensor, torch.Tensor))
+    assert plan.checkpoint_bytes == pytest.approx(kept, rel=0.02)  # a few weights never get gradients
+    trained = [weight for weight in stage.updater.parameters() if weight.requires_grad]
+    trained += list(stage.adversary.updater.parameters()) if stage.adversary else []
+    assert plan.memory["gradients"] == 4 * sum(weight.numel() for weight in trained)
+    roles = {network.name: network.role for network in plan.networks}
+    assert (roles["encoder"], roles["quantizer"]) == (STAYING if "freeze" in settings else TRAINED,) * 2
 
 
 def test_an_adversary_costs_its_share_of_the_steps(cifar: Path):
@@ -259,13 +281,13 @@ def test_a_teacher_has_its_own_size(tower: Path):
 def of(loop: LoopConfig = LOOP, world: int = 1, ema: bool = False) -> Plan:
     """Networks of 1,000 weights that are trained, 100 thrown away and 10 frozen."""
     networks = (Network("a", TRAINED, 1000, 4000), Network("b", AUXILIARY, 100, 400), Network("c", FROZEN, 10, 20))
-    return Plan("a test", loop, 2.0, 8, networks, world, StepCosts(500.0, 500.0, 6000, 100.0, 4700), ema=ema)
+    return Plan("a test", loop, 2.0, 8, networks, world, StepCosts(500.0, 500.0, 6000, 100.0, 4700, 8 * 1100), ema=ema)
 
 
 def test_sums():
     plan = of()
     assert plan.operations == 500 and plan.checkpoint_bytes == 12 * 1100
-    assert plan.memory == {"weights": 4400, "gradients": 4400, "Adam's averages": 8800, "frozen weights": 20}
+    assert plan.memory == {"weights": 4400, "gradients": 4400, "the optimiser's averages": 8800, "frozen weights": 20}
     assert plan.activations(False) == 2000 and plan.activations(True) == 700
     assert plan.seconds(1000.0, 0.5) == 100 * 500 / 500
 

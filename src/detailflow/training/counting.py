@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from detailflow.distributed import World
 from detailflow.models import layers
 from detailflow.training.config import LoopConfig
-from detailflow.training.optimizer import recompute_activations
+from detailflow.training.optimizer import Updater, recompute_activations
 
 Stage = TypeVar("Stage")
 TRIED_STEPS = 3
@@ -53,6 +53,7 @@ class StepCosts(NamedTuple):
         peak: bytes that the last step takes at most, besides weights, averages and the optimiser's state.
         recomputed: further operations with `checkpoint_activations`.
         peak_recomputed: `peak` with `checkpoint_activations`.
+        averages: bytes of the optimisers' state.
     """
 
     first: float
@@ -60,6 +61,7 @@ class StepCosts(NamedTuple):
     peak: float = 0.0
     recomputed: float = 0.0
     peak_recomputed: float = 0.0
+    averages: float = 0.0
 
 
 class Counter(TorchDispatchMode):
@@ -135,17 +137,23 @@ def count_steps(
         stage: Any = made
         last_step = stage.config.loop.steps - 1
         adversary = getattr(stage, "adversary", None)
-        for updater in (stage.updater, *([adversary.updater] if adversary else [])):  # so that their state is there
-            for weight in updater.parameters():
-                weight.grad = torch.zeros_like(weight)
-            for optimizer in updater.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+        averages = sum(map(_take_step, (stage.updater, *([adversary.updater] if adversary else []))))
         first, _ = counter.of(lambda: stage.step(0, batch, 0.0))
         last, peak = counter.of(lambda: stage.step(last_step, batch, 0.0))
         recompute_activations(stage.blocks)
         recomputed, peak_recomputed = counter.of(lambda: stage.step(last_step, batch, 0.0))
-        return StepCosts(first, last, peak, recomputed - last, peak_recomputed), made
+        return StepCosts(first, last, peak, recomputed - last, peak_recomputed, averages), made
+
+
+def _take_step(updater: Updater) -> int:
+    """Take a step, so that the optimisers have their state; return its bytes."""
+    for weight in updater.parameters():
+        weight.grad = torch.zeros_like(weight)
+    for optimizer in updater.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    states = tree_leaves([list(optimizer.state.values()) for optimizer in updater.optimizers])
+    return sum(value.nbytes for value in states if isinstance(value, Tensor))
 
 
 def of_one_rank(loop: LoopConfig, world: World) -> LoopConfig:

@@ -70,8 +70,10 @@ def networks_of(stage: TokenizerStage | GPTStage) -> list[Network]:
         ]
     if isinstance(stage, GPTStage):
         return [network("AR model", TRAINED, stage.model.parameters())]
-    parts = {name: getattr(stage.model, name) for name in ("encoder", "quantizer", "decoder")}
-    networks = [network(name, TRAINED, part.parameters()) for name, part in parts.items()]
+    networks = []
+    for name in ("encoder", "quantizer", "decoder"):
+        weights = list(getattr(stage.model, name).parameters())
+        networks.append(network(name, TRAINED if weights[0].requires_grad else STAYING, weights))
     if stage.networks.head is not None:
         networks.append(network("head of the alignment", AUXILIARY, stage.networks.head.parameters()))
     names: dict[type, str] = {SigLIP2: "SigLIP2", FeatureNetwork: "classifier", LPIPS: "VGG-16 (LPIPS)"}
@@ -141,7 +143,8 @@ class Plan:
         weights = self.parameters(TRAINED, AUXILIARY)
         sharded = self.loop.shard and self.world_size > 1
         own = weights / self.world_size if sharded else weights
-        parts = {"weights": 4 * own, "gradients": 4 * own, "Adam's averages": 8 * own}
+        parts = {"weights": 4 * own, "gradients": 4 * own}
+        parts["the optimiser's averages"] = self.costs.averages / (self.world_size if sharded else 1)
         if self.ema:
             parts["average of the weights"] = 4 * own
         if self.world_size > 1 and not sharded:
@@ -152,9 +155,9 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Bytes of one checkpoint: weights, Adam's averages and the moving average."""
+        """Bytes of one checkpoint: weights, their moving average, and the optimiser's averages."""
         copies = 2 if self.ema else 1
-        return (16 if self.ema else 12) * self.parameters(TRAINED, AUXILIARY) + 4 * copies * self.parameters(STAYING)
+        return 4 * copies * self.parameters(TRAINED, AUXILIARY, STAYING) + self.costs.averages
 
     @property
     def kept(self) -> int:
