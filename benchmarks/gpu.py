@@ -72,13 +72,13 @@ def generation(options: Options, emit: Emit, model: str) -> None:
     """Time whole images and the decoder by every engine, at each batch size, in turns."""
     import torch
 
-    from detailflow.benchmark import RecomputingGPT, decoding_cost, generation_costs
-    from detailflow.generation import CachedModel
-    from detailflow.graphs import GraphedModel
+    from detailflow.benchmark import UncachedEngine, decoding_cost, generation_costs
+    from detailflow.generation import TorchEngine
+    from detailflow.graphs import GraphEngine
     from detailflow.labels import ClassId
     from detailflow.machine import measure_ceilings
 
-    class UnfusedModel(GraphedModel):
+    class UnfusedModel(GraphEngine):
         """The same without kernels: captured steps that are PyTorch's own."""
 
         fused = False
@@ -97,11 +97,11 @@ def generation(options: Options, emit: Emit, model: str) -> None:
             return tokenizer.decode_bytes(tokens_of(gpt, labels, engine))
 
         cases: dict[str, Callable[[], object]] = {
-            "naive": partial(images, RecomputingGPT),
-            "PyTorch": partial(images, CachedModel),
-            "graphs": partial(images, GraphedModel),
+            "naive": partial(images, UncachedEngine),
+            "PyTorch": partial(images, TorchEngine),
+            "graphs": partial(images, GraphEngine),
             "graphs, PyTorch's kernels": partial(images, UnfusedModel),
-            "tokens alone, graphs": partial(tokens_of, gpt, labels, GraphedModel),
+            "tokens alone, graphs": partial(tokens_of, gpt, labels, GraphEngine),
             "tokens alone, graphs, PyTorch's kernels": partial(tokens_of, gpt, labels, UnfusedModel),
             "pipeline, to PIL images": partial(pipe, labels, batch_size=batch),
             "decode, checked": partial(tokenizer.decode, codes),
@@ -166,7 +166,7 @@ def in_turns(cases: dict[str, Callable[[], object]], device: Any, repeats: int) 
 
 def compiled_generation(options: Options, emit: Emit) -> None:
     """Time `pipe.compile(batch)`: fused kernels, captured."""
-    from detailflow.graphs import GraphedModel
+    from detailflow.graphs import GraphEngine
 
     pipe = load_pipeline(options, "detailflow-16")
     for batch in (1, 2) if options.small else (1, 128):
@@ -175,7 +175,7 @@ def compiled_generation(options: Options, emit: Emit) -> None:
             pipe.compile(batch)
 
         def images(labels: Sequence[int] = labels) -> object:
-            return pipe.tokenizer.decode_bytes(tokens_of(pipe.gpt, labels, GraphedModel))
+            return pipe.tokenizer.decode_bytes(tokens_of(pipe.gpt, labels, GraphEngine))
 
         start = time.perf_counter()
         images()

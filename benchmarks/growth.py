@@ -13,9 +13,9 @@ from statistics import median
 
 import torch
 
-from detailflow.benchmark import Case, RecomputingGPT, generation_costs, time_in_turns
+from detailflow.benchmark import Case, UncachedEngine, generation_costs, time_in_turns
 from detailflow.device import choose_device
-from detailflow.generation import CachedModel
+from detailflow.generation import TorchEngine
 from detailflow.machine import measure_ceilings
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 
@@ -29,7 +29,7 @@ def build(device: torch.device, dtype: torch.dtype, **sizes: int) -> DetailFlowG
     return DetailFlowGPT(config).to(device, dtype).eval()
 
 
-def a_step(gpt: DetailFlowGPT, start: int, kind: type[CachedModel] | type[RecomputingGPT]) -> Callable[[], object]:
+def a_step(gpt: DetailFlowGPT, start: int, kind: type[TorchEngine] | type[UncachedEngine]) -> Callable[[], object]:
     """Return the step that writes the group at `start`; earlier tokens are zeros, which cost the same."""
     state = kind(gpt, torch.zeros(1, dtype=torch.int64, device=gpt.device), guided=True)
     tokens = torch.zeros(1, gpt.config.num_tokens, dtype=torch.int64, device=gpt.device)
@@ -69,10 +69,10 @@ def main() -> None:
     widths = [(f"width {w}", 1, {"width": w, "heads": w // 64}) for w in (256, 512, 768, 1024)]
     generations("all tokens of one image, by width", widths)
     gpt = build(device, dtype, num_tokens=512)
-    for kind, expected in ((CachedModel, lambda start: 1.0), (RecomputingGPT, lambda start: start + 8.0)):
+    for kind, expected in ((TorchEngine, lambda start: 1.0), (UncachedEngine, lambda start: start + 8.0)):
         starts = (8, 64, 128, 256, 504)
         measured = time_in_turns({f"after {s}": Case(a_step(gpt, s, kind)) for s in starts}, device, args.repeats)
-        name = "with the cache" if kind is CachedModel else "without a cache"
+        name = "with the cache" if kind is TorchEngine else "without a cache"
         table(
             f"one step of 8 tokens, {name}",
             [(f"after {s}", median(measured[f"after {s}"].seconds), expected(s)) for s in starts],

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detailflow import DetailFlowGPT, GPTConfig, SamplingConfig, kernels
-from detailflow.generation import CachedModel
+from detailflow.generation import TorchEngine
 from detailflow.graphs import Decoding, capture
-from detailflow.kernels import FusedModel, Launch, Tiles
+from detailflow.kernels import Launch, Tiles, TritonEngine
 from detailflow.models.gpt import rotate
 
 DEVICE = torch.device("cuda")
@@ -84,7 +84,7 @@ def load(depth: int, dtype: torch.dtype = torch.bfloat16) -> DetailFlowGPT:
     return model.eval().to(dtype)
 
 
-def engine(kind: type[CachedModel], model: DetailFlowGPT, images: int, guided: bool = True) -> Any:
+def engine(kind: type[TorchEngine], model: DetailFlowGPT, images: int, guided: bool = True) -> Any:
     """Begin a batch, with random keys and values in the cache."""
     made = kind(model, torch.arange(images, device=DEVICE), guided)
     torch.manual_seed(1)
@@ -120,7 +120,7 @@ def check() -> None:
         (8, True, 120, 128),
     ):
         fused, reference = (
-            engine(kind, network, images, guided) for kind, network in ((FusedModel, model), (CachedModel, exact))
+            engine(kind, network, images, guided) for kind, network in ((TritonEngine, model), (TorchEngine, exact))
         )
         rows = len(fused.class_ids) * (end - start)
         try:
@@ -171,7 +171,7 @@ def check_model() -> None:
     model = load(GPT_L.depth)
     tokens = torch.randint(GPT_L.codebook_size, (1, 128), device=DEVICE)
     exact = load(GPT_L.depth, torch.float32)
-    kinds = {"float32": (CachedModel, exact), "PyTorch": (CachedModel, model), "kernels": (FusedModel, model)}
+    kinds = {"float32": (TorchEngine, exact), "PyTorch": (TorchEngine, model), "kernels": (TritonEngine, model)}
     logits = {}
     for name, (kind, network) in kinds.items():
         run = kind(network, torch.zeros(1, dtype=torch.int64, device=DEVICE), True)
@@ -188,7 +188,7 @@ def compile_share(worker: int) -> None:
     """Compile every `WORKERS`th setting, into Triton's cache on this machine."""
     Some.compile, kernels.Launch = True, Some
     model = load(1)
-    begun = {rows: FusedModel(model, torch.arange(ROWS[rows][0], device=DEVICE), True) for rows in ROWS}
+    begun = {rows: TritonEngine(model, torch.arange(ROWS[rows][0], device=DEVICE), True) for rows in ROWS}
     given = dict(kernels.TILES)
     for (name, rows), tiles in settings()[worker::WORKERS]:
         Some.only = name
@@ -201,7 +201,7 @@ def compile_share(worker: int) -> None:
 
 
 @torch.inference_mode()
-def launch_all(fused: FusedModel, rows: int) -> None:
+def launch_all(fused: TritonEngine, rows: int) -> None:
     _, start, end = ROWS[rows]
     embedded = torch.zeros(rows, fused.model.config.width, dtype=torch.bfloat16, device=DEVICE)
     fused.run(embedded, start, end)
@@ -233,7 +233,7 @@ def tune(seconds: float, workers: Sequence["subprocess.Popen[str]"]) -> dict[tup
     weights |= dict(down=config.width * config.hidden, head=config.width * config.codebook_size)
     best: dict[tuple[str, int], Tiles] = {}
     for rows in ROWS:
-        fused = engine(FusedModel, model, ROWS[rows][0])
+        fused = engine(TritonEngine, model, ROWS[rows][0])
         for name in NAMES:
             times = {}
             for tiles in (tiles for key, tiles in settings() if key == (name, rows)):
@@ -289,7 +289,7 @@ def await_compiled(workers: Sequence["subprocess.Popen[str]"], seconds: float) -
 
 
 @torch.inference_mode()
-def graphed(fused: FusedModel, rows: int, only: str | None = None) -> float:
+def graphed(fused: TritonEngine, rows: int, only: str | None = None) -> float:
     """Return the µs of a step, or of the calls of one of its kernels, from a graph."""
     Some.only = only
     (replay,) = capture([lambda: launch_all(fused, rows)], DEVICE)

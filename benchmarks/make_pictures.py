@@ -111,7 +111,7 @@ def stack(pictures: list[Image.Image]) -> Image.Image:
 
 def masks(schedule: TokenSchedule) -> Figure:
     """Plot the attention masks of the encoder and of the AR model: a row attends to the dark columns."""
-    n, c, g = schedule.num_tokens, schedule.prefix, schedule.group_size
+    n, c, g = schedule.num_tokens, schedule.num_causal, schedule.group_size
     patches = (schedule.image_size // schedule.patch_size) ** 2
     own = schedule.attention_mask(n)
     encoder = torch.zeros(patches + n, patches + n, dtype=torch.bool)

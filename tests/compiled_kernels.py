@@ -35,6 +35,6 @@ for capability in map(int, sys.argv[1:]):  # it also numbers the device
     )
     driver.set_active(SimpleNamespace(**given))
     for images, start, end in ((1, 0, 1), (2, 8, 16)):
-        kernels.FusedModel(gpt, torch.zeros(images, dtype=torch.int64), True).step(
+        kernels.TritonEngine(gpt, torch.zeros(images, dtype=torch.int64), True).step(
             torch.zeros(images, 128, dtype=torch.int64), start, end
         )

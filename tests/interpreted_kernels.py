@@ -9,9 +9,9 @@ from torch import Tensor
 
 from detailflow import DetailFlowGPT, GPTConfig, kernels
 from detailflow import graphs as graphs_module
-from detailflow.generation import CachedModel
+from detailflow.generation import TorchEngine
 from detailflow.graphs import Decoding
-from detailflow.kernels import FusedModel
+from detailflow.kernels import TritonEngine
 
 TINY = Path(__file__).parent / "parity" / "tiny-32"
 RECORDED = load_file(TINY / "recorded.safetensors")
@@ -28,7 +28,7 @@ def model(dtype: torch.dtype = torch.float32, config: GPTConfig = CONFIG) -> Det
     return made.to(torch.bfloat16).to(dtype)
 
 
-def begun(kind: type[CachedModel], network: DetailFlowGPT, images: int, guided: bool, known: int) -> CachedModel:
+def begun(kind: type[TorchEngine], network: DetailFlowGPT, images: int, guided: bool, known: int) -> TorchEngine:
     """Begin a batch with a prefix, which PyTorch's prefill puts into the cache."""
     made = kind(network, torch.arange(images) % 10, guided)
     if known:
@@ -55,7 +55,7 @@ def tokens(images: int) -> Tensor:
 )
 def test_a_step(images: int, guided: bool, start: int, end: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "MOST", 80)
-    fused, expected = (begun(kind, model(), images, guided, start) for kind in (FusedModel, CachedModel))
+    fused, expected = (begun(kind, model(), images, guided, start) for kind in (TritonEngine, TorchEngine))
     found = fused.step(tokens(images), start, end)
     torch.testing.assert_close(found, expected.step(tokens(images), start, end), atol=2e-5, rtol=2e-5)
     for ours, theirs in zip(fused.caches, expected.caches, strict=True):
@@ -77,7 +77,7 @@ def test_other_sizes(sizes: dict[str, int], start: int):
     config = GPTConfig(0, **(dict(depth=1, codebook_size=32) | sizes))  # type: ignore[arg-type]
     network, end = model(config=config), start + config.group_size
     ids = torch.randint(32, (1, config.num_tokens), generator=torch.Generator().manual_seed(1))
-    fused, expected = (kind(network, torch.tensor([0]), False) for kind in (FusedModel, CachedModel))
+    fused, expected = (kind(network, torch.tensor([0]), False) for kind in (TritonEngine, TorchEngine))
     for one in (fused, expected) if start else ():
         one.prefill(ids, start)
     found = fused.step(ids, start, end)
@@ -86,8 +86,8 @@ def test_other_sizes(sizes: dict[str, int], start: int):
 
 def test_bfloat16():
     """As near to float32 as PyTorch's, but for the interpreter, which rounds towards zero."""
-    networks = {FusedModel: torch.bfloat16, CachedModel: torch.bfloat16}
-    exact = begun(CachedModel, model(), 2, True, 8).step(tokens(2), 8, 16)
+    networks = {TritonEngine: torch.bfloat16, TorchEngine: torch.bfloat16}
+    exact = begun(TorchEngine, model(), 2, True, 8).step(tokens(2), 8, 16)
     errors = [
         (begun(kind, model(dtype), 2, True, 8).step(tokens(2), 8, 16).float() - exact).square().mean().sqrt().item()
         for kind, dtype in networks.items()
@@ -114,7 +114,7 @@ def test_recorded_tokens(monkeypatch: pytest.MonkeyPatch):
     ids = gpt.generate(RECORDED["gpt.class_ids"].long(), temperature=0.0, guidance_scale=1.5)
     assert (ids == RECORDED["gpt.greedy.cfg1.5"].long()).float().mean() >= 0.99
     program = next(iter(gpt.graphs._programs.values()))[0]
-    assert isinstance(program, Decoding) and isinstance(program.engine, FusedModel)
+    assert isinstance(program, Decoding) and isinstance(program.engine, TritonEngine)
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -124,7 +124,7 @@ def test_captured_or_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "why_not", lambda _: None)
     monkeypatch.setattr("detailflow.native.why_not", lambda _: "not here")
     taken: list[int] = []
-    monkeypatch.setattr(FusedModel, "run", lambda *a, run=FusedModel.run: [taken.append(a[2]), run(*a)][1])
+    monkeypatch.setattr(TritonEngine, "run", lambda *a, run=TritonEngine.run: [taken.append(a[2]), run(*a)][1])
     gpt, tokens = model(torch.bfloat16), []
     for _ in range(2):
         seeds = [torch.Generator().manual_seed(5)]

@@ -14,7 +14,7 @@ from detailflow import DetailFlowPipeline, benchmark, machine, native
 from detailflow.accuracy import differences
 from detailflow.cli.main import main
 from detailflow.errors import DetailFlowError
-from detailflow.generation import CachedModel, generate, image_generator
+from detailflow.generation import TorchEngine, generate, image_generator
 
 
 def matrices(pipeline: DetailFlowPipeline, *prefixes: str) -> int:
@@ -102,19 +102,19 @@ def test_the_limit_counts_what_the_machine_can_do_in_any_way(monkeypatch: pytest
 
 def test_the_naive_loop_makes_the_same_tokens(pipeline: DetailFlowPipeline):
     gpt, classes = pipeline.gpt, [0, 3, 4]
-    naive = list(benchmark.stream(gpt, classes, 5, benchmark.RecomputingGPT))
+    naive = list(benchmark.stream(gpt, classes, 5, benchmark.UncachedEngine))
     cached = list(benchmark.stream(gpt, classes, 5))
     assert len(naive) == len(cached) == len(gpt.schedule.steps)
     assert all(map(torch.equal, cached, naive))
     generators = [image_generator(5, i) for i in range(3)]
     assert torch.equal(gpt.generate(torch.tensor(classes), generator=generators), cached[-1])
-    *_, other_seed = benchmark.stream(gpt, classes, 6, benchmark.RecomputingGPT)
+    *_, other_seed = benchmark.stream(gpt, classes, 6, benchmark.UncachedEngine)
     assert not torch.equal(other_seed, naive[-1])
 
 
 def test_greedy_tokens_without_a_cache(pipeline: DetailFlowPipeline):
     gpt, ids = pipeline.gpt, torch.tensor([0, 1, 2, 5])
-    stepper = benchmark.RecomputingGPT(gpt, ids, guided=True)
+    stepper = benchmark.UncachedEngine(gpt, ids, guided=True)
     sampling = replace(gpt.config.sampling, temperature=0.0, guidance_scale=2.0)
     noise = torch.zeros(4, 16, dtype=torch.float64)
     *_, naive = generate(stepper, gpt.schedule, sampling, noise, 16, gpt.device)
@@ -231,9 +231,9 @@ def test_accuracy_of_a_model_that_differs(pipeline: DetailFlowPipeline):
     """The error is that of all logits, by hand."""
     gpt, other = pipeline.gpt, copy.deepcopy(pipeline.gpt)
     other.head.weight.data[3] += 1.0
-    error, greedy, deviation = differences(gpt, other, CachedModel)
+    error, greedy, deviation = differences(gpt, other, TorchEngine)
     assert error > 0.01 * deviation and greedy < 1
-    assert differences(gpt, gpt, CachedModel) == (0.0, 1.0, deviation)
+    assert differences(gpt, gpt, TorchEngine) == (0.0, 1.0, deviation)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from detailflow import DetailFlowGPT
 from detailflow.errors import DetailFlowError
-from detailflow.generation import CachedModel, SamplingConfig, guidance_at, image_noise, sample
+from detailflow.generation import SamplingConfig, TorchEngine, guidance_at, image_noise, sample
 from detailflow.models.gpt import GPTConfig
 
 SHAPES = [(16, 4, 4), (16, 4, 12), (8, 1, 1), (8, 1, 3), (8, 4, 8), (12, 3, 6), (16, 4, 0), (8, 1, 0)]  # (N, g, c)
@@ -31,7 +31,7 @@ def make(n: int, g: int, c: int, **settings: object) -> DetailFlowGPT:
 
 def naive(model: DetailFlowGPT, classes: torch.Tensor, sampling: SamplingConfig, noise: torch.Tensor) -> torch.Tensor:
     """Sec. 3.4 without a cache: the whole sequence through `forward` for every step, on a double batch if guided."""
-    n, g, c = model.config.num_tokens, model.config.group_size, model.schedule.prefix
+    n, g, c = model.config.num_tokens, model.config.group_size, model.schedule.num_causal
     ids = torch.zeros(len(classes), n, dtype=torch.int64)
     start = 0
     while start < n:
@@ -320,13 +320,13 @@ def test_a_prefix_enters_the_cache_in_one_pass(n: int, g: int, c: int, static: b
     if static:  # the cache of a compiled program, without the minutes of compiling
         model.compiled_logits, model.compiled_for = model.logits, len(CLASSES)
     ids = torch.randint(32, (len(CLASSES), n), generator=torch.Generator().manual_seed(1))
-    stepwise = CachedModel(model, CLASSES, guided=True)
+    stepwise = TorchEngine(model, CLASSES, guided=True)
     expected = torch.cat([stepwise.step(ids, start, end) for start, end in model.schedule.steps], 1)
     with torch.no_grad():
         null = torch.full_like(CLASSES, model.config.num_classes)
         torch.testing.assert_close(expected, torch.cat((model(CLASSES, ids), model(null, ids))), atol=1e-4, rtol=1e-4)
     for k, following in zip(model.schedule.valid_counts, [*model.schedule.steps[1:], None], strict=True):
-        cached = CachedModel(model, CLASSES, guided=True)
+        cached = TorchEngine(model, CLASSES, guided=True)
         torch.testing.assert_close(cached.prefill(ids, k), expected[:, :k], atol=1e-4, rtol=1e-4)
         if following:
             start, end = following

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, GPTConfig, SamplingConfig, ViTConfig
 from detailflow import graphs as graphs_module
-from detailflow.generation import CachedModel, generate, image_noise
-from detailflow.graphs import GraphedModel
+from detailflow.generation import TorchEngine, generate, image_noise
+from detailflow.graphs import GraphEngine
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.training.config import GPTTraining, LoopConfig, TokenizerTraining
 from detailflow.training.gpt import GPTStage, _shard
@@ -124,7 +124,7 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tokens_of_both_engines(dtype: str, monkeypatch: pytest.MonkeyPatch):
     """Equal, whatever changes between batches: PyTorch's kernels run on the same numbers, captured or not."""
-    monkeypatch.setattr(GraphedModel, "fused", False)
+    monkeypatch.setattr(GraphEngine, "fused", False)
     eager, graphed = shipped(dtype=dtype, engine="torch").gpt, shipped(dtype=dtype, engine="graphs").gpt
     for case in CASES:
         options = dict(case)
@@ -146,13 +146,13 @@ def test_logits_of_kernels(images: int, guided: bool):
     ids, n = torch.arange(images, device=DEVICE), model.config.num_tokens
     tokens = exact.generate(ids, generator=seeds(images))
 
-    def logits(kind: type[CachedModel], network: DetailFlowGPT) -> Tensor:
+    def logits(kind: type[TorchEngine], network: DetailFlowGPT) -> Tensor:
         engine = kind(network, ids, guided)
         steps = [engine.step(tokens, *step).float() for step in network.schedule.steps]
         return torch.cat(steps, 1)
 
-    expected = logits(CachedModel, exact)
-    fused, again, eager = (logits(kind, model) for kind in (kernels.FusedModel, kernels.FusedModel, CachedModel))
+    expected = logits(TorchEngine, exact)
+    fused, again, eager = (logits(kind, model) for kind in (kernels.TritonEngine, kernels.TritonEngine, TorchEngine))
     assert fused.shape == (images * (1 + guided), n, model.config.codebook_size)
     assert torch.equal(fused, again)
     errors = [(found - expected).square().mean().sqrt().item() for found in (fused, eager)]
@@ -177,7 +177,7 @@ def test_graphs_of_kernels():
     kept = graphed.generate(ids, prefix=before[:, :16], generator=seeds(2))
     assert torch.equal(kept[:, :16], before[:, :16])
     program = next(iter(graphed.graphs._programs.values()))[0]
-    assert isinstance(program.engine, kernels.FusedModel) and not kernels.problems
+    assert isinstance(program.engine, kernels.TritonEngine) and not kernels.problems
 
 
 def test_images_and_streams_of_both_engines():
@@ -208,11 +208,11 @@ def test_tokens_are_those_of_a_cpu():
     assert agreement(shipped(dtype="float32").gpt.generate(ids, generator=seeds(10)).cpu(), cpu) > 0.9
 
 
-@pytest.mark.parametrize("engine", [CachedModel, GraphedModel])
+@pytest.mark.parametrize("engine", [TorchEngine, GraphEngine])
 @pytest.mark.parametrize(
     "sampling", [SamplingConfig(4.0), SamplingConfig(4.0, temperature=0), SamplingConfig(1.0, top_k=50, top_p=0.9)]
 )
-def test_the_loop_waits_once(engine: type[CachedModel], sampling: SamplingConfig):
+def test_the_loop_waits_once(engine: type[TorchEngine], sampling: SamplingConfig):
     pipe = shipped(engine="graphs")
     gpt, tokenizer = pipe.gpt, pipe.tokenizer
     ids, n = torch.arange(4, device=DEVICE), gpt.config.num_tokens

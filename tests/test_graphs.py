@@ -25,8 +25,8 @@ from detailflow import DetailFlowGPT, DetailFlowPipeline, SamplingConfig, benchm
 from detailflow import graphs as graphs_module
 from detailflow.device import choose_dtype, to_device, to_host
 from detailflow.errors import DetailFlowError
-from detailflow.generation import CachedModel, generate, image_noise
-from detailflow.graphs import MOST, STALE, Decoding, GraphedModel, Graphs
+from detailflow.generation import TorchEngine, generate, image_noise
+from detailflow.graphs import MOST, STALE, Decoding, GraphEngine, Graphs
 
 HOST_READS = (
     torch.ops.aten._local_scalar_dense,
@@ -102,14 +102,14 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each batch that begins, whether it has a program."""
     begun: list[bool] = []
-    start = GraphedModel.start
+    start = GraphEngine.start
 
-    def spy(self: GraphedModel, *args: object) -> object:
+    def spy(self: GraphEngine, *args: object) -> object:
         result = start(self, *args)  # type: ignore[arg-type]
         begun.append(self.program is not None)
         return result
 
-    monkeypatch.setattr(GraphedModel, "start", spy)
+    monkeypatch.setattr(GraphEngine, "start", spy)
     return begun
 
 
@@ -328,12 +328,12 @@ def test_logits_that_are_no_numbers(graphed: DetailFlowPipeline):
     assert torch.equal(gpt.generate(ids, generator=seeds(1, 2)), expected)
 
 
-@pytest.mark.parametrize("engine", [CachedModel, GraphedModel])
+@pytest.mark.parametrize("engine", [TorchEngine, GraphEngine])
 @pytest.mark.parametrize(
     "sampling", [SamplingConfig(), SamplingConfig(temperature=0), SamplingConfig(1.0, top_k=5, top_p=0.9)]
 )
 def test_the_loop_reads_nothing_from_the_gpu(
-    graphed: DetailFlowPipeline, engine: type[CachedModel], sampling: SamplingConfig
+    graphed: DetailFlowPipeline, engine: type[TorchEngine], sampling: SamplingConfig
 ):
     """But once, at its end."""
     gpt, ids = graphed.gpt, torch.tensor([1, 2])
@@ -350,7 +350,7 @@ def test_the_loop_reads_nothing_from_the_gpu(
 def test_a_step_on_the_meta_device_knows_no_values(graphed: DetailFlowPipeline):
     """Nor does the decoder: both would raise an error."""
     gpt, tokenizer = copy.deepcopy(graphed.gpt).to("meta"), copy.deepcopy(graphed.tokenizer).to("meta")
-    engine = CachedModel(gpt, torch.zeros(2, dtype=torch.int64, device="meta"), guided=True)
+    engine = TorchEngine(gpt, torch.zeros(2, dtype=torch.int64, device="meta"), guided=True)
     sampling = SamplingConfig(top_k=5)
     tokens, noise = engine.start(torch.zeros(2, 16, dtype=torch.float64, device="meta"), sampling, gpt.device)
     with NoHostReads():

@@ -15,7 +15,7 @@ import torch
 
 from detailflow import DetailFlowGPT, GPTConfig
 from detailflow import graphs as graphs_module
-from detailflow.generation import CachedModel
+from detailflow.generation import TorchEngine
 
 pytest.importorskip("triton", reason="Triton is not for this platform")
 
@@ -70,16 +70,16 @@ def test_what_kernels_are_not_for():
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch):
     """Which is not there, or finds no source to compile, as in a program that is packed into one file."""
-    assert graphs_module._engines(small(), 1) == [CachedModel]  # on a CPU
+    assert graphs_module._engines(small(), 1) == [TorchEngine]  # on a CPU
     monkeypatch.setattr(kernels, "why_not", lambda model: None)
-    assert graphs_module._engines(small(), 1) == [kernels.FusedModel, CachedModel]
+    assert graphs_module._engines(small(), 1) == [kernels.TritonEngine, TorchEngine]
     monkeypatch.delitem(sys.modules, "detailflow.kernels")
     monkeypatch.delattr("detailflow.kernels")
     with monkeypatch.context() as patch:
         patch.setattr("inspect.getsourcelines", lambda _: (_ for _ in ()).throw(OSError("no source")))
-        assert graphs_module._engines(small(), 1) == [CachedModel]
+        assert graphs_module._engines(small(), 1) == [TorchEngine]
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert graphs_module._engines(small(), 1) == [CachedModel]
+    assert graphs_module._engines(small(), 1) == [TorchEngine]
 
 
 @pytest.mark.parametrize("engine, programs", [("graphs", 2), ("auto", 1)])

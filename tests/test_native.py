@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, GPTConfig, native
-from detailflow.generation import CachedModel, SamplingConfig, guidance_at, image_noise, sample
+from detailflow.generation import SamplingConfig, TorchEngine, guidance_at, image_noise, sample
 from detailflow.native.huge_pages import ALIGNMENT, gather
 from detailflow.tensors import writing_tensors
 
@@ -35,7 +35,7 @@ SIZES = {
     "wide": SMALL | {"width": 96, "heads": 2, "mlp": 160, "codebook_size": 32},
 }
 BORDER = 1e-5  # of a uniform number: 3 times what the rounding of logits does at guidance 4
-ENGINES = (native.NativeGeneration, CachedModel)
+ENGINES = (native.NativeEngine, TorchEngine)
 SAMPLINGS = {
     "greedy": SamplingConfig(3.0, temperature=0.0),
     "guided": SamplingConfig(4.0),
@@ -67,7 +67,7 @@ def steps_of(gpt: DetailFlowGPT, sampling: SamplingConfig, images: int) -> Itera
     """
     classes = torch.arange(images) % gpt.config.num_classes
     noise = image_noise([torch.Generator().manual_seed(i) for i in range(images)], gpt.config.num_tokens)
-    ours, theirs = native.NativeGeneration(gpt, classes, sampling.guided), CachedModel(gpt, classes, sampling.guided)
+    ours, theirs = native.NativeEngine(gpt, classes, sampling.guided), TorchEngine(gpt, classes, sampling.guided)
     ids = torch.zeros(noise.shape, dtype=torch.int64)
     for start, end in gpt.schedule.steps:
         scale = guidance_at(sampling, gpt.schedule, start)
@@ -94,7 +94,7 @@ def test_tokens_of_the_shipped_model(sampling: SamplingConfig, shipped: DetailFl
 def test_logits_of_other_sizes(sizes: dict[str, object]):
     gpt = random_gpt(**sizes)
     classes, ids = torch.tensor([0, 4, 5]), torch.randint(32, (3, gpt.config.num_tokens))
-    ours, theirs = native.NativeGeneration(gpt, classes, True), CachedModel(gpt, classes, True)
+    ours, theirs = native.NativeEngine(gpt, classes, True), TorchEngine(gpt, classes, True)
     with torch.inference_mode():
         for step in gpt.schedule.steps[:40]:
             torch.testing.assert_close(ours.step(ids, *step), theirs.step(ids, *step), atol=1e-4, rtol=1e-4)
@@ -105,7 +105,7 @@ def test_known_tokens_in_one_pass(sizes: dict[str, object]):
     """Bit for bit as step after step, and so are the steps that follow."""
     gpt = random_gpt(**sizes)
     ids, known = torch.randint(96, (2, 24)), 8
-    slow, fast = (native.NativeGeneration(gpt, torch.tensor([1, 2]), True) for _ in range(2))
+    slow, fast = (native.NativeEngine(gpt, torch.tensor([1, 2]), True) for _ in range(2))
     *before, after = [slow.step(ids, *step) for step in gpt.schedule.steps if step[1] <= known + 4]
     assert torch.equal(fast.prefill(ids, known), torch.cat(before, 1))
     assert torch.equal(fast.step(ids, known, known + 4), after)
@@ -117,8 +117,8 @@ def test_bfloat16_errs_no_more_than_pytorch(shipped: DetailFlowGPT):
     classes, errors = torch.arange(10), {"native": 0.0, "torch": 0.0}
     half = DetailFlowPipeline.from_pretrained(device="cpu", dtype="bfloat16").gpt
     with torch.inference_mode():
-        exact = CachedModel(shipped, classes, False)
-        models = {"native": native.NativeGeneration(half, classes, False), "torch": CachedModel(half, classes, False)}
+        exact = TorchEngine(shipped, classes, False)
+        models = {"native": native.NativeEngine(half, classes, False), "torch": TorchEngine(half, classes, False)}
         for step in shipped.schedule.steps:
             wanted = exact.step(ids, *step)
             for name, model in models.items():
@@ -131,8 +131,8 @@ def test_logits_do_not_depend_on_the_batch(dtype: torch.dtype):
     """Bit for bit."""
     gpt = random_gpt(**SMALL).to(dtype)
     classes, ids = torch.arange(5), torch.randint(96, (5, 24))
-    together = native.NativeGeneration(gpt, classes, True)
-    alone = [native.NativeGeneration(gpt, classes[i : i + 1], True) for i in range(5)]
+    together = native.NativeEngine(gpt, classes, True)
+    alone = [native.NativeEngine(gpt, classes[i : i + 1], True) for i in range(5)]
     for step in gpt.schedule.steps:
         logits = together.step(ids, *step)
         for i, one in enumerate(alone):
@@ -159,7 +159,7 @@ def test_weights_are_held_once_in_one_block(tmp_path: Path):
     places = []
     for _ in range(2):
         with torch.inference_mode():
-            native.NativeGeneration(gpt, torch.tensor([0]), True)
+            native.NativeEngine(gpt, torch.tensor([0]), True)
         places.append([weight.data_ptr() for weight in gpt.parameters() if weight.numel()])
     assert places[0] == places[1]
     size = sum(-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in gpt.parameters())
@@ -180,7 +180,7 @@ def test_weights_are_held_once_in_one_block(tmp_path: Path):
         assert torch.equal(weights[0], weights[1])
         assert torch.equal(weights[0], weights[2])
     gpt.to(torch.bfloat16)
-    assert native.NativeGeneration(gpt, torch.tensor([0]), True).weights[0].dtype == torch.bfloat16
+    assert native.NativeEngine(gpt, torch.tensor([0]), True).weights[0].dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="there are no huge pages")
@@ -213,7 +213,7 @@ def test_shared_weights_stay_shared():
 def test_changed_weights_are_seen():
     """In place, and put in the place of others."""
     gpt, ids = random_gpt(**SMALL), torch.zeros(1, 24, dtype=torch.int64)
-    native.NativeGeneration(gpt, torch.tensor([0]), True)
+    native.NativeEngine(gpt, torch.tensor([0]), True)
     with torch.no_grad():
         gpt.head.weight.mul_(2)
         gpt.norm.weight = torch.nn.Parameter(gpt.norm.weight * 3)
@@ -225,7 +225,7 @@ def test_logits_that_are_not_finite():
     gpt = random_gpt(**SMALL)
     gpt.head.weight.data[3, 5] = torch.nan
     noise, ids = torch.rand(1, 24, dtype=torch.float64), torch.zeros(1, 24, dtype=int)
-    generation = native.NativeGeneration(gpt, torch.tensor([0]), False)
+    generation = native.NativeEngine(gpt, torch.tensor([0]), False)
     assert not generation.advance(ids, noise, 0, 1, SAMPLINGS["greedy"], 1.0)
 
 
@@ -360,5 +360,5 @@ def test_other_builds(flags: list[str], tmp_path: Path):
 
 def test_no_images():
     gpt = random_gpt(**SMALL)
-    engine = native.NativeGeneration(gpt, torch.zeros(0, dtype=torch.int64), guided=True)
+    engine = native.NativeEngine(gpt, torch.zeros(0, dtype=torch.int64), guided=True)
     assert engine.step(torch.zeros(0, 24, dtype=torch.int64), 0, 1).shape == (0, 1, 96)

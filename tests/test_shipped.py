@@ -55,7 +55,7 @@ def test_more_tokens_come_closer_to_real_photographs(shipped: DetailFlowPipeline
     source = open_images(str(cifar_table))
     schedule = shipped.tokenizer.schedule
     originals = [source.image(i) for i in range(100)]
-    counts = [1, schedule.prefix, schedule.num_tokens]
+    counts = [1, schedule.num_causal, schedule.num_tokens]
     decibels = np.array([[s.psnr for s in reconstruct(shipped.tokenizer, o, counts)] for o in originals]).mean(0)
     colour = np.mean(
         [psnr(np.broadcast_to(np.asarray(o).mean((0, 1)).round(), (32, 32, 3)), np.asarray(o)) for o in originals]
@@ -72,7 +72,7 @@ def test_later_tokens_correct_planted_mistakes(shipped: DetailFlowPipeline, cifa
     source = open_images(str(cifar_table))
     images = to_tensor(np.stack([np.asarray(source.image(i)) for i in range(64)]))
     g, clean = tokenizer.config.group_size, tokenizer.encode(images)
-    for start in (g, tokenizer.schedule.prefix):  # the second group, and the first that is written in parallel
+    for start in (g, tokenizer.schedule.num_causal):  # the second group, and the first that is written in parallel
         with torch.inference_mode():
             patches = tokenizer.encode_patches(images)
             z = tokenizer.encode_latents(patches, start + g)[:, start:]

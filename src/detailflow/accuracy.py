@@ -8,7 +8,7 @@ import torch
 from detailflow.benchmark import Begin, BenchmarkConfig, Progress, aligned, describe, engines, load
 from detailflow.device import choose_device
 from detailflow.errors import DetailFlowError
-from detailflow.generation import CachedModel, draw, guidance_at, image_generator, image_noise
+from detailflow.generation import TorchEngine, draw, guidance_at, image_generator, image_noise
 from detailflow.models.gpt import DetailFlowGPT
 
 IMAGES = 16  # whose logits are compared
@@ -71,7 +71,7 @@ def differences(exact: DetailFlowGPT, gpt: DetailFlowGPT, engine: Begin) -> tupl
     ids = torch.arange(IMAGES, device=exact.device) % exact.config.num_labels
     noise = image_noise([image_generator(0, i) for i in range(IMAGES)], n).to(exact.device)
     tokens = torch.zeros(IMAGES, n, dtype=torch.int64, device=exact.device)
-    ours, theirs = engine(gpt, ids, sampling.guided), CachedModel(exact, ids, sampling.guided)
+    ours, theirs = engine(gpt, ids, sampling.guided), TorchEngine(exact, ids, sampling.guided)
     likeliest = sampling.updated(temperature=0.0)
     squares, variances, same = [], [], []
     for start, end in schedule.steps:

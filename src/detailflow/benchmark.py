@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detailflow import graphs, native
+from detailflow import native
 from detailflow.device import choose_device, within_memory
 from detailflow.errors import DetailFlowError
 from detailflow.generation import (
-    CachedModel,
     Engine,
+    TorchEngine,
     generate,
     image_generator,
     image_noise,
@@ -36,7 +36,7 @@ from detailflow.machine import (
     uses_processor_time,
 )
 from detailflow.models import layers
-from detailflow.models.gpt import DetailFlowGPT, GPTConfig
+from detailflow.models.gpt import ENGINES, DetailFlowGPT, EngineUsed, GPTConfig
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.native import blocks as native_blocks
@@ -66,7 +66,7 @@ class BenchmarkConfig:
     engine: EngineName
 
 
-class RecomputingGPT(Engine):
+class UncachedEngine(Engine):
     """Generation without a KV cache: every step computes all positions so far again, and the logits of the new ones."""
 
     def __init__(self, model: DetailFlowGPT, class_ids: Tensor, guided: bool) -> None:
@@ -86,7 +86,7 @@ class RecomputingGPT(Engine):
 
 
 def stream(
-    gpt: DetailFlowGPT, class_ids: Sequence[int], seed: int = 0, engine: Begin = CachedModel
+    gpt: DetailFlowGPT, class_ids: Sequence[int], seed: int = 0, engine: Begin = TorchEngine
 ) -> Iterator[Tensor]:
     """Yield the tokens (B, n) after each decoding step, with the KV cache or another engine."""
     ids, n, sampling = torch.tensor(class_ids, device=gpt.device), gpt.config.num_tokens, gpt.config.sampling
@@ -95,13 +95,9 @@ def stream(
 
 
 def engines(gpt: DetailFlowGPT) -> dict[str, Begin]:
-    """Return the engines that can run this model here, by name, PyTorch's first."""
-    found: dict[str, Begin] = {"torch": CachedModel}
-    if gpt.uses_native:
-        found["native"] = native.NativeGeneration
-    if gpt.uses_graphs:
-        found["graphs"] = graphs.GraphedModel
-    return found
+    """Return PyTorch's engine and the one that would be used here, by name."""
+    names: tuple[EngineUsed, ...] = ("torch", gpt.engine_used)
+    return {name: ENGINES[name] for name in names}
 
 
 def generation_costs(gpt: DetailFlowGPT, batch: int) -> list[Cost]:
@@ -174,14 +170,14 @@ def make_cases(
 
     *previews, decoding = (decoding_cost(tokenizer, codes[:, :n]) for n in tokenizer.schedule.valid_counts)
     whole = [*generation_costs(gpt, batch), decoding]
-    cases = {"naive": Case(lambda: images_of(RecomputingGPT), whole, generates=True)} if config.naive else {}
+    cases = {"naive": Case(lambda: images_of(UncachedEngine), whole, generates=True)} if config.naive else {}
     for name, engine in engines(gpt).items():
         cases[f"generate, {name}"] = Case(partial(images_of, engine, codec_of(name)), whole, generates=True)
     if config.compile:
         fast = DetailFlowPipeline(copy.copy(tokenizer), copy.copy(gpt))  # the same weights
         fast.compile(batch)
         cases["generate, compiled"] = Case(
-            lambda: images_of(CachedModel, fast.tokenizer, fast.gpt), whole, generates=True
+            lambda: images_of(TorchEngine, fast.tokenizer, fast.gpt), whole, generates=True
         )
         cases["decode, compiled"] = Case(lambda: fast.tokenizer.decode(codes), [decoding])
     if other:
@@ -218,7 +214,7 @@ def load_other(text: str) -> Callable[[list[int]], object]:
     guarded(spec.loader.exec_module, module)
     if not callable(getattr(module, name, None)):
         raise DetailFlowError(f"--other {text}: {file} has no function {name}")
-    return lambda class_ids: guarded(getattr(module, name), list(class_ids))  # ours stay, whatever it does with them
+    return lambda class_ids: guarded(getattr(module, name), list(class_ids))  # a copy: foreign code may change the list
 
 
 def random_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> DetailFlowPipeline:

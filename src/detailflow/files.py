@@ -230,7 +230,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _remove_temporary(folder: Path, within: bool = True) -> None:
-    """Remove files that processes left which ended in `replacing`, also in folders `within` that nobody has locked."""
+    """Remove temporary files of processes that ended inside of `replacing`; if `within`, also in free subfolders."""
     with suppress(OSError):  # they are only in the way
         for entry in os.scandir(folder):
             path = Path(entry.path)

@@ -88,7 +88,7 @@ def generate(
 
 def guidance_at(sampling: SamplingConfig, schedule: TokenSchedule, start: int) -> float:
     """Return the guidance scale at token `start`: s, or if linear, s · (M − i + 1) / (M + 1) for group i of M."""
-    if sampling.guidance_schedule == "constant" or start < schedule.prefix:
+    if sampling.guidance_schedule == "constant" or start < schedule.num_causal:
         return sampling.guidance_scale
     groups = schedule.num_tokens // schedule.group_size
     return sampling.guidance_scale * (groups - start // schedule.group_size + 1) / (groups + 1)
@@ -243,7 +243,7 @@ def with_null_class(class_ids: Tensor, null_class: int) -> Tensor:
     return torch.cat((class_ids, torch.full_like(class_ids, null_class)))
 
 
-class CachedModel(Engine):
+class TorchEngine(Engine):
     """The PyTorch engine: the classes, doubled with the null class if guided, and the cache of every layer.
 
     `model` is a `DetailFlowGPT`, which this module, below it, cannot import.
@@ -256,7 +256,7 @@ class CachedModel(Engine):
         if guided:
             class_ids = with_null_class(class_ids, config.num_classes)
         self.model, self.guided, self.class_ids = model, guided, class_ids
-        self.rotation = model.rotary_table()
+        self.rotation = model.tables()[0]
 
     @cached_property
     def caches(self) -> list[Cache]:

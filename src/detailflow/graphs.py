@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from detailflow.device import to_device
 from detailflow.errors import first_line
-from detailflow.generation import CachedModel, SamplingConfig, draw, guidance_at, temperature_of
+from detailflow.generation import SamplingConfig, TorchEngine, draw, guidance_at, temperature_of
 
 log = logging.getLogger(__name__)
 MOST = 4  # programs that a model keeps; each holds a KV cache
@@ -119,10 +119,10 @@ class Graphs(Generic[P]):
     def lend(
         self, key: Hashable, model: nn.Module, make: Callable[[], P], owner: object = None, at_once: bool = False
     ) -> P | None:
-        """Lend the program of `key` to `owner` for as long as it lives; None if its work is done without.
+        """Return the program of `key`, reserved for `owner` while that lives; None is to do the work without a graph.
 
-        That is so if another has it, if the key comes up for the first time (unless `at_once`), as capturing pays off
-        later, if all places are taken by programs in use, and if it does not fit in memory.
+        It is None if another owner has the program, if the key comes up for the first time (unless `at_once`), as
+        capturing pays off later, if all places are taken by programs in use, and if it does not fit in memory.
         """
         with self._lock:
             self._batch += 1
@@ -170,7 +170,7 @@ class Decoding:
     They are taken by the kernels of `kernels.py` if these can run the model, and by PyTorch otherwise.
     """
 
-    engine: CachedModel
+    engine: TorchEngine
 
     def __init__(self, model: Any, images: int, sampling: SamplingConfig, fused: bool = True) -> None:
         device, steps, n = model.device, model.schedule.steps, model.config.num_tokens
@@ -183,13 +183,13 @@ class Decoding:
             class_ids = torch.zeros(images, dtype=torch.int64, device=device)
         self.sampling, self.schedule, self.device = sampling, model.schedule, device
         calls = [partial(self._advance, index, *step) for index, step in enumerate(steps)]
-        for engine in _engines(model, images) if fused else (CachedModel,):
+        for engine in _engines(model, images) if fused else (TorchEngine,):
             self.engine = engine(weakref.proxy(model), class_ids, sampling.guided)  # or both would live on
             try:
                 self.replay = dict(zip(steps, CAPTURE[device.type](calls, device), strict=True))
                 return
             except Exception as error:
-                if engine is CachedModel or isinstance(error, torch.OutOfMemoryError):
+                if engine is TorchEngine or isinstance(error, torch.OutOfMemoryError):
                     raise
                 _give_up_kernels(device, error)
 
@@ -212,15 +212,15 @@ class Decoding:
         self.tokens.zero_()
 
 
-def _engines(model: Any, images: int) -> list[type[CachedModel]]:
+def _engines(model: Any, images: int) -> list[type[TorchEngine]]:
     """List the engines whose steps may be captured, the fastest first."""
     if images == model.compiled_for:
-        return [CachedModel]
+        return [TorchEngine]
     try:
         from detailflow import kernels
     except (ImportError, ValueError):  # there is no Triton for this platform, or no source that it could compile
-        return [CachedModel]
-    return [CachedModel] if kernels.why_not(model) else [kernels.FusedModel, CachedModel]
+        return [TorchEngine]
+    return [TorchEngine] if kernels.why_not(model) else [kernels.TritonEngine, TorchEngine]
 
 
 def _give_up_kernels(device: torch.device, error: Exception) -> None:
@@ -231,7 +231,7 @@ def _give_up_kernels(device: torch.device, error: Exception) -> None:
     log.warning("the kernels of a decoding step cannot be used, so PyTorch's are (%s)", kernels.problems[device])
 
 
-class GraphedModel(CachedModel):
+class GraphEngine(TorchEngine):
     """The PyTorch engine with captured steps; those of a batch that is not captured it takes one by one."""
 
     program: Decoding | None = None
@@ -251,11 +251,11 @@ class GraphedModel(CachedModel):
         return program.tokens, program.noise
 
     @cached_property
-    def uncaptured(self) -> CachedModel | None:
+    def uncaptured(self) -> TorchEngine | None:
         """The kernels, which take steps that are not captured, too: the same seed gives the same image."""
         images = len(self.class_ids) // (1 + self.guided)
-        kind = _engines(self.model, images)[0] if self.fused else CachedModel
-        if kind is CachedModel:
+        kind = _engines(self.model, images)[0] if self.fused else TorchEngine
+        if kind is TorchEngine:
             return None
         engine = kind(self.model, self.class_ids[:images], self.guided)
         engine.caches = self.caches

@@ -322,7 +322,7 @@ def _read_config(folder: Path, kind: Kind) -> dict[str, Any]:
 
 
 def targets(folder: str | Path, kinds: Sequence[Kind], to: str = "detailflow") -> dict[Kind, Path]:
-    """Return the folder of each model that is to be written in a layout, once nothing stands in its way."""
+    """Return the folder to write each model to, after checking that nothing would be lost or hidden there."""
     output = Path(checked("folder", folder, Path))
     if len(kinds) > 1 and (output / CONFIG_FILE).exists():
         raise DetailFlowError(

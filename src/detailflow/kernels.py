@@ -6,9 +6,9 @@
     gate    norm, gate and up, SwiGLU
     add     down, and the residual stream with it
 
-A norm divides a row by one number, so products are taken of x · weight, and divided after. Who writes the residual
-stream also writes x · weight of the next norm, in bfloat16, and the sums of x² of its own columns, so that nobody adds
-up a whole row twice, and always in the same order. The stream itself is float32. A program computes a few outputs of
+A norm divides a row by one number, so products are taken of x · weight, and divided after. The kernel that writes the
+residual stream also writes x · weight of the next norm, in bfloat16, and the sums of x² of its own columns, so that no
+row is added up twice, and always in the same order. The stream itself is float32. A program computes a few outputs of
 all rows: it reads its part of the weights, which is most of the work, once.
 """
 
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from detailflow.generation import CachedModel, layers_replaced
+from detailflow.generation import TorchEngine, layers_replaced
 
 MOST = 32  # rows of a step: with more, PyTorch's products are faster
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, by Triton's interpreter
@@ -219,7 +219,7 @@ def _head(h, squares, weight, logits, rows, WIDTH: tl.constexpr, CODES: tl.const
 # --- a step ----------------------------------------------------------------------------------------------------------
 
 
-class FusedModel(CachedModel):
+class TritonEngine(TorchEngine):
     """The PyTorch engine, whose steps of few rows are taken by kernels."""
 
     def step(self, tokens: Tensor, start: int, end: int) -> Tensor:

@@ -77,7 +77,7 @@ def count_cost(function: Callable[[], object], *modules: nn.Module) -> Cost:
 
 
 def uses_processor_time(device: torch.device) -> bool:
-    """Return whether `seconds` are those of the processor: with one thread, as others have their turns meanwhile."""
+    """Return whether `seconds` measures processor time: with one thread, so that other programs do not count."""
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 

@@ -21,8 +21,8 @@ from detailflow.files import LARGEST_YAML, check_utf8, making, read_json, read_t
 from detailflow.labels import default_names
 from detailflow.plain_yaml import load_yaml
 from detailflow.published_names import tensor_names
-from detailflow.tensors import in_pieces, is_weights, write_torch
-from detailflow.torch_files import load_torch
+from detailflow.tensors import in_pieces, is_weights
+from detailflow.torch_files import load_torch, write_torch
 from detailflow.words import some_names
 
 Kind = Literal["tokenizer", "gpt"]

@@ -201,7 +201,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def is_readable(path: Path) -> bool:
-    """Return whether a checkpoint can be read; its tensors are not."""
+    """Return whether a checkpoint can be read, without reading its tensors."""
     try:
         read_checkpoint(path)
     except DetailFlowError:

@@ -249,7 +249,7 @@ def _settings(pipeline: DetailFlowPipeline, samples: SampleSet, sampling: dict[s
         "num_tokens": pipeline.tokenizer.schedule.check_count(samples.num_tokens),
         "batch_size": samples.batch_size,
         "compiled_for": pipeline.gpt.compiled_for,  # on which rounding depends as well
-        "engine": "native" if pipeline.gpt.uses_native else "graphs" if pipeline.gpt.uses_graphs else None,
+        "engine": None if pipeline.gpt.engine_used == "torch" else pipeline.gpt.engine_used,
         "dtype": str(pipeline.gpt.head.weight.dtype).removeprefix("torch."),
         **asdict(pipeline.gpt.sampling(**sampling)),
         "tokenizer": fingerprint({}, pipeline.tokenizer.state_dict()),

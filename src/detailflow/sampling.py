@@ -1,4 +1,4 @@
-"""The sampling settings, the one place that names, documents and checks them. Knows no torch, so that help is quick."""
+"""The sampling settings, the one place that names, documents and checks them. Without torch, so that help is quick."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict, Unpack

@@ -50,7 +50,7 @@ class TokenSchedule(Settings):
         super().__post_init__()
         if self.causal_tokens is None:
             object.__setattr__(self, "causal_tokens", self.group_size)
-        n, g, c = self.num_tokens, self.group_size, self.prefix
+        n, g, c = self.num_tokens, self.group_size, self.num_causal
         if n % g:
             raise DetailFlowError(f"group_size must divide num_tokens, and {g} does not divide {n}")
         if c % g or c > n:
@@ -63,14 +63,17 @@ class TokenSchedule(Settings):
             )
 
     @property
-    def prefix(self) -> int:
+    def num_causal(self) -> int:
         """c, the number of tokens that are predicted one at a time."""
         return self.causal_tokens  # type: ignore[return-value]  # never None after __post_init__
 
     @cached_property
     def valid_counts(self) -> tuple[int, ...]:
         """1, 2, …, c, then multiples of g up to N."""
-        return (*range(1, self.prefix + 1), *range(self.prefix + self.group_size, self.num_tokens + 1, self.group_size))
+        return (
+            *range(1, self.num_causal + 1),
+            *range(self.num_causal + self.group_size, self.num_tokens + 1, self.group_size),
+        )
 
     @property
     def quarter(self) -> int:
@@ -83,11 +86,11 @@ class TokenSchedule(Settings):
         return tuple(zip((0, *self.valid_counts[:-1]), self.valid_counts, strict=True))
 
     def check_count(self, n: int | None, name: str = "num_tokens") -> int:
-        """Return a valid `n`, or N for `None`; an error calls it `name`."""
+        """Check that `n` is a valid count and return it; `None` is N. An error calls it `name`."""
         if n is None:
             return self.num_tokens
         if (n := checked(name, n, int)) not in self.valid_counts:
-            single = f"1 to {self.prefix} or " if self.prefix else ""
+            single = f"1 to {self.num_causal} or " if self.num_causal else ""
             raise DetailFlowError(
                 f"{name} must be {single}a multiple of {self.group_size} up to {self.num_tokens}, not {n}"
             )
@@ -189,18 +192,18 @@ class TokenSchedule(Settings):
 
     def group_start(self, position: int) -> int:
         """Return the first of the tokens that are predicted together with the one at `position`."""
-        return position if position < self.prefix else position // self.group_size * self.group_size
+        return position if position < self.num_causal else position // self.group_size * self.group_size
 
     def span_end(self, position: int) -> int:
         """Return one past the last of the tokens that are predicted together with the one at `position`."""
-        return position + 1 if position < self.prefix else self.group_start(position) + self.group_size
+        return position + 1 if position < self.num_causal else self.group_start(position) + self.group_size
 
     def check_span(self, position: int) -> int:
         """Return `span_end` of a valid `position` of wrong tokens: any below c, from c on the start of a group."""
         position = checked("position", position, int)
         if any(start == position for start, _ in self.steps):
             return self.span_end(position)
-        single = f"below {self.prefix} or " if self.prefix else ""
+        single = f"below {self.num_causal} or " if self.num_causal else ""
         multiple = f"a multiple of {self.group_size} below {self.num_tokens}"
         raise DetailFlowError(f"position must be {single}{multiple}, not {position}")
 
@@ -212,4 +215,4 @@ class TokenSchedule(Settings):
         i = torch.arange(self._number(n, 0), device=device)
         row, column = i[:, None], i[None, :]
         same_or_earlier_group = column // self.group_size <= row // self.group_size
-        return torch.where(row < self.prefix, column <= row, same_or_earlier_group)
+        return torch.where(row < self.num_causal, column <= row, same_or_earlier_group)

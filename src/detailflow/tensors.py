@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors, in one file or in shards as the hub has them, and state dicts of `torch.save`."""
+"""Tensors in files: safetensors, in one file or in shards as the hub has them; state dicts of `torch.save`."""
 
 import json
 import math
@@ -24,23 +24,6 @@ SHARD_SIZE = "5GB"  # the hub's convention
 PIECE = 64 * 2**20  # bytes
 
 Key = TypeVar("Key")
-
-
-def save_torch(path: Path, content: Any) -> None:
-    """Write a file of `torch.save`, whole or not at all; an `OSError` if that fails."""
-    with replacing(path) as temporary:
-        write_torch(temporary, content)
-
-
-def write_torch(path: Path, content: Any) -> None:
-    """Write a file of `torch.save`; an `OSError` if that fails."""
-    with path.open("wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch's own, after the file's
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
 
 
 def in_pieces(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:

@@ -1,4 +1,4 @@
-"""Files of `torch.save`: read as plain values and tensors, with no more memory than the file has bytes.
+"""Files of `torch.save`: read as plain values and tensors, with no more memory than the file has bytes; and written.
 
 `torch.load(weights_only=True)` runs no code from a file, but it makes what the file asks for, and a compressed zip
 member, or a few bytes of pickle that ask for a tensor of any size, could fill the memory. So each file is checked
@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 
 from detailflow.errors import DetailFlowError
-from detailflow.files import check_regular, check_utf8, reading
+from detailflow.files import check_regular, check_utf8, reading, replacing
 
 _LOADING = threading.Lock()  # torch's list of safe globals and filters of warnings belong to the process
 LARGEST_PICKLE = 4 * 2**20  # bytes, for about 20,000 tensors
@@ -34,6 +34,23 @@ _ITEM_BYTES = {
     }.items() for name in names},
     "torch.storage.UntypedStorage": 1,
 }  # fmt: skip
+
+
+def save_torch(path: Path, content: Any) -> None:
+    """Write a file of `torch.save`, whole or not at all; an `OSError` if that fails."""
+    with replacing(path) as temporary:
+        write_torch(temporary, content)
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """Write a file of `torch.save`; an `OSError` if that fails."""
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's own, after the file's
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_torch(path: Path, mmap: bool = False) -> Any:

@@ -300,6 +300,10 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
             "tokenizer --data CIFAR --output OUT --features none --lpips none --reference CIFAR",
             "a reference is for Fréchet distances: give features",
         ),
+        (
+            "tokenizer --data CIFAR --output OUT --features none --lpips none --weights CIFAR",
+            "--features none needs no weights: leave out --weights",
+        ),
         ("gpt --reference CIFAR --output OUT --labels all --features NET", "labels must be balanced"),
         ("gpt --reference CIFAR --output OUT --num-samples 1 --features NET", "too few images to"),
         ("gpt --reference CIFAR --output OUT --top-k few", "--top-k must be 0 or more (0 is off), not"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -432,6 +433,28 @@ def test_labels_in_metadata(tmp_path, suffix):
         assert open_images(tmp_path).counts == {"cat": 2, "dog": 1}
 
 
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train-00000-of-00003", "train-00002-of-00003"], "train-00001-of-00003 is not there, and 2 of 3 such files"),
+        (["train-1-of-2"], "train-0-of-2 is not there, and 1 of 2"),
+        (["train-2-of-3", "train-3-of-3"], "train-1-of-3 is not there, and 2 of 3"),
+        (["train-00000-of-00002-5a6b", "train-00001-of-00002-7c8d", "test-0-of-9"], None),
+        (["0-of-1", "x"], None),
+    ],
+    ids=str,
+)
+def test_a_shard_that_is_missing(tmp_path, names, missing):
+    for name in names:
+        save(tmp_path / "images" / "a.png")
+        write_tar(tmp_path / "set" / f"{name}.tar", [(f"{name}.png", (tmp_path / "images" / "a.png").read_bytes())])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_images(tmp_path / "set")
+    told = [str(warning.message) for warning in caught]
+    assert [missing in text for text in told] == [True] if missing else not told
+
+
 def test_metadata_of_splits(tmp_path):
     for split in ("train", "test"):
         photos(tmp_path / split, (".",), per=2)
@@ -519,6 +542,43 @@ def test_an_entry_twice(tmp_path, twice):
         DetailFlowError, match=r"metadata\.jsonl row 2 has several entries called (label|file_name): keep"
     ):
         open_images(tmp_path)
+
+
+ROW = '{"file_name": "0.png", "label": "cat"}\n'
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "message"),
+    [
+        ("jsonl", ROW + '{"file_name": "1.png", "labels": "dog"}', "1.png has no label: give every image one, or none"),
+        ("jsonl", ROW + '{"label": "dog"}', "metadata.jsonl row 2 has a label and no file_name"),
+        ("csv", "file_name,label\n0.png,cat\n,dog\n", "metadata.csv row 2 has a label and no file_name"),
+        ("jsonl", ROW + '{"file_name', "metadata.jsonl row 2 is not valid JSON"),
+    ],
+)
+def test_a_row_without_its_label_or_name(tmp_path, suffix, text, message):
+    """The image was left aside as if it had no row."""
+    photos(tmp_path, (".",), per=2)
+    (tmp_path / f"metadata.{suffix}").write_text(text)
+    with pytest.raises(DetailFlowError, match=message):
+        open_images(tmp_path)
+
+
+def test_a_file_of_rows_without_labels_beside_one_with_labels(tmp_path):
+    photos(tmp_path, ("a", "b"), per=1)
+    write_metadata(tmp_path / "a" / "metadata.csv", {"0.png": "cat"})
+    write_metadata(tmp_path / "b" / "metadata.csv", {"0.png": "a cat"}, "text")
+    with pytest.raises(DetailFlowError, match=r"b.0\.png has no label: give every image one, or none"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")], ids=str)
+def test_accents_of_another_system(tmp_path, forms):
+    """Archives that macOS made have names with accents as characters of their own."""
+    ours, theirs = (unicodedata.normalize(form, "café.png") for form in forms)
+    save(tmp_path / ours)
+    write_metadata(tmp_path / "metadata.csv", {theirs: "cat"})
+    assert counts(tmp_path) == {"cat": 1}
 
 
 def test_metadata_in_parquet_is_named(tmp_path):

@@ -17,7 +17,7 @@ from PIL.IcoImagePlugin import IcoImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from detailflow.data.image_files import _TURNS, image_size, image_suffixes, load_rgb, max_pixels, raster_formats, to_rgb
-from detailflow.data.source import why
+from detailflow.data.notes import why
 from detailflow.errors import DetailFlowError
 from detailflow.words import printable
 
@@ -70,6 +70,7 @@ def test_metadata_of_any_length_is_not_looked_at(options):
     exif[0x0112] = QUARTER_TURN
     content = saved(noise(), "PNG", exif=exif, **options)
     np.testing.assert_array_equal(np.asarray(load_rgb(content)), np.rot90(np.asarray(noise()), -1))
+    assert image_size(content, "a") == load_rgb(content).size  # which `data`, summaries and the service ask for first
 
 
 def test_damaged_metadata_is_no_reason_to_leave_an_image_out():
@@ -78,6 +79,7 @@ def test_damaged_metadata_is_no_reason_to_leave_an_image_out():
     content = bytearray(saved(noise(), "PNG", pnginfo=info))
     content[content.index(b"zTXt") + 20] ^= 255
     np.testing.assert_array_equal(np.asarray(load_rgb(bytes(content))), np.asarray(noise()))
+    assert image_size(bytes(content), "a") == noise().size
     content[content.index(b"IDAT") + 20] ^= 255
     with pytest.raises(DetailFlowError, match="is damaged"):
         load_rgb(bytes(content))
@@ -261,11 +263,11 @@ def turned(form: str, orientation: int) -> bytes:
     return saved(noise(), form, exif=exif)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", range(1, 10))
 @pytest.mark.parametrize("form", ["TIFF", "JPEG", "PNG", "WEBP"])
 def test_the_size_is_that_of_the_image_as_shown(form, orientation):
     content = turned(form, orientation)
-    assert image_size(content, "a") == load_rgb(content).size == ((24, 32) if orientation >= 5 else (32, 24))
+    assert image_size(content, "a") == load_rgb(content).size == ((24, 32) if 5 <= orientation <= 8 else (32, 24))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -416,6 +418,36 @@ def test_tiff_files_of_32_bits_without_a_sign():
     assert content.count(signed) == 1
     assert grey(content.replace(signed, unsigned)) == [0, 128, 255]
     assert grey(saved(Image.fromarray(np.array([[-1, 0, 255]], np.int32)), "TIFF")) == [0, 0, 255]
+
+
+def tiff(pixels: np.ndarray, sample_format: int = 1) -> bytes:
+    """A TIFF file of (H, W) or, in planes, (3, H, W) numbers of 16 bits."""
+    planes, (height, width) = len(pixels) if pixels.ndim == 3 else 1, pixels.shape[-2:]
+    kind, size = min(planes, 2), 2 * width * height
+    values = {256: [width], 257: [height], 258: [16] * planes, 259: [1], 262: [kind], 273: [], 277: [planes]}
+    values |= {278: [height], 279: [size] * planes, 284: [kind], 339: [sample_format] * planes}
+    start = 8 + 2 + 12 * len(values) + 4
+    values[273] = [start + 4 * 4 * planes + i * size for i in range(planes)]
+    entries, extra = b"", b""
+    for tag, numbers in sorted(values.items()):
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(numbers) > 1:
+            packed, extra = struct.pack("<I", start + len(extra)), extra + packed
+        entries += struct.pack("<HHI", tag, 4, len(numbers)) + packed
+    head = b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + bytes(4)
+    assert len(extra) <= 4 * 4 * planes
+    return head + extra.ljust(4 * 4 * planes, b"\0") + pixels.astype("<u2").tobytes()
+
+
+def test_tiff_files_of_16_bits_with_a_sign():
+    values = np.array([[0, 16384, 32767]])
+    assert grey(tiff(values)) == [0, 64, 127] and grey(tiff(values, sample_format=2)) == [0, 128, 255]
+
+
+def test_tiff_files_of_16_bits_in_planes():
+    """Pillow takes their bytes for numbers of 8 bits."""
+    with pytest.raises(DetailFlowError, match="a has 16 bits in separate planes: save it with interleaved channels"):
+        load_rgb(tiff(np.full((3, 7, 13), 65535)), "a")
 
 
 # ------------------------------------------------------------------------------------------------- transparent values

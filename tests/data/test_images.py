@@ -1,9 +1,11 @@
 import io
 import json
+import os
 import pickle
 import shutil
 import sys
 import warnings
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -218,6 +220,15 @@ def test_patterns_that_never_end(shards, tmp_path):
     assert [str(file) for file in find(f"{tmp_path}/**/*.tar").files] == [f"{tmp_path}/0.tar", f"{tmp_path}/sub/1.tar"]
     assert len(find(f"{tmp_path}/**").files) == 2 and len(find(f"{tmp_path}/a/[s]*/*.tar").files) == 1
     assert len(find(f"{tmp_path}/.hid*/*.tar").files) == 1
+    (tmp_path / "more.tar").mkdir()  # Spark calls folders so
+    shutil.copy(shards / "cifar-train-000.tar", tmp_path / "more.tar" / "part-0.tar")
+    assert [Path(file).name for file in find(f"{tmp_path}/*.tar").files] == ["0.tar"]
+    assert len(find(f"{tmp_path}/*.tar/*").files) == 1
+    with pytest.raises(DetailFlowError, match=r"m\*\.tar matches only folders, such as .*more\.tar: give"):
+        find(f"{tmp_path}/m*.tar")
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(DetailFlowError, match=r"pipe\.tar is not a regular file"):
+        find(f"{tmp_path}/pi*")
     for pattern in ("x{0..999999}/{0..999999}/{0..99}.tar", "x{0..1000}{0..1000}.tar", "{0..1000000}.tar"):
         with pytest.raises(DetailFlowError, match="is too long a range: it may name 1,000,000 files"):
             find(pattern)
@@ -258,7 +269,8 @@ def test_tables_and_shards_are_known_by_content(tables, shards, tmp_path):
         assert open_images(copy).fingerprint == source.fingerprint == open_images(f"{copy}/*").fingerprint
         assert sum(source.counts.values()) == 200 and "200 images in " in source.summary
         max(copy.iterdir()).unlink()
-        assert open_images(copy).fingerprint != source.fingerprint
+        with pytest.warns(UserWarning, match="-of-0000[0-9] is not there, and") if kind == tables else nullcontext():
+            assert open_images(copy).fingerprint != source.fingerprint
 
 
 # ------------------------------------------------------------------------------------------------- parquet

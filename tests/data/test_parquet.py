@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,86 @@ def test_labels_of_every_type(tmp_path):
             DetailFlowError, match="no labels in its column 'label', but .*: give class numbers or names"
         ):
             open_images(write(tmp_path / "a.parquet", [RED], arrow.nulls(1, kind)))
+
+
+LISTS = [["a"], ["b", "c"], ["a"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (arrow.list_(arrow.string()), LISTS),
+        (arrow.large_list(arrow.string()), LISTS),
+        (arrow.list_(arrow.string(), 2), [["a", "b"], ["b", "c"], ["a", "c"]]),
+        (arrow.list_(arrow.dictionary(arrow.int32(), arrow.string())), LISTS),
+        (arrow.list_(arrow.int64()), [[0], [1, 2], [0]]),
+        (arrow.string_view(), ["a", "b", "c"]),
+        (arrow.dictionary(arrow.int32(), arrow.string()), ["a", "b", "c"]),
+    ],
+    ids=str,
+)
+def test_labels_in_several_row_groups(tmp_path, kind, values):
+    """Lists of texts ended in pyarrow's own error: it makes no list of dictionaries of several groups."""
+    cells = [{"bytes": RED}] * 3
+    parquet.write_table(arrow.table({"image": cells, "label": arrow.array(values, kind)}), tmp_path / "a.parquet", 2)
+    source = open_images(tmp_path / "a.parquet")
+    assert len(source.class_names) == 3
+    table = source.all_labels.reshape(3, -1).tolist()
+    names = [[source.class_names[number] for number in row if number >= 0] for row in table]
+    assert names == [list(map(str, value if isinstance(value, list) else [value])) for value in values]
+
+
+def test_images_without_a_struct_or_with_another_one(tmp_path):
+    for kind in (arrow.binary(), arrow.large_binary(), arrow.binary_view()):
+        parquet.write_table(arrow.table({"image": arrow.array([RED, BLUE], kind)}), tmp_path / "a.parquet")
+        source = open_images(tmp_path / "a.parquet")
+        assert [colour(source, index) for index in (0, 1)] == ["red", "blue"]
+    parquet.write_table(arrow.table({"image": [{"data": RED}]}), tmp_path / "b.parquet")
+    with pytest.raises(DetailFlowError, match="no images in its column 'image': .* struct<data: binary>"):
+        open_images(tmp_path / "b.parquet")
+
+
+DAMAGED = """
+import sys
+from detailflow.data import open_images
+from detailflow.errors import DetailFlowError
+path, start, end = sys.argv[1], *map(int, sys.argv[2:])
+content = open(path, "rb").read()
+for place in range(start, min(end, len(content))):
+    open(f"{path}.damaged.parquet", "wb").write(content[:place] + bytes([content[place] ^ 6]) + content[place + 1 :])
+    try:
+        open_images(f"{path}.damaged.parquet")
+    except DetailFlowError:
+        pass
+"""
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "a"], LISTS], ids=["texts", "lists"])
+def test_every_damaged_byte_of_a_file_is_survived(tmp_path, labels):
+    """Some ended the process, in C++ code of pyarrow's, and others in errors of kinds that were not expected."""
+    file = write(tmp_path / "a.parquet", [RED, BLUE, RED], labels)
+    argv = [sys.executable, "-c", DAMAGED, str(file), "0", str(10**6)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr[-500:]) == (0, "")
+
+
+def test_fewer_labels_than_rows(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.parquet", [RED, BLUE], ["a", "b"])
+    monkeypatch.setattr("detailflow.data.parquet._plain", lambda chunk: ["a"])
+    with pytest.raises(DetailFlowError, match="a.parquet has 1 rows, but its footer says 2: it is damaged"):
+        open_images(file)
+
+
+@pytest.mark.parametrize("left", [0, 100, 0.5, 0.99])
+def test_a_damaged_copy_is_made_again(tmp_path, monkeypatch, left):
+    """Once it was kept for good, and the images were said to be damaged."""
+    file = write(tmp_path / "a.parquet", [np.random.default_rng(k).bytes(3000) for k in range(600)], [0] * 600)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    expected = open_images(file).stored_bytes(599)
+    (copy,) = (tmp_path / "cache").rglob("*.arrow")
+    content = copy.read_bytes()
+    copy.write_bytes(content[: left if isinstance(left, int) else int(left * len(content))])
+    assert open_images(file).stored_bytes(599) == expected and copy.read_bytes() == content
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

@@ -89,6 +89,17 @@ def test_a_saved_folder_of_pipes(tmp_path):
         open_images(folder)
 
 
+def test_a_saved_selection(tmp_path):
+    """The library writes the selected rows; once it wrote all of them and a file of which are meant."""
+    folder = save(tmp_path / "set")
+    datasets.load_from_disk(folder).select([0, 0, 0]).save_to_disk(tmp_path / "three")
+    assert open_images(tmp_path / "three").counts == {"cat": 0, "dog": 3}
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"_indices_files": [{"filename": "indices.arrow"}]}))
+    with pytest.raises(DetailFlowError, match="set is a selection as old versions of `datasets` wrote it"):
+        open_images(folder)
+
+
 @pytest.mark.parametrize("names", ["cat", {"0": "cat"}, [1, 2], [None, ["x"]], 3])
 def test_a_saved_folder_with_odd_names(tmp_path, names):
     info = save(tmp_path / "set") / "dataset_info.json"

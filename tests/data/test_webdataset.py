@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pickle
@@ -167,10 +168,42 @@ def test_labels(tmp_path, content):
     assert labels(*((f"{k}.cls", "-1") for k in range(3))) == ([0, 0, 0], ("image",))
     with pytest.raises(DetailFlowError, match="a.tar a/1 has no label: give every image one, or none"):
         labels(("0.cls", "dog"), ("1.cls", "-1"), ("2.cls", "cat"))
-    with pytest.raises(DetailFlowError, match="neither class numbers nor names"):
+    with pytest.raises(DetailFlowError, match="has class numbers and names, such as 0 and 'dog': give one kind"):
         labels(("0.cls", "dog"), *entries[1:])
     with pytest.raises(DetailFlowError, match="no label 'breed': that is looked for in its .json files"):
         labels(*entries, label_column="breed")
+
+
+@pytest.mark.parametrize("names", [("./a", "a"), ("a", "./a"), ("x//a", "x/a")], ids=str)
+def test_one_name_in_two_spellings(tmp_path, names):
+    """As `tar rf` adds a corrected image: the old one stayed, and took the label of the new one."""
+    old, new = (io.BytesIO(), io.BytesIO())
+    Image.new("RGB", (8, 8), "red").save(old, "PNG"), Image.new("RGB", (8, 8), "green").save(new, "PNG")
+    members = [
+        (f"{names[0]}.png", old.getvalue()), (f"{names[0]}.cls", b"0"),
+        (f"{names[1]}.png", new.getvalue()), (f"{names[1]}.cls", b"1"),
+    ]  # fmt: skip
+    with pytest.warns(UserWarning, match=r"holds 2 files twice .*: the last of each name is taken"):
+        source = open_images(write_tar(tmp_path / "a.tar", members))
+    assert source.labels.tolist() == [1] and source.image(0).getpixel((0, 0)) == (0, 128, 0)
+
+
+def test_numbers_as_texts_beside_numbers(tmp_path, content):
+    members = [("a.png", content), ("a.json", b'{"label": 3}'), ("b.png", content), ("b.cls", b"1")]
+    assert open_images(write_tar(tmp_path / "a.tar", members)).labels.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", b'{"label":', r"a.tar a.json is not valid JSON \(Expecting value: line 1 column 10"),
+        ("a.json", b"", "a.tar a.json is not valid JSON"),
+        ("a.cls", "cat".encode("utf-16"), "a.tar a.cls is not text in UTF-8"),
+    ],
+)
+def test_a_damaged_label_is_named(tmp_path, content, name, text, message):
+    with pytest.raises(DetailFlowError, match=message):
+        open_images(write_tar(tmp_path / "a.tar", [("a.png", content), (name, text)]))
 
 
 def test_labels_by_another_name_are_asked_for(tmp_path, content):
@@ -251,7 +284,7 @@ def test_unreadable_shards_are_named_in_one_sentence(tmp_path, content, shards):
         with pytest.raises(DetailFlowError, match=f"{name} is not a readable WebDataset shard") as caught:
             open_images(tmp_path / name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(DetailFlowError, match=r"a.tar is not a readable WebDataset shard.*\(Expecting value"):
+    with pytest.raises(DetailFlowError, match=r"a.tar 0.json is not valid JSON \(Expecting value"):
         open_images(write_tar(tmp_path / "a.tar", [("0.png", content), ("0.json", b"")]))
     with pytest.raises(DetailFlowError, match="b.tar holds no images: a WebDataset shard has files such as"):
         open_images(write_tar(tmp_path / "b.tar", [("0.txt", b"")]))

@@ -55,6 +55,13 @@ def report(
     )
 
 
+def test_control_characters_of_a_name(tmp_path: Path):
+    """They are shown as in messages, and the JSON is still JSON."""
+    report(data="set\x85one\x1b[2J").write(tmp_path)
+    assert load(tmp_path)["provenance"]["data"]["images"]["data"] == "set\\x85one\\x1b[2J"
+    assert "set\\x85one\\x1b[2J" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_what_is_written(tmp_path: Path):
     report().write(tmp_path / "a" / "b")
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
-from detailflow.generation import CachedModel, with_null_class
+from detailflow.generation import TorchEngine, with_null_class
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.layers import ViTConfig
 from detailflow.models.tokenizer import TokenizerConfig
@@ -61,7 +61,7 @@ def step_logits(gpt: DetailFlowGPT, classes: torch.Tensor, ids: torch.Tensor, bi
     names = [output.name for output in model.get_outputs()]
     empty = np.zeros((len(classes), config.heads, 0, config.width // config.heads), np.float32)
     cache = {name: empty for name in names if name != "logits"}
-    c, g, codes = schedule.prefix, schedule.group_size, ids + config.num_classes + 1
+    c, g, codes = schedule.num_causal, schedule.group_size, ids + config.num_classes + 1
     masks = (torch.arange(g - 1) + config.num_classes + 1 + config.codebook_size).expand(len(classes), -1)
     sequence = torch.cat((classes[:, None], codes[:, :c], masks, codes[:, c:-g]), 1)[:, : config.num_tokens].numpy()
     found = []
@@ -78,7 +78,7 @@ def test_step(sizes: dict[str, Any]):
     for images in (1, 3):
         classes = torch.arange(images) % gpt.config.num_classes
         ids = torch.randint(gpt.config.codebook_size, (images, gpt.config.num_tokens))
-        engine = CachedModel(gpt, classes, guided=True)
+        engine = TorchEngine(gpt, classes, guided=True)
         doubled = with_null_class(classes, gpt.config.num_classes)
         found = step_logits(gpt, doubled, ids.repeat(2, 1))
         for (start, end), logits in zip(gpt.schedule.steps, found, strict=True):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, GPTConfig, TokenizerConfig, ViTConfig
 from detailflow.serving.app import create_app
-from detailflow.serving.engine import warm_up
+from detailflow.serving.runner import warm_up
 
 # --- OpenAI's client -------------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class Parser(argparse.ArgumentParser):
         }
 
     def _operands_first(self) -> tuple[str, dict[str, str]]:
-        """Return where operands belong if there are options of several values, and what these took that is like a file.
+        """Return the order in which to give operands, and what options of several values took that looks like a file.
 
         A value may be a class that is called as a folder or a file is, but hardly one with a suffix.
         """

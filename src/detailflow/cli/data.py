@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     """Print a report on the set."""
     args = parser().parse_args(argv)
 
-    from detailflow.data.source import describe_amount, describe_sizes, size_range, tolerated
+    from detailflow.data.notes import describe_amount, describe_sizes, size_range
+    from detailflow.data.source import tolerated
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are in `notes`, too
@@ -127,7 +128,7 @@ def _read_all(source: "ImageSource") -> tuple[Counter[tuple[int, int]], dict[str
 
 
 def _as_text(report: dict[str, Any], sizes: Counter[tuple[int, int]]) -> Iterator[str]:
-    from detailflow.data.source import describe_sizes, plural, why
+    from detailflow.data.notes import describe_sizes, plural, why
     from detailflow.labels import UNLABELLED
 
     splits, classes = report["splits"], report["classes"]

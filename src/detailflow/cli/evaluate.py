@@ -182,6 +182,8 @@ def _tokenizer(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     views_by_count(tokenizer.schedule, args.num_tokens, args.size)  # raises before anything is downloaded
     images = context.open(args.data, side, args.num_images, **_choice(args))
     reference = context.open(args.reference, side, image_column=args.image_column) if args.reference else None
+    if args.features == "none" and args.weights:
+        raise DetailFlowError(f"--features none needs no weights: leave out --weights {args.weights}")
     extractor = None if args.features == "none" else load_extractor(args.features, context.device, args.weights)
     lpips, notes = find_lpips(args.lpips, side, context.device)
     options = TokenizerOptions(

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     from detailflow.data.image_files import MAX_PIXELS_VARIABLE, max_pixels
     from detailflow.pipeline import DetailFlowPipeline
     from detailflow.serving.app import create_app
-    from detailflow.serving.engine import warm_up
+    from detailflow.serving.runner import warm_up
     from detailflow.serving.server import Server, is_loopback, listen, url
 
     pixels = max_pixels() if MAX_PIXELS_VARIABLE in os.environ else ServeConfig.max_pixels

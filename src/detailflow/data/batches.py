@@ -99,7 +99,7 @@ def check_unreadable(bad: Mapping[Key, str], tolerated: int, images: str) -> Non
 
 
 def read_ahead(batches: Iterator[Batch], count: int = 2) -> Iterator[Batch]:
-    """Yield the same; a thread makes the next ones, so that a GPU need not wait for them."""
+    """Yield the batches; a thread prepares the next `count`, so that a GPU does not wait for them."""
     with ThreadPoolExecutor(1) as thread:
         coming = deque(thread.submit(next, batches, None) for _ in range(count))
         try:

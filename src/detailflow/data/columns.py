@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, explained
 
 _LIKE_LABEL = re.compile("(?<![a-z])(label|class|categor)")  # in the name of a column of labels: fine_label
 
@@ -32,7 +32,8 @@ def parse_json(text: str, names: Collection[str], where: str) -> Any:
         keys[:] = [key for key, _ in pairs]  # in the end those of the outermost object, the last to be made
         return dict(pairs)
 
-    found = json.loads(text, object_pairs_hook=watched)
+    with explained(f"{where} is not valid JSON", (ValueError, RecursionError)):
+        found = json.loads(text, object_pairs_hook=watched)
     if isinstance(found, dict) and len(found) < len(keys):
         plain = list(map(plain_name, keys))
         if twice := [name for name in names if plain.count(name) > 1]:

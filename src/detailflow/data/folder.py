@@ -3,11 +3,12 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 from detailflow.data.image_files import image_suffixes
-from detailflow.data.source import MADE, Notes
+from detailflow.data.notes import MADE, Notes
 from detailflow.errors import DetailFlowError, explained
 from detailflow.pictures import is_made, is_overview
 from detailflow.words import printable, some_names
@@ -41,6 +42,7 @@ _SPLIT_NAME = re.compile(
     re.DOTALL,
 )
 _WORD_WITHIN = re.compile(rf"(?P<before>.*?)(?P<word>{_WORDS})(?P<after>.*)", re.DOTALL)  # xtrain, Trainings
+_NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)")  # train-00001-of-00003.parquet
 _LETTERS = re.compile(r"[^\W\d_]+")
 
 
@@ -107,6 +109,7 @@ def _sort(top: str, split: str | None, notes: Notes, metadata: list[str]) -> Dat
     if many and not _images_win(top, images, many):
         taken = _files_of_split(top, [within(file, top) for file in many], split, notes)
         leave_others(top, files, set(many), notes)
+        notes.warnings += _missing(top, taken)
         return DataFiles(kind, top, [os.path.join(top, name) for name in taken], notes)
     metadata += [file for file in files if os.path.basename(file).lower() in _METADATA and file not in metadata]
     if not metadata and any(os.path.basename(file) == _METADATA_IN_PARQUET for file in files):
@@ -123,6 +126,21 @@ def _sort(top: str, split: str | None, notes: Notes, metadata: list[str]) -> Dat
             f"{top} holds no images: put some there, in one subfolder per class if they have any{holds}"
         )
     return DataFiles("folder", top, images, notes, metadata, folders)
+
+
+def _missing(top: str, names: Iterable[str]) -> Iterator[str]:
+    """Yield a sentence for each set of files called as 00001-of-00003 that is not whole."""
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        if found := _NUMBERED.match(name):
+            numbers.setdefault((found[1], found[3]), set()).add(int(found[2]))
+    for (before, of), there in numbers.items():
+        if len(there) < int(of):
+            first = next(number for number in count(int(of) in there) if number not in there)
+            yield (
+                f"{os.path.join(top, before)}{first:0{len(of)}d}-of-{of} is not there, and {len(there):,} of "
+                f"{int(of):,} such files are: get the others, too, if they are wanted"
+            )
 
 
 def _images_win(top: str, images: list[str], many: list[str]) -> bool:

@@ -16,7 +16,7 @@ from functools import cache, partial
 from importlib import import_module
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, features
@@ -38,6 +38,7 @@ _RASTER = (
 )  # fmt: skip
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # formats that not every Pillow was built with
 
+Read = TypeVar("Read")
 _COST = {"WEBP": 2, "JPEG2000": 2}  # how often a pixel counts: these decoders take sixteen bytes for it
 
 REMEDIES = {  # suffix of images that are not read → what to do about it
@@ -64,8 +65,8 @@ _TURNS = {  # EXIF orientation → what shows the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ORIENTATION = 0x0112
-_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 256, 257, 258, 262, 339  # tags of TIFF files
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 256, 257, 258, 262, 284, 339  # tags of TIFF files
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LONGEST_EXIF = 2**20  # bytes
 _MOST_SCANS = 100  # of a JPEG; progressive ones have about ten, and each is work for all pixels, however few its bytes
@@ -120,25 +121,35 @@ def load_rgb(source: str | os.PathLike[str] | bytes, name: str | None = None, le
     """
     name = printable(name or ("image" if isinstance(source, bytes) else os.fspath(source)))
     with _opened(source, name) as file:
-        try:
-            return _decode(file, name, least)
-        except DetailFlowError:
-            raise
-        except Exception:
-            if (stripped := _strip_png(file)) is None:
-                raise
-            return _decode(stripped, name, least)
+        return _in_any_png(lambda content: _decode(content, name, least), file)
 
 
 def image_size(source: str | os.PathLike[str] | bytes, name: str) -> tuple[int, int]:
     """Return the width and height of an image as it will be shown, from its header."""
-    with _opened(source, name) as file, _open_image(file) as image:
+    with _opened(source, name) as file:
+        return _in_any_png(_size, file)
+
+
+def _in_any_png(read: Callable[[BinaryIO], Read], file: BinaryIO) -> Read:
+    """Return what `read` makes of a file, or, if it is a PNG that cannot be read, of what its pixels need of it."""
+    try:
+        return read(file)
+    except DetailFlowError:
+        raise
+    except Exception:
+        if (stripped := _strip_png(file)) is None:
+            raise
+        return read(stripped)
+
+
+def _size(file: BinaryIO) -> tuple[int, int]:
+    with _open_image(file) as image:
         if image.format == "PNG":  # else Pillow decodes all of it to see if EXIF data follow the pixels
             image.info.setdefault("exif", _png_exif(file))
         width, height = image.size
         if isinstance(image, TiffImageFile):  # not all versions of Pillow give its size as stored
             width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -194,6 +205,10 @@ def _open_image(file: BinaryIO) -> Image.Image:
 def _decode(file: BinaryIO, name: str, least: int | None) -> Image.Image:
     image = _open_image(file)
     _check_pixels(image, name, max_pixels())
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS, ())
+    if tags.get(_PLANES) == 2 and len(bits) > 1 and max(bits) > 8:  # Pillow takes their bytes for numbers
+        raise DetailFlowError(f"{name} has {max(bits)} bits in separate planes: save it with interleaved channels")
     if image.format in ("JPEG", "MPO"):
         _check_scans(file, name, *image.size)
     if least:
@@ -377,11 +392,13 @@ def _white(image: Image.Image, unsigned: bool) -> float:
     Pillow would clip all of them to 0 to 255. Up to 16 bits the file gives it; PGM files are scaled to 16 by Pillow.
     Floating-point white is 1 by convention, but 255 and 65535 are common too: the brightest pixel decides.
     """
+    tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
-        bits = getattr(image, "tag_v2", {}).get(_BITS, (16,))
-        return float(2 ** bits[0] - 1)
+        return float(2 ** tags.get(_BITS, (16,))[0] - 1)
     if image.mode == "I" and image.format == "PPM":
         return 65535
+    if image.mode == "I" and (tags.get(_BITS), tags.get(_SAMPLE_FORMAT)) == ((16,), (2,)):  # with a sign
+        return 32767
     brightest = 0.0
     for _, stripe in _stripes(image):
         values = _numbers(stripe, unsigned)

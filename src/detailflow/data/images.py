@@ -7,8 +7,9 @@ import csv
 import logging
 import os
 import re
+import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from detailflow.data.folder import (
     within,
 )
 from detailflow.data.image_files import image_suffixes
+from detailflow.data.notes import Notes
 from detailflow.data.parquet import open_parquet
-from detailflow.data.source import ImageSource, Notes, class_order, labelled, not_there
+from detailflow.data.source import ImageSource, class_order, labelled, not_there
 from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError, DetailFlowWarning, explained
@@ -147,13 +149,18 @@ def _matching(pattern: str) -> list[str]:
 def _of_one_kind(data: str, files: Iterable[str]) -> DataFiles:
     """Return those of the files of many images that a folder of them would be; the others are left aside."""
     files = [str(Path(file)) for file in files]
-    kind, chosen = most_of_one_kind(files)
+    folders = set(filter(os.path.isdir, files))
+    kind, chosen = most_of_one_kind([file for file in files if file not in folders])
+    if not chosen and folders:
+        raise DetailFlowError(f"{data} matches only folders, such as {min(folders)}: give what is in them, as {data}/*")
     if not chosen:
         raise DetailFlowError(f"{data} matches no .parquet file and no .tar file: check the pattern")
-    if missing := next((file for file in chosen if not os.path.isfile(file)), None):
-        raise DetailFlowError(f"{missing} does not exist: check the range in {data}")
+    for file in chosen:
+        if not os.path.exists(file):
+            raise DetailFlowError(f"{file} does not exist: check the range in {data}")
+        if not os.path.isfile(file):  # reading a pipe may never end
+            raise DetailFlowError(f"{file} is not a regular file: choose a pattern without it")
     notes, top = Notes(), os.path.commonpath(list(map(os.path.dirname, files)))
-    folders = {file for file in set(files).difference(chosen) if os.path.isdir(file)}
     if folders:  # those that a pattern such as ** matches with the files in them are read
         unread = folders.difference(str(folder) for file in files for folder in Path(file).parents)
         notes.leave("folder", *(within(folder, top) for folder in sorted(unread)))
@@ -245,6 +252,7 @@ def _whole_metadata(found: DataFiles) -> Sequence[str]:
 
 def _with_metadata(found: DataFiles, what: str, labels: Labels) -> ImageSource:
     notes, files = found.notes, {os.path.normpath(file): file for file in found.files}
+    labels = _by_files(labels, files)
     chosen = [path for path in files if path in labels]
     notes.leave(f"image without a row in {what}", *(within(path, found.where) for path in files if path not in labels))
     missing = [path for path in labels if path not in files and not os.path.exists(path)]
@@ -256,30 +264,42 @@ def _with_metadata(found: DataFiles, what: str, labels: Labels) -> ImageSource:
     return labelled(rows, found.where, [labels[path] for path in chosen])
 
 
+def _by_files(labels: Labels, files: Collection[str]) -> Labels:
+    """Return labels by the names that the files have, which some systems write with other characters for accents."""
+    alike = {unicodedata.normalize("NFC", file): file for file in files}
+    plain = {path: unicodedata.normalize("NFC", path) for path in labels if path not in files}
+    return {alike.get(plain[path], path) if path in plain else path: label for path, label in labels.items()}
+
+
 def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Labels | None:
     """Return the label of each image by its path; `None` if none of the files gives labels.
 
     A file that gives no labels is left aside, unless its column was asked for by name.
     """
     labels: Labels = {}
+    without: list[tuple[str, Any, str]] = []  # folder, name and row of images whose row has no label
     wanted, used = plain_name(label_column), False
     for file in files:
         folder, base = os.path.split(file)
-        found = 0
+        found = nameless = 0
         others: set[str] = set()  # columns of rows that give no label
         for number, row in _rows(file, {*_FILE_NAMES, wanted}):
             name = next((row[key] for key in _FILE_NAMES if row.get(key)), None)
+            where = f"{file} row {number}"
             if name is None or wanted not in row:
                 others.update(row)
+                nameless = nameless or (number if row.get(wanted) not in (None, "") else 0)
+                without += [] if name is None else [(folder, name, where)]
                 continue
             found += 1
-            where = f"{file} row {number}"
             path, label = _inside(folder, name, where), _label(row[wanted], where, base)
             if labels.setdefault(path, label) != label:
                 raise DetailFlowError(
                     f"{where} gives {name} the label {label!r}, and another gives it {labels[path]!r}: "
                     "write several labels of an image in one row"
                 )
+        if found and nameless:
+            raise DetailFlowError(f"{file} row {nameless} has a label and no file_name: name its image or remove it")
         used = used or found > 0
         if not found:
             notes.leave(os.path.splitext(file)[1], base)
@@ -296,6 +316,8 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Label
             f"no images have the label {label_column!r}: it would be a column beside file_name in metadata.csv or "
             "metadata.jsonl"
         )
+    for folder, name, where in without if used else ():
+        labels.setdefault(_inside(folder, name, where), None)  # which is said with the name of the image
     return labels if used else None
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from urllib.parse import unquote
 from detailflow.data.columns import ask_for_labels
 from detailflow.data.folder import DataFiles, within
 from detailflow.data.source import ImageSource, labelled
-from detailflow.data.tables import TableRows, check_names, import_datasets, mapped_column, require_columns
+from detailflow.data.tables import TableRows, check_names, count_rows, import_datasets, mapped_column, require_columns
 from detailflow.errors import DetailFlowError, explained
 from detailflow.files import writing
 from detailflow.progress import progress_bar
@@ -26,6 +27,7 @@ _EXPANDED = 256 * 2**20  # bytes that a row group or a file's images may always 
 _MOST_EXPANSION = 20  # and how many times its compressed size if it is larger
 _ROWS = 2**20  # that a file of any size may have
 _BATCH_ROWS = 256  # images that are copied at once
+_LISTS = ("list", "large_list", "fixed_size_list")  # as pyarrow names types
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # in the name of a folder of rows that have none
 
 
@@ -82,10 +84,10 @@ def _read_footer(file: str, place: str, image_column: str, label_column: str) ->
 
     if os.path.exists(file) and not os.path.isfile(file):  # reading a pipe may never end
         raise DetailFlowError(f"{file} is not a regular file: give the path of a parquet file")
-    with explained(f"{file} is not a readable parquet file"):  # nor if its names are not UTF-8
+    with explained(f"{file} is not a readable parquet file", _damage()):  # nor if its names are not UTF-8
         with pyarrow.parquet.ParquetFile(file) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
-        largest, columns = _check_expansion(file, metadata, image_column), schema.names
+        largest, columns = _check_expansion(file, metadata), schema.names
     folders = [part.partition("=") for part in reversed(Path(place).parent.parts)]
     folder_label = next((unquote(value) for key, _, value in folders if key == label_column and value), None)
     folder_label = "" if folder_label == _NO_VALUE else folder_label
@@ -103,24 +105,39 @@ def _read_footer(file: str, place: str, image_column: str, label_column: str) ->
     return ParquetFile(file, metadata.num_rows, images, labels, folder_label, names, largest, tuple(columns))
 
 
-def _holds_bytes(kind: Any) -> bool:
-    from pyarrow import types
+def _damage() -> tuple[type[Exception], ...]:
+    """Return what pyarrow raises for damaged files."""
+    import pyarrow
 
-    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_struct(kind)) and "binary" in str(kind)
+    return OSError, ValueError, IndexError, pyarrow.ArrowException
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Return whether a column of this type has bytes, or structs with an entry `bytes` or `path` and bytes at all."""
+    if _is(kind, "struct"):
+        names = {kind.field(i).name for i in range(kind.num_fields)}
+        return not names.isdisjoint(("bytes", "path")) and "binary" in str(kind)
+    return _is(kind, "binary", "large_binary", "binary_view")
 
 
 def _kind_of_labels(file: str, column: str, kind: Any) -> str:
-    from pyarrow import types
-
-    several = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    value = kind.value_type if several or types.is_dictionary(kind) else kind
-    if types.is_integer(value) or types.is_boolean(value):
+    value = kind
+    for outer in (_LISTS, ("dictionary",)):
+        value = value.value_type if _is(value, *outer) else value
+    if _is(value, "integer", "boolean"):
         return "numbers"
-    if types.is_string(value) or types.is_large_string(value):
+    if _is(value, "string", "large_string", "string_view"):
         return "names"
-    if types.is_null(value):
+    if _is(value, "null"):
         return "hidden"
     raise DetailFlowError(f"{file} has no labels in its column {column!r}, but {kind}: give class numbers or names")
+
+
+def _is(kind: Any, *names: str) -> bool:
+    """Return whether an Arrow type is one of these, of which an older pyarrow may lack some."""
+    from pyarrow import types
+
+    return any(getattr(types, f"is_{name}")(kind) for name in names if hasattr(types, f"is_{name}"))
 
 
 def _class_names(file: str, metadata: dict[bytes, bytes], column: str) -> tuple[str, ...]:
@@ -139,28 +156,22 @@ def _class_names(file: str, metadata: dict[bytes, bytes], column: str) -> tuple[
     return check_names(file, found)
 
 
-def _check_expansion(file: str, metadata: Any, image_column: str) -> int:
-    """Check that a small file cannot fill the memory; return the decompressed bytes of images in its largest row group.
+def _check_expansion(file: str, metadata: Any) -> int:
+    """Check that a small file cannot fill the memory; return the decompressed bytes of its largest row group.
 
-    Images are compressed already and hardly grow as they are read.
+    Images are compressed already and hardly grow as they are read. (What the footer says of single columns is not asked
+    for: pyarrow ends the process if that is damaged.)
     """
-    if metadata.num_rows > max(_ROWS, size := os.path.getsize(file)):
+    size = os.path.getsize(file)
+    if metadata.num_rows > max(_ROWS, size):
         raise DetailFlowError(f"{file} has {metadata.num_rows:,} rows in {size:,} bytes, which cannot be images")
-    largest = 0
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        columns = [group.column(j) for j in range(group.num_columns)]
-        stored, read = sum(c.total_compressed_size for c in columns), sum(c.total_uncompressed_size for c in columns)
-        if read > max(_EXPANDED, _MOST_EXPANSION * stored):
-            raise DetailFlowError(
-                f"{file} grows from {stored:,} bytes to {read:,} as it is read (row group {i}): "
-                "store images as PNG or JPEG files"
-            )
-        images = sum(
-            c.total_uncompressed_size for c in columns if f"{c.path_in_schema}.".startswith(f"{image_column}.")
+    groups = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    if (read := max(groups, default=0)) > max(_EXPANDED, _MOST_EXPANSION * size):
+        raise DetailFlowError(
+            f"{file} grows from {size:,} bytes to {read:,} as it is read (row group {groups.index(read)}): "
+            "store images as PNG or JPEG files"
         )
-        largest = max(largest, images)
-    return largest
+    return read
 
 
 def open_parquet(found: DataFiles, image_column: str, label_column: str) -> ImageSource:
@@ -187,36 +198,46 @@ def _ask_for_labels(files: list[str], label_column: str, others: set[str]) -> st
 
 def _read_labels(footers: list[ParquetFile], column: str) -> list[Any] | None:
     if footers[0].labels:
-        return [value for footer in footers for value in _values(footer.path, column)]
+        return [value for footer in footers for value in _values(footer, column)]
     if footers[0].folder_label is not None:
         return [footer.folder_label for footer in footers for _ in range(footer.rows)]
     return None
 
 
-def _values(file: str, column: str) -> Iterator[Any]:
+def _values(footer: ParquetFile, column: str) -> list[Any]:
     import pyarrow.parquet
 
-    with explained(f"{file} cannot be read: its labels are damaged"):
+    file, values = footer.path, list[Any]()
+    with explained(f"{file} cannot be read: its labels are damaged", _damage()):
         # Texts stay in their dictionary: a long one that all rows share is in memory once.
         schema = pyarrow.parquet.read_metadata(file).schema
         paths = [schema.column(i).path for i in range(len(schema))]
         texts = [path for path in paths if f"{path}.".startswith(f"{column}.")]  # of a list, that of its elements
         with pyarrow.parquet.ParquetFile(file, read_dictionary=texts) as parquet:
-            chunks = parquet.read(columns=[column]).column(column).chunks
-        for chunk in chunks:
-            yield from _plain(chunk)
+            for group in range(parquet.num_row_groups):  # of several, pyarrow makes no list of dictionaries
+                for chunk in parquet.read_row_group(group, columns=[column]).column(column).chunks:
+                    values += _plain(chunk)
+    if len(values) != footer.rows:
+        raise _wrong_rows(file, len(values), footer.rows)
+    return values
+
+
+def _wrong_rows(file: str, rows: int, said: int) -> DetailFlowError:
+    return DetailFlowError(f"{file} has {rows:,} rows, but its footer says {said:,}: it is damaged")
 
 
 def _plain(chunk: Any) -> Iterator[Any]:
     """Yield an Arrow array's values; equal texts are one."""
-    from pyarrow import list_, types
+    from pyarrow import list_
 
-    if types.is_fixed_size_list(chunk.type):
+    if _is(chunk.type, "fixed_size_list"):
         chunk = chunk.cast(list_(chunk.type.value_type))
-    if types.is_dictionary(chunk.type):
-        texts = chunk.dictionary.to_pylist()
-        yield from (None if place is None else texts[place] for place in chunk.indices.to_pylist())
-    elif types.is_list(chunk.type) or types.is_large_list(chunk.type):
+    if _is(chunk.type, "dictionary"):
+        texts = dict(enumerate(chunk.dictionary.to_pylist()))
+        if wrong := {*chunk.indices.to_pylist()} - {None, *texts}:
+            raise ValueError(f"it has no text {min(wrong)}")
+        yield from map(texts.get, chunk.indices.to_pylist())
+    elif _is(chunk.type, *_LISTS):
         values = _plain(chunk.flatten())
         yield from ([next(values) for _ in range(length or 0)] for length in chunk.value_lengths().to_pylist())
     else:
@@ -230,13 +251,20 @@ def _copy(footer: ParquetFile, column: str) -> str:
     folder = Path(import_datasets().config.HF_DATASETS_CACHE) / "parquet-images"
     with explained(f"{footer.path} cannot be copied into {folder}", OSError):
         copy = folder / f"{_state(footer.path, column)}.arrow"
-        if not copy.exists():
+        if not _is_whole(copy, footer.rows):
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{copy}.lock"):  # of several processes one makes it
-                if not copy.exists():
+                if not _is_whole(copy, footer.rows):
                     with writing(copy) as temporary:
                         _write_copy(footer, column, temporary)
     return str(copy)
+
+
+def _is_whole(copy: Path, rows: int) -> bool:
+    """Return whether there is a copy of so many rows that can be read to its end."""
+    with suppress(FileNotFoundError, *_damage()):
+        return count_rows(str(copy)) == rows
+    return False
 
 
 def _state(file: str, column: str) -> str:
@@ -268,7 +296,7 @@ def _write_copy(footer: ParquetFile, column: str, copy: Path) -> None:
                 )
             stream.write_batch(pyarrow.record_batch(batch.columns, schema=schema))
     if rows != footer.rows:
-        raise DetailFlowError(f"{footer.path} has {rows:,} rows, but its footer says {footer.rows:,}: it is damaged")
+        raise _wrong_rows(footer.path, rows, footer.rows)
 
 
 def _batches(footer: ParquetFile, column: str) -> Iterator[Any]:
@@ -277,7 +305,7 @@ def _batches(footer: ParquetFile, column: str) -> Iterator[Any]:
 
     count = max(1, min(_BATCH_ROWS, _EXPANDED // max(1, footer.largest)))
     with (
-        explained(f"{footer.path} cannot be read", hint="it is damaged"),
+        explained(f"{footer.path} cannot be read", _damage(), "it is damaged"),
         pyarrow.parquet.ParquetFile(footer.path, buffer_size=2**20) as parquet,
     ):
         yield from parquet.iter_batches(count, columns=[column])

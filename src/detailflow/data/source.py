@@ -6,143 +6,24 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from detailflow.data.image_files import REMEDIES, image_size, load_rgb
+from detailflow.data.image_files import image_size, load_rgb
+from detailflow.data.notes import Notes, describe, describe_classes, describe_sizes
 from detailflow.errors import DetailFlowError, NotThereError, explained
 from detailflow.files import check_regular, similar
 from detailflow.labels import UNLABELLED
-from detailflow.words import one_line, printable, several
+from detailflow.words import printable
 
-_CLASSES_SHOWN, _NAMES_SHOWN, _KINDS_SHOWN = 10, 3, 6  # more are only counted
 _SIZES_READ = 256  # images whose headers are read for a summary
 _MOST_CLASSES = 10**6
 _MOST_LABELS = 64  # of an image
-MADE = "image made by detailflow"
-
-
-@dataclass
-class Notes:
-    """What was found beside the images of a set.
-
-    Attributes:
-        split: the split that was taken; `None` if there are none.
-        splits: the names of all splits.
-        left_aside: files that were not taken: kind, such as ".txt" or "archive" → names.
-        warnings: what is probably a mistake, a sentence each.
-        question: what the user may have meant instead.
-    """
-
-    split: str | None = None
-    splits: tuple[str, ...] = ()
-    left_aside: dict[str, list[str]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    question: str = ""
-
-    def leave(self, kind: str, *names: str) -> None:
-        """Add to what was left aside."""
-        if names:
-            self.left_aside.setdefault(kind, []).extend(map(printable, names))
-
-    def ask(self, question: str) -> None:
-        """Add to what the user may have meant."""
-        self.question = "; ".join(filter(None, (self.question, question)))
-
-    def aside(self) -> str:
-        """Return "2 archives (a.zip, b.zip), 40 .heic", or "" if nothing was left aside."""
-        kinds = sorted(self.left_aside.items(), key=lambda item: item[0].startswith("."))
-        parts = [_counted(*item) for item in kinds[:_KINDS_SHOWN]]
-        if more := sum(len(names) for _, names in kinds[_KINDS_SHOWN:]):
-            parts.append(f"{more:,} of other kinds")
-        return ", ".join(parts)
-
-
-def _counted(kind: str, names: Sequence[str]) -> str:
-    number = f"{len(names):,} {plural(kind, len(names))}"
-    if kind in REMEDIES:
-        return f"{number} ({why(kind)})"
-    return number if kind.startswith(".") or len(names) > _NAMES_SHOWN else f"{number} ({', '.join(names)})"
-
-
-def why(kind: str) -> str:
-    """Return why files of a kind are left aside; "" if the kind itself tells."""
-    if kind in REMEDIES:
-        return REMEDIES[kind]
-    if kind == "archive":
-        return "images in archives are not read between image files: unpack them, or give the archives alone"
-    if kind == MADE:
-        return "it is read in a folder of its own, or under another name"
-    return "not the suffix of an image file" if kind.startswith(".") else ""
-
-
-def plural(kind: str, count: int) -> str:
-    """Return "links to a folder" of "link to a folder" if there are several."""
-    return kind if count == 1 else re.sub(r"\b(archive|folder|file|image|link)\b", r"\1s", kind, count=1)
-
-
-def describe(where: str, images: str, sizes: str, notes: Notes) -> str:
-    """Return "photos: 60 images in 3 classes (cat 20, dog 20, fish 20), 32×32 to 64×48; left aside: 2 archives"."""
-    split = f" (split {notes.split} of {', '.join(notes.splits)})" if notes.split else ""
-    aside = notes.aside()
-    parts = [f"{where}{split}: {images}{sizes and ', '}{sizes}", aside and f"left aside: {aside}", notes.question]
-    return one_line("; ".join(filter(None, parts)))
-
-
-def describe_classes(counts: Mapping[str, int], total: int | None = None) -> str:
-    """Return "60 images in 3 classes (cat 20, dog 20, fish 20)"; of many classes, the least and the most.
-
-    If images have several labels, `total` is the number of images.
-    """
-    labels = sum(counts.values())
-    total = labels if total is None else total
-    images = several(total, "image")
-    if labels > total:
-        images += f" with {labels:,} labels"
-    if tuple(counts) == UNLABELLED:
-        return f"{images} without classes"
-    classes = f"{images} in {several(len(counts), 'class')}"
-    if len(counts) <= _CLASSES_SHOWN:
-        return f"{classes} ({', '.join(f'{name} {number:,}' for name, number in counts.items())})"
-    fewest, most = min(counts.values()), max(counts.values())
-    return f"{classes} of {fewest:,}{f' to {most:,}' if most > fewest else ''}"
-
-
-def describe_amount(images: int) -> str:
-    """Return what a model can learn from so many images and no others, a sentence or three."""
-    if images < 200:
-        can = "are enough to see that everything works. A model stays noise, or learns these very images by heart."
-    elif images < 2_000:
-        can = (
-            "are few. Expect their colours and rough shapes, and copies of single images after long training. Images "
-            "that are much alike, such as faces in one pose, go further than photographs of anything."
-        )
-    elif images < 20_000:
-        can = (
-            "teach what they have in common: layout, colours, textures. Things are recognisable if each class is alike."
-        )
-    elif images < 200_000:
-        can = "are what CIFAR-10 has: most classes become recognisable at small sizes, after hours rather than minutes."
-    else:
-        can = "are many: the size of the model and the time of training are the limit, not the images."
-    return f"{several(images, 'image')} {can}"
-
-
-def size_range(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the smallest and the largest (width, height) by area, one if they are the same."""
-    by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
-    return list(dict.fromkeys((by_area[0], by_area[-1]))) if by_area else []
-
-
-def describe_sizes(sizes: Sequence[tuple[int, int]]) -> str:
-    """Return the smallest and the largest of (width, height) as "32×32 to 400×300"; "" of none."""
-    return " to ".join(f"{width}×{height}" for width, height in size_range(sizes))
 
 
 class Rows(Protocol):
@@ -159,7 +40,7 @@ class Rows(Protocol):
         """Return each file's name within the set, its bytes and what else identifies it, without reading images."""
 
     def stamps(self) -> np.ndarray:
-        """Return a number for each image, which another image in its place hardly has: the bytes of its file."""
+        """Return the bytes of each image's file: another image in its place rarely has as many."""
 
 
 class _Subset:
@@ -220,7 +101,7 @@ class ImageSource:
 
     @property
     def stamps(self) -> np.ndarray:
-        """Return a number for each image, (len,) int64, by which another one in its place is told; none is read."""
+        """Return a number for each image, (len,) int64, to notice another image in its place; none is read."""
         return self._rows.stamps().astype(np.int64)
 
     @property
@@ -396,7 +277,12 @@ def _numbered(where: str, values: list[Any], class_names: tuple[str, ...]) -> tu
     if all(isinstance(value, str) for value in values):
         return _named(where, values)
     if not all(isinstance(value, int) and value >= 0 for value in values):
-        raise DetailFlowError(f"{where} has labels that are neither class numbers nor names")
+        wrong = next((value for value in values if not isinstance(value, int | str)), None)
+        if wrong is None and any(isinstance(value, str) for value in values):
+            number, name = (next(value for value in values if isinstance(value, kind)) for kind in (int, str))
+            raise DetailFlowError(f"{where} has class numbers and names, such as {number} and {name!r}: give one kind")
+        wrong = min(values) if wrong is None else wrong
+        raise DetailFlowError(f"{where} has the label {wrong!r}, which is neither a class number nor a name")
     highest = max(values)
     if highest >= _MOST_CLASSES:  # as many names would be made
         raise DetailFlowError(f"{where} has a label of {_MOST_CLASSES:,} or more: class numbers count from 0")

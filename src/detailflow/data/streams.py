@@ -15,7 +15,8 @@ from PIL import Image
 from detailflow.data.columns import ask_for_labels
 from detailflow.data.image_files import load_rgb
 from detailflow.data.images import find
-from detailflow.data.source import Notes, describe, fingerprint
+from detailflow.data.notes import Notes, describe
+from detailflow.data.source import fingerprint
 from detailflow.data.tables import check_columns, import_datasets, load_hub, stored_image
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError, explained

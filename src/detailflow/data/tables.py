@@ -197,7 +197,9 @@ def open_saved(found: DataFiles, image_column: str, label_column: str) -> ImageS
     datasets, folder = import_datasets(), found.where
     with explained(f"{folder} is not a readable folder by `save_to_disk`", Exception), quiet(datasets):
         state = json.loads(read_text(Path(folder) / "state.json"))
-        names = [str(entry["filename"]) for key in ("_data_files", "_indices_files") for entry in state.get(key) or ()]
+        if state.get("_indices_files"):  # of rows that are meant, by versions of `datasets` before 2.0
+            raise DetailFlowError(f"{folder} is a selection as old versions of `datasets` wrote it: save it again")
+        names = [str(entry["filename"]) for entry in state.get("_data_files") or ()]
         if outside := [name for name in names if os.path.basename(name) != name]:
             raise DetailFlowError(f"{folder} names {outside[0]}, which is not in it: no other file is read")
         for path in (os.path.join(folder, name) for name in ("dataset_info.json", *names)):
@@ -206,15 +208,12 @@ def open_saved(found: DataFiles, image_column: str, label_column: str) -> ImageS
                 raise DetailFlowError(f"{path} is {problem}: save the set again")
         dataset = datasets.load_from_disk(folder)
         files = [os.path.join(folder, name) for name in names]
-        counts, column = [_count_rows(file) for file in files], partial(mapped_column, files, image_column)
-        if dataset._indices is not None:  # a selection of the rows that are stored
-            dataset = dataset.flatten_indices(keep_in_memory=True)
-            counts, column = [0] * len(files), partial(_dataset_column, dataset, image_column)
-            files, counts = [*files, os.path.join(folder, "state.json")], [*counts, len(dataset)]
-    return _from_dataset(dataset, found, TableRows(files, counts, column), image_column, label_column)
+        rows = TableRows(files, [count_rows(file) for file in files], partial(mapped_column, files, image_column))
+    return _from_dataset(dataset, found, rows, image_column, label_column)
 
 
-def _count_rows(file: str) -> int:
+def count_rows(file: str) -> int:
+    """Return the rows of an Arrow file, without reading them."""
     import pyarrow
 
     with pyarrow.memory_map(file) as mapped, pyarrow.ipc.open_stream(mapped) as batches:

@@ -19,7 +19,8 @@ import numpy as np
 from detailflow.data.columns import ask_for_labels, parse_json, plain_name
 from detailflow.data.folder import DataFiles, file_sizes
 from detailflow.data.image_files import REMEDIES, image_suffixes
-from detailflow.data.source import ImageSource, Notes, labelled
+from detailflow.data.notes import Notes
+from detailflow.data.source import ImageSource, labelled
 from detailflow.errors import DetailFlowError, explained
 from detailflow.progress import progress_bar
 from detailflow.words import several, some_names
@@ -123,9 +124,13 @@ def _ask_for_labels(where: str, shards: Sequence["_Shard"]) -> str:
 
 def _numbers(labels: list[Any]) -> list[Any]:
     """Return class numbers as integers if all labels are (.cls files have text); names and longer digits stay text."""
-    if all(isinstance(label, str) and re.fullmatch("-?[0-9]{1,18}", label) for label in labels if label is not None):
+    if all(_is_number(label) for label in labels if label is not None):
         return [label if label is None else int(label) for label in labels]
     return labels
+
+
+def _is_number(label: Any) -> bool:
+    return isinstance(label, int) or (isinstance(label, str) and re.fullmatch("-?[0-9]{1,18}", label) is not None)
 
 
 class _Shard(NamedTuple):
@@ -201,7 +206,7 @@ class _Members:
     def __init__(self, file: str, archive: tarfile.TarFile, suffixes: frozenset[str], label_column: str) -> None:
         self.file, self.archive, self.suffixes = file, archive, suffixes
         self.label_column, self.names = label_column, {plain_name(label_column)}
-        self.images: dict[str, tuple[int, int]] = {}  # name → where it begins, and its bytes
+        self.images: dict[str, tuple[str, int, int]] = {}  # path → name, where it begins, and its bytes
         self.cls_labels: dict[str, Any] = {}  # by key
         self.json_labels: dict[str, Any] = {}
         self.others: dict[str, set[str]] = {}  # suffix → keys of files from which no label is read
@@ -225,7 +230,7 @@ class _Members:
         elif not member.isreg():
             return
         elif not self.suffixes.isdisjoint((f".{suffixes}", last)):
-            self._put(self.images, member, member.name, (member.offset_data, member.size))
+            self._put(self.images, member, path, (member.name, member.offset_data, member.size))
         elif last == ".cls" and self.label_column == "label":
             self._put(self.cls_labels, member, path[:-4], self._text(member).strip())
         elif last == ".json":
@@ -260,29 +265,34 @@ class _Members:
     def _text(self, member: tarfile.TarInfo) -> str:
         assert self.archive.fileobj is not None  # it is open
         self.archive.fileobj.seek(member.offset_data)  # a third of the time that `extractfile` takes, a million times
-        return self.archive.fileobj.read(member.size).decode("utf-8-sig")
+        text = self.archive.fileobj.read(member.size)
+        with explained(f"{self.file} {member.name} is not text in UTF-8", UnicodeDecodeError):
+            return text.decode("utf-8-sig")
 
     def shard(self, ended: bool, state: tuple[int, ...]) -> _Shard:
-        spans: dict[str, tuple[int, int]] = {}
+        chosen: dict[str, str] = {}  # key → path of its image
         dotted = []  # images whose suffix is only the last part of what follows the key
-        for name, span in self.images.items():
-            key = _first_key(name)
-            if name[len(key) :].lower() not in self.suffixes:
-                dotted.append(name)
-            elif key in spans:
+        for path, (name, *_) in self.images.items():
+            key = _first_key(path)
+            if path[len(key) :].lower() not in self.suffixes:
+                dotted.append(path)
+            elif key in chosen:
                 self.notes.leave("second image of a key", name)
             else:
-                spans[key] = span
-        for name in dotted:
-            key = _first_key(name)
-            if key in spans:
-                self.notes.leave(name[len(key) :].lower(), name)
+                chosen[key] = path
+        for path in dotted:
+            key = _first_key(path)
+            if key in chosen:
+                self.notes.leave(path[len(key) :].lower(), self.images[path][0])
             else:
-                spans[name[: name.rindex(".")]] = self.images[name]
+                chosen[path[: path.rindex(".")]] = path
         labels = {key: label for key, label in self.json_labels.items() if label is not None} | self.cls_labels
-        keys = list(map(_plain, spans))
-        of_keys = [labels.get(key, labels.get(_first_key(key))) for key in keys]
-        taken = {*keys, *map(_first_key, keys)}
+        of_keys = [labels.get(key, labels.get(_first_key(key))) for key in chosen]
+        taken = {*chosen, *map(_first_key, chosen)}
+        spans = {}
+        for key, path in chosen.items():
+            name, *span = self.images[path]
+            spans[name[: len(name) - len(path) + len(key)]] = (span[0], span[1])  # named as the shard does
         unused = [f"{key}.{'cls' if key in self.cls_labels else 'json'}" for key in labels if key not in taken]
         self.notes.leave("label file without an image", *unused)
         if self.replaced:

@@ -36,9 +36,8 @@ from detailflow.settings import Seed, require
 LABELS = ("balanced", "random")
 SAMPLES = "samples"  # the folder in the output folder for images that are kept
 OUR_CROP = (
-    "The reference's images are brought to their size by one bicubic resize. ADM's reference, which published FIDs are "
-    "to, is of photographs that were first halved by averages if they were at least twice as large, so such figures "
-    "differ a little."
+    "The reference's images are brought to their size by one bicubic resize. Published FIDs are to ADM's reference, "
+    "for which large photographs were first halved by averaging, so they differ a little."
 )
 RECOGNISED = (
     "Recognised is the share of images whose likeliest class, by the network of features, has the number of the class "

@@ -127,9 +127,9 @@ class Report:
         with os_errors(f"cannot write the report to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:  # which puts the files in place in the opposite order, once all are written
-                for name, text in ((JSON_FILE, content), (MARKDOWN_FILE, self.markdown())):
+                for name, text in ((JSON_FILE, content), (MARKDOWN_FILE, printable(self.markdown()))):
                     path = stack.enter_context(replacing(folder / name))
-                    path.write_text(printable(text), encoding="utf-8")
+                    path.write_text(text, encoding="utf-8")
                 for plot in self.plots:
                     draw(plot, stack.enter_context(replacing(folder / f"{plot.name}.png")))
                 for picture in self.pictures:
@@ -198,11 +198,13 @@ def flattened(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def _finite(value: Any) -> Any:
-    """Make strings, which float() reads, of numbers that are not finite: JSON has none."""
+    """Make strings, which float() reads, of numbers that are not finite: JSON has none. Text becomes printable."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, str):
+        return printable(value)
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {printable(str(key)): _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 

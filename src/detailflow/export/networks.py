@@ -39,7 +39,7 @@ def step(gpt: DetailFlowGPT, bits: int) -> ModelProto:
     x = g("Gather", g.weight(torch.cat([table.weight for table in tables])), inputs)
     start = g.size(past[0][0], 2)
     end = g("Add", start, g.size(inputs, 1))
-    cos, sin = gpt.rotary_table().repeat_interleave(2, 1).unbind(-1)
+    cos, sin = gpt.tables()[0].repeat_interleave(2, 1).unbind(-1)
     sin = sin * torch.tensor([-1, 1]).repeat(head // 2)
     turn = [g("Slice", g.weight(table), start, end, g.numbers(0)) for table in (cos, sin)]
     block: Module

@@ -67,7 +67,7 @@ def describe(pipeline: DetailFlowPipeline) -> dict[str, Any]:
         "patch_size": codec.patch_size,
         "num_tokens": config.num_tokens,
         "group_size": config.group_size,
-        "causal_tokens": schedule.prefix,
+        "causal_tokens": schedule.num_causal,
         "codebook_size": config.codebook_size,
         "depth": config.depth,
         "heads": config.heads,

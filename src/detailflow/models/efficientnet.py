@@ -30,7 +30,7 @@ STAGES = (  # (repeats, kernel, stride of the first block, expansion, channels)
 DEPTHS = (0, 1, 2, 4, 6)  # the last stage of each resolution: 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's side
 CHANNELS = tuple(STAGES[depth][-1] for depth in DEPTHS)
 WIDTH, NUM_CLASSES = 1280, 1000
-SMALLEST_SIDE = 64  # smaller images are enlarged to it: at 32 pixels the deep maps hardly know what they see
+SMALLEST_SIDE = 64  # smaller images are enlarged to it: at 32 pixels the deep maps are a pixel or two, and say little
 _BATCH_NORM_EPSILON = 1e-3
 
 

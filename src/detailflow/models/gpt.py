@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Unpack
+from typing import Annotated, ClassVar, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,13 @@ from detailflow.models.pretrained import Pretrained
 from detailflow.sampling import GuidanceSchedule, SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule
 from detailflow.settings import Depth, Must, NotNegativeInt, PositiveInt, Settings, ShareBelowOne, check_arguments
+
+EngineUsed = Literal["native", "graphs", "torch"]
+ENGINES: dict[EngineUsed, Callable[["DetailFlowGPT", Tensor, bool], generation.Engine]] = {
+    "native": native.NativeEngine,
+    "graphs": graphs.GraphEngine,
+    "torch": generation.TorchEngine,
+}  # each begins a batch of (B,) class ids, with guidance or without
 
 
 @dataclass(frozen=True)
@@ -315,11 +322,12 @@ class DetailFlowGPT(Pretrained):
 
     def begin(self, class_ids: Tensor, guided: bool) -> generation.Engine:
         """Begin a batch with the engine that `engine` names, or the first that can run this model."""
-        if self.uses_native:
-            return native.NativeGeneration(self, class_ids, guided)
-        if self.uses_graphs:
-            return graphs.GraphedModel(self, class_ids, guided)
-        return generation.CachedModel(self, class_ids, guided)
+        return ENGINES[self.engine_used](self, class_ids, guided)
+
+    @property
+    def engine_used(self) -> EngineUsed:
+        """What takes the decoding steps: the engine that `engine` names, or the first that can run this model."""
+        return "native" if self.uses_native else "graphs" if self.uses_graphs else "torch"
 
     @property
     def uses_native(self) -> bool:
@@ -339,10 +347,6 @@ class DetailFlowGPT(Pretrained):
             raise DetailFlowError(f"the graphs engine cannot run this model: {graphs.why_not(self)}")
         return uses
 
-    def rotary_table(self) -> Tensor:
-        """Return `rotary_table` of this model's config, in float32 on its device."""
-        return self.tables()[0]
-
     def tables(self) -> tuple[Tensor, Tensor]:
         """Return the rotary table and the (N, N) mask on the model's device; made once, as each is some kernels.
 
@@ -361,7 +365,7 @@ class DetailFlowGPT(Pretrained):
         See docs/method.md#ar-model. Position i has token i − 1 up to c; the g − 1 masks follow; from c + g on position
         i has token i − g.
         """
-        c, g = self.schedule.prefix, self.schedule.group_size
+        c, g = self.schedule.num_causal, self.schedule.group_size
         parts = []
         if start == 0:
             parts.append(self.class_embedding(class_ids)[:, None])

@@ -46,7 +46,7 @@ class Sizes(ctypes.Structure):
             "codebook_size",
             "num_tokens",
             "group_size",
-            "prefix",
+            "causal_tokens",
             "null_class",
         ]
     ]
@@ -154,7 +154,7 @@ def why_not(model: GPT) -> str | None:
     return found if isinstance(found, str) else None
 
 
-class NativeGeneration(Engine):
+class NativeEngine(Engine):
     """One batch on its way through the native engine: its classes and its KV cache."""
 
     def __init__(self, model: GPT, class_ids: Tensor, guided: bool) -> None:
@@ -167,7 +167,7 @@ class NativeGeneration(Engine):
         self.classes = class_ids.to("cpu", torch.int64).contiguous()
         gather(list(model.parameters()))
         self.config, self.weights = config, _weights(model)  # kept, as the library has their addresses only
-        self.rotation = model.rotary_table().to("cpu", torch.float32).contiguous()
+        self.rotation = model.tables()[0].to("cpu", torch.float32).contiguous()
         sizes = Sizes(
             config.width,
             config.depth,
@@ -176,7 +176,7 @@ class NativeGeneration(Engine):
             config.codebook_size,
             config.num_tokens,
             config.group_size,
-            config.schedule.prefix,
+            config.schedule.num_causal,
             config.num_classes,
         )
         pointers = (ctypes.c_void_p * len(self.weights))(*(weight.data_ptr() for weight in self.weights))

@@ -25,11 +25,11 @@ class Sizes(ctypes.Structure):
 
 
 def can_run(blocks: nn.ModuleList, x: Tensor, home: str) -> bool:
-    """Return whether `run` does what the blocks do to `x` (B, T, width), as far as anybody has measured not slower.
+    """Return whether `run` gives the same result as the blocks for `x`, and is not known to be slower.
 
     Args:
         blocks: of one kind and size.
-        x: their input.
+        x: (B, T, width), their input.
         home: the name of the module that has their own code.
     """
     if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in native.TYPES or layers_replaced(blocks, home):

@@ -5,7 +5,7 @@
 namespace detailflow {
 
 struct Sizes {  // as GPTConfig names them; Python fills the same structure
-    int32_t width, depth, heads, hidden, codebook_size, num_tokens, group_size, prefix, null_class;
+    int32_t width, depth, heads, hidden, codebook_size, num_tokens, group_size, causal_tokens, null_class;
 };
 
 template <class T> struct Block {
@@ -70,7 +70,7 @@ public:
 private:
     // Position i of [class, z_1 … z_c, m_1 … m_{g−1}, z_{c+1} … z_{N−g}] (docs/method.md#ar-model).
     void embed(int row, int position, const int64_t* tokens, float* to) const {
-        const int c = sizes.prefix, g = sizes.group_size, width = sizes.width;
+        const int c = sizes.causal_tokens, g = sizes.group_size, width = sizes.width;
         const int64_t* ids = tokens + std::size_t(row) * sizes.num_tokens;
         const T* from;
         if (position == 0) from = class_embedding + classes[row] * width;
@@ -126,7 +126,7 @@ private:
 
     // The first position after the decoding step that `position` belongs to: single tokens first, then groups.
     int step_end(int position) const {
-        const int c = sizes.prefix, g = sizes.group_size;
+        const int c = sizes.causal_tokens, g = sizes.group_size;
         return position < c ? position + 1 : c + ((position - c) / g + 1) * g;
     }
 

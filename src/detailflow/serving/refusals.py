@@ -46,7 +46,7 @@ class ApiError(HTTPException):
 
 
 def shortened(value: object) -> str:
-    """Return what a client gave as messages have it, who may make it up of any length: of more, its start and end."""
+    """Return a client's value for a message; of one longer than `LONGEST` only its start and end."""
     text = str(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 4 :]}"
 

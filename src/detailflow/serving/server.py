@@ -18,7 +18,7 @@ _OF_CLIENTS = ("Unsupported upgrade request", "No supported WebSocket library", 
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return whether a line of uvicorn's is no answer to a request, of which anybody could fill the log."""
+    """Return False for lines on malformed requests, with which any client could fill the log."""
     return not record.getMessage().startswith(_OF_CLIENTS)
 
 
@@ -81,7 +81,8 @@ class Server(uvicorn.Server):
         self.app.service.batcher.drain()  # before uvicorn waits for the answers that are not finished
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take a signal."""
-        super().handle_exit(sig, frame)
+        """Take a signal. Uvicorn would raise SIGTERM again at the end; here an end in order has exit status 0."""
         if sig == signal.SIGTERM:
-            self._captured_signals.clear()  # an end in order has exit status 0
+            self.should_exit = True
+        else:
+            super().handle_exit(sig, frame)

@@ -19,7 +19,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.pipeline import DetailFlowPipeline, fit
 from detailflow.sampling import SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule
-from detailflow.serving import engine, schemas
+from detailflow.serving import runner, schemas
 from detailflow.serving.batcher import Batcher, Job
 from detailflow.serving.counters import Metrics
 from detailflow.serving.options import ServeConfig
@@ -44,7 +44,7 @@ class Service:
     def __init__(self, pipeline: DetailFlowPipeline, config: ServeConfig) -> None:
         self.pipeline, self.config, self.metrics = pipeline, config, Metrics()
         self.batcher = Batcher(
-            partial(engine.run, pipeline), config.max_batch, config.batch_window / 1000, config.max_queue, self.metrics
+            partial(runner.run, pipeline), config.max_batch, config.batch_window / 1000, config.max_queue, self.metrics
         )
         self.fingerprint, self.gpt_fingerprint = pipeline.tokenizer.fingerprint(), pipeline.gpt.fingerprint()
         self.created = int(time.time())
@@ -187,8 +187,8 @@ class Service:
         class_id, n, sampling = checked
         seed = secrets.randbits(32) if body.seed is None else body.seed
         stages = self.stages(n, body.partial_images or 0, len(prefix)) if body.stream else frozenset()
-        items = [engine.ImageItem(class_id, seed, i, n, stages, prefix) for i in range(body.n or 1)]
-        return Answer(self, self.submit(engine.Generate(sampling, len(prefix)), items), kind, n, seed)
+        items = [runner.ImageItem(class_id, seed, i, n, stages, prefix) for i in range(body.n or 1)]
+        return Answer(self, self.submit(runner.Generate(sampling, len(prefix)), items), kind, n, seed)
 
     def stages(self, num_tokens: int, count: int, kept: int = 0) -> frozenset[int]:
         """Return `count` numbers of tokens below `num_tokens` for partial images: early first, then evenly in time.
@@ -209,7 +209,7 @@ class Service:
             n = self.schedule.check_count(num_tokens)
         fitted = np.asarray(await asyncio.to_thread(fit, self.schedule, image, whole))
         height, width = fitted.shape[:2]
-        with self.submit(engine.Encode(height, width), [fitted]) as job:
+        with self.submit(runner.Encode(height, width), [fitted]) as job:
             async for result in job:
                 tokens = result.value[:n]
         return schemas.Encoded(
@@ -221,7 +221,7 @@ class Service:
         data = await self.decoded(body, image_data)
         return self.images(data, data[-1].size, len(body.tokens))
 
-    async def decoded(self, body: schemas.Tokens, show: Callable[[engine.Picture], T]) -> list[T]:
+    async def decoded(self, body: schemas.Tokens, show: Callable[[runner.Picture], T]) -> list[T]:
         """Return what `show`, in a thread, makes of each image that an image's first tokens show."""
         self.check_model(body.model)
         self.checked_tokens(body.tokens)
@@ -238,7 +238,7 @@ class Service:
                     raise DetailFlowError(f"num_tokens must be at most the {len(body.tokens)} tokens given, not {n}")
         height, width = self._full_size(body)
         by_count = {}
-        with self.submit(engine.Decode(height, width), [engine.StagesItem(body.tokens, frozenset(counts))]) as job:
+        with self.submit(runner.Decode(height, width), [runner.StagesItem(body.tokens, frozenset(counts))]) as job:
             async for _, picture, _ in job:
                 by_count[len(picture.tokens)] = await asyncio.to_thread(show, picture)
         return [by_count[n] for n in counts]
@@ -312,7 +312,7 @@ def _event(name: str, data: Mapping[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
 
 
-def image_data(picture: engine.Picture) -> schemas.ImageData:
+def image_data(picture: runner.Picture) -> schemas.ImageData:
     """Return an image as answers have it."""
     height, width = picture.pixels.shape[:2]
     content = base64_png(Image.fromarray(picture.pixels))

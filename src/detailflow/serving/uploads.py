@@ -52,7 +52,7 @@ def takes_form(form: type[ImageForm], fields: str, several: str | None = None) -
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Let go of what functions that an error went through hold, such as an image: errors may be kept for a while."""
+    """Clear the frames of an error's traceback, which would keep an image in memory as long as the error."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

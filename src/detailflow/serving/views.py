@@ -13,9 +13,9 @@ from pydantic import Field
 
 from detailflow.pipeline import enlarged, fit
 from detailflow.serving import schemas
-from detailflow.serving.engine import Picture
 from detailflow.serving.leaving import unless_gone
 from detailflow.serving.refusals import ApiError
+from detailflow.serving.runner import Picture
 from detailflow.serving.service import Service, base64_png, blamed_on, image_data
 from detailflow.serving.threads import Threads
 from detailflow.serving.uploads import FORM, Uploads, takes_form

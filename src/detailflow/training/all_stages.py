@@ -9,7 +9,8 @@ import torch
 
 from detailflow import hub
 from detailflow.data.images import open_images
-from detailflow.data.source import ImageSource, describe_amount
+from detailflow.data.notes import describe_amount
+from detailflow.data.source import ImageSource
 from detailflow.data.token_writer import is_finished
 from detailflow.device import choose_device
 from detailflow.distributed import World, launched

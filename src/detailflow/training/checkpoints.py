@@ -31,7 +31,8 @@ from detailflow.runs import (
     read_checkpoint,
     step_of,
 )
-from detailflow.tensors import INDEX_FILE, WEIGHTS_FILE, save_torch
+from detailflow.tensors import INDEX_FILE, WEIGHTS_FILE
+from detailflow.torch_files import save_torch
 from detailflow.training.inputs import Input, difference
 from detailflow.training.stage_report import CAPTIONS, CURVES_FILE, REPORT_FILE
 from detailflow.training.tracking import HISTORY_FILE

@@ -16,8 +16,7 @@ from detailflow.errors import DetailFlowError, os_errors
 from detailflow.models.layers import convolution
 from detailflow.progress import LONG_RUN, progress_bar
 from detailflow.runs import FEATURES_FILE
-from detailflow.tensors import save_torch
-from detailflow.torch_files import load_torch
+from detailflow.torch_files import load_torch, save_torch
 from detailflow.training.config import TokenizerTraining
 
 _log = logging.getLogger(__name__)

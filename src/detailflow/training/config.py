@@ -136,7 +136,7 @@ class ImageSettings(Settings):
         label_column: of these, and of metadata files.
         val_data: images to validate on; like `data`, with the same classes. Never trained on.
         val_split: of val_data, such as val.
-        val_share: share of `data` held out for validation instead; chosen by the content of each image.
+        val_share: share of `data` held out instead; never trained on, chosen by the content of each image.
     """
 
     data: Location
@@ -168,13 +168,14 @@ class TokenizerTraining(ImageSettings):
         gpt: AR model of these tokens; with `freeze` and the adversarial loss, rows that it samples are decoded too, and
             judged as the reconstructions are. Not in the paper.
         sampled_share: such rows per image of the batch.
-        anchor: weight of their distance to what the decoder of `init` makes of them.
+        anchor: weight of their distance from `init`'s; that is, from what the decoder of `init` makes of them.
         streaming: read a hub data set as a stream; without a copy on this machine.
         flip: mirror half of the training crops.
         max_scale: crops are from images enlarged up to this.
         coarse_probability: share of steps with fewer than N tokens; the paper's table 3.
-        nested_probability: share of steps with nested dropout; of the other steps. Images are decoded at full size from
-            their first 1, 2, 4, … tokens, by the pixel loss alone. Needs `model.absent_token`. Not in the paper.
+        nested_probability: share of the other steps with nested dropout; images are decoded at full size from their
+            first 1, 2, 4, … tokens, without perceptual and adversarial loss. Needs `model.absent_token`. Not in the
+            paper.
         correction_share: share of a batch for self-correction.
         mistakes: number of codes to plant one of; the nearest ones.
         pixel: weight of the pixel loss.
@@ -187,10 +188,10 @@ class TokenizerTraining(ImageSettings):
         perceptual_warmup: share or number of steps to full weight; from 1 on it is a number.
         classifier_epochs: epochs of training that classifier.
         adversarial: weight of the adversarial loss; 0 for none.
-        adversarial_network: dino, a file, patch, projected or projected-both; dino is the paper's and downloads DINO
-            ViT-S/16's weights once, a file has those weights, patch is a small convolutional network that learns from
-            scratch, projected has convolutions on features of EfficientNet-Lite0, and projected-both on those of the
-            classifier as well.
+        adversarial_network: dino, patch, projected or others; dino is the paper's and downloads DINO ViT-S/16's
+            weights once, a file has those weights, patch is a small convolutional network that learns from scratch,
+            projected has convolutions on features of EfficientNet-Lite0, and projected-both on those of the classifier
+            as well.
         adversarial_from: share or number of steps before it; from 1 on it is a number.
         adversarial_adaptive: scale that weight by gradients; by the ratio of the gradients of the pixel and perceptual
             losses to that of the adversarial loss, as VQGAN does. Not in the paper.

@@ -78,7 +78,7 @@ class GPTStage:
         self.lora_ema = self.lora.average() if self.lora else None
         self.ema = (self.lora_ema.model if self.lora_ema else copy.deepcopy(self.model)).eval().requires_grad_(False)
         self.model.train()
-        if sizes.schedule.prefix == sizes.num_tokens:  # no groups, so nothing for the mask embeddings to learn
+        if sizes.schedule.num_causal == sizes.num_tokens:  # no groups, so nothing for the mask embeddings to learn
             self.model.mask_embedding.requires_grad_(False)
         self.sharded = loop.shard and world.size > 1
         for network in (self.model, self.ema):

@@ -19,7 +19,7 @@ def draw_count(schedule: TokenSchedule, coarse_probability: float) -> int:
     if n == g or float(torch.rand(())) >= coarse_probability:
         return n
     t = int(torch.randint(1, n - g + 1, ()))
-    return t if t <= schedule.prefix else -(-t // g) * g
+    return t if t <= schedule.num_causal else -(-t // g) * g
 
 
 def draw_present(schedule: TokenSchedule, count: int) -> Tensor:
@@ -33,7 +33,7 @@ def draw_position(schedule: TokenSchedule, t: int, generator: torch.Generator | 
     """Draw p, at which a step of t tokens plants mistakes; `None` if nothing would come after."""
     if t == schedule.valid_counts[0]:
         return None
-    last = t if t <= schedule.prefix else t - schedule.group_size
+    last = t if t <= schedule.num_causal else t - schedule.group_size
     return schedule.group_start(int(torch.randint(last, (), generator=generator)))
 
 

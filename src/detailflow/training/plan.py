@@ -31,7 +31,7 @@ from detailflow.training.config import Extraction, GPTTraining, LoopConfig, Toke
 from detailflow.training.counting import StepCosts, Trial, count_steps
 from detailflow.training.extract import code_rows
 from detailflow.training.gpt import GPTStage, model_config
-from detailflow.training.teachers import image_count, open_source
+from detailflow.training.images import image_count, open_source
 from detailflow.training.tokenizer import TokenizerStage
 from detailflow.words import several
 

@@ -37,12 +37,12 @@ def draw_reconstructions(model: DetailFlowTokenizer, originals: Tensor, mistakes
     patches = model.encode_patches(images)
     z = model.encode_latents(patches, schedule.num_tokens)
     ids = model.quantizer.nearest(z)
-    counts = {1, schedule.prefix // 2, schedule.prefix, schedule.num_tokens // 2, schedule.num_tokens}
+    counts = {1, schedule.num_causal // 2, schedule.num_causal, schedule.num_tokens // 2, schedule.num_tokens}
     shown = sorted(counts & set(schedule.valid_counts))
     side = (model.config.image_size,) * 2
     by_count = [F.interpolate(model.decode(ids[:, :n]).float(), side, mode="bilinear") for n in shown]
     mistaken, captions = [model.decode(ids)], [several(schedule.num_tokens, "token")]
-    for position in sorted({0, schedule.prefix if schedule.prefix < schedule.num_tokens else 0}):
+    for position in sorted({0, schedule.num_causal if schedule.num_causal < schedule.num_tokens else 0}):
         end = schedule.span_end(position)
         planted = ids.clone()
         planted[:, position:end] = model.plant_mistakes(z[:, position:end], mistakes)

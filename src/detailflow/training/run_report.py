@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detailflow.data.source import ImageSource, describe_amount, spread
+from detailflow.data.notes import describe_amount
+from detailflow.data.source import ImageSource, spread
 from detailflow.data.tokens import TokenStore
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowWarning, first_line

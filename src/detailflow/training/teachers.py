@@ -1,4 +1,4 @@
-"""The frozen networks that the tokenizer learns from, for the perceptual and the alignment loss; and its images."""
+"""The frozen networks that the tokenizer learns from, for the perceptual and the alignment loss."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detailflow.data.batches import ImageBatches, StreamedBatches
-from detailflow.data.images import open_images
 from detailflow.data.source import ImageSource
-from detailflow.data.streams import StreamSource, open_stream
+from detailflow.data.streams import StreamSource
 from detailflow.device import precision_dtype
 from detailflow.distributed import World
 from detailflow.models.efficientnet import EFFICIENTNET, EfficientNetLite0
@@ -18,6 +16,7 @@ from detailflow.models.lpips import LPIPS, SMALLEST_SIDE
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.training.classifier import FeatureNetwork, trained_classifier
 from detailflow.training.config import CLASSIFIER, PROJECTED_BOTH, TokenizerTraining
+from detailflow.training.images import crops, image_count
 from detailflow.training.losses import perceptual_loss
 
 CLASSIFIER_BATCH = 256
@@ -54,31 +53,6 @@ class Teachers(NamedTuple):
         with torch.no_grad():
             wanted = self.features.features(target)
         return perceptual_loss(self.features.features(pixels), [torch.cat((w, w[:corrected])) for w in wanted])
-
-
-def open_source(config: TokenizerTraining) -> ImageSource | StreamSource:
-    """Open the images of these settings."""
-    opened = open_stream if config.streaming else open_images
-    return opened(config.data, split=config.split, **config.columns)
-
-
-def image_count(source: ImageSource | StreamSource) -> int | None:
-    """Return how many images there are, if that is known."""
-    return source.num_images if isinstance(source, StreamSource) else len(source)
-
-
-def crops(
-    config: TokenizerTraining,
-    source: ImageSource | StreamSource,
-    batch_size: int,
-    start_step: int = 0,
-    world: World = World(),
-) -> ImageBatches | StreamedBatches:
-    """Return the endless training crops of these settings."""
-    kind: Any = StreamedBatches if isinstance(source, StreamSource) else ImageBatches
-    size, loop = config.model.image_size, config.loop
-    zoom, keep = config.max_scale, loop.image_memory * 2**30
-    return kind(source, size, batch_size, loop.seed, loop.workers, start_step, config.flip, zoom, world, keep)
 
 
 def find_teachers(

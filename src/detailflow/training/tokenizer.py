@@ -28,6 +28,7 @@ from detailflow.psnr import psnr
 from detailflow.training.adversary import Adversary, AugmentationNoise
 from detailflow.training.config import CLASSIFIER, NETWORKS, PROJECTED_BOTH, TokenizerTraining, count_of_steps
 from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_rank
+from detailflow.training.images import crops, open_source
 from detailflow.training.inputs import Input, files_input, images_input, model_input, tokens_input
 from detailflow.training.loop import Run, train
 from detailflow.training.losses import alignment_loss, quantization_loss
@@ -36,7 +37,7 @@ from detailflow.training.passes import Draw, Passes, TokenizerNetworks, draw_cou
 from detailflow.training.reconstructions import draw_reconstructions, some_images
 from detailflow.training.sampled_rows import SampledRows
 from detailflow.training.stored_rows import StoredRows
-from detailflow.training.teachers import crops, find_teachers, open_source
+from detailflow.training.teachers import find_teachers
 from detailflow.training.validation import sample_crops, split, tokenizer_figures
 
 COUNT_STEPS = 100  # after which the uses of codes are counted from 0 again, if no codes are replaced
@@ -176,7 +177,7 @@ class TokenizerStage:
     def objective(self, step: int, images: Tensor, draw: Draw, rows: tuple[Tensor, Tensor] | None = None) -> Objective:
         """Return the whole objective: L = MSE + L_perceptual + λ · L_adversarial + L_VQ + L_alignment (Sec. 3.4).
 
-        A frozen encoder leaves the losses of the decoded pixels, nested dropout the MSE and L_VQ alone.
+        A frozen encoder leaves the pixels' losses; nested dropout leaves out the perceptual and the adversarial loss.
         """
         config, schedule, teachers = self.config, self.model.schedule, self.teachers
         target = coarse_target(images, schedule.resolution(draw.t), schedule.decode_size(draw.t))
