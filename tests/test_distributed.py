@@ -162,7 +162,7 @@ def test_unreadable_images_of_all_count(cifar: Path, tmp_path: Path):
     work = partial(ranks.command_line, ["evaluate", "samples", str(copy), str(copy), *network])
     (first, _, err), (second, _, other) = launch(work, tmp_path)
     assert (first, second) == (2, 2), err + other
-    assert "At least 3 of the 200 images" in complaints(err)[0] and not complaints(other)
+    assert "at least 3 of the 200 images" in complaints(err)[0] and not complaints(other)
 
 
 @pytest.mark.parametrize(

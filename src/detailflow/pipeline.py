@@ -335,6 +335,7 @@ class DetailFlowPipeline:
             raise DetailFlowError(f"{name} must be a list of integers ({error})") from error
         if ids.shape == (0,):  # an empty list is of floats
             ids = ids.long()
+        ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids  # a batch of one, as `encode` returns it
         return checked_ids(name, ids, 1, self.tokenizer.config.codebook_size)
 
     def _batches(self, several: Sequence[int], **options: Unpack[GenerationOptions]) -> Iterator[Iterator[Tensor]]:

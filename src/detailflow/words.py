@@ -34,9 +34,12 @@ def also(instead: str) -> str:
 
 def unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> str:
     """Return the sentence for a word that is none of those known: the closest of them, or what to do `otherwise`."""
+    known = list(known)
     by_name = {name.strip("-"): name for name in known}
     parts = {name.rpartition(".")[2]: name for name in reversed(by_name)}  # loop.steps is found by steps, too
     close = get_close_matches(word.strip("-"), [*by_name, *(part for part in parts if part not in by_name)], n=1)
+    if alike := [name for name in by_name.values() if name.endswith(f"-{word.strip('-')}")]:
+        return f"unknown {what} {word!r}: did you mean {listed(alike)}?"
     if not close:
         return f"unknown {what} {word!r}: {otherwise}"
     return f"unknown {what} {word!r}: did you mean {by_name.get(close[0]) or by_name[parts[close[0]]]}?"

@@ -30,7 +30,11 @@ def test_all_classes_by_default(pipeline: DetailFlowPipeline, model: Path, tmp_p
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "wrote 5 images to outputs\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        "wrote 5 images to outputs, together in outputs/grid.png\n",
+        "",
+    )
     names = ["0000-airplane.png", "0001-automobile.png", "0002-bird.png", "0003-cat.png", "0004-Hot-dog.png"]
     assert files(tmp_path / "outputs") == [*names, "grid.png"]
     for name, expected in zip(names, pipeline(range(5)), strict=True):
@@ -215,13 +219,15 @@ def test_grid_and_strips_are_no_samples(model: Path, tmp_path: Path):
         ),
         (["--num-images", "2", "--batch-size", "200000"], "--batch-size must be at most 100,000, not 200,000"),
         (["--top-p", "1.5"], "--top-p must be above 0 and at most 1 (1 is off), not 1.5"),
-        (["--num-tokens", "5"], "num_tokens must be 1 to 4 or a multiple of 4 up to 16, not 5"),
+        (["--num-tokens", "5"], "--num-tokens must be 1 to 4 or a multiple of 4 up to 16, not 5"),
         (["--num", "0"], "--num must be a positive integer, not 0"),
         (["--num", "many"], "--num must be a positive integer, not 'many'"),
         (["--dtype", "int8"], "--dtype must be float32, bfloat16 or float16, not 'int8'"),
         (["--device", "quantum"], "device 'quantum' cannot be used here: give another, such as cpu"),
         (["--output", ""], "--output must be a path, not ''"),
         (["--model="], "--model must be a path or a name, not ''"),
+        (["--class", "cat"], "unknown option '--class': give CLASS without it, before the options"),
+        (["--num"], "--num needs a value: --num N"),
         (["--bogus"], "unknown option '--bogus': see detailflow generate --help"),
         (["--tempreature", "1"], "unknown option '--tempreature': did you mean --temperature?"),
         (["--nmu=3"], "unknown option '--nmu': did you mean --num?"),

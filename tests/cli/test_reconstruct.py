@@ -300,7 +300,7 @@ def test_no_image(capsys: pytest.CaptureFixture[str]):
         ("a.png -dash.jpg --num 3", "-dash.jpg begins with a dash, as options do: write ./-dash.jpg"),
         ("--dash.png", "--dash.png begins with a dash, as options do: write ./--dash.png"),  # as there is such a file
         ("a.png --dash.jpg", "unknown option '--dash.jpg': see detailflow reconstruct --help"),
-        ("a.png --num -1.e5", "--num: expected one argument"),
+        ("a.png --num -1.e5", "--num needs a value: --num N"),
     ],
 )
 def test_images_that_begin_with_a_dash(

@@ -249,7 +249,7 @@ def test_bad_config_files(values: dict | str | None, message: str, folder: Path,
         (["--output", "x" * 300], f"cannot write to {'x' * 300}: File name too long"),
         (["--config", "images"], "--config images: this file cannot be read (it is a folder, not a file)"),
         (["--data", "images/even", "--perceptual", "1"], "the perceptual loss learns its features from class labels"),
-        (["--config"], "--config: expected one argument"),
+        (["--config"], "--config needs a value: --config FILE"),
     ],
 )
 def test_bad_options(argv: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -566,7 +566,7 @@ def test_all_in_a_row_without_classes(folder: Path, cifar: Path, capsys: pytest.
     after = "next: detailflow generate --model run; detailflow serve --model run; open run/report.html\n"
     assert out.endswith(after) and Path("run/report.html").exists()
     assert "\n10 images are enough to see that everything works. A model stays noise" in out
-    assert "held out for validation, too few to choose the best step well: 20 or more would be better\n" in out
+    assert "held out for validation; which step is the best by fewer than 20 is partly chance\n" in out
     assert '"perceptual": ' in Path("run/tokenizer/log.jsonl").read_text()
     assert main(["generate", "--model", "run", "--output", "pictures", "--no-grid"]) == 0
     assert files(folder / "pictures") == ["0000-image.png"]
@@ -630,6 +630,7 @@ def test_a_plan_is_told_line_by_line(folder: Path, model: Path, monkeypatch: pyt
         patch.setattr("detailflow.training.all_stages.ceiling_of", None)
         assert next(lines).startswith("images: 8 images in 2 classes")
         assert next(lines).startswith(f"from {model}: ")
+        assert next(lines) == "timing a few steps on this machine, to say how long it will take"
     assert next(lines).startswith("tokens: ")
 
 
@@ -642,10 +643,10 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     assert not Path("run").exists() and dry[0].startswith("images: 8 images in 2 classes")
     start = f"from {model}: its tokenizer of 32×32 pixels, as it is, and its AR model, which knows 0 of these 2 classes"
     start += " by name"
-    assert dry[1] == start and dry[2].startswith("tokens: 10 crops of each image: ")
-    assert "parameters, up to 2 steps of 32 images: up to" in dry[3] and dry[5].startswith("in all about ")
-    assert dry[4].startswith("disk: about ") and dry[4].endswith("B for checkpoints, tokens and the model")
-    assert len(dry) == 6
+    assert dry[1] == start and dry[2].startswith("timing a few steps") and dry[3].startswith("tokens: 10 crops of each")
+    assert "parameters, up to 2 steps of 32 images: up to" in dry[4] and dry[6].startswith("in all about ")
+    assert dry[5].startswith("disk: about ") and dry[5].endswith("B for checkpoints, tokens and the model")
+    assert len(dry) == 7
     assert main([*argv, "--no-flip", "--dry-run"]) == 0
     assert "\ntokens: 5 crops of each image: " in capsys.readouterr().out
 

@@ -46,7 +46,11 @@ def test_variations_are_those_of_the_pipeline(pipeline: DetailFlowPipeline, run:
     images = {"a photo": picture("a photo.png"), "b": picture("b.bmp", (20, 20))}
     options = ("--keep", "4", "8", "--class", "cat", "Hot dog", "--num", "2", "--seed", "5", "--temperature", "0.9")
     status, out, err = run("vary", "a photo.png", "b.bmp", *options, "--output", "out")
-    assert (status, out, err) == (0, "wrote 8 variations of each of 2 images to out\n", "")
+    assert (status, out, err) == (
+        0,
+        "wrote 8 variations of each of 2 images to out, together in out/IMAGE-variations.png\n",
+        "",
+    )
     names = [f"{k}-{label}-{i}" for k in (4, 8) for label in ("cat", "Hot-dog") for i in (0, 1)]
     found = sorted(path.name for path in Path("out").iterdir())
     assert found == sorted(f"{name}-{rest}.png" for name in images for rest in [*names, "variations"])
@@ -87,7 +91,7 @@ def test_all_tokens_give_the_reconstruction(pipeline: DetailFlowPipeline, run: A
 
 def test_no_class_and_a_quarter_unless_told_otherwise(pipeline: DetailFlowPipeline, run: Any):
     image = picture("a.png")
-    assert run("vary", "a.png")[1] == "wrote 4 variations of a to outputs\n"
+    assert run("vary", "a.png")[1] == "wrote 4 variations of a to outputs, together in outputs/a-variations.png\n"
     for i, variation in enumerate(pipeline.vary(image, keep=4, num_images=4)):
         assert read(f"outputs/a-4-any-{i}.png").tobytes() == variation.tobytes()
 
@@ -162,7 +166,10 @@ def test_an_unreadable_image_of_a_folder(run: Any):
     assert run("encode", "photos")[0] == 0
     assert TokenFile.read(Path("tokens.npz")).names == ("a", "c")
     status, out, err = run("vary", "photos", "--num", "1")
-    assert (status, out) == (0, "wrote 1 variation of each of 2 images to outputs\n")
+    assert (status, out) == (
+        0,
+        "wrote 1 variation of each of 2 images to outputs, together in outputs/IMAGE-variations.png\n",
+    )
     assert err.splitlines()[-1].startswith("left out: photos/b.png is ")
 
 
@@ -208,7 +215,7 @@ def test_another_model(run: Any, pipeline: DetailFlowPipeline, tmp_path: Path):
         (("decode", "a.png"), "a.png is damaged, or no token file of `detailflow encode`"),
         (("encode", "a.png", "--output", "fake.npz"), "fake.npz was not made by `detailflow encode`: move it"),
         (("encode", "a.png", "--output", "tokens.dat"), "--output must end in .npz, not 'tokens.dat'"),
-        (("encode", "a.png", "--num-tokens", "7"), "num_tokens must be 1 to 4"),
+        (("encode", "a.png", "--num-tokens", "7"), "--num-tokens must be 1 to 4"),
         (("encode", "missing.png"), "missing.png does not exist"),
     ],
 )
@@ -228,7 +235,10 @@ def test_images_behind_options_of_one_value(run: Any):
     assert run("vary", "a.png", "--class", "cat", "--num", "1")[0] == 0
     assert vary.parser().parse_args(["--class", "cat", "--", "a.png"]).images == ["a.png"]
     picture("cat/b.png")
-    assert run("vary", "cat", "--class", "cat", "--num", "1")[:2] == (0, "wrote 1 variation of b to outputs\n")
+    assert run("vary", "cat", "--class", "cat", "--num", "1")[:2] == (
+        0,
+        "wrote 1 variation of b to outputs, together in outputs/b-variations.png\n",
+    )
 
 
 def test_no_pipe_and_no_folder_is_replaced(run: Any):
@@ -254,9 +264,15 @@ def test_no_file_of_the_users_own_is_replaced(run: Any):
         assert status == 2 and f"{name} was not made by `detailflow vary`: move it" in err
         assert read(name).tobytes() == before
         Path(name).unlink()
-    assert run("vary", "a.png", "--num", "1")[:2] == (0, "wrote 1 variation of a to outputs\n")
+    assert run("vary", "a.png", "--num", "1")[:2] == (
+        0,
+        "wrote 1 variation of a to outputs, together in outputs/a-variations.png\n",
+    )
     again = run("vary", "a.png", "--num", "1")  # its own it replaces
-    assert again[:2] == (0, "wrote 1 variation of a to outputs in place of 2 earlier files\n")
+    assert again[:2] == (
+        0,
+        "wrote 1 variation of a to outputs, together in outputs/a-variations.png in place of 2 earlier files\n",
+    )
     picture("b.png")
     assert run("vary", "b.png", "outputs/a-4-any-0.png", "--num", "1")[0] == 0
     assert run("vary", "a.png", "outputs/a-4-any-0.png", "--num", "1")[0] == 2

@@ -62,5 +62,5 @@ def test_each_process_counts_its_own_unreadable_images(cifar, tmp_path):
         part = ImageBatches(source, 32, 8, seed=1, world=World(rank, 2))
         next(iter(part))
         assert sorted(part.bad) == sorted(items[[0, 1]] if rank == 0 else items[[4, 5]])
-    with pytest.raises(DetailFlowError, match="At least 3 of the 200 images cannot be read, more than 1%"):
+    with pytest.raises(DetailFlowError, match="at least 3 of the 200 images cannot be read, more than 1%"):
         next(iter(ImageBatches(source, 32, 8, seed=1)))

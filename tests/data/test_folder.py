@@ -429,7 +429,7 @@ def test_labels_in_metadata(tmp_path, suffix):
     save(tmp_path / "more.png")
     assert f"1 image without a row in metadata.{suffix} (more.png)" in open_images(tmp_path).summary
     (tmp_path / "1.png").unlink()
-    with pytest.warns(UserWarning, match=f"metadata.{suffix} names 1 files that are not there .*1.png"):
+    with pytest.warns(UserWarning, match=f"metadata.{suffix} names 1 file that cannot be found .*1.png"):
         assert open_images(tmp_path).counts == {"cat": 2, "dog": 1}
 
 

@@ -181,7 +181,7 @@ def test_unreadable_images_are_replaced_and_named(shards, tmp_path, hub):
 def test_too_many_unreadable_images(shards, tmp_path, hub):
     folder = hub(spoiled(shards, tmp_path / "some", set(range(0, 200, 20))))
     with pytest.raises(
-        DetailFlowError, match="At least [67] of the .* images of .* read so far cannot be read, more than 1%"
+        DetailFlowError, match="at least [67] of the .* images of .* read so far cannot be read, more than 1%"
     ) as caught:
         batches(folder, 10)
     assert "is not an image" in str(caught.value)

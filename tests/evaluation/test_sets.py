@@ -154,7 +154,7 @@ class TestBadImages:
         shutil.copytree(folder, tmp_path / "set")
         for number in numbers:
             (tmp_path / "set" / f"{number:03d}.png").write_text("no image")
-        with pytest.raises(DetailFlowError, match="At least 2 of the 25 images of .*set cannot be read, more than 1%"):
+        with pytest.raises(DetailFlowError, match="at least 2 of the 25 images of .*set cannot be read, more than 1%"):
             pixels(open_set(tmp_path / "set"))
 
     def test_no_such_place(self, tmp_path: Path):

@@ -92,7 +92,11 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             ours = isinstance(error.__context__, argparse.ArgumentTypeError)
             named = error.argument_name is None or ours
-            self.error(error.message if named else f"{error.argument_name}: {error.message}")
+            message = error.message if named else f"{error.argument_name}: {error.message}"
+            if error.message in ("expected one argument", "expected at least one argument"):
+                action = self.known_options[str(error.argument_name)]
+                message = f"{error.argument_name} needs a value: {error.argument_name} {action.metavar or 'VALUE'}"
+            self.error(message)
         if rest:
             self.error(f"{' '.join(rest)} is more than this command takes: see {self.prog} --help")
         return result
@@ -143,10 +147,17 @@ class Parser(argparse.ArgumentParser):
                 raise DetailFlowError(f"{word} begins with a dash, as options do: write ./{word}")
         for word in (word.partition("=")[0] for word in options if word.startswith("--")):
             if word not in known:
+                self._check_operand(word)
                 raise DetailFlowError(unknown("option", word, [*known, "--max-pixels"], f"see {self.prog} --help"))
         advice, taken = self._operands_first()
         lacking = message.startswith("the following arguments are required")
         raise DetailFlowError(message + advice if taken or lacking else message)
+
+    def _check_operand(self, word: str) -> None:
+        """Raise an error for an option that is called as what is given without one: `generate --class cat`."""
+        for action in (action for actions in self.sections.values() for action in actions):
+            if not action.option_strings and str(action.metavar).lower() == word.lstrip("-"):
+                raise DetailFlowError(f"unknown option {word!r}: give {action.metavar} without it, before the options")
 
 
 def reader(name: str, kind: Any) -> Callable[[str], Any]:

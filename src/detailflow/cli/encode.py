@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     instead = in_place_of(int(args.output.exists()))
     tokenizer = DetailFlowTokenizer.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     schedule = tokenizer.schedule
-    count = schedule.check_count(args.num_tokens)
+    count = schedule.check_count(args.num_tokens, "--num-tokens")
     inputs = Inputs(args.images, args.num, lambda image: fit(schedule, image, args.whole))
     names, sizes, tokens = list[str](), list[tuple[int, int]](), []
     waiting: list[Image.Image] = []

@@ -100,7 +100,7 @@ def _many(
     from detailflow.pipeline import BATCH_SIZE, LARGEST_CALL
     from detailflow.samples import SampleSet, generate_many
 
-    num_tokens = pipeline.tokenizer.schedule.check_count(args.num_tokens)
+    num_tokens = pipeline.tokenizer.schedule.check_count(args.num_tokens, "--num-tokens")
     labels = [classes[i % len(classes)] for i in range(args.num_images)]
     batch_size = args.batch_size or (128 if pipeline.device.type == "cuda" else BATCH_SIZE)
     if batch_size > LARGEST_CALL:
@@ -129,7 +129,7 @@ def _few(
             f"--num must make at most {LARGEST_SET:,} images in all, not {total:,}: use several folders"
         )
     check_no_set(args.output)
-    num_tokens = schedule.check_count(args.num_tokens)
+    num_tokens = schedule.check_count(args.num_tokens, "--num-tokens")
     counts = schedule.stages(num_tokens) if args.progressive else [num_tokens]
     labels = [label for label in classes for _ in range(args.num)]
     per_class = min(args.num, max(1, GRID_IMAGES // len(classes)))
@@ -156,4 +156,5 @@ def _few(
         captions = [pipeline.class_name(label) for label in classes for _ in range(per_class)]
         rows = (per_class if per_class > 1 else None, captions) if pipeline.labels.count else ()
         write_png(grid(shown, *rows), args.output / "grid.png", "grid")
-    print(f"wrote {several(len(labels), 'image')} to {args.output}{in_place_of(earlier)}")
+    together = f", together in {args.output / 'grid.png'}" if args.grid else ""
+    print(f"wrote {several(len(labels), 'image')} to {args.output}{together}{in_place_of(earlier)}")

@@ -37,7 +37,8 @@ def _main(argv: Sequence[str]) -> None:
     elif stage == "gpt":
         _gpt(argv[1:])
     elif stage and not stage.startswith("-"):
-        otherwise = "give tokenizer or gpt, or --data DATA --output DIR for all in a row"
+        data = shlex.quote(stage) if os.path.exists(stage) else "DATA"
+        otherwise = f"give tokenizer or gpt, or --data {data} --output DIR for all in a row"
         raise DetailFlowError(unknown("stage", stage, ("tokenizer", "gpt"), otherwise))
     else:
         _all(argv)

@@ -101,7 +101,11 @@ def main(argv: Sequence[str]) -> int:
             write_png(sheet, args.output / f"{name}-variations.png", "variations")
     done = len(inputs.names) - len(inputs.left_out)
     each = f"of each of {done} images" if done > 1 else f"of {inputs.names[0]}"
-    print(f"wrote {several(len(names), 'variation')} {each} to {args.output}{in_place_of(earlier)}")
+    together = f"{name if done == 1 else 'IMAGE'}-variations.png"
+    print(
+        f"wrote {several(len(names), 'variation')} {each} to {args.output}, together in {args.output / together}"
+        f"{in_place_of(earlier)}"
+    )
     inputs.report_left_out()
     return 0
 

@@ -94,7 +94,7 @@ def check_unreadable(bad: Mapping[Key, str], tolerated: int, images: str) -> Non
     if len(bad) > tolerated:
         first = next(iter(bad.values()))
         raise DetailFlowError(
-            f"At least {len(bad)} of {images} cannot be read, more than 1%: remove or replace them (the first: {first})"
+            f"at least {len(bad)} of {images} cannot be read, more than 1%: remove or replace them (the first: {first})"
         )
 
 

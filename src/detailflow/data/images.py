@@ -37,7 +37,7 @@ from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError, DetailFlowWarning, explained
 from detailflow.progress import progress_bar
-from detailflow.words import printable
+from detailflow.words import printable, several
 
 _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -257,7 +257,8 @@ def _with_metadata(found: DataFiles, what: str, labels: Labels) -> ImageSource:
     notes.leave(f"image without a row in {what}", *(within(path, found.where) for path in files if path not in labels))
     missing = [path for path in labels if path not in files and not os.path.exists(path)]
     if missing:
-        notes.warnings.append(f"{what} names {len(missing):,} files that are not there (the first: {missing[0]})")
+        gone = several(len(missing), "file")
+        notes.warnings.append(f"{what} names {gone} that cannot be found (the first: {missing[0]})")
     if not chosen:
         raise DetailFlowError(f"{found.where} has no image that {what} names: check the paths in its column file_name")
     rows = _FileRows([files[path] for path in chosen], found.where)

@@ -95,6 +95,7 @@ def outlook(
     yield stages.choice
     if not stages.gpt.init and not begun:
         yield describe_amount(len(source))
+    yield "timing a few steps on this machine, to say how long it will take"
     total, disk, ceiling = 0.0, 0.0, ceiling_of(stages.gpt, device)
     if stages.tokenizer and tokenizer:
         plan = plan_tokenizer(stages.tokenizer, world, device)

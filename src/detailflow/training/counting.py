@@ -22,7 +22,7 @@ from detailflow.training.config import LoopConfig
 from detailflow.training.optimizer import Updater, recompute_activations
 
 Stage = TypeVar("Stage")
-TRIED_STEPS = 3
+TRIED_STEPS, TRIED_SECONDS = 3, 5.0  # after which no other step begins
 
 
 class Trial(NamedTuple, Generic[Stage]):
@@ -42,6 +42,8 @@ class Trial(NamedTuple, Generic[Stage]):
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
             times.append(time.perf_counter() - start)
+            if sum(times) > TRIED_SECONDS:
+                break
         return min(times)
 
 

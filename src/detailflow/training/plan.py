@@ -28,7 +28,7 @@ from detailflow.training import gpt, tokenizer
 from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
 from detailflow.training.classifier import FeatureNetwork
 from detailflow.training.config import Extraction, GPTTraining, LoopConfig, TokenizerTraining, count_of_steps
-from detailflow.training.counting import StepCosts, Trial, count_steps
+from detailflow.training.counting import TRIED_SECONDS, StepCosts, Trial, count_steps
 from detailflow.training.extract import code_rows
 from detailflow.training.gpt import GPTStage, model_config
 from detailflow.training.images import image_count, open_source
@@ -338,6 +338,8 @@ def extraction_seconds(
         with autocast(device, precision_dtype(config.precision, device)):
             code_rows(model, crops, torch.zeros(count, dtype=torch.long), torch.Generator(), config.mistakes).cpu()
         times.append(time.perf_counter() - start)
+        if times[0] > TRIED_SECONDS:
+            break
     return min(times) / count * images * config.num_crops / world.size
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -12,7 +13,7 @@ import torch
 
 from detailflow import hub
 from detailflow.data.source import ImageSource, spread
-from detailflow.errors import DetailFlowError
+from detailflow.errors import DetailFlowError, missing_package
 from detailflow.labels import UNLABELLED, ClassLabels
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.tokenizer import TokenizerConfig
@@ -138,6 +139,8 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
         recipe, choice = _preset(wanted, source, output, device)
     settings = last | load_settings(recipe, "gpt")
     if wanted.lora:
+        if find_spec("peft") is None:
+            raise missing_package("lora", "peft", extra="lora")
         settings["lora"] = wanted.lora
         settings["loop"] |= {"learning_rate": LORA_RATE}
     trained = tokenizer_note = None

@@ -100,7 +100,7 @@ def split(config: ImageSettings, source: Source, world: World) -> tuple[Source, 
         return source, None
     if world.is_main:
         verb = "is" if len(chosen) == 1 else "are"
-        few = f", too few to choose the best step well: {ENOUGH} or more would be better" * (len(chosen) < ENOUGH)
+        few = f"; which step is the best by fewer than {ENOUGH} is partly chance" * (len(chosen) < ENOUGH)
         counts = source.where, len(chosen), len(source), verb, few
         _log.info("%s: %d of the %d images %s held out for validation%s", *counts)
     rest = [index for index in range(len(source)) if index not in chosen]
