@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from studio import Studio, same
 
@@ -173,6 +174,60 @@ def test_a_server_that_returns_with_another_model(
     studio.button("Generate").click()
     studio.finish()
     assert studio.reading.startswith("16 of 16 tokens")
+
+
+@pytest.mark.parametrize("work", ["Generate", "Rewrite the rest", "Animation"])
+def test_another_model_behind_an_outage_that_nobody_saw(
+    new_page: Callable[..., Page], serve: Callable[..., Any], model: Path, work: str
+) -> None:
+    """Old tokens would be given to another tokenizer, and links made that others cannot open."""
+    server = serve()
+    studio = Studio(new_page(server.url))
+    studio.generate("cat", number=1, seed=1)
+    server.kill()
+    server.options = ("--model", str(model), "--model-name", "another")
+    server.start()
+    studio.page.get_by_role("button", name=re.compile(work)).click()
+    expect(studio.banner).to_contain_text("The server is back, with another model: generate again.")
+    expect(studio.page.get_by_text("another", exact=True)).to_be_visible()
+    studio.generate("cat", number=1, seed=1)
+    assert studio.reading.startswith("16 of 16 tokens")
+
+
+def test_another_model_is_noticed_without_any_work(
+    new_page: Callable[..., Page], serve: Callable[..., Any], model: Path
+) -> None:
+    sooner = "const every = setInterval; window.setInterval = (work, wait) => every(work, wait / 30);"
+    server = serve()
+    studio = Studio(new_page(server.url, "#generate:enabled", sooner))
+    server.kill()
+    server.options = ("--model", str(model), "--model-name", "another")
+    server.start()
+    expect(studio.banner).to_contain_text("The server is back, with another model.")
+
+
+def test_a_picture_before_the_server_has_answered(browser: Browser, url: str, tmp_path: Path):
+    page = browser.new_page()
+    page.route("**/v1/models", lambda route: None)  # no answer
+    page.goto(url)
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (40, 30), "teal").save(picture)
+    page.locator("#file").set_input_files(picture)
+    expect(page.get_by_role("alert")).to_contain_text("The server has not answered yet: try again in a moment.")
+    page.close()
+
+
+def test_a_picture_becomes_as_small_as_the_limit(
+    new_page: Callable[..., Page], serve: Callable[..., Any], tmp_path: Path
+):
+    """Its pixels alone do not tell how large a file they make."""
+    picture = tmp_path / "noise.jpg"
+    Image.effect_noise((1500, 1500), 200).save(picture, quality=100)
+    assert picture.stat().st_size > 2**20
+    studio = Studio(new_page(serve("--max-upload", "1").url))
+    studio.page.locator("#file").set_input_files(picture)
+    studio.finish()
+    assert studio.reading.startswith("48 of 48 tokens")
 
 
 def test_a_server_that_is_busy(new_page: Callable[..., Page], serve: Callable[..., Any]):

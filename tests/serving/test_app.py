@@ -359,6 +359,12 @@ def test_routes_that_are_not_there(http: httpx.Client):
     error = http.get("/v1/images/generations").json()["error"]
     assert error["code"] == "method_not_allowed"
     assert error["message"] == "/v1/images/generations takes POST, not GET"
+    for path in ("/docs/", "/v1/classes/", "/studio"):  # a redirection would lead to what the client calls this host
+        assert http.get(path, headers={"Host": "evil.example"}).status_code == 404
+    for path in ("/", "/studio/main.js"):  # parts of files are not needed, and mistakes in asking for them are none
+        for wanted in ("bytes=5-1", "bytes=99999999-", "bytes=0-9"):
+            answer = http.get(path, headers={"Range": wanted})
+            assert answer.status_code == 200 and answer.content == http.get(path).content
     assert http.post("/studio/main.js").json()["error"]["message"].startswith("/studio/main.js takes ")
     assert len(http.get(f"/v1/{'x' * 5000}").content) < 600
 

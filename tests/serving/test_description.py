@@ -57,6 +57,12 @@ PATHS = (
 )
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if "/images/" in path])
+def test_streams_are_described(path: str, server: Any):
+    described = requests.get(f"{server.url}/openapi.json", timeout=30).json()["paths"][path]["post"]["responses"]["200"]
+    assert set(described["content"]) == {"application/json", "text/event-stream"}
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_requests_from_the_description(path: str, server: Any):
     assert examine(server.url, path, 12) >= 8

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -145,7 +146,28 @@ def test_who_does_not_read_or_does_not_write_is_cut_off(here: Callable[..., Any]
         assert b" 503 " in slow_writer.recv(1000)
         until(lambda: value(server, "detailflow_requests_in_progress") == 0)
         until(lambda: len(server.server.server_state.connections) <= 1)  # the one whose answer said why
-        assert 0 < value(server, "detailflow_request_seconds_count", path="other") < MANY
+        assert 0 < value(server, "detailflow_request_seconds_count", path="/openapi.json") < MANY
+
+
+def test_a_second_interrupt_waits_for_nothing(running: Callable[..., Any]):
+    """It was told in forty lines of an error in uvicorn."""
+    with running("--max-batch", "1") as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        with client.stream("POST", "/v1/images/generations", json=LONG | {"stream": True}) as answer:
+            next(answer.iter_lines())
+            for _ in range(2):
+                server.process.send_signal(signal.SIGINT)
+                time.sleep(0.3)
+            _, errors = server.process.communicate(timeout=30)
+        assert (server.process.returncode, errors.splitlines()) == (-signal.SIGINT, ["detailflow: interrupted"])
+
+
+def test_refusals_are_counted_by_their_route(here: Callable[..., Any]):
+    server = here(api_key="secret")
+    for path in ("/v1/tokens/encode", "/v1/tokens/nothing"):
+        assert httpx.post(f"{server.url}{path}").status_code == 401
+    path = "/v1/tokens/encode"
+    assert value(server, "detailflow_requests_total", method="POST", path=path, status="401") == 1
+    assert value(server, "detailflow_requests_total", method="POST", path="other", status="401") == 1
 
 
 def test_sigterm_finishes_what_runs_and_refuses_what_comes(running: Callable[..., Any]):

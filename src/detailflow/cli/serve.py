@@ -80,7 +80,10 @@ def main(argv: Sequence[str]) -> int:
         app = create_app(pipeline, config)
         address = url(listener)
         print(f"serving {config.model_name}: the studio at {address}, the API at {address}/docs", flush=True)
-        Server(app, args.access_log).run([listener])
+        server = Server(app, args.access_log)
+        server.run([listener])
+    if server.interrupted:
+        raise KeyboardInterrupt
     return 0
 
 

@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import metadata
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Form, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp
 
+from detailflow import __version__
 from detailflow.pipeline import DetailFlowPipeline
 from detailflow.serving import refusals, schemas
 from detailflow.serving.leaving import unless_gone
@@ -31,9 +31,12 @@ _REFUSALS = {
     429: "Too many images wait already; `Retry-After` says for how long to wait.",
     503: "The server is stopping, or the time limit is over.",
 }
+_EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`: server-sent events."}}}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Failure, "description": text} for status, text in _REFUSALS.items()
 }
+
+_STREAMED: dict[int | str, dict[str, Any]] = {**_RESPONSES, 200: {"content": _EVENTS}}
 
 
 class App(FastAPI):
@@ -46,7 +49,7 @@ class App(FastAPI):
         """Put the guard around everything else."""
         service = self.service
         app = super().build_middleware_stack()
-        return Guard(app, service.config, service.metrics, lambda: service.batcher.closing)
+        return Guard(app, self.routes, service.config, service.metrics, lambda: service.batcher.closing)
 
     def openapi(self) -> dict[str, Any]:
         """Describe the API; status 422 is FastAPI's own, for what is answered with 400 here."""
@@ -75,11 +78,12 @@ def create_app(pipeline: DetailFlowPipeline, config: ServeConfig | None = None) 
 
     app = App(
         title="DetailFlow",
-        version=metadata.version("detailflow"),
+        version=__version__,
         description="Images of classes, from coarse to fine, as OpenAI's images API has it.",
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from other hosts
         redoc_url=None,
+        redirect_slashes=False,  # to an address made of what the client calls this host
     )
     app.router.route_class = StrictRoute
     app.service = service
@@ -118,7 +122,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_images(app: FastAPI, service: Service, uploads: Uploads) -> None:
-    @app.post("/v1/images/generations", tags=["images"], response_model=schemas.Images, responses=_RESPONSES)
+    @app.post("/v1/images/generations", tags=["images"], response_model=schemas.Images, responses=_STREAMED)
     async def generate_images(body: schemas.Generation, request: Request) -> Any:
         """Generate images of a class.
 
@@ -127,7 +131,7 @@ def _add_images(app: FastAPI, service: Service, uploads: Uploads) -> None:
         """
         return await _respond(request, service.generate(body), body.stream)
 
-    of_form: dict[str, Any] = {"tags": ["images"], "response_model": schemas.Images, "responses": _RESPONSES}
+    of_form: dict[str, Any] = {"tags": ["images"], "response_model": schemas.Images, "responses": _STREAMED}
 
     async def vary(request: Request, body: schemas.Variation) -> Any:
         if (body.image is None) == (body.tokens is None):

@@ -4,8 +4,9 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from detailflow.serving.batcher import ClosingError
@@ -25,8 +26,16 @@ _METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"}  # anybo
 class Guard:
     """Check the key, bound the body and the time, count the answer."""
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics, ending: Callable[[], bool]) -> None:
-        self.app, self.config, self.metrics, self.ending = app, config, metrics, ending
+    def __init__(
+        self,
+        app: ASGIApp,
+        routes: Sequence[BaseRoute],
+        config: ServeConfig,
+        metrics: Metrics,
+        ending: Callable[[], bool],
+    ) -> None:
+        self.app, self.routes = app, routes
+        self.config, self.metrics, self.ending = config, metrics, ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -34,10 +43,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0
-        is_head = scope["method"] == "HEAD"
-        inner = scope
-        if is_head:  # which is answered as GET, but for the body, and knows no ranges
-            inner = {**scope, "method": "GET", "headers": [one for one in scope["headers"] if one[0] != b"range"]}
+        is_head = scope["method"] == "HEAD"  # which is answered as GET, but for the body
+        inner = {**scope, "headers": [one for one in scope["headers"] if one[0] != b"range"]}  # which may be ignored
+        inner["method"] = "GET" if is_head else scope["method"]
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -69,10 +77,15 @@ class Guard:
                 await _abort(send)
         finally:
             self.metrics.in_progress.dec()
-            path = getattr(inner.get("route"), "path", "other")
+            path = self._route(inner)
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self.metrics.requests.labels(method, path, status).inc()
             self.metrics.latency.labels(path).observe(time.perf_counter() - started)
+
+    def _route(self, scope: Scope) -> str:
+        """Return the path of a request's route, also of one that was refused before; anybody may make up others."""
+        found = (getattr(route, "path", "other") for route in self.routes if route.matches(scope)[0] != Match.NONE)
+        return getattr(scope.get("route"), "path", None) or next(found, "other")
 
     def _authorize(self, scope: Scope) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))

@@ -18,8 +18,9 @@ _OF_CLIENTS = ("Unsupported upgrade request", "No supported WebSocket library", 
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return False for lines on malformed requests, with which any client could fill the log."""
-    return not record.getMessage().startswith(_OF_CLIENTS)
+    """Return False for lines on malformed requests, with which clients could fill the log, and on cancelled work."""
+    message = record.getMessage()
+    return not message.startswith(_OF_CLIENTS) and "asyncio.exceptions.CancelledError" not in message
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -48,7 +49,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def is_loopback(listener: socket.socket) -> bool:
     """Return whether only this machine can reach a socket."""
-    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def url(listener: socket.socket) -> str:
@@ -58,7 +60,11 @@ def url(listener: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, which stops in order at SIGTERM and Ctrl-C: it finishes what runs and refuses what comes."""
+    """Uvicorn, which stops in order at SIGTERM and Ctrl-C: it finishes what runs and refuses what comes.
+
+    Attributes:
+        interrupted: whether it was Ctrl-C; a second one waits for nothing.
+    """
 
     def __init__(self, app: App, access_log: bool = False) -> None:
         config = uvicorn.Config(
@@ -73,7 +79,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         logging.getLogger("uvicorn.error").addFilter(_is_news)  # after the configuration, which sets up that logger
-        self.app = app
+        self.app, self.interrupted = app, False
 
     async def main_loop(self) -> None:
         """Serve until told to stop."""
@@ -81,8 +87,7 @@ class Server(uvicorn.Server):
         self.app.service.batcher.drain()  # before uvicorn waits for the answers that are not finished
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take a signal. Uvicorn would raise SIGTERM again at the end; here an end in order has exit status 0."""
-        if sig == signal.SIGTERM:
-            self.should_exit = True
-        else:
-            super().handle_exit(sig, frame)
+        """Take a signal. Uvicorn would raise it again in its loop: an end in order has exit status 0, after SIGTERM."""
+        if sig == signal.SIGINT:
+            self.force_exit, self.interrupted = self.should_exit, True
+        self.should_exit = True

@@ -40,6 +40,11 @@ export class Api {
     return { model: models.data[0], classes: classes.data };
   }
 
+  /** Return the server's model alone. */
+  async model(signal) {
+    return (await this.#json("v1/models", { signal })).data[0];
+  }
+
   /** Return whether the server takes requests. */
   async ready() {
     try {

@@ -10,10 +10,11 @@ const MOST_BREAKS = 5; // of one request, while the server says that it is ready
 export class Connection {
   #whenReady = null; // while a server is waited for
 
-  /** `askForKey` resolves with a key; `onReturn` is called when the server is back. */
+  /** `askForKey` resolves with a key; `onReturn` is called when the server is back, or may have been away. */
   constructor(api, notices, askForKey, onReturn) {
     Object.assign(this, { api, notices, askForKey, onReturn });
     setInterval(() => this.#listen(), HEARTBEAT);
+    addEventListener("visibilitychange", () => this.#listen());
   }
 
   /** Do `work`, again and again until the server has answered it, be it with an error. */
@@ -73,8 +74,13 @@ export class Connection {
   }
 
   async #listen() {
-    if (document.hidden || this.#whenReady || (await this.api.ready())) return;
-    this.#untilReady().catch((error) => this.notices.fail(error.message));
+    if (document.hidden || this.#whenReady) return;
+    try {
+      if (await this.api.ready()) await this.onReturn();
+      else await this.#untilReady();
+    } catch (error) {
+      if (!(error instanceof Unreachable) && error.status !== 401) this.notices.fail(error.message);
+    }
   }
 }
 

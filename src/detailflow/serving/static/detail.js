@@ -107,7 +107,11 @@ export class Detail {
     const name = this.#name; // of now: another image may be shown when it is made
     button.setAttribute("aria-busy", "true");
     try {
-      this.#save(await connection.persist(() => api.animate(step.picture.tokens)), `${name}.gif`);
+      const animated = async () => {
+        await this.studio.checkModel(step);
+        return api.animate(step.picture.tokens);
+      };
+      this.#save(await connection.persist(animated), `${name}.gif`);
     } catch (error) {
       this.notices.fail(error.message);
     } finally {

@@ -21,10 +21,10 @@ const byId = (id) => document.getElementById(id);
 
 const notices = new Notices();
 const api = new Api(new URL(".", document.baseURI));
-const connection = new Connection(api, notices, askForKey, meetModel);
+const connection = new Connection(api, notices, askForKey, () => meetModel());
 const settings = new Settings(byId("controls"));
 const picker = new Picker(byId("class"));
-const studio = new Studio(api, connection, notices, refuse);
+const studio = new Studio(api, connection, meetModel, refuse);
 new Trail(studio);
 new Gallery(studio);
 new Timeline(studio);
@@ -49,18 +49,18 @@ studio.addEventListener("state", () => (showState(), announceState()));
 studio.addEventListener("step", showState);
 
 try {
-  await connection.persist(meetModel);
+  await connection.persist(() => meetModel());
   openLink({ replace: true });
 } catch (error) {
   notices.fail(error.message);
 }
 document.documentElement.dataset.ready = "true";
 
-/** Learn what the server's model can do: at first, and when the server is back. */
-async function meetModel() {
-  const model = new Model(await api.describe());
+/** Learn what the server's model can do: at first, and if the server has another one, as it may after a pause. */
+async function meetModel(signal) {
   const known = studio.model;
-  if (["fingerprint", "gptFingerprint", "name"].every((what) => known?.[what] === model[what])) return;
+  if (known?.is(await api.model(signal))) return;
+  const model = new Model(await api.describe(signal));
   studio.model = model;
   settings.fit(model);
   picker.fit(model);
@@ -122,7 +122,7 @@ function make(spec, options) {
 }
 
 async function openPicture(picture) {
-  if (!studio.model) return;
+  if (!studio.model) return notices.fail("the server has not answered yet: try again in a moment");
   notices.clear();
   studio.make({ kind: "picture" }, { file: await withinLimits(picture, studio.model.limits) });
 }

@@ -18,6 +18,12 @@ export class Model {
     });
   }
 
+  /** Return whether `model`, as the server describes it, is this one. */
+  is(model) {
+    const same = this.name === model.id && this.fingerprint === model.fingerprint;
+    return same && this.gptFingerprint === model.gpt_fingerprint;
+  }
+
   get numTokens() {
     return this.counts.at(-1);
   }

@@ -19,9 +19,10 @@ export class Studio extends EventTarget {
   #drawing = 0;
   #session = crypto.getRandomValues(new Uint32Array(1))[0]; // tells this page's history from an earlier one's
 
-  constructor(api, connection, notices, onRefusal) {
+  /** `meetModel` learns which model the server has; `onRefusal` is called with errors. */
+  constructor(api, connection, meetModel, onRefusal) {
     super();
-    Object.assign(this, { api, connection, notices, onRefusal, model: null });
+    Object.assign(this, { api, connection, meetModel, onRefusal, model: null });
   }
 
   /** The tokens shown now. */
@@ -134,7 +135,7 @@ export class Studio extends EventTarget {
   }
 
   async #receive(step, signal) {
-    if (step.model !== this.model) throw new Error("the server is back, with another model: generate again");
+    await this.checkModel(step, signal);
     const decoded = [];
     for await (const stage of this.#stages(step, signal)) {
       signal.throwIfAborted();
@@ -142,6 +143,12 @@ export class Studio extends EventTarget {
     }
     await Promise.all(decoded);
     if (step.kind === "picture" && step === this.step) history.replaceState(history.state, "", this.fragment);
+  }
+
+  /** Throw an error if the server has another model than the step's: it would take the tokens for other images'. */
+  async checkModel(step, signal) {
+    await this.meetModel(signal);
+    if (step.model !== this.model) throw new Error("the server is back, with another model: generate again");
   }
 
   #stages(step, signal) {

@@ -46,14 +46,24 @@ export async function withinLimits(picture, limits) {
   }
   const { width, height } = bitmap;
   if (picture.size <= limits.upload_bytes && width * height <= limits.upload_pixels) return picture;
-  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height), Math.sqrt(limits.upload_pixels / (width * height)));
-  const [w, h] = [width, height].map((side) => Math.max(1, Math.floor(side * scale)));
-  const canvas = new OffscreenCanvas(w, h);
+  let scale = Math.min(1, LONGEST_SIDE / Math.max(width, height), Math.sqrt(limits.upload_pixels / (width * height)));
+  let smaller = await scaled(bitmap, scale);
+  while (smaller.size > limits.upload_bytes && scale * Math.min(width, height) > 1) {
+    scale *= 0.75;
+    smaller = await scaled(bitmap, scale);
+  }
+  bitmap.close();
+  return smaller;
+}
+
+/** Return a picture's JPEG file, its sides multiplied by `scale`. */
+function scaled(bitmap, scale) {
+  const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.floor(side * scale)));
+  const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d");
   context.fillStyle = "white"; // as the server shows what is transparent; a JPEG would have it black
-  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.fillRect(0, 0, width, height);
   context.imageSmoothingQuality = "high";
-  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  bitmap.close();
+  context.drawImage(bitmap, 0, 0, width, height);
   return canvas.convertToBlob({ type: "image/jpeg", quality: 0.95 });
 }
