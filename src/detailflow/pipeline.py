@@ -22,6 +22,7 @@ from detailflow.generation import Generators, image_generator, image_generators
 from detailflow.labels import ClassId, ClassLabels, Label, listed
 from detailflow.models.gpt import DetailFlowGPT
 from detailflow.models.ids import checked_ids
+from detailflow.models.loading import TOKEN_KEYS, require_same
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.psnr import psnr
 from detailflow.published import Variant
@@ -109,12 +110,8 @@ class DetailFlowPipeline:
         for name, model, kind in (("tokenizer", tokenizer, DetailFlowTokenizer), ("gpt", gpt, DetailFlowGPT)):
             if not isinstance(model, kind):
                 raise DetailFlowError(f"{name} must be a {kind.__name__}, not a {type(model).__name__}")
-        for key in ("num_tokens", "group_size", "causal_tokens", "codebook_size"):
-            ours, theirs = getattr(tokenizer.config, key), getattr(gpt.config, key)
-            if ours != theirs:
-                raise DetailFlowError(
-                    f"tokenizer and AR model do not fit together: {key} is {ours} in the one, {theirs} in the other"
-                )
+        problem = "the AR model and the tokenizer here do not fit together"
+        require_same(tokenizer.config, gpt.config, TOKEN_KEYS, problem)
         if gpt.config.tokenizer and gpt.config.tokenizer != tokenizer.fingerprint():
             what = "the AR model was trained on the codes of another tokenizer, so its images may show nothing"
             warnings.warn(f"{what}: give the tokenizer that it was made with", DetailFlowWarning, stacklevel=2)

@@ -40,7 +40,8 @@ def grow_tokenizer(
     deeper = replace(theirs.decoder, depth=max(theirs.decoder.depth, ours.decoder.depth))
     channels = ours.pixel_channels if theirs.pixel_channels == 3 else theirs.pixel_channels
     reached = replace(theirs, decoder=deeper, pixel_channels=channels)
-    require_same(ours, reached, ("encoder", "decoder", "patch_size", "codebook_size", "codebook_dim", *EXTRAS), source)
+    keys = ("encoder", "decoder", "patch_size", "codebook_size", "codebook_dim", *EXTRAS)
+    require_same(ours, reached, keys, f"the weights of {source} do not fit")
     _require_growth(ours.num_tokens, theirs.num_tokens, "a tokenizer", source)
     grown, own = dict(tensors), fresh.state_dict()
     for name in (*PER_TOKEN, *(LINEAR if ours.linear_path else ())):
@@ -63,7 +64,7 @@ def grow_tokenizer(
 def require_growable(ours: GPTConfig, theirs: GPTConfig, source: object) -> None:
     """Check that an AR model's weights fit another one, of as many tokens or more."""
     keys = ("width", "depth", "heads", "mlp", "group_size", "causal_tokens", "codebook_size")
-    require_same(ours, theirs, keys, source)
+    require_same(ours, theirs, keys, f"the weights of {source} do not fit")
     _require_growth(ours.num_tokens, theirs.num_tokens, "an AR model", source)
 
 

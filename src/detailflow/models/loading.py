@@ -18,6 +18,7 @@ from detailflow.tensors import WEIGHTS_FILE, check_finite, read_state_dict, read
 from detailflow.torch_files import load_torch
 from detailflow.words import some_names
 
+TOKEN_KEYS = ("num_tokens", "group_size", "causal_tokens", "codebook_size")  # of the configs of both models
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -90,12 +91,12 @@ def _key_of(model: nn.Module, tensor: str) -> str:
     return ""
 
 
-def require_same(ours: object, theirs: object, keys: Sequence[str], source: object) -> None:
-    """Check that two configs have the same values of `keys`, so that the weights of one fit the other."""
+def require_same(ours: object, theirs: object, keys: Sequence[str], problem: str) -> None:
+    """Check that two configs have the same values of `keys`; the error begins with `problem`."""
     for key in keys:
         there, here = getattr(theirs, key), getattr(ours, key)
         if there != here:
-            raise DetailFlowError(f"the weights of {source} do not fit: {key} is {there} there and {here} here")
+            raise DetailFlowError(f"{problem}: {key} is {there} there and {here} here")
 
 
 def torch_weights(url: str, path: str | Path | None) -> dict[str, Tensor]:

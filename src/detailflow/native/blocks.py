@@ -18,8 +18,8 @@ POSITIONS = 512  # about as many go through all blocks at a time for two threads
 EPSILON = 1e-6  # of the norms
 
 
-class Sizes(ctypes.Structure):
-    """`ViTSizes` of vit.hpp."""
+class ViTSizes(ctypes.Structure):
+    """As in vit.hpp."""
 
     _fields_ = [(name, ctypes.c_int32) for name in ("width", "depth", "heads", "hidden")]
 
@@ -99,7 +99,7 @@ def run(
     given = [tensor.to(x.dtype).contiguous() for tensor in chain.from_iterable(past or ())]
     if mask is not None:
         mask = mask.contiguous()
-    sizes = Sizes(width, len(blocks), heads, first.mlp.fc1.out_features)
+    sizes = ViTSizes(width, len(blocks), heads, first.mlp.fc1.out_features)
     weights = _addresses(list(blocks.parameters()), x.dtype)
     result = torch.empty(x.shape, dtype=torch.float32, device="cpu").copy_(x)
     found = native.library()

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World
-from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import DetailFlowGPT
+from detailflow.models.loading import TOKEN_KEYS, require_same
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.progress import progress_bar
 from detailflow.training.config import TokenizerTraining
@@ -31,15 +31,11 @@ class SampledRows:
         self.start = DetailFlowTokenizer.from_pretrained(config.init, device=device, dtype=torch.float32)
         self.start.eval().requires_grad_(False)
         gpt = DetailFlowGPT.from_pretrained(config.gpt, device=device, dtype=torch.float32)
-        sizes, theirs = config.model, gpt.config
-        for name in ("num_tokens", "codebook_size", "group_size", "causal_tokens"):
-            if getattr(sizes, name) != getattr(theirs, name):
-                raise DetailFlowError(
-                    f"{config.gpt} writes other tokens than those of {config.init}: "
-                    f"{name} is {getattr(theirs, name)} there and {getattr(sizes, name)} here"
-                )
+        require_same(
+            config.model, gpt.config, TOKEN_KEYS, f"{config.gpt} writes other tokens than those of {config.init}"
+        )
         generator = torch.Generator().manual_seed(config.loop.seed)
-        classes = torch.arange(ROWS) % theirs.num_labels
+        classes = torch.arange(ROWS) % gpt.config.num_labels
         parts = progress_bar(classes.split(_AT_ONCE), desc="sampled rows", unit="batch", main=world.is_main)
         self.ids = torch.cat([gpt.generate(part, generator=generator) for part in parts])
 

@@ -377,7 +377,7 @@ def initial_tokenizer(config: TokenizerTraining, new: bool = True) -> DetailFlow
         start = DetailFlowTokenizer.from_pretrained(config.init, device="cpu")
         tensors, theirs = start.state_dict(), start.config
         if config.freeze:  # or the tokens would be others
-            require_same(config.model, theirs, ("num_tokens", "image_size"), config.init)
+            require_same(config.model, theirs, ("num_tokens", "image_size"), f"the weights of {config.init} do not fit")
         if config.new_decoder:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")}
             tensors |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.")}
