@@ -170,7 +170,7 @@ def test_help_fits_a_screen(split: str, capsys: pytest.CaptureFixture[str]):
         assert 10 < len(lines) <= 60 and max(map(len, lines)) <= 115
         assert f"a recipe such as own-64/{argv[1] if argv[0] == 'train' else 'extract'}\n" in "\n".join(lines)
         assert lines[0].endswith(" [--config FILE] --output DIR [options]")
-        assert ("--help loop" in "".join(lines)) == ("  --dry-run " in "".join(lines)) == (argv[0] == "train")
+        assert ("of a group: " in "".join(lines)) == ("  --dry-run " in "".join(lines)) == (argv[0] == "train")
     assert main(["train", split, "--help=loop"]) == 0
     assert capsys.readouterr().out.count("--loop.steps") == 1
     assert main(["train", split, "--help", "loop"]) == 0

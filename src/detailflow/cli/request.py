@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from detailflow.cli.common import Parser, add_device_option, check_apart, check_output, reader
 from detailflow.errors import DetailFlowError
 from detailflow.settings import Location, Setting, check_settings, checked, flat, list_settings, named, parse_settings
-from detailflow.words import listed, unknown
+from detailflow.words import unknown
 
 DRY_RUN = "--dry-run"
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -83,32 +83,40 @@ def make_parser(kind: Any, command: str, summary: str, can_plan: bool, page: str
     add_device_option(parser)
     if can_plan:
         parser.option(DRY_RUN, bool, help="only say the cost: memory, time, disk")
-    about = "this help, or that of a setting or group"
-    parser.add("--help", default=argparse.SUPPRESS, metavar="NAME", help=about)
     settings = list(list_settings(kind))
-    groups = {setting.name.partition(".")[0] for setting in settings if "." in setting.name}
+    names = {setting.name for setting in settings}
+    below = {name: group for name in names if (group := _group(name, names))}
+    groups = sorted(set(below.values()))
+    about = "this help, or more of a setting" + (f" or of a group: {', '.join(groups)}" if groups else "")
+    parser.add("--help", default=argparse.SUPPRESS, metavar="NAME", help=about)
     if page and not any(setting.name.startswith(page) for setting in settings):
         raise DetailFlowError(
             unknown(
                 "setting", page, [*groups, *(setting.name for setting in settings)], f"see detailflow {command} --help"
             )
         )
-    more = f"; {listed(f'--help {group}' for group in sorted(groups))} shows more" if groups and not page else ""
-    parser.heading(f"settings, with their defaults{more}")
+    parser.heading("settings, with their defaults")
     for setting in settings:
         name = f"--{setting.name}"
         parser.add(
             name, dest=setting.name, type=reader(name, setting.type), default=argparse.SUPPRESS,
-            metavar=_plain(setting), help=_help(setting, page),
+            metavar=_plain(setting), help=_help(setting, page, setting.name in below),
         )  # fmt: skip
     return parser
 
 
-def _help(setting: Setting, page: str) -> str:
+def _group(name: str, names: Collection[str]) -> str:
+    """Return "loop" of loop.steps, and "perceptual" of perceptual_network if that is a setting, too; "" of others."""
+    if "." in name:
+        return name.partition(".")[0]
+    return next((other for other in names if name.startswith(f"{other}_")), "")
+
+
+def _help(setting: Setting, page: str, is_below: bool) -> str:
     """Return a setting's documentation for a page about it, the first clause for the first page, or `SUPPRESS`."""
     if page:
         return setting.documentation if setting.name.startswith(page) else argparse.SUPPRESS
-    return argparse.SUPPRESS if "." in setting.name else setting.documentation.partition(";")[0].rstrip(".")
+    return argparse.SUPPRESS if is_below else setting.documentation.partition(";")[0].rstrip(".")
 
 
 def _plain(setting: Setting) -> str:
