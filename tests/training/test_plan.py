@@ -24,7 +24,7 @@ from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.published_names import vit_names
 from detailflow.training.config import GPTTraining, LoopConfig, TokenizerTraining
-from detailflow.training.counting import Counter, StepCosts, Trial, count_steps, counting
+from detailflow.training.counting import Counter, StepCosts, Trial, counting
 from detailflow.training.gpt import GPTStage
 from detailflow.training.plan import (
     AUXILIARY,
@@ -116,7 +116,7 @@ def test_an_ar_model_costs_what_is_known_of_it():
     Memory falls with depth times what a block keeps.
     """
     sizes = GPTConfig(num_classes=4, width=256, depth=4, heads=4, num_tokens=64, codebook_size=1024)
-    costs, stage = count_steps(lambda: gpt_stage(sizes=sizes), lambda: gpt_batch(sizes), CPU)
+    costs, stage = Trial(lambda: gpt_stage(sizes=sizes), lambda: gpt_batch(sizes), CPU).costs()
     with torch.device("meta"):
         model = DetailFlowGPT(sizes)
     weights = size_of(model) - size_of(model.class_embedding, model.token_embedding, model.mask_embedding)
@@ -173,8 +173,8 @@ def test_an_adversary_costs_its_share_of_the_steps(cifar: Path):
 
 
 def test_parts_of_a_batch_take_less_memory():
-    whole, _ = count_steps(gpt_stage, gpt_batch, CPU)
-    parts, _ = count_steps(lambda: gpt_stage(replace(LOOP, accumulate=4)), gpt_batch, CPU)
+    whole, _ = Trial(gpt_stage, gpt_batch, CPU).costs()
+    parts, _ = Trial(lambda: gpt_stage(replace(LOOP, accumulate=4)), gpt_batch, CPU).costs()
     assert parts.last == whole.last and parts.peak < 0.5 * whole.peak
 
 

@@ -32,6 +32,21 @@ class Trial(NamedTuple, Generic[Stage]):
     make_batch: Callable[[], Any]
     device: torch.device
 
+    def costs(self) -> tuple["StepCosts", Stage]:
+        """Count the first and last step, and the last again with `checkpoint_activations`; also return the stage."""
+        with counting() as counter:
+            with torch.device(self.device):
+                made, batch = self.make_stage(), self.make_batch()
+            stage: Any = made
+            last_step = stage.config.loop.steps - 1
+            adversary = getattr(stage, "adversary", None)
+            averages = sum(map(_take_step, (stage.updater, *([adversary.updater] if adversary else []))))
+            first, _ = counter.of(lambda: stage.step(0, batch, 0.0))
+            last, peak = counter.of(lambda: stage.step(last_step, batch, 0.0))
+            recompute_activations(stage.blocks)
+            recomputed, peak_recomputed = counter.of(lambda: stage.step(last_step, batch, 0.0))
+            return StepCosts(first, last, peak, recomputed - last, peak_recomputed, averages), made
+
     def seconds(self) -> float:
         """Return the seconds of a real step like the run's last, the shortest of a few."""
         stage: Any = self.make_stage()
@@ -123,28 +138,6 @@ def counting() -> Iterator[Counter]:
         Counter() as counter,
     ):
         yield counter
-
-
-def count_steps(
-    make_stage: Callable[[], Stage], make_batch: Callable[[], Any], device: torch.device
-) -> tuple[StepCosts, Stage]:
-    """Count a run's first and last step, and the last again with `checkpoint_activations`.
-
-    Args:
-        make_stage: called once, for a stage without `checkpoint_activations`, which is returned, too.
-    """
-    with counting() as counter:
-        with torch.device(device):
-            made, batch = make_stage(), make_batch()
-        stage: Any = made
-        last_step = stage.config.loop.steps - 1
-        adversary = getattr(stage, "adversary", None)
-        averages = sum(map(_take_step, (stage.updater, *([adversary.updater] if adversary else []))))
-        first, _ = counter.of(lambda: stage.step(0, batch, 0.0))
-        last, peak = counter.of(lambda: stage.step(last_step, batch, 0.0))
-        recompute_activations(stage.blocks)
-        recomputed, peak_recomputed = counter.of(lambda: stage.step(last_step, batch, 0.0))
-        return StepCosts(first, last, peak, recomputed - last, peak_recomputed, averages), made
 
 
 def _take_step(updater: Updater) -> int:

@@ -40,7 +40,7 @@ from detailflow.pictures import grid
 from detailflow.seeds import mixed_seed
 from detailflow.settings import parse_settings
 from detailflow.training.config import GPTTraining
-from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_rank
+from detailflow.training.counting import StepCosts, Trial, of_one_rank
 from detailflow.training.extract import made_by
 from detailflow.training.inputs import Input, model_input, tokens_input
 from detailflow.training.loop import Run, train
@@ -336,7 +336,7 @@ def train_gpt(config: GPTTraining, output: Path, device: str | None = None) -> N
 
     @cache
     def costs() -> StepCosts:
-        return count_steps(*trial(config, sizes, tokenizer, world=world, device=chosen))[0]
+        return trial(config, sizes, tokenizer, world=world, device=chosen).costs()[0]
 
     inputs = {
         "tokens": tokens_input(store),

@@ -28,7 +28,7 @@ from detailflow.training import gpt, tokenizer
 from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
 from detailflow.training.classifier import FeatureNetwork
 from detailflow.training.config import Extraction, GPTTraining, LoopConfig, TokenizerTraining, count_of_steps
-from detailflow.training.counting import TRIED_SECONDS, StepCosts, Trial, count_steps
+from detailflow.training.counting import TRIED_SECONDS, StepCosts, Trial
 from detailflow.training.extract import code_rows
 from detailflow.training.gpt import GPTStage, model_config
 from detailflow.training.images import image_count, open_source
@@ -267,7 +267,7 @@ def plan_tokenizer(config: TokenizerTraining, world: World, device: torch.device
     """Plan a tokenizer's run; every step is counted as one that trains all N tokens."""
     source, loop = open_source(config), config.loop
     tried = tokenizer.trial(config, source, world=world, device=device)
-    costs, stage = count_steps(*tried)
+    costs, stage = tried.costs()
     count = image_count(source)
     start = count_of_steps(config.adversarial_from, loop.steps) / loop.steps if config.adversarial else 0.0
     epochs = loop.steps / BatchOrder(count, loop.batch_size, loop.seed).steps_per_epoch if count else None
@@ -313,7 +313,7 @@ def plan_gpt(config: GPTTraining, world: World, device: torch.device = CPU, expe
         codec = DetailFlowTokenizer(expected.tokenizer)
     sizes = model_config(config, expected.class_names, codec)
     tried = gpt.trial(config, sizes, codec, world=world, device=device)
-    costs, stage = count_steps(*tried)
+    costs, stage = tried.costs()
     epochs, of = None, "an AR model, on tokens that are still to come: their images and classes are not counted"
     if expected.images:
         epochs = loop.steps / BatchOrder(expected.images, loop.batch_size, loop.seed).steps_per_epoch

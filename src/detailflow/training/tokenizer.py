@@ -27,7 +27,7 @@ from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexit
 from detailflow.psnr import psnr
 from detailflow.training.adversary import Adversary, AugmentationNoise
 from detailflow.training.config import CLASSIFIER, NETWORKS, PROJECTED_BOTH, TokenizerTraining, count_of_steps
-from detailflow.training.counting import StepCosts, Trial, count_steps, of_one_rank
+from detailflow.training.counting import StepCosts, Trial, of_one_rank
 from detailflow.training.images import crops, open_source
 from detailflow.training.inputs import Input, files_input, images_input, model_input, tokens_input
 from detailflow.training.loop import Run, train
@@ -439,7 +439,7 @@ def train_tokenizer(config: TokenizerTraining, output: Path, device: str | None 
 
     @cache
     def costs() -> StepCosts:
-        return count_steps(*trial(config, source, world=world, device=chosen))[0]
+        return trial(config, source, world=world, device=chosen).costs()[0]
 
     def operations(step: int) -> float:
         return costs().last if step >= count_of_steps(config.adversarial_from, config.loop.steps) else costs().first
