@@ -206,6 +206,14 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert (r["limit_ratio"] is None) == (r["what"] == "other")
 
 
+def test_rows_of_an_engine_use_its_tokenizer(pipeline: DetailFlowPipeline):
+    config = benchmark.BenchmarkConfig(None, None, False, (1,), ("float32",), "cpu", False, True, 1, None, "auto")
+    cases = benchmark.make_cases(pipeline, 1, config, None)
+    codecs = {name: case.run.args[1] for name, case in cases.items() if name.startswith(("generate", "stream"))}  # type: ignore[attr-defined]
+    assert list(codecs) == ["generate, torch", "generate, native", "stream, native"]
+    assert codecs["generate, torch"].engine == "torch" and codecs["stream, native"] is pipeline.tokenizer
+
+
 def test_rows_of_the_tokenizer_are_named_by_what_runs_it(pipeline: DetailFlowPipeline, monkeypatch: pytest.MonkeyPatch):
     tokenizer = pipeline.tokenizer
     found = benchmark.codecs(tokenizer, tokenizer.decoder.blocks)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer
+from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, GPTConfig
 from detailflow.cli.main import main
 from detailflow.convert import convert
 from detailflow.errors import DetailFlowError
@@ -154,6 +154,16 @@ def test_models_of_the_ablation_are_refused(kind: str, changes: dict, what: str,
     convert(other, tmp_path / "ours")
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert {key: written[key] for key in changes} == changes
+
+
+def test_a_model_without_classes_is_refused(tmp_path: Path):
+    """It was written, and could not be read."""
+    DetailFlowGPT(GPTConfig(num_classes=0, width=64, depth=1, heads=1, codebook_size=64)).save_pretrained(
+        tmp_path / "a"
+    )
+    message = error_of(tmp_path / "a", tmp_path / "x", to="published")
+    assert message == "the published layout cannot hold a model with no classes: keep it in ours"
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("to", ["detailflow", "published"])

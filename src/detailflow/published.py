@@ -363,6 +363,7 @@ def _to_published(kind: Kind, config: Mapping[str, Any]) -> dict[str, Any]:
         "a linear path": config.get("linear_path", False),
         "pixel_channels above 3": config.get("pixel_channels", 3) > 3,
         "an absent token": config.get("absent_token", False),
+        "no classes": config.get("num_classes") == 0,
     }
     if what := next((name for name, present in impossible.items() if present), None):
         raise DetailFlowError(f"the published layout cannot hold a model with {what}: keep it in ours")

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 from studio import Studio, same
 
 from detailflow import DetailFlowPipeline
@@ -192,6 +193,25 @@ def test_another_model_behind_an_outage_that_nobody_saw(
     expect(studio.page.get_by_text("another", exact=True)).to_be_visible()
     studio.generate("cat", number=1, seed=1)
     assert studio.reading.startswith("16 of 16 tokens")
+
+
+def test_a_slow_server_is_no_other_model(browser: Browser, url: str):
+    """Two looks at it at once made two of one, and what one had drawn the other would not animate."""
+    page = browser.new_page()
+
+    def late(route: Route) -> None:
+        time.sleep(0.6)
+        route.continue_()
+
+    page.route("**/v1/classes", late)
+    page.goto(f"{url}/#class=dog&seed=3")
+    page.evaluate("setTimeout(() => document.dispatchEvent(new Event('visibilitychange', { bubbles: true })), 100)")
+    studio = Studio(page)
+    studio.finish()
+    with page.expect_download(timeout=30_000):
+        page.get_by_role("button", name="Animation").click()
+    assert not studio.banner.is_visible()
+    page.close()
 
 
 def test_another_model_is_noticed_without_any_work(

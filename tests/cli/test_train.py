@@ -694,6 +694,15 @@ def test_from_a_trained_model_into_its_own_folder(folder: Path, model: Path, cap
     assert files(folder) == before
 
 
+def test_a_package_that_lora_lacks(
+    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """It is told before anything is timed."""
+    monkeypatch.setattr("detailflow.training.presets.find_spec", lambda name: None)
+    monkeypatch.setattr("detailflow.training.all_stages.ceiling_of", None)
+    assert "lora needs the package peft" in complaint([*tuned(model, "--lora", "4"), "--dry-run"], capsys)
+
+
 @pytest.mark.usefixtures("quick")
 def test_from_a_trained_model_by_lora(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]):
     """It says how few weights are trained, goes on exactly, can be used unfinished, and ends as an ordinary model."""

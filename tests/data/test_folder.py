@@ -436,9 +436,11 @@ def test_labels_in_metadata(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("names", "missing"),
     [
-        (["train-00000-of-00003", "train-00002-of-00003"], "train-00001-of-00003 is not there, and 2 of 3 such files"),
-        (["train-1-of-2"], "train-0-of-2 is not there, and 1 of 2"),
-        (["train-2-of-3", "train-3-of-3"], "train-1-of-3 is not there, and 2 of 3"),
+        (["train-00000-of-00003", "train-00002-of-00003"], "train-…-of-00003 only 2 are there: get the others"),
+        (["train-1-of-2"], "train-…-of-2 only 1 are there"),
+        (["train-2-of-3", "train-3-of-3"], "train-…-of-3 only 2 are there"),
+        (["train-1-of-3", "train-2-of-3"], "train-…-of-3 only 2 are there"),
+        (["photos-12-of-05-2020"], None),
         (["train-00000-of-00002-5a6b", "train-00001-of-00002-7c8d", "test-0-of-9"], None),
         (["0-of-1", "x"], None),
     ],
@@ -564,12 +566,27 @@ def test_a_row_without_its_label_or_name(tmp_path, suffix, text, message):
         open_images(tmp_path)
 
 
-def test_a_file_of_rows_without_labels_beside_one_with_labels(tmp_path):
-    photos(tmp_path, ("a", "b"), per=1)
-    write_metadata(tmp_path / "a" / "metadata.csv", {"0.png": "cat"})
-    write_metadata(tmp_path / "b" / "metadata.csv", {"0.png": "a cat"}, "text")
-    with pytest.raises(DetailFlowError, match=r"b.0\.png has no label: give every image one, or none"):
-        open_images(tmp_path)
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"file_name": "2.png", "text": "a cat"}',
+        '{"file_name": ["0.png"], "text": "x"}',
+        '{"file_name": "/etc/hostname"}',
+    ],
+)
+def test_a_file_of_captions_beside_one_of_labels(tmp_path, row):
+    """It gives no labels, so its rows mean nothing here."""
+    photos(tmp_path, (".",), per=3)
+    write_metadata(tmp_path / "metadata.csv", {"0.png": "cat", "1.png": "dog"})
+    (tmp_path / "metadata.jsonl").write_text(row)
+    source = open_images(tmp_path)
+    assert source.counts == {"cat": 1, "dog": 1} and "left aside: 1 image without a row" in source.summary
+
+
+def test_the_last_rows_of_no_label(tmp_path):
+    photos(tmp_path, (".",), per=1)
+    (tmp_path / "metadata.jsonl").write_text(ROW + '{"label": -1}\n{"label": "  "}\n{"label": null}\n')
+    assert counts(tmp_path) == {"cat": 1}
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")], ids=str)
@@ -579,6 +596,16 @@ def test_accents_of_another_system(tmp_path, forms):
     save(tmp_path / ours)
     write_metadata(tmp_path / "metadata.csv", {theirs: "cat"})
     assert counts(tmp_path) == {"cat": 1}
+
+
+def test_accents_of_both_systems(tmp_path):
+    """The name as it is written goes before the other one, whose label is of no file."""
+    composed, decomposed = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    save(tmp_path / composed)
+    for rows in ({composed: "cat", decomposed: "dog"}, {decomposed: "dog", composed: "cat"}):
+        write_metadata(tmp_path / "metadata.csv", rows)
+        with pytest.warns(UserWarning, match="names 1 file that cannot be found"):
+            assert open_images(tmp_path).counts == {"cat": 1}
 
 
 def test_metadata_in_parquet_is_named(tmp_path):

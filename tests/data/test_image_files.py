@@ -425,7 +425,7 @@ def tiff(pixels: np.ndarray, sample_format: int = 1) -> bytes:
     planes, (height, width) = len(pixels) if pixels.ndim == 3 else 1, pixels.shape[-2:]
     kind, size = min(planes, 2), 2 * width * height
     values = {256: [width], 257: [height], 258: [16] * planes, 259: [1], 262: [kind], 273: [], 277: [planes]}
-    values |= {278: [height], 279: [size] * planes, 284: [kind], 339: [sample_format] * planes}
+    values |= {278: [height], 279: [size] * planes, 284: [pixels.ndim - 1], 339: [sample_format] * planes}
     start = 8 + 2 + 12 * len(values) + 4
     values[273] = [start + 4 * 4 * planes + i * size for i in range(planes)]
     entries, extra = b"", b""
@@ -446,8 +446,11 @@ def test_tiff_files_of_16_bits_with_a_sign():
 
 def test_tiff_files_of_16_bits_in_planes():
     """Pillow takes their bytes for numbers of 8 bits."""
-    with pytest.raises(DetailFlowError, match="a has 16 bits in separate planes: save it with interleaved channels"):
-        load_rgb(tiff(np.full((3, 7, 13), 65535)), "a")
+    for planes in (3, 1):
+        with pytest.raises(
+            DetailFlowError, match="a has 16 bits in separate planes: save it with interleaved channels"
+        ):
+            load_rgb(tiff(np.full((planes, 7, 13), 65535)), "a")
 
 
 # ------------------------------------------------------------------------------------------------- transparent values

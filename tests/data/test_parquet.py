@@ -270,6 +270,16 @@ def test_every_damaged_byte_of_a_file_is_survived(tmp_path, labels):
     assert (done.returncode, done.stderr[-500:]) == (0, "")
 
 
+def test_a_label_that_its_dictionary_lacks():
+    from detailflow.data.parquet import _plain
+
+    for places in ([0, 2], [-1, 0]):
+        indices = arrow.array(places, arrow.int32())
+        damaged = arrow.DictionaryArray.from_arrays(indices, arrow.array(["a", "b"]), safe=False)
+        with pytest.raises(ValueError, match="it has no text"):
+            list(_plain(damaged))
+
+
 def test_fewer_labels_than_rows(tmp_path, monkeypatch):
     file = write(tmp_path / "a.parquet", [RED, BLUE], ["a", "b"])
     monkeypatch.setattr("detailflow.data.parquet._plain", lambda chunk: ["a"])

@@ -57,7 +57,9 @@ def report(
 
 def test_control_characters_of_a_name(tmp_path: Path):
     """They are shown as in messages, and the JSON is still JSON."""
-    report(data="set\x85one\x1b[2J").write(tmp_path)
+    made = report(data="set\x85one\x1b[2J")
+    replace(made, provenance={**made.provenance, "more\x85": {"a\x9b": 1}}).write(tmp_path)
+    assert load(tmp_path)["provenance"]["more\\x85"] == {"a\\x9b": 1}
     assert load(tmp_path)["provenance"]["data"]["images"]["data"] == "set\\x85one\\x1b[2J"
     assert "set\\x85one\\x1b[2J" in (tmp_path / "report.md").read_text(encoding="utf-8")
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -22,9 +24,11 @@ from PIL import Image
 
 from detailflow import DetailFlowPipeline
 from detailflow.data.image_files import load_rgb
+from detailflow.errors import DetailFlowError
 from detailflow.serving import uploads, views
 from detailflow.serving.app import create_app
 from detailflow.serving.options import ServeConfig
+from detailflow.serving.server import is_loopback, listen
 
 LONG = {"prompt": "cat", "n": 16, "seed": 1}
 MANY = 3000
@@ -151,14 +155,43 @@ def test_who_does_not_read_or_does_not_write_is_cut_off(here: Callable[..., Any]
 
 def test_a_second_interrupt_waits_for_nothing(running: Callable[..., Any]):
     """It was told in forty lines of an error in uvicorn."""
-    with running("--max-batch", "1") as server, httpx.Client(base_url=server.url, timeout=60) as client:
-        with client.stream("POST", "/v1/images/generations", json=LONG | {"stream": True}) as answer:
+    many = [LONG | {"stream": True, "seed": seed} for seed in range(12)]
+    with running("--max-batch", "1") as server, ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(base_url=server.url, timeout=60))
+        for body in many:
+            answer = stack.enter_context(client.stream("POST", "/v1/images/generations", json=body))
             next(answer.iter_lines())
-            for _ in range(2):
-                server.process.send_signal(signal.SIGINT)
-                time.sleep(0.3)
-            _, errors = server.process.communicate(timeout=30)
-        assert (server.process.returncode, errors.splitlines()) == (-signal.SIGINT, ["detailflow: interrupted"])
+        for _ in range(2):
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        _, errors = server.process.communicate(timeout=30)
+        assert errors.splitlines() == ["detailflow: interrupted"]
+        assert server.process.returncode in (130, -signal.SIGINT)  # the latter if the second came at the very end
+
+
+def test_what_signals_mean(here: Callable[..., Any], capsys: pytest.CaptureFixture[str]):
+    server = here().server
+    assert not server.interrupted
+    server.handle_exit(signal.SIGINT, None)
+    assert server.interrupted and server.should_exit and not server.force_exit
+    server.handle_exit(signal.SIGINT, None)
+    assert server.force_exit
+    log = logging.getLogger("uvicorn.error")
+    log.error("Traceback (most recent call last):\n …\nasyncio.exceptions.CancelledError: Task cancelled\n")
+    log.error("another")
+    assert capsys.readouterr().err == "ERROR:    another\n"
+
+
+ADDRESSES = {"::ffff:127.0.0.1": True, "127.0.0.1": True, "::1": True, "::": False}
+
+
+@pytest.mark.parametrize(("host", "known"), ADDRESSES.items())
+def test_addresses_of_this_machine_alone(host: str, known: bool):
+    try:
+        with listen(host, 0) as listener:
+            assert is_loopback(listener) == known
+    except DetailFlowError as error:
+        pytest.skip(f"there is no such address here: {error}")
 
 
 def test_refusals_are_counted_by_their_route(here: Callable[..., Any]):

@@ -1,8 +1,11 @@
 """Fine-tuning a decoder while the encoder and the codebook stay as they are, and the adaptive adversarial weight."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,11 +275,47 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], sentence: str, cifar
         training(cifar, model, **settings)
 
 
-def test_more_tokens_would_be_others(cifar: Path, model: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_tokens", 24), ("group_size", 2), ("causal_tokens", 8), ("causal_encoder", False), ("alpha", 2.5)],
+)
+def test_what_makes_other_tokens(cifar: Path, model: Path, tmp_path: Path, key: str, value: float):
+    """Or, as alpha does, tokens that nobody would know again."""
     config = training(cifar, model)
-    config = replace(config, model=replace(config.model, num_tokens=24))
-    with pytest.raises(DetailFlowError, match="num_tokens is 16 there and 24 here"):
+    there = getattr(config.model, key)
+    config = replace(config, model=replace(config.model, **{key: value}))
+    with pytest.raises(DetailFlowError, match=rf"would be others: {key} is {there} there and {value} here"):
         TokenizerStage(config, open_images(cifar), tmp_path, torch.device("cpu"))
+
+
+ORDER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+sys.path.append(sys.argv[1])
+from test_freeze import TokenizerStage, open_images, training
+torch.set_num_threads(1)
+settings = dict(adversarial=0.5, adversarial_from=0.0, adversarial_adaptive=True, perceptual=0.5, freeze=None)
+config = training(Path(sys.argv[2]), Path(sys.argv[3]), **settings)
+stage = TokenizerStage(config, open_images(sys.argv[2]), Path(sys.argv[4]), torch.device("cpu"))
+for step, batch in zip(range(3), stage.batches(0)):
+    stage.step(step, batch, 1e-3)
+print(stage.model.fingerprint(), float(sum(weight.double().sum() for weight in stage.model.state_dict().values())))
+"""
+
+
+def test_nothing_depends_on_pythons_hashes(cifar: Path, model: Path, tmp_path: Path):
+    """Gradients were added up in the order of a set of texts, which differs from process to process."""
+    said = set()
+    for seed in ("0", "1", "2"):
+        argv = [sys.executable, "-c", ORDER, str(Path(__file__).parent), str(cifar), str(model), str(tmp_path / seed)]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        (tmp_path / seed).mkdir()
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        said.add(done.stdout)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

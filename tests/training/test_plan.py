@@ -325,6 +325,7 @@ def test_sums_of_several_processes():
     sharded = of(replace(LOOP, shard=True), world=4, ema=True)
     assert sharded.memory["weights"] == sharded.memory["average of the weights"] == 1100
     assert "gradients on their way" not in sharded.memory
+    assert sharded.memory["the optimiser's averages"] == 8 * 1100 / 4
 
 
 class Tried(Trial[Any]):
@@ -345,7 +346,7 @@ def test_the_time_by_steps_that_were_tried():
     assert of().brief(200.0).startswith("1,000 parameters, 100 steps of 16 images: 3.3 minutes")
 
 
-def test_a_trial_takes_real_steps():
+def test_a_trial_takes_real_steps(monkeypatch: pytest.MonkeyPatch):
     """Of the run's last kind, on weights and a batch of the right shapes."""
     steps = []
 
@@ -357,6 +358,8 @@ def test_a_trial_takes_real_steps():
     config = GPTTraining("tokens", "model", LOOP)
     trial = Trial(lambda: Counted(config, GPT, None, None, CPU, True), gpt_batch, CPU)  # type: ignore[arg-type]
     assert trial.seconds() > 0 and steps == [99] * 3
+    monkeypatch.setattr("detailflow.training.counting.TRIED_SECONDS", 0.0)
+    assert trial.seconds() > 0 and steps == [99] * 4  # a slow step is tried once
 
 
 # ------------------------------------------------------------------------------------------------- plans and pages

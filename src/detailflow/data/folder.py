@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,12 +134,9 @@ def _missing(top: str, names: Iterable[str]) -> Iterator[str]:
         if found := _NUMBERED.match(name):
             numbers.setdefault((found[1], found[3]), set()).add(int(found[2]))
     for (before, of), there in numbers.items():
-        if len(there) < int(of):
-            first = next(number for number in count(int(of) in there) if number not in there)
-            yield (
-                f"{os.path.join(top, before)}{first:0{len(of)}d}-of-{of} is not there, and {len(there):,} of "
-                f"{int(of):,} such files are: get the others, too, if they are wanted"
-            )
+        if len(there) < int(of) and max(there) <= int(of):  # else they count something else
+            name = printable(f"{os.path.join(top, before)}…-of-{of}")
+            yield f"of the files {name} only {len(there):,} are there: get the others, too, if they are wanted"
 
 
 def _images_win(top: str, images: list[str], many: list[str]) -> bool:

@@ -207,7 +207,7 @@ def _decode(file: BinaryIO, name: str, least: int | None) -> Image.Image:
     _check_pixels(image, name, max_pixels())
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS, ())
-    if tags.get(_PLANES) == 2 and len(bits) > 1 and max(bits) > 8:  # Pillow takes their bytes for numbers
+    if tags.get(_PLANES) == 2 and bits and max(bits) > 8:  # Pillow takes their bytes for numbers, also of one band
         raise DetailFlowError(f"{name} has {max(bits)} bits in separate planes: save it with interleaved channels")
     if image.format in ("JPEG", "MPO"):
         _check_scans(file, name, *image.size)

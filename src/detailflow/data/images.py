@@ -267,9 +267,10 @@ def _with_metadata(found: DataFiles, what: str, labels: Labels) -> ImageSource:
 
 def _by_files(labels: Labels, files: Collection[str]) -> Labels:
     """Return labels by the names that the files have, which some systems write with other characters for accents."""
-    alike = {unicodedata.normalize("NFC", file): file for file in files}
-    plain = {path: unicodedata.normalize("NFC", path) for path in labels if path not in files}
-    return {alike.get(plain[path], path) if path in plain else path: label for path, label in labels.items()}
+    alike = {unicodedata.normalize("NFC", file): file for file in files if file not in labels}
+    return {
+        path if path in files else alike.get(unicodedata.normalize("NFC", path), path): labels[path] for path in labels
+    }
 
 
 def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Labels | None:
@@ -278,19 +279,24 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Label
     A file that gives no labels is left aside, unless its column was asked for by name.
     """
     labels: Labels = {}
-    without: list[tuple[str, Any, str]] = []  # folder, name and row of images whose row has no label
+    without: list[
+        tuple[str, Any, str]
+    ] = []  # folder, name and row of images without a label in a file that gives labels
     wanted, used = plain_name(label_column), False
     for file in files:
         folder, base = os.path.split(file)
         found = nameless = 0
+        unnamed: list[tuple[str, Any, str]] = []
         others: set[str] = set()  # columns of rows that give no label
         for number, row in _rows(file, {*_FILE_NAMES, wanted}):
             name = next((row[key] for key in _FILE_NAMES if row.get(key)), None)
             where = f"{file} row {number}"
             if name is None or wanted not in row:
                 others.update(row)
-                nameless = nameless or (number if row.get(wanted) not in (None, "") else 0)
-                without += [] if name is None else [(folder, name, where)]
+                if name is not None:
+                    unnamed.append((folder, name, where))
+                elif not nameless and _label(row.get(wanted), where, base) is not None:
+                    nameless = number
                 continue
             found += 1
             path, label = _inside(folder, name, where), _label(row[wanted], where, base)
@@ -301,6 +307,7 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Label
                 )
         if found and nameless:
             raise DetailFlowError(f"{file} row {nameless} has a label and no file_name: name its image or remove it")
+        without += unnamed if found else []
         used = used or found > 0
         if not found:
             notes.leave(os.path.splitext(file)[1], base)
@@ -317,7 +324,7 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Label
             f"no images have the label {label_column!r}: it would be a column beside file_name in metadata.csv or "
             "metadata.jsonl"
         )
-    for folder, name, where in without if used else ():
+    for folder, name, where in without:
         labels.setdefault(_inside(folder, name, where), None)  # which is said with the name of the image
     return labels if used else None
 

@@ -159,19 +159,18 @@ def _class_names(file: str, metadata: dict[bytes, bytes], column: str) -> tuple[
 def _check_expansion(file: str, metadata: Any) -> int:
     """Check that a small file cannot fill the memory; return the decompressed bytes of its largest row group.
 
-    Images are compressed already and hardly grow as they are read. (What the footer says of single columns is not asked
-    for: pyarrow ends the process if that is damaged.)
+    Images are compressed already and hardly grow as they are read: all groups together stay below `_MOST_EXPANSION`
+    times the file. (What the footer says of single columns is not asked for: pyarrow ends the process at damage there.)
     """
     size = os.path.getsize(file)
     if metadata.num_rows > max(_ROWS, size):
         raise DetailFlowError(f"{file} has {metadata.num_rows:,} rows in {size:,} bytes, which cannot be images")
     groups = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    if (read := max(groups, default=0)) > max(_EXPANDED, _MOST_EXPANSION * size):
+    if (read := sum(groups)) > max(_EXPANDED, _MOST_EXPANSION * size):
         raise DetailFlowError(
-            f"{file} grows from {size:,} bytes to {read:,} as it is read (row group {groups.index(read)}): "
-            "store images as PNG or JPEG files"
+            f"{file} grows from {size:,} bytes to {read:,} as it is read: store images as PNG or JPEG files"
         )
-    return read
+    return max(groups, default=0)
 
 
 def open_parquet(found: DataFiles, image_column: str, label_column: str) -> ImageSource:

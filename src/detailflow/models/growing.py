@@ -21,6 +21,7 @@ EXTRAS = ("linear_path", "pixel_channels", "absent_token")
 LINEAR = ("encoder.linear", "decoder.linear")
 LAST_OF_BLOCK = ("attn.proj.", "mlp.fc2.")
 PER_TOKEN = ("encoder.query_tokens", "encoder.refined_tokens", "encoder.query_pos_embed", "decoder.latent_pos_embed")
+OF_CODES = ("num_tokens", "image_size", "group_size", "causal_tokens", "causal_encoder", "alpha")  # beside the weights
 
 
 def grow_tokenizer(
@@ -40,7 +41,7 @@ def grow_tokenizer(
     deeper = replace(theirs.decoder, depth=max(theirs.decoder.depth, ours.decoder.depth))
     channels = ours.pixel_channels if theirs.pixel_channels == 3 else theirs.pixel_channels
     reached = replace(theirs, decoder=deeper, pixel_channels=channels)
-    keys = ("encoder", "decoder", "patch_size", "codebook_size", "codebook_dim", *EXTRAS)
+    keys = ("encoder", "decoder", "patch_size", "codebook_size", "codebook_dim", "causal_encoder", *EXTRAS)
     require_same(ours, reached, keys, f"the weights of {source} do not fit")
     _require_growth(ours.num_tokens, theirs.num_tokens, "a tokenizer", source)
     grown, own = dict(tensors), fresh.state_dict()

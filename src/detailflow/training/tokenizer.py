@@ -20,7 +20,7 @@ from detailflow.data.transforms import coarse_target, to_tensor
 from detailflow.device import autocast, precision_dtype, to_device
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
-from detailflow.models.growing import grow_tokenizer
+from detailflow.models.growing import OF_CODES, grow_tokenizer
 from detailflow.models.loading import load_weights, require_same
 from detailflow.models.siglip2 import initialise_encoder
 from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
@@ -236,7 +236,7 @@ class TokenizerStage:
         """
         last, scale = self.model.decoder.to_pixels.weight, self.updater.scaler.get_scale()
         adversarial, others = torch.zeros_like(pixels), torch.zeros_like(pixels)
-        for name in terms.keys() & {"pixel", "perceptual", "adversarial"}:
+        for name in filter(terms.__contains__, ("pixel", "perceptual", "adversarial")):  # a set's order is by chance
             weight, loss = terms[name]
             gradient = torch.autograd.grad(loss * scale, pixels, retain_graph=True)[0] / scale
             product = (pixels * gradient).sum()
@@ -377,7 +377,7 @@ def initial_tokenizer(config: TokenizerTraining, new: bool = True) -> DetailFlow
         start = DetailFlowTokenizer.from_pretrained(config.init, device="cpu")
         tensors, theirs = start.state_dict(), start.config
         if config.freeze:  # or the tokens would be others
-            require_same(config.model, theirs, ("num_tokens", "image_size"), f"the weights of {config.init} do not fit")
+            require_same(config.model, theirs, OF_CODES, f"the tokens of {config.init} would be others")
         if config.new_decoder:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")}
             tensors |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.")}

@@ -61,6 +61,7 @@ async function meetModel(signal) {
   const known = studio.model;
   if (known?.is(await api.model(signal))) return;
   const model = new Model(await api.describe(signal));
+  if (studio.model !== known) return; // another call has learnt it meanwhile
   studio.model = model;
   settings.fit(model);
   picker.fit(model);
