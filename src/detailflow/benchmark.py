@@ -182,8 +182,8 @@ def make_cases(
         cases["decode, compiled"] = Case(lambda: fast.tokenizer.decode(codes), [decoding])
     if other:
         cases["other"] = Case(lambda: other(class_ids), generates=True)
-    name, engine = list(engines(gpt).items())[-1]  # the fastest
-    cases[f"stream, {name}"] = Case(partial(stages_of, engine, codec_of(name)), whole + previews)
+    used = gpt.engine_used
+    cases[f"stream, {used}"] = Case(partial(stages_of, ENGINES[used], codec_of(used)), whole + previews)
     encoding = encoding_cost(tokenizer, images)
     for name, codec in codecs(tokenizer, tokenizer.decoder.blocks).items():
         cases[f"decode{name}"] = Case(partial(codec.decode, codes), [decoding])

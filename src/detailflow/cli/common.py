@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, get_args, get_origin
 
@@ -113,15 +113,18 @@ class Parser(argparse.ArgumentParser):
             name: action for actions in self.sections.values() for action in actions for name in action.option_strings
         }
 
+    @property
+    def _operands(self) -> list[str]:
+        """What is given without an option, as the help names it."""
+        actions = chain.from_iterable(self.sections.values())
+        return [str(action.metavar) for action in actions if not action.option_strings]
+
     def _operands_first(self) -> tuple[str, dict[str, str]]:
         """Return the order in which to give operands, and what options of several values took that looks like a file.
 
         A value may be a class that is called as a folder or a file is, but hardly one with a suffix.
         """
-        operands = [
-            action.metavar for actions in self.sections.values() for action in actions if not action.option_strings
-        ]
-        known, options, taken = self.known_options, list[str](), dict[str, str]()
+        operands, known, options, taken = self._operands, self.known_options, list[str](), dict[str, str]()
         for i, word in enumerate(self._words if operands else ()):
             action = known.get(word)
             if action is not None and action.nargs == "+":
@@ -155,9 +158,9 @@ class Parser(argparse.ArgumentParser):
 
     def _check_operand(self, word: str) -> None:
         """Raise an error for an option that is called as what is given without one: `generate --class cat`."""
-        for action in (action for actions in self.sections.values() for action in actions):
-            if not action.option_strings and str(action.metavar).lower() == word.lstrip("-"):
-                raise DetailFlowError(f"unknown option {word!r}: give {action.metavar} without it, before the options")
+        for operand in self._operands:
+            if operand.lower() == word.lstrip("-"):
+                raise DetailFlowError(f"unknown option {word!r}: give {operand} without it, before the options")
 
 
 def reader(name: str, kind: Any) -> Callable[[str], Any]:

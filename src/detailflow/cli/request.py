@@ -84,7 +84,7 @@ def make_parser(kind: Any, command: str, summary: str, can_plan: bool, page: str
     if can_plan:
         parser.option(DRY_RUN, bool, help="only say the cost: memory, time, disk")
     settings = list(list_settings(kind))
-    names = {setting.name for setting in settings}
+    names = [setting.name for setting in settings]
     below = {name: group for name in names if (group := _group(name, names))}
     groups = sorted(set(below.values()))
     about = "this help, or more of a setting" + (f" or of a group: {', '.join(groups)}" if groups else "")

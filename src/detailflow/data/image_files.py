@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
@@ -205,7 +205,7 @@ def _open_image(file: BinaryIO) -> Image.Image:
 def _decode(file: BinaryIO, name: str, least: int | None) -> Image.Image:
     image = _open_image(file)
     _check_pixels(image, name, max_pixels())
-    tags = getattr(image, "tag_v2", {})
+    tags = _tags(image)
     bits = tags.get(_BITS, ())
     if tags.get(_PLANES) == 2 and bits and max(bits) > 8:  # Pillow takes their bytes for numbers, also of one band
         raise DetailFlowError(f"{name} has {max(bits)} bits in separate planes: save it with interleaved channels")
@@ -327,7 +327,7 @@ def _stripes(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """Return what converts a stripe of an image to RGB."""
     if image.mode == "F" or image.mode.startswith("I"):
-        tags, unsigned = getattr(image, "tag_v2", {}), _is_unsigned(image)
+        tags, unsigned = _tags(image), _is_unsigned(image)
         negative = tags.get(_PHOTOMETRIC) == 0  # 8 bits Pillow inverts itself
         white, clear = _white(image, unsigned), image.info.get("transparency")
         return partial(_numbers_to_rgb, white=white, unsigned=unsigned, negative=negative, clear=clear)
@@ -375,9 +375,14 @@ def _clear(image: Image.Image) -> Any:
     return clear
 
 
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    """Return the tags of a TIFF file; others have none."""
+    return getattr(image, "tag_v2", {})
+
+
 def _is_unsigned(image: Image.Image) -> bool:
     """Return whether a TIFF file has numbers of 32 bits without a sign, which Pillow gives one."""
-    tags = getattr(image, "tag_v2", {})
+    tags = _tags(image)
     return image.mode == "I" and tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (1,)) == (1,)
 
 
@@ -392,7 +397,7 @@ def _white(image: Image.Image, unsigned: bool) -> float:
     Pillow would clip all of them to 0 to 255. Up to 16 bits the file gives it; PGM files are scaled to 16 by Pillow.
     Floating-point white is 1 by convention, but 255 and 65535 are common too: the brightest pixel decides.
     """
-    tags = getattr(image, "tag_v2", {})
+    tags = _tags(image)
     if image.mode.startswith("I;16"):
         return float(2 ** tags.get(_BITS, (16,))[0] - 1)
     if image.mode == "I" and image.format == "PPM":

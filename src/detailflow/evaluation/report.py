@@ -118,7 +118,7 @@ class Report:
         """Return the content of the JSON file; numbers that are not finite are strings."""
         parts = {"format": FORMAT, "kind": self.kind, "title": self.title, "notes": list(self.notes)}
         sections = [asdict(section) for section in self.sections]
-        result: dict[str, Any] = _finite(parts | {"sections": sections, "provenance": dict(self.provenance)})
+        result: dict[str, Any] = _for_json(parts | {"sections": sections, "provenance": dict(self.provenance)})
         return result
 
     def write(self, folder: Path) -> None:
@@ -142,7 +142,7 @@ class Report:
             parts += [f"## {section.title}", "\n".join(section_table(section)), section.note]
         parts += [f"![{plot.caption}]({plot.name}.png)" for plot in self.plots]
         parts += [f"![{picture.caption}]({picture.name}.png)" for picture in self.pictures]
-        known = flattened(_finite(dict(self.provenance)))
+        known = flattened(_for_json(dict(self.provenance)))
         origin = table(["", ""], [[name, cell(value)] for name, value in known], right=False)
         return "\n\n".join(filter(None, [*parts, ORIGIN, "\n".join(origin)])) + "\n"
 
@@ -197,15 +197,15 @@ def flattened(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _finite(value: Any) -> Any:
+def _for_json(value: Any) -> Any:
     """Make strings, which float() reads, of numbers that are not finite: JSON has none. Text becomes printable."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
-        return {printable(str(key)): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {printable(str(key)): _for_json(item) for key, item in value.items()}
+    return [_for_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def curves(rows: Sequence[Row], x: str, measure: str) -> dict[str, list[tuple[float | None, Figure]]]:
@@ -306,7 +306,7 @@ def check_folder(folder: Path, command: str, models: Mapping[str, Any], kept_sam
         ) from None
     before, count = str(provenance.get("command")), dict(flattened(provenance)).get("data.samples.images")
     goes_on = isinstance(count, int) and count < kept_samples and _without_count(before) == _without_count(command)
-    if not (before == command or goes_on) or provenance.get("models") != _finite(dict(models)):
+    if not (before == command or goes_on) or provenance.get("models") != _for_json(dict(models)):
         raise DetailFlowError(
             f"{folder} has the report of another evaluation ({before}): choose another folder, or remove {JSON_FILE}"
         )

@@ -22,7 +22,7 @@ from detailflow.training.config import LoopConfig
 from detailflow.training.optimizer import Updater, recompute_activations
 
 Stage = TypeVar("Stage")
-TRIED_STEPS, TRIED_SECONDS = 3, 5.0  # after which no other step begins
+TRIED_STEPS, TRIED_SECONDS = 3, 5.0
 
 
 class Trial(NamedTuple, Generic[Stage]):
@@ -50,16 +50,14 @@ class Trial(NamedTuple, Generic[Stage]):
     def seconds(self) -> float:
         """Return the seconds of a real step like the run's last, the shortest of a few."""
         stage: Any = self.make_stage()
-        batch, last, times = self.make_batch(), stage.config.loop.steps - 1, []
-        for _ in range(TRIED_STEPS):
-            start = time.perf_counter()
+        batch, last = self.make_batch(), stage.config.loop.steps - 1
+
+        def step() -> None:
             stage.step(last, batch, 0.0)
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
-            times.append(time.perf_counter() - start)
-            if sum(times) > TRIED_SECONDS:
-                break
-        return min(times)
+
+        return shortest(step, TRIED_STEPS)
 
 
 class StepCosts(NamedTuple):
@@ -138,6 +136,16 @@ def counting() -> Iterator[Counter]:
         Counter() as counter,
     ):
         yield counter
+
+
+def shortest(work: Callable[[], object], calls: int) -> float:
+    """Return the seconds of the fastest of some calls; none begins after `TRIED_SECONDS`."""
+    times: list[float] = []
+    while len(times) < calls and sum(times) <= TRIED_SECONDS:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _take_step(updater: Updater) -> int:

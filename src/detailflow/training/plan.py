@@ -1,7 +1,6 @@
 """Plan a run before it starts (`--dry-run`): its networks, length, memory, operations, time and disk space."""
 
 import os
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from detailflow.training import gpt, tokenizer
 from detailflow.training.adversary import DINODiscriminator, ProjectedDiscriminator
 from detailflow.training.classifier import FeatureNetwork
 from detailflow.training.config import Extraction, GPTTraining, LoopConfig, TokenizerTraining, count_of_steps
-from detailflow.training.counting import TRIED_SECONDS, StepCosts, Trial
+from detailflow.training.counting import StepCosts, Trial, shortest
 from detailflow.training.extract import code_rows
 from detailflow.training.gpt import GPTStage, model_config
 from detailflow.training.images import image_count, open_source
@@ -332,15 +331,12 @@ def extraction_seconds(
     count = 4 if device.type == "cpu" else config.batch_size
     model = DetailFlowTokenizer(sizes).to(device).eval()
     crops = torch.zeros(count, 3, sizes.image_size, sizes.image_size, device=device)
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
+
+    def encode() -> None:
         with autocast(device, precision_dtype(config.precision, device)):
             code_rows(model, crops, torch.zeros(count, dtype=torch.long), torch.Generator(), config.mistakes).cpu()
-        times.append(time.perf_counter() - start)
-        if times[0] > TRIED_SECONDS:
-            break
-    return min(times) / count * images * config.num_crops / world.size
+
+    return shortest(encode, 2) / count * images * config.num_crops / world.size
 
 
 def _count(value: float) -> str:
