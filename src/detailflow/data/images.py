@@ -155,11 +155,10 @@ def _of_one_kind(data: str, files: Iterable[str]) -> DataFiles:
         raise DetailFlowError(f"{data} matches only folders, such as {min(folders)}: give what is in them, as {data}/*")
     if not chosen:
         raise DetailFlowError(f"{data} matches no .parquet file and no .tar file: check the pattern")
-    for file in chosen:
-        if not os.path.exists(file):
-            raise DetailFlowError(f"{file} does not exist: check the range in {data}")
-        if not os.path.isfile(file):  # reading a pipe may never end
-            raise DetailFlowError(f"{file} is not a regular file: choose a pattern without it")
+    if wrong := next((file for file in chosen if not os.path.isfile(file)), None):
+        if os.path.exists(wrong):  # reading a pipe may never end
+            raise DetailFlowError(f"{wrong} is not a regular file: choose a pattern without it")
+        raise DetailFlowError(f"{wrong} does not exist: check the range in {data}")
     notes, top = Notes(), os.path.commonpath(list(map(os.path.dirname, files)))
     if folders:  # those that a pattern such as ** matches with the files in them are read
         unread = folders.difference(str(folder) for file in files for folder in Path(file).parents)
@@ -279,9 +278,7 @@ def _read_labels(files: Sequence[str], label_column: str, notes: Notes) -> Label
     A file that gives no labels is left aside, unless its column was asked for by name.
     """
     labels: Labels = {}
-    without: list[
-        tuple[str, Any, str]
-    ] = []  # folder, name and row of images without a label in a file that gives labels
+    without: list[tuple[str, Any, str]] = []  # folder, name and row of images that files of labels give none
     wanted, used = plain_name(label_column), False
     for file in files:
         folder, base = os.path.split(file)
