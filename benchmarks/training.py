@@ -23,7 +23,7 @@ from detailflow.cli.request import read_request
 from detailflow.data.images import open_images
 from detailflow.device import choose_device, precision_dtype
 from detailflow.errors import exit_on_error
-from detailflow.machine import device_name, measure_ceilings, seconds
+from detailflow.machine import device_name, keep_freed_memory, measure_ceilings, seconds
 from detailflow.models.gpt import GPTConfig
 from detailflow.training.config import GPTTraining, TokenizerTraining
 from detailflow.training.gpt import GPTStage
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--codebook-size", type=int, default=8192)
     parser.add_argument("--classes", type=int, default=1000)
     args, settings = parser.parse_known_args()
+    keep_freed_memory()  # as a run does
     kind = TokenizerTraining if args.stage == "tokenizer" else GPTTraining
     known = ["--tokens", "-", "--tokenizer", "-"] if args.stage == "gpt" else []
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,8 @@ import torch
 
 from detailflow import DetailFlowGPT
 from detailflow.errors import DetailFlowError
-from detailflow.models.gpt import GPTConfig, rotary_table, rotate
+from detailflow.models.gpt import GPTConfig, rotary_table
+from detailflow.models.operations import rotate
 
 CONFIG = GPTConfig(
     num_classes=3, width=32, depth=2, heads=2, num_tokens=16, group_size=4, causal_tokens=8, codebook_size=32

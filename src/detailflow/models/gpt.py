@@ -6,7 +6,6 @@ from functools import partial
 from typing import Annotated, ClassVar, Literal, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow import generation, graphs, native
@@ -15,6 +14,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.generation import Cache, Generators
 from detailflow.models.ids import checked_ids
 from detailflow.models.layers import attend
+from detailflow.models.operations import dropout, rms_norm, split_heads, swiglu
 from detailflow.models.pretrained import Pretrained
 from detailflow.sampling import GuidanceSchedule, SamplingConfig, SamplingOptions
 from detailflow.schedule import TokenSchedule
@@ -102,7 +102,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), eps=1e-5)
+        return rms_norm(x, self.weight)
 
 
 class Attention(nn.Module):
@@ -118,9 +118,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: Cache | None, start: int | Tensor
     ) -> Tensor:
         batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        qk, v = qkv.split((2, 1))
-        (q, k), v = rotate(qk, rotation).unbind(0), v[0]
+        q, k, v = split_heads(self.qkv(x), self.heads, rotation)
         if cache is not None:
             k, v = cache.append(start, k, v)
         out = attend(q, k, v, mask)
@@ -137,7 +135,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
@@ -159,9 +157,9 @@ class Block(nn.Module):
         cache: Cache | None = None,
         start: int | Tensor = 0,
     ) -> Tensor:
-        drop = self.training and cache is None
-        x = x + F.dropout(self.attn(self.attn_norm(x), rotation, mask, cache, start), self.dropout, drop)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, drop)
+        p = self.dropout if self.training and cache is None else 0.0
+        x = dropout(self.attn(self.attn_norm(x), rotation, mask, cache, start), p, onto=x)
+        return dropout(self.mlp(self.mlp_norm(x)), p, onto=x)
 
 
 def rotary_table(config: GPTConfig) -> Tensor:
@@ -175,22 +173,6 @@ def rotary_table(config: GPTConfig) -> Tensor:
     i = torch.arange(config.num_tokens - 1)[:, None]
     angles = torch.cat((i // config.group_size * frequencies, i % config.group_size * frequencies), -1)
     return torch.cat((angles.new_zeros(1, half, 2), torch.stack((angles.cos(), angles.sin()), -1)))
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x (…, T, head_dim) by `rotation` (T, head_dim/2, 2), in float32.
-
-    A pair is a complex number: one complex product is several times faster than the real ones, which only a compiler
-    fuses.
-    """
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
-        a, b = pairs.unbind(-1)
-        cos, sin = rotation.unbind(-1)
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
-    return turned.flatten(-2).to(x.dtype)
 
 
 class DetailFlowGPT(Pretrained):
@@ -235,7 +217,9 @@ class DetailFlowGPT(Pretrained):
                 f"codes must have shape ({len(class_ids)}, {self.config.num_tokens}), not {tuple(ids.shape)}"
             )
         class_ids, ids = class_ids.to(self.device), ids.to(self.device)
-        x = F.dropout(self.inputs(class_ids, ids, 0, self.config.num_tokens), self.config.dropout, self.training)
+        x = dropout(
+            self.inputs(class_ids, ids, 0, self.config.num_tokens), self.config.dropout if self.training else 0.0
+        )
         return self.logits(x, *self.tables())
 
     def compile_generation(self, batch_size: int) -> None:

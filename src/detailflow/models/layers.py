@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow.errors import DetailFlowError
+from detailflow.models.operations import gelu, split_heads
 from detailflow.native import blocks as native_blocks
 from detailflow.native.blocks import KeyValue
 from detailflow.processor import multiplies_bfloat16_fast
@@ -110,8 +111,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, past: KeyValue | None = None, mask: Tensor | None = None) -> tuple[Tensor, KeyValue]:
         batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = split_heads(self.qkv(x), self.heads)
         own = (k, v)
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
@@ -128,7 +128,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):

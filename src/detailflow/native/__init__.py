@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from detailflow.errors import DetailFlowError
 from detailflow.generation import Engine, SamplingConfig, layers_replaced, with_null_class
@@ -249,6 +250,19 @@ def _shapes(config: Any) -> list[tuple[int, ...]]:
     block = [(width,), (3 * width, width), (width, width), (width,), (hidden, width), (hidden, width), (width, hidden)]
     embeddings = [(config.num_classes + 1, width), (codes, width), (config.group_size - 1, width)]
     return [*embeddings, *block * config.depth, (width,), (codes, width)]
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether the library can read `x`, and PyTorch does not follow it for a program or a transform."""
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in TYPES:
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad.unpack_dual(x).tangent is not None:
+        return False
+    try:
+        x.data_ptr()
+    except RuntimeError:  # inside of `vmap` and others of torch.func
+        return False
+    return True
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

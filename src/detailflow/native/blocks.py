@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from detailflow import native
 from detailflow.generation import layers_replaced
@@ -32,9 +31,9 @@ def can_run(blocks: nn.ModuleList, x: Tensor, home: str) -> bool:
         x: (B, T, width), their input.
         home: the name of the module that has their own code.
     """
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in native.TYPES or layers_replaced(blocks, home):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not native.is_plain(x):
         return False
-    if _observed(x):
+    if layers_replaced(blocks, home):
         return False
     block: Any = blocks[0]
     width, heads, hidden = x.shape[-1], block.attn.heads, block.mlp.fc1.out_features
@@ -51,19 +50,6 @@ def can_run(blocks: nn.ModuleList, x: Tensor, home: str) -> bool:
     shapes += [(hidden, width), (hidden,), (width, hidden), (width,)]
     weights = list(blocks.parameters())
     return all(_plain(w, x.dtype) for w in weights) and [tuple(w.shape) for w in weights] == shapes * len(blocks)
-
-
-def _observed(x: Tensor) -> bool:
-    """Return whether PyTorch wants to know what is done to `x`: for gradients, autocast, programs, transforms."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or forward_ad.unpack_dual(x).tangent is not None:
-        return True
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    try:
-        x.data_ptr()
-    except RuntimeError:  # inside of `vmap` and others of torch.func
-        return True
-    return False
 
 
 def _plain(weight: Tensor, dtype: torch.dtype) -> bool:

@@ -1,6 +1,7 @@
 // What Python calls, by ctypes: see __init__.py.
 #include "gpt.hpp"
 #include "sampling.hpp"
+#include "training.hpp"
 #include "vit.hpp"
 
 using namespace detailflow;
@@ -113,6 +114,73 @@ int detailflow_transform(const ViTSizes* sizes, int bfloat16, const void* const*
     return by_type(bfloat16, [&](auto number) {
         using T = decltype(number);
         ViT<T>(*sizes, weights, threads).run({x, images, length, own, past, past_length, mask});
+    });
+}
+
+// What follows is for training, see training.hpp. With a gradient `dy` it is the backward pass.
+
+int detailflow_gelu(int bfloat16, const void* x, const void* dy, int64_t count, void* to, int threads) {
+    return by_type(bfloat16, [&](auto number) {
+        using T = decltype(number);
+        const T *from = static_cast<const T*>(x), *slope = static_cast<const T*>(dy);
+        if (dy) gelu_backward(from, slope, count, static_cast<T*>(to), threads);
+        else gelu(from, count, static_cast<T*>(to), threads);
+    });
+}
+
+// to: y, or the gradients of `gate` and, as `more`, of `up`.
+int detailflow_swiglu(int bfloat16, const void* gate, const void* up, const void* dy, int64_t count, void* to, void* more, int threads) {
+    return by_type(bfloat16, [&](auto number) {
+        using T = decltype(number);
+        const T *first = static_cast<const T*>(gate), *second = static_cast<const T*>(up), *slope = static_cast<const T*>(dy);
+        if (dy) swiglu_backward(first, second, slope, count, static_cast<T*>(to), static_cast<T*>(more), threads);
+        else swiglu(first, second, count, static_cast<T*>(to), threads);
+    });
+}
+
+// x of type T → floats, `onto` those of another tensor or null; or `back`, a gradient of floats → of type T.
+int detailflow_dropout(int bfloat16, const void* x, const float* onto, int back, int64_t count, float p, int64_t seed, void* to, int threads) {
+    return by_type(bfloat16, [&](auto number) {
+        using T = decltype(number);
+        if (back) dropout(static_cast<const float*>(x), nullptr, count, p, seed, static_cast<T*>(to), threads);
+        else dropout(static_cast<const T*>(x), onto, count, p, seed, static_cast<float*>(to), threads);
+    });
+}
+
+int detailflow_rms_norm(int bfloat16, const float* x, const float* weight, int rows, int width, void* y, float* scales, int threads) {
+    return by_type(bfloat16, [&](auto number) {
+        rms_forward(x, weight, rows, width, static_cast<decltype(number)*>(y), scales, threads);
+    });
+}
+
+int detailflow_rms_norm_backward(int bfloat16, const float* x, const float* weight, const float* scales, const void* dy, int rows,
+                                 int width, float* dx, float* parts, int threads) {
+    return by_type(bfloat16, [&](auto number) {
+        rms_backward(x, weight, scales, static_cast<const decltype(number)*>(dy), rows, width, dx, parts, threads);
+    });
+}
+
+int detailflow_split_heads(int bfloat16, void* qkv, void* const* parts, const float* rotation, int images, int length, int heads,
+                           int size, int back, int threads) {
+    return by_type(bfloat16, [&](auto number) {
+        using T = decltype(number);
+        T* const each[] = {static_cast<T*>(parts[0]), static_cast<T*>(parts[1]), static_cast<T*>(parts[2])};
+        split_heads(static_cast<T*>(qkv), each, rotation, images, length, heads, size, back, threads);
+    });
+}
+
+int detailflow_cross_entropy(int bfloat16, const void* logits, const int64_t* wanted, int rows, int codes, float* losses, float* logs,
+                             int threads) {
+    return by_type(bfloat16, [&](auto number) {
+        cross_entropy(static_cast<const decltype(number)*>(logits), wanted, rows, codes, losses, logs, threads);
+    });
+}
+
+int detailflow_cross_entropy_backward(int bfloat16, const void* logits, const int64_t* wanted, const float* logs, float scale,
+                                      int rows, int codes, void* to, int threads) {
+    return by_type(bfloat16, [&](auto number) {
+        using T = decltype(number);
+        cross_entropy_backward(static_cast<const T*>(logits), wanted, logs, scale, rows, codes, static_cast<T*>(to), threads);
     });
 }
 

@@ -52,7 +52,7 @@ class LoopConfig(Settings):
         accumulate: micro-batches per step and process; more of them need less memory.
         checkpoint_activations: compute activations again in the backward pass; less memory, a third more time.
         shard: split weights and optimizer over the processes (FSDP2); for AR models that do not fit one of them.
-        compile: use torch.compile; a minute of preparation for about a third more speed.
+        compile: use torch.compile; a minute of preparation, then faster steps on a GPU.
         seed: the same seed gives the same run.
         workers: processes that decode images; for each training process.
         image_memory: GiB for decoded images; so a small set is decoded once. For each training process without

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from detailflow.distributed import World
+from detailflow.machine import keep_freed_memory
 from detailflow.models import layers
 from detailflow.training.config import LoopConfig
 from detailflow.training.optimizer import Updater, recompute_activations
@@ -49,6 +50,7 @@ class Trial(NamedTuple, Generic[Stage]):
 
     def seconds(self) -> float:
         """Return the seconds of a real step like the run's last, the shortest of a few."""
+        keep_freed_memory()
         stage: Any = self.make_stage()
         batch, last = self.make_batch(), stage.config.loop.steps - 1
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -35,6 +34,7 @@ from detailflow.labels import UNLABELLED, ClassLabels
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
 from detailflow.models.growing import require_growable
 from detailflow.models.loading import load_weights
+from detailflow.models.operations import cross_entropy
 from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.seeds import mixed_seed
@@ -130,7 +130,7 @@ class GPTStage:
             with no_sync(self.parallel, start + size < len(labels)):
                 with autocast(self.device, self.precision):
                     logits = self.forward(labels[part], given[part])
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted[part].flatten())
+                loss = cross_entropy(logits, wanted[part])
                 self.updater.backward(loss * (size / len(labels)))
             if log:
                 accuracy = (logits.detach().argmax(-1) == wanted[part]).float().mean()
@@ -162,7 +162,7 @@ class GPTStage:
             wanted = ids[part].to(self.device)
             with autocast(self.device, self.precision):
                 logits = self.ema(labels[part].to(self.device), wanted).float()
-            loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+            loss = cross_entropy(logits, wanted)
             return {"val_loss": loss, "val_accuracy": (logits.argmax(-1) == wanted).float().mean()}
 
         return mean_figures(len(images), measure, self.world, together=self.sharded)

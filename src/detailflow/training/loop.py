@@ -25,7 +25,7 @@ from detailflow.device import precision_dtype
 from detailflow.distributed import World, lost
 from detailflow.errors import DetailFlowError, first_line, os_errors
 from detailflow.files import check_utf8, lock_folder
-from detailflow.machine import measure_ceilings
+from detailflow.machine import keep_freed_memory, measure_ceilings
 from detailflow.pictures import write_png
 from detailflow.progress import LONG_RUN, progress_bar
 from detailflow.runs import BEST, CHECKPOINTS, FEATURES_FILE, RUN_FILE, checkpoints, read_checkpoint
@@ -112,6 +112,7 @@ def train(make_stage: Callable[[bool], Stage], run: Run) -> None:
         make_stage: builds the stage; called once the folder is known to be usable, with whether a checkpoint follows.
     """
     output, world, loop = run.output, run.world, run.config.loop
+    keep_freed_memory()
     world.check_same({name: value for name, value in flat(asdict(run.config)) if name not in (run.inputs or {})})
     with world.raise_together(), os_errors(f"cannot write to {output}"):
         loop.images_at_once(world)
