@@ -30,7 +30,7 @@ from detailflow import DetailFlowGPT, GPTConfig, SamplingConfig, kernels
 from detailflow.generation import TorchEngine
 from detailflow.graphs import Decoding, capture
 from detailflow.kernels import Launch, Tiles, TritonEngine
-from detailflow.models.gpt import rotate
+from detailflow.models.operations import rotate
 
 DEVICE = torch.device("cuda")
 GPT_L = GPTConfig(num_classes=1000)

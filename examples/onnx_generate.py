@@ -25,6 +25,7 @@ import onnxruntime
 BATCH_SIZE = 32
 PARTS = ("step", "decoder")
 LARGEST_CALL = 100_000  # images
+LONGEST_NAME = 100  # bytes of a class in a file name
 LARGEST_INTEGER = 2**31 - 1
 MOST_TOKENS = 2**13  # of an image; published models have 512 at most
 CONTENT = {  # of model.json
@@ -341,7 +342,8 @@ def write(generator: Generator, classes: np.ndarray, seed: int, sampling: dict, 
         for n, images in zip(shown, stages, strict=True):
             for i, image in enumerate(images, first):
                 name = names[classes[i]] if names else str(classes[i])
-                safe = "".join(letter if letter.isalnum() else "-" for letter in name)
+                safe = "".join(letter if letter.isalnum() else "-" for letter in name)[:50]
+                safe = safe.encode()[:LONGEST_NAME].decode(errors="ignore")
                 write_png(folder / f"{i:04d}-{safe}-{n:03d}.png", image)
     write_whole(folder / "tokens.json", json.dumps(all_tokens).encode())
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from detailflow import distributed
+from detailflow import distributed, files
 from detailflow.cli.main import main
 from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
@@ -33,6 +33,12 @@ def command_line(argv: list[str], rank: int, limits: Mapping[int, int] = {}) -> 
 
 def other_command_lines(argvs: Sequence[list[str]], rank: int) -> int:
     """Run each rank's own command."""
+    return main(argvs[rank])
+
+
+def two_folders(argvs: Sequence[list[str]], rank: int) -> int:
+    """Run each rank's own command, whose folder is none that they share."""
+    files.APPEARS_SECONDS = 0.5
     return main(argvs[rank])
 
 

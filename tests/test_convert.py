@@ -104,6 +104,9 @@ def test_what_the_published_layout_has_no_place_for(
     lost = "class_names, guidance_scale (3.5), top_k (9)"
     message = f"{tmp_path / 'lossy'}: the published layout has no place for {lost}: keep the original for them"
     assert caplog.messages == [message]
+    folder = tmp_path / "lossy"
+    card, read = (folder / "README.md").read_text(), DetailFlowGPT.from_pretrained(folder).config
+    assert "| gpt | top_k | null |" in card and f"| gpt | guidance_scale | {read.guidance_scale} |" in card
     caplog.clear()
     convert(ours, tmp_path / "back", to="published")  # what once was published loses nothing
     assert caplog.messages == []

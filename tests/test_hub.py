@@ -265,6 +265,10 @@ def test_a_file_instead_of_its_folder(saved: Path):
     assert "is a file: give the folder" in error_of(saved / "model.safetensors")
 
 
+def test_neither_a_file_nor_a_folder():
+    assert error_of("/dev/null").startswith("/dev/null is no folder: give one that holds config.json")
+
+
 def test_hub_name(downloads: list[str]):
     assert hub.load("someone/model", "tokenizer")[0]["num_tokens"] == 32
     assert downloads == ["someone/model: ['config.json', 'tokenizer/config.json']", "someone/model"]

@@ -185,8 +185,8 @@ def test_a_training_step_of_the_ar_model(precision: torch.dtype | None, monkeypa
     torch.manual_seed(0)
     model, wanted, labels = DetailFlowGPT(SIZES).train(), torch.randint(48, (5, 16)), torch.tensor([0, 1, 2, 3, 0])
     calls: list[str] = []
-    call = in_cpp._call
-    monkeypatch.setattr(in_cpp, "_call", lambda name, *more: (calls.append(name), call(name, *more))[1])
+    call = in_cpp.call
+    monkeypatch.setattr(in_cpp, "call", lambda name, *more: (calls.append(name), call(name, *more))[1])
 
     def step() -> list[Tensor]:
         with autocast(CPU, precision or torch.float32):

@@ -82,12 +82,10 @@ def convert(
                 "of its two sets of weights the %s ones are converted: --variant %s takes the others", kept, other
             )
     configs: dict[Kind, dict[str, Any]] = {kind: asdict(model.config) for kind, model in models.items()}
-    card = _card(output, configs, str(source))
+    has_card = _may_write_card(output / CARD_FILE)
     with ExitStack() as stack:  # which puts all files in place once all are written, those of the first model last
         stack.enter_context(os_errors(f"could not write the model to {output}"))
         stack.enter_context(making(output))
-        if card is not None:
-            stack.enter_context(writing(output / CARD_FILE)).write_text(card, encoding="utf-8")
         for kind, model in progress_bar(models.items(), desc="writing", unit="model", total=len(models)):
             target, origin, tensors = targets[kind], _origin(found[kind]), model.state_dict()
             if to == "published":
@@ -96,16 +94,21 @@ def convert(
                 extra = {"published": origin} if origin else {}
                 saving = hub.saving(target, kind, configs[kind] | extra, tensors, shard_size)
             stack.enter_context(saving)
-    if to == "published":
-        for kind, config in configs.items():
-            _warn_of_loss(targets[kind], kind, config)
+    written = {kind: _read_again(targets[kind], kind) for kind in configs} if to == "published" else configs
+    for kind, config in configs.items():
+        _warn_of_loss(targets[kind], config, written[kind])
+    if has_card:
+        _write_card(output, written, source)
     return targets
 
 
-def _warn_of_loss(written: Path, kind: Kind, config: Mapping[str, Any]) -> None:
-    """Warn of the settings that were not written, as the published layout has no place for them."""
-    again = asdict(parse_settings(NETWORKS[kind][1], hub.load_config(written, kind)))
-    lost = [key for key, value in config.items() if value != again[key]]
+def _read_again(written: Path, kind: Kind) -> dict[str, Any]:
+    return asdict(parse_settings(NETWORKS[kind][1], hub.load_config(written, kind)))
+
+
+def _warn_of_loss(written: Path, config: Mapping[str, Any], read: Mapping[str, Any]) -> None:
+    """Warn of the settings that are not those that are read again, as the published layout has no place for them."""
+    lost = [key for key, value in config.items() if value != read[key]]
     numbers = {key: f" ({config[key]})" for key in lost if isinstance(config[key], int | float)}
     if lost:
         names = ", ".join(f"{key}{numbers.get(key, '')}" for key in lost)
@@ -125,16 +128,18 @@ def _origin(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _card(folder: Path, configs: Mapping[Kind, Mapping[str, Any]], source: str) -> str | None:
-    """Return the text of a model card for the hub; `None` if there is one by somebody else."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    path = folder / CARD_FILE
+def _may_write_card(path: Path) -> bool:
+    """Return whether there is no model card, or one of ours."""
     with os_errors(f"cannot write {path}"):
         check_regular(path)
-        if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
-            return None
-    pair = hub.zoo_model(source)
+        return not path.exists() or CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _write_card(folder: Path, configs: Mapping[Kind, Mapping[str, Any]], source: str | Path) -> None:
+    """Write a model card for the hub."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    pair = hub.zoo_model(str(source))
     tags = {"tokenizer": "image-tokenizer", "gpt": "class-conditional"}
     data = ModelCardData(
         library_name="detailflow",
@@ -173,4 +178,5 @@ model = {loader}.from_pretrained({place})  # or the path of this folder
 |---|---|---|
 {chr(10).join(rows)}
 """
-    return str(ModelCard(text))
+    with writing(folder / CARD_FILE) as path:
+        path.write_text(str(ModelCard(text)), encoding="utf-8")

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import stat
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from detailflow.distributed import World
 
 LOCK_FILE = ".lock"
+APPEARS_SECONDS = 90.0  # a disk of the network may show a new file so much later
 _TEMPORARY = re.compile(r"\..+\.([0-9]+)-[0-9a-f]{8}\.tmp")  # names that `replacing` makes up
 LONGEST_NAME = 100  # bytes of a file name that we make up; some file systems allow no more than 140
 LARGEST_TEXT = 32 * 2**20  # bytes of a settings or metadata file
@@ -166,7 +168,8 @@ def lock_folder(folder: Path, work: str, world: "World | None" = None) -> Iterat
 
     Args:
         work: what is done in the folder, for the message if another process has the lock.
-        world: the ranks of this launch, the main one takes the lock; `None` is this process alone.
+        world: the ranks of this launch, the main one takes the lock and all see it, or it is not one folder; `None` is
+            this process alone.
     """
     with ExitStack() as stack:
         if world is None:
@@ -175,7 +178,23 @@ def lock_folder(folder: Path, work: str, world: "World | None" = None) -> Iterat
             with world.raise_together():
                 if world.is_main:
                     stack.enter_context(_lock(folder, work))
+            with world.raise_together():
+                if not world.is_main and not _appears(folder / LOCK_FILE):
+                    raise DetailFlowError(
+                        f"process {world.rank} of {world.size} does not see in {folder} what process 0 writes to its "
+                        "output folder: give all of them the same one, on a disk that they share"
+                    )
         yield
+
+
+def _appears(path: Path) -> bool:
+    """Return whether a file that another machine may have made is there; disks of networks may show it later."""
+    until = time.monotonic() + APPEARS_SECONDS
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from detailflow.device import to_device
 from detailflow.errors import DetailFlowError, not_finite
 from detailflow.sampling import SamplingConfig as SamplingConfig
 from detailflow.schedule import TokenSchedule
+from detailflow.words import shown
 
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -183,7 +184,7 @@ def image_generators(generator: Generators | None, images: int) -> list[torch.Ge
         return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
     if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
         raise DetailFlowError(
-            f"generator must be a torch.Generator or a list of {images} of them, not {generator!r:.40}"
+            f"generator must be a torch.Generator or a list of {images} of them, not {shown(generator, 40)}"
         )
     if len(generator) != images:
         raise DetailFlowError(

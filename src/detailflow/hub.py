@@ -120,6 +120,8 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
             return resolve(
                 hub_client.fetch(getattr(pair, kind), _patterns([kind]), revision, _both_of(pair, name)), kind
             )
+    if name and os.path.lexists(path):
+        raise DetailFlowError(f"{name} is no folder: give one that holds {CONFIG_FILE} and the weights")
     if "/" in name or isinstance(path_or_id, Path):
         raise DetailFlowError("; ".join(filter(None, (f"there is no such folder: {name}", similar(name)))))
     otherwise = f"give a folder, a hub name (owner/name) or one of {', '.join((*ZOO, *PACKAGED))}"

@@ -17,7 +17,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from detailflow.errors import DetailFlowError, MissingPackageError
-from detailflow.words import listed, unknown
+from detailflow.words import listed, shown, unknown
 
 Config = TypeVar("Config")
 
@@ -98,7 +98,7 @@ def check_settings(kind: type[Config], values: Mapping[str, Any]) -> dict[str, A
     known, found = {setting.name: setting for setting in list_settings(kind)}, {}
     for name, value in values.items():
         if any(key.startswith(f"{name}.") for key in known):
-            raise DetailFlowError(f"{name} must be settings, each as KEY: VALUE, not {_shown(value)}")
+            raise DetailFlowError(f"{name} must be settings, each as KEY: VALUE, not {shown(value)}")
         if name not in known:
             more = ", …" if len(known) > 12 else ""
             first = sorted(known, key=lambda key: (key.startswith("loop."), "." in key))
@@ -170,7 +170,7 @@ def checked(name: str, value: Any, kind: Any, text: bool = False) -> Any:
     try:
         return _convert(value, kind, text)
     except _InvalidError as error:
-        raise DetailFlowError(f"{name} must be {error.what}, not {_shown(error.value)}") from None
+        raise DetailFlowError(f"{name} must be {error.what}, not {shown(error.value)}") from None
 
 
 class _InvalidError(Exception):
@@ -282,14 +282,6 @@ def _converted_list(value: Any, kind: Any, text: bool) -> Any:
         return tuple(_convert(item, kind, text) for item in value)
     except _InvalidError as error:
         raise _InvalidError(f"a list in which each item is {error.what}", error.value) from None
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def check_arguments(given: Iterable[str], known: Iterable[str]) -> None:

@@ -27,6 +27,15 @@ def some_names(names: set[str]) -> str:
     return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def shown(value: object, limit: int = 100) -> str:
+    """Return the beginning of a value as Python prints it, on one line."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python prints no integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def also(instead: str) -> str:
     """Return what else would help, if anything, as the end of a sentence."""
     return f", {instead}" if instead else ""

@@ -617,6 +617,14 @@ def test_a_folder_of_another_data_set(folder: Path, capsys: pytest.CaptureFixtur
     assert complaint(everything("images", "--dry-run"), capsys) == said
 
 
+def test_a_folder_of_another_preset(folder: Path, capsys: pytest.CaptureFixture[str]):
+    Path("run/tokenizer").mkdir(parents=True)
+    write("run/tokenizer/run.yaml", {"kind": "tokenizer", "model": {"image_size": 64}})
+    said = "run holds a run of preset own-64, not small-32: leave --preset out, or choose another folder"
+    assert complaint(everything("images"), capsys) == said
+    assert complaint(everything("images", "--dry-run"), capsys) == said
+
+
 def tuned(model: Path | str, *argv: str) -> list[str]:
     return ["train", "--data", "images", "--init", str(model), "--output", "run", "--device", "cpu", *argv]
 
@@ -647,6 +655,8 @@ def test_from_a_trained_model(folder: Path, model: Path, capsys: pytest.CaptureF
     assert "parameters, up to 2 steps of 32 images: up to" in dry[4] and dry[6].startswith("in all about ")
     assert dry[5].startswith("disk: about ") and dry[5].endswith("B for checkpoints, tokens and the model")
     assert len(dry) == 7
+    assert main([*argv, "--crops", "two", "--dry-run"]) == 0
+    assert "tokens: 2 crops of each image" in capsys.readouterr().out
     assert main([*argv, "--no-flip", "--dry-run"]) == 0
     assert "\ntokens: 5 crops of each image: " in capsys.readouterr().out
 

@@ -108,6 +108,14 @@ def test_classes_are_what_the_commands_take(names: list[str], label: str, messag
     assert sentence(folder, tmp_path / "out", label) == message
 
 
+def test_a_long_name_in_a_file_name(exported: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(exported, tmp_path / "exported"))
+    model, letter = json.loads((folder / "model.json").read_text()), "\u6f22"
+    (folder / "model.json").write_text(json.dumps(model | {"class_names": [letter * 90, *model["class_names"][1:]]}))
+    tokens_of(folder, tmp_path / "out", "0", "--num-tokens", "1")
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == [f"0000-{letter * 33}-001.png"]
+
+
 def test_in_8_bits(exported: Path, shipped: DetailFlowPipeline, tmp_path: Path):
     tokens = tokens_of(exported, tmp_path, "cat", "--seed", "1", "--precision", "int8", "--num-tokens", "16")
     assert tokens.shape == (1, 16) and len(list(tmp_path.glob("*.png"))) == 5

@@ -93,9 +93,25 @@ def test_nothing_of_the_users_is_replaced(name: str, pipeline: DetailFlowPipelin
     (tmp_path / name).write_text("{}")
     with pytest.raises(DetailFlowError) as caught:
         export(pipeline, tmp_path, "tiny")
-    message = f"{tmp_path / name} was not made by `detailflow export`: move it, or choose another folder"
-    assert str(caught.value) == message
+    why = (
+        "is not what `detailflow export` writes"
+        if name == "model.json"
+        else "is there, without the model.json of an export"
+    )
+    assert str(caught.value) == f"{tmp_path / name} {why}: move it, or choose another folder"
     assert contents(tmp_path) == {name: b"{}"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\0"])
+def test_an_export_whose_description_is_damaged(
+    content: str, exported: Path, pipeline: DetailFlowPipeline, tmp_path: Path
+):
+    """To repeat it, as a program that reads it advises, its file must go."""
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    (folder / "model.json").write_text(content)
+    with pytest.raises(DetailFlowError, match=r"model\.json is not what `detailflow export` writes: move it, or"):
+        export(pipeline, folder, "tiny")
 
 
 def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

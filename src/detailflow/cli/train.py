@@ -86,6 +86,7 @@ def _planned_tokenizer(name: str | None) -> Any:
 
 def preset_parser() -> Parser:
     """Return the options of training all in a row."""
+    from detailflow.training.config import CropSet
     from detailflow.training.presets import PRESETS, Preset
 
     parser = Parser(
@@ -108,6 +109,7 @@ def preset_parser() -> Parser:
     parser.option("--tokenizer-steps", PositiveInt, help="in place of the recipe's", metavar="N")
     parser.option("--gpt-steps", PositiveInt, help="in place of the recipe's", metavar="N")
     parser.option("--no-flip", bool, help="no mirror images: for text, or anything else with a left and a right")
+    parser.option("--crops", CropSet, None, "of each image for the AR model: ten, six or two (default: ten)", "NAME")
     add_device_option(parser)
     parser.option(DRY_RUN, bool, help="only say what it would do, with time and memory")
     return parser

@@ -37,7 +37,7 @@ from detailflow.data.tables import open_hub, open_saved
 from detailflow.data.webdataset import open_shards
 from detailflow.errors import DetailFlowError, DetailFlowWarning, explained
 from detailflow.progress import progress_bar
-from detailflow.words import printable, several
+from detailflow.words import printable, several, shown
 
 _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -95,7 +95,7 @@ def open_images(
 def find(data: str | os.PathLike[str], split: str | None = None) -> DataFiles:
     """Return the files with the images of `open_images(data, split=split)`."""
     if not isinstance(data, str | os.PathLike):
-        raise DetailFlowError(f"data must be a path or a name, not {data!r:.40}")
+        raise DetailFlowError(f"data must be a path or a name, not {shown(data, 40)}")
     data = os.path.expanduser(os.fspath(data))
     path = Path(data)
     with explained(f"{data!r} cannot be opened"):  # no name of a file at all, or one that may not be looked at

@@ -107,15 +107,16 @@ def _sha256(path: Path) -> str:
 def _reserve(folder: Path, names: list[str]) -> None:
     """Mark the folder as an unfinished export; refuse one with files that no export wrote."""
     path = folder / MODEL_FILE
+    remedy = "move it, or choose another folder"
     if path.exists():
-        ours = read_json(path).get("format") == FORMAT
-        taken = [] if ours else [MODEL_FILE]
-    else:
-        taken = [name for name in [*names, README_FILE] if (folder / name).exists()]
-    if taken:
-        raise DetailFlowError(
-            f"{folder / taken[0]} was not made by `detailflow export`: move it, or choose another folder"
-        )
+        try:
+            ours = read_json(path).get("format") == FORMAT
+        except DetailFlowError:
+            ours = False
+        if not ours:
+            raise DetailFlowError(f"{path} is not what `detailflow export` writes: {remedy}")
+    elif taken := next((folder / name for name in [*names, README_FILE] if (folder / name).exists()), None):
+        raise DetailFlowError(f"{taken} is there, without the {MODEL_FILE} of an export: {remedy}")
     write_json(path, {"format": FORMAT})
 
 

@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 from detailflow.errors import DetailFlowError, not_finite
+from detailflow.words import shown
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
 
-def check_plain(name: str, tensor: Tensor) -> None:
-    """Check that all numbers of a tensor are there: neither sparse nor nested, nor on the device `meta`."""
+def check_plain(name: str, tensor: Tensor, kinds: str = "a tensor") -> None:
+    """Check that it is a tensor whose numbers are all there: neither sparse nor nested, nor on the device `meta`."""
+    if not isinstance(tensor, Tensor):
+        raise DetailFlowError(f"{name} must be {kinds}, not {shown(tensor, 40)}")
     kind = "nested" if tensor.is_nested else "meta" if tensor.device.type == "meta" else None
     if kind or tensor.layout is not torch.strided:
         kind = kind or str(tensor.layout).removeprefix("torch.")
@@ -29,9 +32,7 @@ def checked_ids(name: str, ids: Tensor, dimensions: int, count: int, wait: bool 
     Args:
         wait: whether to look at those on a GPU as well, which waits for it.
     """
-    if not isinstance(ids, Tensor):
-        raise DetailFlowError(f"{name} must be a tensor of integers, as torch.tensor makes it, not {ids!r:.40}")
-    check_plain(name, ids)
+    check_plain(name, ids, "a tensor of integers, as torch.tensor makes it")
     if ids.ndim != dimensions or ids.dtype not in _INTEGERS:
         found = f"{tuple(ids.shape)} {ids.dtype}"
         raise DetailFlowError(f"{name} must be integers in {dimensions} dimension(s), not {found}")

@@ -362,9 +362,7 @@ class DetailFlowTokenizer(Pretrained):
 
     def _checked(self, images: Tensor) -> Tensor:
         """Check the range of images, which waits for the GPU, and move them to the device and dtype of the weights."""
-        if not isinstance(images, Tensor):
-            raise DetailFlowError(f"images must be a tensor, not {images!r:.40}: pipe.tokens takes images and paths")
-        check_plain("images", images)
+        check_plain("images", images, "a tensor (pipe.tokens takes images and paths)")
         if has_patches(images, self.config.patch_size):  # else `encode_patches` says what is wrong
             low, high = (value.item() for value in torch.aminmax(images)) if images.numel() else (0.0, 0.0)
             if not (low >= -LARGEST_PIXEL and high <= LARGEST_PIXEL):  # also if they are NaN

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from detailflow import native
+from detailflow.native import is_plain
 
 MULTIPLE = 16  # of which the sizes of the last dimension are multiples
 MOST = 2**31 - 1  # numbers
@@ -19,7 +20,7 @@ PARTS = 16  # as in training.hpp
 
 def can_run(x: Tensor) -> bool:
     """Return whether these functions take (…, width) `x`, an activation in training, in place of PyTorch."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not native.is_plain(x):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain(x):
         return False
     if x.shape[-1] % MULTIPLE or not 0 < x.numel() <= MOST or _product_type(x) not in native.TYPES:
         return False
@@ -70,17 +71,19 @@ def _product_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _call(name: str, dtype: torch.dtype, *values: Any) -> None:
-    """Call the library; floats are of type `dtype` where they may be of two."""
+def call(name: str, dtype: torch.dtype, *values: Any) -> None:
+    """Call the library, with the addresses of tensors and of tuples of them; activations are of type `dtype`."""
     found = native.library()
     assert not isinstance(found, str)
-    function = getattr(found, f"detailflow_{name}")
-    if not function(int(dtype == torch.bfloat16), *values, torch.get_num_threads()):
+    given = map(_for_library, values)
+    if not getattr(found, f"detailflow_{name}")(int(dtype == torch.bfloat16), *given, torch.get_num_threads()):
         raise MemoryError
 
 
-def _at(tensor: Tensor | None, dtype: torch.dtype) -> ctypes.c_void_p | None:
-    return None if tensor is None else native.address(tensor, dtype)
+def _for_library(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return (ctypes.c_void_p * len(value))(*(native.address(one, one.dtype).value for one in value))
+    return native.address(value, value.dtype) if isinstance(value, Tensor) else value
 
 
 def _count(tensor: Tensor) -> ctypes.c_int64:
@@ -92,9 +95,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         y, width = torch.empty(x.shape, dtype=dtype, device="cpu"), x.shape[-1]
         scales = torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu")
-        number = torch.float32
-        rows = x.numel() // width
-        _call("rms_norm", dtype, _at(x, number), _at(weight, number), rows, width, _at(y, dtype), _at(scales, number))
+        call("rms_norm", dtype, x, weight, x.numel() // width, width, y, scales)
         ctx.save_for_backward(x, weight, scales)
         return y
 
@@ -102,11 +103,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scales = ctx.saved_tensors
-        dy, number, width = dy.contiguous(), torch.float32, x.shape[-1]
+        dy, width = dy.contiguous(), x.shape[-1]
         dx, parts = torch.empty_like(x), torch.empty(PARTS, width, dtype=torch.float32, device="cpu")
-        given = _at(x, number), _at(weight, number), _at(scales, number), _at(dy, dy.dtype)
-        rows = x.numel() // width
-        _call("rms_norm_backward", dy.dtype, *given, rows, width, _at(dx, number), _at(parts, number))
+        call("rms_norm_backward", dy.dtype, x, weight, scales, dy, x.numel() // width, width, dx, parts)
         return dx, parts.sum(0), None
 
 
@@ -124,7 +123,7 @@ class _GELU(torch.autograd.Function):
     @staticmethod
     def run(x: Tensor, dy: Tensor | None) -> Tensor:
         to = torch.empty_like(x)
-        _call("gelu", x.dtype, _at(x, x.dtype), _at(dy, x.dtype), _count(x), _at(to, x.dtype))
+        call("gelu", x.dtype, x, dy, _count(x), to)
         return to
 
 
@@ -142,10 +141,9 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def run(gate: Tensor, up: Tensor, dy: Tensor | None) -> tuple[Tensor, ...]:
-        dtype, results = gate.dtype, [torch.empty_like(gate) for _ in range(1 if dy is None else 2)]
-        given = [_at(tensor, dtype) for tensor in (gate, up, dy)]
-        _call("swiglu", dtype, *given, _count(gate), _at(results[0], dtype), _at(results[-1], dtype))
-        return tuple(results)
+        results = tuple(torch.empty_like(gate) for _ in range(1 if dy is None else 2))
+        call("swiglu", gate.dtype, gate, up, dy, _count(gate), results[0], results[-1])
+        return results
 
 
 class _Dropout(torch.autograd.Function):
@@ -166,7 +164,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def run(ctx: Any, x: Tensor, onto: Tensor | None, to: Tensor, back: bool) -> None:
         numbers = _count(x), ctypes.c_float(ctx.p), ctypes.c_int64(ctx.seed)
-        _call("dropout", ctx.dtype, _at(x, x.dtype), _at(onto, torch.float32), back, *numbers, _at(to, to.dtype))
+        call("dropout", ctx.dtype, x, onto, back, *numbers, to)
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -189,18 +187,14 @@ class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def run(qkv: Tensor, parts: tuple[Tensor, ...], rotation: Tensor | None, back: bool) -> None:
         images, heads, length, size = parts[0].shape
-        each = (ctypes.c_void_p * 3)(*(native.address(part, qkv.dtype).value for part in parts))
-        turn = _at(rotation, torch.float32)
-        _call("split_heads", qkv.dtype, _at(qkv, qkv.dtype), each, turn, images, length, heads, size, back)
+        call("split_heads", qkv.dtype, qkv, parts, rotation, images, length, heads, size, back)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
-        dtype, number = logits.dtype, torch.float32
-        losses, logs = (torch.empty(len(logits), dtype=number, device="cpu") for _ in range(2))
-        given = _at(logits, dtype), _at(wanted, torch.int64), *logits.shape
-        _call("cross_entropy", dtype, *given, _at(losses, number), _at(logs, number))
+        losses, logs = (torch.empty(len(logits), dtype=torch.float32, device="cpu") for _ in range(2))
+        call("cross_entropy", logits.dtype, logits, wanted, *logits.shape, losses, logs)
         ctx.save_for_backward(logits, wanted, logs)
         return losses.mean()
 
@@ -208,8 +202,6 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         logits, wanted, logs = ctx.saved_tensors
-        dtype, to = logits.dtype, torch.empty_like(logits)
-        given = _at(logits, dtype), _at(wanted, torch.int64), _at(logs, torch.float32)
-        scale = ctypes.c_float(float(dy) / len(logits))
-        _call("cross_entropy_backward", dtype, *given, scale, *logits.shape, _at(to, dtype))
+        to, scale = torch.empty_like(logits), ctypes.c_float(float(dy) / len(logits))
+        call("cross_entropy_backward", logits.dtype, logits, wanted, logs, scale, *logits.shape, to)
         return to, None

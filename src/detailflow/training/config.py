@@ -31,7 +31,8 @@ PATCH = "patch"  # the discriminator that needs no download
 PROJECTED = "projected"  # the discriminator on features of EfficientNet-Lite0
 PROJECTED_BOTH = "projected-both"  # and on those of the classifier
 NETWORKS = (CLASSIFIER, PATCH, PROJECTED, PROJECTED_BOTH, EFFICIENTNET, "lpips", "dino")  # which are not files
-CROPS = {"ten": 10, "six": 6, "two": 2}
+CropSet = Literal["ten", "six", "two"]
+CROPS: dict[CropSet, int] = {"ten": 10, "six": 6, "two": 2}
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 SMALLEST_FEATURES_SIDE = 8  # pixels of an image whose last map of a classifier's features is one pixel
 
@@ -159,7 +160,7 @@ class TokenizerTraining(ImageSettings):
     """A tokenizer's training run; the defaults are the paper's if it has them (docs/method.md#losses).
 
     Attributes:
-        init: tokenizer to start from; a folder, hub name or zoo name. `model` has its sizes or more tokens.
+        init: tokenizer to start from; a folder, hub name or detailflow-16. `model` has its sizes or more tokens.
         encoder_init: SigLIP2 vision tower for the encoder; a hub name, folder or file (docs/method.md#tokenizer).
         freeze: encoder, to train the decoder alone; that of `init`, by losses of pixels, so tokens keep their meaning.
         new_decoder: begin with a new decoder; with `freeze`, of any size. That of `init` is forgotten.
@@ -281,7 +282,7 @@ class GPTTraining(Settings):
     Attributes:
         tokens: folder of a token store.
         tokenizer: the tokenizer that made it; gives the groups, and decodes the samples to look at.
-        init: AR model to start from; a folder, hub name or zoo name, of as many tokens or fewer. Its classes are
+        init: AR model to start from; a folder, hub name or detailflow-16, of as many tokens or fewer. Its classes are
             matched by name.
         lora: rank of the matrices that LoRA trains beside those of the model to start from, which stay as they are;
             0 trains all weights.
@@ -324,7 +325,7 @@ class Extraction(ImageSettings):
     """What to extract, and how (docs/method.md#extraction).
 
     Attributes:
-        tokenizer: a folder, hub name or zoo name.
+        tokenizer: a folder, hub name or detailflow-16.
         crops: ten, six or two of each image; ten are the corners and the centre at 1.1 times the size, and their flips
             (the paper's). For small images that fill their frame: six are the centre, moved by a sixteenth of the size
             along the diagonal too, and their flips, and two the centre and its flip.
@@ -337,7 +338,7 @@ class Extraction(ImageSettings):
     """
 
     tokenizer: Location
-    crops: Literal["ten", "six", "two"] = "ten"
+    crops: CropSet = "ten"
     flip: bool = True
     mistakes: PositiveInt = WRONG_CANDIDATES
     batch_size: BatchSize = 250

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from detailflow.distributed import World
 from detailflow.machine import keep_freed_memory
 from detailflow.models import layers
+from detailflow.native import training as in_cpp
 from detailflow.training.config import LoopConfig
 from detailflow.training.optimizer import Updater, recompute_activations
 
@@ -133,6 +134,8 @@ def counting() -> Iterator[Counter]:
     with (
         warnings.catch_warnings(action="ignore"),
         patch.object(nn.Module, "_apply", lambda self, *_, **__: self),
+        patch.object(in_cpp, "is_plain", lambda x: x.device.type == "cpu"),  # the same tensors as in a real step
+        patch.object(in_cpp, "call", lambda *_: None),
         patch.object(layers, "SCORES", 2**62),  # attention on a CPU in one part, of as many operations as in many
         _Fake(),
         Counter() as counter,

@@ -194,7 +194,7 @@ class Plan:
         rest = f" ({loop.steps * left:,.0f} left)" if left < 1 else ""
         facts = f"{parameters} parameters, {most}{several(loop.steps, 'step')}{rest} of "
         facts += f"{several(loop.batch_size, 'image')}: {most}{describe_duration(seconds)}"
-        return f"{facts}, {rough_bytes(self.all_memory)} of memory"
+        return f"{facts}, {rough_bytes(self.all_memory)} of memory and PyTorch's own"
 
     def text(self, ceiling: float, utilization: float, device: str) -> str:
         """Return the plan as a page of at most 80 columns; for the arguments see `seconds`."""

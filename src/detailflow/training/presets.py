@@ -20,7 +20,7 @@ from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.plain_yaml import load_yaml
 from detailflow.settings import Location, PositiveInt, Settings, parse_settings
 from detailflow.training.checkpoints import of_loop, run_folder
-from detailflow.training.config import Extraction, GPTTraining, TokenizerTraining
+from detailflow.training.config import CropSet, Extraction, GPTTraining, TokenizerTraining
 
 Preset = Literal["small-32", "own-64", "own-128", "own-256"]
 PRESETS = get_args(Preset)
@@ -46,6 +46,7 @@ class AllStages(Settings):
         lora: rank of the matrices that LoRA trains beside those of the AR model of `init`.
         tokenizer_steps, gpt_steps: in place of the recipe's, or of those that the run was begun with.
         no_flip: train on no mirror images.
+        crops: of each image, whose tokens are stored; in place of the recipe's.
     """
 
     data: Location
@@ -59,6 +60,7 @@ class AllStages(Settings):
     tokenizer_steps: PositiveInt | None = None
     gpt_steps: PositiveInt | None = None
     no_flip: bool = False
+    crops: CropSet | None = None
 
     @property
     def images(self) -> dict[str, Any]:
@@ -148,6 +150,8 @@ def stage_settings(wanted: AllStages, source: ImageSource, output: Path, device:
         trained = parse_settings(TokenizerTraining, first | load_settings(recipe, "tokenizer") | images, recipe)
         trained, tokenizer_note = _with_steps(trained, wanted.tokenizer_steps, output / "tokenizer")
     extraction = {**load_settings(recipe, "extract"), **images, "tokenizer": tokenizer}
+    if wanted.crops:
+        extraction["crops"] = wanted.crops
     gpt, gpt_note = _with_steps(parse_settings(GPTTraining, settings, recipe), wanted.gpt_steps, output / "gpt")
     as_begun = [note for note in (tokenizer_note, gpt_note) if note]
     sizes = trained.model if trained else parse_settings(TokenizerConfig, first["model"], wanted.init)
@@ -181,14 +185,20 @@ def _describe_start(wanted: AllStages, source: ImageSource, side: int) -> str:
 
 
 def _preset(wanted: AllStages, source: ImageSource, output: Path, device: torch.device) -> tuple[str, str]:
+    begun = preset_of(run_folder(output / "tokenizer").read())
     if wanted.preset:
+        if begun not in (None, wanted.preset):
+            raise DetailFlowError(
+                f"{output} holds a run of preset {begun}, not {wanted.preset}: leave --preset out, or choose another "
+                "folder"
+            )
         choice = f"preset {wanted.preset}, as you asked"
         if not _can_train(wanted.preset, device):
             least = f"{LARGEST_ON_CPU} is the largest for a CPU" if device.type == "cpu" else "this GPU has less"
             choice += f", which is for a GPU of {GPU_BYTES[wanted.preset] / 2**30:.0f} GiB or more: {least}"
         return wanted.preset, choice
-    if name := preset_of(run_folder(output / "tokenizer").read()):
-        return name, f"preset {name}, as it was begun"
+    if begun:
+        return begun, f"preset {begun}, as it was begun"
     return choose_preset(source, device)
 
 
