@@ -392,3 +392,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert main([*argv, "--output", str(tmp_path / "bad")]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("to", ["detailflow", "published"])
+def test_no_card_of_another_model_stays(to: str, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """If the card cannot be written once the models are in place."""
+    output = tmp_path / "output"
+    convert(ours, output, to=to)
+    assert (output / "README.md").exists()
+
+    def full(*_: object) -> None:
+        raise DetailFlowError("No space left on device")
+
+    monkeypatch.setattr("detailflow.convert._write_card", full)
+    assert error_of(TINY, output, to=to) == "No space left on device"
+    assert not (output / "README.md").exists()

@@ -94,12 +94,15 @@ def test_the_folder_is_held(command: list[str], tmp_path: Path):
 def test_two_folders(command: list[str], model: Path, tmp_path: Path):
     """Of training and of images, as on two machines that share no disk: nothing is done, and nothing stays."""
     generate = ["generate", "--model", str(model), "--num-images=8", "--output", str(tmp_path / "images")]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / ".lock").write_bytes(b"of a run that was killed")
     for argv in (command, generate):
         there = [*argv, "--output", str(tmp_path / "there")]
         (first, _, err), (second, _, other) = launch(partial(ranks.two_folders, [argv, there]), tmp_path)
         assert (first, second) == (2, 2) and not complaints(err), err + other
         assert f"process 1 of 2 does not see in {tmp_path / 'there'} what process 0 writes to" in other
-        assert not [path for name in ("run", "images", "there") for path in tmp_path.glob(f"{name}/*")]
+        assert not [path for name in ("run", "images") for path in tmp_path.glob(f"{name}/*")]
+        assert [path.name for path in (tmp_path / "there").iterdir()] == [".lock"]
 
 
 def test_the_folder_is_another_runs(command: list[str], tmp_path: Path):

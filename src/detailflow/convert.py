@@ -94,6 +94,8 @@ def convert(
                 extra = {"published": origin} if origin else {}
                 saving = hub.saving(target, kind, configs[kind] | extra, tensors, shard_size)
             stack.enter_context(saving)
+        if has_card:  # of another model
+            (output / CARD_FILE).unlink(missing_ok=True)
     written = {kind: _read_again(targets[kind], kind) for kind in configs} if to == "published" else configs
     for kind, config in configs.items():
         _warn_of_loss(targets[kind], config, written[kind])

@@ -175,11 +175,9 @@ def lock_folder(folder: Path, work: str, world: "World | None" = None) -> Iterat
         if world is None:
             stack.enter_context(_lock(folder, work))
         else:
+            mark = world.from_main(lambda: stack.enter_context(_lock(folder, work)))
             with world.raise_together():
-                if world.is_main:
-                    stack.enter_context(_lock(folder, work))
-            with world.raise_together():
-                if not world.is_main and not _appears(folder / LOCK_FILE):
+                if not _appears(folder / LOCK_FILE, mark):
                     raise DetailFlowError(
                         f"process {world.rank} of {world.size} does not see in {folder} what process 0 writes to its "
                         "output folder: give all of them the same one, on a disk that they share"
@@ -187,18 +185,20 @@ def lock_folder(folder: Path, work: str, world: "World | None" = None) -> Iterat
         yield
 
 
-def _appears(path: Path) -> bool:
-    """Return whether a file that another machine may have made is there; disks of networks may show it later."""
+def _appears(path: Path, mark: bytes) -> bool:
+    """Return whether a file that another machine may have written is there; disks of networks may show it later."""
     until = time.monotonic() + APPEARS_SECONDS
-    while not path.exists():
-        if time.monotonic() > until:
-            return False
+    while time.monotonic() < until:
+        with suppress(OSError):
+            if path.read_bytes() == mark:
+                return True
         time.sleep(0.2)
-    return True
+    return False
 
 
 @contextmanager
-def _lock(folder: Path, work: str) -> Iterator[None]:
+def _lock(folder: Path, work: str) -> Iterator[bytes]:
+    """Yield what is in the file that has the lock."""
     path = folder / LOCK_FILE
     with os_errors(f"cannot write to {folder}"):
         made = not folder.exists()
@@ -213,7 +213,12 @@ def _lock(folder: Path, work: str) -> Iterator[None]:
         _LOCKS.add(file)
         try:
             _remove_temporary(folder)
-            yield
+            mark = secrets.token_bytes(16)
+            with os_errors(f"cannot write to {folder}"):
+                file.truncate()
+                file.write(mark)
+                file.flush()
+            yield mark
         finally:
             _LOCKS.discard(file)
             with suppress(OSError):  # Windows removes no open file; or the folder has become read-only

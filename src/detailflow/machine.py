@@ -2,10 +2,10 @@
 
 import ctypes
 import gc
+import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,12 +58,15 @@ class Ceilings:
 def keep_freed_memory() -> None:
     """Let this process use memory again that it has freed, in place of new pages from the system.
 
-    Glibc gives blocks above 32 MiB, and often smaller ones, back at once; a training step asks for the same ones again,
-    and the system fills them with zeros first: a tenth of the step. Elsewhere nothing changes.
+    Glibc gives blocks above 32 MiB, and often smaller ones, back at once; the next step asks for the same ones again,
+    and the system fills them with zeros first: a tenth of a training step, a third of an extraction. Elsewhere nothing
+    changes.
     """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    # Before 2.35 it takes no larger block than 32 MiB; to set the second limit alone would make all blocks new ones.
+    if libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25):
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -117,7 +117,7 @@ def test_an_ar_model_costs_what_is_known_of_it(monkeypatch: pytest.MonkeyPatch):
     Memory falls with depth times what a block keeps. (In C++ dropout keeps nothing, so a block's last product is not
     computed again.)
     """
-    monkeypatch.setattr(in_cpp, "can_run", lambda x: False)
+    monkeypatch.setattr(in_cpp, "can_run", lambda *_: False)
     sizes = GPTConfig(num_classes=4, width=256, depth=4, heads=4, num_tokens=64, codebook_size=1024)
     costs, stage = Trial(lambda: gpt_stage(sizes=sizes), lambda: gpt_batch(sizes), CPU).costs()
     with torch.device("meta"):

@@ -19,6 +19,7 @@ from detailflow.evaluation.features import Extractor
 from detailflow.evaluation.metrics import IMAGES_PER_SPLIT
 from detailflow.evaluation.report import Figure, Picture, Report, Row, Section
 from detailflow.evaluation.sets import ImageSet, Statistics, open_set
+from detailflow.machine import keep_freed_memory
 from detailflow.pictures import grid
 
 BATCH_SIZE, GPU_BATCH_SIZE = 64, 256  # if the user gives none
@@ -37,6 +38,7 @@ class Context:
     def launch(cls, device: str | None, batch_size: int | None = None) -> "Context":
         """Join the ranks of this launch; None is a GPU if there is one, and a batch size that suits the device."""
         world, own = launched(device)
+        keep_freed_memory()
         return cls(world, own, batch_size or (GPU_BATCH_SIZE if own.type == "cuda" else BATCH_SIZE))
 
     def open(self, path: str, size: int | None = None, count: int | None = None, **columns: Any) -> ImageSet:

@@ -257,7 +257,7 @@ def draw(plot: Plot, path: Path) -> None:
         axis.set(xlabel=plot.x, ylabel=with_unit(measure))
         axis.grid(alpha=0.3)
         if len(lines) > 1 and measure == measures[0]:
-            axis.legend(fontsize="small")
+            canvas.legend(loc="outside lower center", fontsize="small")  # beside the panels, where it hides nothing
     for axis in axes[len(measures) :]:
         axis.set_axis_off()
     canvas.savefig(path, format="png", dpi=110)

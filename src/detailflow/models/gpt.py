@@ -217,9 +217,8 @@ class DetailFlowGPT(Pretrained):
                 f"codes must have shape ({len(class_ids)}, {self.config.num_tokens}), not {tuple(ids.shape)}"
             )
         class_ids, ids = class_ids.to(self.device), ids.to(self.device)
-        x = dropout(
-            self.inputs(class_ids, ids, 0, self.config.num_tokens), self.config.dropout if self.training else 0.0
-        )
+        p = self.config.dropout if self.training else 0.0
+        x = dropout(self.inputs(class_ids, ids, 0, self.config.num_tokens), p)
         return self.logits(x, *self.tables())
 
     def compile_generation(self, batch_size: int) -> None:

@@ -1,32 +1,46 @@
 """What both models do to activations: by PyTorch, or in C++ when they train on a CPU (docs/speed.md#training)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from detailflow.native import training as in_cpp
 
+_gelu = partial(F.gelu, approximate="tanh")
+
 
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form."""
-    return in_cpp.gelu(x) if in_cpp.can_run(x) else F.gelu(x, approximate="tanh")
+    return in_cpp.gelu(x, _gelu) if in_cpp.can_run(x) else _gelu(x)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up."""
-    return in_cpp.swiglu(gate, up) if in_cpp.can_run(gate) and in_cpp.can_run(up) else F.silu(gate) * up
+    alike = gate.dtype == up.dtype and gate.shape == up.shape
+    return in_cpp.swiglu(gate, up, _swiglu) if alike and in_cpp.can_run(gate, up) else _swiglu(gate, up)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Return x / √(mean(x²) + 1e-5) · weight for (…, width) x and (width,) weight, in float32 inside."""
-    if x.dtype == torch.float32 and in_cpp.can_run(x):
-        return in_cpp.rms_norm(x, weight)
+    if x.dtype == torch.float32 and weight.shape == x.shape[-1:] and in_cpp.can_run(x, weight):
+        return in_cpp.rms_norm(x, weight, _rms_norm)
+    return _rms_norm(x, weight)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps=1e-5)
 
 
 def dropout(x: Tensor, p: float, onto: Tensor | None = None) -> Tensor:
     """Return dropout(x), or `onto` + dropout(x)."""
-    if p and in_cpp.can_run(x) and (x if onto is None else onto).dtype == torch.float32:
+    total = x if onto is None else onto
+    if p and total.dtype == torch.float32 and total.shape == x.shape and in_cpp.can_run(x, total):
         return in_cpp.dropout(x, p, onto)
     dropped = F.dropout(x, p)
     return dropped if onto is None else onto + dropped
@@ -38,11 +52,14 @@ def split_heads(qkv: Tensor, heads: int, rotation: Tensor | None = None) -> tupl
     Args:
         rotation: (T, width / heads / 2, 2), by which `rotate` turns queries and keys.
     """
-    batch, length, width = qkv.shape
-    size = width // 3 // heads
-    if size % in_cpp.MULTIPLE == 0 and in_cpp.can_run(qkv):
-        return in_cpp.split_heads(qkv, heads, rotation)
-    parts = qkv.view(batch, length, 3, heads, size).permute(2, 0, 3, 1, 4)
+    plain = partial(_split_heads, heads=heads, rotation=rotation)
+    if qkv.shape[2] // 3 // heads % in_cpp.MULTIPLE == 0 and in_cpp.can_run(qkv):
+        return in_cpp.split_heads(qkv, heads, rotation, plain)
+    return plain(qkv)
+
+
+def _split_heads(qkv: Tensor, heads: int, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    parts = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     if rotation is None:
         q, k, v = parts.unbind(0)
         return q, k, v
@@ -70,4 +87,10 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
     """(B, N, K) logits and (B, N) codes → their mean cross-entropy in float32."""
     rows, codes = logits.flatten(0, 1), wanted.flatten()
-    return in_cpp.cross_entropy(rows, codes) if in_cpp.can_run(rows) else F.cross_entropy(rows.float(), codes)
+    if codes.dtype == torch.int64 and len(codes) == len(rows) and in_cpp.can_run(rows):
+        return in_cpp.cross_entropy(rows, codes, _cross_entropy)
+    return _cross_entropy(rows, codes)
+
+
+def _cross_entropy(rows: Tensor, codes: Tensor) -> Tensor:
+    return F.cross_entropy(rows.float(), codes)

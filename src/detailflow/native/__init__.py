@@ -1,7 +1,7 @@
 """A decoding step in C++ for CPUs, built on this machine at first use (docs/speed.md#engines).
 
-`blocks` has the blocks of the tokenizer's transformers. Both work on the weights where PyTorch keeps them, so they are
-there once, and weights that change are seen.
+`blocks` has the blocks of the tokenizer's transformers, `training` what is done to activations in training. All work on
+the numbers where PyTorch keeps them, so they are there once, and weights that change are seen.
 """
 
 import ctypes
@@ -254,7 +254,7 @@ def _shapes(config: Any) -> list[tuple[int, ...]]:
 
 def is_plain(x: Tensor) -> bool:
     """Return whether the library can read `x`, and PyTorch does not follow it for a program or a transform."""
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in TYPES:
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or x.dtype not in TYPES:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad.unpack_dual(x).tangent is not None:
         return False

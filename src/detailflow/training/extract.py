@@ -27,6 +27,7 @@ from detailflow.device import autocast, precision_dtype
 from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.files import lock_folder
+from detailflow.machine import keep_freed_memory
 from detailflow.models.ids import all_finite
 from detailflow.models.tokenizer import WRONG_CANDIDATES, DetailFlowTokenizer
 from detailflow.progress import LONG_RUN, progress_bar
@@ -107,6 +108,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     an earlier run's. The codes are the same for any `batch_size`, unless two are equally near within rounding.
     """
     world, chosen = launched(device)
+    keep_freed_memory()
     with world.raise_together():
         model = DetailFlowTokenizer.from_pretrained(config.tokenizer, device=chosen, dtype=torch.float32)
         everything = open_images(config.data, split=config.split, **config.columns)
