@@ -186,6 +186,8 @@ def test_what_does_not_fit_together_is_pytorchs():
     for wrong in (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64)):
         with pytest.raises((RuntimeError, ValueError)):
             operations.cross_entropy(logits, wrong)
+    with pytest.raises(RuntimeError):
+        operations.split_heads(numbers(2, 5, 96).requires_grad_(), 2, numbers(4, 8, 2))
     with torch.device("meta"):  # the device of what is made without one
         assert operations.dropout(gate, 0.5).device.type == "cpu"
 

@@ -53,7 +53,9 @@ def split_heads(qkv: Tensor, heads: int, rotation: Tensor | None = None) -> tupl
         rotation: (T, width / heads / 2, 2), by which `rotate` turns queries and keys.
     """
     plain = partial(_split_heads, heads=heads, rotation=rotation)
-    if qkv.shape[2] // 3 // heads % in_cpp.MULTIPLE == 0 and in_cpp.can_run(qkv):
+    size, rest = divmod(qkv.shape[2], 3 * heads)
+    fits = rest == size % in_cpp.MULTIPLE == 0 and (rotation is None or rotation.shape == (qkv.shape[1], size // 2, 2))
+    if fits and in_cpp.can_run(qkv):
         return in_cpp.split_heads(qkv, heads, rotation, plain)
     return plain(qkv)
 
