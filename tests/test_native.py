@@ -350,8 +350,10 @@ def test_other_builds(flags: list[str], tmp_path: Path):
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", *flags, str(native.SOURCES / "native.cpp")]
     subprocess.run([*command, "-o", str(library)], check=True)
     environment = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OTHER": str(library)}
-    tests = ["-k", "tokens or other_sizes or batch or not_finite", "--no-header", "-p", "no:cacheprovider"]
-    files = [__file__, str(Path(__file__).with_name("test_native_blocks.py"))]
+    names = "tokens or other_sizes or batch or not_finite or values_and_gradients or cross_entropy"
+    tests = ["-k", names, "--no-header", "-p", "no:cacheprovider"]
+    others = "test_native_blocks.py", "test_native_training.py"
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *tests, *files], env=environment, capture_output=True, text=True
     )
