@@ -152,8 +152,9 @@ void product(const T* x, int rows, const Linear<T>& w, float* y, bool add, int t
     else in_tiles(Tile<1, 8>());
 }
 
-// x / sqrt(mean(x²) + 1e-5) · weight, row by row.
-template <class T> void rms_norm(const float* x, const T* weight, int rows, int width, T* y, int threads) {
+// x · scale · weight with scale = 1 / sqrt(mean(x²) + 1e-5), row by row; the scales are kept if there is a place for them.
+template <class T, class W>
+void rms_norm(const float* x, const W* weight, int rows, int width, T* y, int threads, float* scales = nullptr) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && std::size_t(rows) * width > FEWEST_NUMBERS)
     for (int m = 0; m < rows; m++) {
         const float* from = x + std::size_t(m) * width;
@@ -161,6 +162,7 @@ template <class T> void rms_norm(const float* x, const T* weight, int rows, int 
         Vector squares = {};
         for (int i = 0; i < width; i += LANES) squares += load(from + i) * load(from + i);
         float scale = 1 / std::sqrt(sum(squares) / width + 1e-5f);
+        if (scales) scales[m] = scale;
         for (int i = 0; i < width; i += LANES) store(to + i, load(from + i) * scale * load(weight + i));
     }
 }

@@ -149,7 +149,7 @@ int detailflow_dropout(int bfloat16, const void* x, const float* onto, int back,
 
 int detailflow_rms_norm(int bfloat16, const float* x, const float* weight, int rows, int width, void* y, float* scales, int threads) {
     return by_type(bfloat16, [&](auto number) {
-        rms_forward(x, weight, rows, width, static_cast<decltype(number)*>(y), scales, threads);
+        rms_norm(x, weight, rows, width, static_cast<decltype(number)*>(y), threads, scales);
     });
 }
 

@@ -66,22 +66,9 @@ void dropout(const T* x, const float* onto, std::size_t count, float p, uint64_t
     });
 }
 
-// y = x · scale · weight with scale = 1 / √(mean(x²) + 1e-5) of each row, which is kept.
-template <class T>
-void rms_forward(const float* x, const float* weight, int rows, int width, T* y, float* scales, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && std::size_t(rows) * width > FEWEST_NUMBERS)
-    for (int m = 0; m < rows; m++) {
-        const float* from = x + std::size_t(m) * width;
-        Vector squares = {};
-        for (int i = 0; i < width; i += LANES) squares += load(from + i) * load(from + i);
-        const float scale = scales[m] = 1 / std::sqrt(sum(squares) / width + 1e-5f);
-        for (int i = 0; i < width; i += LANES) store(y + std::size_t(m) * width + i, load(from + i) * scale * load(weight + i));
-    }
-}
-
 constexpr int PARTS = 16;  // of rows whose gradients are added up one after another, whatever the number of threads
 
-// dx = scale · (dy · weight − x · scale² · mean(dy · weight · x)); parts (PARTS, width): their sums are the weight's gradient.
+// Of `rms_norm`, whose scales were kept: dx = scale · (dy · weight − x · scale² · mean(dy · weight · x)); parts (PARTS, width): their sums are the weight's gradient.
 template <class T>
 void rms_backward(const float* x, const float* weight, const float* scales, const T* dy, int rows, int width, float* dx,
                   float* parts, int threads) {
