@@ -201,6 +201,17 @@ def test_automatic_engine_and_dtype():
         assert len(pipe.gpt.graphs) == len(pipe.tokenizer.graphs) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_search_for_codes(dtype: str):
+    tokenizer = shipped(dtype=dtype).tokenizer
+    images = tokenizer.decode(torch.arange(4 * 48, device=DEVICE).view(4, 48) * 9 % 2048).clamp(-1, 1)
+    errors = [
+        (tokenizer.decode(tokenizer.encode(images, search=steps)).float() - images.float()).square().mean((1, 2, 3))
+        for steps in (0, 6)
+    ]
+    assert (errors[1] < 0.95 * errors[0]).all()
+
+
 def test_tokens_are_those_of_a_cpu():
     """But for draws within rounding of a border between two codes."""
     ids = torch.arange(10)

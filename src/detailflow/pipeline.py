@@ -319,10 +319,10 @@ class DetailFlowPipeline:
             images += decode_images(self.tokenizer, codes, shape)
         return images
 
-    def tokens(self, image: Picture | Tensor | Sequence[int]) -> Tensor:
-        """Return the (n,) tokens of an image's centre square, or the tokens that are given instead of one."""
+    def tokens(self, image: Picture | Tensor | Sequence[int], *, search: int = 0) -> Tensor:
+        """Return the (n,) tokens of an image's centre square, or those given instead; `search` as in `encode`."""
         if isinstance(image, _PICTURE):
-            return encode_images(self.tokenizer, [fit(self.tokenizer.schedule, image)])[0]
+            return encode_images(self.tokenizer, [fit(self.tokenizer.schedule, image)], search)[0]
         return self._codes("tokens", image)
 
     def _codes(self, name: str, given: Tensor | Sequence[int]) -> Tensor:
@@ -392,7 +392,7 @@ class DetailFlowPipeline:
         return self.labels.name(class_id)
 
     def reconstruct(
-        self, image: Picture, *, counts: Sequence[int] | None = None, whole: bool = False
+        self, image: Picture, *, counts: Sequence[int] | None = None, whole: bool = False, search: int = 0
     ) -> list[Reconstruction]:
         """Encode an image, or the one at a path, and decode it from its first 1, 2, 4, … tokens; see `reconstruct`.
 
@@ -400,7 +400,7 @@ class DetailFlowPipeline:
         >>> [stage.size for stage in pipe.reconstruct(Image.new("RGB", (40, 32), "teal"), counts=[1, 8])]
         [4, 8]
         """
-        return list(reconstruct(self.tokenizer, fit(self.tokenizer.schedule, image, whole), counts))
+        return list(reconstruct(self.tokenizer, fit(self.tokenizer.schedule, image, whole), counts, search))
 
 
 def fit(schedule: TokenSchedule, image: Picture, whole: bool = False) -> Image.Image:
@@ -415,12 +415,12 @@ def fit(schedule: TokenSchedule, image: Picture, whole: bool = False) -> Image.I
 
 
 def reconstruct(
-    tokenizer: DetailFlowTokenizer, original: Image.Image, counts: Sequence[int] | None = None
+    tokenizer: DetailFlowTokenizer, original: Image.Image, counts: Sequence[int] | None = None, search: int = 0
 ) -> Iterator[Reconstruction]:
     """Encode an image that `fit` returned, and yield it from its first 1, 2, 4, … N tokens, or `counts` tokens."""
     schedule = tokenizer.schedule
     counts = schedule.stages() if counts is None else schedule.check_counts(counts)
-    ids = encode_images(tokenizer, [original])
+    ids = encode_images(tokenizer, [original], search)
     for n in counts:
         height, width = schedule.decode_shape(n, original.height, original.width)
         picture = decode_images(tokenizer, ids[:, :n], (height, width))[0]
@@ -435,9 +435,9 @@ def enlarged(picture: Image.Image, original: Image.Image) -> tuple[Image.Image, 
     return shown, psnr(np.asarray(shown), np.asarray(original)).item()
 
 
-def encode_images(tokenizer: DetailFlowTokenizer, images: Sequence[Image.Image]) -> Tensor:
+def encode_images(tokenizer: DetailFlowTokenizer, images: Sequence[Image.Image], search: int = 0) -> Tensor:
     """Encode B images of one size, as `fit` returns them, to (B, N) codes."""
-    return tokenizer.encode(torch.stack([to_tensor(np.asarray(image)) for image in images]))
+    return tokenizer.encode(torch.stack([to_tensor(np.asarray(image)) for image in images]), search=search)
 
 
 def decode_images(

@@ -51,6 +51,21 @@ def test_a_strip_and_a_row_per_image(
         assert [float(cell) for cell in row[9:].split()] == [round(s.psnr, 2) for s in pipeline.reconstruct(image)]
 
 
+def test_a_search(shipped: DetailFlowPipeline, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = sorted(cifar.rglob("*.png"))[0]
+    options = [str(path), "--output", str(tmp_path), "--device", "cpu"]
+    assert main(["reconstruct", *options, "--search", "4"]) == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    stages = shipped.reconstruct(path, search=4)
+    assert [float(cell) for cell in row[1:]] == [round(stage.psnr, 2) for stage in stages]
+    assert stages[-1].psnr > shipped.reconstruct(path)[-1].psnr
+    assert main(["encode", str(path), "--output", str(tmp_path / "t.npz"), "--device", "cpu", "--search", "4"]) == 0
+    with np.load(tmp_path / "t.npz") as file:
+        np.testing.assert_array_equal(file["tokens"][0], shipped.tokens(path, search=4))
+    assert main(["reconstruct", *options, "--search", "-4"]) == 2
+    assert "--search must be 0 or more, not" in capsys.readouterr().err
+
+
 def test_a_photo_of_a_phone_held_upright_is_turned_once(pipeline: DetailFlowPipeline, model: Path, tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -32,6 +32,16 @@ def test_tokens_there_and_back(http: httpx.Client, pipeline: DetailFlowPipeline)
     assert one["b64_json"] == next(d["b64_json"] for d in decoded["data"] if len(d["tokens"]) == 8)
 
 
+def test_a_search(http: httpx.Client, pipeline: DetailFlowPipeline):
+    photo, found = photograph(), pipeline.tokens(photograph(), search=3).tolist()
+    assert found != pipeline.tokens(photo).tolist()
+    for route in ("encode", "reconstruct"):
+        answer = http.post(f"/v1/tokens/{route}", files={"image": png(photo)}, data={"search": "3"})
+        assert answer.json()["tokens"] == found
+        refused = http.post(f"/v1/tokens/{route}", files={"image": png(photo)}, data={"search": "21"})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "search"
+
+
 @pytest.mark.parametrize("given", [{"num_tokens": 0}, {"height": 0, "width": 0}, {"num_tokens": [0]}])
 def test_zero_is_not_all(given: dict[str, Any], http: httpx.Client):
     answer = http.post("/v1/tokens/decode", json={"tokens": [0] * 16, **given})

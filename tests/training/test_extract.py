@@ -68,6 +68,22 @@ def test_rows_agree_with_the_public_contract(tokenizer: DetailFlowTokenizer, cif
         assert (nearest == given[p:end, None]).any(-1).all()
 
 
+def test_clean_rows_are_searched(tokenizer: DetailFlowTokenizer, folder: Path, model: Path, tmp_path: Path):
+    store = run(folder, model, tmp_path / "store", crops="two", search=2)
+    crops = to_tensor(two_crops(open_images(folder).image(3), 32))
+    np.testing.assert_array_equal(store.codes[3, :, CLEAN], tokenizer.encode(crops, search=2))
+    plain = run(folder, model, tmp_path / "plain", crops="two")
+    assert (store.codes[:, :, CLEAN] != plain.codes[:, :, CLEAN]).any()
+    for image in store.codes.reshape(-1, 3, 16):  # what stands before and at the mistakes is clean
+        later = np.flatnonzero(image[INPUT] != image[LABEL])
+        end = later[-1] + 1 if len(later) else 1
+        first = later[0] if len(later) else 0
+        np.testing.assert_array_equal(image[LABEL][:first], image[CLEAN][:first])
+        np.testing.assert_array_equal(image[LABEL][first:end], image[CLEAN][first:end])
+    with pytest.raises(DetailFlowError, match=r"holds tokens with another search \(2, not 0\)"):
+        run(folder, model, tmp_path / "store", crops="two")
+
+
 def test_mistakes_are_uniform_over_the_nearest_50(tokenizer: DetailFlowTokenizer):
     z = torch.nn.functional.normalize(torch.randn(1, 1, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     nearest = torch.cdist(z[0], tokenizer.quantizer.codes()).argsort(-1)[0, :50].tolist()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detailflow.cli.common import Parser, add_model_options, check_output
-from detailflow.cli.operands import Inputs, add_image_options
+from detailflow.cli.operands import Inputs, add_image_options, add_search_option
 from detailflow.errors import DetailFlowError
 from detailflow.progress import progress_bar
 from detailflow.words import several
@@ -29,6 +29,7 @@ def parser() -> Parser:
     )
     add_image_options(result, None)
     result.option("--num-tokens", int, help="the first N tokens of each image (default: all)", metavar="N")
+    add_search_option(result)
     result.option("--output", Path, Path("tokens.npz"), "the file", "FILE")
     add_model_options(result)
     return result
@@ -58,12 +59,12 @@ def main(argv: Sequence[str]) -> int:
     waiting: list[Image.Image] = []
     for name, image in progress_bar(inputs, desc="encoding", unit="image", total=len(inputs.names)):
         if waiting and (image.size != waiting[0].size or len(waiting) == BATCH_SIZE):
-            tokens.append(_encoded(tokenizer, waiting))
+            tokens.append(_encoded(tokenizer, waiting, args.search))
             waiting = []
         waiting.append(image)
         names.append(name)
         sizes.append((image.height, image.width))
-    tokens.append(_encoded(tokenizer, waiting))
+    tokens.append(_encoded(tokenizer, waiting, args.search))
     codes = np.concatenate(tokens)[:, :count]
     TokenFile(codes, np.array(sizes), tuple(names), tokenizer.fingerprint()).write(args.output)
     images = f"{'each of ' * (len(names) > 1)}{several(len(names), 'image')}"
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _encoded(tokenizer: "DetailFlowTokenizer", images: "Sequence[Image.Image]") -> "np.ndarray":
+def _encoded(tokenizer: "DetailFlowTokenizer", images: "Sequence[Image.Image]", search: int) -> "np.ndarray":
     from detailflow.pipeline import encode_images
 
-    return encode_images(tokenizer, images).cpu().numpy()
+    return encode_images(tokenizer, images, search).cpu().numpy()

@@ -16,6 +16,7 @@ from detailflow.cli.common import (
     check_output,
     reader,
 )
+from detailflow.cli.operands import add_search_option
 from detailflow.errors import DetailFlowError
 from detailflow.sampling import SamplingConfig
 from detailflow.settings import BatchSize, Location, PositiveInt, Seed
@@ -70,6 +71,7 @@ def tokenizer_parser() -> Parser:
     result.option("--num-images", PositiveInt, help="only N images, spread over the set", metavar="N")
     result.option("--num-tokens", Numbers, help="rebuild from N tokens (default: 1, 2, 4, …)", metavar="N")
     result.option("--size", Numbers, help="decode at side S (default: each N's own)", metavar="S")
+    add_search_option(result)
     mistakes = "mistakes at token P, in group gP, or all: each but the last"
     result.option("--mistakes-at", tuple[str, ...], [], mistakes, "P")
     result.option("--seed", Seed, 0, "of the mistakes (default: 0)")
@@ -187,7 +189,7 @@ def _tokenizer(argv: Sequence[str], command: str, stack: ExitStack) -> None:
     extractor = None if args.features == "none" else load_extractor(args.features, context.device, args.weights)
     lpips, notes = find_lpips(args.lpips, side, context.device)
     options = TokenizerOptions(
-        extractor, reference, lpips, args.num_tokens, args.size, mistakes, args.seed, args.model, notes
+        extractor, reference, lpips, args.num_tokens, args.size, mistakes, args.seed, args.model, notes, args.search
     )
     _finish(args, evaluate_tokenizer(tokenizer, images, context, options), command, context, models)
 

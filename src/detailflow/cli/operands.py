@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from detailflow.cli.common import Parser
 from detailflow.errors import DetailFlowError, NotThereError
 from detailflow.progress import progress_bar
-from detailflow.settings import Location, PositiveInt
+from detailflow.settings import Location, NotNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,6 +35,11 @@ def add_image_options(parser: Parser, of_a_set: int | None, number: str = "--num
     parser.option("--whole", bool, help="use the whole image in its own shape")
     each = "images of each folder or set" + (" (default: all)" if of_a_set is None else "")
     parser.option(number, PositiveInt, of_a_set, each, "N")
+
+
+def add_search_option(parser: Parser) -> None:
+    """Add --search, the steps of `DetailFlowTokenizer.encode`'s search."""
+    parser.option("--search", NotNegativeInt, 0, "steps of a search for better tokens, such as 10", "STEPS")
 
 
 class Inputs:

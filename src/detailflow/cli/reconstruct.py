@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from detailflow.cli.common import Parser, add_model_options, add_output_option, check_apart, check_output
-from detailflow.cli.operands import Inputs, add_image_options
+from detailflow.cli.operands import Inputs, add_image_options, add_search_option
 from detailflow.progress import progress_bar
 
 OF_A_SET = 16  # images that are taken of a folder unless --num says otherwise
@@ -19,6 +19,7 @@ def parser() -> Parser:
         "of its tokens, and the PSNR in dB.",
     )
     add_image_options(result, OF_A_SET)
+    add_search_option(result)
     add_output_option(result)
     add_model_options(result)
     return result
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     with progress_bar(desc="reconstructing", total=len(inputs.names) * len(counts), unit="picture") as bar:
         for name, image in inputs:
             stages = []
-            for stage in reconstruct(tokenizer, image, counts):
+            for stage in reconstruct(tokenizer, image, counts, args.search):
                 stages.append(stage)
                 bar.update()
             write_png(strip(stages, original=image), args.output / f"{name}-strip.png", "comparison")

@@ -30,12 +30,13 @@ from detailflow.evaluation.report import BLOCKINESS, GAIN, Figure, Picture, Plot
 from detailflow.evaluation.sets import ImageSet, Statistics, check_total, shard_range
 from detailflow.generation import image_generator
 from detailflow.models.lpips import LPIPS, SMALLEST_SIDE, VGG16_FILE
-from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
+from detailflow.models.quantizer import usage_and_perplexity
+from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.pictures import grid
 from detailflow.progress import progress_bar
 from detailflow.psnr import psnr
 from detailflow.schedule import TokenSchedule
-from detailflow.settings import Seed, require
+from detailflow.settings import NotNegativeInt, Seed, require
 
 PICTURES = 6  # images that the report shows
 LPIPS_IMAGES = 8  # at once: VGG's maps of one are 30 MiB at 256×256
@@ -77,6 +78,7 @@ class TokenizerOptions:
         seed: of the mistakes, which depend on it, the image's index and their position alone.
         model: as the user named it, to find published figures.
         notes: what the report begins with.
+        search: steps of the search for codes; not with mistakes, which are planted in the encoder's own.
     """
 
     extractor: Extractor | None = None
@@ -88,6 +90,7 @@ class TokenizerOptions:
     seed: int = 0
     model: str | None = None
     notes: Sequence[str] = ()
+    search: int = 0
 
 
 def evaluate_tokenizer(
@@ -98,10 +101,8 @@ def evaluate_tokenizer(
     Returns:
         In the main process a report whose provenance is not complete yet; None in others.
     """
-    require(Seed, seeds=options.seed)
     extractor, side, world = options.extractor, tokenizer.config.image_size, context.world
-    if options.reference is not None and extractor is None:
-        raise DetailFlowError("a reference is for Fréchet distances: give features to measure them by, or no reference")
+    _check(options)
     clean = views_by_count(tokenizer.schedule, options.counts, options.sides)
     views = clean + views_with_mistakes(tokenizer.schedule, options.mistakes)
     check_total(len(images), world)
@@ -136,15 +137,27 @@ def evaluate_tokenizer(
     if options.lpips is not None:
         fingerprint = hub.fingerprint({}, options.lpips.state_dict())
         origin["features"]["lpips"] = {"network": "VGG-16 and its five heads", "fingerprint": fingerprint}
+    settings = {"seed": options.seed, "batch_size": context.batch_size}
+    if options.search:
+        settings["search"] = options.search
     return Report(
         kind="tokenizer",
         title=f"Reconstruction by the tokenizer of {options.model or 'the shipped model'}",
         sections=sections,
-        provenance=origin | {"settings": {"seed": options.seed, "batch_size": context.batch_size}},
+        provenance=origin | {"settings": settings},
         plots=plots,
-        pictures=[_picture(tokenizer, clean, images)],
+        pictures=[_picture(tokenizer, options, clean, images)],
         notes=[*options.notes, *run.cautions],
     )
+
+
+def _check(options: TokenizerOptions) -> None:
+    require(Seed, seeds=options.seed)
+    require(NotNegativeInt, search=options.search)
+    if options.search and options.mistakes:
+        raise DetailFlowError("mistakes are planted in the encoder's own tokens: give mistakes or a search, not both")
+    if options.reference is not None and options.extractor is None:
+        raise DetailFlowError("a reference is for Fréchet distances: give features to measure them by, or no reference")
 
 
 def views_by_count(schedule: TokenSchedule, counts: Sequence[int] | None, sides: Sequence[int] | None) -> list[View]:
@@ -234,7 +247,7 @@ class _Reconstruction:
 
     def _rebuild(self, originals: Tensor, first: int) -> None:
         """Rebuild and measure a batch in all views; `first` is the index of its first image."""
-        sequences = _sequences(self.tokenizer, originals, self.views, first, self.options.seed)
+        sequences = _sequences(self.tokenizer, originals, self.options, self.views, first)
         clean = sequences[None, False]
         self.checksum.update(originals)
         self.used += torch.bincount(clean.flatten(), minlength=len(self.used))
@@ -287,16 +300,21 @@ class _Reconstruction:
 
 
 def _sequences(
-    tokenizer: DetailFlowTokenizer, originals: Tensor, views: Sequence[View], first: int, seed: int
+    tokenizer: DetailFlowTokenizer,
+    originals: Tensor,
+    options: TokenizerOptions,
+    views: Sequence[View] = (),
+    first: int = 0,
 ) -> Mapping[tuple[Span | None, bool], Tensor]:
     """Return (B, N) codes by (span of mistakes, whether later tokens are corrected); (None, False) are clean."""
-    patches = tokenizer.encode_patches(to_tensor(originals).to(tokenizer.decoder.mask_token.dtype))
+    images = to_tensor(originals).to(tokenizer.decoder.mask_token.dtype)
+    patches = tokenizer.encode_patches(images)
     z = tokenizer.encode_latents(patches, tokenizer.config.num_tokens)
-    clean = tokenizer.quantizer.nearest(z)
+    clean = tokenizer.search(images, z, options.search) if options.search else tokenizer.quantizer.nearest(z)
     result: dict[tuple[Span | None, bool], Tensor] = {(None, False): clean}
     spans = dict.fromkeys(view.span for view in views if view.span)
     if spans:  # an image's mistakes at all positions, so that those of one span do not depend on the other spans
-        generators = [image_generator(seed, first + i) for i in range(len(originals))]
+        generators = [image_generator(options.seed, first + i) for i in range(len(originals))]
         pairs = zip(z.split(1), generators, strict=True)
         wrong = torch.cat([tokenizer.plant_mistakes(one, generator=generator) for one, generator in pairs])
     for span in spans:
@@ -352,10 +370,12 @@ def _note(rows: Sequence[Row], side: int, referenced: bool) -> str:
 
 
 @torch.inference_mode()
-def _picture(tokenizer: DetailFlowTokenizer, views: Sequence[View], source: ImageSet) -> Picture:
+def _picture(
+    tokenizer: DetailFlowTokenizer, options: TokenizerOptions, views: Sequence[View], source: ImageSet
+) -> Picture:
     """Return images spread over the set, each a row that ends with the original."""
     originals = torch.from_numpy(np.stack(source.some(PICTURES)))
-    codes = _sequences(tokenizer, originals.to(tokenizer.device), (), 0, 0)[None, False]
+    codes = _sequences(tokenizer, originals.to(tokenizer.device), options)[None, False]
     columns = [(f"{v.n} at {v.side}", rebuild(tokenizer, codes[:, : v.n], v.side).cpu()) for v in views]
     columns.append(("original", originals))
     images = [Image.fromarray(pictures[i].numpy()) for i in range(len(originals)) for _, pictures in columns]

@@ -7,7 +7,6 @@ from numbers import Integral
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detailflow import graphs
@@ -30,11 +29,13 @@ from detailflow.models.layers import (
     unpatchify,
 )
 from detailflow.models.pretrained import Pretrained
+from detailflow.models.quantizer import VectorQuantizer
 from detailflow.schedule import TokenSchedule
-from detailflow.settings import Must, PositiveInt, Settings
+from detailflow.settings import Must, NotNegativeInt, PositiveInt, Settings, checked
 
 POSITION_SCALE = 0.5  # std of query tokens and positions at the start: as large as what is added to them
 LARGEST_PIXEL = 1.5  # 1 is white, and the output of a decoder or a resize goes somewhat beyond
+SEARCHED = 2**21  # numbers of one of the decoder's activations that a search works on at once
 WRONG_CANDIDATES = 50  # a planted mistake is one of this many nearest codes (docs/method.md#self-correction)
 
 
@@ -92,49 +93,6 @@ class TokenizerConfig(Settings):
         return TokenSchedule(
             self.num_tokens, self.group_size, self.causal_tokens, self.image_size, self.patch_size, self.alpha
         )
-
-
-class VectorQuantizer(nn.Module):
-    """Project latents to `dim` dimensions, normalize them and pick the nearest of `size` normalized codes."""
-
-    def __init__(self, width: int, size: int, dim: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(width, dim)
-        self.codebook = nn.Parameter(F.normalize(torch.empty(size, dim).normal_(), dim=-1))
-
-    def codes(self) -> Tensor:
-        """Return the codes, (K, d) unit vectors."""
-        return F.normalize(self.codebook, dim=-1)
-
-    def lookup(self, ids: Tensor) -> Tensor:
-        """(…) int64 → (…, d) unit vectors."""
-        return F.normalize(self.codebook[ids], dim=-1)
-
-    def unit_latents(self, latents: Tensor) -> Tensor:
-        """(B, n, width) → (B, n, d) unit vectors, always in float32."""
-        with torch.autocast(latents.device.type, enabled=False):
-            projected = F.linear(latents.float(), self.project.weight.float(), self.project.bias.float())
-            return F.normalize(projected, dim=-1)
-
-    @torch.no_grad()
-    def nearest(self, z: Tensor) -> Tensor:
-        """(…, d) unit vectors → (…) int64, the nearest code: for unit vectors the one with the largest dot product."""
-        return self._similarities(z).argmax(-1)
-
-    @torch.no_grad()
-    def nearest_k(self, z: Tensor, k: int) -> Tensor:
-        """(…, d) unit vectors → (…, min(k, K)) int64, the nearest codes, the nearest first."""
-        return self._similarities(z).topk(min(k, self.codebook.shape[0]), dim=-1).indices
-
-    def _similarities(self, z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
-            return z @ self.codes().to(z.dtype).T
-
-
-def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) uses of each code → the fraction of codes that were used, and the perplexity of their distribution."""
-    frequencies = counts / counts.sum()
-    return (frequencies > 0).to(frequencies.dtype).mean(), torch.special.entr(frequencies).sum().exp()
 
 
 class Patches(NamedTuple):
@@ -287,14 +245,26 @@ class DetailFlowTokenizer(Pretrained):
         return self._checksum({name: x for name, x in self.state_dict().items() if not name.startswith("decoder.")})
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, num_tokens: int | None = None) -> Tensor:
+    def encode(self, images: Tensor, *, num_tokens: int | None = None, search: int = 0) -> Tensor:
         """Encode images: (B, 3, H, W) pixels in [-1, 1] → (B, n) int64 codes, the first `num_tokens` (`None` is all N).
 
         H and W are usually R. Other multiples of f work as well; those with √(H·W) near R suit the model best.
+        `search` takes so many steps to find codes that rebuild the images better (docs/method.md#code-search).
         """
-        n = self.schedule.check_count(num_tokens)
-        z = self.encode_latents(self.encode_patches(self._checked(images)), n)
-        return self.quantizer.nearest(all_finite("the encoder's latents", z))
+        n, search = self.schedule.check_count(num_tokens), checked("search", search, NotNegativeInt)
+        images = self._checked(images)
+        patches = self.encode_patches(images)
+        z = all_finite("the encoder's latents", self.encode_latents(patches, self.config.num_tokens if search else n))
+        return self.search(images, z, search)[:, :n] if search else self.quantizer.nearest(z)
+
+    def search(self, images: Tensor, z: Tensor, steps: int) -> Tensor:
+        """Return (B, N) codes that rebuild (B, 3, H, W) better than those nearest to their latents z (B, N, d)."""
+        height, width = images.shape[2:]
+        positions = height * width // self.config.patch_size**2 + z.shape[1]
+        at_once = max(1, SEARCHED // (positions * self.config.decoder.width))
+        decode = partial(self.decoder, height=height, width=width)
+        pairs = zip(z.split(at_once), images.float().split(at_once), strict=True)
+        return torch.cat([self.quantizer.search(some, wanted, decode, steps) for some, wanted in pairs])
 
     @torch.no_grad()
     def decode(self, ids: Tensor, *, size: int | tuple[int, int] | None = None) -> Tensor:

@@ -178,7 +178,7 @@ def _add_tokens(app: FastAPI, service: Service, uploads: Uploads) -> None:
         service.check_model(body.model)
 
         async def encode() -> schemas.Encoded:
-            return await service.encode(await uploads.open(body.image), body.num_tokens, body.whole)
+            return await service.encode(await uploads.open(body.image), body.num_tokens, body.whole, body.search)
 
         return await unless_gone(request, encode())
 

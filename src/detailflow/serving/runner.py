@@ -26,6 +26,7 @@ class Encode(NamedTuple):
 
     height: int
     width: int
+    search: int = 0
 
 
 class Decode(NamedTuple):
@@ -72,7 +73,8 @@ def run(pipeline: DetailFlowPipeline, key: object, tasks: Sequence[Task]) -> Ite
         yield from _generate(pipeline, key, tasks)
     elif isinstance(key, Encode):
         pixels = torch.cat([to_tensor(task.item)[None] for task in tasks])
-        yield [Result(i, ids, True) for i, ids in enumerate(pipeline.tokenizer.encode(pixels).tolist())]
+        codes = pipeline.tokenizer.encode(pixels, search=key.search)
+        yield [Result(i, ids, True) for i, ids in enumerate(codes.tolist())]
     elif isinstance(key, Decode):
         yield from _decode(pipeline, key, tasks)
     else:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
 Label = Annotated[str, Field(max_length=1000)] | int
 Code = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Search = Annotated[int, Field(ge=0, le=20, description="Steps of a search for tokens that show the image better.")]
 CODES = TypeAdapter(Annotated[list[Code], Field(min_length=1)], config=ConfigDict(strict=True))
 
 
@@ -111,6 +112,7 @@ class Upload(Body, ImageForm):
 
     image: UploadFile = Field(description="A raster image: PNG, JPEG, WebP, …")
     num_tokens: int | None = Field(None, description="The first that many tokens; all if left out.")
+    search: Search = 0
     whole: bool = Field(False, description="The whole image in its own shape; else its centre square.")
     model: str | None = None
 
@@ -120,6 +122,7 @@ class Look(Body, ImageForm):
 
     image: UploadFile = Field(description="A raster image; its centre square is taken.")
     num_tokens: list[int] | None = Field(None, description="Once for each stage; 1, 2, 4, … and all if left out.")
+    search: Search = 0
     model: str | None = None
 
 

@@ -128,7 +128,7 @@ class Service:
         with blamed_on(keep=body.keep):
             keep = self.schedule.check_count(self.schedule.quarter if body.keep is None else body.keep, "keep")
         if image is not None:
-            tokens = (await self.encode(image, None, whole=False)).tokens
+            tokens = (await self.encode(image)).tokens
         else:
             try:
                 tokens = self.checked_tokens(schemas.CODES.validate_json(body.tokens or ""))
@@ -203,13 +203,15 @@ class Service:
 
     # --- tokens ------------------------------------------------------------------------------------------------
 
-    async def encode(self, image: Image.Image, num_tokens: int | None, whole: bool) -> schemas.Encoded:
+    async def encode(
+        self, image: Image.Image, num_tokens: int | None = None, whole: bool = False, search: int = 0
+    ) -> schemas.Encoded:
         """Return an image's tokens."""
         with blamed_on(num_tokens=num_tokens):
             n = self.schedule.check_count(num_tokens)
         fitted = np.asarray(await asyncio.to_thread(fit, self.schedule, image, whole))
         height, width = fitted.shape[:2]
-        with self.submit(runner.Encode(height, width), [fitted]) as job:
+        with self.submit(runner.Encode(height, width, search), [fitted]) as job:
             async for result in job:
                 tokens = result.value[:n]
         return schemas.Encoded(

@@ -66,7 +66,7 @@ def add_pictures(app: FastAPI, service: Service, uploads: Uploads, responses: di
         service.check_model(body.model)
 
         async def reconstruct() -> Reconstruction:
-            return await _reconstruct(service, await uploads.open(body.image), body.num_tokens)
+            return await _reconstruct(service, await uploads.open(body.image), body)
 
         return await unless_gone(request, reconstruct())
 
@@ -80,10 +80,10 @@ def add_pictures(app: FastAPI, service: Service, uploads: Uploads, responses: di
         return await unless_gone(request, _animate(service, threads, body))
 
 
-async def _reconstruct(service: Service, image: Image.Image, counts: list[int] | None) -> Reconstruction:
+async def _reconstruct(service: Service, image: Image.Image, body: schemas.Look) -> Reconstruction:
     original = await asyncio.to_thread(fit, service.schedule, image)
-    encoded = await service.encode(original, None, whole=False)
-    counts = counts or service.schedule.stages()
+    encoded = await service.encode(original, search=body.search)
+    counts = body.num_tokens or service.schedule.stages()
     tokens = schemas.Tokens(tokens=encoded.tokens, num_tokens=counts, height=None, width=None)
     data = await service.decoded(tokens, partial(_seen, original=original))
     return Reconstruction(**encoded.model_dump(), original=base64_png(original), data=data)

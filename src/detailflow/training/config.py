@@ -331,6 +331,7 @@ class Extraction(ImageSettings):
             along the diagonal too, and their flips, and two the centre and its flip.
         flip: false leaves the flips out: five, three or one crop. For text, or anything else with a left and a right.
         mistakes: number of codes to plant one of; the nearest ones.
+        search: steps of a search for codes that rebuild the crops better (docs/method.md#code-search).
         batch_size: crops per pass through the tokenizer; in each process.
         precision: bf16, fp16, fp32, or auto as in training.
         workers: processes that decode images; for each process.
@@ -341,6 +342,7 @@ class Extraction(ImageSettings):
     crops: CropSet = "ten"
     flip: bool = True
     mistakes: PositiveInt = WRONG_CANDIDATES
+    search: NotNegativeInt = 0
     batch_size: BatchSize = 250
     precision: Precision = "fp32"
     workers: Workers = 0

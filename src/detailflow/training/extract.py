@@ -74,6 +74,7 @@ def code_rows(
     positions: Tensor,
     generator: torch.Generator,
     mistakes: int = WRONG_CANDIDATES,
+    search: int = 0,
 ) -> Tensor:
     """Return three rows of codes of each image: clean, input (mistakes, corrected), label (docs/method.md#extraction).
 
@@ -82,6 +83,7 @@ def code_rows(
         positions: (B,) p of each image, below c or the start of a group.
         generator: draws g numbers for each image in turn.
         mistakes: how many nearest codes the planted ones are drawn from.
+        search: steps of a search for clean codes; the encoder alone corrects those after mistakes.
 
     Returns:
         (B, 3, N) int64.
@@ -89,7 +91,7 @@ def code_rows(
     schedule, n, g = model.schedule, model.config.num_tokens, model.config.group_size
     patches = model.encode_patches(images)
     z = all_finite("the encoder's latents", model.encode_latents(patches, n))
-    clean = model.quantizer.nearest(z)
+    clean = model.search(images, z, search) if search else model.quantizer.nearest(z)
     at, starts = torch.arange(n), positions[:, None]
     ends = torch.tensor([schedule.span_end(p) for p in positions.tolist()])[:, None]
     planted = ((at >= starts) & (at < ends)).to(images.device)
@@ -253,7 +255,7 @@ class _Extractor:
                 images = to_tensor(crops.to(model.device, non_blocking=True).flatten(0, 1))
                 p = positions[found - slots.start].repeat_interleave(info.crops)
                 with autocast(model.device, precision_dtype(config.precision, model.device)):
-                    rows.append((found, code_rows(model, images, p, generator, config.mistakes)))
+                    rows.append((found, code_rows(model, images, p, generator, config.mistakes, config.search)))
             self.bar.update(len(part) * at_once)
         codes = np.zeros((len(slots), *info.codes_shape), np.int64)
         if rows:

@@ -22,8 +22,9 @@ from detailflow.distributed import World, launched
 from detailflow.errors import DetailFlowError
 from detailflow.models.growing import OF_CODES, grow_tokenizer
 from detailflow.models.loading import load_weights, require_same
+from detailflow.models.quantizer import usage_and_perplexity
 from detailflow.models.siglip2 import initialise_encoder
-from detailflow.models.tokenizer import DetailFlowTokenizer, usage_and_perplexity
+from detailflow.models.tokenizer import DetailFlowTokenizer
 from detailflow.psnr import psnr
 from detailflow.training.adversary import Adversary, AugmentationNoise
 from detailflow.training.config import CLASSIFIER, NETWORKS, PROJECTED_BOTH, TokenizerTraining, count_of_steps
@@ -133,8 +134,8 @@ class TokenizerStage:
             position = draw_position(schedule, t)
         if position is not None:
             candidates = min(config.mistakes, config.model.codebook_size)
-            choice = torch.randint(candidates, (size, self.model.schedule.check_span(position) - position))[shard]
-            choice = to_device(choice, self.device)
+            drawn = torch.randint(candidates, (size, schedule.check_span(position) - position))
+            choice = to_device(drawn[shard], self.device)
         if self.adversary and present is None and step >= count_of_steps(config.adversarial_from, config.loop.steps):
             views = AugmentationNoise.make(size).of(shard)
             views = views._replace(views=to_device(views.views, self.device))
@@ -181,8 +182,7 @@ class TokenizerStage:
         """
         config, schedule, teachers = self.config, self.model.schedule, self.teachers
         target = coarse_target(images, schedule.resolution(draw.t), schedule.decode_size(draw.t))
-        terms: dict[str, tuple[float | Tensor, Tensor]] = {}
-        judged = None
+        terms, judged = dict[str, tuple[float | Tensor, Tensor]](), None
         with autocast(self.device, self.precision):
             passes: Passes = self.passes(images, draw, rows)
         pixels, nested = passes.pixels, draw.present is not None
