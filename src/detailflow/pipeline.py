@@ -323,6 +323,8 @@ class DetailFlowPipeline:
         """Return the (n,) tokens of an image's centre square, or those given instead; `search` as in `encode`."""
         if isinstance(image, _PICTURE):
             return encode_images(self.tokenizer, [fit(self.tokenizer.schedule, image)], search)[0]
+        if search:
+            raise DetailFlowError("a search is for an image, and tokens are given: leave out search")
         return self._codes("tokens", image)
 
     def _codes(self, name: str, given: Tensor | Sequence[int]) -> Tensor:

@@ -96,6 +96,11 @@ class TokenSchedule(Settings):
             )
         return n
 
+    def check_all(self, n: int, what: str, name: str = "num_tokens") -> None:
+        """Check that `n` is all tokens, for what needs these."""
+        if n != self.num_tokens:
+            raise DetailFlowError(f"{what} is for all {self.num_tokens} tokens together: leave out {name}")
+
     def _number(self, n: int, first: int) -> int:
         """Return a number of tokens, whether they end a decoding step or not."""
         if not first <= (number := int(checked("n", n, int))) <= self.num_tokens:

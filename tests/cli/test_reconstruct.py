@@ -62,6 +62,10 @@ def test_a_search(shipped: DetailFlowPipeline, cifar: Path, tmp_path: Path, caps
     assert main(["encode", str(path), "--output", str(tmp_path / "t.npz"), "--device", "cpu", "--search", "4"]) == 0
     with np.load(tmp_path / "t.npz") as file:
         np.testing.assert_array_equal(file["tokens"][0], shipped.tokens(path, search=4))
+    few = ["--num-tokens", "8", "--search", "4"]
+    assert main(["encode", str(path), "--output", str(tmp_path / "8.npz"), *few]) == 2
+    assert "a search is for all 48 tokens together: leave out --num-tokens" in capsys.readouterr().err
+    assert not (tmp_path / "8.npz").exists()
     assert main(["reconstruct", *options, "--search", "-4"]) == 2
     assert "--search must be 0 or more, not" in capsys.readouterr().err
 

@@ -1,6 +1,8 @@
 """Tokens, variations and uploads over HTTP."""
 
+import itertools
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -11,6 +13,7 @@ from answers import opened, photograph, png, same
 from PIL import Image
 
 from detailflow import DetailFlowPipeline
+from detailflow.serving import runner
 
 # --- tokens ----------------------------------------------------------------------------------------------------
 
@@ -40,6 +43,16 @@ def test_a_search(http: httpx.Client, pipeline: DetailFlowPipeline):
         assert answer.json()["tokens"] == found
         refused = http.post(f"/v1/tokens/{route}", files={"image": png(photo)}, data={"search": "21"})
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "search"
+    form = {"search": "3", "num_tokens": "8"}
+    refused = http.post("/v1/tokens/encode", files={"image": png(photo)}, data=form)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "num_tokens"
+
+
+def test_a_search_that_nobody_waits_for_any_more(pipeline: DetailFlowPipeline):
+    tasks = [SimpleNamespace(item=np.asarray(photograph().resize((32, 32))))] * 2
+    steps = runner.run(pipeline, runner.Encode(32, 32, 20), tasks)  # type: ignore[arg-type]
+    assert list(itertools.islice(steps, 15)) == [[]] * 15  # after each the batcher can leave
+    assert len([*steps][-1]) == 2
 
 
 @pytest.mark.parametrize("given", [{"num_tokens": 0}, {"height": 0, "width": 0}, {"num_tokens": [0]}])

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,20 +70,63 @@ def test_rows_agree_with_the_public_contract(tokenizer: DetailFlowTokenizer, cif
         assert (nearest == given[p:end, None]).any(-1).all()
 
 
-def test_clean_rows_are_searched(tokenizer: DetailFlowTokenizer, folder: Path, model: Path, tmp_path: Path):
-    store = run(folder, model, tmp_path / "store", crops="two", search=2)
-    crops = to_tensor(two_crops(open_images(folder).image(3), 32))
-    np.testing.assert_array_equal(store.codes[3, :, CLEAN], tokenizer.encode(crops, search=2))
+def test_searched_rows(tokenizer: DetailFlowTokenizer, folder: Path, model: Path, tmp_path: Path):
+    store = run(folder, model, tmp_path / "store", crops="two", search=4)
     plain = run(folder, model, tmp_path / "plain", crops="two")
-    assert (store.codes[:, :, CLEAN] != plain.codes[:, :, CLEAN]).any()
+    source = open_images(folder)
+    crops = to_tensor(np.concatenate([two_crops(source.image(i), 32) for i in range(20)]))
+    assert (store.codes.reshape(-1, 3, 16)[:, CLEAN] == tokenizer.encode(crops, search=4).numpy()).mean() > 0.9
+    errors = {}
+    for name, codes in (("plain", plain.codes), ("searched", store.codes)):
+        for row in (CLEAN, INPUT):
+            pixels = tokenizer.decode(torch.from_numpy(codes.reshape(-1, 3, 16)[:, row].astype(np.int64)))
+            errors[name, row] = (pixels - crops).square().mean().item()
+    assert errors["searched", CLEAN] < errors["plain", CLEAN]
+    assert errors["searched", INPUT] < errors["plain", INPUT]  # what comes after the mistakes is searched, too
     for image in store.codes.reshape(-1, 3, 16):  # what stands before and at the mistakes is clean
         later = np.flatnonzero(image[INPUT] != image[LABEL])
         end = later[-1] + 1 if len(later) else 1
         first = later[0] if len(later) else 0
         np.testing.assert_array_equal(image[LABEL][:first], image[CLEAN][:first])
         np.testing.assert_array_equal(image[LABEL][first:end], image[CLEAN][first:end])
-    with pytest.raises(DetailFlowError, match=r"holds tokens with another search \(2, not 0\)"):
+    with pytest.raises(DetailFlowError, match=r"holds tokens with another search \(4, not 0\)"):
         run(folder, model, tmp_path / "store", crops="two")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_searched_codes_are_of_one_decoder(
+    finished: bool, folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Other tokens stay good when a decoder learns on."""
+    other = DetailFlowTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        other.decoder.to_pixels.bias += 0.1
+    other.save_pretrained(tmp_path / "other")
+    for search in (0, 1):
+        with monkeypatch.context() as patch:
+            if not finished:
+                patch.setattr(extraction, "CHUNK_IMAGES", 4)
+                patch.setattr(TokenWriter, "write", interrupting(TokenWriter.write, 3))
+            with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+                run(folder, model, tmp_path / f"store-{search}", crops="two", search=search)
+    before = files_in(tmp_path / "store-1")
+    assert len(run(folder, tmp_path / "other", tmp_path / "store-0", crops="two")) == 20
+    with pytest.raises(DetailFlowError, match="holds tokens of another decoder, which searched them: repeat"):
+        run(folder, tmp_path / "other", tmp_path / "store-1", crops="two", search=1)
+    assert files_in(tmp_path / "store-1") == before
+    assert len(run(folder, model, tmp_path / "store-1", crops="two", search=1)) == 20
+
+
+def interrupting(write: Callable[..., None], chunks: int) -> Callable[..., None]:
+    """Ctrl-C after so many chunks."""
+    left = iter(range(chunks))
+
+    def stopping(*given: Any) -> None:
+        write(*given)
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    return stopping
 
 
 def test_mistakes_are_uniform_over_the_nearest_50(tokenizer: DetailFlowTokenizer):

@@ -1,5 +1,6 @@
 """What a plan says: a counted step against the same step done, against closed forms, and the page itself."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,11 +21,12 @@ from detailflow.distributed import World
 from detailflow.errors import DetailFlowError
 from detailflow.models.gpt import GPTConfig
 from detailflow.models.layers import ViTConfig
+from detailflow.models.quantizer import VectorQuantizer
 from detailflow.models.siglip2 import SigLIP2
 from detailflow.models.tokenizer import TokenizerConfig
 from detailflow.native import training as in_cpp
 from detailflow.published_names import vit_names
-from detailflow.training.config import GPTTraining, LoopConfig, TokenizerTraining
+from detailflow.training.config import Extraction, GPTTraining, LoopConfig, TokenizerTraining
 from detailflow.training.counting import Counter, StepCosts, Trial, counting
 from detailflow.training.gpt import GPTStage
 from detailflow.training.plan import (
@@ -36,6 +38,7 @@ from detailflow.training.plan import (
     Network,
     Plan,
     describe_duration,
+    extraction_seconds,
     networks_of,
     plan_gpt,
     plan_tokenizer,
@@ -165,6 +168,21 @@ def test_what_a_run_keeps_is_what_it_has_learnt_with(cifar: Path, tmp_path: Path
     assert plan.memory["gradients"] == 4 * sum(weight.numel() for weight in trained)
     roles = {network.name: network.role for network in plan.networks}
     assert (roles["encoder"], roles["quantizer"]) == (STAYING if "freeze" in settings else TRAINED,) * 2
+
+
+def test_extraction_is_planned_with_its_search(cifar: Path, monkeypatch: pytest.MonkeyPatch):
+    searches = []
+    search = VectorQuantizer.search
+
+    def noted(self: VectorQuantizer, *given: Any) -> Iterator[Tensor]:
+        searches.append(given[3])
+        return search(self, *given)
+
+    monkeypatch.setattr(VectorQuantizer, "search", noted)
+    for steps in (0, 2):
+        config = Extraction(str(cifar), "tokenizer", search=steps)
+        assert extraction_seconds(config, SIZES, 200, World(), CPU) > 0
+        assert set(searches) == ({2} if steps else set())
 
 
 def test_an_adversary_costs_its_share_of_the_steps(cifar: Path):

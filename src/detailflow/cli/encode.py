@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from detailflow.models.tokenizer import DetailFlowTokenizer
 
-BATCH_SIZE = 32
+BATCH_SIZE, SEARCHED = 32, 8  # a search takes long, and what one waits for should be seen to go on
 
 
 def parser() -> Parser:
@@ -54,17 +54,22 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = DetailFlowTokenizer.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     schedule = tokenizer.schedule
     count = schedule.check_count(args.num_tokens, "--num-tokens")
+    if args.search:
+        schedule.check_all(count, "a search", "--num-tokens")
     inputs = Inputs(args.images, args.num, lambda image: fit(schedule, image, args.whole))
+    at_once = SEARCHED if args.search else BATCH_SIZE
     names, sizes, tokens = list[str](), list[tuple[int, int]](), []
     waiting: list[Image.Image] = []
-    for name, image in progress_bar(inputs, desc="encoding", unit="image", total=len(inputs.names)):
-        if waiting and (image.size != waiting[0].size or len(waiting) == BATCH_SIZE):
-            tokens.append(_encoded(tokenizer, waiting, args.search))
-            waiting = []
-        waiting.append(image)
-        names.append(name)
-        sizes.append((image.height, image.width))
-    tokens.append(_encoded(tokenizer, waiting, args.search))
+    with progress_bar(desc="encoding", unit="image", total=len(inputs.names)) as bar:
+        for name, image in inputs:
+            if waiting and (image.size != waiting[0].size or len(waiting) == at_once):
+                tokens.append(_encoded(tokenizer, waiting, args.search))
+                bar.update(len(waiting))
+                waiting = []
+            waiting.append(image)
+            names.append(name)
+            sizes.append((image.height, image.width))
+        tokens.append(_encoded(tokenizer, waiting, args.search))
     codes = np.concatenate(tokens)[:, :count]
     TokenFile(codes, np.array(sizes), tuple(names), tokenizer.fingerprint()).write(args.output)
     images = f"{'each of ' * (len(names) > 1)}{several(len(names), 'image')}"

@@ -40,6 +40,8 @@ from detailflow.errors import DetailFlowError, explained
 from detailflow.files import open_own, read_json, replacing
 from detailflow.runs import RUN_FILE, RunFolder, as_plain
 
+DECODER = "decoder"  # of the settings of a store whose codes were searched with a decoder: its checksum
+
 
 class TokenWriter:
     """Write a store: any number of processes write its chunks, each once, in any order.
@@ -236,7 +238,9 @@ def _writing(directory: Path) -> AbstractContextManager[None]:
 
 def _check_same(folder: RunFolder, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
     """Check that a store has the settings, the tokenizer and the images that it should have."""
-    folder.check(dict(recorded.get("settings", {})), identity["settings"])
+    folder.check(
+        dict(recorded.get("settings", {})), identity["settings"], {DECODER: "another decoder, which searched them"}
+    )
     counts = [f"{one.get('images')} in {len(one.get('class_names') or ())} classes" for one in (recorded, identity)]
     changed = "as many, by other names" if counts[0] == counts[1] else f"{counts[0]} then, {counts[1]} now"
     images = f"other images ({changed})"

@@ -131,7 +131,8 @@ def evaluate_tokenizer(
     full = {"tokens": tokenizer.config.num_tokens, "side": side}  # which published figures are of
     ours = next((row.figures for row in by_count if row.setting == full), {})
     measures = ("PSNR",) if wanted else ("rFID", "PSNR")
-    if published := quotes(options.model, {m: ours[m] for m in measures if m in ours}):
+    published = quotes(options.model, {m: ours[m] for m in measures if m in ours}) if not options.search else []
+    if published:
         sections.append(Section("Published figures beside ours", published))
     origin = provenance(data, extractor, side)
     if options.lpips is not None:

@@ -1,6 +1,6 @@
 """The codebook (Sec. 3.1), and a search in it for codes that rebuild an image better (docs/method.md#code-search)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,10 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             return z @ self.codes().to(z.dtype).T
 
-    def search(self, z: Tensor, target: Tensor, decode: Callable[[Tensor], Tensor], steps: int) -> Tensor:
-        """Return codes that rebuild images better than those nearest to their latents (docs/method.md#code-search).
+    def search(
+        self, z: Tensor, target: Tensor, decode: Callable[[Tensor], Tensor], steps: int, given: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Yield codes that rebuild images better than those nearest to their latents (docs/method.md#code-search).
 
         Each step decodes the nearest codes and moves the latents against the gradient of the pixels' squared error, as
         training does: straight through to the codes. Each image keeps the best codes of all steps, so none gets worse.
@@ -54,26 +56,29 @@ class VectorQuantizer(nn.Module):
         Args:
             z: (B, n, d) unit vectors, the encoder's.
             target: (B, 3, H, W), what the codes should show.
-            decode: (B, n, d) unit vectors → (B, 3, H, W).
+            decode: (B, n, d) unit vectors → (B, 3, H, W); its weights need no gradients.
             steps: how many.
+            given: (B, n) codes that stay, negative where they are searched; `None` searches all.
 
-        Returns:
-            (B, n) int64; an image's do not depend on the others.
+        Yields:
+            (B, n) int64, steps + 1 times: the best so far. An image's depend on the others by rounding only.
         """
-        with torch.inference_mode(False), torch.enable_grad():
-            z, target = z.detach().clone(), target.clone()  # as those of inference mode cannot have gradients
+        with torch.inference_mode(False):
+            z, target = z.clone(), target.clone()  # as those of inference mode cannot have gradients
+            free = torch.ones_like(z[..., :1]) if given is None else (given < 0)[..., None].to(z.dtype)
             found, least = self.nearest(z), z.new_full((len(z),), torch.inf)
-            for step in range(steps + 1):
-                ids = self.nearest(z)
-                codes = self.lookup(ids).detach().requires_grad_()
+        for step in range(steps + 1):
+            with torch.inference_mode(False), torch.enable_grad():
+                ids = self.nearest(z) if given is None else torch.where(given < 0, self.nearest(z), given)
+                codes = self.lookup(ids).detach().clone().requires_grad_()
                 errors = (decode(codes).float() - target).square().sum((1, 2, 3))
                 better = errors.detach() < least
                 least, found = torch.where(better, errors.detach(), least), torch.where(better[:, None], ids, found)
                 if step < steps:
-                    gradient = torch.autograd.grad(errors.sum(), codes)[0].float()
-                    size = gradient.square().mean((1, 2), keepdim=True).sqrt()
+                    gradient = torch.autograd.grad(errors.sum(), codes)[0].float() * free
+                    size = (gradient.square().mean(2).sum(1) / free.sum((1, 2)).clamp(min=1)).sqrt()[:, None, None]
                     z = F.normalize(z - SEARCH_RATE * (1 - step / steps) * gradient / (size + 1e-12), dim=-1)
-        return found
+            yield found
 
 
 def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:

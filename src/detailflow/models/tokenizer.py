@@ -1,6 +1,9 @@
 """The 1-D tokenizer (Sec. 3.1 and 3.3): an image to an ordered token sequence, and its first n tokens back."""
 
+import copy
 import weakref
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -249,22 +252,50 @@ class DetailFlowTokenizer(Pretrained):
         """Encode images: (B, 3, H, W) pixels in [-1, 1] → (B, n) int64 codes, the first `num_tokens` (`None` is all N).
 
         H and W are usually R. Other multiples of f work as well; those with √(H·W) near R suit the model best.
-        `search` takes so many steps to find codes that rebuild the images better (docs/method.md#code-search).
+        `search` takes so many steps to find codes that rebuild the images better, all N of them together
+        (docs/method.md#code-search).
         """
-        n, search = self.schedule.check_count(num_tokens), checked("search", search, NotNegativeInt)
-        images = self._checked(images)
-        patches = self.encode_patches(images)
-        z = all_finite("the encoder's latents", self.encode_latents(patches, self.config.num_tokens if search else n))
-        return self.search(images, z, search)[:, :n] if search else self.quantizer.nearest(z)
+        return deque(self.encode_steps(images, num_tokens, search), maxlen=1)[0]
 
-    def search(self, images: Tensor, z: Tensor, steps: int) -> Tensor:
-        """Return (B, N) codes that rebuild (B, 3, H, W) better than those nearest to their latents z (B, N, d)."""
+    @torch.no_grad()
+    def encode_steps(self, images: Tensor, num_tokens: int | None = None, search: int = 0) -> Iterator[Tensor]:
+        """As `encode`, but yield the codes so far, those of the encoder first and then after each step of a search."""
+        n, search = self.schedule.check_count(num_tokens), checked("search", search, NotNegativeInt)
+        if search:
+            self.schedule.check_all(n, "a search")
+        images = self._checked(images)
+        z = all_finite("the encoder's latents", self.encode_latents(self.encode_patches(images), n))
+        yield from self.search_steps(images, z, search)
+
+    def search(self, images: Tensor, z: Tensor, steps: int, given: Tensor | None = None) -> Tensor:
+        """Return the last of `search_steps`."""
+        return deque(self.search_steps(images, z, steps, given), maxlen=1)[0]
+
+    def search_steps(self, images: Tensor, z: Tensor, steps: int, given: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield (B, n) codes: those nearest to the latents z (B, n, d), then ones that rebuild the images better.
+
+        After each step for some of the images come all codes as they are then. `given` as in `VectorQuantizer.search`.
+        """
+        nearest = self.quantizer.nearest(z)
+        yield nearest if given is None else torch.where(given < 0, nearest, given)
+        if not steps:
+            return
         height, width = images.shape[2:]
         positions = height * width // self.config.patch_size**2 + z.shape[1]
         at_once = max(1, SEARCHED // (positions * self.config.decoder.width))
-        decode = partial(self.decoder, height=height, width=width)
-        pairs = zip(z.split(at_once), images.float().split(at_once), strict=True)
-        return torch.cat([self.quantizer.search(some, wanted, decode, steps) for some, wanted in pairs])
+        decode = partial(self._decoder_without_gradients(), height=height, width=width)
+        found = list(nearest.split(at_once))
+        for i, (some, wanted) in enumerate(zip(z.split(at_once), images.float().split(at_once), strict=True)):
+            kept = None if given is None else given[i * at_once : (i + 1) * at_once]
+            for better in self.quantizer.search(some, wanted, decode, steps, kept):
+                found[i] = better
+                yield torch.cat(found)
+
+    def _decoder_without_gradients(self) -> Decoder:
+        """Return a decoder with the same weights in memory, which gradients pass but do not stay in."""
+        with torch.inference_mode(False):  # where no weight may be of inference mode
+            weights = [(p, p.clone() if p.is_inference() else p.detach()) for p in self.decoder.parameters()]
+            return copy.deepcopy(self.decoder, {id(p): nn.Parameter(w, requires_grad=False) for p, w in weights})
 
     @torch.no_grad()
     def decode(self, ids: Tensor, *, size: int | tuple[int, int] | None = None) -> Tensor:

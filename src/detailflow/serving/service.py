@@ -209,6 +209,8 @@ class Service:
         """Return an image's tokens."""
         with blamed_on(num_tokens=num_tokens):
             n = self.schedule.check_count(num_tokens)
+            if search:
+                self.schedule.check_all(n, "a search")
         fitted = np.asarray(await asyncio.to_thread(fit, self.schedule, image, whole))
         height, width = fitted.shape[:2]
         with self.submit(runner.Encode(height, width, search), [fitted]) as job:

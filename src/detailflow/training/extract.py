@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from detailflow import hub
 from detailflow.data.images import open_images
 from detailflow.data.source import ImageSource, tolerated
-from detailflow.data.token_writer import TokenWriter, begun_store
+from detailflow.data.token_writer import DECODER, TokenWriter, begun_store
 from detailflow.data.tokens import VALIDATION, TokenStore, TokenStoreInfo
 from detailflow.data.transforms import crops_of, to_tensor
 from detailflow.device import autocast, precision_dtype
@@ -83,7 +83,7 @@ def code_rows(
         positions: (B,) p of each image, below c or the start of a group.
         generator: draws g numbers for each image in turn.
         mistakes: how many nearest codes the planted ones are drawn from.
-        search: steps of a search for clean codes; the encoder alone corrects those after mistakes.
+        search: steps of a search for better codes, both for the clean ones and for those after mistakes.
 
     Returns:
         (B, 3, N) int64.
@@ -91,7 +91,7 @@ def code_rows(
     schedule, n, g = model.schedule, model.config.num_tokens, model.config.group_size
     patches = model.encode_patches(images)
     z = all_finite("the encoder's latents", model.encode_latents(patches, n))
-    clean = model.search(images, z, search) if search else model.quantizer.nearest(z)
+    clean = model.search(images, z, search)
     at, starts = torch.arange(n), positions[:, None]
     ends = torch.tensor([schedule.span_end(p) for p in positions.tolist()])[:, None]
     planted = ((at >= starts) & (at < ends)).to(images.device)
@@ -99,7 +99,9 @@ def code_rows(
     around = (starts + torch.arange(g)).clamp(max=n - 1).to(images.device)  # (B, g): all that can be planted
     wrong = model.plant_mistakes(z.gather(1, around[..., None].expand(-1, -1, z.shape[-1])), mistakes, generator)
     given = torch.where(planted, wrong.gather(1, within), clean)
-    given = model.correct(patches, given, ends.to(images.device))
+    z = model.correct_latents(patches, given, ends.to(images.device))
+    written = (at < ends).to(images.device)
+    given = model.search(images, z, search, torch.where(written, given, -1))
     return torch.stack((clean, given, torch.where(planted, clean, given)), 1)
 
 
@@ -107,7 +109,8 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
     """Write the token store at `output`, or what is missing of it, and return it.
 
     Images that are held out for validation get a store of their own inside. `batch_size` and `workers` may differ from
-    an earlier run's. The codes are the same for any `batch_size`, unless two are equally near within rounding.
+    an earlier run's. The codes are the same for any `batch_size`, unless two are equally near within rounding (which
+    are more of them with `search`).
     """
     world, chosen = launched(device)
     keep_freed_memory()
@@ -124,7 +127,8 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
             tokenizer_fingerprint=noted if noted not in (None, newest) and noted in names else newest,
         )
     settings = {name: value for name, value in asdict(config).items() if name not in ("data", "tokenizer", "val_data")}
-    world.check_same({"their tokenizer": info.tokenizer_fingerprint, **settings})
+    decoder = hub.fingerprint({}, model.decoder.state_dict()) if config.search else None  # by which codes are searched
+    world.check_same({"their tokenizer": info.tokenizer_fingerprint, DECODER: decoder, **settings})
     source, validation = split(config, everything, world)
     sources = {output: source} if validation is None else {output / VALIDATION: validation, output: source}
     stamps = {path: world.from_main(lambda one=one: one.stamps) for path, one in sources.items()}  # type: ignore[misc]
@@ -142,7 +146,7 @@ def extract(config: Extraction, output: Path, device: str | None = None) -> Toke
         if not world.from_main(lambda: all(writer.finished for writer in writers.values())):
             stack.enter_context(lock_folder(output, "extraction", world))  # a finished one may be on a read-only disk
         for path, one in reversed(sources.items()):  # the whole store first: if it is another's, nothing is written
-            _begin(config, one, writers[path], world)
+            _begin(config, one, writers[path], world, decoder)
         for path, one in sources.items():  # last, as it is what says that all is finished
             _extract(config, model, one, writers[path], world)
     return TokenStore.open(output)
@@ -153,12 +157,12 @@ def chunk_images(folder: Path, source: ImageSource) -> int:
     return begun_store(folder).get("chunk_images") or min(CHUNK_IMAGES, max(LEAST_CHUNK, len(source) // CHUNKS))
 
 
-def _begin(config: Extraction, source: ImageSource, writer: TokenWriter, world: World) -> None:
+def _begin(config: Extraction, source: ImageSource, writer: TokenWriter, world: World, decoder: str | None) -> None:
     with world.raise_together():
         if world.is_main:
             # What may differ, or is known by content.
             free = {"data", "tokenizer", "batch_size", "workers", "val_data", "val_split", "val_share"}
-            settings = {name: value for name, value in asdict(config).items() if name not in free}
+            settings = {name: value for name, value in asdict(config).items() if name not in free} | {DECODER: decoder}
             validates = writer.directory.name == VALIDATION and config.val_data
             writer.begin(image_names(source, validates or config.data), settings)
 

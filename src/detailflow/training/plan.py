@@ -334,7 +334,10 @@ def extraction_seconds(
 
     def encode() -> None:
         with autocast(device, precision_dtype(config.precision, device)):
-            code_rows(model, crops, torch.zeros(count, dtype=torch.long), torch.Generator(), config.mistakes).cpu()
+            rows = code_rows(
+                model, crops, torch.zeros(count, dtype=torch.long), torch.Generator(), config.mistakes, config.search
+            )
+            rows.cpu()
 
     return shortest(encode, 2) / count * images * config.num_crops / world.size
 
