@@ -16,6 +16,7 @@ from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, G
 from detailflow.cli.main import main
 from detailflow.convert import convert
 from detailflow.errors import DetailFlowError
+from detailflow.hub import packaged_folder
 
 TINY = Path(__file__).parent / "parity" / "tiny-32"
 
@@ -392,6 +393,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert main([*argv, "--output", str(tmp_path / "bad")]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+
+
+def test_a_pair_that_does_not_fit_together(ours: Path, tmp_path: Path):
+    shutil.copytree(ours / "gpt", tmp_path / "mixed" / "gpt")
+    shutil.copytree(packaged_folder("tokenizer"), tmp_path / "mixed" / "tokenizer")
+    message = (
+        f"the tokenizer and the AR model of {tmp_path / 'mixed'} do not fit together: give one of them: num_tokens"
+    )
+    assert error_of(tmp_path / "mixed", tmp_path / "x").startswith(message) and not (tmp_path / "x").exists()
+    convert(tmp_path / "mixed" / "gpt", tmp_path / "x")
 
 
 @pytest.mark.parametrize("to", ["detailflow", "published"])

@@ -13,6 +13,7 @@ from detailflow.errors import DetailFlowError
 from detailflow.files import (
     LARGEST_YAML,
     lock_folder,
+    making,
     output_names,
     read_json,
     read_yaml,
@@ -201,6 +202,17 @@ def test_what_it_left_in_folders_within_goes_unless_another_is_at_work_there(tmp
             assert names(tmp_path / "pictures") == ["deeper"]
             assert names(tmp_path / "gpt") == [".b.99999999-0123abcd.tmp", ".lock"]
             assert names(tmp_path / "pictures" / "deeper") == [".a.png.99999999-0123abcd.tmp"]
+
+
+def test_also_where_models_are_written(tmp_path: Path):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        being_written = f".model.safetensors.{other.pid}-0123abcd.tmp"
+        for name in (".model.safetensors.99999999-0123abcd.tmp", being_written, "model.safetensors"):
+            (tmp_path / name).touch()
+        with making(tmp_path), replacing(tmp_path / "config.json"):
+            assert set(names(tmp_path)) > {being_written, "model.safetensors"} and len(names(tmp_path)) == 3
+        other.kill()
+    assert names(tmp_path) == sorted([being_written, "config.json", "model.safetensors"])
 
 
 def test_temporary_files_follow_no_link(tmp_path: Path):

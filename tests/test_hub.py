@@ -15,7 +15,10 @@ import pytest
 import torch
 
 from detailflow import DetailFlowGPT, DetailFlowPipeline, DetailFlowTokenizer, hub
+from detailflow.convert import convert
 from detailflow.errors import DetailFlowError
+from detailflow.evaluation.quoted import quotes
+from detailflow.evaluation.report import Figure
 from detailflow.files import replacing
 
 TINY = Path(__file__).parent / "parity" / "tiny-32"
@@ -149,6 +152,19 @@ def test_a_folder_of_ones_own_goes_before_a_model_in_the_package(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(saved, name)
     assert hub.resolve(name, "tokenizer") == Path(name)
+
+
+@pytest.mark.parametrize("name", ["detailflow-16", "ByteFlow-AI/DetailFlow-16"])
+def test_a_folder_by_the_name_of_a_published_model_is_not_that(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    ours = {"PSNR": Figure(20.0)}
+    assert hub.zoo_model(name) and quotes(name, ours)
+    convert(TINY, Path(name))
+    assert hub.zoo_model(name) is None and not quotes(name, ours)
+    convert(name, tmp_path / "copy")
+    assert "base_model" not in (tmp_path / "copy" / "README.md").read_text()
 
 
 def test_wrong_kind_names_both(saved: Path):

@@ -15,7 +15,7 @@ from detailflow import hub
 from detailflow.errors import DetailFlowError, os_errors
 from detailflow.files import check_regular, making, read_json, writing
 from detailflow.models.gpt import DetailFlowGPT, GPTConfig
-from detailflow.models.loading import build
+from detailflow.models.loading import TOKEN_KEYS, build, require_same
 from detailflow.models.tokenizer import DetailFlowTokenizer, TokenizerConfig
 from detailflow.progress import progress_bar
 from detailflow.published import (
@@ -70,17 +70,12 @@ def convert(
     if to not in LAYOUTS:
         raise DetailFlowError(f"the layout must be {' or '.join(LAYOUTS)}, not {to!r}")
     shard_bytes(shard_size)  # raises
-    found = hub.find(source)
+    pair, found = hub.zoo_model(source), hub.find(source)
     targets = hub.targets(output, list(found), to)
-    models: dict[Kind, Any] = {}
-    for kind, path in progress_bar(found.items(), desc="reading", unit="model", total=len(found)):
-        config, tensors = hub.load(path, kind, variant, dtype)
-        models[kind] = build(*NETWORKS[kind], config, tensors, path)  # checks that all is there and fits
-        if kind == "gpt" and is_published(path) and has_both_variants(path):
-            kept, other = ("EMA", "model") if variant == "ema" else ("raw", "ema")
-            _log.info(
-                "of its two sets of weights the %s ones are converted: --variant %s takes the others", kept, other
-            )
+    models = _read(found, variant, dtype)
+    if len(models) > 1:
+        problem = f"the tokenizer and the AR model of {source} do not fit together: give one of them"
+        require_same(models["tokenizer"].config, models["gpt"].config, TOKEN_KEYS, problem)
     configs: dict[Kind, dict[str, Any]] = {kind: asdict(model.config) for kind, model in models.items()}
     has_card = _may_write_card(output / CARD_FILE)
     with ExitStack() as stack:  # which puts all files in place once all are written, those of the first model last
@@ -100,8 +95,22 @@ def convert(
     for kind, config in configs.items():
         _warn_of_loss(targets[kind], config, written[kind])
     if has_card:
-        _write_card(output, written, source)
+        _write_card(output, written, pair)
     return targets
+
+
+def _read(found: Mapping[Kind, Path], variant: Variant, dtype: torch.dtype | None) -> dict[Kind, Any]:
+    """Return the models, which are whole."""
+    models: dict[Kind, Any] = {}
+    for kind, path in progress_bar(found.items(), desc="reading", unit="model", total=len(found)):
+        config, tensors = hub.load(path, kind, variant, dtype)
+        models[kind] = build(*NETWORKS[kind], config, tensors, path)  # checks that all is there and fits
+        if kind == "gpt" and is_published(path) and has_both_variants(path):
+            kept, other = ("EMA", "model") if variant == "ema" else ("raw", "ema")
+            _log.info(
+                "of its two sets of weights the %s ones are converted: --variant %s takes the others", kept, other
+            )
+    return models
 
 
 def _read_again(written: Path, kind: Kind) -> dict[str, Any]:
@@ -137,11 +146,10 @@ def _may_write_card(path: Path) -> bool:
         return not path.exists() or CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _write_card(folder: Path, configs: Mapping[Kind, Mapping[str, Any]], source: str | Path) -> None:
-    """Write a model card for the hub."""
+def _write_card(folder: Path, configs: Mapping[Kind, Mapping[str, Any]], pair: hub.PublishedPair | None) -> None:
+    """Write a model card for the hub; `pair` is what the models were, if they are published ones."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    pair = hub.zoo_model(str(source))
     tags = {"tokenizer": "image-tokenizer", "gpt": "class-conditional"}
     data = ModelCardData(
         library_name="detailflow",

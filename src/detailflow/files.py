@@ -114,10 +114,14 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def making(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; on an error those that were made are removed again if they are empty."""
+    """Make a folder and its parents; on an error those that were made are removed again if they are empty.
+
+    What a process that was killed has left there of `replacing` is removed.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_temporary(folder, within=False)
         yield
     except BaseException:
         for path in made:

@@ -70,7 +70,9 @@ GPT_SUFFIX = "-GPT-L"  # of a published AR model's name, after that of its token
 
 
 def zoo_model(name: str | Path) -> PublishedPair | None:
-    """Return the published pair that a short name, or the hub id of either half, stands for."""
+    """Return the published pair that a short name, or the hub id of either half, stands for; a path goes first."""
+    if os.path.exists(name):
+        return None
     name = str(name).partition("@")[0]  # of any revision
     return next((model for short, model in ZOO.items() if name in (short, model.tokenizer, model.gpt)), None)
 
@@ -266,8 +268,8 @@ def load(
     Args:
         path_or_id: as in `resolve`.
         kind: "tokenizer" or "gpt".
-        variant: which weights of a published checkpoint or of a training run: "ema" if present, or "model". Our layout
-            has one set.
+        variant: which weights of a published checkpoint or of a run's checkpoint: "ema" if present, or "model". Our
+            layout has one set.
         dtype: of the tensors; `None` is as they are stored.
         revision: as in `resolve`.
     """
@@ -278,6 +280,9 @@ def load(
         config, tensors, step = load_run(checkpoint_of(path), kind, variant, dtype)
         _log_step(path, step)
         return config, tensors
+    if variant == "model" and kind == "gpt" and is_run(path):
+        checkpoints = "its checkpoints in resume/ have the others"
+        raise DetailFlowError(f"{path} is a finished training run, whose model has the averaged weights: {checkpoints}")
     if is_published(path):
         config, tensors = load_published(path, kind, variant, dtype)
         return _with_guidance(config, kind), tensors

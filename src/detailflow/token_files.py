@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from detailflow.errors import DetailFlowError, explained, os_errors
-from detailflow.files import check_regular, reading, writing
+from detailflow.files import check_regular, making, reading, writing
 from detailflow.schedule import TokenSchedule
 
 SUFFIX = ".npz"
@@ -45,7 +45,7 @@ class TokenFile:
             "names": np.array(self.names, np.str_),
             "fingerprint": np.array(self.fingerprint),
         }
-        with writing(path) as temporary, temporary.open("wb") as file:
+        with making(path.parent), writing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **entries)  # type: ignore[arg-type]  # allow_pickle is new in NumPy 2
 
     @classmethod
@@ -60,7 +60,7 @@ class TokenFile:
             if found == (FORMAT, VERSION):
                 return cls._checked(archive)
         if found is not None and found[0] == FORMAT:
-            raise DetailFlowError(f"{path} is a token file of version {found[1]}, but this program reads {VERSION}")
+            raise DetailFlowError(f"{path} is a token file of version {found[1]!r}, but this program reads {VERSION}")
         raise DetailFlowError(f"{path} is not a token file: `detailflow encode` makes them")
 
     @classmethod

@@ -306,7 +306,7 @@ def test_two_sets_of_other_sizes(cifar: Path, network: Path, tmp_path: Path, cap
         ),
         ("gpt --reference CIFAR --output OUT --labels all --features NET", "labels must be balanced"),
         ("gpt --reference CIFAR --output OUT --num-samples 1 --features NET", "too few images to"),
-        ("gpt --reference CIFAR --output OUT --top-k few", "--top-k must be 0 or more (0 is off), not"),
+        ("gpt --reference CIFAR --output OUT --top-k few", "--top-k must be an integer, 0 or more (0 is off), not"),
         ("gpt --reference CIFAR --output OUT --top-k -1 --features NET", "--top-k must be 0 or more (0 is off)"),
         ("gpt --reference NPZ --output OUT", "has images of 16×8 pixels, and not of 32×32"),
     ],

@@ -208,7 +208,7 @@ def test_grid_and_strips_are_no_samples(model: Path, tmp_path: Path):
         (["--guidance-schedule", "cosine"], "--guidance-schedule must be constant or linear, not 'cosine'"),
         (["--top-k", "-1"], "--top-k must be 0 or more (0 is off), not -1"),
         (["--top-k", "99999999999999999999999999"], "--top-k must be at most 2,147,483,647"),  # C++ would take another
-        (["--top-k", "none"], "--top-k must be 0 or more (0 is off), not 'none'"),
+        (["--top-k", "none"], "--top-k must be an integer, 0 or more (0 is off), not 'none'"),
         (["--top-p", "0"], "--top-p must be above 0 and at most 1 (1 is off), not 0.0"),
         (["--guidance-scale", "inf"], "--guidance-scale must be"),
         (["--guidance-scale", "1e39"], "--guidance-scale must be"),

@@ -8,12 +8,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import detailflow
+from detailflow import DetailFlowTokenizer
 from detailflow.cli import main as front
 from detailflow.cli.main import main
+from detailflow.token_files import TokenFile
 
 
 def run(*argv: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -37,6 +40,30 @@ def test_a_name_that_is_too_long(argv: str, capsys: pytest.CaptureFixture[str]):
     assert main(argv.replace("NAME", "a" * 300).split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("detailflow: error: cannot ") and line.endswith(": File name too long")
+
+
+def test_a_name_that_the_locale_cannot_write(tmp_path: Path):
+    fingerprint = DetailFlowTokenizer.from_pretrained().fingerprint()
+    file = TokenFile(np.ones((1, 48), np.int64), np.full((1, 2), 32), ("日本",), fingerprint)
+    file.write(tmp_path / "a.npz")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run("decode", "a.npz", "--output", "out", "--device", "cpu", cwd=tmp_path, env={**os.environ, **locale})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot be written in ascii, this system's encoding: set LC_ALL=C.UTF-8" in done.stderr
+
+
+def test_ctrl_c_again_and_again(tmp_path: Path):
+    """It ends with one sentence, though each may come while the interpreter ends."""
+    command = [sys.executable, "-m", "detailflow", "serve", "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline().startswith("serving ")
+        ends = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < ends:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        process.kill()
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode in (0, 130) and "Traceback" not in errors and "Exception ignored" not in errors, errors
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +171,25 @@ def test_files_of_somebody_else_are_not_replaced(name: str, tmp_path: Path):
     (tmp_path / name).write_text("mine")
     with pytest.raises(DetailFlowError, match=f"{name} is not of a report of ours: move it"):
         check_folder(tmp_path, COMMAND, {})
+
+
+@pytest.mark.parametrize("placed", range(4))
+def test_an_evaluation_that_is_stopped_while_it_writes_can_be_repeated(
+    placed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    put, left = os.replace, iter(range(placed))
+
+    def replace(*paths: Path) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        put(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace)
+        report().write(tmp_path)
+    assert len(list(tmp_path.iterdir())) == placed and not (tmp_path / "report.json").exists()
+    check_folder(tmp_path, COMMAND, {})
+    report().write(tmp_path)
 
 
 def test_a_report_whose_json_was_removed_makes_room(tmp_path: Path):

@@ -15,9 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from detailflow import DetailFlowGPT, DetailFlowTokenizer
 from detailflow.cli.main import main
+from detailflow.errors import DetailFlowError
 
 TOKENIZER = {
     "model": {
@@ -231,6 +234,17 @@ def test_a_finished_run(
         "repeat its settings or choose another folder\n"
     )
     assert contents(output) == before
+
+
+def test_raw_weights_are_in_checkpoints(finished: dict[str, Path]):
+    with pytest.raises(DetailFlowError, match="averaged weights: its checkpoints in resume/ have the others"):
+        DetailFlowGPT.from_pretrained(finished["gpt"], variant="model")
+    (*_, last) = sorted((finished["gpt"] / "resume").glob("step-*.pt"))
+    averaged, raw = (DetailFlowGPT.from_pretrained(last, variant=name).state_dict() for name in ("ema", "model"))
+    exported = DetailFlowGPT.from_pretrained(finished["gpt"]).state_dict()
+    assert torch.equal(averaged["head.weight"], exported["head.weight"])
+    assert not torch.equal(raw["head.weight"], exported["head.weight"])
+    DetailFlowTokenizer.from_pretrained(finished["tokenizer"], variant="model")  # it has one set
 
 
 def test_killed_before_the_model_was_written(commands: dict[str, list[str]], finished: dict[str, Path], tmp_path: Path):

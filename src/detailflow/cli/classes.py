@@ -1,7 +1,6 @@
 """`detailflow classes`: the classes of a model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from detailflow.cli.common import MODEL, Parser
 from detailflow.labels import ClassLabels, default_names
@@ -38,7 +37,7 @@ def _labels(model: str | None) -> ClassLabels:
     from detailflow import hub
     from detailflow.models.gpt import GPTConfig
 
-    if model and hub.zoo_model(model) and not Path(model).exists():
+    if model and hub.zoo_model(model):
         return ClassLabels(default_names(1000), 1000)
     gpt = parse_settings(GPTConfig, hub.load_config(model, "gpt"), model)
     return ClassLabels(gpt.class_names, gpt.num_classes)

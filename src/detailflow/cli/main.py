@@ -17,7 +17,7 @@ from types import FrameType
 
 from detailflow import __version__
 from detailflow.errors import DetailFlowError, DetailFlowWarning, ReportedElsewhereError, missing_package
-from detailflow.words import printable, unknown
+from detailflow.words import printable, shown, unknown
 
 COMMANDS = {  # each is the module of that name in this package, imported when asked for
     "generate": "make images of classes",
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _close_output()
         return 141
     except KeyboardInterrupt as stop:  # training says at which step
+        if argv is None:  # this process ends, and another Ctrl-C while it does would be a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"detailflow: {str(stop) or 'interrupted'}", file=sys.stderr)
         status = 130
     except DetailFlowError as error:
@@ -91,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _ABOUT_NAMES and error.filename is not None:
             _report(f"cannot use {printable(str(error.filename))}: {error.strerror}")
+        elif isinstance(error, UnicodeEncodeError):
+            name = shown(printable(error.object))
+            _report(f"{name} cannot be written in {error.encoding}, this system's encoding: set LC_ALL=C.UTF-8")
         elif _out_of_memory(error):
             _report("there is not enough memory for this: choose smaller batches, images or models")
         elif isinstance(error, OSError) and _output_fails():  # other files have sentences of their own

@@ -248,7 +248,7 @@ def _copy(footer: ParquetFile, column: str) -> str:
     from filelock import FileLock
 
     folder = Path(import_datasets().config.HF_DATASETS_CACHE) / "parquet-images"
-    with explained(f"{footer.path} cannot be copied into {folder}", OSError):
+    with explained(f"{footer.path} cannot be copied into {folder}", OSError, "set HF_HOME to a folder with room"):
         copy = folder / f"{_state(footer.path, column)}.arrow"
         if not _is_whole(copy, footer.rows):
             folder.mkdir(parents=True, exist_ok=True)

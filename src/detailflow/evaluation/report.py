@@ -122,18 +122,21 @@ class Report:
         return result
 
     def write(self, folder: Path) -> None:
-        """Write report.json, report.md and the PNG files to `folder`: each whole or not at all, the JSON file last."""
+        """Write report.json, report.md and the PNG files to `folder`: each whole or not at all, the JSON file last.
+
+        The Markdown file comes first: an interrupted report is known by it as ours.
+        """
         content = json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n"
         with os_errors(f"cannot write the report to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:  # which puts the files in place in the opposite order, once all are written
-                for name, text in ((JSON_FILE, content), (MARKDOWN_FILE, printable(self.markdown()))):
-                    path = stack.enter_context(replacing(folder / name))
-                    path.write_text(text, encoding="utf-8")
+                stack.enter_context(replacing(folder / JSON_FILE)).write_text(content, encoding="utf-8")
                 for plot in self.plots:
                     draw(plot, stack.enter_context(replacing(folder / f"{plot.name}.png")))
                 for picture in self.pictures:
                     picture.image.save(stack.enter_context(replacing(folder / f"{picture.name}.png")), format="PNG")
+                text = printable(self.markdown())
+                stack.enter_context(replacing(folder / MARKDOWN_FILE)).write_text(text, encoding="utf-8")
 
     def markdown(self) -> str:
         """Return the report as Markdown."""
