@@ -397,6 +397,9 @@ def test_of_an_ar_model(model: Path, tokens: Path):
     names = tuple(f"class{number}" for number in range(10))
     ahead = plan_gpt(replace(config, tokens="none"), World(), CPU, Expected(200, 2, names, known, plan.store_bytes))
     assert replace(ahead, trial=None) == replace(plan, trial=None)  # before there are tokens
+    averages = plan_gpt(replace(config, muon=1e-3), World()).memory["the optimiser's averages"]
+    of_one = 4 * 2 * (4 * 32 * 32 + 3 * 32 * 256)  # bytes of the matrices, of which Muon has one average
+    assert averages == pytest.approx(8 * size_of(DetailFlowGPT(sizes)) - of_one, abs=100)  # and the numbers of steps
     several = plan_gpt(replace(config, loop=replace(LOOP, shard=True, compile=True)), World(size=4))
     assert several.operations == plan.operations and several.costs.peak < plan.costs.peak
 

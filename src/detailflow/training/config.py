@@ -293,6 +293,7 @@ class GPTTraining(Settings):
         planted_share: share of samples with planted mistakes.
         label_dropout: share of samples with the null class.
         weight_decay: on matrices only.
+        muon: Muon's learning rate; of the blocks' matrices, 0 for AdamW (Jordan et al. 2024). Not in the paper.
         ema: decay of the weights' moving average; the average is what the run exports.
         sampling: stored in the model's config as its own best.
     """
@@ -309,6 +310,7 @@ class GPTTraining(Settings):
     planted_share: Share = 0.3
     label_dropout: Share = 0.1
     weight_decay: NotNegative = 0.05
+    muon: NotNegative = 0.0
     ema: Share = 0.9999
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -318,6 +320,9 @@ class GPTTraining(Settings):
             raise DetailFlowError("lora trains a small addition to a trained model: give that model as init")
         if self.lora and self.loop.shard:
             raise DetailFlowError("loop.shard saves memory of weights that are trained, and lora has few: choose one")
+        if self.muon and (self.lora or self.loop.shard):
+            other = "lora" if self.lora else "loop.shard"
+            raise DetailFlowError(f"muon trains whole matrices, which {other} has not: choose one")
 
 
 @dataclass(frozen=True)

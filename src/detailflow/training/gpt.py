@@ -45,7 +45,7 @@ from detailflow.training.extract import made_by
 from detailflow.training.inputs import Input, model_input, tokens_input
 from detailflow.training.loop import Run, train
 from detailflow.training.lora import LoRA
-from detailflow.training.optimizer import Updater, no_sync, recompute_activations
+from detailflow.training.optimizer import Updater, muon, no_sync, recompute_activations
 from detailflow.training.validation import mean_figures
 
 PICTURE_CLASSES, PICTURE_SAMPLES = 10, 4
@@ -87,11 +87,7 @@ class GPTStage:
             else:
                 network.to(device)
             network.tables()  # now, as a compiled step should find them
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        adam = torch.optim.AdamW(groups, lr=loop.learning_rate, betas=(0.9, 0.95), fused=True)
-        self.updater = Updater(adam, loop, device)
+        self.updater = Updater(gpt_optimizers(self.model, config), loop, device)
         if loop.checkpoint_activations:
             recompute_activations(self.blocks)
         forward: nn.Module = self.model
@@ -172,7 +168,7 @@ class GPTStage:
 
         With LoRA weights and average are merged, which can be used as models, and what is trained is there as well.
         """
-        optimizer = get_optimizer_state_dict(self.model, self.updater.optimizers[0], options=WHOLE)
+        optimizer = get_optimizer_state_dict(self.model, self.updater.optimizers, options=WHOLE)
         state: dict[str, Any] = {"optimizer": optimizer, "scaler": self.updater.scaler.state_dict()}
         if not (self.lora and self.lora_ema):
             networks = {"model": self.model, "ema": self.ema}
@@ -189,7 +185,7 @@ class GPTStage:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        own = get_optimizer_state_dict(self.model, self.updater.optimizers[0])  # WHOLE, it would be rank 0's alone
+        own = get_optimizer_state_dict(self.model, self.updater.optimizers)  # WHOLE, it would be rank 0's alone
         optimizer = {
             "state": state["optimizer"]["state"],
             "param_groups": own["param_groups"],
@@ -199,7 +195,7 @@ class GPTStage:
         else:
             set_model_state_dict(self.model, state["model"], options=WHOLE)
             set_model_state_dict(self.ema, state["ema"], options=WHOLE)
-        set_optimizer_state_dict(self.model, self.updater.optimizers[0], optimizer, options=WHOLE)
+        set_optimizer_state_dict(self.model, self.updater.optimizers, optimizer, options=WHOLE)
         self.updater.check()
         self.updater.scaler.load_state_dict(state["scaler"])
 
@@ -246,6 +242,17 @@ class GPTStage:
         averaged = self._averaged()
         if averaged is not None:
             averaged.export(directory)
+
+
+def gpt_optimizers(model: DetailFlowGPT, config: GPTTraining) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights (Sec. 3.4), or Muon for the matrices of the blocks and AdamW for the rest."""
+    trained, decay = [p for p in model.parameters() if p.requires_grad], config.weight_decay
+    taken = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad and config.muon]
+    ids = {id(p) for p in taken}
+    matrices, vectors = [p for p in trained if p.ndim > 1 and id(p) not in ids], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=config.loop.learning_rate, betas=(0.9, 0.95), fused=True)
+    return [adam, muon(taken, config.muon, decay)] if taken else [adam]
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from detailflow.training.config import LoopConfig
 
 
+def muon(matrices: Iterable[nn.Parameter], rate: float, weight_decay: float = 0.0) -> torch.optim.Muon:
+    """Return Muon for matrices, at a rate that moves them as far as Adam's would (docs/method.md#beyond-the-paper)."""
+    settings: Any = dict(weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.Muon(matrices, lr=rate, **settings)
+
+
 class Updater:
     """Optimisers of one loss and its scale (which only float16 needs).
 

@@ -33,7 +33,7 @@ from detailflow.training.images import crops, open_source
 from detailflow.training.inputs import Input, files_input, images_input, model_input, tokens_input
 from detailflow.training.loop import Run, train
 from detailflow.training.losses import alignment_loss, quantization_loss
-from detailflow.training.optimizer import Updater, no_sync, recompute_activations
+from detailflow.training.optimizer import Updater, muon, no_sync, recompute_activations
 from detailflow.training.passes import Draw, Passes, TokenizerNetworks, draw_count, draw_position, draw_present
 from detailflow.training.reconstructions import draw_reconstructions, some_images
 from detailflow.training.sampled_rows import SampledRows
@@ -365,8 +365,7 @@ def tokenizer_optimizers(networks: TokenizerNetworks, config: TokenizerTraining)
     others = [p for p in trained if id(p) not in taken]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=rate, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        settings: Any = dict(weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon, **settings))
+        optimizers.append(muon(matrices, config.muon))
     return optimizers
 
 
