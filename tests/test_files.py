@@ -207,12 +207,15 @@ def test_what_it_left_in_folders_within_goes_unless_another_is_at_work_there(tmp
 def test_also_where_models_are_written(tmp_path: Path):
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
         being_written = f".model.safetensors.{other.pid}-0123abcd.tmp"
-        for name in (".model.safetensors.99999999-0123abcd.tmp", being_written, "model.safetensors"):
+        fresh = ".model.safetensors.99999998-0123abcd.tmp"  # perhaps of another machine
+        for name in (".model.safetensors.99999999-0123abcd.tmp", being_written, "model.safetensors", fresh):
             (tmp_path / name).touch()
-        with making(tmp_path), replacing(tmp_path / "config.json"):
-            assert set(names(tmp_path)) > {being_written, "model.safetensors"} and len(names(tmp_path)) == 3
+            if name != fresh:
+                os.utime(tmp_path / name, (0, 0))
+        with replacing(tmp_path / "a") as ours, making(tmp_path), replacing(tmp_path / "config.json"):
+            assert ours.exists()
         other.kill()
-    assert names(tmp_path) == sorted([being_written, "config.json", "model.safetensors"])
+    assert names(tmp_path) == sorted([being_written, fresh, "a", "config.json", "model.safetensors"])
 
 
 def test_temporary_files_follow_no_link(tmp_path: Path):

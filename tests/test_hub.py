@@ -163,6 +163,16 @@ def test_a_folder_by_the_name_of_a_published_model_is_not_that(
     assert hub.zoo_model(name) and quotes(name, ours)
     convert(TINY, Path(name))
     assert hub.zoo_model(name) is None and not quotes(name, ours)
+    fetched = []
+
+    def fetch(repository: str, patterns: object, revision: str, advice: str) -> Path:
+        fetched.append((repository, revision))
+        return Path(TINY / "gpt")
+
+    monkeypatch.setattr(hub.hub_client, "fetch", fetch)
+    assert hub.resolve(f"{name}@v1", "gpt") == TINY / "gpt"  # only models on the hub have a revision
+    assert fetched == [("ByteFlow-AI/DetailFlow-16-GPT-L", "v1")]
+    assert hub.resolve(name, "gpt") == Path(name) / "gpt" and len(fetched) == 1
     convert(name, tmp_path / "copy")
     assert "base_model" not in (tmp_path / "copy" / "README.md").read_text()
 

@@ -26,6 +26,12 @@ def entries(file: TokenFile, tmp_path: Path) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
+def test_a_folder_that_is_a_file(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DetailFlowError, match=r"cannot write .*t\.npz: "):
+        example().write(tmp_path / "file" / "t.npz")
+
+
 def test_there_and_back(tmp_path: Path):
     path = tmp_path / "new" / "tokens.npz"
     example().write(path)

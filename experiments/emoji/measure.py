@@ -1,6 +1,7 @@
 """Measure a model of emoji: reconstructions of held-out emoji, samples, and how far samples are learnt by heart.
 
-    python experiments/emoji/measure.py --train train.parquet --test test.parquet [--model MODEL] [--nearest FILE.png]
+    python experiments/emoji/measure.py --train train.parquet --test test.parquet [--model MODEL] [--search STEPS]
+        [--nearest FILE.png]
 
 Prints PSNR by number of tokens, Fréchet distances by EfficientNet-Lite0 to the training images, and the distances of
 samples and of held-out emoji to their nearest training images, all of them as the tokenizer rebuilds them, so that its
@@ -38,11 +39,11 @@ def bytes_of(path: str, size: int) -> Tensor:
     return torch.from_numpy(np.stack([center_crop(source.image(i), size) for i in range(len(source))]))
 
 
-def rebuilt(pipe: DetailFlowPipeline, images: Tensor, counts: tuple[int, ...]) -> dict[int, Tensor]:
+def rebuilt(pipe: DetailFlowPipeline, images: Tensor, counts: tuple[int, ...], search: int = 0) -> dict[int, Tensor]:
     """Return the images from their first tokens at full size, by number of tokens."""
     size, made = pipe.tokenizer.config.image_size, {n: list[Tensor]() for n in counts}
     for some in progress_bar(images.split(BATCH), desc="rebuilding", total=-(-len(images) // BATCH)):
-        ids = pipe.tokenizer.encode(to_tensor(some))
+        ids = pipe.tokenizer.encode(to_tensor(some), search=search)
         for n in counts:
             made[n].append(to_uint8(pipe.tokenizer.decode(ids[:, :n], size=size)))
     return {n: torch.cat(parts) for n, parts in made.items()}
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--test", required=True, help="the held-out ones")
     parser.add_argument("--model", default="emoji-64")
     parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--search", type=int, default=20, help="steps, for held-out emoji once more (default: 20)")
     parser.add_argument("--nearest", type=Path, metavar="FILE.png")
     options = parser.parse_args()
     pipe = DetailFlowPipeline.from_pretrained(options.model)
@@ -113,6 +115,9 @@ def main() -> None:
     images = sampled(pipe, options.samples)
     with torch.inference_mode():
         nearest = report(pipe, train, test, images)
+        every = pipe.tokenizer.config.num_tokens
+        found = decibels(rebuilt(pipe, test, (every,), options.search)[every], test)
+        print(f"held-out emoji, tokens by a search of {options.search} steps: {found:.2f} dB")
     if options.nearest:
         rows: list[Image.Image] = []
         for start in range(0, COLUMNS * ROWS, COLUMNS):

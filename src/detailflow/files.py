@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from detailflow.distributed import World
 
 LOCK_FILE = ".lock"
+LEFT_SECONDS = 3600.0  # a temporary file that nobody changes for so long is nobody's; a lock says so at once
 APPEARS_SECONDS = 90.0  # a disk of the network may show a new file so much later
 _TEMPORARY = re.compile(r"\..+\.([0-9]+)-[0-9a-f]{8}\.tmp")  # names that `replacing` makes up
 LONGEST_NAME = 100  # bytes of a file name that we make up; some file systems allow no more than 140
@@ -116,12 +117,12 @@ def sync(path: Path) -> None:
 def making(folder: Path) -> Iterator[None]:
     """Make a folder and its parents; on an error those that were made are removed again if they are empty.
 
-    What a process that was killed has left there of `replacing` is removed.
+    What a process that was killed an hour ago or more has left there of `replacing` is removed.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_temporary(folder, within=False)
+        _remove_temporary(folder, within=False, seconds=LEFT_SECONDS)
         yield
     except BaseException:
         for path in made:
@@ -257,13 +258,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_locks)
 
 
-def _remove_temporary(folder: Path, within: bool = True) -> None:
-    """Remove temporary files of processes that ended inside of `replacing`; if `within`, also in free subfolders."""
+def _remove_temporary(folder: Path, within: bool = True, seconds: float = 0.0) -> None:
+    """Remove temporary files of processes that ended inside of `replacing`; if `within`, also in free subfolders.
+
+    Without a lock only those that have not changed for some `seconds`: they may be another machine's, or a thread's.
+    """
     with suppress(OSError):  # they are only in the way
         for entry in os.scandir(folder):
             path = Path(entry.path)
             if (made := _TEMPORARY.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
-                if not _is_running(int(made[1])):
+                if not _is_running(int(made[1])) and entry.stat().st_mtime <= time.time() - seconds:
                     path.unlink()
             elif within and entry.is_dir(follow_symlinks=False) and not (path / LOCK_FILE).exists():
                 _remove_temporary(path, within=False)

@@ -71,9 +71,10 @@ GPT_SUFFIX = "-GPT-L"  # of a published AR model's name, after that of its token
 
 def zoo_model(name: str | Path) -> PublishedPair | None:
     """Return the published pair that a short name, or the hub id of either half, stands for; a path goes first."""
-    if os.path.exists(name):
-        return None
-    name = str(name).partition("@")[0]  # of any revision
+    return None if os.path.exists(name) else _published_pair(str(name).partition("@")[0])  # of any revision
+
+
+def _published_pair(name: str) -> PublishedPair | None:
     return next((model for short, model in ZOO.items() if name in (short, model.tokenizer, model.gpt)), None)
 
 
@@ -115,7 +116,7 @@ def resolve(path_or_id: str | Path | None, kind: Kind, revision: str | None = No
             return path.absolute()
         raise DetailFlowError(f"{name} is a file: give the folder that holds {CONFIG_FILE} and the weights")
     if isinstance(path_or_id, str):
-        pair = zoo_model(name)
+        pair = _published_pair(name)
         if pair or is_hub_name(name):
             if pair is None:
                 return resolve(_fetch_models(name, [kind], revision, weights), kind)
@@ -145,8 +146,8 @@ def split_revision(name: str) -> tuple[str, str | None]:
 def find(path_or_id: str | Path) -> dict[Kind, Path]:
     """Return the folder of each kind of model, one or both, that `path_or_id` has; see `resolve`."""
     name, revision = split_revision(str(path_or_id))
-    local = isinstance(path_or_id, Path) or os.path.exists(os.path.expanduser(name))
-    if not local and is_hub_name(name) and not zoo_model(name):
+    local = isinstance(path_or_id, Path) or (revision is None and os.path.exists(os.path.expanduser(name)))
+    if not local and is_hub_name(name) and not _published_pair(name):
         path_or_id = _fetch_models(name, KINDS, revision)
     own = Path(os.path.expanduser(name))  # a folder that is a model is that model alone
     alone = local and os.path.isdir(own) and _holds_model(own)

@@ -341,6 +341,7 @@ def saving_published(
     texts = {CONFIG_FILE: json.dumps(origin["config"], indent=4) + "\n", ARGUMENTS_FILE: origin["arguments"]}
     with (
         os_errors(f"could not write the model to {folder}"),
+        making(folder),
         making(folder / CHECKPOINTS),
         ExitStack() as stack,  # which puts the files in place in the opposite order
     ):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from detailflow.errors import DetailFlowError, explained, os_errors
-from detailflow.files import check_regular, making, reading, writing
+from detailflow.files import check_regular, making, reading, replacing
 from detailflow.schedule import TokenSchedule
 
 SUFFIX = ".npz"
@@ -45,7 +45,12 @@ class TokenFile:
             "names": np.array(self.names, np.str_),
             "fingerprint": np.array(self.fingerprint),
         }
-        with making(path.parent), writing(path) as temporary, temporary.open("wb") as file:
+        with (
+            os_errors(f"cannot write {path}"),
+            making(path.parent),
+            replacing(path) as temporary,
+            temporary.open("wb") as file,
+        ):
             np.savez(file, **entries)  # type: ignore[arg-type]  # allow_pickle is new in NumPy 2
 
     @classmethod

@@ -52,18 +52,31 @@ def test_a_name_that_the_locale_cannot_write(tmp_path: Path):
     assert "cannot be written in ascii, this system's encoding: set LC_ALL=C.UTF-8" in done.stderr
 
 
-def test_ctrl_c_again_and_again(tmp_path: Path):
-    """It ends with one sentence, though each may come while the interpreter ends."""
-    command = [sys.executable, "-m", "detailflow", "serve", "--port", "0", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline().startswith("serving ")
-        ends = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < ends:
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.02)
-        process.kill()
-        _, errors = process.communicate(timeout=10)
-    assert process.returncode in (0, 130) and "Traceback" not in errors and "Exception ignored" not in errors, errors
+def test_another_text_that_cannot_be_encoded_is_no_matter_of_the_locale(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(front, "_run", lambda argv: "\udc80".encode())
+    with pytest.raises(UnicodeEncodeError):
+        main(["classes"])
+
+
+STOPPED = """
+import atexit, sys, time
+from detailflow.cli import main as front
+
+def run(argv):
+    raise KeyboardInterrupt
+
+front._run = run
+atexit.register(lambda: (print("ending", flush=True), time.sleep(60)))  # as a download in a thread may take
+sys.exit(front.main())
+"""
+
+
+def test_ctrl_c_again_ends_at_once():
+    with subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ending\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, b"detailflow: interrupted\n")
 
 
 @pytest.mark.parametrize("page", PAGES)

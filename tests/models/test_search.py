@@ -117,6 +117,24 @@ def test_through_the_pipeline(shipped: DetailFlowPipeline, cifar: Path):
     np.testing.assert_array_equal(shown, np.asarray(better[-1].images[0]))
 
 
+def test_a_decoder_of_nan_is_an_error_and_no_gradient_stays(shipped: DetailFlowPipeline, images: Tensor):
+    quantizer, calls = shipped.tokenizer.quantizer, []
+
+    def decode(codes: Tensor) -> Tensor:
+        calls.append(codes)
+        return codes.mean((1, 2))[:, None, None, None] * (torch.nan if broken else 1.0) + torch.zeros(2, 3, 8, 8)
+
+    z = torch.nn.functional.normalize(torch.randn(2, 48, 8), dim=-1).requires_grad_()
+    broken, target, given = False, torch.zeros(2, 3, 8, 8), torch.full((2, 48), -1)
+    given[:, :4] = 7
+    *_, found = quantizer.search(z, target, decode, 3, given)
+    assert (found[:, :4] == 7).all() and len(calls) == 4
+    assert all(codes.grad_fn is None for codes in calls)  # nothing of what z was made of is kept
+    broken = True
+    with pytest.raises(DetailFlowError, match="the decoder's pixels"):
+        list(quantizer.search(z, target, decode, 3, given))
+
+
 def test_what_a_search_is_not_for(shipped: DetailFlowPipeline, images: Tensor):
     with pytest.raises(DetailFlowError, match="a search is for all 48 tokens together: leave out num_tokens"):
         shipped.tokenizer.encode(images, num_tokens=8, search=2)

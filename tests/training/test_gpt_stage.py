@@ -47,7 +47,7 @@ def test_a_run_goes_on_whatever_the_groups(sizes: dict[str, int], muon: float):
 
 
 def test_muon_has_the_matrices_of_the_blocks():
-    """AdamW has the others; weights decay as much as without it."""
+    """AdamW has the others."""
     plain, made = stage(group_size=4), stage(1e-2, group_size=4)
     assert [type(o).__name__ for o in plain.updater.optimizers] == ["AdamW"]
     adam, muon = made.updater.optimizers

@@ -324,7 +324,14 @@ def test_the_disk_that_a_run_takes():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "0.2 seconds"), (119, "120 seconds"), (120, "2 minutes"), (4014, "67 minutes"), (62_640, "17 hours")],
+    [
+        (0.2, "0.2 seconds"),
+        (1.0, "1 second"),
+        (119, "120 seconds"),
+        (120, "2 minutes"),
+        (4014, "67 minutes"),
+        (62_640, "17 hours"),
+    ],
 )
 def test_a_duration_in_two_digits(seconds: float, text: str):
     assert describe_duration(seconds) == text

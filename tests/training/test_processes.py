@@ -171,8 +171,5 @@ def test_several_processes_go_on_with_a_run_of_one(
     resumed = torch.load(last)["state"]
     near: Any = dict(rtol=0, atol=0.03) if way == "muon" else dict(rtol=1e-4, atol=1e-4)  # it computes in bfloat16
     torch.testing.assert_close(resumed["model"], whole["model"], **near)
-    ours, theirs = (state["optimizer"]["state"] for state in (resumed, whole))
-    if way == "muon":
-        assert set(ours) == set(theirs) and "momentum_buffer" in ours["blocks.0.attn.qkv.weight"]
-    else:
-        torch.testing.assert_close(ours, theirs, **near)
+    torch.testing.assert_close(resumed["optimizer"]["state"], whole["optimizer"]["state"], rtol=1e-4, atol=1e-4)
+    assert ("momentum_buffer" in whole["optimizer"]["state"]["blocks.0.attn.qkv.weight"]) == (way == "muon")

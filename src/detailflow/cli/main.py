@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt as stop:  # training says at which step
         if argv is None:  # this process ends, and another Ctrl-C while it does would be a traceback
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         print(f"detailflow: {str(stop) or 'interrupted'}", file=sys.stderr)
         status = 130
     except DetailFlowError as error:
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _ABOUT_NAMES and error.filename is not None:
             _report(f"cannot use {printable(str(error.filename))}: {error.strerror}")
-        elif isinstance(error, UnicodeEncodeError):
+        elif isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
             name = shown(printable(error.object))
             _report(f"{name} cannot be written in {error.encoding}, this system's encoding: set LC_ALL=C.UTF-8")
         elif _out_of_memory(error):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detailflow.models.ids import all_finite
+
 SEARCH_RATE = 0.025  # how far the first step of a search moves each number of an image's latents, as a root mean square
 
 
@@ -64,9 +66,9 @@ class VectorQuantizer(nn.Module):
             (B, n) int64, steps + 1 times: the best so far. An image's depend on the others by rounding only.
         """
         with torch.inference_mode(False):
-            z, target = z.clone(), target.clone()  # as those of inference mode cannot have gradients
+            z, target = z.detach().clone(), target.detach().clone()  # as those of inference mode cannot have gradients
             free = torch.ones_like(z[..., :1]) if given is None else (given < 0)[..., None].to(z.dtype)
-            found, least = self.nearest(z), z.new_full((len(z),), torch.inf)
+            least, found = z.new_full((len(z),), torch.inf), self.nearest(z)
         for step in range(steps + 1):
             with torch.inference_mode(False), torch.enable_grad():
                 ids = self.nearest(z) if given is None else torch.where(given < 0, self.nearest(z), given)
@@ -78,6 +80,8 @@ class VectorQuantizer(nn.Module):
                     gradient = torch.autograd.grad(errors.sum(), codes)[0].float() * free
                     size = (gradient.square().mean(2).sum(1) / free.sum((1, 2)).clamp(min=1)).sqrt()[:, None, None]
                     z = F.normalize(z - SEARCH_RATE * (1 - step / steps) * gradient / (size + 1e-12), dim=-1)
+            if step == steps:
+                all_finite("the decoder's pixels", least)
             yield found
 
 

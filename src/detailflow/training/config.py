@@ -292,7 +292,7 @@ class GPTTraining(Settings):
         dropout: share of values that are dropped.
         planted_share: share of samples with planted mistakes.
         label_dropout: share of samples with the null class.
-        weight_decay: on matrices only.
+        weight_decay: on matrices only; times the learning rate, with `muon` that one for the blocks'.
         muon: Muon's learning rate; of the blocks' matrices, 0 for AdamW (Jordan et al. 2024). Not in the paper.
         ema: decay of the weights' moving average; the average is what the run exports.
         sampling: stored in the model's config as its own best.

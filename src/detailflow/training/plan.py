@@ -357,7 +357,9 @@ def _bytes(value: float) -> str:
 def describe_duration(seconds: float) -> str:
     """Return seconds in the unit that they are at least two of, to two digits."""
     units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
-    return next(f"{_two_digits(seconds / size)} {name}" for size, name in units if seconds >= 2 * size or size == 1)
+    size, name = next((size, name) for size, name in units if seconds >= 2 * size or size == 1)
+    number = _two_digits(seconds / size)
+    return f"{number} {name.removesuffix('s') if number == '1' else name}"
 
 
 def rough_bytes(value: float) -> str:
