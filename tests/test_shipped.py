@@ -114,7 +114,8 @@ def test_the_model_of_emoji_is_small_and_has_its_licence(emoji: DetailFlowPipeli
 
 
 def test_emoji_are_figures_on_white(figures: np.ndarray) -> None:
-    assert figures.shape == (20, 64, 64, 3) and len({image.tobytes() for image in figures}) == 20
+    assert figures.shape == (20, 64, 64, 3)
+    assert len({image.tobytes() for image in figures}) >= 18  # what is learnt by heart may come twice
     corners = figures[:, [0, 0, -1, -1], [0, -1, 0, -1]].reshape(20, -1).mean(1)
     assert (corners > 230).mean() >= 0.8  # a few fill their frame
     assert (figures.std((1, 2)).max(1) > 25).all()
@@ -124,6 +125,6 @@ def test_emoji_are_rebuilt(emoji: DetailFlowPipeline, figures: np.ndarray) -> No
     images = to_tensor(figures)
     with torch.inference_mode():
         ids = emoji.tokenizer.encode(images)
-        made = [emoji.tokenizer.decode(ids[:, :n], size=64) for n in (1, 16, 64)]
+        made = [emoji.tokenizer.decode(ids[:, :n], size=64) for n in (1, 16, 64, 128)]
     decibels = [psnr(image, images, peak=2).mean().item() for image in made]
-    assert decibels == sorted(decibels) and decibels[0] > 11 and decibels[-1] > 22
+    assert decibels == sorted(decibels) and decibels[0] > 11 and decibels[-1] > 23
