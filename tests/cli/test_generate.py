@@ -201,7 +201,7 @@ def test_grid_and_strips_are_no_samples(model: Path, tmp_path: Path):
         (["-1"], "unknown class -1: the numbers are 0 to 4"),
         (["--seed", "-1"], "--seed must be 0 to 2^64 - 1, not -1"),
         (["--seed", "18446744073709551616"], "--seed must be"),
-        (["--seed", "one"], "--seed must be 0 to 2^64 - 1, not 'one'"),
+        (["--seed", "one"], "--seed must be an integer, 0 to 2^64 - 1, not 'one'"),
         (["--temperature", "-1"], "--temperature must be 0 (argmax) or more, not -1.0"),
         (["--temperature", "nan"], "--temperature must be"),
         (["--guidance-scale", "-2"], "--guidance-scale must be"),

@@ -172,4 +172,5 @@ def test_several_processes_go_on_with_a_run_of_one(
     near: Any = dict(rtol=0, atol=0.03) if way == "muon" else dict(rtol=1e-4, atol=1e-4)  # it computes in bfloat16
     torch.testing.assert_close(resumed["model"], whole["model"], **near)
     torch.testing.assert_close(resumed["optimizer"]["state"], whole["optimizer"]["state"], rtol=1e-4, atol=1e-4)
-    assert ("momentum_buffer" in whole["optimizer"]["state"]["blocks.0.attn.qkv.weight"]) == (way == "muon")
+    if way == "muon":
+        assert "momentum_buffer" in whole["optimizer"]["state"]["blocks.0.attn.qkv.weight"]
