@@ -249,7 +249,7 @@ def _conditioned(value: Any, kind: Any, *conditions: Any, text: bool) -> Any:
         value = _convert(value, kind, text)
     except _InvalidError as error:
         what = first.what if isinstance(first, Must) else error.what
-        if error.what == _READERS[int][1] and error.what not in what and "integer" not in what:
+        if error.what == _READERS[int][1] and "integer" not in what:
             what = f"{error.what}, {what}"  # or 1.5 would be said not to be 0 or more
         raise _InvalidError(what, error.value) from None
     for condition in conditions:

@@ -311,7 +311,7 @@ def _sequences(
     images = to_tensor(originals).to(tokenizer.decoder.mask_token.dtype)
     patches = tokenizer.encode_patches(images)
     z = tokenizer.encode_latents(patches, tokenizer.config.num_tokens)
-    clean = tokenizer.search(images, z, options.search) if options.search else tokenizer.quantizer.nearest(z)
+    clean = tokenizer.search(images, z, options.search)
     result: dict[tuple[Span | None, bool], Tensor] = {(None, False): clean}
     spans = dict.fromkeys(view.span for view in views if view.span)
     if spans:  # an image's mistakes at all positions, so that those of one span do not depend on the other spans

@@ -277,14 +277,15 @@ class DetailFlowTokenizer(Pretrained):
         After each step for some of the images come all codes as they are then. `given` as in `VectorQuantizer.search`.
         """
         nearest = self.quantizer.nearest(z)
-        yield nearest if given is None else torch.where(given < 0, nearest, given)
+        first = nearest if given is None else torch.where(given < 0, nearest, given)
+        yield first
         if not steps:
             return
         height, width = images.shape[2:]
         positions = height * width // self.config.patch_size**2 + z.shape[1]
         at_once = max(1, SEARCHED // (positions * self.config.decoder.width))
         decode = partial(self._decoder_without_gradients(), height=height, width=width)
-        found = list(nearest.split(at_once))
+        found = list(first.split(at_once))
         for i, (some, wanted) in enumerate(zip(z.split(at_once), images.float().split(at_once), strict=True)):
             kept = None if given is None else given[i * at_once : (i + 1) * at_once]
             for better in self.quantizer.search(some, wanted, decode, steps, kept):

@@ -73,7 +73,6 @@ def run(pipeline: DetailFlowPipeline, key: object, tasks: Sequence[Task]) -> Ite
         yield from _generate(pipeline, key, tasks)
     elif isinstance(key, Encode):
         pixels = torch.cat([to_tensor(task.item)[None] for task in tasks])
-        codes = pixels
         for codes in pipeline.tokenizer.encode_steps(pixels, search=key.search):  # noqa: B007  # the last are wanted
             yield []  # here it can be given up
         yield [Result(i, ids, True) for i, ids in enumerate(codes.tolist())]

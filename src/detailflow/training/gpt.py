@@ -247,12 +247,11 @@ class GPTStage:
 def gpt_optimizers(model: DetailFlowGPT, config: GPTTraining) -> list[torch.optim.Optimizer]:
     """AdamW for all weights (Sec. 3.4), or Muon for the matrices of the blocks and AdamW for the rest."""
     trained, decay = [p for p in model.parameters() if p.requires_grad], config.weight_decay
-    taken = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad and config.muon]
-    ids = {id(p) for p in taken}
-    matrices, vectors = [p for p in trained if p.ndim > 1 and id(p) not in ids], [p for p in trained if p.ndim <= 1]
+    others, muons = muon(trained, model.blocks, config.muon, decay)
+    matrices, vectors = [p for p in others if p.ndim > 1], [p for p in others if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=config.loop.learning_rate, betas=(0.9, 0.95), fused=True)
-    return [adam, muon(taken, config.muon, decay)] if taken else [adam]
+    return [adam, *muons]
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

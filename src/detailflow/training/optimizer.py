@@ -15,10 +15,18 @@ from torch.utils.checkpoint import checkpoint
 from detailflow.training.config import LoopConfig
 
 
-def muon(matrices: Iterable[nn.Parameter], rate: float, weight_decay: float = 0.0) -> torch.optim.Muon:
-    """Return Muon for matrices, at a rate that moves them as far as Adam's would (docs/method.md#beyond-the-paper)."""
+def muon(
+    trained: Iterable[nn.Parameter], blocks: Iterable[nn.Module], rate: float, weight_decay: float = 0.0
+) -> tuple[list[nn.Parameter], list[torch.optim.Optimizer]]:
+    """Return the weights that are left for Adam, and Muon of the blocks' matrices (docs/method.md#beyond-the-paper).
+
+    At the same rate it moves these as far as Adam would; at a rate of 0 there is none.
+    """
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2 and p.requires_grad and rate]
+    taken = {id(p) for p in matrices}
     settings: Any = dict(weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    return torch.optim.Muon(matrices, lr=rate, **settings)
+    made: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, lr=rate, **settings)] if matrices else []
+    return [p for p in trained if id(p) not in taken], made
 
 
 class Updater:

@@ -134,8 +134,8 @@ class TokenizerStage:
             position = draw_position(schedule, t)
         if position is not None:
             candidates = min(config.mistakes, config.model.codebook_size)
-            drawn = torch.randint(candidates, (size, schedule.check_span(position) - position))
-            choice = to_device(drawn[shard], self.device)
+            choice = torch.randint(candidates, (size, schedule.check_span(position) - position))[shard]
+            choice = to_device(choice, self.device)
         if self.adversary and present is None and step >= count_of_steps(config.adversarial_from, config.loop.steps):
             views = AugmentationNoise.make(size).of(shard)
             views = views._replace(views=to_device(views.views, self.device))
@@ -182,7 +182,8 @@ class TokenizerStage:
         """
         config, schedule, teachers = self.config, self.model.schedule, self.teachers
         target = coarse_target(images, schedule.resolution(draw.t), schedule.decode_size(draw.t))
-        terms, judged = dict[str, tuple[float | Tensor, Tensor]](), None
+        terms: dict[str, tuple[float | Tensor, Tensor]] = {}
+        judged = None
         with autocast(self.device, self.precision):
             passes: Passes = self.passes(images, draw, rows)
         pixels, nested = passes.pixels, draw.present is not None
@@ -360,13 +361,8 @@ def tokenizer_optimizers(networks: TokenizerNetworks, config: TokenizerTraining)
     """Adam for all weights (Sec. 3.4), or Muon for the matrices of the blocks and Adam for the rest."""
     rate, blocks = config.loop.learning_rate, (networks.model.encoder.blocks, networks.model.decoder.blocks)
     trained = [p for p in networks.parameters() if p.requires_grad]
-    matrices = [p for part in blocks for p in part.parameters() if p.ndim == 2 and p.requires_grad and config.muon]
-    taken = {id(p) for p in matrices}
-    others = [p for p in trained if id(p) not in taken]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=rate, betas=(0.9, 0.95), fused=True)]
-    if matrices:
-        optimizers.append(muon(matrices, config.muon))
-    return optimizers
+    others, muons = muon(trained, blocks, config.muon)
+    return [torch.optim.Adam(others, lr=rate, betas=(0.9, 0.95), fused=True), *muons]
 
 
 def initial_tokenizer(config: TokenizerTraining, new: bool = True) -> DetailFlowTokenizer:
